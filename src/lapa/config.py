@@ -1,0 +1,98 @@
+"""Configurations: frozen dataclasses that live beside their component; this module is only the mechanism.
+
+Save and load as JSON, with an error that names the file, the key and the nearest known name on a typo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lapa.files import read_json, write_json
+
+Config = TypeVar("Config")
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not known, with the nearest known one: `raise unknown("preset", "tinny", ...)`."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values: paths become strings, tuples become lists."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "config") -> Config:
+    """The inverse of `to_dict`. Raises ValueError naming `source` on unknown or missing keys and wrong types."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source}: expected an object for {cls.__name__}, got {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{source}: {unknown(f'key of {cls.__name__}', key, fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"{source}: {cls.__name__} needs the key {name!r}")
+    return cls(**{key: _typed(hints[key], value, f"{source}: {key}") for key, value in values.items()})
+
+
+def save(config: Any, path: Path) -> None:
+    """Writes a dataclass as JSON, atomically."""
+    write_json(path, to_dict(config))
+
+
+def load(cls: type[Config], path: Path) -> Config:
+    """Reads what `save` wrote. Raises ValueError naming the file."""
+    return from_dict(cls, read_json(path), source=str(path))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _typed(hint: Any, value: Any, source: str) -> Any:
+    """`value` as JSON gave it, turned into what the annotation `hint` says."""
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _typed(typing.get_args(hint)[0], value, source)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        return _typed(options[0], value, source) if len(options) == 1 else value
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ValueError(f"{source}: {unknown('value', str(value), map(str, typing.get_args(hint)))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, source)
+    if origin in (tuple, list):
+        items = typing.get_args(hint)
+        item = items[0] if items else Any
+        return origin(_typed(item, element, source) for element in value)
+    if hint is Path:
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (bool, int, float, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise ValueError(f"{source}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,84 @@
+"""Files that are whole or absent: atomic writes, outputs that are not overwritten by accident, fingerprints.
+
+Every artifact of the project is written through this module, so that a killed run or a full disk never
+leaves something half-written that reads as whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed into place.
+
+    On any error the temporary file is removed and `path` is as it was before. The temporary name keeps the
+    suffix, since writers (PyAV, safetensors) choose a format by it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; ValueError naming the file where it is absent or not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def claim_output(out: Path, *, complete: bool, overwrite: bool = False, resume: bool = False) -> None:
+    """Makes the folder `out` ready to be written, or says why not.
+
+    complete: whether `out` already holds the finished artifact (the caller knows how to tell).
+    Raises ValueError where `out` holds anything and neither flag is given; with `resume`, where it is
+    already complete there is nothing to do and the caller should return before calling this.
+    """
+    out = Path(out)
+    if out.is_file():
+        raise ValueError(f"{out}: is a file; --out must name a folder")
+    if overwrite and resume:
+        raise ValueError("--overwrite and --resume exclude each other; give one")
+    if out.is_dir() and any(out.iterdir()):
+        if overwrite:
+            shutil.rmtree(out)
+        elif not resume:
+            state = "already holds a finished result" if complete else "already exists and is not empty"
+            mend = "--overwrite to replace it" if complete else "--resume to go on with it, --overwrite to start anew"
+            raise ValueError(f"{out}: {state}; give another --out, or {mend}")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def fingerprint(*paths: Path) -> str:
+    """A short SHA-256 over the contents of the given files, in the given order (16 hex digits)."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
