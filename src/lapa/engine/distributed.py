@@ -1,0 +1,77 @@
+"""One process or many: plain torch.distributed, started by torchrun or not at all.
+
+lapa latent train ...                                  # one process, on the GPU if there is one
+torchrun --nproc-per-node 4 -m lapa latent train ...   # four, gradients averaged by DistributedDataParallel
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers. `device` is where its model and batches live."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process raised `flag`; every process must call this at the same step."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The values averaged over the processes, which must all name the same keys in the same order."""
+        if self.world == 1 or not values:
+            return values
+        stacked = torch.tensor(list(values.values()), dtype=torch.float64).to(self.device, torch.float32)
+        dist.all_reduce(stacked)
+        return dict(zip(values, (stacked / self.world).tolist(), strict=True))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is the process's own GPU if there is one, else the CPU. ValueError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+@contextmanager
+def start(device: str = "auto") -> Iterator[Processes]:
+    """Joins the process group that torchrun announced, if it did, and leaves it at the end."""
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes(0, 1, chosen)
+        return
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), world, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,71 @@
+"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and the same in TensorBoard.
+
+tensorboard --logdir RUN/training
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapa import __version__
+from lapa.files import atomic_path
+
+
+class MetricLog:
+    """Appends to `folder/metrics.jsonl`. On a resume, what was logged after `first_step` is dropped: it is redone."""
+
+    def __init__(self, folder: Path, first_step: int, *, enabled: bool = True) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._started = time.time()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Logs the values under the number of finished steps."""
+        if not self.enabled:
+            return
+        row = {"step": step, "seconds": round(time.time() - self._started, 3), **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.enabled:
+            self._writer.close()
+
+    def _lines(self) -> list[str]:
+        """The whole lines of the file: a line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        return [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+
+
+def versions_and_hardware() -> dict[str, Any]:
+    """What a result must carry to be compared with another: versions, the device, the command."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": " ".join(["lapa", *sys.argv[1:]]),
+        "lapa": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "gpu": gpu,
+        "num_gpus": torch.cuda.device_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
