@@ -65,7 +65,7 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """metrics: the last evaluation and speed. finished: False where a signal or `stop_after` ended the run early."""
+    """metrics: the last evaluation and speed. finished: False where `stop_after` ended the run early."""
 
     metrics: dict[str, float]
     finished: bool
@@ -90,7 +90,7 @@ def train(
     prepare: data-dependent initialisation, on the device, only at the start of a new run.
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process.
     Raises FloatingPointError naming the samples where the loss is not finite; ValueError where a checkpoint
-    does not fit.
+    does not fit; KeyboardInterrupt after a signal, once the checkpoint is written.
     """
     with start(config.device) as processes, _stop_signals() as stop_asked:
         device, state = processes.device, out / "training"
@@ -206,6 +206,8 @@ def train(
             say(f"stopped after step {step} of {config.steps} with a checkpoint; go on with --resume")
         log.close()
         model.eval()
+        if stop_asked.is_set() and not finished:
+            raise KeyboardInterrupt
         return TrainResult(metrics, finished, step)
 
 

@@ -1,0 +1,43 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help setup demo test test-slow lint format bench clean
+
+help:
+	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
+	@echo 'make test       the tests (make test-slow: the ones that take minutes)'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make bench      the benchmarks, into benchmarks/results/'
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; found = "%d.%d" % sys.version_info[:2]; sys.exit(0 if sys.version_info >= (3, 11) else "lapa needs Python 3.11 or newer; " + sys.executable + " is " + found + ". Run: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/lapa demo --out runs/demo --resume
+
+test: setup
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,177 @@
+"""The command `lapa`: verbs in the order of the flow, each imported only when it is called.
+
+lapa --help
+lapa latent train --help
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lapa import __version__
+from lapa.config import unknown
+
+USAGE = """\
+lapa {version}: from videos without action labels to a robot policy (arXiv 2410.11758)
+
+usage: lapa COMMAND [OPTIONS]          lapa COMMAND --help shows a command's options
+
+{commands}
+start with: lapa demo
+"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command: `module` holds the dataclass `config` and the function `run(config)`.
+
+    presets: the stage in lapa.presets whose named configs `--preset` chooses from, if it has any.
+    """
+
+    name: str
+    help: str
+    module: str
+    config: str
+    presets: str | None = None
+
+
+VERBS = (
+    Verb("demo", "the whole flow on Meta-World, from rendering to a table of success rates", "lapa.demo", "DemoConfig"),
+    Verb(
+        "data videos",
+        "a folder of videos and captions -> a dataset without actions",
+        "lapa.data.sources.videos",
+        "VideosConfig",
+    ),
+    Verb(
+        "data metaworld",
+        "demonstrations rendered in Meta-World -> a dataset",
+        "lapa.data.sources.metaworld",
+        "MetaworldConfig",
+    ),
+    Verb(
+        "data synthetic",
+        "made-up videos of a moving square -> a dataset, for trying things out",
+        "lapa.data.sources.synthetic",
+        "SyntheticConfig",
+    ),
+    Verb("data info", "what a dataset holds, with a contact sheet", "lapa.data.info", "InfoConfig"),
+    Verb(
+        "latent train",
+        "datasets -> a latent action model (LAM)",
+        "lapa.latent.train",
+        "LatentTrainConfig",
+        presets="latent",
+    ),
+    Verb(
+        "latent probe", "what a LAM has learned: a table, probe.json and a picture", "lapa.latent.probe", "ProbeConfig"
+    ),
+    Verb("label", "a LAM and a dataset -> latent action labels", "lapa.label.run", "LabelConfig"),
+    Verb(
+        "policy pretrain",
+        "a dataset and its labels -> a latent policy",
+        "lapa.policy.pretrain",
+        "PretrainConfig",
+        presets="pretrain",
+    ),
+    Verb(
+        "policy finetune",
+        "a latent policy and a few robot episodes -> a policy that acts",
+        "lapa.policy.finetune",
+        "FinetuneConfig",
+        presets="finetune",
+    ),
+    Verb(
+        "evaluate",
+        "a policy in a simulator -> success rates with intervals, and videos",
+        "lapa.evaluate.rollout",
+        "EvaluateConfig",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command. A user's mistake is one line on stderr and exit status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _dispatch(arguments)
+    except KeyboardInterrupt:
+        status = 130
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("LAPA_TRACEBACK"):
+            raise
+        print(f"lapa: error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments in (["--version"], ["-V"]):
+        print(__version__)
+        return 0
+    verb = find_verb(arguments)
+    if verb is None:
+        asked_for_help = not arguments or arguments[-1] in ("-h", "--help", "help")
+        group = [word for word in arguments if not word.startswith("-")][:1]
+        known = [v for v in VERBS if not group or v.name.split()[0] == group[0]]
+        if not known or (not asked_for_help and len(arguments) > 1):
+            wanted = " ".join(word for word in arguments[:2] if not word.startswith("-"))
+            raise ValueError(f"{unknown('command', wanted, [v.name for v in VERBS])}; see `lapa --help`")
+        print(usage(known), end="")
+        return 0
+    module = importlib.import_module(verb.module)
+    module.run(parse(verb, arguments[len(verb.name.split()) :]))
+    return 0
+
+
+def find_verb(arguments: Sequence[str]) -> Verb | None:
+    """The verb that the first one or two words name."""
+    for verb in VERBS:
+        words = verb.name.split()
+        if list(arguments[: len(words)]) == words:
+            return verb
+    return None
+
+
+def parse(verb: Verb, options: Sequence[str]) -> Any:
+    """The verb's config from its options, starting from the preset that `--preset` names, if it has presets.
+
+    Raises ValueError on an unknown preset; tyro ends the process with status 2 on unknown or missing options.
+    """
+    import tyro
+
+    config = getattr(importlib.import_module(verb.module), verb.config)
+    default = {}
+    if verb.presets is not None:
+        from lapa import presets
+
+        default = {"default": presets.named(verb.presets, preset_name(options))}
+    return tyro.cli(
+        config,
+        args=list(options),
+        prog=f"lapa {verb.name}",
+        description=verb.help,
+        **default,
+    )
+
+
+def preset_name(options: Sequence[str], default: str = "tiny") -> str:
+    """The value of `--preset` among the options."""
+    for position, option in enumerate(options):
+        if option == "--preset" and position + 1 < len(options):
+            return options[position + 1]
+        if option.startswith("--preset="):
+            return option.removeprefix("--preset=")
+    return default
+
+
+def usage(verbs: Sequence[Verb] = VERBS) -> str:
+    """The help of the whole command, or of one group."""
+    width = max(len(verb.name) for verb in VERBS)
+    commands = "\n".join(f"  {verb.name:<{width}}  {verb.help}" for verb in verbs)
+    return USAGE.format(version=__version__, commands=commands + "\n")

@@ -1,0 +1,56 @@
+"""Configs survive a round trip through JSON, and a typo is answered with the nearest known name."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from lapa import config
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    betas: tuple[float, ...] = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Outer:
+    out: Path
+    steps: int = 3
+    kind: Literal["a", "b"] = "a"
+    decay: float | None = None
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = Outer(out=tmp_path, steps=7, kind="b", decay=0.9, inner=Inner(rate=1.0, betas=(0.5,)))
+    config.save(written, tmp_path / "config.json")
+    assert config.load(Outer, tmp_path / "config.json") == written
+
+
+def test_whole_numbers_become_floats() -> None:
+    assert config.from_dict(Inner, {"rate": 1}) == Inner(rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"out": "x", "stpes": 3}, "config: unknown key of Outer 'stpes'; did you mean 'steps'"),
+        ({"steps": 3}, "config: Outer needs the key 'out'"),
+        ({"out": "x", "steps": "many"}, "config: steps: expected int, got 'many'"),
+        ({"out": "x", "steps": True}, "config: steps: expected int, got True"),
+        ({"out": "x", "kind": "c"}, "config: kind: unknown value 'c'"),
+        ({"out": "x", "inner": {"rat": 1}}, "config: inner: unknown key of Inner 'rat'; did you mean 'rate'"),
+        ({"out": "x", "inner": 3}, "config: inner: expected an object for Inner, got int"),
+    ],
+)
+def test_mistakes_are_named(values: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        config.from_dict(Outer, values)
+    assert str(error.value).startswith(message)
+
+
+def test_a_name_without_a_near_one_lists_the_known_ones() -> None:
+    assert str(config.unknown("preset", "zzz", ["debug", "tiny"])) == "unknown preset 'zzz' (known: debug, tiny)"

@@ -1,0 +1,233 @@
+"""The loop: same seed, same loss; stop and resume, bitwise; many processes as one; what is not finite is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lapa.engine.batches import Draw, StepSampler
+from lapa.engine.distributed import pick_device
+from lapa.engine.loop import LoopConfig, TrainResult, train
+from lapa.engine.optim import OptimConfig, learning_rate
+from lapa.types import Losses
+
+LOOP = LoopConfig(
+    steps=4, batch_size=4, optim=OptimConfig(lr=1e-2, warmup_steps=2), device="cpu", log_every=1, eval_every=2
+)
+
+
+class Line:
+    """Points of y = 2x, jittered by the draw number alone."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        index, number = draw
+        x = index / 10 + 0.01 * np.random.default_rng([0, number]).standard_normal()
+        return {"x": x, "y": 2 * x, "index": index}
+
+    def describe(self, index: int) -> str:
+        return f"point {index}"
+
+
+class Slope(nn.Module):
+    """Dropout draws from torch's global generator, so a resume must restore that too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
+        error = (self.net(batch["x"][:, None])[:, 0] - batch["y"]).square().mean()
+        return Losses(error, {"mse": error.detach()})
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {
+        "x": torch.tensor([item["x"] for item in items], dtype=torch.float32),
+        "y": torch.tensor([item["y"] for item in items], dtype=torch.float32),
+        "index": torch.tensor([item["index"] for item in items]),
+    }
+
+
+def run(out: Path, loop: LoopConfig = LOOP, **options: Any) -> tuple[Slope, TrainResult]:
+    torch.manual_seed(0)
+    model = Slope()
+    out.mkdir(exist_ok=True)
+    result = train(model, Line(), collate, loop, out, run_config={"a": 1}, description="test", **options)
+    return model, result
+
+
+def log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"accumulate": 2}, {"workers": 1}], ids=str)
+def test_two_steps_and_a_resume_equal_four(tmp_path: Path, changes: dict) -> None:
+    loop = replace(LOOP, **changes)
+    whole, result = run(tmp_path / "whole", loop)
+    assert result.finished
+    _, stopped = run(tmp_path / "parts", replace(loop, stop_after=2))
+    assert (stopped.finished, stopped.step) == (False, 2)
+    resumed, _ = run(tmp_path / "parts", loop, resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
+    kept = [[(row["step"], row.get("loss")) for row in log(tmp_path / name)] for name in ("whole", "parts")]
+    assert kept[0] == kept[1]
+
+
+def test_same_seed_same_loss_and_another_seed_another(tmp_path: Path) -> None:
+    losses = [
+        [row.get("loss") for row in log_of]
+        for log_of in (
+            (run(tmp_path / "a"), log(tmp_path / "a"))[1],
+            (run(tmp_path / "b"), log(tmp_path / "b"))[1],
+            (run(tmp_path / "c", replace(LOOP, seed=1)), log(tmp_path / "c"))[1],
+        )
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run", replace(LOOP, stop_after=2))
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: was written under another config \(a was 1, is 2\)"):
+        train(Slope(), Line(), collate, LOOP, tmp_path / "run", run_config={"a": 2}, description="t", resume=True)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / "training").mkdir(parents=True)
+    (tmp_path / "run" / "training" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: not a readable checkpoint"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
+    class Broken(Slope):
+        def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
+            return Losses(super().forward(batch).loss * float("nan"))
+
+    with pytest.raises(FloatingPointError, match=r"loss of step 1 is nan, with the samples: point \d; point \d"):
+        train(Broken(), Line(), collate, LOOP, tmp_path, run_config={}, description="test")
+
+
+def test_evaluation_is_logged_and_returned(tmp_path: Path) -> None:
+    seen = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        seen.append(model.training)
+        return {"norm": float(weights(model).norm())}
+
+    _, result = run(tmp_path / "run", evaluate=evaluate)
+    assert seen == [False, False]
+    assert result.metrics["norm"] > 0
+    assert [row["step"] for row in log(tmp_path / "run") if "eval/norm" in row] == [2, 4]
+
+
+def test_prepare_runs_once_at_the_start_of_a_run(tmp_path: Path) -> None:
+    calls = []
+    run(tmp_path / "run", replace(LOOP, stop_after=2), prepare=calls.append)
+    run(tmp_path / "run", resume=True, prepare=calls.append)
+    assert len(calls) == 1
+
+
+def test_sampler_draws_each_sample_once_an_epoch_and_shares_it_between_processes() -> None:
+    whole = [draw for batch in StepSampler(10, 4, seed=0, first_step=0, last_step=5) for draw in batch]
+    assert sorted(draw.sample for draw in whole[:10]) == list(range(10))
+    assert [draw.number for draw in whole] == list(range(20))
+    shares = [
+        list(StepSampler(10, 4, seed=0, first_step=0, last_step=5, rank=rank, world=2, accumulate=2)) for rank in (0, 1)
+    ]
+    assert sorted(draw for share in shares for batch in share for draw in batch) == sorted(whole)
+    late = [draw for batch in StepSampler(10, 4, seed=0, first_step=3, last_step=5) for draw in batch]
+    assert late == whole[12:]
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="use a multiple of 3"):
+        StepSampler(10, 4, seed=0, first_step=0, last_step=1, world=3)
+
+
+def test_schedule() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=10)
+    assert learning_rate(config, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 9, 100) == pytest.approx(1.0)
+    assert learning_rate(config, 55, 100) == pytest.approx(0.55)
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+    assert learning_rate(replace(config, schedule="constant"), 99, 100) == 1.0
+
+
+def test_unknown_device() -> None:
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        pick_device("gpu")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+sys.path.insert(0, {tests!r})
+import time
+import torch
+import test_engine as t
+class Slow(t.Slope):
+    def forward(self, batch):
+        time.sleep({pause})
+        return super().forward(batch)
+torch.manual_seed(0)
+model = Slow()
+model.net[1].p = {dropout}
+out = Path({out!r}); out.mkdir(exist_ok=True)
+loop = replace(t.LOOP, steps={steps}, save_every_steps={save_every})
+t.train(model, t.Line(), t.collate, loop, out, run_config={{"a": 1}}, description="test", resume=True)
+torch.save(t.weights(model), out / "weights.pt")
+"""
+
+
+def script(tmp_path: Path, name: str, steps: int, pause: float = 0.0, dropout: float = 0.5, save_every: int = 1) -> str:
+    return textwrap.dedent(SCRIPT).format(
+        tests=str(Path(__file__).parent), out=str(tmp_path / name), steps=steps, pause=pause, dropout=dropout,
+        save_every=save_every,
+    )  # fmt: skip
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    metrics = out / "training" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        os.sched_yield()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, number: int) -> None:
+    subprocess.run([sys.executable, "-c", script(tmp_path, "whole", 12)], check=True)
+    process = subprocess.Popen([sys.executable, "-c", script(tmp_path, "killed", 12, pause=0.2)])
+    wait_for_step(tmp_path / "killed", 3, process)
+    process.send_signal(number)
+    assert process.wait() != 0
+    assert not (tmp_path / "killed" / "weights.pt").exists()
+    subprocess.run([sys.executable, "-c", script(tmp_path, "killed", 12)], check=True)
+    whole, resumed = (torch.load(tmp_path / name / "weights.pt") for name in ("whole", "killed"))
+    assert torch.equal(whole, resumed)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    for name, world in (("one", 1), ("two", 2)):
+        (tmp_path / f"{name}.py").write_text(script(tmp_path, name, 4, dropout=0.0))
+        subprocess.run([*torchrun, str(world), str(tmp_path / f"{name}.py")], check=True)
+    one, two = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
