@@ -34,9 +34,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(parameter.is_cuda for parameter in trained)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, fused=fused
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, fused=True
     )
 
 

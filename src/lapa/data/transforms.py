@@ -1,0 +1,52 @@
+"""What happens to a picture between the file and the model: one chain for conversion, training and serving.
+
+Axes: T time, H W image, C channel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+
+def resize_and_crop(frames_THWC: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray, "T size size 3"]:
+    """Scales the short side to `size` (bicubic, antialiased) and crops the centre square."""
+    height, width = frames_THWC.shape[1:3]
+    if (height, width) == (size, size):
+        return frames_THWC
+    side = min(height, width)
+    left, top = (width - side) / 2, (height - side) / 2
+    return _resample(frames_THWC, (left, top, left + side, top + side), size)
+
+
+def augment(
+    image_HWC: UInt8[np.ndarray, "H W 3"],
+    rng: np.random.Generator,
+    crop: float = 0.9,
+    brightness: float = 0.2,
+    contrast: float = 0.2,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A random crop of `crop` of the area, scaled back, then brightness and contrast changed by up to the given part.
+
+    All randomness comes from `rng`.
+    """
+    height, width = image_HWC.shape[:2]
+    keep = np.sqrt(crop)
+    left, top = rng.uniform(0, width * (1 - keep)), rng.uniform(0, height * (1 - keep))
+    picture = Image.fromarray(image_HWC).resize(
+        (width, height), Image.Resampling.BICUBIC, box=(left, top, left + width * keep, top + height * keep)
+    )
+    scale = rng.uniform(1 - contrast, 1 + contrast)
+    shift = rng.uniform(-brightness, brightness) * 255
+    image = np.asarray(picture, dtype=np.float32)
+    mean = image.mean()
+    return np.clip((image - mean) * scale + mean + shift, 0, 255).round().astype(np.uint8)
+
+
+def _resample(frames_THWC: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    resized = [
+        np.asarray(Image.fromarray(frame_HWC).resize((size, size), Image.Resampling.BICUBIC, box=box))
+        for frame_HWC in frames_THWC
+    ]
+    return np.stack(resized)

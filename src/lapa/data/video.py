@@ -1,0 +1,310 @@
+"""Video files in and out, through PyAV: read a whole clip, fetch single frames by time, encode with short GOPs.
+
+A clip written here has a keyframe every second frame (g=2), so that a random frame costs one seek and at most
+two decoded pictures; `python benchmarks/bench_data.py` measures what that is worth.
+Axes: T time, H W image, C channel.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from jaxtyping import UInt8
+
+from lapa.files import atomic_path
+
+# Containers kept open by each thread; opening one costs about as much as fetching a frame.
+OPEN_CLIPS = 16
+# Codecs that an mp4 holds and that players and LeRobot decode.
+MP4_CODECS = ("h264", "hevc", "av1", "vp9")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video's header says. num_frames is None where the format does not tell."""
+
+    width: int
+    height: int
+    fps: float
+    num_frames: int | None
+    codec: str
+    pix_fmt: str
+
+
+def probe(path: Path) -> VideoInfo:
+    """Reads a video's header. Raises ValueError naming the file where it is not a video."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        return VideoInfo(
+            width=stream.width,
+            height=stream.height,
+            fps=_rate(stream),
+            num_frames=_expected_frames(container, stream),
+            codec=stream.codec_context.name.removeprefix("lib").replace("dav1d", "av1"),
+            pix_fmt=stream.codec_context.pix_fmt or "unknown",
+        )
+
+
+class ClipScan:
+    """Reads a clip from its first frame to its last readable one.
+
+    Iterate for `(seconds from the first frame, frame_HWC uint8 RGB)`, upright where the file carries a rotation.
+    Damaged packets are passed over. After the iteration, `num_frames` tells what came and `num_lost` what the
+    header had promised beyond that.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.num_frames = 0
+        self.num_lost = 0
+
+    def __iter__(self) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
+        self.num_frames, damaged, converter = 0, 0, VideoReformatter()
+        with _open(self.path) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            expected, rate, first = _expected_frames(container, stream), _rate(stream), None
+            for frame in _sound_frames(container, stream):
+                if frame is None:
+                    damaged += 1
+                    continue
+                seconds = self.num_frames / rate if frame.time is None else frame.time
+                first = seconds if first is None else first
+                self.num_frames += 1
+                yield seconds - first, upright(frame, converter)
+        missing = 0 if expected is None else expected - self.num_frames
+        # Where only the duration is known, the count derived from it may be one too high.
+        self.num_lost = max(missing, damaged) if damaged or missing > 1 else 0
+
+
+def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0.0) -> UInt8[np.ndarray, "T H W 3"]:
+    """Fetches frames by position: number i is the one shown at `start + i / fps` seconds of the file.
+
+    indices: in any order, repeats allowed. Several episodes may share a file; each has its own `start`.
+    Raises ValueError naming the file where it cannot be read or ends before a frame asked for.
+    """
+    clip = _open_clip(Path(path))
+    wanted = sorted(set(indices))
+    found: dict[int, np.ndarray] = {}
+    try:
+        for index, frame in clip.at([start + index / fps for index in wanted], tolerance=0.5 / fps):
+            found[wanted[index]] = upright(frame, clip.converter)
+    except (av.FFmpegError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
+    missing = [index for index in wanted if index not in found]
+    if missing:
+        raise ValueError(
+            f"{path}: has no frame {missing[0]} ({start + missing[0] / fps:.3f} s at {fps:g} fps); "
+            "the video is shorter than the dataset says, write the dataset again"
+        )
+    return np.stack([found[index] for index in indices])
+
+
+def encode_clip(
+    path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: float, keyframe_interval: int = 2
+) -> int:
+    """Writes frames as an H.264 mp4, atomically; returns their number. Height and width must be even.
+
+    Raises ValueError where no frame comes or a shape is wrong; OSError (disk full) leaves nothing behind.
+    """
+    rate = exact_rate(fps)
+    # B-frames would make a frame wait for its successor; CRF 18 is visually lossless; `fastdecode` (no arithmetic
+    # coding, no deblocking) nearly doubles the speed of random access at the same size and PSNR.
+    options = {"crf": "18", "preset": "veryfast", "tune": "fastdecode", "g": str(keyframe_interval), "bf": "0"}
+    num_frames = 0
+    with atomic_path(Path(path)) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.pix_fmt, stream.thread_count, stream.time_base = "yuv420p", 1, 1 / rate
+        for frame_HWC in frames:
+            if num_frames == 0:
+                stream.height, stream.width = _even_shape(frame_HWC, path)
+            elif frame_HWC.shape[:2] != (stream.height, stream.width):
+                raise ValueError(f"{path}: frame {num_frames} has another size than the first")
+            picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            picture.pts, picture.time_base = num_frames, 1 / rate
+            container.mux(stream.encode(picture))
+            num_frames += 1
+        if num_frames == 0:
+            raise ValueError(f"{path}: there is no frame to write; an episode needs at least one")
+        container.mux(stream.encode(None))
+    return num_frames
+
+
+def copy_stream(source: Path, target: Path) -> int:
+    """Copies the video stream of `source` into an mp4 without re-encoding; returns its number of packets."""
+    num_packets = 0
+    with _open(source) as reading, atomic_path(Path(target)) as temporary:
+        stream = reading.streams.video[0]
+        with av.open(str(temporary), "w", format="mp4") as writing:
+            copy = writing.add_stream_from_template(stream)
+            for packet in reading.demux(stream):
+                if packet.dts is not None:
+                    packet.stream = copy
+                    writing.mux(packet)
+                    num_packets += 1
+    return num_packets
+
+
+def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
+    """A decoded picture as RGB, turned as the file's display matrix says (phones film sideways).
+
+    converter: kept for all frames of a clip; setting up a new one takes longer than decoding a frame.
+    """
+    frame_HWC = converter.reformat(frame, format="rgb24").to_ndarray()
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
+
+
+def exact_rate(fps: float) -> Fraction:
+    """Frames per second as the fraction that is meant: 29.97 is 30000/1001."""
+    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
+    return ntsc if abs(float(ntsc) - fps) < 5e-3 and fps % 1 else Fraction(fps).limit_denominator(1000)
+
+
+class _OpenClip:
+    """A container that stays open for random access."""
+
+    def __init__(self, path: Path):
+        self.container = _open(path)
+        self.stream = self.container.streams.video[0]
+        # Threads that work on several frames at once would have to be filled anew after every seek.
+        self.stream.thread_type, self.stream.thread_count = "SLICE", 1
+        self.converter = VideoReformatter()
+        self.position: float | None = None
+        self.frames: Iterator[VideoFrame] = iter(())
+
+    def at(self, times: Sequence[float], tolerance: float) -> Iterator[tuple[int, VideoFrame]]:
+        """Yields (number in `times`, frame) for every time that has a frame within `tolerance` seconds."""
+        for number, time in enumerate(times):
+            frame = self._frame_at(time, tolerance)
+            if frame is not None:
+                yield number, frame
+
+    def _frame_at(self, time: float, tolerance: float) -> VideoFrame | None:
+        # Just ahead, decoding on is cheaper than a seek.
+        near = self.position is not None and self.position < time < self.position + 5 * tolerance
+        if not near:
+            assert self.stream.time_base is not None
+            # A quarter of a frame later: seeking rounds down, and the frame itself may be a keyframe.
+            offset = int((time + tolerance / 2) / self.stream.time_base)
+            self.container.seek(offset, stream=self.stream)
+            self.frames = self.container.decode(self.stream)
+        for frame in self.frames:
+            self.position = float(frame.time or 0.0)
+            if self.position > time - tolerance:
+                return frame if self.position < time + tolerance else None
+        self.position = None
+        return None
+
+
+class _OpenClips(threading.local):
+    """The containers this thread holds open, the least recently used one first.
+
+    A forked worker must not share file positions with its parent, hence the process id; nor may it close what it
+    inherited, since that would wait for the parent's threads: `inherited` keeps it alive unused.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.clips: OrderedDict[Path, tuple[tuple[int, int], _OpenClip]] = OrderedDict()
+        self.inherited: OrderedDict[Path, tuple[tuple[int, int], _OpenClip]] | None = None
+
+    def of_this_process(self) -> OrderedDict[Path, tuple[tuple[int, int], _OpenClip]]:
+        if self.process != os.getpid():
+            self.inherited, self.clips, self.process = self.clips, OrderedDict(), os.getpid()
+        return self.clips
+
+
+_open_clips = _OpenClips()
+
+
+def _open_clip(path: Path) -> _OpenClip:
+    clips = _open_clips.of_this_process()
+    version = _version(path)
+    if path in clips and clips[path][0] == version:
+        clips.move_to_end(path)
+        return clips[path][1]
+    clips[path] = version, _OpenClip(path)
+    clips.move_to_end(path)
+    while len(clips) > OPEN_CLIPS:
+        _, (_, oldest) = clips.popitem(last=False)
+        oldest.container.close()
+    return clips[path][1]
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Tells a file from the one that replaced it under the same name."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    return status.st_mtime_ns, status.st_ino
+
+
+def _open(path: Path) -> InputContainer:
+    try:
+        container = av.open(str(path), metadata_errors="ignore")
+    except (av.FFmpegError, OSError) as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
+    if not container.streams.video:
+        container.close()
+        raise ValueError(f"{path}: holds no video stream; replace it or take it out")
+    return container
+
+
+def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
+    """The frames that can be decoded, and None for each packet that cannot."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            yield None
+            return
+        if packet.is_corrupt:
+            yield None
+            continue
+        try:
+            yield from stream.decode(packet)
+        except av.FFmpegError:
+            yield None
+
+
+def _expected_frames(container: InputContainer, stream: VideoStream) -> int | None:
+    if stream.frames:
+        return stream.frames
+    if stream.duration and stream.time_base:
+        return round(float(stream.duration * stream.time_base) * _rate(stream))
+    # A container's duration is that of its longest stream, which may be the sound.
+    if container.duration and len(container.streams) == 1:
+        return round(container.duration / av.time_base * _rate(stream))
+    return None
+
+
+def _rate(stream: VideoStream) -> float:
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+    return float(rate) if rate else 25.0
+
+
+def _even_shape(frame_HWC: np.ndarray, path: Path) -> tuple[int, int]:
+    if frame_HWC.ndim != 3 or frame_HWC.shape[2] != 3 or frame_HWC.dtype != np.uint8:
+        raise ValueError(f"{path}: frames must be uint8 (H, W, 3), got {frame_HWC.dtype} {frame_HWC.shape}")
+    height, width = frame_HWC.shape[:2]
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: frames are {width}x{height}; H.264 needs an even width and height")
+    return height, width

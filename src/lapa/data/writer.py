@@ -1,0 +1,444 @@
+"""Writes a dataset (layout: lapa.data.dataset) so that a kill at any instant loses and doubles nothing.
+
+Each episode is one mp4 per camera, written atomically, and then one line of `meta/journal.jsonl`, which alone says
+that the episode exists. A killed writer leaves whole episodes and perhaps an mp4 without a line, which the next one
+replaces. `finish` turns the journal into the tables of the layout; `meta/info.json` comes last and makes the dataset
+readable. Memory does not grow with the number of frames.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, UInt8
+
+from lapa.data.dataset import (
+    ACTION,
+    CAMERA_PREFIX,
+    CODEBASE_VERSION,
+    DATA_PATH,
+    EPISODES_PATH,
+    EXTRA,
+    INFO,
+    JOURNAL,
+    STATE,
+    STATS,
+    TASKS,
+    VIDEO_PATH,
+    Dataset,
+)
+from lapa.data.statistics import Moments, PixelMoments
+from lapa.data.video import encode_clip, probe
+from lapa.files import atomic_path, write_json
+
+CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
+ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
+EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
+FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+
+
+class DatasetWriter:
+    """Writes one dataset, episode by episode; `finish()` makes it readable.
+
+    root: the folder (`files.claim_output` has been asked already); fps: of all episodes.
+    cameras: short name -> (height, width), both even. action_names, state_names: one name a dimension, or None.
+    extra_info: noted in meta/lapa.json (`Dataset.extra`).
+    resume: go on after the last whole episode; `done_sources` says which sources those were.
+    Raises ValueError where `root` was begun with other settings.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        fps: float,
+        cameras: Mapping[str, tuple[int, int]],
+        action_names: Sequence[str] | None = None,
+        state_names: Sequence[str] | None = None,
+        robot_type: str | None = None,
+        keyframe_interval: int = 2,
+        extra_info: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ):
+        self.root, self.fps, self.cameras = Path(root), float(fps), dict(cameras)
+        self.widths = {
+            name: len(names) for name, names in ((ACTION, action_names), (STATE, state_names)) if names is not None
+        }
+        self.names = {ACTION: list(action_names or ()), STATE: list(state_names or ())}
+        self.robot_type, self.keyframe_interval = robot_type, keyframe_interval
+        self.extra_info = dict(extra_info or {})
+        self.num_episodes = 0
+        self.done_sources: set[str] = set()
+        self._journal = self.root / JOURNAL
+        for camera, (height, width) in self.cameras.items():
+            if height % 2 or width % 2:
+                raise ValueError(f"{root}: camera {camera} is {width}x{height}; width and height must be even")
+        self._begin(resume)
+
+    def add_episode(
+        self,
+        frames: Mapping[str, UInt8[np.ndarray, "T H W 3"] | Iterable[UInt8[np.ndarray, "H W 3"]]],
+        instruction: str,
+        *,
+        actions: Float[np.ndarray, "T A"] | None = None,
+        states: Float[np.ndarray, "T S"] | None = None,
+        source: str = "",
+    ) -> int:
+        """Writes an episode and returns its index.
+
+        frames: for every camera an array or any iterable of pictures; all of one length, as actions and states are.
+        Raises ValueError (nothing is added) where shapes do not fit or numbers are not finite.
+        """
+        rows = self._checked_rows({ACTION: actions, STATE: states}, source)
+        if set(frames) != set(self.cameras):
+            raise ValueError(
+                f"episode {source or self.num_episodes}: has cameras {sorted(frames)}, not {sorted(self.cameras)}"
+            )
+        lengths, pixels = {}, {}
+        for camera, pictures in frames.items():
+            pixels[camera] = PixelMoments()
+            sized = self._checked_frames(pictures, camera, source)
+            path = self.video_path(camera, self.num_episodes)
+            lengths[camera] = encode_clip(path, pixels[camera].watch(sized), self.fps, self.keyframe_interval)
+        return self._add(
+            lengths, rows, {name: moments.to_dict() for name, moments in pixels.items()}, instruction, source
+        )
+
+    def add_episode_files(
+        self,
+        files: Mapping[str, Path],
+        length: int,
+        instruction: str,
+        *,
+        pixel_stats: Mapping[str, dict[str, list[float]]],
+        actions: Float[np.ndarray, "T A"] | None = None,
+        states: Float[np.ndarray, "T S"] | None = None,
+        source: str = "",
+    ) -> int:
+        """Adds an episode whose mp4 files (camera -> path, on the same file system) are ready; they are moved.
+
+        pixel_stats: camera -> PixelMoments.to_dict() of its frames.
+        """
+        rows = self._checked_rows({ACTION: actions, STATE: states}, source)
+        for camera, path in files.items():
+            target = self.video_path(camera, self.num_episodes)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Path(path).replace(target)
+        return self._add(dict.fromkeys(files, length), rows, pixel_stats, instruction, source)
+
+    def video_path(self, camera: str, episode_index: int) -> Path:
+        """Where an episode's mp4 lies."""
+        return self.root / VIDEO_PATH.format(
+            video_key=CAMERA_PREFIX + camera,
+            chunk_index=episode_index // CHUNK_SIZE,
+            file_index=episode_index % CHUNK_SIZE,
+        )
+
+    def finish(self) -> Dataset:
+        """Writes the tables, meta/info.json last, and opens the dataset. ValueError where there is no episode."""
+        if not self.num_episodes:
+            raise ValueError(f"{self.root}: no episode was written; there is nothing to finish")
+        tasks: dict[str, int] = {}
+        totals = {name: Moments() for name in (*self._image_keys(), *self.widths, *FRAME_COLUMNS)}
+        tables = _Tables(self.root, self._data_schema())
+        num_frames = 0
+        for index, record in enumerate(self._records()):
+            task = tasks.setdefault(record["instruction"], len(tasks))
+            stats = {**record["stats"], **_frame_stats(record["length"], index, num_frames, task, self.fps)}
+            for name, values in stats.items():
+                totals[name].merge(values)
+            tables.add(
+                self._frame_table(record, index, num_frames, task), self._episode_row(record, index, num_frames, stats)
+            )
+            num_frames += record["length"]
+        tables.close()
+        _write_tasks(self.root / TASKS, list(tasks))
+        image_keys = self._image_keys()
+        stats = {name: _shaped(moments.to_dict(), name in image_keys) for name, moments in totals.items()}
+        write_json(self.root / STATS, stats)
+        write_json(self.root / EXTRA, self.extra_info)
+        write_json(self.root / INFO, self._info(num_frames, len(tasks)))
+        self._journal.unlink()
+        return Dataset.open(self.root)
+
+    def _begin(self, resume: bool) -> None:
+        """Opens the journal: new, or cut back to its last whole line."""
+        settings = {
+            "fps": self.fps,
+            "cameras": {name: list(shape) for name, shape in self.cameras.items()},
+            "names": self.names,
+            "keyframe_interval": self.keyframe_interval,
+        }
+        if (self.root / INFO).exists():
+            raise ValueError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
+        if not (resume and self._journal.exists() and self._journal.stat().st_size):
+            self._journal.parent.mkdir(parents=True, exist_ok=True)
+            self._journal.write_bytes(b"")
+            self._append(settings)
+            return
+        whole = 0
+        with self._journal.open("rb") as lines:
+            for number, line in enumerate(lines):
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+                record = json.loads(line)
+                if number == 0:
+                    if record != settings:
+                        raise ValueError(f"{self.root}: was begun with other settings; --overwrite to start anew")
+                    continue
+                self.num_episodes += 1
+                self.done_sources.add(record["source"])
+        os.truncate(self._journal, whole)
+        if not whole:
+            self._append(settings)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        """Adds a line to the journal, or, where that fails (disk full), leaves it as it was."""
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        before = self._journal.stat().st_size
+        try:
+            with self._journal.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.truncate(self._journal, before)
+            raise
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        with self._journal.open("rb") as lines:
+            next(lines)
+            for line in lines:
+                yield json.loads(line)
+
+    def _add(
+        self,
+        lengths: Mapping[str, int],
+        rows: Mapping[str, np.ndarray],
+        pixel_stats: Mapping[str, dict[str, list[float]]],
+        instruction: str,
+        source: str,
+    ) -> int:
+        counts = {**lengths, **{name: len(values) for name, values in rows.items()}}
+        if len(set(counts.values())) != 1:
+            raise ValueError(
+                f"episode {source or self.num_episodes}: lengths differ: {counts}; all need one row a frame"
+            )
+        stats = {CAMERA_PREFIX + camera: values for camera, values in pixel_stats.items()}
+        for name, values in rows.items():
+            moments = Moments()
+            moments.add(values)
+            stats[name] = moments.to_dict()
+        record = {"source": source, "instruction": instruction, "length": next(iter(lengths.values())), "stats": stats}
+        self._append({**record, **{name: values.tolist() for name, values in rows.items()}})
+        self.num_episodes += 1
+        self.done_sources.add(source)
+        return self.num_episodes - 1
+
+    def _checked_rows(self, rows: Mapping[str, np.ndarray | None], source: str) -> dict[str, np.ndarray]:
+        checked = {}
+        for name, values in rows.items():
+            where, width = f"episode {source or self.num_episodes}: {name}", self.widths.get(name)
+            if (values is None) != (width is None):
+                told = "missing" if values is None else "given, though the dataset was begun without it"
+                raise ValueError(f"{where} is {told}; every episode of a dataset has the same features")
+            if values is None:
+                continue
+            array = np.asarray(values, dtype=np.float32)
+            if array.ndim != 2 or array.shape[1] != width:
+                raise ValueError(f"{where} has shape {array.shape}, expected (frames, {width}): one column a name")
+            if not np.isfinite(array).all():
+                frame = int(np.argmin(np.isfinite(array).all(axis=1)))
+                raise ValueError(f"{where} is not finite at frame {frame}; correct it or leave the episode out")
+            checked[name] = array
+        return checked
+
+    def _checked_frames(self, frames: Iterable[np.ndarray], camera: str, source: str) -> Iterator[np.ndarray]:
+        for number, frame_HWC in enumerate(frames):
+            if frame_HWC.shape != (*self.cameras[camera], 3) or frame_HWC.dtype != np.uint8:
+                raise ValueError(
+                    f"episode {source or self.num_episodes}: frame {number} of {camera} is {frame_HWC.dtype} "
+                    f"{frame_HWC.shape}, expected uint8 {(*self.cameras[camera], 3)}"
+                )
+            yield frame_HWC
+
+    def _image_keys(self) -> list[str]:
+        return [CAMERA_PREFIX + camera for camera in self.cameras]
+
+    def _data_schema(self) -> pa.Schema:
+        # A feature of width 1 is a plain number in LeRobot's tables.
+        numbers = [
+            (name, pa.list_(pa.float32(), width) if width > 1 else pa.float32()) for name, width in self.widths.items()
+        ]
+        indices = [(name, pa.float32() if name == "timestamp" else pa.int64()) for name in FRAME_COLUMNS]
+        return pa.schema([*numbers, *indices])
+
+    def _frame_table(self, record: dict[str, Any], episode: int, first: int, task: int) -> pa.Table:
+        length = record["length"]
+        columns: dict[str, Any] = {
+            "timestamp": (np.arange(length) / self.fps).astype(np.float32),
+            "frame_index": np.arange(length),
+            "episode_index": np.full(length, episode),
+            "index": np.arange(first, first + length),
+            "task_index": np.full(length, task),
+        }
+        for name, width in self.widths.items():
+            flat = pa.array(np.asarray(record[name], dtype=np.float32).reshape(-1))
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
+        return pa.table(columns).select(self._data_schema().names).cast(self._data_schema())
+
+    def _episode_row(
+        self, record: dict[str, Any], episode: int, first: int, stats: Mapping[str, dict[str, list[float]]]
+    ) -> dict[str, Any]:
+        length = record["length"]
+        row: dict[str, Any] = {
+            "episode_index": episode,
+            "tasks": [record["instruction"]],
+            "length": length,
+            "dataset_from_index": first,
+            "dataset_to_index": first + length,
+            "source": record["source"],
+        }
+        for key in self._image_keys():
+            row[f"videos/{key}/chunk_index"] = episode // CHUNK_SIZE
+            row[f"videos/{key}/file_index"] = episode % CHUNK_SIZE
+            row[f"videos/{key}/from_timestamp"] = 0.0
+            row[f"videos/{key}/to_timestamp"] = length / self.fps
+        image_keys = self._image_keys()
+        for name, values in stats.items():
+            for statistic, value in _shaped(values, name in image_keys).items():
+                row[f"stats/{name}/{statistic}"] = value
+        return row
+
+    def _info(self, num_frames: int, num_tasks: int) -> dict[str, Any]:
+        fps = int(self.fps) if self.fps.is_integer() else self.fps
+        features: dict[str, Any] = {}
+        for name, width in self.widths.items():
+            features[name] = {"dtype": "float32", "shape": [width], "names": self.names[name]}
+        for camera, (height, width) in self.cameras.items():
+            video = probe(self.video_path(camera, 0))
+            features[CAMERA_PREFIX + camera] = {
+                "dtype": "video",
+                "shape": [height, width, 3],
+                "names": ["height", "width", "channels"],
+                "info": {
+                    "video.height": height,
+                    "video.width": width,
+                    "video.codec": video.codec,
+                    "video.pix_fmt": video.pix_fmt,
+                    "video.is_depth_map": False,
+                    "video.fps": fps,
+                    "video.channels": 3,
+                    "has_audio": False,
+                },
+            }
+        for name in FRAME_COLUMNS:
+            dtype = "float32" if name == "timestamp" else "int64"
+            features[name] = {"dtype": dtype, "shape": [1], "names": None}
+        return {
+            "codebase_version": CODEBASE_VERSION,
+            "robot_type": self.robot_type,
+            "total_episodes": self.num_episodes,
+            "total_frames": num_frames,
+            "total_tasks": num_tasks,
+            "chunks_size": CHUNK_SIZE,
+            "data_files_size_in_mb": 100,
+            "video_files_size_in_mb": 500,
+            "fps": fps,
+            "splits": {"train": f"0:{self.num_episodes}"},
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH,
+            "features": features,
+        }
+
+
+class _Tables:
+    """The data files and the episodes files, filled in step, each closed when it is full."""
+
+    def __init__(self, root: Path, schema: pa.Schema):
+        self.root, self.schema = root, schema
+        self.frames: list[pa.Table] = []
+        self.rows: list[dict[str, Any]] = []
+        self.num_rows = self.data_file = self.episode_file = 0
+
+    def add(self, frames: pa.Table, row: dict[str, Any]) -> None:
+        if self.num_rows and self.num_rows + len(frames) > ROWS_PER_FILE:
+            self._write_frames()
+        if len(self.rows) >= EPISODES_PER_GROUP:
+            self._write_episodes()
+        here = {"data/chunk_index": self.data_file // CHUNK_SIZE, "data/file_index": self.data_file % CHUNK_SIZE}
+        meta = {"meta/episodes/chunk_index": self.episode_file // CHUNK_SIZE}
+        meta["meta/episodes/file_index"] = self.episode_file % CHUNK_SIZE
+        self.frames.append(frames)
+        self.rows.append({**row, **here, **meta})
+        self.num_rows += len(frames)
+
+    def close(self) -> None:
+        self._write_frames()
+        self._write_episodes()
+
+    def _write_frames(self) -> None:
+        path = DATA_PATH.format(chunk_index=self.data_file // CHUNK_SIZE, file_index=self.data_file % CHUNK_SIZE)
+        with atomic_path(self.root / path) as temporary:
+            pq.write_table(pa.concat_tables(self.frames), temporary)
+        self.frames, self.num_rows = [], 0
+        self.data_file += 1
+
+    def _write_episodes(self) -> None:
+        chunk, number = divmod(self.episode_file, CHUNK_SIZE)
+        with atomic_path(self.root / EPISODES_PATH.format(chunk_index=chunk, file_index=number)) as temporary:
+            pq.write_table(pa.Table.from_pylist(self.rows), temporary)
+        self.rows = []
+        self.episode_file += 1
+
+
+def _frame_stats(length: int, episode: int, first: int, task: int, fps: float) -> dict[str, dict[str, list[float]]]:
+    """Statistics of the columns that every dataset has."""
+    steps = np.arange(length, dtype=np.float64)
+    columns = {
+        "timestamp": steps / fps,
+        "frame_index": steps,
+        "episode_index": np.full(length, episode),
+        "index": first + steps,
+        "task_index": np.full(length, task),
+    }
+    stats = {}
+    for name, values in columns.items():
+        moments = Moments()
+        moments.add(values[:, None])
+        stats[name] = moments.to_dict()
+    return stats
+
+
+def _shaped(values: dict[str, list[float]], image: bool) -> dict[str, Any]:
+    """Statistics as LeRobot shapes them: those of pictures are [3, 1, 1], so that they broadcast over C H W."""
+    if not image:
+        return values
+    return {name: value if name == "count" else [[[item]] for item in value] for name, value in values.items()}
+
+
+def _write_tasks(path: Path, tasks: list[str]) -> None:
+    """A table that pandas reads with the instructions as its index, as LeRobot's own reader expects."""
+    text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    number = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [{"name": None, "field_name": None, **text, "metadata": {"encoding": "UTF-8"}}],
+        "columns": [
+            {"name": "task_index", "field_name": "task_index", **number},
+            {"name": "task", "field_name": "task", **text},
+        ],
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.2.0",
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), temporary)

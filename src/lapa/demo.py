@@ -1,0 +1,227 @@
+"""The whole flow on Meta-World: action-free videos and a few demonstrations in, a table of success rates out.
+
+lapa demo --out runs/demo
+
+Each stage is a command of its own, shown before it runs; what the demo adds is their order. Interrupted, it goes on
+where it was: finished artifacts are kept, and the stage that was cut short resumes.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from lapa import config as configs
+from lapa.console import console, finish, say
+from lapa.files import claim_output, read_json, write_json
+
+SETTINGS, RESULTS = "settings.json", "demo.json"
+# Seeds of the stages lie apart, so that no labelled episode or rollout repeats a video.
+DEMONSTRATION_SEED, ROLLOUT_SEED = 1000, 2000
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Run every stage, and compare random actions, training without pretraining, and with it."""
+
+    out: Path = Path("runs/demo")
+    """Folder of everything the demo makes."""
+    preset: Literal["tiny", "debug"] = "tiny"
+    """tiny: Meta-World, about a quarter of an hour on two cores. debug: a made-up world, a minute, learns little."""
+    tasks: str = "button-press-topdown,window-open,door-open"
+    """Meta-World tasks, parted by commas."""
+    videos: int = 30
+    """Action-free videos of each task."""
+    demonstrations: int = 5
+    """Episodes with actions of each task."""
+    rollouts: int = 20
+    """Rollouts of each task and policy."""
+    seed: int = 0
+    overwrite: bool = False
+    """Replace what `out` holds."""
+    resume: bool = False
+    """Go on with the demo that `out` holds."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. `artifact` is the file that it writes last: where it is, the stage is done."""
+
+    title: str
+    command: list[str]
+    artifact: Path
+
+
+def run(config: DemoConfig) -> None:
+    """`lapa demo`. Raises ValueError where `out` holds another demo or a stage fails."""
+    out = config.out
+    claim_output(out, complete=(out / RESULTS).exists(), overwrite=config.overwrite, resume=config.resume)
+    _require_same_settings(config)
+    plan = stages(config)
+    seconds: dict[str, float] = {}
+    for number, stage in enumerate(plan, 1):
+        console.rule(f"{number}/{len(plan)}  {stage.title}", align="left")
+        if stage.artifact.exists():
+            say(f"done before: {stage.artifact.parent}")
+            continue
+        say(f"$ lapa {' '.join(stage.command)}")
+        seconds[stage.title] = _run(stage)
+    report(config, seconds)
+
+
+def stages(config: DemoConfig) -> list[Stage]:
+    """The commands of the demo, in the order of the flow."""
+    out, seed, preset = config.out, str(config.seed), ["--preset", config.preset]
+    videos, robot, lam, labels = out / "videos", out / "demonstrations", out / "lam", out / "labels"
+    latent_policy, policy, scratch = out / "latent_policy", out / "policy", out / "policy_from_scratch"
+    world = [] if config.preset == "debug" else ["--horizon-seconds", "0.2"]
+    # So few episodes are all needed to learn from.
+    robot_data = ["--data", str(robot), "--held-out", "0"]
+
+    def train(verb: str, artifact: Path, *options: str) -> list[str]:
+        return [*verb.split(), *preset, *options, "--seed", seed, "--out", str(artifact), "--resume"]
+
+    plan = [
+        Stage("videos without actions", _data(config, videos, actions=False), videos / "meta" / "info.json"),
+        Stage("a few demonstrations with actions", _data(config, robot, actions=True), robot / "meta" / "info.json"),
+        Stage(
+            "latent action model",
+            train("latent train", lam, "--data", str(videos), *world),
+            lam / "config.json",
+        ),
+        Stage(
+            "what the latent actions know of the true ones",
+            ["latent", "probe", str(lam), "--data", str(robot), "--out", str(out / "probe"), "--overwrite"],
+            out / "probe" / "probe.json",
+        ),
+        Stage(
+            "latent action labels",
+            ["label", "--lam", str(lam), "--data", str(videos), "--out", str(labels), "--resume"],
+            labels / "manifest.json",
+        ),
+        Stage(
+            "pretraining on latent actions",
+            train("policy pretrain", latent_policy, "--data", str(videos), "--labels", str(labels)),
+            latent_policy / "config.json",
+        ),
+        Stage(
+            "finetuning on the demonstrations",
+            train("policy finetune", policy, "--policy", str(latent_policy), *robot_data),
+            policy / "config.json",
+        ),
+        Stage(
+            "the same without pretraining",
+            train("policy finetune", scratch, "--from-scratch", "--policy", str(latent_policy), *robot_data),
+            scratch / "config.json",
+        ),
+    ]
+    for name, who in arms(config).items():
+        plan.append(Stage(f"rollouts: {name}", _evaluate(config, who), _results(config, who)))
+    return plan
+
+
+def arms(config: DemoConfig) -> dict[str, str]:
+    """The rows of the table: what they are called, and what `lapa evaluate` is given."""
+    return {
+        "random actions": "random",
+        "finetuned from scratch": str(config.out / "policy_from_scratch"),
+        "latent pretraining, then finetuned": str(config.out / "policy"),
+    }
+
+
+def report(config: DemoConfig, seconds: dict[str, float]) -> None:
+    """Prints the table, writes demo.json, and says what there is now and how to go on."""
+    out = config.out
+    before = read_json(out / RESULTS)["seconds"] if (out / RESULTS).exists() else {}
+    results = {name: read_json(_results(config, who)) for name, who in arms(config).items()}
+    tasks = list(next(iter(results.values()))["tasks"])
+    table = Table("policy", *tasks, "all tasks", title="success rate, with 95% interval")
+    for name, result in results.items():
+        table.add_row(name, *(_rate(result["tasks"][task]) for task in tasks), _rate(result["overall"]))
+    console.print(table)
+    write_json(out / RESULTS, {"config": configs.to_dict(config), "results": results, "seconds": {**before, **seconds}})
+    for path, what in {
+        "videos": "dataset without actions",
+        "demonstrations": "dataset with actions",
+        "lam": "latent action model",
+        "probe": "what the latent actions know (probe.json, grid.png)",
+        "labels": "latent action labels",
+        "latent_policy": "latent policy",
+        "policy": "policy",
+        "policy_from_scratch": "policy without pretraining",
+        "results": "rollouts, with videos",
+    }.items():
+        say(f"  {out / path}: {what}")
+    finish(
+        "the demo's table",
+        out / RESULTS,
+        [
+            "lapa data videos FOLDER --caption TEXT --out DATASET      # your own videos",
+            "lapa latent train --preset base --data DATASET --out LAM  # and on",
+        ],
+    )
+
+
+def _data(config: DemoConfig, out: Path, *, actions: bool) -> list[str]:
+    if config.preset == "debug":
+        options = ["--actions"] if actions else []
+        return ["data", "synthetic", "--episodes", "16", *options, "--out", str(out), "--overwrite"]
+    episodes = config.demonstrations if actions else config.videos
+    seed = config.seed + (DEMONSTRATION_SEED if actions else 0)
+    options = [] if actions else ["--no-actions"]
+    return [
+        "data", "metaworld", "--tasks", config.tasks, "--episodes", str(episodes), *options,
+        "--seed", str(seed), "--out", str(out), "--resume",
+    ]  # fmt: skip
+
+
+def _evaluate(config: DemoConfig, who: str) -> list[str]:
+    world = ["synthetic", "--tasks", "all"] if config.preset == "debug" else ["metaworld", "--tasks", config.tasks]
+    return [
+        "evaluate", who, "--env", *world, "--episodes", str(config.rollouts),
+        "--seed", str(config.seed + ROLLOUT_SEED), "--out", str(_results(config, who).parent), "--resume",
+    ]  # fmt: skip
+
+
+def _results(config: DemoConfig, who: str) -> Path:
+    return config.out / "results" / Path(who).name / "results.json"
+
+
+def _run(stage: Stage) -> float:
+    """Runs a stage to its end and returns its seconds. Ctrl-C reaches the stage too, which checkpoints and leaves."""
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command])
+    while True:
+        try:
+            status = process.wait()
+            break
+        except KeyboardInterrupt:
+            say("stopping; `lapa demo --resume` goes on from here")
+    if status in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if status:
+        raise ValueError(f"the stage {stage.title!r} failed (see above); mend it and go on with `lapa demo --resume`")
+    return round(time.monotonic() - started, 1)
+
+
+def _require_same_settings(config: DemoConfig) -> None:
+    path = config.out / SETTINGS
+    settings: dict[str, Any] = configs.to_dict(config)
+    for volatile in ("out", "overwrite", "resume"):
+        del settings[volatile]
+    if path.exists() and (then := read_json(path)) != settings:
+        changed = ", ".join(key for key in settings if then.get(key) != settings[key])
+        raise ValueError(f"{path}: this demo was begun with another {changed}; use --overwrite, or another --out")
+    write_json(path, settings)
+
+
+def _rate(result: dict[str, Any]) -> str:
+    low, high = result["interval"]
+    return f"{result['success_rate']:.0%} ({low:.0%} to {high:.0%})"

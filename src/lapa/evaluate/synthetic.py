@@ -1,0 +1,82 @@
+"""A square to be moved in a named direction: a simulator of a few lines of numpy, for tests and the debug preset.
+
+It looks like the made-up videos of lapa.data.sources.synthetic and has their action, the velocity in pixels a
+frame (right, down), so a policy trained on those can act here, without any graphics driver.
+
+    lapa evaluate expert --env synthetic --tasks all --episodes 5 --out RESULTS
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lapa.config import unknown
+from lapa.types import Observation
+
+# Direction k points at k * 45 degrees, counted from the right, anticlockwise.
+DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
+CAMERA = "front"
+# In pixels of the 64 px picture, on each axis.
+LONGEST_STEP = 4.0
+# Share of the picture's width that the square must travel.
+DISTANCE = 0.4
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """'all' or directions parted by commas."""
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    for name in names:
+        if name != "all" and name not in DIRECTIONS:
+            raise unknown("direction", name, ["all", *DIRECTIONS])
+    if not names:
+        raise ValueError("no task given; name directions parted by commas, or all")
+    return tuple(dict.fromkeys(DIRECTIONS if "all" in names else names))
+
+
+def check_cameras(cameras: Sequence[str]) -> None:
+    """Raises ValueError on any camera but the one there is."""
+    for camera in cameras:
+        if camera != CAMERA:
+            raise unknown("camera", camera, [CAMERA])
+
+
+class SquareEnvironment:
+    """Solved when the square has travelled far enough, nearer to the instructed direction than to any other."""
+
+    def __init__(self, task: str, size: int, cameras: Sequence[str]) -> None:
+        angle = DIRECTIONS.index(task) * np.pi / 4
+        self._heading = np.array([np.cos(angle), -np.sin(angle)])
+        self._task, self._size, self._cameras = task, size, tuple(cameras)
+
+    def reset(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+        way = self._heading * self._size * (DISTANCE + 0.1)
+        half = self._size / 10
+        low, high = half + np.maximum(-way, 0), self._size - half - np.maximum(way, 0)
+        self._start = self._centre = self._rng.uniform(low, high)
+        self._ground, self._colour = self._rng.uniform(0, 110, 3), self._rng.uniform(150, 255, 3)
+
+    def observe(self) -> Observation:
+        pixels, half = np.arange(self._size) + 0.5, self._size / 10
+        right, down = self._centre
+        inside_HW = (np.abs(pixels[:, None] - down) < half) & (np.abs(pixels[None] - right) < half)
+        picture = np.where(inside_HW[..., None], self._colour, self._ground)
+        picture = (picture + self._rng.normal(0, 3, picture.shape)).clip(0, 255).astype(np.uint8)
+        images = dict.fromkeys(self._cameras, picture)
+        return Observation(images, f"move {self._task}", self._centre.astype(np.float32))
+
+    def step(self, action: np.ndarray) -> bool:
+        half = self._size / 10
+        longest = LONGEST_STEP * self._size / 64
+        self._centre = (self._centre + np.clip(action, -longest, longest)).clip(half, self._size - half)
+        travelled = self._centre - self._start
+        distance = float(np.hypot(*travelled))
+        return distance >= DISTANCE * self._size and bool(travelled @ self._heading > np.cos(np.pi / 8) * distance)
+
+    def expert_action(self) -> np.ndarray:
+        return (2 * self._heading * self._size / 64).astype(np.float32)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,130 @@
+"""Patch tokens: from frames, back to frames, into a few latents; and where they stand (bias, convolution).
+
+Architecture of the latent action model (LAPA, https://arxiv.org/abs/2410.11758).
+
+    pytest tests/test_nn.py
+
+Axes: B batch, T time, C channel, H W image or patch grid, N patches, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class PatchEmbedding(nn.Module):
+    """Each square patch as a token: LayerNorm, Linear, LayerNorm. The same for every frame."""
+
+    def __init__(self, patch_size: int, dim: int, channels: int = 3):
+        super().__init__()
+        self.patch_size = patch_size
+        pixels = channels * patch_size**2
+        self.pixel_norm = nn.LayerNorm(pixels)
+        self.project = nn.Linear(pixels, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, frames_BTCHW: Tensor) -> Tensor:
+        size = self.patch_size
+        patches = rearrange(frames_BTCHW, "b t c (h p) (w q) -> b t h w (c p q)", p=size, q=size)
+        return self.norm(self.project(self.pixel_norm(patches)))
+
+
+class PatchPixels(nn.Module):
+    """Tokens to pixels: one Linear per patch. zero_init: the model begins by predicting nothing at all."""
+
+    def __init__(self, patch_size: int, dim: int, channels: int = 3, *, zero_init: bool = False):
+        super().__init__()
+        self.patch_size = patch_size
+        self.project = nn.Linear(dim, channels * patch_size**2)
+        if zero_init:
+            nn.init.zeros_(self.project.weight)
+            nn.init.zeros_(self.project.bias)
+
+    def forward(self, tokens_BHWD: Tensor) -> Tensor:
+        size = self.patch_size
+        return rearrange(self.project(tokens_BHWD), "b h w (c p q) -> b c (h p) (w q)", p=size, q=size)
+
+
+class PatchSummary(nn.Module):
+    """Tokens of a patch grid to a few latents: a projection, then a small CNN whose output grid is `shape`.
+
+    The first convolution halves the grid where enough places remain for the latents.
+    """
+
+    def __init__(self, dim: int, latent_dim: int, grid: int, shape: tuple[int, int]):
+        super().__init__()
+        rows, columns = shape
+        halved = (grid + 1) // 2
+        stride, side = (2, halved) if halved >= max(shape) else (1, grid)
+        self.project = nn.Linear(dim, latent_dim)
+        self.shrink = nn.Conv2d(latent_dim, latent_dim, 3, stride=stride, padding=1)
+        self.gather = nn.Conv2d(latent_dim, latent_dim, (side - rows + 1, side - columns + 1))
+
+    def forward(self, tokens_BHWD: Tensor) -> Tensor:
+        grid = rearrange(self.project(tokens_BHWD), "b h w d -> b d h w")
+        return rearrange(self.gather(F.relu(self.shrink(grid))), "b d r c -> b (r c) d")
+
+
+class PositionBias(nn.Module):
+    """Continuous relative position bias: a small MLP on log-spaced offsets between patches of a square grid.
+
+    The MLP runs once for each distinct offset, (2 grid - 1)^2 of them, not for each of the grid^4 pairs.
+    """
+
+    offsets_M2: Tensor
+    offset_of_pair_NN: Tensor
+
+    def __init__(self, grid: int, dim: int, heads: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(2, dim), nn.LeakyReLU(0.1), nn.Linear(dim, dim), nn.LeakyReLU(0.1), nn.Linear(dim, heads)
+        )
+        span = torch.arange(1 - grid, grid)
+        offsets = torch.cartesian_prod(span, span).float()
+        self.register_buffer("offsets_M2", offsets.sign() * offsets.abs().log1p(), persistent=False)
+        places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))
+        between = places[:, None] - places[None] + grid - 1
+        index = between[..., 0] * (2 * grid - 1) + between[..., 1]
+        self.register_buffer("offset_of_pair_NN", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        """The bias to add to the attention logits: [heads, N, N], query before key."""
+        return rearrange(self.net(self.offsets_M2)[self.offset_of_pair_NN], "n m h -> h n m")
+
+
+class CausalPositions(nn.Module):
+    """Depthwise 3x3x3 convolution over (time, height, width) that sees no later frame: the PEG of the paper.
+
+    Written as one 2-D convolution for each time lag, since with two frames most taps of the 3-D one meet padding.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        like = nn.Conv3d(dim, dim, 3, groups=dim)
+        self.weight = nn.Parameter(like.weight.detach().clone())
+        self.bias = nn.Parameter(like.bias.detach().clone())  # type: ignore[union-attr]
+
+    def forward(self, x_BTHWD: Tensor) -> Tensor:
+        frames = rearrange(x_BTHWD, "b t h w d -> b t d h w")
+        num_frames, (taps, dim) = frames.shape[1], (self.weight.shape[2], self.weight.shape[0])
+        out = self._convolve(frames, self.weight[:, :, taps - 1], self.bias, dim)
+        for lag in range(1, min(taps, num_frames)):
+            past = self._convolve(frames[:, :-lag], self.weight[:, :, taps - 1 - lag], None, dim)
+            out = torch.cat((out[:, :lag], out[:, lag:] + past), dim=1)
+        return rearrange(out, "b t d h w -> b t h w d")
+
+    @staticmethod
+    def _convolve(frames_BTDHW: Tensor, weight: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+        flat = rearrange(frames_BTDHW, "b t d h w -> (b t) d h w")
+        out = F.conv2d(flat, weight, bias, padding=1, groups=dim)
+        return rearrange(out, "(b t) d h w -> b t d h w", b=frames_BTDHW.shape[0])
+
+
+def sinusoids(length: int, dim: int) -> Tensor:
+    """Fixed embeddings [length, dim] that tell the items of a short sequence apart."""
+    frequencies = 1e4 ** (-torch.arange(0, dim, 2) / dim)
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :dim]

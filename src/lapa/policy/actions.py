@@ -1,0 +1,152 @@
+"""Robot actions as bins: equal-frequency binning of each action dimension, made for data with ties.
+
+LAPA (https://arxiv.org/abs/2410.11758) cuts each dimension into 256 bins of equal frequency and drops duplicate edges.
+Where many actions share a value (a clipped ±1, a gripper that is open or shut), that loses bins and decodes the shared
+value to a midpoint beside it. Here a value that would fill two bins or more has a bin of its own, and the others share
+what is left; a dimension of at most 256 distinct values has a bin for each.
+
+A bin decodes to the median of its data (the paper's: to its midpoint): the median errs least in absolute terms, and
+where a bin holds a shared value and a few stragglers it is that value exactly.
+
+    bins = ActionBins.fit(actions_TA); bins.decode(bins.encode(actions_TA))
+
+Axes: T time, A action dimensions, N bins of the widest dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lapa.files import atomic_path
+
+ARRAYS = ("edges", "centres", "counts", "low", "high")
+
+
+@dataclass(frozen=True, eq=False)
+class ActionBins:
+    """The bins of A action dimensions.
+
+    edges_AN: upper edge of each bin but the last, padded with infinity; a value on an edge lies above it.
+    centres_AN: what each bin decodes to, padded with the last.
+    counts_A: how many bins each dimension has.
+    low_A, high_A: the range of the data; what lies outside is clamped to the edge bins.
+    """
+
+    edges_AN: Float[np.ndarray, "A N"]
+    centres_AN: Float[np.ndarray, "A N"]
+    counts_A: Int[np.ndarray, "A"]
+    low_A: Float[np.ndarray, "A"]
+    high_A: Float[np.ndarray, "A"]
+
+    @classmethod
+    def fit(cls, actions_TA: Float[np.ndarray, "T A"], num_bins: int = 256) -> ActionBins:
+        """Bins for the given actions, at most `num_bins` a dimension. ValueError for NaN or no actions."""
+        actions_TA = np.asarray(actions_TA, dtype=np.float32)
+        if actions_TA.ndim != 2 or 0 in actions_TA.shape:
+            raise ValueError(f"actions to fit bins to must be [T, A] with at least one row, got {actions_TA.shape}")
+        if num_bins < 2:
+            raise ValueError(f"an action dimension needs at least 2 bins, got {num_bins}")
+        _require_finite(actions_TA)
+        dimensions = [_fit_dimension(values_T, num_bins) for values_T in actions_TA.T]
+        counts_A = np.array([len(centres) for _, centres in dimensions], dtype=np.int64)
+        width = int(counts_A.max())
+        return cls(
+            edges_AN=np.stack([np.pad(e, (0, width - len(e)), constant_values=np.inf) for e, _ in dimensions]),
+            centres_AN=np.stack([np.pad(c, (0, width - len(c)), mode="edge") for _, c in dimensions]),
+            counts_A=counts_A,
+            low_A=actions_TA.min(0),
+            high_A=actions_TA.max(0),
+        )
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.counts_A)
+
+    def encode(self, actions: Float[np.ndarray, "*T A"]) -> Int[np.ndarray, "*T A"]:
+        """The bin of each action; outside the range of the data, the edge bin. ValueError for NaN or wrong width."""
+        actions = np.asarray(actions, dtype=np.float32)
+        self._require_width(actions)
+        _require_finite(actions)
+        bins = [np.searchsorted(self.edges_AN[a], actions[..., a], side="right") for a in range(self.action_dim)]
+        return np.stack(bins, axis=-1).astype(np.int64)
+
+    def decode(self, bins: Int[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
+        """Bins as actions in the robot's units, float32. ValueError for a bin that its dimension does not have."""
+        bins = np.asarray(bins)
+        self._require_width(bins)
+        for dimension, count in enumerate(self.counts_A):
+            column = bins[..., dimension]
+            if column.size and not (column.min() >= 0 and column.max() < count):
+                raise ValueError(
+                    f"action dimension {dimension} has bins 0 to {count - 1}, got {column.min()} to {column.max()}"
+                )
+        return self.centres_AN[np.arange(self.action_dim), bins]
+
+    def count_outside(self, actions: Float[np.ndarray, "*T A"]) -> Int[np.ndarray, "A"]:
+        """How many values of each dimension lie outside the fitted range, and so are clamped by `encode`."""
+        self._require_width(actions)
+        outside = (actions < self.low_A) | (actions > self.high_A)
+        return outside.reshape(-1, self.action_dim).sum(0)
+
+    def save(self, path: Path) -> None:
+        """Writes the arrays as safetensors, atomically."""
+        with atomic_path(path) as temporary:
+            save_file({name: getattr(self, field) for name, field in _fields().items()}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> ActionBins:
+        """Reads what `save` wrote. ValueError naming the file where it is missing or something else."""
+        try:
+            arrays = load_file(path)
+            return cls(**{field: arrays[name] for name, field in _fields().items()})
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path}: not a file of action bins ({error}); finetune the policy again") from None
+
+    def _require_width(self, actions: np.ndarray) -> None:
+        if actions.ndim < 1 or actions.shape[-1] != self.action_dim:
+            raise ValueError(f"expected actions of {self.action_dim} dimensions, got an array of shape {actions.shape}")
+
+
+def _fields() -> dict[str, str]:
+    return {name: f"{name}_{'AN' if name in ('edges', 'centres') else 'A'}" for name in ARRAYS}
+
+
+def _require_finite(actions: np.ndarray) -> None:
+    broken = ~np.isfinite(actions).reshape(-1, actions.shape[-1])
+    if broken.any():
+        row, dimension = (int(i) for i in np.argwhere(broken)[0])
+        raise ValueError(f"actions are not finite: row {row}, dimension {dimension} (and {broken.sum() - 1} more)")
+
+
+def _fit_dimension(values_T: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inner edges (float64) and centres (float32) of one dimension."""
+    distinct, counts = np.unique(values_T, return_counts=True)
+    bins = np.arange(len(distinct)) if len(distinct) <= num_bins else _bins_of_distinct(counts, num_bins)
+    firsts = np.flatnonzero(np.diff(bins, prepend=-1))
+    edges = (distinct[firsts[1:]].astype(np.float64) + distinct[firsts[1:] - 1]) / 2
+    groups = np.split(np.sort(values_T), np.cumsum(counts)[firsts[1:] - 1])
+    return edges, np.array([np.median(group) for group in groups], dtype=np.float32)
+
+
+def _bins_of_distinct(counts_U: np.ndarray, num_bins: int) -> np.ndarray:
+    """The bin of each of U sorted distinct values, given how often it occurs: at most `num_bins`, in order.
+
+    A heavy value fills two plain bins or more, so there are fewer than num_bins / 2 of them. Each takes one bin and
+    may cut one more in two; the bins of equal frequency that the light values share are as many as that leaves.
+    """
+    heavy_U = counts_U * num_bins > 2 * counts_U.sum()
+    light_U = np.where(heavy_U, 0, counts_U)
+    num_shared = num_bins - 2 * int(heavy_U.sum())
+    middle_rank_U = (np.cumsum(light_U) - light_U / 2) / max(1, light_U.sum())
+    shared_U = np.minimum((middle_rank_U * num_shared).astype(np.int64), num_shared - 1)
+    after_heavy_U = np.concatenate([[False], heavy_U[:-1]])
+    starts_U = heavy_U | after_heavy_U | (np.diff(shared_U, prepend=-1) > 0)
+    return np.cumsum(starts_U) - 1

@@ -1,0 +1,64 @@
+"""One vocabulary with segments: text | latent actions | robot action bins.
+
+A token is a row of the language model's embedding and head; a code is its number within a segment. Latent actions
+are L tokens of the latent segment and robot actions A tokens of the bin segment, with rows shared by all positions,
+as in LAPA (https://arxiv.org/abs/2410.11758). So the model stays an ordinary causal language model, and a segment is
+added by adding rows at the end.
+
+    vocabulary = Vocabulary(text=512, latent=8, bins=256)
+    vocabulary.tokens("latent", codes_BL)     # 512 + codes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+Segment = Literal["text", "latent", "bins"]
+SEGMENTS: tuple[Segment, ...] = ("text", "latent", "bins")
+
+Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """How many rows each segment has, in the order in which they lie."""
+
+    text: int
+    latent: int = 0
+    bins: int = 0
+
+    def __post_init__(self) -> None:
+        if self.text < 1 or self.latent < 0 or self.bins < 0:
+            raise ValueError(f"a vocabulary needs text rows and no negative sizes, got {self}")
+
+    @property
+    def size(self) -> int:
+        return self.text + self.latent + self.bins
+
+    def rows(self, segment: Segment) -> range:
+        """The tokens of a segment."""
+        sizes = {name: int(getattr(self, name)) for name in SEGMENTS}
+        first = sum(sizes[name] for name in SEGMENTS[: SEGMENTS.index(segment)])
+        return range(first, first + sizes[segment])
+
+    def tokens(self, segment: Segment, codes: Integers) -> Integers:
+        """Codes of a segment as tokens. Raises ValueError for a code that the segment does not have."""
+        self._require(segment, codes, range(len(self.rows(segment))), "codes")
+        return codes + self.rows(segment).start
+
+    def codes(self, segment: Segment, tokens: Integers) -> Integers:
+        """The inverse of `tokens`. Raises ValueError for a token of another segment."""
+        self._require(segment, tokens, self.rows(segment), "tokens")
+        return tokens - self.rows(segment).start
+
+    def _require(self, segment: Segment, values: Integers, allowed: range, what: str) -> None:
+        count = int(np.prod(values.shape))
+        if count and not (allowed.start <= int(values.min()) and int(values.max()) < allowed.stop):
+            raise ValueError(
+                f"{what} of the {segment} segment lie in [{allowed.start}, {allowed.stop}), "
+                f"got {int(values.min())} to {int(values.max())}"
+            )

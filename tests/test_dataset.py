@@ -1,0 +1,297 @@
+"""Datasets on disk: written and read back, LeRobot's layout, kills and full disks, and what bad ones say."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lapa.data.dataset import INFO, JOURNAL, Dataset
+from lapa.data.info import InfoConfig
+from lapa.data.info import run as run_info
+from lapa.data.sources.synthetic import CAMERA, write_synthetic_dataset
+from lapa.data.statistics import Moments
+from lapa.data.video import encode_clip
+from lapa.data.writer import DatasetWriter
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_synthetic_dataset(tmp_path_factory.mktemp("square") / "d", episodes=4, frames=12, actions=True)
+
+
+def grey(num: int, level: int = 100) -> np.ndarray:
+    return np.full((num, 32, 32, 3), level, np.uint8)
+
+
+def writer(root: Path, **changes) -> DatasetWriter:
+    settings = {"fps": 10, "cameras": {"front": (32, 32)}, "action_names": ["x", "y"], **changes}
+    return DatasetWriter(root, **settings)
+
+
+def test_numbers_and_pictures_come_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    actions = [rng.normal(size=(n, 2)).astype(np.float32) for n in (5, 3)]
+    writing = writer(tmp_path / "d", state_names=["s"])
+    for number, values in enumerate(actions):
+        frames = grey(len(values), 60 + 80 * number)
+        writing.add_episode(
+            {"front": frames}, f"task {number}", actions=values, states=values[:, :1], source=f"s{number}"
+        )
+    dataset = writing.finish()
+    assert (dataset.action_dim, dataset.state_dim, dataset.num_frames, dataset.fps) == (2, 1, 8, 10.0)
+    assert [episode.instruction for episode in dataset.episodes] == ["task 0", "task 1"]
+    assert [episode.source for episode in dataset.episodes] == ["s0", "s1"]
+    for number, values in enumerate(actions):
+        assert (dataset.actions(number) == values).all()
+        assert (dataset.states(number) == values[:, :1]).all()
+        assert np.abs(dataset.frames(number).astype(int) - (60 + 80 * number)).max() <= 4
+    assert dataset.image_shape() == (32, 32)
+    assert not (tmp_path / "d" / JOURNAL).exists()
+
+
+def test_the_layout_is_lerobots(square: Dataset) -> None:
+    info = json.loads((square.root / "meta/info.json").read_text())
+    assert info["codebase_version"] == "v3.0"
+    assert (info["total_episodes"], info["total_frames"], info["total_tasks"]) == (4, 48, 4)
+    assert info["splits"] == {"train": "0:4"}
+    assert info["features"]["observation.images.front"]["info"]["video.height"] == 64
+    rows = pq.read_table(square.root / "data/chunk-000/file-000.parquet")
+    assert rows.schema.field("action").type == pa.list_(pa.float32(), 2)
+    assert rows.schema.field("timestamp").type == pa.float32()
+    assert rows["index"].to_pylist() == list(range(48))
+    assert rows["frame_index"].to_pylist() == list(range(12)) * 4
+    episodes = pq.read_table(square.root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    assert [row["dataset_from_index"] for row in episodes] == [0, 12, 24, 36]
+    assert episodes[1]["videos/observation.images.front/to_timestamp"] == pytest.approx(1.2)
+    assert episodes[1]["tasks"] == ["move up-right"]
+    assert np.shape(episodes[0]["stats/observation.images.front/mean"]) == (3, 1, 1)
+    stats = json.loads((square.root / "meta/stats.json").read_text())
+    everything = np.concatenate([square.actions(number) for number in range(4)])
+    assert stats["action"]["mean"] == pytest.approx(everything.mean(axis=0), abs=1e-5)
+    assert stats["action"]["std"] == pytest.approx(everything.std(axis=0), abs=1e-5)
+    assert stats["action"]["count"] == [48]
+
+
+def test_pandas_reads_the_tasks_as_an_index(square: Dataset) -> None:
+    pandas = pytest.importorskip("pandas")
+    tasks = pandas.read_parquet(square.root / "meta/tasks.parquet")
+    assert list(tasks.index) == list(square.tasks)
+    assert tasks.loc["move up"].task_index == 2
+
+
+def test_video_without_actions_has_no_action_feature(tmp_path: Path) -> None:
+    dataset = write_synthetic_dataset(tmp_path / "d", episodes=2, frames=4)
+    assert dataset.action_dim is None
+    assert "action" not in dataset.features
+    assert dataset.states(0) is None
+    with pytest.raises(ValueError, match="has no actions"):
+        dataset.actions(0)
+
+
+def test_moments_of_parts_are_those_of_the_whole() -> None:
+    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
+    merged = Moments()
+    for part in (rows[:7], rows[7:8], rows[8:]):
+        moments = Moments()
+        moments.add(part)
+        merged.merge(moments.to_dict())
+    values = merged.to_dict()
+    assert values["mean"] == pytest.approx(rows.mean(axis=0))
+    assert values["std"] == pytest.approx(rows.std(axis=0))
+    assert values["max"] == pytest.approx(rows.max(axis=0))
+    assert values["count"] == [50]
+
+
+def test_episodes_that_share_files_are_read_as_lerobot_writes_them(square: Dataset, tmp_path: Path) -> None:
+    """One mp4 with all episodes, several chunks of data and metadata, an unnamed pandas index, lists of any length."""
+    root = tmp_path / "shared"
+    shutil.copytree(square.root, root)
+    shutil.rmtree(root / "videos")
+    frames = np.concatenate([square.frames(number) for number in range(4)])
+    key = "observation.images.front"
+    encode_clip(root / f"videos/{key}/chunk-000/file-000.mp4", frames, square.fps, keyframe_interval=12)
+    rows = pq.read_table(root / "data/chunk-000/file-000.parquet")
+    loose = rows["action"].cast(pa.list_(pa.float32()))
+    rows = rows.set_column(rows.schema.get_field_index("action"), "action", loose)
+    episodes = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    for number, row in enumerate(episodes):
+        row.update({f"videos/{key}/file_index": 0, f"videos/{key}/from_timestamp": number * 1.2})
+        row.update({"data/chunk_index": number // 2, "meta/episodes/chunk_index": number // 2})
+        del row["source"]
+    for chunk in (0, 1):
+        for folder, table in (
+            ("data", rows[24 * chunk : 24 * chunk + 24]),
+            ("meta/episodes", episodes[2 * chunk : 2 * chunk + 2]),
+        ):
+            path = root / folder / f"chunk-00{chunk}" / "file-000.parquet"
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(table if folder == "data" else pa.Table.from_pylist(table), path)
+    tasks = pq.read_table(root / "meta/tasks.parquet").rename_columns(["task_index", "__index_level_0__"])
+    pq.write_table(tasks.replace_schema_metadata(None), root / "meta/tasks.parquet")
+    shared = Dataset.open(root)
+    assert shared.tasks == square.tasks
+    for number in (3, 0, 2, 1):
+        assert (shared.actions(number) == square.actions(number)).all()
+        apart = shared.frames(number, [11, 0, 5]).astype(int) - square.frames(number, [11, 0, 5])
+        assert np.abs(apart).mean() < 4
+
+
+def test_a_pickled_dataset_reads_on(square: Dataset) -> None:
+    square.actions(0)
+    square.frames(0, [1])
+    copy = pickle.loads(pickle.dumps(square))
+    assert (copy.frames(1, [3]) == square.frames(1, [3])).all()
+    assert (copy.actions(2) == square.actions(2)).all()
+
+
+def test_a_killed_writer_goes_on_where_it_was(tmp_path: Path) -> None:
+    actions = np.ones((4, 2), np.float32)
+    killed = writer(tmp_path / "d")
+    for number in range(2):
+        killed.add_episode({"front": grey(4)}, "task", actions=actions * number, source=f"s{number}")
+    # As a kill -9 leaves it: an mp4 without its line, and half a line.
+    encode_clip(killed.video_path("front", 2), grey(9), 10)
+    with (tmp_path / "d" / JOURNAL).open("a") as journal:
+        journal.write('{"source": "s2", "instruc')
+    with pytest.raises(ValueError, match=r"unfinished dataset.*--resume"):
+        Dataset.open(tmp_path / "d")
+    resumed = writer(tmp_path / "d", resume=True)
+    assert resumed.done_sources == {"s0", "s1"}
+    resumed.add_episode({"front": grey(4)}, "task", actions=actions * 2, source="s2")
+    dataset = resumed.finish()
+    assert [episode.source for episode in dataset.episodes] == ["s0", "s1", "s2"]
+    assert [dataset.actions(number)[0, 0] for number in range(3)] == [0, 1, 2]
+    assert dataset.frames(2).shape[0] == 4
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
+    writer(tmp_path / "d")
+    with pytest.raises(ValueError, match="other settings"):
+        writer(tmp_path / "d", fps=20, resume=True)
+
+
+def test_a_full_disk_leaves_only_whole_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    actions = np.ones((4, 2), np.float32)
+    writing = writer(tmp_path / "d")
+    writing.add_episode({"front": grey(4)}, "task", actions=actions, source="s0")
+    journal = (tmp_path / "d" / JOURNAL).read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            writing.add_episode({"front": grey(4)}, "task", actions=actions, source="s1")
+        with pytest.raises(OSError, match="No space"):
+            writing._append({"source": "s1"})
+        with pytest.raises(OSError, match="No space"):
+            writing.finish()
+    assert (tmp_path / "d" / JOURNAL).read_bytes() == journal
+    assert not (tmp_path / "d" / INFO).exists()
+    assert not list((tmp_path / "d").rglob("*.partial*"))
+    resumed = writer(tmp_path / "d", resume=True)
+    resumed.add_episode({"front": grey(4)}, "task", actions=actions, source="s1")
+    assert len(resumed.finish().episodes) == 2
+
+
+@pytest.mark.parametrize(
+    ("actions", "told"),
+    [
+        (np.full((4, 2), np.nan), "action is not finite at frame 0"),
+        (np.zeros((4, 3)), r"action has shape \(4, 3\), expected \(frames, 2\)"),
+        (np.zeros((5, 2)), "lengths differ"),
+        (None, "action is missing"),
+    ],
+)
+def test_bad_actions_are_refused(tmp_path: Path, actions: np.ndarray | None, told: str) -> None:
+    writing = writer(tmp_path / "d")
+    with pytest.raises(ValueError, match=told):
+        writing.add_episode({"front": grey(4)}, "task", actions=actions, source="s0")
+    assert writing.num_episodes == 0
+
+
+def test_bad_pictures_are_refused(tmp_path: Path) -> None:
+    writing = writer(tmp_path / "d", action_names=None)
+    with pytest.raises(ValueError, match="frame 0 of front"):
+        writing.add_episode({"front": np.zeros((2, 16, 16, 3), np.uint8)}, "task")
+    with pytest.raises(ValueError, match="has cameras"):
+        writing.add_episode({"side": grey(2)}, "task")
+    with pytest.raises(ValueError, match="no episode was written"):
+        writing.finish()
+    with pytest.raises(ValueError, match="must be even"):
+        writer(tmp_path / "odd", cameras={"front": (33, 32)})
+
+
+def test_what_is_wrong_with_a_folder_is_said(square: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such dataset folder"):
+        Dataset.open(tmp_path / "none")
+    with pytest.raises(ValueError, match="not a dataset"):
+        Dataset.open(tmp_path)
+    old = tmp_path / "old"
+    shutil.copytree(square.root, old)
+    info = json.loads((old / "meta/info.json").read_text())
+    (old / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v2.1"}))
+    with pytest.raises(ValueError, match=r"v2\.1, v3\.0 is read"):
+        Dataset.open(old)
+    (old / "meta/info.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        Dataset.open(old)
+
+
+def test_damaged_tables_are_named(square: Dataset, tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    shutil.copytree(square.root, root)
+    data = root / "data/chunk-000/file-000.parquet"
+    rows = pq.read_table(data)
+    pq.write_table(rows[:40], data)
+    assert len(Dataset.open(root).actions(0)) == 12
+    with pytest.raises(ValueError, match=r"file-000\.parquet: lacks rows of episode 3"):
+        Dataset.open(root).actions(3)
+    broken = rows["action"].to_pylist()
+    broken[13][1] = float("nan")
+    index = rows.schema.get_field_index("action")
+    pq.write_table(rows.set_column(index, "action", pa.array(broken, pa.list_(pa.float32(), 2))), data)
+    with pytest.raises(ValueError, match="action of episode 1 is not finite at frame 1"):
+        Dataset.open(root).actions(1)
+    data.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"file-000\.parquet: cannot be read"):
+        Dataset.open(root).actions(0)
+    (root / "meta/tasks.parquet").unlink()
+    with pytest.raises(ValueError, match=r"tasks\.parquet: cannot be read \(no such file\)"):
+        Dataset.open(root)
+
+
+def test_wrong_names_are_corrected(square: Dataset) -> None:
+    with pytest.raises(ValueError, match="did you mean 'front'"):
+        square.frames(0, [0], "frnt")
+    with pytest.raises(ValueError, match="has frames 0 to 11"):
+        square.frames(0, [12])
+    assert square.frames(0, [3], CAMERA).shape == (1, 64, 64, 3)
+
+
+def test_many_episodes_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lapa.data.writer.CHUNK_SIZE", 2)
+    monkeypatch.setattr("lapa.data.writer.ROWS_PER_FILE", 5)
+    monkeypatch.setattr("lapa.data.writer.EPISODES_PER_GROUP", 2)
+    writing = writer(tmp_path / "d")
+    for number in range(5):
+        writing.add_episode({"front": grey(3, 40 * number)}, "task", actions=np.full((3, 2), number))
+    dataset = writing.finish()
+    assert dataset.video_path(4).parent.name == "chunk-002"
+    assert [dataset.actions(number)[0, 0] for number in range(5)] == [0, 1, 2, 3, 4]
+    assert [round(dataset.frames(number, [1]).mean() / 40) for number in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_info_draws_a_contact_sheet(square: Dataset, tmp_path: Path) -> None:
+    run_info(InfoConfig(square.root, sheet=tmp_path / "sheet.png"))
+    assert (tmp_path / "sheet.png").stat().st_size > 1000

@@ -1,0 +1,218 @@
+"""Meta-World: the simulator repeats itself and shows upright pictures; the recorder is exact, resumable and polite."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lapa.data.dataset import Dataset
+from lapa.data.sources import metaworld, metaworld_simulator
+from lapa.data.sources.metaworld import FRAMES_AFTER_SUCCESS, MetaworldConfig, record
+from lapa.data.sources.metaworld_instructions import INSTRUCTIONS
+from lapa.data.sources.metaworld_simulator import (
+    FPS,
+    SUITES,
+    Simulator,
+    check_installation,
+    draw_instruction,
+    episode_seed,
+    parse_tasks,
+)
+from lapa.data.writer import DatasetWriter
+
+
+@pytest.fixture(scope="session")
+def simulators() -> None:
+    """Skips where Meta-World or its rendering is missing."""
+    try:
+        check_installation()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def picture(simulator: Simulator) -> np.ndarray:
+    return simulator.render()["corner4"]
+
+
+def test_tasks_are_parsed() -> None:
+    assert parse_tasks("mt10") == SUITES["mt10"]
+    assert len(parse_tasks("mt50")) == 50
+    assert parse_tasks("door-open-v3, window-open,door-open") == ("door-open", "window-open")
+    with pytest.raises(ValueError, match="did you mean 'door-open'"):
+        parse_tasks("dor-open")
+    with pytest.raises(ValueError, match="no task given"):
+        parse_tasks(" , ")
+
+
+def test_every_task_has_paraphrases_of_its_own() -> None:
+    phrases = [phrase for several in INSTRUCTIONS.values() for phrase in several]
+    assert len(set(phrases)) == len(phrases)
+    assert all(4 <= len(several) <= 6 for several in INSTRUCTIONS.values())
+    assert {draw_instruction("push", seed) for seed in range(50)} == set(INSTRUCTIONS["push"])
+
+
+def test_tasks_are_those_of_the_package(simulators: None) -> None:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3
+
+    assert {f"{task}-v3" for task in INSTRUCTIONS} == set(ALL_V3_ENVIRONMENTS)
+    assert [f"{task}-v3" for task in SUITES["mt10"]] == list(MT10_V3)
+
+
+def test_demonstrations_and_evaluation_never_share_a_seed() -> None:
+    drawn = {
+        episode_seed(seed, purpose, task, episode)
+        for seed in range(5)
+        for purpose in ("demonstration", "evaluation")
+        for task in SUITES["mt10"]
+        for episode in range(20)
+    }
+    assert len(drawn) == 5 * 2 * 10 * 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": "dor-open"}, "did you mean 'door-open'"),
+        ({"cameras": ("corner5",)}, "unknown camera 'corner5'"),
+        ({"episodes": 0}, "--episodes"),
+        ({"size": 65}, "--size must be even"),
+        ({"max_steps": 501}, "--max-steps"),
+        ({"noise": -1.0}, "--noise"),
+        ({"workers": 0}, "--workers"),
+    ],
+)
+def test_mistakes_are_named_before_any_work(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metaworld.run(MetaworldConfig(**{"out": tmp_path / "data", **change}))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_missing_package_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "lapa\[metaworld\]"'):
+        metaworld.run(MetaworldConfig(out=tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_egl_is_named_with_the_packages(
+    simulators: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The EGL binding refuses to load with another platform set, as it does without its libraries.
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "glx")
+    with pytest.raises(ValueError, match=r"through egl.*apt-get install libegl1"):
+        metaworld.run(MetaworldConfig(out=tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_seed_is_an_episode_whatever_came_before(simulators: None) -> None:
+    used, fresh = Simulator("coffee-button", size=64), Simulator("coffee-button", size=64)
+    used.reset(1)
+    for _ in range(15):
+        used.step(used.expert_action())
+    pictures = [picture(used)]
+    for simulator in (used, fresh):
+        simulator.reset(2)
+        for _ in range(10):
+            simulator.step(simulator.expert_action())
+        pictures.append(picture(simulator))
+    np.testing.assert_array_equal(used.state, fresh.state)
+    np.testing.assert_array_equal(pictures[1], pictures[2])
+    assert (pictures[0] != pictures[1]).any()
+    used.close()
+    fresh.close()
+
+
+def test_a_shared_renderer_shows_what_one_of_its_own_shows(simulators: None) -> None:
+    several = [Simulator("button-press-topdown", size=64) for _ in range(3)]
+    for seed, simulator in enumerate(several):
+        simulator.reset(seed)
+    shared = [picture(simulator) for simulator in several]
+    for simulator, seen in zip(several, shared, strict=True):
+        metaworld_simulator._renderer.release()
+        np.testing.assert_array_equal(picture(simulator), seen)
+    assert (shared[0] != shared[1]).any()
+    for simulator in several:
+        simulator.close()
+
+
+def test_tasks_alternate_in_one_process(simulators: None) -> None:
+    several = [Simulator(task, size=32) for task in ("window-open", "drawer-open")]
+    for simulator in several:
+        simulator.reset(0)
+    first = [picture(simulator) for simulator in several]
+    for simulator, seen in zip(several, first, strict=True):
+        np.testing.assert_array_equal(picture(simulator), seen)
+        simulator.close()
+
+
+def test_corner_views_stand_upright(simulators: None) -> None:
+    simulator = Simulator("door-open", cameras=("corner4", "corner2"))
+    simulator.reset(0)
+    for seen in simulator.render().values():
+        # Above is the grey ground behind the table, below the table's brown wood.
+        above, below = seen[2:12, 70:].reshape(-1, 3), seen[90:110, 50:80].reshape(-1, 3)
+        assert np.ptp(above.mean(0)) < 12
+    assert below.mean(0)[0] > below.mean(0)[2] + 15
+    simulator.close()
+
+
+def test_a_recorded_episode_ends_shortly_after_success(simulators: None) -> None:
+    simulator = Simulator("coffee-button", size=32)
+    demonstration = record(simulator, 5, noise=0.1)
+    assert demonstration is not None
+    length = len(demonstration.actions_TA)
+    assert demonstration.frames_THWC["corner4"].shape == (length, 32, 32, 3)
+    assert demonstration.states_TS.shape == demonstration.actions_TA.shape == (length, 4)
+    assert np.abs(demonstration.actions_TA).max() <= 1
+    simulator.reset(5)
+    solved = [simulator.step(action) for action in demonstration.actions_TA]
+    assert solved.index(True) == length - FRAMES_AFTER_SUCCESS - 1
+    assert record(simulator, 5, max_steps=5) is None
+    simulator.close()
+
+
+def test_recording_is_the_same_for_any_workers_and_after_a_kill(
+    simulators: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The fixture has just made sure, and it takes a second each time.
+    monkeypatch.setattr(metaworld, "check_installation", lambda: None)
+    config = MetaworldConfig(tmp_path / "a", tasks="coffee-button,handle-press", episodes=1, size=32, workers=1)
+    metaworld.run(config)
+    whole = Dataset.open(tmp_path / "a")
+    assert (whole.fps, len(whole.episodes), whole.action_dim) == (FPS, 2, 4)
+
+    add_episode = DatasetWriter.add_episode
+
+    def dies(writer: DatasetWriter, *arguments: object, **named: object) -> int:
+        if writer.num_episodes == 1:
+            raise KeyboardInterrupt
+        return add_episode(writer, *arguments, **named)  # type: ignore[arg-type]
+
+    bare = {**vars(config), "out": tmp_path / "b", "actions": False, "workers": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DatasetWriter, "add_episode", dies)
+        metaworld.run(MetaworldConfig(**bare))
+    with pytest.raises(ValueError, match="begun with other settings \\(seed\\)"):
+        metaworld.run(MetaworldConfig(**bare | {"seed": 1, "resume": True}))
+    with pytest.raises(ValueError, match="--resume"):
+        metaworld.run(MetaworldConfig(**bare))
+    metaworld.run(MetaworldConfig(**bare | {"resume": True}))
+
+    resumed = Dataset.open(tmp_path / "b")
+    assert resumed.action_dim is None and resumed.state_dim is None
+    assert resumed.episodes == whole.episodes
+    for episode in whole.episodes:
+        np.testing.assert_array_equal(whole.frames(episode.index, None), resumed.frames(episode.index, None))
+
+
+def test_failed_attempts_are_replaced_by_the_next_seeds() -> None:
+    kept, tried = {"a": 0, "b": 0}, {"a": 0, "b": 0}
+    first = metaworld._next_attempts(2, kept, tried, most=4)
+    assert first == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    kept.update(a=2, b=1)
+    assert metaworld._next_attempts(2, kept, tried, most=4) == [("b", 2)]
+    assert metaworld._next_attempts(2, kept, tried, most=4) == [("b", 3)]
+    assert metaworld._next_attempts(2, kept, tried, most=4) == []

@@ -1,0 +1,228 @@
+"""Pretraining and finetuning on made-up episodes: they learn, resume exactly, and refuse what does not fit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lapa import config as configs
+from lapa.data.dataset import Dataset
+from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
+from lapa.data.sources.synthetic import DIRECTIONS, write_synthetic_dataset
+from lapa.data.writer import DatasetWriter
+from lapa.engine.loop import LoopConfig
+from lapa.engine.optim import OptimConfig
+from lapa.files import read_json
+from lapa.policy import finetune, pretrain
+from lapa.policy.backbones import TinyConfig
+from lapa.policy.checkpoint import load_policy
+from lapa.policy.finetune import FinetuneConfig
+from lapa.policy.pretrain import PretrainConfig
+from lapa.policy.runtime import Policy
+from lapa.types import Observation
+
+SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=64, layers=2, heads=2)
+LAM = "0123456789abcdef"
+
+
+def loop(steps: int, **changes) -> LoopConfig:
+    optim = OptimConfig(lr=2e-3, betas=(0.9, 0.95), warmup_steps=5)
+    return LoopConfig(**{"steps": steps, "batch_size": 16, "optim": optim, "device": "cpu", **changes})
+
+
+def write_labels(folder, dataset: Dataset, lam_fingerprint: str = LAM):
+    """Labels as a perfect latent action model would make them: the direction as two tokens of four codes."""
+    episodes = {}
+    for episode in dataset.episodes:
+        direction = DIRECTIONS.index(episode.instruction.removeprefix("move "))
+        frames_T = np.arange(episode.length - 2)
+        codes_TL = np.tile([direction // 4, direction % 4], (len(frames_T), 1))
+        episodes[episode.index] = EpisodeLabels(frames_T, codes_TL)
+    write_shard(shard_path(folder, 0, len(episodes) - 1), episodes)
+    manifest = Manifest(
+        lam_fingerprint=lam_fingerprint,
+        dataset_fingerprint=dataset.fingerprint,
+        camera=dataset.cameras[0],
+        horizon_seconds=0.2,
+        horizon_frames=2,
+        latent_length=2,
+        codebook_size=4,
+        num_rows=sum(len(labels.frame_indices_T) for labels in episodes.values()),
+        num_episodes=len(episodes),
+        skipped_episodes=0,
+        code_usage=[[0.5, 0.5, 0.0, 0.0], [0.25] * 4],
+    )
+    configs.save(manifest, folder / MANIFEST)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("policy")
+    write_synthetic_dataset(root / "robot", episodes=9, frames=10, actions=True)
+    write_labels(root / "labels", write_synthetic_dataset(root / "videos", episodes=16, frames=10, seed=1))
+    return root
+
+
+def pretrain_config(root, out, **changes) -> PretrainConfig:
+    fields = {"data": (root / "videos",), "labels": (root / "labels",), "backbone": SMALL, "loop": loop(40)}
+    return PretrainConfig(**{**fields, "out": out, **changes})
+
+
+def finetune_config(root, out, **changes) -> FinetuneConfig:
+    fields = {"data": (root / "robot",), "chunk": 2, "backbone": SMALL, "loop": loop(60), "from_scratch": True}
+    return FinetuneConfig(**{**fields, "out": out, **changes})
+
+
+@pytest.fixture(scope="module")
+def pretrained(root):
+    pretrain.run(pretrain_config(root, root / "pretrained"))
+    return root / "pretrained"
+
+
+@pytest.fixture(scope="module")
+def finetuned(root, pretrained):
+    out = root / "finetuned"
+    finetune.run(finetune_config(root, out, policy=pretrained, from_scratch=False, augment=True, loop=loop(3)))
+    return out
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_pretraining_learns_the_labels(pretrained):
+    metrics = read_json(pretrained / "metrics.json")
+    assert metrics["train_loss"] < 0.6 * np.log(4), metrics
+    assert {"held_out_loss", "held_out_token_accuracy"} <= metrics.keys()
+    parts = load_policy(pretrained)
+    assert parts.bins is None and parts.model.config.vocabulary.latent == 4
+    assert parts.model.config.latent_length == 2 and parts.model.config.cameras == ("front",)
+    assert read_json(pretrained / "config.json")["run"]["lam_fingerprint"] == LAM
+
+
+def test_finetuning_overfits_a_few_episodes(root):
+    """From frames on disk to actions in the robot's units."""
+    finetune.run(finetune_config(root, root / "overfitted", held_out=0.0, loop=loop(90)))
+    dataset, policy = Dataset.open(root / "robot"), Policy.from_pretrained(root / "overfitted", device="cpu")
+    errors, sizes = [], []
+    for episode in dataset.episodes:
+        frames = dataset.frames(episode.index)
+        actions_TA = dataset.actions(episode.index)
+        said_TKA = policy.infer([Observation({"front": frame}, episode.instruction) for frame in frames])
+        errors.append(np.abs(said_TKA[:, 0] - actions_TA).mean())
+        sizes.append(np.abs(actions_TA).mean())
+    assert np.mean(errors) < 0.1 * np.mean(sizes), (errors, sizes)
+
+
+def test_finetuning_starts_from_the_pretrained_policy(root, pretrained, finetuned):
+    before, after = load_policy(pretrained), load_policy(finetuned)
+    assert after.bins is not None and after.model.config.action_bins == tuple(after.bins.counts_A.tolist())
+    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+    name = "backbone.language.model.layers.0.mlp.up_proj.weight"
+    moved = (weights(finetuned)[name] - weights(pretrained)[name]).abs().mean()
+    finetune.run(finetune_config(root, root / "scratch", policy=pretrained, loop=loop(3)))
+    unrelated = (weights(root / "scratch")[name] - weights(pretrained)[name]).abs().mean()
+    assert moved < 0.2 * unrelated, "three small steps from the pretrained weights, and far from fresh ones"
+    assert load_policy(root / "scratch").model.config == after.model.config
+    metrics = read_json(finetuned / "metrics.json")
+    assert {"held_out_action_error", "held_out_token_accuracy", "torch"} <= metrics.keys()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_resumed_run_is_the_uninterrupted_one(root, tmp_path, stage):
+    """Bitwise, with augmentation on."""
+    module, build = (pretrain, pretrain_config) if stage == "pretrain" else (finetune, finetune_config)
+    whole = build(root, tmp_path / "whole", augment=True, loop=loop(4))
+    halves = replace(whole, out=tmp_path / "halves")
+    module.run(whole)
+    module.run(replace(halves, loop=loop(4, stop_after=2)))
+    assert not (tmp_path / "halves" / "config.json").exists(), "unfinished"
+    with pytest.raises(ValueError, match="--resume to go on"):
+        module.run(halves)
+    module.run(replace(halves, resume=True))
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    module.run(replace(halves, resume=True))
+    with pytest.raises(ValueError, match="already holds a finished result"):
+        module.run(halves)
+
+
+def test_frozen_vision_stays_as_it_was(root, pretrained, tmp_path):
+    frozen = finetune_config(
+        root, tmp_path / "frozen", policy=pretrained, from_scratch=False, freeze_vision=True, loop=loop(2)
+    )
+    finetune.run(frozen)
+    before, after = weights(pretrained), weights(tmp_path / "frozen")
+    vision = [name for name in before if ".vision." in name]
+    assert vision and all(torch.equal(before[name], after[name]) for name in vision)
+    assert not torch.equal(before["backbone.project.weight"], after["backbone.project.weight"])
+
+
+def test_a_policy_that_acts_keeps_its_bins(root, finetuned, tmp_path):
+    again = finetune_config(root, tmp_path / "again", policy=finetuned, from_scratch=False, loop=loop(1), chunk=3)
+    finetune.run(again)
+    before, after = load_policy(finetuned), load_policy(tmp_path / "again")
+    np.testing.assert_array_equal(after.bins.centres_AN, before.bins.centres_AN)
+    assert after.model.config.chunk == 3
+
+
+def test_labels_of_another_model_or_dataset_are_refused(root, tmp_path):
+    with pytest.raises(ValueError, match="made by the latent action model 0123456789abcdef, not by other"):
+        pretrain.run(pretrain_config(root, tmp_path / "out", lam_fingerprint="other"))
+    with pytest.raises(ValueError, match="labels another dataset"):
+        pretrain.run(pretrain_config(root, tmp_path / "out", data=(root / "robot",)))
+    with pytest.raises(ValueError, match="need as many --labels folders"):
+        pretrain.run(pretrain_config(root, tmp_path / "out", data=(root / "robot", root / "videos")))
+    other = write_labels(tmp_path / "labels", Dataset.open(root / "robot"), lam_fingerprint="fedcba9876543210")
+    both = {"data": (root / "videos", root / "robot"), "labels": (root / "labels", other)}
+    with pytest.raises(ValueError, match="label all datasets with one model"):
+        pretrain.run(pretrain_config(root, tmp_path / "out", **both))
+    assert not (tmp_path / "out").exists(), "refused before anything was written"
+
+
+def test_videos_without_actions_are_no_robot_data(root, tmp_path):
+    with pytest.raises(ValueError, match="has no actions"):
+        finetune.run(finetune_config(root, tmp_path / "out", data=(root / "videos",)))
+
+
+def test_finetuning_needs_a_policy_to_start_from(root, pretrained, tmp_path):
+    with pytest.raises(ValueError, match="--policy, or ask for --from-scratch"):
+        finetune.run(finetune_config(root, tmp_path / "out", from_scratch=False))
+    with pytest.raises(ValueError, match="is the policy to start from"):
+        finetune.run(finetune_config(root, pretrained, policy=pretrained, overwrite=True))
+    assert load_policy(pretrained)
+
+
+def write_robot(path, cameras, action_dim):
+    """Two still episodes of a robot with these cameras."""
+    names = [f"joint_{i}" for i in range(action_dim)]
+    writer = DatasetWriter(path, fps=10, cameras=dict.fromkeys(cameras, (32, 32)), action_names=names)
+    for seed in range(2):
+        frames = {camera: np.full((4, 32, 32, 3), 40 * seed, np.uint8) for camera in cameras}
+        writer.add_episode(frames, "wait", actions=np.full((4, action_dim), seed, np.float32))
+    writer.finish()
+    return path
+
+
+def test_another_robot_must_bring_its_cameras_and_its_own_bins(root, pretrained, finetuned, tmp_path):
+    robot = write_robot(tmp_path / "other", ("top", "wrist"), action_dim=3)
+    config = finetune_config(root, tmp_path / "out", data=(robot,), policy=pretrained, from_scratch=False, loop=loop(1))
+    with pytest.raises(ValueError, match="has the cameras top, wrist, the policy was trained with front"):
+        finetune.run(config)
+    with pytest.raises(ValueError, match="the policy has 1 image slots"):
+        finetune.run(replace(config, cameras=("top", "wrist")))
+    with pytest.raises(ValueError, match=r"actions of 3 dimensions, the policy .* of 2"):
+        finetune.run(replace(config, policy=finetuned, cameras=("wrist",)))
+    finetune.run(replace(config, cameras=("wrist",)))
+    policy = Policy.from_pretrained(tmp_path / "out", device="cpu")
+    assert policy.cameras == ("wrist",) and policy.action_dim == 3
+
+
+def test_two_cameras_from_scratch(tmp_path):
+    robot = write_robot(tmp_path / "robot", ("top", "wrist"), action_dim=1)
+    config = finetune_config(tmp_path, tmp_path / "out", cameras=("wrist", "top"), loop=loop(1))
+    finetune.run(replace(config, data=(robot,)))
+    assert Policy.from_pretrained(tmp_path / "out", device="cpu").cameras == ("wrist", "top")

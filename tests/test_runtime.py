@@ -1,0 +1,132 @@
+"""A policy folder acts: what it needs, what it returns, what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lapa.policy.actions import ActionBins
+from lapa.policy.backbones import TinyConfig
+from lapa.policy.checkpoint import PolicyParts, load_policy, save_policy
+from lapa.policy.model import LatentPolicy, PolicyConfig
+from lapa.policy.runtime import Policy
+from lapa.policy.tokenizer import train_tokenizer
+from lapa.policy.vocabulary import Vocabulary
+from lapa.types import Observation
+
+RNG = np.random.default_rng(0)
+ACTIONS = np.stack([np.clip(RNG.normal(size=900), -1, 1), RNG.choice([-1.0, 1.0], 900)], axis=1)
+SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=32, layers=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two saved policies with untrained weights: one pretrained only, one that has robot actions."""
+    root = tmp_path_factory.mktemp("policies")
+    torch.manual_seed(0)
+    tokenizer, bins = train_tokenizer(["open the drawer"]), ActionBins.fit(ACTIONS)
+    vocabulary = Vocabulary(text=len(tokenizer), latent=8)
+    pretrained = LatentPolicy(PolicyConfig(vocabulary, ("front", "wrist"), SMALL, latent_length=4))
+    save_policy(root / "pretrained", PolicyParts(pretrained, tokenizer), run={})
+    acting = pretrained.with_actions(bins.counts_A.tolist(), chunk=3, cameras=("front", "wrist"))
+    save_policy(root / "acting", PolicyParts(acting, tokenizer, bins), run={"loop": {"steps": 1}})
+    return root
+
+
+@pytest.fixture(scope="module")
+def policy(folders) -> Policy:
+    return Policy.from_pretrained(folders / "acting", device="cpu")
+
+
+def picture(height: int = 48, width: int = 64) -> np.ndarray:
+    return RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+OBSERVATIONS = [
+    Observation({"front": picture(), "wrist": picture(32, 32)}, "open the drawer"),
+    Observation({"front": picture(90, 50), "wrist": picture()}, ""),
+    Observation({"front": picture(), "wrist": picture(), "spare": picture()}, "ouvre-le 抽屉", np.zeros(4)),
+]
+
+
+def test_actions_are_in_the_robots_units(policy):
+    actions_BKA = policy.infer(OBSERVATIONS)
+    assert actions_BKA.shape == (3, 3, 2) and actions_BKA.dtype == np.float32
+    assert (np.abs(actions_BKA) <= 1).all() and set(actions_BKA[..., 1].ravel()) <= {-1.0, 1.0}
+    assert policy.cameras == ("front", "wrist") and policy.chunk == 3 and policy.action_dim == 2
+
+
+def test_a_batch_equals_its_observations_alone(policy):
+    together = policy.infer(OBSERVATIONS)
+    alone = [policy.infer([observation])[0] for observation in OBSERVATIONS]
+    np.testing.assert_array_equal(together, np.stack(alone))
+
+
+def test_no_observations_give_no_actions(policy):
+    assert policy.infer([]).shape == (0, 3, 2)
+
+
+def test_the_folder_is_all_that_is_needed(folders, policy, tmp_path):
+    shutil.copytree(folders / "acting", tmp_path / "moved")
+    moved = Policy.from_pretrained(str(tmp_path / "moved"), device="cpu")
+    np.testing.assert_array_equal(moved.infer(OBSERVATIONS), policy.infer(OBSERVATIONS))
+
+
+def test_a_missing_camera_is_named(policy):
+    with pytest.raises(ValueError, match=r"observation 1 lacks the camera wrist \(it brings front\)"):
+        policy.infer([OBSERVATIONS[0], Observation({"front": picture()}, "open the drawer")])
+
+
+def test_a_state_that_is_not_finite_is_refused(policy):
+    broken = Observation(OBSERVATIONS[0].images, "open the drawer", np.array([0.0, np.nan]))
+    with pytest.raises(ValueError, match="observation 0: its state is not finite"):
+        policy.infer([broken])
+
+
+def test_a_picture_without_pixels_is_refused(policy):
+    with pytest.raises(ValueError, match="camera front: expected a uint8 image"):
+        policy.infer([Observation({"front": np.zeros((0, 8, 3), np.uint8), "wrist": picture()}, "")])
+
+
+def test_a_policy_that_was_only_pretrained_says_so(folders):
+    with pytest.raises(ValueError, match=r"only pretrained.*lapa policy finetune"):
+        Policy.from_pretrained(folders / "pretrained")
+
+
+def test_weights_survive_the_folder(folders):
+    one, other = load_policy(folders / "pretrained"), load_policy(folders / "acting")
+    rows = one.model.config.vocabulary.size
+    before, after = (p.model.backbone.language.lm_head.weight for p in (one, other))
+    assert torch.equal(after[:rows], before)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "no such policy folder"),
+        (lambda folder: (folder / "config.json").unlink(), "unfinished or not a policy"),
+        (lambda folder: (folder / "config.json").write_text('{"model": 1}'), "not the config of a policy"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: missing"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), r"model\.safetensors: does not fit"),
+        (lambda folder: (folder / "actions.safetensors").unlink(), r"actions\.safetensors: missing"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), r"no tokenizer\.json"),
+    ],
+)
+def test_a_spoilt_folder_is_named(folders, tmp_path, spoil, message):
+    folder = tmp_path / "policy"
+    shutil.copytree(folders / "acting", folder)
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        Policy.from_pretrained(folder)
+
+
+def test_weights_of_another_size_are_refused(folders, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(folders / "acting", folder)
+    written = json.loads((folder / "config.json").read_text())
+    written["policy"]["backbone"]["layers"] = 2
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="does not fit the policy's config"):
+        Policy.from_pretrained(folder)

@@ -1,0 +1,159 @@
+"""Video files: what is written comes back, single frames equal a whole reading, damage is found and counted."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from lapa.data import video
+from lapa.data.sources.synthetic import moving_squares
+from lapa.data.transforms import augment, resize_and_crop
+from lapa.data.video import ClipScan, copy_stream, decode_clip, encode_clip, exact_rate, probe
+
+
+def numbered_frames(num: int, size: int = 32) -> np.ndarray:
+    """Grey pictures, each a little lighter than the one before."""
+    return np.stack([np.full((size, size, 3), 20 + 5 * number, np.uint8) for number in range(num)])
+
+
+def test_single_frames_are_the_frames_of_a_whole_reading(tmp_path: Path) -> None:
+    frames_THWC = numbered_frames(21)
+    assert encode_clip(tmp_path / "a.mp4", frames_THWC, 30.0) == 21
+    scanned = np.stack([frame for _, frame in ClipScan(tmp_path / "a.mp4")])
+    assert np.abs(scanned.astype(int) - frames_THWC).max() <= 4
+    for index in np.random.default_rng(0).permutation(21):
+        assert (decode_clip(tmp_path / "a.mp4", [index], 30.0)[0] == scanned[index]).all()
+    backwards = decode_clip(tmp_path / "a.mp4", [20, 3, 3, 0], 30.0)
+    assert (backwards == scanned[[20, 3, 3, 0]]).all()
+
+
+@pytest.mark.parametrize("fps", [5.0, 24.0, 29.97, 12.5])
+def test_rates_survive(tmp_path: Path, fps: float) -> None:
+    encode_clip(tmp_path / "a.mp4", numbered_frames(9), fps)
+    info = probe(tmp_path / "a.mp4")
+    assert info.fps == pytest.approx(fps, abs=1e-3)
+    assert (info.width, info.height, info.num_frames, info.codec) == (32, 32, 9, "h264")
+    assert decode_clip(tmp_path / "a.mp4", range(9), info.fps).shape == (9, 32, 32, 3)
+
+
+def test_ntsc_rates_are_exact() -> None:
+    assert str(exact_rate(29.97)) == "30000/1001"
+    assert str(exact_rate(30.0)) == "30"
+    assert str(exact_rate(12.5)) == "25/2"
+
+
+def test_a_part_of_a_shared_file_is_read_from_its_start(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "a.mp4", numbered_frames(20), 10.0)
+    whole = decode_clip(tmp_path / "a.mp4", range(20), 10.0)
+    assert (decode_clip(tmp_path / "a.mp4", range(5), 10.0, start=1.2) == whole[12:17]).all()
+
+
+def test_a_frame_past_the_end_is_an_error(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "a.mp4", numbered_frames(4), 10.0)
+    with pytest.raises(ValueError, match=r"a\.mp4: has no frame 4"):
+        decode_clip(tmp_path / "a.mp4", [1, 4], 10.0)
+
+
+def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "a.mp4", numbered_frames(4), 10.0)
+    dark = decode_clip(tmp_path / "a.mp4", [0], 10.0)
+    encode_clip(tmp_path / "a.mp4", numbered_frames(30)[20:], 10.0)
+    assert decode_clip(tmp_path / "a.mp4", [0], 10.0).mean() > dark.mean() + 50
+
+
+def test_only_a_few_containers_stay_open(tmp_path: Path) -> None:
+    for number in range(video.OPEN_CLIPS + 3):
+        encode_clip(tmp_path / f"{number}.mp4", numbered_frames(2), 10.0)
+        decode_clip(tmp_path / f"{number}.mp4", [1], 10.0)
+    assert len(video._open_clips.clips) == video.OPEN_CLIPS
+
+
+def test_a_forked_process_reads_beside_its_parent(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "a.mp4", numbered_frames(12), 10.0)
+    whole = decode_clip(tmp_path / "a.mp4", range(12), 10.0)
+    receiver, sender = multiprocessing.get_context("fork").Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_send_frames, args=(sender, tmp_path / "a.mp4"))
+    child.start()
+    mine = decode_clip(tmp_path / "a.mp4", [7, 2], 10.0)
+    assert receiver.poll(30)
+    theirs = receiver.recv()
+    child.join()
+    assert (mine == whole[[7, 2]]).all()
+    assert (theirs == whole[[5, 11]]).all()
+
+
+def _send_frames(sender: multiprocessing.connection.Connection, path: Path) -> None:
+    sender.send(decode_clip(path, [5, 11], 10.0))
+
+
+def test_what_is_not_a_video_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("not a video")
+    with pytest.raises(ValueError, match=r"a\.mp4: not a readable video"):
+        probe(tmp_path / "a.mp4")
+
+
+def test_a_truncated_video_gives_its_readable_part(tmp_path: Path) -> None:
+    truncated = write_truncated(tmp_path / "a.mkv")
+    scan = ClipScan(truncated)
+    frames = [frame for _, frame in scan]
+    assert 10 < len(frames) == scan.num_frames < 60
+    assert abs(scan.num_lost + scan.num_frames - 60) <= 2
+
+
+def write_truncated(path: Path, num_frames: int = 60) -> Path:
+    """A video whose header promises `num_frames` and whose second half is gone."""
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "5"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for _ in range(num_frames):
+            noise = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode(None))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+def test_a_failed_encoding_leaves_nothing(tmp_path: Path) -> None:
+    def breaks():
+        yield from numbered_frames(3)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        encode_clip(tmp_path / "a.mp4", breaks(), 10.0)
+    with pytest.raises(ValueError, match="no frame to write"):
+        encode_clip(tmp_path / "a.mp4", [], 10.0)
+    with pytest.raises(ValueError, match="even width"):
+        encode_clip(tmp_path / "a.mp4", np.zeros((2, 33, 32, 3), np.uint8), 10.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_copied_streams_are_unchanged(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "a.mp4", numbered_frames(7), 10.0)
+    assert copy_stream(tmp_path / "a.mp4", tmp_path / "b.mp4") == 7
+    first, second = (decode_clip(tmp_path / name, range(7), 10.0) for name in ("a.mp4", "b.mp4"))
+    assert (first == second).all()
+
+
+def test_resize_and_crop_takes_the_centre() -> None:
+    wide = np.zeros((1, 40, 80, 3), np.uint8)
+    wide[:, :, 20:60] = 200
+    assert np.abs(resize_and_crop(wide, 20)[:, :, 2:-2].astype(int) - 200).max() <= 2
+    assert resize_and_crop(wide.transpose(0, 2, 1, 3), 64).shape == (1, 64, 64, 3)
+    square = wide[:, :, 20:60]
+    assert resize_and_crop(square, 40) is square
+
+
+def test_augmentation_depends_on_its_generator_only() -> None:
+    picture = np.ascontiguousarray(moving_squares(1)[0][0, 0].transpose(1, 2, 0))
+    once, again, other = (augment(picture, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert (once == again).all()
+    assert (once != other).any()
+    assert once.shape == picture.shape
+    assert once.dtype == np.uint8
