@@ -165,10 +165,10 @@ def usage_figures(codes_BL: Tensor, codebook_size: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def linear_probes(model: LatentActionModel, sample: Sample, seed: int) -> dict[str, Any]:
-    """Ridge regressions to the mean true action: R2 on held-out episodes, mean over dimensions and per dimension.
+    """Ridge regressions to the mean true action: R2 on held-out episodes, per dimension and their mean.
 
     From the quantised and the continuous latent action, and as a yardstick from the two frames' pixel difference.
-    0 is as good as the mean action of the training episodes.
+    0 is as good as the mean action of the training episodes; None marks a dimension that never changes.
     """
     assert sample.actions_BA is not None
     device = next(model.parameters()).device
@@ -188,12 +188,16 @@ def linear_probes(model: LatentActionModel, sample: Sample, seed: int) -> dict[s
     for name, values in features.items():
         features_BF = values.float().cpu().flatten(1).double().numpy()
         r2_A = ridge_r2(features_BF, sample.actions_BA.astype(np.float64), test_B)
-        results[name] = {"r2": float(r2_A.mean()), "r2_per_dimension": r2_A.tolist()}
+        moving_A = r2_A[~np.isnan(r2_A)]
+        results[name] = {
+            "r2": float(moving_A.mean()) if len(moving_A) else 0.0,
+            "r2_per_dimension": [None if np.isnan(r2) else r2 for r2 in r2_A.tolist()],
+        }
     return results
 
 
 def ridge_r2(features_BF: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray) -> np.ndarray:
-    """R2 [A] on the test rows, of a ridge regression fitted on the others; a constant target counts as 0."""
+    """R2 [A] on the test rows, of a ridge regression fitted on the others; NaN where the target never changes."""
     train_B = ~test_B
     mean_F, std_F = features_BF[train_B].mean(0), features_BF[train_B].std(0)
     x_BF = (features_BF - mean_F) / np.where(std_F > 1e-8, std_F, 1.0)
@@ -203,7 +207,8 @@ def ridge_r2(features_BF: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray
     weights_FA = np.linalg.solve(x_BF[train_B].T @ x_BF[train_B] + penalty, x_BF[train_B].T @ y_BA[train_B])
     residual_A = ((y_BA[test_B] - x_BF[test_B] @ weights_FA) ** 2).sum(0)
     total_A = (y_BA[test_B] ** 2).sum(0)
-    return np.where(total_A > 1e-12, 1 - residual_A / np.where(total_A > 1e-12, total_A, 1.0), 0.0)
+    varies_A = total_A > 1e-12
+    return np.where(varies_A, 1 - residual_A / np.where(varies_A, total_A, 1.0), np.nan)
 
 
 @torch.no_grad()
@@ -262,6 +267,6 @@ def _print(figures: dict[str, Any]) -> None:
     table.add_row("joint perplexity", f"{usage['joint_perplexity']:.1f}", f"{usage['joint_codes_used']:.0f} seen")
     for name, result in figures.get("linear_probe", {}).items():
         if isinstance(result, dict):
-            per_dimension = ", ".join(f"{value:.2f}" for value in result["r2_per_dimension"])
+            per_dimension = ", ".join("-" if r2 is None else f"{r2:.2f}" for r2 in result["r2_per_dimension"])
             table.add_row(f"action R2 from {name}", f"{result['r2']:.2f}", f"per dimension: {per_dimension}")
     console.print(table)

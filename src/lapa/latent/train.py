@@ -19,6 +19,7 @@ from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
+from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
@@ -59,12 +60,14 @@ def run(config: LatentTrainConfig) -> None:
         finish("latent action model, already complete", config.out, _next_commands(config))
         return
     datasets = [Dataset.open(path) for path in config.data]
+    if is_main_process():
+        complete = (config.out / CONFIG).exists()
+        claim_output(config.out, complete=complete, overwrite=config.overwrite, resume=config.resume)
     pairs = pairs_config(config)
     training = FramePairs(datasets, pairs, split="train", seed=config.loop.seed)
     held_out = FramePairs(datasets, pairs, split="held_out", seed=config.loop.seed)
-    if is_main_process():
-        claim_output(config.out, complete=False, overwrite=config.overwrite, resume=config.resume)
     evaluation = draw_sample(held_out, EVALUATION_PAIRS, seed=config.loop.seed)
+    seed_everything(config.loop.seed)
     model = LatentActionModel(config.model)
 
     def evaluate(model: nn.Module) -> dict[str, float]:

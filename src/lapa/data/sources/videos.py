@@ -36,6 +36,8 @@ CAMERA = "video"
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
 CAPTION_COLUMNS = ("text", "caption", "instruction")
 KEYFRAME_INTERVAL = 2
+# Seconds; a tick this close to the middle between two frames takes the later one, however the sum is rounded.
+TIE = 1e-6
 # Converted clips that wait for their turn, a worker.
 AHEAD = 4
 
@@ -165,13 +167,13 @@ def resample(timed_frames: Iterable[tuple[float, np.ndarray]], fps: float) -> It
     duration = 0.0
     for seconds, frame in timed_frames:
         if before is not None:
-            while tick / fps < (before[0] + seconds) / 2:
+            while tick / fps < (before[0] + seconds) / 2 - TIE:
                 yield before[1]
                 tick += 1
             duration = seconds - before[0]
         before = seconds, frame
-    # The last frame lasts as long as the one before it.
-    while before is not None and (tick == 0 or tick / fps < before[0] + duration / 2):
+    # Half a frame past the last one, a next frame would be the nearest.
+    while before is not None and (tick == 0 or tick / fps < before[0] + duration / 2 - TIE):
         yield before[1]
         tick += 1
 

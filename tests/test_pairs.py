@@ -1,0 +1,141 @@
+"""Frame pairs: the horizon in seconds, no clamped pairs, splits by episode, the cache equal to decoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lapa.data.dataset import Dataset
+from lapa.data.frames import split_episodes
+from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
+from lapa.data.sources.synthetic import DIRECTIONS, SyntheticPairs, moving_squares, write_synthetic_dataset
+from lapa.data.writer import DatasetWriter
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_synthetic_dataset(tmp_path_factory.mktemp("s") / "ten", episodes=5, frames=12, actions=True)
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_synthetic_dataset(tmp_path_factory.mktemp("f") / "thirty", episodes=3, frames=25, size=48, fps=30.0)
+
+
+def test_the_horizon_is_seconds_at_each_datasets_own_rate(square: Dataset, fast: Dataset) -> None:
+    pairs = FramePairs([square, fast], PairsConfig(size=32, horizon=0.6), split="all")
+    assert pairs.horizon_frames == (6, 18)
+    assert len(pairs) == 5 * (12 - 6) + 3 * (25 - 18)
+    assert horizon_frames(0.01, 10) == 1
+
+
+@pytest.mark.parametrize("cache_gib", [0.0, 1.0])
+def test_every_pair_is_the_slow_literal_one(square: Dataset, fast: Dataset, cache_gib: float) -> None:
+    pairs = FramePairs([square, fast], PairsConfig(size=64, horizon=0.6, cache_gib=cache_gib), split="all")
+    assert pairs.cached == (cache_gib > 0)
+    expected = [
+        (number, episode.index, frame)
+        for number, (dataset, horizon) in enumerate(((square, 6), (fast, 18)))
+        for episode in dataset.episodes
+        for frame in range(episode.length - horizon)
+    ]
+    assert [pairs.location(index) for index in range(len(pairs))] == expected
+    for index in range(0, 30, 7):
+        _, episode, frame = expected[index]
+        literal = square.frames(episode)[[frame, frame + 6]].transpose(0, 3, 1, 2)
+        item = pairs[index]
+        assert (item["frames_TCHW"] == literal).all()
+        assert (item["index"], item["episode"]) == (index, episode)
+    with pytest.raises(IndexError):
+        pairs.location(len(pairs))
+
+
+def test_the_cache_and_the_decoder_give_the_same_bytes(fast: Dataset) -> None:
+    cached, decoded = (FramePairs([fast], PairsConfig(size=32, cache_gib=gib), split="all") for gib in (1.0, 0.0))
+    for index in range(len(cached)):
+        assert (cached[index]["frames_TCHW"] == decoded[index]["frames_TCHW"]).all()
+
+
+def test_actions_between_are_those_of_the_frames(square: Dataset) -> None:
+    pairs = FramePairs([square], PairsConfig(size=32, horizon=0.3), split="all")
+    index = next(i for i in range(len(pairs)) if pairs.location(i) == (0, 2, 4))
+    assert (pairs.actions_between(index) == square.actions(2)[4:7]).all()
+    assert pairs.describe(index) == "dataset ten, episode 2, frames 4 and 7"
+
+
+def test_splits_are_by_episode_and_from_the_seed(square: Dataset) -> None:
+    config = PairsConfig(size=32, held_out=0.4)
+    train, held_out, again = (FramePairs([square], config, split, seed=3) for split in ("train", "held_out", "train"))
+    episodes = [{pairs.location(i)[1] for i in range(len(pairs))} for pairs in (train, held_out)]
+    assert episodes[0] | episodes[1] == set(range(5))
+    assert not episodes[0] & episodes[1]
+    assert len(episodes[1]) == 2
+    assert [train.location(i) for i in range(len(train))] == [again.location(i) for i in range(len(again))]
+
+
+def test_split_episodes() -> None:
+    assert list(split_episodes(1, 0.1, 0, "train")) == [0]
+    assert list(split_episodes(1, 0.1, 0, "held_out")) == []
+    assert len(split_episodes(2, 0.1, 0, "held_out")) == 1
+    assert len(split_episodes(50, 0.0, 0, "held_out")) == 0
+    with pytest.raises(ValueError, match="it is 'train'"):
+        split_episodes(5, 0.1, 0, "test")
+
+
+def test_a_single_episode_is_trained_and_evaluated_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    single = write_synthetic_dataset(tmp_path / "one", episodes=1, frames=10)
+    train, held_out = (FramePairs([single], PairsConfig(size=32), split) for split in ("train", "held_out"))
+    assert len(train) == len(held_out) == 4
+    assert "no episode can be held out" in capsys.readouterr().err
+
+
+def test_episodes_shorter_than_the_horizon_are_skipped_and_counted(tmp_path: Path, capsys) -> None:
+    writer = DatasetWriter(tmp_path / "mixed", fps=10, cameras={"front": (32, 32)})
+    for length in (3, 9, 6):
+        writer.add_episode({"front": np.zeros((length, 32, 32, 3), np.uint8)}, "wait")
+    dataset = writer.finish()
+    pairs = FramePairs([dataset], PairsConfig(size=32, horizon=0.6), split="all")
+    assert pairs.skipped_episodes == 2
+    assert [pairs.location(i) for i in range(len(pairs))] == [(0, 1, 0), (0, 1, 1), (0, 1, 2)]
+    assert "2 of 3 episodes skipped" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="all 3 episodes are too short for a horizon of 2 s"):
+        FramePairs([dataset], PairsConfig(size=32, horizon=2.0))
+
+
+def test_a_camera_that_is_not_there_is_corrected(square: Dataset) -> None:
+    with pytest.raises(ValueError, match="did you mean 'front'"):
+        FramePairs([square], PairsConfig(size=32, camera="fron"))
+
+
+@pytest.mark.parametrize("cache_gib", [0.0, 1.0])
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_give_what_one_process_gives(square: Dataset, cache_gib: float, context: str) -> None:
+    pairs = FramePairs([square], PairsConfig(size=32, cache_gib=cache_gib), split="all")
+    alone = [collate_pairs([pairs[i] for i in range(j, j + 10)]) for j in (0, 10, 20)]
+    loader = DataLoader(pairs, 10, num_workers=2, collate_fn=collate_pairs, multiprocessing_context=context)
+    for batch, expected in zip(loader, alone, strict=True):
+        assert torch.equal(batch["frames_BTCHW"], expected["frames_BTCHW"])
+        assert torch.equal(batch["index"], expected["index"])
+    assert batch["frames_BTCHW"].shape == (10, 2, 3, 32, 32)
+    assert batch["index"].dtype == torch.int64
+
+
+def test_a_square_moves_the_way_it_says() -> None:
+    frames_NTCHW, directions_N = moving_squares(64, seed=1)
+    assert set(directions_N) == set(range(8))
+    for frames_TCHW, direction in zip(frames_NTCHW, directions_N, strict=True):
+        centres = [np.argwhere(picture.sum(axis=0) > 400).mean(axis=0) for picture in frames_TCHW]
+        down, right = centres[1] - centres[0]
+        assert round(np.degrees(np.arctan2(-down, right)) / 45) % 8 == direction
+
+
+def test_synthetic_pairs_are_like_frame_pairs(square: Dataset) -> None:
+    made_up, read = SyntheticPairs(4, seed=0), FramePairs([square], PairsConfig(size=64))
+    assert made_up[1].keys() == read[1].keys()
+    assert made_up[(2, 17)]["index"] == 2
+    assert DIRECTIONS[made_up.directions_N[0]] in made_up.describe(0)
+    assert collate_pairs([made_up[i] for i in range(4)])["frames_BTCHW"].shape == (4, 2, 3, 64, 64)

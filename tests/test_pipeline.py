@@ -1,0 +1,99 @@
+"""The whole flow in the made-up world: every stage's artifact feeds the next, and what is done is not done again."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from lapa import cli, demo
+from lapa.data.dataset import Dataset
+from lapa.data.labels import Labels
+from lapa.files import read_json
+from lapa.latent.model import lam_fingerprint
+
+
+def in_this_process(stage: demo.Stage) -> float:
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(stage.command)
+    assert exit_.value.code == 0, stage.command
+    return time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoConfig:
+    config = demo.DemoConfig(out=tmp_path_factory.mktemp("demo") / "out", preset="debug", rollouts=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_run", in_this_process)
+        demo.run(config)
+    return config
+
+
+def test_every_stage_leaves_its_artifact(finished: demo.DemoConfig) -> None:
+    for stage in demo.stages(finished):
+        assert stage.artifact.is_file(), stage.title
+    table = read_json(finished.out / "demo.json")["results"]
+    assert list(table) == ["random actions", "finetuned from scratch", "latent pretraining, then finetuned"]
+    for result in table.values():
+        assert result["overall"]["episodes"] == 8
+        low, high = result["overall"]["interval"]
+        assert low <= result["overall"]["success_rate"] <= high
+
+
+def test_artifacts_name_what_they_were_made_from(finished: demo.DemoConfig) -> None:
+    out = finished.out
+    labels = Labels.open(
+        out / "labels",
+        lam_fingerprint=lam_fingerprint(out / "lam"),
+        dataset_fingerprint=Dataset.open(out / "videos").fingerprint,
+    )
+    assert labels.manifest.lam_fingerprint in (out / "latent_policy" / "config.json").read_text()
+    assert Dataset.open(out / "videos").action_dim is None
+    assert Dataset.open(out / "demonstrations").action_dim == 2
+
+
+def test_a_second_run_does_nothing_again(finished: demo.DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(demo, "_run", lambda stage: ran.append(stage.title) or 0.0)
+    resumed = demo.DemoConfig(**{**vars(finished), "resume": True})
+    demo.run(resumed)
+    assert ran == []
+    (finished.out / "labels" / "manifest.json").rename(finished.out / "labels" / "kept")
+    demo.run(resumed)
+    (finished.out / "labels" / "kept").rename(finished.out / "labels" / "manifest.json")
+    assert ran == ["latent action labels"]
+
+
+def test_other_settings_do_not_mix(finished: demo.DemoConfig) -> None:
+    with pytest.raises(ValueError, match="begun with another rollouts"):
+        demo.run(demo.DemoConfig(out=finished.out, preset="debug", rollouts=2, resume=True))
+
+
+def test_a_failing_stage_stops_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the stage 'rollouts' failed"):
+        demo._run(demo.Stage("rollouts", ["evaluate", "nobody", "--out", str(tmp_path)], tmp_path / "x"))
+
+
+@pytest.mark.parametrize("actions", [True, False])
+def test_labels_of_another_model_are_refused_by_the_policy(finished: demo.DemoConfig, actions: bool) -> None:
+    """Labels lie about neither the dataset nor the model they belong to."""
+    out = finished.out
+    command = [
+        "policy",
+        "pretrain",
+        "--preset",
+        "debug",
+        "--labels",
+        str(out / "labels"),
+        "--out",
+        str(out / "refused"),
+    ]
+    wrong = (
+        ["--data", str(out / "demonstrations")]
+        if actions
+        else ["--data", str(out / "videos"), "--lam-fingerprint", "0" * 16]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command, *wrong])
+    assert exit_.value.code == 2
+    assert not (out / "refused").exists()
