@@ -8,7 +8,7 @@ help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
 	@echo 'make test       the tests (make test-slow: the ones that take minutes)'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make bench      the benchmarks, into benchmarks/results/'
+	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
 
 setup: $(INSTALLED)
 
@@ -37,7 +37,10 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/bench_metaworld.py
+	$(BIN)/python benchmarks/bench_data.py
+	$(BIN)/python benchmarks/bench_latent.py
+	$(BIN)/python benchmarks/bench_policy.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -74,7 +74,7 @@ LATENT = {
             **STEADY,
         ),
         LoopConfig(
-            steps=1000, batch_size=32, optim=OptimConfig(lr=1e-3, warmup_steps=100), log_every=20, eval_every=250
+            steps=800, batch_size=32, optim=OptimConfig(lr=1e-3, warmup_steps=100), log_every=20, eval_every=200
         ),
     ),
     "base": _latent(

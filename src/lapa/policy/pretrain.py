@@ -33,7 +33,7 @@ from lapa.policy.vocabulary import Vocabulary
 
 
 def _tiny_loop() -> LoopConfig:
-    return LoopConfig(steps=1000, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
+    return LoopConfig(steps=700, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
 
 
 @dataclass(frozen=True)

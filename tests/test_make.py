@@ -1,0 +1,28 @@
+"""`make` on a machine whose Python is too old says so, before it makes anything."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OLD_PYTHON = """#!/bin/sh
+exec {python} -c 'import sys; sys.version_info = (3, 9, 2); exec(sys.argv[1])' "$2"
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("target", ["setup", "test", "demo"])
+def test_an_old_python_is_named_with_what_is_needed(tmp_path: Path, target: str) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python3.9"
+    old.write_text(OLD_PYTHON.format(python=sys.executable))
+    old.chmod(0o755)
+    done = subprocess.run(["make", f"PYTHON={old}", target], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "lapa needs Python 3.11 or newer" in done.stderr
+    assert "is 3.9. Run: make PYTHON=python3.11" in done.stderr
+    assert not (tmp_path / ".venv").exists()
