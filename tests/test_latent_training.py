@@ -77,12 +77,16 @@ def test_resuming_with_another_config_is_refused(data: Path, tmp_path: Path) -> 
 
 def test_collapse_is_warned_of(capsys: pytest.CaptureFixture) -> None:
     figures = {"mse": 1.0, "mse_copy": 1.0, "mse_shuffled": 1.0, "codes_used": 0.1, "perplexity": 1.0}
-    training.warn_of_collapse({**figures, "joint_codes_used": 1.0})
-    assert "the codebook has collapsed" in capsys.readouterr().err
-    training.warn_of_collapse({**figures, "joint_codes_used": 9.0})
-    assert "the decoder hardly reads the codes" in capsys.readouterr().err
-    training.warn_of_collapse({**figures, "joint_codes_used": 9.0, "mse_shuffled": 2.0})
-    assert "warning" not in capsys.readouterr().err
+    training.warn_of_collapse({**figures, "joint_codes_used": 1.0}, LATENT["paper"].model)
+    assert "the codebook has collapsed: every pair has the same latent action; try --quantizer fsq" in told(capsys)
+    training.warn_of_collapse({**figures, "joint_codes_used": 9.0}, DEBUG.model)
+    assert "the codes of another pair reconstruct as well as the right ones; train for longer" in told(capsys)
+    training.warn_of_collapse({**figures, "joint_codes_used": 9.0, "mse_shuffled": 2.0}, DEBUG.model)
+    assert "warning" not in told(capsys)
+
+
+def told(capsys: pytest.CaptureFixture) -> str:
+    return capsys.readouterr().err
 
 
 def test_probe_writes_its_figures_and_its_picture(data: Path, tmp_path: Path) -> None:

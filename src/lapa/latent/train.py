@@ -92,7 +92,7 @@ def run(config: LatentTrainConfig) -> None:
         evaluate=evaluate,
     )
     if result.finished and is_main_process():
-        warn_of_collapse(result.metrics)
+        warn_of_collapse(result.metrics, config.model)
         write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
         model.save_pretrained(config.out, configs.to_dict(config))
         finish("latent action model", config.out, _next_commands(config))
@@ -116,18 +116,25 @@ def evaluation_figures(model: LatentActionModel, sample: Sample) -> dict[str, fl
     return {**errors, **{name: value for name, value in usage.items() if isinstance(value, float)}}
 
 
-def warn_of_collapse(figures: dict[str, float]) -> None:
-    """Says so where the codes are few, or where the decoder does not read them."""
+def warn_of_collapse(figures: dict[str, float], model: LatentModelConfig) -> None:
+    """Says so where the codes are few, or where the decoder does not read them, and what to try."""
     say(
         f"held-out pairs: reconstruction {figures['mse']:.5f}, copying the first frame {figures['mse_copy']:.5f}, "
         f"shuffled codes {figures['mse_shuffled']:.5f}; {figures['codes_used']:.0%} of the codes used, "
         f"perplexity {figures['perplexity']:.1f}"
     )
-    advice = "try --quantizer fsq --standardize-z --predict change --action-input attend_and_add, or train for longer"
+    steady = {
+        "--quantizer fsq": model.quantizer == "fsq",
+        "--standardize-z": model.standardize_z,
+        "--predict change": model.predict == "change",
+        "--action-input attend_and_add": model.action_input == "attend_and_add",
+    }
+    untried = [option for option, given in steady.items() if not given]
+    advice = f"try {' '.join(untried)}" if untried else "train for longer, or on more videos"
     if figures["joint_codes_used"] <= 1:
         warn(f"the codebook has collapsed: every pair has the same latent action; {advice}")
     elif figures["mse_shuffled"] < 1.05 * figures["mse"]:
-        warn(f"the decoder hardly reads the codes: shuffled codes reconstruct as well; {advice}")
+        warn(f"on held-out episodes, the codes of another pair reconstruct as well as the right ones; {advice}")
 
 
 def _next_commands(config: LatentTrainConfig) -> list[str]:
