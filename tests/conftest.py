@@ -5,7 +5,6 @@ import os
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Before anything imports the package: the annotations of lapa.types become checks.
 install_import_hook(["lapa.types"], "beartype.beartype")

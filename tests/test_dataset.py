@@ -7,17 +7,20 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from lapa.data.dataset import INFO, JOURNAL, Dataset
-from lapa.data.info import InfoConfig
+from lapa.data.info import InfoConfig, summary
 from lapa.data.info import run as run_info
-from lapa.data.sources.synthetic import CAMERA, write_synthetic_dataset
+from lapa.data.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
+from lapa.data.sources.synthetic import run as run_synthetic
 from lapa.data.statistics import Moments
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
@@ -177,6 +180,32 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path) -> None:
     writer(tmp_path / "d")
     with pytest.raises(ValueError, match="other settings"):
         writer(tmp_path / "d", fps=20, resume=True)
+    with pytest.raises(ValueError, match="other settings"):
+        writer(tmp_path / "d", extra_info={"seed": 1}, resume=True)
+
+
+def test_an_interrupted_synthetic_dataset_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SyntheticConfig(tmp_path / "whole", episodes=4, frames=5, size=32)
+    run_synthetic(config)
+    cut, add_episode = replace(config, out=tmp_path / "cut"), DatasetWriter.add_episode
+
+    def dies(self, *arguments, **named):
+        if self.num_episodes == 2:
+            raise KeyboardInterrupt
+        return add_episode(self, *arguments, **named)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DatasetWriter, "add_episode", dies)
+        run_synthetic(cut)
+    with pytest.raises(ValueError, match="--resume to go on"):
+        run_synthetic(cut)
+    with pytest.raises(ValueError, match="other settings"):
+        run_synthetic(replace(cut, seed=1, resume=True))
+    for _ in range(2):
+        run_synthetic(replace(cut, resume=True))
+    whole, resumed = Dataset.open(config.out), Dataset.open(cut.out)
+    assert resumed.fingerprint == whole.fingerprint
+    assert (resumed.frames(3) == whole.frames(3)).all()
 
 
 def test_a_full_disk_leaves_only_whole_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,6 +292,10 @@ def test_damaged_tables_are_named(square: Dataset, tmp_path: Path) -> None:
     pq.write_table(rows.set_column(index, "action", pa.array(broken, pa.list_(pa.float32(), 2))), data)
     with pytest.raises(ValueError, match="action of episode 1 is not finite at frame 1"):
         Dataset.open(root).actions(1)
+    narrow = pa.array([[1.0]] * 48, pa.list_(pa.float32(), 1))
+    pq.write_table(rows.set_column(index, "action", narrow), data)
+    with pytest.raises(ValueError, match=r"file-000\.parquet: action is not 2 numbers wide in every row"):
+        Dataset.open(root).actions(1)
     data.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"file-000\.parquet: cannot be read"):
         Dataset.open(root).actions(0)
@@ -295,3 +328,8 @@ def test_many_episodes_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_info_draws_a_contact_sheet(square: Dataset, tmp_path: Path) -> None:
     run_info(InfoConfig(square.root, sheet=tmp_path / "sheet.png"))
     assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
+def test_info_says_what_made_the_dataset(square: Dataset, capsys: pytest.CaptureFixture) -> None:
+    Console(width=200).print(summary(square))
+    assert "lapa data synthetic: episodes 4, frames 12, seed 0" in capsys.readouterr().out

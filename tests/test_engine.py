@@ -124,6 +124,18 @@ def test_a_loss_that_is_not_finite_names_its_samples(tmp_path: Path) -> None:
         train(Broken(), Line(), collate, LOOP, tmp_path, run_config={}, description="test")
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_take_it(tmp_path: Path) -> None:
+    class Steep(Slope):
+        def forward(self, batch: dict[str, torch.Tensor]) -> Losses:
+            # The square root of zero is finite, its slope is not.
+            return Losses((super().forward(batch).loss * 0).sqrt())
+
+    model = Steep()
+    with pytest.raises(FloatingPointError, match="the gradient norm of step 1 is nan"):
+        train(model, Line(), collate, LOOP, tmp_path, run_config={}, description="test")
+    assert torch.isfinite(weights(model)).all()
+
+
 def test_evaluation_is_logged_and_returned(tmp_path: Path) -> None:
     seen = []
 
@@ -134,7 +146,9 @@ def test_evaluation_is_logged_and_returned(tmp_path: Path) -> None:
     _, result = run(tmp_path / "run", evaluate=evaluate)
     assert seen == [False, False]
     assert result.metrics["norm"] > 0
-    assert [row["step"] for row in log(tmp_path / "run") if "eval/norm" in row] == [2, 4]
+    evaluations = [row for row in log(tmp_path / "run") if "eval/norm" in row]
+    assert [row["step"] for row in evaluations] == [2, 4]
+    assert {name for row in evaluations for name in row} == {"step", "seconds", "eval/norm"}
 
 
 def test_prepare_runs_once_at_the_start_of_a_run(tmp_path: Path) -> None:
@@ -211,23 +225,41 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
         os.sched_yield()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["kill -9", "TERM", "INT"])
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, number: int) -> None:
+    """A signal that can be caught leaves a checkpoint, without waiting for the next one that is due."""
     subprocess.run([sys.executable, "-c", script(tmp_path, "whole", 12)], check=True)
-    process = subprocess.Popen([sys.executable, "-c", script(tmp_path, "killed", 12, pause=0.2)])
+    save_every = 1 if number == signal.SIGKILL else 1000
+    process = subprocess.Popen([sys.executable, "-c", script(tmp_path, "killed", 12, pause=0.2, save_every=save_every)])
     wait_for_step(tmp_path / "killed", 3, process)
     process.send_signal(number)
     assert process.wait() != 0
+    assert (tmp_path / "killed" / "training" / "checkpoint.pt").exists()
     assert not (tmp_path / "killed" / "weights.pt").exists()
     subprocess.run([sys.executable, "-c", script(tmp_path, "killed", 12)], check=True)
     whole, resumed = (torch.load(tmp_path / name / "weights.pt") for name in ("whole", "killed"))
     assert torch.equal(whole, resumed)
 
 
+def torchrun(tmp_path: Path, name: str, world: int, code: str) -> torch.Tensor:
+    """Runs the script in `world` processes and returns the weights it ends with, if it ends."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    (tmp_path / f"{name}.py").write_text(code)
+    subprocess.run([*command, str(tmp_path / f"{name}.py")], check=True)
+    return torch.load(tmp_path / name / "weights.pt")
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    for name, world in (("one", 1), ("two", 2)):
-        (tmp_path / f"{name}.py").write_text(script(tmp_path, name, 4, dropout=0.0))
-        subprocess.run([*torchrun, str(world), str(tmp_path / f"{name}.py")], check=True)
-    one, two = (torch.load(tmp_path / name / "weights.pt") for name in ("one", "two"))
+    one, two = (
+        torchrun(tmp_path, name, world, script(tmp_path, name, 4, dropout=0.0))
+        for name, world in (("one", 1), ("two", 2))
+    )
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_resume_each_with_its_own_noise(tmp_path: Path) -> None:
+    whole = torchrun(tmp_path, "whole", 2, script(tmp_path, "whole", 4))
+    stopped = script(tmp_path, "parts", 4).replace("steps=4", "steps=4, stop_after=2")
+    torchrun(tmp_path, "parts", 2, stopped)
+    resumed = torchrun(tmp_path, "parts", 2, script(tmp_path, "parts", 4))
+    assert torch.equal(whole, resumed)

@@ -1,6 +1,8 @@
 """Files are whole or absent, and finished work is not overwritten by accident."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert files.read_json(path) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data" / "labels").mkdir(parents=True)
+    for out in (tmp_path / "data", tmp_path):
+        with pytest.raises(ValueError, match=r"is or contains .*data, which this command reads"):
+            files.claim_output(out, complete=False, overwrite=True, inputs=[tmp_path / "data"])
+    files.claim_output(tmp_path / "data" / "labels", complete=False, inputs=[tmp_path / "data"])
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from lapa.files import atomic_path
+path = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+with atomic_path(path) as temporary:
+    tensor = torch.zeros(100_000)
+    torch.save({"a": tensor}, temporary) if path.suffix == ".pt" else save_file({"a": tensor}, temporary)
+"""
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.safetensors"])
+def test_whatever_a_writer_makes_of_a_full_disk_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    """A limit on the size of files stands for the full disk."""
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / name)], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"OSError: {tmp_path / name}: could not be written (")
+    assert last.endswith("; make room, then go on with --resume")
+    assert not any(tmp_path.iterdir())
 
 
 def test_not_a_number_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.sources.synthetic import write_synthetic_dataset
+from lapa.data.writer import DatasetWriter
 from lapa.label.run import LabelConfig, run
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 from lapa.presets import LATENT
@@ -79,7 +80,7 @@ def test_labels_of_another_model_or_dataset_are_refused(data: Path, lam: Path, t
     with pytest.raises(ValueError, match="labels another dataset"):
         Labels.open(out, dataset_fingerprint="0" * 16)
     other = save_lam(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"was begun with another lam_fingerprint .*--overwrite"):
+    with pytest.raises(ValueError, match=r"lam_fingerprint was .*--overwrite to start anew"):
         run(LabelConfig(lam=other, data=data, out=out, resume=True))
     with pytest.raises(ValueError, match="already holds a finished result"):
         run(LabelConfig(lam=lam, data=data, out=out))
@@ -101,7 +102,26 @@ def test_a_lost_shard_is_noticed(data: Path, lam: Path, tmp_path: Path) -> None:
         Labels.open(out)
 
 
-def test_short_episodes_are_skipped_and_all_short_is_an_error(data: Path, tmp_path: Path) -> None:
+def test_short_episodes_are_skipped_and_counted(lam: Path, tmp_path: Path) -> None:
+    writer = DatasetWriter(tmp_path / "mixed", fps=10, cameras={"front": (32, 32)})
+    for length in (HORIZON, FRAMES, 1):
+        writer.add_episode({"front": np.zeros((length, 32, 32, 3), np.uint8)}, "stay")
+    writer.finish()
+    run(LabelConfig(lam=lam, data=tmp_path / "mixed", out=tmp_path / "labels"))
+    manifest = Labels.open(tmp_path / "labels").manifest
+    assert (manifest.num_rows, manifest.num_episodes, manifest.skipped_episodes) == (FRAMES - HORIZON, 1, 2)
+
+
+def test_long_episodes_are_read_in_windows(
+    data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(LabelConfig(lam=lam, data=data, out=tmp_path / "whole"))
+    monkeypatch.setattr("lapa.label.run.WINDOW", 4)
+    run(LabelConfig(lam=lam, data=data, out=tmp_path / "windows"))
+    assert rows(tmp_path / "windows") == rows(tmp_path / "whole")
+
+
+def test_all_episodes_too_short_is_an_error(data: Path, tmp_path: Path) -> None:
     long_horizon = save_lam(tmp_path / "lam", seed=0, horizon_seconds=1.2)
     with pytest.raises(ValueError, match=r"all 6 episodes are too short for the model's horizon of 1\.2 s \(12 frames"):
         run(LabelConfig(lam=long_horizon, data=data))

@@ -36,7 +36,7 @@ def test_the_horizon_is_seconds_at_each_datasets_own_rate(square: Dataset, fast:
 @pytest.mark.parametrize("cache_gib", [0.0, 1.0])
 def test_every_pair_is_the_slow_literal_one(square: Dataset, fast: Dataset, cache_gib: float) -> None:
     pairs = FramePairs([square, fast], PairsConfig(size=64, horizon=0.6, cache_gib=cache_gib), split="all")
-    assert pairs.cached == (cache_gib > 0)
+    assert pairs.in_memory == (cache_gib > 0)
     expected = [
         (number, episode.index, frame)
         for number, (dataset, horizon) in enumerate(((square, 6), (fast, 18)))
@@ -55,9 +55,9 @@ def test_every_pair_is_the_slow_literal_one(square: Dataset, fast: Dataset, cach
 
 
 def test_the_cache_and_the_decoder_give_the_same_bytes(fast: Dataset) -> None:
-    cached, decoded = (FramePairs([fast], PairsConfig(size=32, cache_gib=gib), split="all") for gib in (1.0, 0.0))
-    for index in range(len(cached)):
-        assert (cached[index]["frames_TCHW"] == decoded[index]["frames_TCHW"]).all()
+    kept, decoded = (FramePairs([fast], PairsConfig(size=32, cache_gib=gib), split="all") for gib in (1.0, 0.0))
+    for index in range(len(kept)):
+        assert (kept[index]["frames_TCHW"] == decoded[index]["frames_TCHW"]).all()
 
 
 def test_actions_between_are_those_of_the_frames(square: Dataset) -> None:
@@ -99,7 +99,7 @@ def test_episodes_shorter_than_the_horizon_are_skipped_and_counted(tmp_path: Pat
         writer.add_episode({"front": np.zeros((length, 32, 32, 3), np.uint8)}, "wait")
     dataset = writer.finish()
     pairs = FramePairs([dataset], PairsConfig(size=32, horizon=0.6), split="all")
-    assert pairs.skipped_episodes == 2
+    assert pairs.num_skipped == (2,)
     assert [pairs.location(i) for i in range(len(pairs))] == [(0, 1, 0), (0, 1, 1), (0, 1, 2)]
     assert "2 of 3 episodes skipped" in capsys.readouterr().err
     with pytest.raises(ValueError, match="all 3 episodes are too short for a horizon of 2 s"):
@@ -136,6 +136,7 @@ def test_a_square_moves_the_way_it_says() -> None:
 def test_synthetic_pairs_are_like_frame_pairs(square: Dataset) -> None:
     made_up, read = SyntheticPairs(4, seed=0), FramePairs([square], PairsConfig(size=64))
     assert made_up[1].keys() == read[1].keys()
+    assert made_up.in_memory
     assert made_up[(2, 17)]["index"] == 2
     assert DIRECTIONS[made_up.directions_N[0]] in made_up.describe(0)
     assert collate_pairs([made_up[i] for i in range(4)])["frames_BTCHW"].shape == (4, 2, 3, 64, 64)

@@ -33,7 +33,7 @@ def test_every_stage_leaves_its_artifact(finished: demo.DemoConfig) -> None:
     for stage in demo.stages(finished):
         assert stage.artifact.is_file(), stage.title
     table = read_json(finished.out / "demo.json")["results"]
-    assert list(table) == ["random actions", "finetuned from scratch", "latent pretraining, then finetuned"]
+    assert list(table) == ["random actions", "from scratch", "pretrained"]
     for result in table.values():
         assert result["overall"]["episodes"] == 8
         low, high = result["overall"]["interval"]
@@ -65,7 +65,7 @@ def test_a_second_run_does_nothing_again(finished: demo.DemoConfig, monkeypatch:
 
 
 def test_other_settings_do_not_mix(finished: demo.DemoConfig) -> None:
-    with pytest.raises(ValueError, match="begun with another rollouts"):
+    with pytest.raises(ValueError, match="rollouts was 1, is 2"):
         demo.run(demo.DemoConfig(out=finished.out, preset="debug", rollouts=2, resume=True))
 
 
@@ -74,10 +74,18 @@ def test_a_failing_stage_stops_the_demo(tmp_path: Path) -> None:
         demo._run(demo.Stage("rollouts", ["evaluate", "nobody", "--out", str(tmp_path)], tmp_path / "x"))
 
 
-@pytest.mark.parametrize("actions", [True, False])
-def test_labels_of_another_model_are_refused_by_the_policy(finished: demo.DemoConfig, actions: bool) -> None:
-    """Labels lie about neither the dataset nor the model they belong to."""
+@pytest.mark.parametrize(
+    ("data", "options", "told"),
+    [
+        ("demonstrations", [], "labels another dataset"),
+        ("videos", ["--lam-fingerprint", "0" * 16], "made by the latent action model"),
+    ],
+)
+def test_labels_of_another_model_or_dataset_are_refused_by_the_policy(
+    finished: demo.DemoConfig, capsys: pytest.CaptureFixture, data: str, options: list[str], told: str
+) -> None:
     out = finished.out
+    wrong = ["--data", str(out / data), *options]
     command = [
         "policy",
         "pretrain",
@@ -88,12 +96,8 @@ def test_labels_of_another_model_are_refused_by_the_policy(finished: demo.DemoCo
         "--out",
         str(out / "refused"),
     ]
-    wrong = (
-        ["--data", str(out / "demonstrations")]
-        if actions
-        else ["--data", str(out / "videos"), "--lam-fingerprint", "0" * 16]
-    )
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, *wrong])
     assert exit_.value.code == 2
+    assert told in capsys.readouterr().err
     assert not (out / "refused").exists()

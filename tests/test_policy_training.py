@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lapa import config as configs
 from lapa.data.dataset import Dataset
+from lapa.data.frames import split_episodes
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.sources.synthetic import DIRECTIONS, write_synthetic_dataset
 from lapa.data.writer import DatasetWriter
@@ -32,15 +33,17 @@ def loop(steps: int, **changes) -> LoopConfig:
     return LoopConfig(**{"steps": steps, "batch_size": 16, "optim": optim, "device": "cpu", **changes})
 
 
-def write_labels(folder, dataset: Dataset, lam_fingerprint: str = LAM):
+def write_labels(folder, dataset: Dataset, lam_fingerprint: str = LAM, left_out=()):
     """Labels as a perfect latent action model would make them: the direction as two tokens of four codes."""
     episodes = {}
     for episode in dataset.episodes:
+        if episode.index in left_out:
+            continue
         direction = DIRECTIONS.index(episode.instruction.removeprefix("move "))
         frames_T = np.arange(episode.length - 2)
         codes_TL = np.tile([direction // 4, direction % 4], (len(frames_T), 1))
         episodes[episode.index] = EpisodeLabels(frames_T, codes_TL)
-    write_shard(shard_path(folder, 0, len(episodes) - 1), episodes)
+    write_shard(shard_path(folder, 0, len(dataset.episodes) - 1), episodes)
     manifest = Manifest(
         lam_fingerprint=lam_fingerprint,
         dataset_fingerprint=dataset.fingerprint,
@@ -181,6 +184,14 @@ def test_labels_of_another_model_or_dataset_are_refused(root, tmp_path):
     with pytest.raises(ValueError, match="label all datasets with one model"):
         pretrain.run(pretrain_config(root, tmp_path / "out", **both))
     assert not (tmp_path / "out").exists(), "refused before anything was written"
+
+
+def test_held_out_episodes_without_a_label_do_not_stop_the_training(root, tmp_path, capsys):
+    held_out = split_episodes(16, 0.1, 0, "held_out")
+    labels = write_labels(tmp_path / "labels", Dataset.open(root / "videos"), left_out=held_out)
+    pretrain.run(pretrain_config(root, tmp_path / "out", labels=(labels,), loop=loop(1)))
+    assert "none of the held-out episodes has a label" in capsys.readouterr().err
+    assert "held_out_loss" in read_json(tmp_path / "out" / "metrics.json")
 
 
 def test_videos_without_actions_are_no_robot_data(root, tmp_path):

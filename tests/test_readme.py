@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def tested_commands() -> list[str]:
+def readme_commands() -> list[str]:
     block = re.search(r"<!-- tested -->\n```bash\n(.*?)```", README, re.DOTALL)
     assert block is not None
     return block.group(1).splitlines()
@@ -20,7 +20,7 @@ def tested_commands() -> list[str]:
 
 def test_the_stages_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in tested_commands():
+    for command in readme_commands():
         program, *arguments = shlex.split(command)
         assert program == "lapa"
         with pytest.raises(SystemExit) as exit_:
@@ -37,4 +37,9 @@ def test_links_lead_somewhere(link: str) -> None:
 def test_every_command_named_in_the_docs_exists() -> None:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for line in re.findall(r"^ *(?:\$ )?lapa ([a-z].*)$", path.read_text(), re.MULTILINE):
-            assert cli.find_verb(line.split()), f"{path.name}: lapa {line}"
+            words = shlex.split(line, comments=True)
+            verb = cli.find_verb(words)
+            assert verb is not None, f"{path.name}: lapa {line}"
+            options = words[len(verb.name.split()) :]
+            if not {"--help", "..."} & set(options):
+                cli.parse(verb, options)

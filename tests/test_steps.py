@@ -9,9 +9,11 @@ import pytest
 
 from lapa import config as configs
 from lapa.data.dataset import Dataset
+from lapa.data.frames import split_episodes
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
 from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.steps import PolicySteps
+from lapa.data.writer import DatasetWriter
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,6 @@ def test_action_chunks_end_with_the_episode(square: Dataset) -> None:
     inside, last = steps[3], steps[18]
     assert (inside["actions_KA"] == square.actions(0)[3:7]).all()
     assert inside["action_mask_K"].tolist() == [True] * 4
-    assert (inside["state_S"] == square.states(0)[3]).all()
     assert (inside["images"]["front"] == square.frames(0, [3])[0]).all()
     assert last["action_mask_K"].tolist() == [True, True, False, False]
     assert (last["actions_KA"] == square.actions(1)[[8, 9, 9, 9]]).all()
@@ -67,17 +68,34 @@ def test_augmentation_depends_on_the_seed_and_the_draw(square: Dataset) -> None:
     assert (picture != other[(4, 100)]["images"]["front"]).any()
 
 
-def test_cached_and_decoded_steps_agree(square: Dataset) -> None:
-    cached, decoded = (PolicySteps([square], 32, chunk=2, cache_gib=gib) for gib in (1.0, 0.0))
-    assert (cached.cached, decoded.cached) == (True, False)
+def test_steps_from_memory_and_from_video_agree(square: Dataset) -> None:
+    kept, decoded = (PolicySteps([square], 32, chunk=2, cache_gib=gib) for gib in (1.0, 0.0))
+    assert (kept.in_memory, decoded.in_memory) == (True, False)
     for index in range(0, 30, 4):
-        assert (cached[index]["images"]["front"] == decoded[index]["images"]["front"]).all()
+        assert (kept[index]["images"]["front"] == decoded[index]["images"]["front"]).all()
 
 
 def test_splits_do_not_share_episodes(square: Dataset) -> None:
     train, held_out = (PolicySteps([square], 32, chunk=1, split=split) for split in ("train", "held_out"))
     assert len(train) + len(held_out) == 30
     assert not {train[i]["episode"] for i in range(len(train))} & {held_out[i]["episode"] for i in range(len(held_out))}
+
+
+def test_without_a_held_out_label_the_training_episodes_are_evaluated_on(
+    square: Dataset, labels: Labels, capsys: pytest.CaptureFixture
+) -> None:
+    # The seed that holds out episode 1, the one without labels.
+    seed = next(seed for seed in range(20) if list(split_episodes(3, 0.1, seed, "held_out")) == [1])
+    train, held_out = (PolicySteps([square], 32, labels=[labels], seed=seed, split=s) for s in ("train", "held_out"))
+    assert len(train) == len(held_out) == 12
+    assert "none of the held-out episodes has a label" in capsys.readouterr().err
+
+
+def test_datasets_must_agree_on_the_width_of_actions(square: Dataset, tmp_path: Path) -> None:
+    writer = DatasetWriter(tmp_path / "arm", fps=10, cameras={"front": (32, 32)}, action_names=["x", "y", "z"])
+    writer.add_episode({"front": np.zeros((4, 32, 32, 3), np.uint8)}, "wait", actions=np.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"differ in the width of their actions: {'d': 2, 'arm': 3}"):
+        PolicySteps([square, writer.finish()], 32, chunk=1)
 
 
 def test_what_cannot_be_trained_on_is_said(square: Dataset, labels: Labels, tmp_path: Path) -> None:

@@ -134,11 +134,43 @@ def test_a_failed_encoding_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_copied_streams_are_unchanged(tmp_path: Path) -> None:
-    encode_clip(tmp_path / "a.mp4", numbered_frames(7), 10.0)
-    assert copy_stream(tmp_path / "a.mp4", tmp_path / "b.mp4") == 7
-    first, second = (decode_clip(tmp_path / name, range(7), 10.0) for name in ("a.mp4", "b.mp4"))
-    assert (first == second).all()
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("open_gop", [0, 1])
+def test_copied_streams_are_unchanged_and_begin_at_zero(tmp_path: Path, suffix: str, open_gop: int) -> None:
+    """With B-frames, a container may begin later than at 0, and round its times to milliseconds."""
+    source, copy = tmp_path / f"a.{suffix}", tmp_path / "b.mp4"
+    write_with_b_frames(source, "libx264", {"g": "12", "bf": "3", "x264-params": f"open-gop={open_gop}"})
+    scanned = [frame for _, frame in ClipScan(source)]
+    assert copy_stream(source, copy, 29.97) == len(scanned) == 40
+    with av.open(str(copy)) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx(np.arange(40) / 29.97, abs=1e-4)
+    for index in np.random.default_rng(0).permutation(40):
+        assert (decode_clip(copy, [index], 29.97)[0] == scanned[index]).all()
+
+
+def write_with_b_frames(path: Path, codec: str, options: dict[str, str]) -> None:
+    """40 frames of a picture that moves."""
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=exact_rate(29.97), options=options)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for number in range(40):
+            moved = np.roll(picture, 2 * number, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def test_frames_before_the_keyframe_of_an_open_gop_are_found(tmp_path: Path) -> None:
+    """A decoder that begins at an HEVC keyframe leaves out what is shown before it."""
+    if "libx265" not in av.codecs_available:
+        pytest.skip("this build of FFmpeg does not write HEVC")
+    options = {"x265-params": "log-level=none:keyint=12:bframes=3:open-gop=1"}
+    write_with_b_frames(tmp_path / "a.mp4", "libx265", options)
+    scanned = [frame for _, frame in ClipScan(tmp_path / "a.mp4")]
+    for index in np.random.default_rng(0).permutation(40):
+        assert (decode_clip(tmp_path / "a.mp4", [index], 29.97)[0] == scanned[index]).all()
 
 
 def test_resize_and_crop_takes_the_centre() -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -18,15 +22,18 @@ from lapa.data.dataset import INFO, Dataset
 from lapa.data.sources import videos
 from lapa.data.sources.videos import VideosConfig, read_captions, resample, run
 from lapa.data.video import encode_clip
+from lapa.data.workers import AHEAD, Workers
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def write_clip(path: Path, num: int = 8, fps: int = 10, size: tuple[int, int] = (48, 64), codec: str = "mpeg4") -> None:
+def write_clip(
+    path: Path, num: int = 8, fps: int = 10, size: tuple[int, int] = (48, 64), codec: str = "mpeg4", **options: str
+) -> None:
     """A clip that grows lighter from frame to frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = cast(VideoStream, container.add_stream(codec, rate=fps))
+        stream = cast(VideoStream, container.add_stream(codec, rate=fps, options=options))
         stream.height, stream.width = size
         stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         for number in range(num):
@@ -109,7 +116,7 @@ def test_a_caption_for_a_missing_file(folder: Path, tmp_path: Path, capsys: pyte
         convert(folder, captions=tmp_path / "c.json")
     assert not (tmp_path / "dataset").exists()
     convert(folder, captions=tmp_path / "c.json", skip_bad=True)
-    assert "1 entries skipped" in capsys.readouterr().err
+    assert "entries skipped in all (--skip-bad): 1" in capsys.readouterr().err
 
 
 def test_a_video_without_caption(folder: Path, tmp_path: Path) -> None:
@@ -123,16 +130,19 @@ def test_a_video_without_caption(folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_a_video(folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "bad.mp4").write_text("not a video")
+    (folder / "notes.txt").write_text("nothing")
     with pytest.raises(ValueError, match=r"bad\.mp4: not a readable video.*--skip-bad"):
         convert(folder)
     assert len(convert(folder, skip_bad=True).episodes) == 3
-    assert "bad.mp4" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "bad.mp4" in told
+    assert "left aside: 1 file without the suffix of a video" in told
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "notes.txt").write_text("nothing")
-    with pytest.raises(ValueError, match=r"clips: holds no video \(1 other files\)"):
+    with pytest.raises(ValueError, match=r"clips: holds no video \(other files: 1\)"):
         convert(tmp_path / "clips")
     with pytest.raises(ValueError, match="no such folder"):
         convert(tmp_path / "none")
@@ -148,7 +158,7 @@ def test_a_truncated_video_is_kept_as_far_as_it_goes(folder: Path, capsys: pytes
     assert 5 < length < 115
     told = capsys.readouterr().err
     assert f"{length} frames kept" in told
-    assert "1 videos were damaged" in told
+    assert "damaged videos: 1; frames lost:" in told
 
 
 def test_mixed_sizes_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -190,6 +200,64 @@ def test_keeping_the_encoding(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mixed picture sizes"):
         convert(tmp_path / "clips", keep_encoding=True, overwrite=True)
     assert len(dataset.frames(0)) == 6
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_kept_encodings_with_b_frames_are_read_from_their_first_frame(tmp_path: Path, suffix: str) -> None:
+    write_clip(tmp_path / "clips" / f"a.{suffix}", num=30, codec="libx264", bf="2", g="10")
+    kept = convert(tmp_path / "clips", keep_encoding=True)
+    assert kept.episodes[0].length == 30
+    levels = [kept.frames(0, [number]).mean() for number in range(30)]
+    assert np.abs(levels - (20 + 200 * np.arange(30) / 30)).max() < 8
+
+
+def test_an_output_that_holds_the_videos(folder: Path) -> None:
+    for out in (folder, folder.parent):
+        with pytest.raises(ValueError, match=r"is or contains .*clips, which this command reads"):
+            convert(folder, out=out, overwrite=True)
+    assert len(list(folder.rglob("*.*"))) == 3
+
+
+def test_a_killed_worker_is_named_with_the_mend() -> None:
+    with Workers(1) as workers, pytest.raises(ValueError, match=r"worker process was killed.*--resume and fewer"):
+        list(workers.in_order(os._exit, [(1,)]))
+
+
+def test_workers_leave_interrupts_to_their_parent_and_take_a_few_jobs_at_a_time() -> None:
+    taken = []
+
+    def jobs() -> Iterator[tuple[int]]:
+        for number in range(20):
+            taken.append(number)
+            yield (signal.SIGINT,)
+
+    with Workers(1) as workers:
+        results = workers.in_order(signal.raise_signal, jobs())
+        assert next(results) is None
+        assert len(taken) <= AHEAD
+        assert list(results) == [None] * 19
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, time\n"
+        "from lapa.data.workers import Workers\n"
+        "def tell(seconds):\n"
+        "    os.write(1, b'begun ')\n"
+        "    time.sleep(seconds)\n"
+        "if __name__ == '__main__':\n"
+        "    with Workers(2) as workers:\n"
+        "        list(workers.in_order(tell, [(600,), (600,)]))\n"
+    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    told = b""
+    while told.count(b"begun") < 2:
+        told += os.read(parent.stdout.fileno(), 100)
+    parent.kill()
+    # The output ends when the last process that holds it is gone.
+    parent.communicate(timeout=30)
 
 
 def test_an_output_that_exists(folder: Path) -> None:

@@ -47,6 +47,18 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "confi
     return cls(**{key: _typed(hints[key], value, f"{source}: {key}") for key, value in values.items()})
 
 
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two configs as plain values: ["loop.optim.lr was 0.1, is 0.2"]; empty where nothing did."""
+    found = []
+    for key in sorted({*then, *now}):
+        before, after = then.get(key), now.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} was {before!r}, is {after!r}")
+    return found
+
+
 def save(config: Any, path: Path) -> None:
     """Writes a dataclass as JSON, atomically."""
     write_json(path, to_dict(config))

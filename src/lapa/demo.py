@@ -128,11 +128,14 @@ def stages(config: DemoConfig) -> list[Stage]:
 
 
 def arms(config: DemoConfig) -> dict[str, str]:
-    """The rows of the table: what they are called, and what `lapa evaluate` is given."""
+    """The columns of the table: what they are called, and what `lapa evaluate` is given.
+
+    `from scratch` is the pretrained policy's architecture, trained on the demonstrations alone.
+    """
     return {
         "random actions": "random",
-        "finetuned from scratch": str(config.out / "policy_from_scratch"),
-        "latent pretraining, then finetuned": str(config.out / "policy"),
+        "from scratch": str(config.out / "policy_from_scratch"),
+        "pretrained": str(config.out / "policy"),
     }
 
 
@@ -142,9 +145,11 @@ def report(config: DemoConfig, seconds: dict[str, float]) -> None:
     before = read_json(out / RESULTS)["seconds"] if (out / RESULTS).exists() else {}
     results = {name: read_json(_results(config, who)) for name, who in arms(config).items()}
     tasks = list(next(iter(results.values()))["tasks"])
-    table = Table("policy", *tasks, "all tasks", title="success rate, with 95% interval")
-    for name, result in results.items():
-        table.add_row(name, *(_rate(result["tasks"][task]) for task in tasks), _rate(result["overall"]))
+    table = Table("success (95% interval)", *results)
+    for task in tasks:
+        table.add_row(task, *(_rate(result["tasks"][task]) for result in results.values()))
+    table.add_section()
+    table.add_row("all tasks", *(_rate(result["overall"]) for result in results.values()))
     console.print(table)
     write_json(out / RESULTS, {"config": configs.to_dict(config), "results": results, "seconds": {**before, **seconds}})
     for path, what in {
@@ -170,15 +175,15 @@ def report(config: DemoConfig, seconds: dict[str, float]) -> None:
 
 
 def _data(config: DemoConfig, out: Path, *, actions: bool) -> list[str]:
+    seed = str(config.seed + (DEMONSTRATION_SEED if actions else 0))
     if config.preset == "debug":
         options = ["--actions"] if actions else []
-        return ["data", "synthetic", "--episodes", "16", *options, "--out", str(out), "--overwrite"]
+        return ["data", "synthetic", "--episodes", "16", *options, "--seed", seed, "--out", str(out), "--resume"]
     episodes = config.demonstrations if actions else config.videos
-    seed = config.seed + (DEMONSTRATION_SEED if actions else 0)
     options = [] if actions else ["--no-actions"]
     return [
         "data", "metaworld", "--tasks", config.tasks, "--episodes", str(episodes), *options,
-        "--seed", str(seed), "--out", str(out), "--resume",
+        "--seed", seed, "--out", str(out), "--resume",
     ]  # fmt: skip
 
 
@@ -195,19 +200,31 @@ def _results(config: DemoConfig, who: str) -> Path:
 
 
 def _run(stage: Stage) -> float:
-    """Runs a stage to its end and returns its seconds. Ctrl-C reaches the stage too, which checkpoints and leaves."""
+    """Runs a stage to its end and returns its seconds.
+
+    Ctrl-C reaches the stage too, and SIGTERM is passed on: it checkpoints and leaves, and then so does the demo.
+    """
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command])
-    while True:
-        try:
-            status = process.wait()
-            break
-        except KeyboardInterrupt:
-            say("stopping; `lapa demo --resume` goes on from here")
-    if status in (130, -signal.SIGINT):
+    stopping = False
+
+    def stop(number: int, frame: Any) -> None:
+        nonlocal stopping
+        stopping = True
+        say("stopping; the same command with --resume goes on from here")
+        if number == signal.SIGTERM:
+            process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopping:
         raise KeyboardInterrupt
     if status:
-        raise ValueError(f"the stage {stage.title!r} failed (see above); mend it and go on with `lapa demo --resume`")
+        raise ValueError(f"the stage {stage.title!r} failed (see above); mend it and go on with --resume")
     return round(time.monotonic() - started, 1)
 
 
@@ -216,12 +233,13 @@ def _require_same_settings(config: DemoConfig) -> None:
     settings: dict[str, Any] = configs.to_dict(config)
     for volatile in ("out", "overwrite", "resume"):
         del settings[volatile]
-    if path.exists() and (then := read_json(path)) != settings:
-        changed = ", ".join(key for key in settings if then.get(key) != settings[key])
-        raise ValueError(f"{path}: this demo was begun with another {changed}; use --overwrite, or another --out")
+    if path.exists() and (changed := configs.differences(read_json(path), settings)):
+        raise ValueError(
+            f"{path}: this demo was begun otherwise: {'; '.join(changed)}; use --overwrite or another --out"
+        )
     write_json(path, settings)
 
 
 def _rate(result: dict[str, Any]) -> str:
     low, high = result["interval"]
-    return f"{result['success_rate']:.0%} ({low:.0%} to {high:.0%})"
+    return f"{result['success_rate']:.0%} ({100 * low:.0f} to {high:.0%})"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed into place.
 
     On any error the temporary file is removed and `path` is as it was before. The temporary name keeps the
-    suffix, since writers (PyAV, safetensors) choose a format by it.
+    suffix, since writers (PyAV, safetensors) choose a format by it. What keeps a writer from writing (a full disk
+    above all) is raised as OSError naming `path`, whatever the writer made of it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,8 +32,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"{path}: could not be written ({reason}); make room, then go on with --resume") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_failed_write(error: Exception) -> bool:
+    """torch and safetensors have errors of their own for what the system refused."""
+    return isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,14 +63,20 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
-def claim_output(out: Path, *, complete: bool, overwrite: bool = False, resume: bool = False) -> None:
+def claim_output(
+    out: Path, *, complete: bool, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()
+) -> None:
     """Makes the folder `out` ready to be written, or says why not.
 
     complete: whether `out` already holds the finished artifact (the caller knows how to tell).
+    inputs: what the command reads; `out` may lie inside one of them, and may neither be nor contain one.
     Raises ValueError where `out` holds anything and neither flag is given; with `resume`, where it is
     already complete there is nothing to do and the caller should return before calling this.
     """
     out = Path(out)
+    for path in inputs:
+        if Path(path).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out}: is or contains {path}, which this command reads; give another --out")
     if out.is_file():
         raise ValueError(f"{out}: is a file; --out must name a folder")
     if overwrite and resume:

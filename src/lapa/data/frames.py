@@ -32,7 +32,7 @@ class FrameStore:
 
     All of the `episodes` named are decoded once and kept where that takes at most `cache_gib` GiB; each process of a
     DataLoader shares them while it is forked. Otherwise each picture is decoded when it is asked for. Both give the
-    same bytes.
+    same bytes. `.in_memory` tells which it is.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class FrameStore:
             for dataset, names, chosen in zip(datasets, cameras, episodes, strict=True)
         )
         gib = num_pictures * size * size * 3 / GIB
-        self.cached = gib <= cache_gib
-        if self.cached:
+        self.in_memory = gib <= cache_gib
+        if self.in_memory:
             say(f"decoding {num_pictures} pictures into memory ({gib:.2f} GiB at {size} px)")
             self._fill(cameras, episodes)
 
@@ -60,7 +60,7 @@ class FrameStore:
         self, dataset: int, camera: str, episode: int, frame_indices: Sequence[int]
     ) -> UInt8[np.ndarray, "T size size 3"]:
         """Pictures of one episode, in the order asked for."""
-        if self.cached:
+        if self.in_memory:
             return self._cache[Stream(dataset, camera)][episode][list(frame_indices)]
         return resize_and_crop(self.datasets[dataset].frames(episode, frame_indices, camera), self.size)
 
@@ -81,6 +81,31 @@ class FrameStore:
     def _whole(self, wanted: tuple[Stream, int]) -> np.ndarray:
         stream, episode = wanted
         return resize_and_crop(self.datasets[stream.dataset].frames(episode, None, stream.camera), self.size)
+
+
+class EpisodeRows:
+    """Items numbered through datasets and their episodes: one row an episode, so it does not grow with the frames."""
+
+    def __init__(self, episodes: Sequence[np.ndarray], counts: Sequence[np.ndarray]):
+        """For each dataset the episodes and how many items each has; episodes without items are left out."""
+        filled = [chosen[count > 0] for chosen, count in zip(episodes, counts, strict=True)]
+        self.datasets = np.concatenate([np.full(len(chosen), number) for number, chosen in enumerate(filled)])
+        self.episodes = np.concatenate(filled)
+        self.ends = np.cumsum(np.concatenate([count[count > 0] for count in counts]))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """(number of the dataset, episode, number of the item within the episode)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        row = int(np.searchsorted(self.ends, index, side="right"))
+        return int(self.datasets[row]), int(self.episodes[row]), index - (int(self.ends[row - 1]) if row else 0)
+
+    def of_dataset(self, number: int) -> np.ndarray:
+        """The episodes of one dataset that have items."""
+        return self.episodes[self.datasets == number]
 
 
 def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw
+from rich.markup import escape
 from rich.table import Table
 
 from lapa.console import console, finish
@@ -59,12 +60,14 @@ def summary(dataset: Dataset) -> Table:
     table.add_row("state", _feature(dataset, "observation.state", "none"))
     counts = Counter(episode.instruction for episode in dataset.episodes)
     for number, (task, count) in enumerate(counts.most_common(SHOWN_TASKS)):
-        table.add_row(f"{len(counts)} tasks" if number == 0 else "", f"{task} ({count})")
+        table.add_row(f"{len(counts)} tasks" if number == 0 else "", escape(f"{task} ({count})"))
     if len(counts) > SHOWN_TASKS:
         table.add_row("", f"and {len(counts) - SHOWN_TASKS} more")
     sizes = {name: _megabytes(dataset.root / name) for name in ("videos", "data", "meta", "labels")}
     table.add_row("on disk", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items() if size))
     table.add_row("fingerprint", dataset.fingerprint)
+    if dataset.extra:
+        table.add_row("made by", escape(_making(dataset.extra)))
     return table
 
 
@@ -98,6 +101,12 @@ def _feature(dataset: Dataset, name: str, absent: str) -> str:
     names = feature.get("names")
     told = f": {', '.join(map(str, names))}" if isinstance(names, list) else ""
     return f"{int(np.prod(feature['shape']))} numbers{told}"
+
+
+def _making(extra: dict[str, Any]) -> str:
+    """The command that wrote a dataset, and its settings."""
+    settings = ", ".join(f"{name} {value}" for name, value in extra.items() if name != "made_by")
+    return f"{extra.get('made_by', 'unknown')}: {settings}"
 
 
 def _megabytes(folder: Path) -> float:

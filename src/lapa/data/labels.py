@@ -7,7 +7,6 @@ where asked for, embedding) and `manifest.json`, written last. By default it lie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +39,7 @@ class Manifest:
     num_episodes: int
     skipped_episodes: int
     code_usage: list[list[float]]
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,20 +121,24 @@ class Labels:
     def _codes(self) -> np.ndarray:
         return _from_fixed_lists(self._table["codes"]).astype(np.int64)
 
-    @property
-    def labelled_episodes(self) -> Sequence[int]:
-        return tuple(self._rows)
+    @cached_property
+    def _frames(self) -> np.ndarray:
+        return self._table["frame_index"].to_numpy()
+
+    @cached_property
+    def _embeddings(self) -> np.ndarray:
+        return _from_fixed_lists(self._table["embedding"])
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """The labelled frames of an episode: (frame_indices_T, codes_TL), both int64; empty where it has none."""
         rows = self._rows.get(episode_index, slice(0, 0))
-        return self._table["frame_index"].to_numpy()[rows], self._codes[rows]
+        return self._frames[rows], self._codes[rows]
 
     def embeddings(self, episode_index: int) -> np.ndarray:
         """The continuous embeddings [T, L * D] of the same frames; ValueError where they were not asked for."""
         if "embedding" not in self._table.column_names:
             raise ValueError(f"{self.folder}: holds no embeddings; label again with --embeddings")
-        return _from_fixed_lists(self._table["embedding"])[self._rows.get(episode_index, slice(0, 0))]
+        return self._embeddings[self._rows.get(episode_index, slice(0, 0))]
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

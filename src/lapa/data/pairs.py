@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lapa.console import say, warn
 from lapa.data.dataset import Dataset
-from lapa.data.frames import FrameStore, draw, each_camera, split_episodes
+from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class PairsConfig:
     held_out: float = 0.1
     """Fraction of the episodes kept from training, for evaluation."""
     cache_gib: float = 4.0
-    """Keep all decoded pictures in memory where they take at most this many GiB; 0 never."""
+    """Keep decoded pictures in memory where they take at most this many GiB; 0 never.
+
+    Training and held-out episodes have this much each.
+    """
 
 
 class FramePairs(torch.utils.data.Dataset):
@@ -43,6 +46,7 @@ class FramePairs(torch.utils.data.Dataset):
 
     Keys are an index or a draw `(index, number)`. split: 'train', 'held_out' or 'all', by episode, from the seed.
     .horizon_frames: h of each dataset; .num_skipped: episodes too short for a pair, of each dataset.
+    .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
     Raises ValueError where no episode is long enough.
     """
 
@@ -58,26 +62,22 @@ class FramePairs(torch.utils.data.Dataset):
             for dataset, horizon in zip(datasets, self.horizon_frames, strict=True)
         )
         self._report_skipped()
-        chosen = self._choose(split, seed)
-        if split == "held_out" and not any(map(len, chosen)):
+        self._rows = self._choose(split, seed)
+        if split == "held_out" and not len(self._rows):
             warn("no episode can be held out (too few, or too short): evaluating on the training episodes instead")
-            chosen = self._choose("train", seed)
+            self._rows = self._choose("train", seed)
+        if not len(self._rows):
+            raise ValueError(
+                f"{', '.join(dataset.name for dataset in datasets)}: no episode of this split is longer than the "
+                f"horizon of {config.horizon:g} s; give a shorter horizon or longer videos"
+            )
         self._cameras = each_camera(datasets, None if config.camera is None else [config.camera])
-        self._index(chosen)
-        self._frames = FrameStore(datasets, self._cameras, chosen, config.size, config.cache_gib)
-
-    @property
-    def skipped_episodes(self) -> int:
-        """Episodes of all datasets and splits that are too short for one pair."""
-        return sum(self.num_skipped)
-
-    @property
-    def cached(self) -> bool:
-        """Whether the pictures are in memory; DataLoader workers are of no use then."""
-        return self._frames.cached
+        episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
+        self._frames = FrameStore(datasets, self._cameras, episodes, config.size, config.cache_gib)
+        self.in_memory = self._frames.in_memory
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._rows)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
         """{"frames_TCHW": uint8 [2, 3, size, size], "index", "episode"}."""
@@ -91,11 +91,7 @@ class FramePairs(torch.utils.data.Dataset):
 
     def location(self, index: int) -> tuple[int, int, int]:
         """(number of the dataset, episode, first frame) of a pair."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"pair {index} of {len(self)}")
-        row = int(np.searchsorted(self._ends, index, side="right"))
-        before = int(self._ends[row - 1]) if row else 0
-        return int(self._datasets[row]), int(self._episodes[row]), index - before
+        return self._rows.locate(index)
 
     def actions_between(self, index: int) -> Float[np.ndarray, "h A"]:
         """The robot's actions from the first frame up to, not including, the second."""
@@ -108,27 +104,17 @@ class FramePairs(torch.utils.data.Dataset):
         second = frame + self.horizon_frames[number]
         return f"dataset {self.datasets[number].name}, episode {episode}, frames {frame} and {second}"
 
-    def _choose(self, split: str, seed: int) -> list[np.ndarray]:
-        """The episodes of the split that are long enough, of each dataset."""
-        chosen = []
-        for number, (dataset, horizon) in enumerate(zip(self.datasets, self.horizon_frames, strict=True)):
-            episodes = split_episodes(len(dataset.lengths), self.config.held_out, seed + number, split)
-            chosen.append(episodes[dataset.lengths[episodes] > horizon])
-        return chosen
-
-    def _index(self, chosen: list[np.ndarray]) -> None:
-        """One row an episode, with the number of pairs up to its end: memory does not grow with the frames."""
+    def _choose(self, split: str, seed: int) -> EpisodeRows:
+        """The pairs of a split."""
+        chosen = [
+            split_episodes(len(dataset.lengths), self.config.held_out, seed + number, split)
+            for number, dataset in enumerate(self.datasets)
+        ]
         counts = [
             dataset.lengths[episodes] - horizon
             for dataset, horizon, episodes in zip(self.datasets, self.horizon_frames, chosen, strict=True)
         ]
-        self._datasets = np.concatenate([np.full(len(episodes), number) for number, episodes in enumerate(chosen)])
-        self._episodes, self._ends = np.concatenate(chosen), np.cumsum(np.concatenate(counts))
-        if not len(self._ends):
-            raise ValueError(
-                f"{', '.join(dataset.name for dataset in self.datasets)}: no episode of this split is longer than the "
-                f"horizon of {self.config.horizon:g} s; give a shorter horizon or longer videos"
-            )
+        return EpisodeRows(chosen, counts)
 
     def _report_skipped(self) -> None:
         for dataset, horizon, skipped in zip(self.datasets, self.horizon_frames, self.num_skipped, strict=True):

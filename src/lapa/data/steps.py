@@ -1,6 +1,6 @@
 """Single steps for the policy: what is seen and said, and either a latent action or the robot's next actions.
 
-Axes: H W image, L latent action length, K action chunk, A action dimensions, S state dimensions.
+Axes: H W image, L latent action length, K action chunk, A action dimensions.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lapa.console import warn
 from lapa.data.dataset import Dataset
-from lapa.data.frames import FrameStore, draw, each_camera, split_episodes
+from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
 from lapa.data.labels import Labels
 from lapa.data.transforms import augment
 
@@ -24,6 +25,7 @@ class PolicySteps(torch.utils.data.Dataset):
     sees what the uninterrupted one would have seen.
     labels: one for each dataset; frames without a label (the last of an episode) are not items.
     chunk: K future actions a frame; past the episode's end the last is repeated and masked out.
+    .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
     """
 
     def __init__(
@@ -40,7 +42,11 @@ class PolicySteps(torch.utils.data.Dataset):
         held_out: float = 0.1,
         cache_gib: float = 4.0,
     ):
-        """cameras: all datasets must have them; None: each one's first. Raises ValueError where nothing is left."""
+        """cameras: all datasets must have them; None: each one's first.
+
+        cache_gib: pictures are kept in memory where those of this split take at most this much; training and held-out
+        steps have it each. Raises ValueError where no step is left.
+        """
         if not datasets:
             raise ValueError("no dataset was given to take steps from")
         if (labels is None) == (chunk is None):
@@ -52,28 +58,27 @@ class PolicySteps(torch.utils.data.Dataset):
         self.datasets, self.size, self.labels, self.chunk = tuple(datasets), size, labels, chunk
         self.augment, self.seed = augment, seed
         self.cameras = each_camera(datasets, cameras)
-        chosen = [
-            split_episodes(len(dataset.lengths), held_out, seed + number, split)
-            for number, dataset in enumerate(datasets)
-        ]
-        self._index(chosen)
-        self._frames = FrameStore(datasets, self.cameras, self._used_episodes(), size, cache_gib)
-
-    @property
-    def cached(self) -> bool:
-        """Whether the pictures are in memory; DataLoader workers are of no use then."""
-        return self._frames.cached
+        self._rows = self._choose(split, held_out)
+        if split == "held_out" and not len(self._rows):
+            warn("none of the held-out episodes has a label (too short?): evaluating on the training episodes instead")
+            self._rows = self._choose("train", held_out)
+        if not len(self._rows):
+            names = ", ".join(dataset.name for dataset in datasets)
+            raise ValueError(f"{names}: no step is left to train on; label the dataset again with a shorter horizon")
+        episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
+        self._frames = FrameStore(datasets, self.cameras, episodes, size, cache_gib)
+        self.in_memory = self._frames.in_memory
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._rows)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
         """{"images": {camera: uint8 [size, size, 3]}, "instruction", "index", "episode"} and
 
-        with labels "codes_L" int64; with chunk "actions_KA" float32 and "action_mask_K" bool; "state_S" where there is.
+        with labels "codes_L" int64; with chunk "actions_KA" float32 and "action_mask_K" bool.
         """
         index, number = draw(key)
-        dataset_number, episode, position = self._locate(index)
+        dataset_number, episode, position = self._rows.locate(index)
         dataset = self.datasets[dataset_number]
         frame = position
         item: dict[str, Any] = {"index": index, "episode": episode}
@@ -82,16 +87,13 @@ class PolicySteps(torch.utils.data.Dataset):
             frame, item["codes_L"] = int(frames_T[position]), codes_TL[position].astype(np.int64)
         else:
             item["actions_KA"], item["action_mask_K"] = self._chunk_at(dataset, episode, frame)
-        states = dataset.states(episode)
-        if states is not None:
-            item["state_S"] = states[frame]
         item["instruction"] = dataset.episodes[episode].instruction
         item["images"] = self._images(dataset_number, episode, frame, number)
         return item
 
     def location(self, index: int) -> tuple[int, int, int]:
         """(number of the dataset, episode, frame) of a step."""
-        number, episode, position = self._locate(index)
+        number, episode, position = self._rows.locate(index)
         if self.labels is not None:
             position = int(self.labels[number].codes(episode)[0][position])
         return number, episode, position
@@ -103,37 +105,22 @@ class PolicySteps(torch.utils.data.Dataset):
 
     def actions(self) -> np.ndarray:
         """All actions of the episodes in this split, [N, A] float32: what action statistics are made from."""
-        rows = zip(self._datasets, self._episodes, strict=True)
+        rows = zip(self._rows.datasets, self._rows.episodes, strict=True)
         return np.concatenate([self.datasets[number].actions(int(episode)) for number, episode in rows])
 
-    def _index(self, chosen: list[np.ndarray]) -> None:
-        """One row an episode, with the number of items up to its end."""
-        numbers, episodes, counts = [], [], []
-        for number, selected in enumerate(chosen):
-            for episode in selected:
-                count = self._num_items(number, int(episode))
-                if count:
-                    numbers.append(number)
-                    episodes.append(int(episode))
-                    counts.append(count)
-        if not counts:
-            names = ", ".join(dataset.name for dataset in self.datasets)
-            raise ValueError(f"{names}: no step is left to train on; label the dataset again with a shorter horizon")
-        self._datasets, self._episodes, self._ends = np.array(numbers), np.array(episodes), np.cumsum(counts)
+    def _choose(self, split: str, held_out: float) -> EpisodeRows:
+        """The steps of a split."""
+        chosen = [
+            split_episodes(len(dataset.lengths), held_out, self.seed + number, split)
+            for number, dataset in enumerate(self.datasets)
+        ]
+        return EpisodeRows(chosen, [self._num_items(number, episodes) for number, episodes in enumerate(chosen)])
 
-    def _num_items(self, number: int, episode: int) -> int:
+    def _num_items(self, number: int, episodes: np.ndarray) -> np.ndarray:
         if self.labels is None:
-            return int(self.datasets[number].lengths[episode])
-        return len(self.labels[number].codes(episode)[0])
-
-    def _used_episodes(self) -> list[np.ndarray]:
-        return [self._episodes[self._datasets == number] for number in range(len(self.datasets))]
-
-    def _locate(self, index: int) -> tuple[int, int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"step {index} of {len(self)}")
-        row = int(np.searchsorted(self._ends, index, side="right"))
-        return int(self._datasets[row]), int(self._episodes[row]), index - (int(self._ends[row - 1]) if row else 0)
+            return self.datasets[number].lengths[episodes]
+        labels = self.labels[number]
+        return np.array([len(labels.codes(int(episode))[0]) for episode in episodes], np.int64)
 
     def _chunk_at(self, dataset: Dataset, episode: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
         assert self.chunk is not None

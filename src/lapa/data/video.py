@@ -27,6 +27,8 @@ from lapa.files import atomic_path
 
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16
+# Seconds before a frame from which it is decoded, tried in turn.
+EARLIER = (0.0, 0.5, 5.0, 60.0)
 # Codecs that an mp4 holds and that players and LeRobot decode.
 MP4_CODECS = ("h264", "hevc", "av1", "vp9")
 
@@ -142,19 +144,36 @@ def encode_clip(
     return num_frames
 
 
-def copy_stream(source: Path, target: Path) -> int:
-    """Copies the video stream of `source` into an mp4 without re-encoding; returns its number of packets."""
-    num_packets = 0
-    with _open(source) as reading, atomic_path(Path(target)) as temporary:
+def copy_stream(source: Path, target: Path, fps: float) -> int:
+    """Copies the video stream of `source`, whose rate must be constant, into an mp4 without re-encoding.
+
+    Frame i of the copy is at exactly `i / fps` seconds, wherever `source` began and however its times were rounded.
+    Returns the number of frames. Raises ValueError where frames lack times or share one.
+    """
+    with _open(source) as reading:
+        packet_times = [packet.pts for packet in reading.demux(reading.streams.video[0]) if packet.size]
+    times = [time for time in packet_times if time is not None]
+    if len(set(times)) != len(packet_times):
+        raise ValueError(f"{source}: has frames without times of their own")
+    # In the order of decoding, which packets are stored in, the place of each in the order of showing.
+    shown = np.argsort(np.argsort(times)).tolist()
+    # A frame is decoded no later than shown: B-frames, stored after the frame that follows them, move decoding forward.
+    delay = max(place - when for place, when in enumerate(shown)) if shown else 0
+    rate = exact_rate(fps)
+    with (
+        _open(source) as reading,
+        atomic_path(Path(target)) as temporary,
+        av.open(str(temporary), "w", format="mp4") as writing,
+    ):
         stream = reading.streams.video[0]
-        with av.open(str(temporary), "w", format="mp4") as writing:
-            copy = writing.add_stream_from_template(stream)
-            for packet in reading.demux(stream):
-                if packet.dts is not None:
-                    packet.stream = copy
-                    writing.mux(packet)
-                    num_packets += 1
-    return num_packets
+        copy = writing.add_stream_from_template(stream)
+        copy.time_base = 1 / rate
+        packets = (packet for packet in reading.demux(stream) if packet.size)
+        for place, (packet, when) in enumerate(zip(packets, shown, strict=True)):
+            packet.stream, packet.time_base = copy, 1 / rate
+            packet.pts, packet.dts, packet.duration = when, place - delay, 1
+            writing.mux(packet)
+    return len(shown)
 
 
 def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
@@ -194,13 +213,25 @@ class _OpenClip:
 
     def _frame_at(self, time: float, tolerance: float) -> VideoFrame | None:
         # Just ahead, decoding on is cheaper than a seek.
-        near = self.position is not None and self.position < time < self.position + 5 * tolerance
-        if not near:
-            assert self.stream.time_base is not None
-            # A quarter of a frame later: seeking rounds down, and the frame itself may be a keyframe.
-            offset = int((time + tolerance / 2) / self.stream.time_base)
-            self.container.seek(offset, stream=self.stream)
-            self.frames = self.container.decode(self.stream)
+        if self.position is not None and self.position < time < self.position + 5 * tolerance:
+            return self._decode_to(time, tolerance)
+        # In an open GOP, the frames shown just before a keyframe need the keyframe before it.
+        for seconds_before in EARLIER:
+            self._seek(max(0.0, time - seconds_before), tolerance)
+            frame = self._decode_to(time, tolerance)
+            if frame is not None or self.position is None:
+                return frame
+        return None
+
+    def _seek(self, time: float, tolerance: float) -> None:
+        assert self.stream.time_base is not None
+        # A quarter of a frame later: seeking rounds down, and the frame itself may be a keyframe.
+        offset = int((time + tolerance / 2) / self.stream.time_base)
+        self.container.seek(offset, stream=self.stream)
+        self.frames = self.container.decode(self.stream)
+
+    def _decode_to(self, time: float, tolerance: float) -> VideoFrame | None:
+        """The frame at `time`; None where there is none, with `position` past it, or None at the end of the file."""
         for frame in self.frames:
             self.position = float(frame.time or 0.0)
             if self.position > time - tolerance:

@@ -49,7 +49,7 @@ class DatasetWriter:
 
     root: the folder (`files.claim_output` has been asked already); fps: of all episodes.
     cameras: short name -> (height, width), both even. action_names, state_names: one name a dimension, or None.
-    extra_info: noted in meta/lapa.json (`Dataset.extra`).
+    extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
     resume: go on after the last whole episode; `done_sources` says which sources those were.
     Raises ValueError where `root` was begun with other settings.
     """
@@ -118,15 +118,13 @@ class DatasetWriter:
         instruction: str,
         *,
         pixel_stats: Mapping[str, dict[str, list[float]]],
-        actions: Float[np.ndarray, "T A"] | None = None,
-        states: Float[np.ndarray, "T S"] | None = None,
         source: str = "",
     ) -> int:
-        """Adds an episode whose mp4 files (camera -> path, on the same file system) are ready; they are moved.
+        """Adds a video-only episode whose mp4 files (camera -> path, on the same file system) are ready; they move.
 
         pixel_stats: camera -> PixelMoments.to_dict() of its frames.
         """
-        rows = self._checked_rows({ACTION: actions, STATE: states}, source)
+        rows = self._checked_rows({ACTION: None, STATE: None}, source)
         for camera, path in files.items():
             target = self.video_path(camera, self.num_episodes)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +173,7 @@ class DatasetWriter:
             "cameras": {name: list(shape) for name, shape in self.cameras.items()},
             "names": self.names,
             "keyframe_interval": self.keyframe_interval,
+            "extra_info": self.extra_info,
         }
         if (self.root / INFO).exists():
             raise ValueError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lapa.config import differences
+from lapa.console import say
 from lapa.files import atomic_path
 
 # What may differ between a run and its resume without changing a single sample or update.
@@ -29,14 +31,15 @@ def save_checkpoint(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     run_config: dict[str, Any],
+    random_states: list[dict[str, Any]],
 ) -> None:
-    """Writes the run's state atomically. `step` is the number of finished optimiser steps."""
+    """Writes the run's state atomically. `step` counts finished optimiser steps; there is a random state a process."""
     state = {
         "step": step,
         "model": model.state_dict(),
         "ema": ema.state_dict() if ema is not None else None,
         "optimizer": optimizer.state_dict(),
-        "random": random_state(),
+        "random": random_states,
         "run_config": _lasting(run_config),
     }
     with atomic_path(path) as temporary:
@@ -50,8 +53,13 @@ def load_checkpoint(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     run_config: dict[str, Any],
+    rank: int = 0,
+    world: int = 1,
 ) -> int:
     """Restores what `save_checkpoint` wrote and returns the step.
+
+    Each process gets its own random state back. With another number of processes than before there is none for each:
+    they are then seeded anew, by step and rank, which the run is told.
 
     Raises ValueError naming the file where it is unreadable, or was written under another config.
     """
@@ -61,29 +69,34 @@ def load_checkpoint(
         raise ValueError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); use --overwrite to start anew"
         ) from error
-    differences = _differences(state["run_config"], _lasting(run_config))
-    if differences:
+    changed = differences(state["run_config"], _lasting(run_config))
+    if changed:
         raise ValueError(
-            f"{path}: was written under another config ({'; '.join(differences[:4])}); "
+            f"{path}: was written under another config ({'; '.join(changed[:4])}); "
             "resume with the same options, or use --overwrite to start anew"
         )
     model.load_state_dict(state["model"])
     if ema is not None:
         ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
-    restore_random_state(state["random"])
-    return int(state["step"])
+    step = int(state["step"])
+    if len(state["random"]) == world:
+        restore_random_state(state["random"][rank])
+    else:
+        say(f"{len(state['random'])} processes wrote this checkpoint, {world} go on: their random states are new")
+        seed_everything(step * world + rank)
+    return step
 
 
 def random_state() -> dict[str, Any]:
-    """The state of every global random generator, as plain values and tensors."""
+    """The state of this process's global random generators, as plain values."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).copy()), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
     }
 
 
@@ -92,10 +105,10 @@ def restore_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy(), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def seed_everything(seed: int) -> None:
@@ -111,14 +124,3 @@ def _lasting(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in VOLATILE_KEYS
     }
-
-
-def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted({*then, *now}):
-        before, after = then.get(key), now.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key} was {before!r}, is {after!r}")
-    return found

@@ -10,9 +10,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# How long processes wait for one another: evaluation, and the last shard of labels, are the work of one.
+PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,14 @@ class Processes:
         flags = torch.tensor([float(flag)], device=self.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, by rank; every process must call this at the same step."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The values averaged over the processes, which must all name the same keys in the same order."""
@@ -70,7 +83,7 @@ def start(device: str = "auto") -> Iterator[Processes]:
     if world == 1:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(dist.get_rank(), world, chosen)
     finally:

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lapa.console import progress, say
 from lapa.engine.batches import StepSampler, batch_loader
-from lapa.engine.checkpoint import load_checkpoint, save_checkpoint, seed_everything
+from lapa.engine.checkpoint import load_checkpoint, random_state, save_checkpoint, seed_everything
 from lapa.engine.distributed import Processes, start
 from lapa.engine.metrics import MetricLog
 from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate
@@ -89,8 +89,8 @@ def train(
 
     prepare: data-dependent initialisation, on the device, only at the start of a new run.
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process.
-    Raises FloatingPointError naming the samples where the loss is not finite; ValueError where a checkpoint
-    does not fit; KeyboardInterrupt after a signal, once the checkpoint is written.
+    Raises FloatingPointError naming the samples where the loss or its gradient is not finite; ValueError where a
+    checkpoint does not fit; KeyboardInterrupt after a signal, once the checkpoint is written.
     """
     with start(config.device) as processes, _stop_signals() as stop_asked:
         device, state = processes.device, out / "training"
@@ -102,7 +102,13 @@ def train(
         first_step = 0
         if resume and (state / "checkpoint.pt").exists():
             first_step = load_checkpoint(
-                state / "checkpoint.pt", model=model, ema=ema, optimizer=optimizer, run_config=run_config
+                state / "checkpoint.pt",
+                model=model,
+                ema=ema,
+                optimizer=optimizer,
+                run_config=run_config,
+                rank=processes.rank,
+                world=processes.world,
             )
             say(f"resuming at step {first_step} of {config.steps}")
         elif prepare is not None:
@@ -116,7 +122,9 @@ def train(
             len(dataset), config.batch_size, seed=config.seed, first_step=first_step, last_step=last_step,
             accumulate=config.accumulate, rank=processes.rank, world=processes.world,
         )  # fmt: skip
-        workers = config.workers if config.workers is not None else (4 if device.type == "cuda" else 0)
+        # Samples that are in memory already need no processes to read them.
+        needs_workers = device.type == "cuda" and not getattr(dataset, "in_memory", False)
+        workers = config.workers if config.workers is not None else 4 * needs_workers
         loader = batch_loader(dataset, collate, sampler, workers=workers, pin_memory=device.type == "cuda")
         stepped = _parallel(model, processes, compile=config.compile)
         log = MetricLog(state, first_step, enabled=processes.is_main)
@@ -128,6 +136,7 @@ def train(
         )
 
         def save(step: int) -> None:
+            random_states = processes.gather(random_state())
             if processes.is_main:
                 save_checkpoint(
                     state / "checkpoint.pt",
@@ -136,6 +145,7 @@ def train(
                     ema=ema,
                     optimizer=optimizer,
                     run_config=run_config,
+                    random_states=random_states,
                 )
 
         def evaluated() -> dict[str, float]:
@@ -161,11 +171,12 @@ def train(
                             losses: Losses = stepped(batch)
                         loss: torch.Tensor = losses.loss  # type: ignore[assignment]
                         (loss / config.accumulate).backward()
-                    _require_finite(loss, batch, dataset, step)
+                    _require_finite("loss", loss, batch, dataset, step)
                     if (step + 1) % config.log_every == 0 or step + 1 == last_step:
                         for name, value in {"loss": loss.detach(), **losses.parts}.items():
                             parts[name] = parts.get(name, 0.0) + float(value) / config.accumulate  # type: ignore[arg-type]
                 gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+                _require_finite("gradient norm", gradient_norm, batch, dataset, step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 if ema is not None:
@@ -186,8 +197,8 @@ def train(
                 bar.update(task, completed=step)
                 stopping = processes.any(stop_asked.is_set())
                 if evaluate is not None and step % config.eval_every == 0 and step < last_step and not stopping:
-                    metrics.update(evaluated())
-                    log.write(step, {f"eval/{name}": metrics[name] for name in metrics})
+                    figures = evaluated()
+                    log.write(step, {f"eval/{name}": value for name, value in figures.items()})
                     window_started, window_steps = time.monotonic(), 0
                 minutes_up = processes.any(time.monotonic() - saved_at > 60 * config.save_every_minutes)
                 if stopping or minutes_up or step % config.save_every_steps == 0 or step == last_step:
@@ -198,8 +209,9 @@ def train(
 
         finished = step >= config.steps
         if finished:
-            metrics.update(evaluated())
-            log.write(step, {f"eval/{name}": value for name, value in metrics.items()})
+            figures = evaluated()
+            log.write(step, {f"eval/{name}": value for name, value in figures.items()})
+            metrics.update(figures)
             if ema is not None:
                 model.load_state_dict(ema.module.state_dict())
         else:
@@ -264,13 +276,13 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _require_finite(loss: torch.Tensor, batch: dict[str, Any], dataset: Any, step: int) -> None:
-    if torch.isfinite(loss):
+def _require_finite(what: str, value: torch.Tensor, batch: dict[str, Any], dataset: Any, step: int) -> None:
+    if torch.isfinite(value):
         return
     samples = [dataset.describe(int(index)) for index in batch["index"]]
     raise FloatingPointError(
-        f"the loss of step {step + 1} is {loss.item()}, with the samples: {'; '.join(samples)}. The last checkpoint is "
-        "whole: lower --lr, or look at these samples"
+        f"the {what} of step {step + 1} is {value.item()}, with the samples: {'; '.join(samples)}. "
+        "The last checkpoint is whole: lower --lr, or look at these samples"
     )
 
 

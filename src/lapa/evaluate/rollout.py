@@ -95,7 +95,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         return read_json(config.out / RESULTS)
     kind.check_machine()
     setup, infer = _prepare(config, kind)
-    claim_output(config.out, complete=(config.out / RESULTS).exists(), overwrite=config.overwrite, resume=config.resume)
+    claim_output(
+        config.out,
+        complete=(config.out / RESULTS).exists(),
+        overwrite=config.overwrite,
+        resume=config.resume,
+        inputs=[] if config.policy in BASELINES else [Path(config.policy)],
+    )
     _check_begun(config)
     identity = _identity(config)
     write_json(config.out / CONFIG, identity)

@@ -13,11 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lapa.config import unknown
+from lapa.data.sources.square import CAMERA, DIRECTIONS, Square, heading
 from lapa.types import Observation
 
-# Direction k points at k * 45 degrees, counted from the right, anticlockwise.
-DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
-CAMERA = "front"
 # In pixels of the 64 px picture, on each axis.
 LONGEST_STEP = 4.0
 # Share of the picture's width that the square must travel.
@@ -46,32 +44,23 @@ class SquareEnvironment:
     """Solved when the square has travelled far enough, nearer to the instructed direction than to any other."""
 
     def __init__(self, task: str, size: int, cameras: Sequence[str]) -> None:
-        angle = DIRECTIONS.index(task) * np.pi / 4
-        self._heading = np.array([np.cos(angle), -np.sin(angle)])
+        self._heading = heading(DIRECTIONS.index(task))
         self._task, self._size, self._cameras = task, size, tuple(cameras)
 
     def reset(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
         way = self._heading * self._size * (DISTANCE + 0.1)
-        half = self._size / 10
-        low, high = half + np.maximum(-way, 0), self._size - half - np.maximum(way, 0)
-        self._start = self._centre = self._rng.uniform(low, high)
-        self._ground, self._colour = self._rng.uniform(0, 110, 3), self._rng.uniform(150, 255, 3)
+        self._square = Square(np.random.default_rng(seed), self._size, way)
+        self._centre = self._square.start
 
     def observe(self) -> Observation:
-        pixels, half = np.arange(self._size) + 0.5, self._size / 10
-        right, down = self._centre
-        inside_HW = (np.abs(pixels[:, None] - down) < half) & (np.abs(pixels[None] - right) < half)
-        picture = np.where(inside_HW[..., None], self._colour, self._ground)
-        picture = (picture + self._rng.normal(0, 3, picture.shape)).clip(0, 255).astype(np.uint8)
-        images = dict.fromkeys(self._cameras, picture)
+        images = dict.fromkeys(self._cameras, self._square.picture(self._centre))
         return Observation(images, f"move {self._task}", self._centre.astype(np.float32))
 
     def step(self, action: np.ndarray) -> bool:
-        half = self._size / 10
+        half = self._square.half
         longest = LONGEST_STEP * self._size / 64
         self._centre = (self._centre + np.clip(action, -longest, longest)).clip(half, self._size - half)
-        travelled = self._centre - self._start
+        travelled = self._centre - self._square.start
         distance = float(np.hypot(*travelled))
         return distance >= DISTANCE * self._size and bool(travelled @ self._heading > np.cos(np.pi / 8) * distance)
 

@@ -33,6 +33,8 @@ from lapa.files import claim_output, read_json, write_json
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 
 RUN = "run.json"
+# Frames decoded at once, so that an hour of video needs no more memory than a minute.
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,12 @@ def run(config: LabelConfig) -> None:
     dataset = Dataset.open(config.data)
     model = LatentActionModel.from_pretrained(config.lam)
     horizon = horizon_frames(model.horizon, dataset.fps)
-    out = config.out or config.data / "labels" / lam_fingerprint(config.lam)
+    fingerprint = lam_fingerprint(config.lam)
+    out = config.out or config.data / "labels" / fingerprint
     identity = {
-        "lam_fingerprint": lam_fingerprint(config.lam),
+        "lam_fingerprint": fingerprint,
         "dataset_fingerprint": dataset.fingerprint,
         "camera": config.camera or dataset.cameras[0],
-        "shard_episodes": config.shard_episodes,
         "embeddings": config.embeddings,
     }
     dataset.image_shape(config.camera)
@@ -82,17 +84,18 @@ def run(config: LabelConfig) -> None:
             f"{model.horizon:g} s ({horizon} frames at {dataset.fps:g} fps); train a model with a shorter horizon"
         )
     if config.resume and (out / MANIFEST).exists():
-        _require_same_run(
-            out, out / MANIFEST, {key: identity[key] for key in ("lam_fingerprint", "dataset_fingerprint")}
-        )
+        _require_same_run(out, out / MANIFEST, identity)
         finish("labels, already complete", out, _next_commands(config, out))
         return
     with start(config.device) as processes:
         if processes.is_main:
-            claim_output(out, complete=(out / MANIFEST).exists(), overwrite=config.overwrite, resume=config.resume)
+            complete = (out / MANIFEST).exists()
+            inputs = [config.lam, config.data]
+            claim_output(out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=inputs)
+            shape = {**identity, "shard_episodes": config.shard_episodes}
             if (out / RUN).exists():
-                _require_same_run(out, out / RUN, identity)
-            write_json(out / RUN, identity)
+                _require_same_run(out, out / RUN, shape)
+            write_json(out / RUN, shape)
         _wait_for_all(processes)
         shards = _shards(out, len(dataset.lengths), config.shard_episodes)
         missing = [shard for shard in shards if not shard[0].exists()]
@@ -111,26 +114,25 @@ def run(config: LabelConfig) -> None:
             finish(f"{manifest.num_rows} labels", out, _next_commands(config, out))
 
 
-def label_episode(
-    model: LatentActionModel, frames_THWC: np.ndarray, horizon: int, batch_size: int, *, embeddings: bool = False
-) -> EpisodeLabels:
-    """The labels of one episode from all its frames (uint8, at the model's size); empty where it is too short."""
-    device = next(model.parameters()).device
+def encode_pairs(
+    model: LatentActionModel, frames_THWC: np.ndarray, horizon: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [P, L] and continuous latents [P, L, D] of the P pairs (t, t + horizon) in consecutive frames.
+
+    frames_THWC: uint8, at the model's size; P = T - horizon, none where that is below one.
+    """
+    device, config = next(model.parameters()).device, model.config
     frames_TCHW = torch.from_numpy(np.ascontiguousarray(rearrange(frames_THWC, "t h w c -> t c h w")))
-    num_rows = max(0, len(frames_TCHW) - horizon)
-    codes, latents = [], []
-    for first in range(0, num_rows, batch_size):
-        last = min(first + batch_size, num_rows)
+    num_pairs = max(0, len(frames_TCHW) - horizon)
+    codes_PL = np.zeros((num_pairs, config.latent_length), np.int64)
+    z_PLD = np.zeros((num_pairs, config.latent_length, config.quant_dim), np.float32)
+    for first in range(0, num_pairs, batch_size):
+        last = min(first + batch_size, num_pairs)
         pairs = torch.stack([frames_TCHW[first:last], frames_TCHW[first + horizon : last + horizon]], dim=1)
         action = model.encode(pairs.to(device))
-        codes.append(action.codes_BL.cpu().numpy())
-        latents.append(action.z_BLD.float().cpu().numpy())
-    width = (model.config.latent_length, model.config.quant_dim)
-    return EpisodeLabels(
-        frame_indices_T=np.arange(num_rows),
-        codes_TL=np.concatenate(codes) if codes else np.zeros((0, width[0]), np.int64),
-        embeddings_TLD=None if not embeddings else np.concatenate(latents) if latents else np.zeros((0, *width)),
-    )
+        codes_PL[first:last] = action.codes_BL.cpu().numpy()
+        z_PLD[first:last] = action.z_BLD.float().cpu().numpy()
+    return codes_PL, z_PLD
 
 
 Shard = tuple[Path, range]
@@ -147,34 +149,51 @@ def _label_shards(
     model: LatentActionModel, dataset: Dataset, horizon: int, shards: list[Shard], config: LabelConfig
 ) -> None:
     episodes = [episode for _, members in shards for episode in members]
-    frames = _decoded(dataset, episodes, config.camera, model.config.image_size)
+    windows = _decoded(dataset, episodes, horizon, config.camera, model.config.image_size)
     started, num_rows = time.monotonic(), 0
     with progress() as bar:
         task = bar.add_task("labelling", total=len(episodes), note="")
         for path, members in shards:
             labels = {}
             for episode in members:
-                labels[episode] = label_episode(
-                    model, next(frames), horizon, config.batch_size, embeddings=config.embeddings
+                encoded = [
+                    encode_pairs(model, next(windows), horizon, config.batch_size)
+                    for _ in _window_starts(int(dataset.lengths[episode]), horizon)
+                ]
+                codes_TL, z_TLD = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
+                labels[episode] = EpisodeLabels(
+                    np.arange(len(codes_TL)), codes_TL, z_TLD if config.embeddings else None
                 )
-                num_rows += len(labels[episode].frame_indices_T)
+                num_rows += len(codes_TL)
                 bar.update(task, advance=1, note=f"{num_rows / (time.monotonic() - started):.0f} pairs/s")
             write_shard(path, labels)
 
 
-def _decoded(dataset: Dataset, episodes: list[int], camera: str | None, size: int) -> Iterator[np.ndarray]:
-    """The frames of each episode at the model's size; the next one is decoded while this one is encoded."""
+def _window_starts(length: int, horizon: int) -> range:
+    """The first frames of an episode's windows; one window even where the episode is too short for a pair."""
+    return range(0, max(1, length - horizon), WINDOW)
 
-    def decode(episode: int) -> np.ndarray:
-        return resize_and_crop(dataset.frames(episode, None, camera), size)
 
+def _decoded(
+    dataset: Dataset, episodes: list[int], horizon: int, camera: str | None, size: int
+) -> Iterator[np.ndarray]:
+    """The frames of each window at the model's size; the next one is decoded while this one is encoded."""
+
+    def decode(window: tuple[int, int]) -> np.ndarray:
+        episode, first = window
+        last = min(first + WINDOW + horizon, int(dataset.lengths[episode]))
+        return resize_and_crop(dataset.frames(episode, range(first, last), camera), size)
+
+    windows = [
+        (episode, first) for episode in episodes for first in _window_starts(int(dataset.lengths[episode]), horizon)
+    ]
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(decode, episodes[0]) if episodes else None
-        for position in range(len(episodes)):
+        following = pool.submit(decode, windows[0]) if windows else None
+        for position in range(len(windows)):
             assert following is not None
             frames_THWC = following.result()
-            if position + 1 < len(episodes):
-                following = pool.submit(decode, episodes[position + 1])
+            if position + 1 < len(windows):
+                following = pool.submit(decode, windows[position + 1])
             yield frames_THWC
 
 
@@ -205,18 +224,16 @@ def _manifest(
         num_episodes=num_episodes,
         skipped_episodes=len(dataset.lengths) - num_episodes,
         code_usage=(counts_LK / num_rows).tolist(),
+        embeddings=identity["embeddings"],
     )
 
 
-def _require_same_run(out: Path, path: Path, identity: dict) -> None:
+def _require_same_run(out: Path, path: Path, now: dict) -> None:
     """Labels of another model or another dataset are never mixed in."""
     then = read_json(path)
-    changed = [key for key, value in identity.items() if then.get(key) != value]
+    changed = configs.differences({key: then.get(key) for key in now}, now)
     if changed:
-        raise ValueError(
-            f"{out}: was begun with another {', '.join(changed)} "
-            f"({', '.join(str(then.get(key)) for key in changed)}); use --overwrite to start anew, or another --out"
-        )
+        raise ValueError(f"{out}: {'; '.join(changed)}; use --overwrite to start anew, or another --out")
 
 
 def _wait_for_all(processes: Processes) -> None:

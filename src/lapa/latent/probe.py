@@ -45,7 +45,7 @@ class ProbeConfig:
     data: Path
     """Dataset to measure on. Where it has actions, a linear probe to them is fitted."""
     out: Path | None = None
-    """Folder of the results; by default LAM/probe_DATASET."""
+    """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
     num_pairs: int = 4000
     """Pairs drawn from the dataset."""
     num_rows: int = 6
@@ -75,8 +75,10 @@ def run(config: ProbeConfig) -> None:
     """`lapa latent probe`. Raises ValueError on bad input."""
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()
     dataset = Dataset.open(config.data)
-    out = config.out or config.lam / f"probe_{dataset.name}"
-    claim_output(out, complete=(out / "probe.json").exists(), overwrite=config.overwrite)
+    # A model from the hub has no folder here to write into.
+    out = config.out or (config.lam if config.lam.is_dir() else Path()) / f"probe_{dataset.name}"
+    inputs = [config.lam, config.data]
+    claim_output(out, complete=(out / "probe.json").exists(), overwrite=config.overwrite, inputs=inputs)
     pairs = PairsConfig(size=model.config.image_size, horizon=model.horizon, camera=config.camera, held_out=0.0)
     sample = draw_sample(FramePairs([dataset], pairs, split="all"), config.num_pairs, config.seed, actions=True)
     say(f"{len(sample.frames_BTCHW)} pairs, {model.horizon:g} s apart, of {dataset.name}")
@@ -173,13 +175,12 @@ def linear_probes(model: LatentActionModel, sample: Sample, seed: int) -> dict[s
     assert sample.actions_BA is not None
     device = next(model.parameters()).device
     latents = [model.encode(frames.to(device)) for frames in sample.frames_BTCHW.split(64)]
-    frames = sample.frames_BTCHW.float() / 255
-    small = F.interpolate(frames[:, 1] - frames[:, 0], size=PIXEL_BASELINE_SIDE, mode="area")
+    small = [_small_difference(frames) for frames in sample.frames_BTCHW.split(64)]
     features = {
         "codes": F.one_hot(torch.cat([latent.codes_BL for latent in latents]), model.config.codebook_size),
         "quantized": torch.cat([latent.quantized_BLD for latent in latents]),
         "continuous": torch.cat([latent.z_BLD for latent in latents]),
-        "pixel_difference": small,
+        "pixel_difference": torch.cat(small),
     }
     episodes = np.unique(sample.episodes_B)
     held_out = np.random.default_rng(seed).permutation(episodes)[: max(1, len(episodes) // 5)]
@@ -246,6 +247,11 @@ def code_grid(model: LatentActionModel, frames_BTCHW: Tensor) -> Image.Image:
             left = (3 + position * num_codes + code) * (size + 2)
             draw.rectangle((left, top, left + size - 1, top + size - 1), outline="lime")
     return sheet
+
+
+def _small_difference(frames_BTCHW: Tensor) -> Tensor:
+    frames = frames_BTCHW.float() / 255
+    return F.interpolate(frames[:, 1] - frames[:, 0], size=PIXEL_BASELINE_SIDE, mode="area")
 
 
 def _perplexity(share: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class LatentTrainConfig:
     held_out: float = 0.1
     """Share of the episodes kept for evaluation."""
     cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much."""
+    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
     overwrite: bool = False
     """Replace what `out` holds."""
     resume: bool = False
@@ -62,7 +62,9 @@ def run(config: LatentTrainConfig) -> None:
     datasets = [Dataset.open(path) for path in config.data]
     if is_main_process():
         complete = (config.out / CONFIG).exists()
-        claim_output(config.out, complete=complete, overwrite=config.overwrite, resume=config.resume)
+        claim_output(
+            config.out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=config.data
+        )
     pairs = pairs_config(config)
     training = FramePairs(datasets, pairs, split="train", seed=config.loop.seed)
     held_out = FramePairs(datasets, pairs, split="held_out", seed=config.loop.seed)
@@ -85,7 +87,10 @@ def run(config: LatentTrainConfig) -> None:
         collate_pairs,
         config.loop,
         config.out,
-        run_config=configs.to_dict(config),
+        run_config={
+            **configs.to_dict(config),
+            "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
+        },
         description="latent action model",
         resume=config.resume,
         prepare=prepare,

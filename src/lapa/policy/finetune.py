@@ -68,7 +68,7 @@ class FinetuneConfig:
     held_out: float = 0.1
     """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
     cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much."""
+    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
     overwrite: bool = False
     """Replace what `out` holds."""
     resume: bool = False
@@ -101,7 +101,13 @@ def run(config: FinetuneConfig) -> None:
     training, held_out = open_steps(datasets, config.held_out, steps)
     parts = _with_actions(config, start, training, cameras)
     if is_main_process():
-        claim_output(config.out, complete=is_policy(config.out), overwrite=config.overwrite, resume=config.resume)
+        claim_output(
+            config.out,
+            complete=is_policy(config.out),
+            overwrite=config.overwrite,
+            resume=config.resume,
+            inputs=[*config.data, *([config.policy] if config.policy else [])],
+        )
     finished = train_policy(
         parts,
         training,

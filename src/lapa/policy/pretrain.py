@@ -63,7 +63,7 @@ class PretrainConfig:
     held_out: float = 0.1
     """Share of the episodes kept for evaluation."""
     cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much."""
+    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
     overwrite: bool = False
     """Replace what `out` holds."""
     resume: bool = False
@@ -95,7 +95,13 @@ def run(config: PretrainConfig) -> None:
     training, held_out = open_steps(datasets, config.held_out, steps)
     parts = _fresh_policy(config, datasets, labels)
     if is_main_process():
-        claim_output(config.out, complete=is_policy(config.out), overwrite=config.overwrite, resume=config.resume)
+        claim_output(
+            config.out,
+            complete=is_policy(config.out),
+            overwrite=config.overwrite,
+            resume=config.resume,
+            inputs=[*config.data, *config.labels],
+        )
     run_config = {
         **configs.to_dict(config),
         "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],

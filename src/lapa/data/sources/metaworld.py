@@ -10,16 +10,12 @@ The dataset depends on tasks, episodes, seed and the picture's settings, not on 
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,12 +33,15 @@ from lapa.data.sources.metaworld_simulator import (
     episode_seed,
     parse_tasks,
 )
+from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter
 from lapa.files import claim_output
 
 # Frames kept after success: enough to see the result, too few to teach standing still.
 FRAMES_AFTER_SUCCESS = 5
 BEGUN = "meta/metaworld.json"
+# Settings that leave the dataset as it is.
+RUN_ONLY = ("out", "workers", "overwrite", "resume")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def run(config: MetaworldConfig) -> None:
         action_names=ACTION_NAMES if config.actions else None,
         state_names=STATE_NAMES if config.actions else None,
         robot_type="metaworld-sawyer",
-        extra_info={"made_by": "lapa data metaworld", "config": to_dict(config)},
+        extra_info={"made_by": "lapa data metaworld", **_settings(config)},
         resume=config.resume,
     )
     dropped = _record_all(config, tasks, writer)
@@ -146,15 +145,13 @@ def _record_all(config: MetaworldConfig, tasks: tuple[str, ...], writer: Dataset
     kept = dict.fromkeys(tasks, 0)
     most = 2 * config.episodes + 10
     num_frames, begun = 0, time.monotonic()
-    with progress() as bar, _pool(config) as pool:
+    with progress() as bar, Workers(config.workers or os.cpu_count() or 1) as workers:
         line = bar.add_task("episodes", total=config.episodes * len(tasks), note="")
         # The first round tries what is asked for; each later one replaces what the round before dropped.
         while attempts := _next_attempts(config.episodes, kept, tried, most):
             done = [f"{task}/{episode}" in writer.done_sources for task, episode in attempts]
             new = [attempt for attempt, have in zip(attempts, done, strict=True) if not have]
-            demonstrations: Iterator[Demonstration | None] = (
-                pool.map(_attempt, *zip(*((config, *attempt) for attempt in new), strict=True)) if new else iter(())
-            )
+            demonstrations = workers.in_order(_attempt, ((config, *attempt) for attempt in new))
             for (task, episode), have in zip(attempts, done, strict=True):
                 demonstration = None if have else next(demonstrations)
                 if demonstration is not None:
@@ -195,30 +192,6 @@ def _write(writer: DatasetWriter, demonstration: Demonstration, source: str, act
     )
 
 
-class _pool:
-    """Simulator processes; left early (an error, Ctrl-C), what is queued is not played to the end."""
-
-    def __init__(self, config: MetaworldConfig) -> None:
-        # Spawned, not forked: OpenGL contexts and threads do not survive a fork.
-        self._executor = ProcessPoolExecutor(
-            config.workers or os.cpu_count(),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),
-        )
-
-    def __enter__(self) -> ProcessPoolExecutor:
-        return self._executor
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._executor.shutdown(cancel_futures=True)
-        if kind is not None and issubclass(kind, BrokenProcessPool):
-            raise ValueError(
-                "a simulator process was killed, most likely for lack of memory; "
-                "go on with --resume and fewer --workers"
-            )
-
-
 _simulator: Simulator | None = None
 
 
@@ -252,11 +225,15 @@ def _check_begun(config: MetaworldConfig) -> None:
     path = config.out / BEGUN
     if not path.exists():
         return
-    begun = load(MetaworldConfig, path)
-    same = {name: getattr(config, name) for name in ("out", "workers", "overwrite", "resume")}
-    if replace(begun, **same) != config:
-        differing = [name for name, value in to_dict(replace(begun, **same)).items() if value != to_dict(config)[name]]
+    begun, now = _settings(load(MetaworldConfig, path)), _settings(config)
+    differing = [name for name in now if begun[name] != now[name]]
+    if differing:
         raise ValueError(f"{path}: begun with other settings ({', '.join(differing)}); --overwrite to start anew")
+
+
+def _settings(config: MetaworldConfig) -> dict[str, Any]:
+    """What the dataset depends on."""
+    return {name: value for name, value in to_dict(config).items() if name not in RUN_ONLY}
 
 
 def _report(dropped: Counter[str], dataset: Dataset, config: MetaworldConfig) -> None:
@@ -265,5 +242,5 @@ def _report(dropped: Counter[str], dataset: Dataset, config: MetaworldConfig) ->
         say(f"dropped {dropped.total()} failed episodes: {counts}")
     length = dataset.num_frames / len(dataset.episodes)
     say(f"{len(dataset.episodes)} episodes of {length:.0f} frames on average ({length / FPS:.1f} s at {FPS:.0f} fps)")
-    after = f"lapa latent train --data {config.out} --preset tiny --out runs/lam"
+    after = f"lapa latent train --data {config.out} --preset tiny --horizon-seconds 0.2 --out runs/lam"
     finish("dataset", config.out, [f"lapa data info {config.out}", after])

@@ -17,14 +17,10 @@ from einops import rearrange
 from jaxtyping import Int64, UInt8
 
 from lapa import files
-from lapa.console import finish, progress
+from lapa.console import finish, progress, say
 from lapa.data.dataset import INFO, Dataset
+from lapa.data.sources.square import CAMERA, DIRECTIONS, Square, heading
 from lapa.data.writer import DatasetWriter
-
-# Direction k points at k * 45 degrees, counted from the right, anticlockwise.
-DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
-CAMERA = "front"
-NOISE = 3.0  # Standard deviation of the pixel noise, of 255.
 
 
 @dataclass(frozen=True)
@@ -47,13 +43,26 @@ class SyntheticConfig:
     """Seed of positions, colours and noise."""
     overwrite: bool = False
     """Replace what `out` holds."""
+    resume: bool = False
+    """Go on with what an interrupted run wrote."""
 
 
 def run(config: SyntheticConfig) -> None:
     """`lapa data synthetic`."""
-    files.claim_output(config.out, complete=(config.out / INFO).exists(), overwrite=config.overwrite)
+    complete = (config.out / INFO).exists()
+    if complete and config.resume and not config.overwrite:
+        say(f"{config.out}: already complete")
+        return
+    files.claim_output(config.out, complete=complete, overwrite=config.overwrite, resume=config.resume)
     dataset = write_synthetic_dataset(
-        config.out, config.episodes, config.frames, config.size, config.fps, config.actions, config.seed
+        config.out,
+        config.episodes,
+        config.frames,
+        config.size,
+        config.fps,
+        config.actions,
+        config.seed,
+        resume=config.resume,
     )
     what = f"dataset of {len(dataset.episodes)} made-up episodes, {dataset.num_frames} frames"
     finish(what, config.out, [f"lapa data info {config.out}"])
@@ -75,6 +84,8 @@ class SyntheticPairs(torch.utils.data.Dataset):
 
     `.directions_N` holds the true direction of each pair.
     """
+
+    in_memory = True
 
     def __init__(self, num: int = 256, seed: int = 0, size: int = 64):
         self.frames_NTCHW, self.directions_N = moving_squares(num, seed, size)
@@ -99,6 +110,7 @@ def write_synthetic_dataset(
     fps: float = 10.0,
     actions: bool = False,
     seed: int = 0,
+    resume: bool = False,
 ) -> Dataset:
     """Writes a dataset of moving squares, one direction an episode, with the instruction "move up-left" or the like.
 
@@ -107,7 +119,14 @@ def write_synthetic_dataset(
     names = ["right", "down"] if actions else None
     rng = np.random.default_rng(seed)
     writer = DatasetWriter(
-        root, fps=fps, cameras={CAMERA: (size, size)}, action_names=names, state_names=names, robot_type="square"
+        root,
+        fps=fps,
+        cameras={CAMERA: (size, size)},
+        action_names=names,
+        state_names=names,
+        robot_type="square",
+        extra_info={"made_by": "lapa data synthetic", "episodes": episodes, "frames": frames, "seed": seed},
+        resume=resume,
     )
     with progress() as bar:
         task = bar.add_task("writing", total=episodes, note="")
@@ -116,6 +135,11 @@ def write_synthetic_dataset(
             # The whole way must fit into the picture.
             travel = rng.uniform(0.5, 0.7) * size
             frames_THWC, centres_T2 = _clip(rng, direction, frames, size, travel)
+            source = f"{DIRECTIONS[direction]}/{number}"
+            bar.advance(task)
+            # Drawn all the same: the episodes after it come from the same generator.
+            if source in writer.done_sources:
+                continue
             velocity = np.diff(centres_T2, axis=0)
             velocity = np.concatenate([velocity, velocity[-1:]]) if len(velocity) else np.zeros_like(centres_T2)
             writer.add_episode(
@@ -123,9 +147,8 @@ def write_synthetic_dataset(
                 f"move {DIRECTIONS[direction]}",
                 actions=velocity if actions else None,
                 states=centres_T2 if actions else None,
-                source=f"{DIRECTIONS[direction]}/{number}",
+                source=source,
             )
-            bar.advance(task)
     return writer.finish()
 
 
@@ -133,17 +156,7 @@ def _clip(
     rng: np.random.Generator, direction: int, num_frames: int, size: int, travel: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """A square moving `travel` pixels in all: frames [T, H, W, C] and its centres (right, down) [T, 2]."""
-    angle = direction * np.pi / 4
-    step = np.array([np.cos(angle), -np.sin(angle)]) * travel
-    half = size / 10
-    low, high = half + np.maximum(-step, 0), size - half - np.maximum(step, 0)
-    start = rng.uniform(low, high)
-    centres_T2 = (start + np.linspace(0, 1, num_frames)[:, None] * step).astype(np.float32)
-    ground, colour = rng.uniform(0, 110, 3), rng.uniform(150, 255, 3)
-    pixels = np.arange(size) + 0.5
-    frames_THWC = np.empty((num_frames, size, size, 3), np.uint8)
-    for frame_HWC, (right, down) in zip(frames_THWC, centres_T2, strict=True):
-        inside_HW = (np.abs(pixels[:, None] - down) < half) & (np.abs(pixels[None] - right) < half)
-        picture = np.where(inside_HW[..., None], colour, ground) + rng.normal(0, NOISE, (size, size, 3))
-        frame_HWC[:] = picture.clip(0, 255)
-    return frames_THWC, centres_T2
+    way = heading(direction) * travel
+    square = Square(rng, size, way)
+    centres_T2 = (square.start + np.linspace(0, 1, num_frames)[:, None] * way).astype(np.float32)
+    return np.stack([square.picture(centre) for centre in centres_T2]), centres_T2

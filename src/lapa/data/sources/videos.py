@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import re
-from collections import Counter, deque
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +28,8 @@ from lapa.console import finish, progress, say, warn
 from lapa.data.dataset import INFO
 from lapa.data.statistics import PixelMoments
 from lapa.data.transforms import resize_and_crop
-from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream, encode_clip, probe
+from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream, decode_clip, encode_clip, probe
+from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter
 
 CAMERA = "video"
@@ -38,8 +38,6 @@ CAPTION_COLUMNS = ("text", "caption", "instruction")
 KEYFRAME_INTERVAL = 2
 # Seconds; a tick this close to the middle between two frames takes the later one, however the sum is rounded.
 TIE = 1e-6
-# Converted clips that wait for their turn, a worker.
-AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,9 @@ class _Tally:
 
     def report(self) -> None:
         if self.skipped:
-            warn(f"{self.skipped} entries skipped in all (--skip-bad)")
+            warn(f"entries skipped in all (--skip-bad): {self.skipped}")
         if self.truncated:
-            warn(f"{self.truncated} videos were damaged: {self.lost_frames} frames lost, the readable ones kept")
+            warn(f"damaged videos: {self.truncated}; frames lost: {self.lost_frames}, the readable ones are kept")
 
 
 def run(config: VideosConfig) -> None:
@@ -118,13 +116,19 @@ def run(config: VideosConfig) -> None:
     clips = _find_clips(config, tally)
     fps = _choose_fps(clips, config)
     height, width = _choose_shape(clips, config)
-    files.claim_output(config.out, complete=complete, overwrite=config.overwrite, resume=config.resume)
+    files.claim_output(
+        config.out,
+        complete=complete,
+        overwrite=config.overwrite,
+        resume=config.resume,
+        inputs=[config.folder, *([config.captions] if config.captions else [])],
+    )
     writer = DatasetWriter(
         config.out,
         fps=fps,
         cameras={CAMERA: (height, width)},
         keyframe_interval=KEYFRAME_INTERVAL,
-        extra_info={"source": "videos", "folder": config.folder.name, "keep_encoding": config.keep_encoding},
+        extra_info={"made_by": "lapa data videos", "folder": config.folder.name, "keep_encoding": config.keep_encoding},
         resume=config.resume,
     )
     todo = [clip for clip in clips if clip.name not in writer.done_sources]
@@ -207,14 +211,15 @@ def _find_clips(config: VideosConfig, tally: _Tally) -> list[_Clip]:
 def _list_videos(folder: Path, out: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; name a folder with videos")
-    out = out.resolve()
+    own = out.resolve() if folder.resolve() in out.resolve().parents else None
     inside = (path for path in folder.rglob("*") if not path.name.startswith(".") and path.is_file())
-    found = [path for path in inside if not path.resolve().is_relative_to(out)]
+    found = [path for path in inside if own is None or not path.resolve().is_relative_to(own)]
     videos = [path for path in found if path.suffix.lower() in SUFFIXES]
     if not videos:
-        raise ValueError(f"{folder}: holds no video ({len(found)} other files); looked for {', '.join(SUFFIXES)}")
+        raise ValueError(f"{folder}: holds no video (other files: {len(found)}); looked for {', '.join(SUFFIXES)}")
     if len(found) > len(videos):
-        say(f"{len(found) - len(videos)} files that are not videos by their suffix left aside")
+        num = len(found) - len(videos)
+        say(f"left aside: {num} {'file' if num == 1 else 'files'} without the suffix of a video")
     names = {path.relative_to(folder).as_posix(): path for path in videos}
     return {name: names[name] for name in sorted(names, key=_natural)}
 
@@ -286,10 +291,11 @@ def _convert_all(clips: list[_Clip], writer: DatasetWriter, fps: float, config: 
     """Converts in parallel and adds the episodes in order, so that the dataset does not depend on `workers`."""
     incoming = config.out / ".incoming"
     convert: Callable[..., _Converted] = _copy if config.keep_encoding else _encode
-    jobs = ((convert, clip, incoming / f"{number}.mp4", fps, config.size) for number, clip in enumerate(clips))
-    with progress() as bar:
+    jobs = ((clip, incoming / f"{number}.mp4", fps, config.size) for number, clip in enumerate(clips))
+    num_workers = config.workers or os.cpu_count() or 1
+    with progress() as bar, Workers(num_workers if num_workers > 1 else 0) as workers:
         task = bar.add_task("converting", total=len(clips), note="")
-        for clip, converted in zip(clips, _in_order(jobs, config.workers or os.cpu_count() or 1), strict=True):
+        for clip, converted in zip(clips, workers.in_order(convert, jobs), strict=True):
             bar.advance(task)
             if converted.error is not None:
                 _judge([converted.error], "--skip-bad leaves such files out", config, tally)
@@ -311,25 +317,6 @@ def _convert_all(clips: list[_Clip], writer: DatasetWriter, fps: float, config: 
         incoming.rmdir()
 
 
-def _in_order(jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[_Converted]:
-    """The results of jobs (function, arguments...) in order, with a bounded number of them waiting."""
-    if workers == 1:
-        yield from (function(*arguments) for function, *arguments in jobs)
-        return
-    # Spawned, not forked: the parent may hold threads of PyAV or torch.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting: deque[Future[_Converted]] = deque()
-        try:
-            for function, *arguments in jobs:
-                waiting.append(pool.submit(function, *arguments))
-                if len(waiting) >= workers * AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _encode(clip: _Clip, target: Path, fps: float, size: int) -> _Converted:
     scan, pixels = ClipScan(clip.path), PixelMoments()
     pictures = ((seconds, resize_and_crop(frame_HWC[None], size)[0]) for seconds, frame_HWC in scan)
@@ -348,23 +335,36 @@ def _encode(clip: _Clip, target: Path, fps: float, size: int) -> _Converted:
 def _copy(clip: _Clip, target: Path, fps: float, size: int) -> _Converted:
     """Copies the stream, after reading all of it to be sure that its frames are where the dataset will say."""
     scan, pixels = ClipScan(clip.path), PixelMoments()
-    worst, shape = 0.0, (clip.info.height, clip.info.width)
+    worst, turned = 0.0, False
 
-    def regular() -> Iterator[np.ndarray]:
-        nonlocal worst, shape
+    def watched() -> Iterator[np.ndarray]:
+        nonlocal worst, turned
         for number, (seconds, frame_HWC) in enumerate(scan):
-            worst, shape = max(worst, abs(seconds - number / fps)), (frame_HWC.shape[0], frame_HWC.shape[1])
+            worst = max(worst, abs(seconds - number / fps))
+            turned = frame_HWC.shape[:2] != (clip.info.height, clip.info.width)
             yield frame_HWC
 
-    for _ in pixels.watch(regular()):
-        pass
+    checksums = [zlib.crc32(frame_HWC.tobytes()) for frame_HWC in pixels.watch(watched())]
     if scan.num_lost or not scan.num_frames:
-        return _Converted(target, error=f"{clip.path}: is damaged and cannot be copied; run without --keep-encoding")
-    if worst > 0.25 / fps or shape != (clip.info.height, clip.info.width):
-        what = "its frames do not come at a constant rate" if worst > 0.25 / fps else "it is stored turned"
-        return _Converted(target, error=f"{clip.path}: {what}; run without --keep-encoding")
-    copy_stream(clip.path, target)
+        problem: str | None = "is damaged"
+    elif worst > 0.25 / fps:
+        problem = "its frames do not come at a constant rate"
+    else:
+        problem = "is stored turned" if turned else _copy_checked(clip.path, target, fps, checksums)
+    if problem is not None:
+        return _Converted(target, error=f"{clip.path}: {problem}; run without --keep-encoding")
     return _Converted(target, scan.num_frames, 0, pixels.to_dict())
+
+
+def _copy_checked(source: Path, target: Path, fps: float, checksums: list[int]) -> str | None:
+    """Copies the stream and reads each frame back by its number; what is wrong with the copy, or None."""
+    try:
+        num_copied = copy_stream(source, target, fps)
+        copied = (zlib.crc32(decode_clip(target, [number], fps).tobytes()) for number in range(len(checksums)))
+        same = num_copied == len(checksums) and all(a == b for a, b in zip(copied, checksums, strict=True))
+    except ValueError as error:
+        return f"its copy cannot be read ({error})"
+    return None if same else "its copy shows other frames"
 
 
 def _caption_rows(path: Path, rows: Iterable[Any]) -> dict[str, str]:

@@ -1,0 +1,84 @@
+"""Worker processes for jobs that are independent of each other and whose results are wanted in order.
+
+with Workers(os.cpu_count()) as workers:
+    for result in workers.in_order(function, [(argument, another), ...]):
+        ...
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+# Jobs handed out and not yet fetched, for each worker: what is done early waits in the parent's memory.
+AHEAD = 3
+# Seconds between looks for the parent.
+WATCH_INTERVAL = 1.0
+
+
+class Workers:
+    """A pool of processes; left early (an error, Ctrl-C), what has not begun is not done.
+
+    A worker leaves Ctrl-C to its parent, and ends soon after the parent has, however that came about.
+    """
+
+    def __init__(self, num: int):
+        """num: processes; 0 does the work in this one."""
+        self.num = num
+        # Spawned, not forked: the parent may hold threads of PyAV or torch, and OpenGL contexts do not survive a fork.
+        self._executor = (
+            ProcessPoolExecutor(
+                num, multiprocessing.get_context("spawn"), initializer=_settle_down, initargs=(os.getpid(),)
+            )
+            if num
+            else None
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def in_order(self, function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
+        """The results of `function(*job)` in the order of the jobs, which are taken a few at a time.
+
+        Raises what `function` raises; ValueError where a worker was killed.
+        """
+        if self._executor is None:
+            yield from (function(*job) for job in jobs)
+            return
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(self._executor.submit(function, *job))
+                if len(waiting) >= self.num * AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process was killed, most likely for lack of memory; go on with --resume and fewer --workers"
+            ) from None
+
+
+def _settle_down(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_INTERVAL)
+    os._exit(1)
