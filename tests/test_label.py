@@ -80,7 +80,9 @@ def test_labels_of_another_model_or_dataset_are_refused(data: Path, lam: Path, t
     with pytest.raises(ValueError, match="labels another dataset"):
         Labels.open(out, dataset_fingerprint="0" * 16)
     other = save_lam(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"lam_fingerprint was .*--overwrite to start anew"):
+    with pytest.raises(
+        ValueError, match=r"begun with other settings \(lam_fingerprint was .*--overwrite to start anew"
+    ):
         run(LabelConfig(lam=other, data=data, out=out, resume=True))
     with pytest.raises(ValueError, match="already holds a finished result"):
         run(LabelConfig(lam=lam, data=data, out=out))

@@ -59,6 +59,21 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
     return found
 
 
+def require_same(path: Path, now: Mapping[str, Any]) -> None:
+    """ValueError saying what changed where the JSON file `path` exists and differs from `now` in a key of `now`.
+
+    So a command goes on with `--resume` only under the settings it was begun with.
+    """
+    if not Path(path).exists():
+        return
+    then = read_json(path)
+    changed = differences({key: then.get(key) for key in now}, now)
+    if changed:
+        raise ValueError(
+            f"{path}: begun with other settings ({'; '.join(changed)}); use --overwrite to start anew, or another --out"
+        )
+
+
 def save(config: Any, path: Path) -> None:
     """Writes a dataclass as JSON, atomically."""
     write_json(path, to_dict(config))

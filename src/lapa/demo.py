@@ -229,15 +229,11 @@ def _run(stage: Stage) -> float:
 
 
 def _require_same_settings(config: DemoConfig) -> None:
-    path = config.out / SETTINGS
     settings: dict[str, Any] = configs.to_dict(config)
     for volatile in ("out", "overwrite", "resume"):
         del settings[volatile]
-    if path.exists() and (changed := configs.differences(read_json(path), settings)):
-        raise ValueError(
-            f"{path}: this demo was begun otherwise: {'; '.join(changed)}; use --overwrite or another --out"
-        )
-    write_json(path, settings)
+    configs.require_same(config.out / SETTINGS, settings)
+    write_json(config.out / SETTINGS, settings)
 
 
 def _rate(result: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from lapa.config import to_dict
+from lapa.config import require_same, to_dict
 from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
 from lapa.evaluate.environments import EnvironmentKind, kind_of
@@ -89,8 +89,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     kind, tasks = kind_of(config.env), kind_of(config.env).parse_tasks(config.tasks)
     _check(config, kind)
+    identity = _identity(config)
     if config.resume and (config.out / RESULTS).exists():
-        _check_begun(config)
+        require_same(config.out / CONFIG, identity)
         say(f"{config.out} is complete")
         return read_json(config.out / RESULTS)
     kind.check_machine()
@@ -102,8 +103,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         resume=config.resume,
         inputs=[] if config.policy in BASELINES else [Path(config.policy)],
     )
-    _check_begun(config)
-    identity = _identity(config)
+    require_same(config.out / CONFIG, identity)
     write_json(config.out / CONFIG, identity)
     begun = time.monotonic()
     outcomes = _play(config, setup, infer, tasks, 0 if kind.in_process else config.workers)
@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "tasks": {task: summarise(o for o in outcomes if o.task == task) for task in tasks},
         "overall": summarise(outcomes),
         "seconds": round(time.monotonic() - begun, 1),
-        "config": to_dict(config),
+        "config": {**to_dict(config), "max_steps": setup.max_steps, "size": setup.size},
         **_provenance(config.env),
         "episodes": [_plain(outcome) for outcome in outcomes],
     }
@@ -292,17 +292,6 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
     passing = ("out", "workers", "parallel", "overwrite", "resume")
     settings = {name: value for name, value in to_dict(config).items() if name not in passing}
     return {**settings, "policy_fingerprint": fingerprint(*weights) if weights else None}
-
-
-def _check_begun(config: EvaluateConfig) -> None:
-    """Raises ValueError where `config.out` was begun with other settings or another policy."""
-    path = config.out / CONFIG
-    if not path.exists():
-        return
-    begun, identity = read_json(path), _identity(config)
-    differing = [name for name, value in identity.items() if begun.get(name) != value]
-    if differing:
-        raise ValueError(f"{path}: begun with other settings ({', '.join(differing)}); --overwrite to start anew")
 
 
 def _table(results: dict[str, Any]) -> Table:

@@ -29,7 +29,7 @@ from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, writ
 from lapa.data.pairs import horizon_frames
 from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import Processes, start
-from lapa.files import claim_output, read_json, write_json
+from lapa.files import claim_output, write_json
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 
 RUN = "run.json"
@@ -84,7 +84,7 @@ def run(config: LabelConfig) -> None:
             f"{model.horizon:g} s ({horizon} frames at {dataset.fps:g} fps); train a model with a shorter horizon"
         )
     if config.resume and (out / MANIFEST).exists():
-        _require_same_run(out, out / MANIFEST, identity)
+        configs.require_same(out / MANIFEST, identity)
         finish("labels, already complete", out, _next_commands(config, out))
         return
     with start(config.device) as processes:
@@ -93,8 +93,7 @@ def run(config: LabelConfig) -> None:
             inputs = [config.lam, config.data]
             claim_output(out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=inputs)
             shape = {**identity, "shard_episodes": config.shard_episodes}
-            if (out / RUN).exists():
-                _require_same_run(out, out / RUN, shape)
+            configs.require_same(out / RUN, shape)
             write_json(out / RUN, shape)
         _wait_for_all(processes)
         shards = _shards(out, len(dataset.lengths), config.shard_episodes)
@@ -226,14 +225,6 @@ def _manifest(
         code_usage=(counts_LK / num_rows).tolist(),
         embeddings=identity["embeddings"],
     )
-
-
-def _require_same_run(out: Path, path: Path, now: dict) -> None:
-    """Labels of another model or another dataset are never mixed in."""
-    then = read_json(path)
-    changed = configs.differences({key: then.get(key) for key in now}, now)
-    if changed:
-        raise ValueError(f"{out}: {'; '.join(changed)}; use --overwrite to start anew, or another --out")
 
 
 def _wait_for_all(processes: Processes) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lapa.config import load, save, to_dict
+from lapa.config import require_same, to_dict
 from lapa.console import finish, progress, say, warn
 from lapa.data.dataset import INFO, Dataset
 from lapa.data.sources.metaworld_simulator import (
@@ -35,7 +35,7 @@ from lapa.data.sources.metaworld_simulator import (
 )
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter
-from lapa.files import claim_output
+from lapa.files import claim_output, write_json
 
 # Frames kept after success: enough to see the result, too few to teach standing still.
 FRAMES_AFTER_SUCCESS = 5
@@ -89,13 +89,13 @@ def run(config: MetaworldConfig) -> None:
     tasks = parse_tasks(config.tasks)
     _check(config)
     if config.resume and (config.out / INFO).exists():
-        _check_begun(config)
+        require_same(config.out / BEGUN, _settings(config))
         say(f"{config.out} is complete")
         return
     check_installation()
     claim_output(config.out, complete=(config.out / INFO).exists(), overwrite=config.overwrite, resume=config.resume)
-    _check_begun(config)
-    save(config, config.out / BEGUN)
+    require_same(config.out / BEGUN, _settings(config))
+    write_json(config.out / BEGUN, _settings(config))
     writer = DatasetWriter(
         config.out,
         fps=FPS,
@@ -218,17 +218,6 @@ def _check(config: MetaworldConfig) -> None:
         raise ValueError(f"--noise must not be negative, got {config.noise:g}")
     if config.workers is not None and config.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {config.workers}")
-
-
-def _check_begun(config: MetaworldConfig) -> None:
-    """Raises ValueError where `config.out` was begun with other settings: the episodes would not belong together."""
-    path = config.out / BEGUN
-    if not path.exists():
-        return
-    begun, now = _settings(load(MetaworldConfig, path)), _settings(config)
-    differing = [name for name in now if begun[name] != now[name]]
-    if differing:
-        raise ValueError(f"{path}: begun with other settings ({', '.join(differing)}); --overwrite to start anew")
 
 
 def _settings(config: MetaworldConfig) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+"""What happens between two frames of your own videos, from Python: a trained model's latent actions.
+
+lapa data videos FOLDER --caption "what is done" --out DATASET
+lapa latent train --data DATASET --out LAM
+python examples/own_videos.py LAM DATASET
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from einops import rearrange
+
+from lapa.data.dataset import Dataset
+from lapa.data.pairs import horizon_frames
+from lapa.data.transforms import resize_and_crop
+from lapa.latent.model import LatentActionModel
+
+
+def main(lam: Path, data: Path) -> None:
+    model, dataset = LatentActionModel.from_pretrained(lam), Dataset.open(data)
+    horizon = horizon_frames(model.horizon, dataset.fps)
+    for episode in dataset.episodes:
+        starts = range(0, episode.length - horizon, horizon)
+        for start in starts:
+            frames_THWC = dataset.frames(episode.index, [start, start + horizon])
+            frames_THWC = resize_and_crop(frames_THWC, model.config.image_size)
+            codes_BL = model.codes(rearrange(torch.from_numpy(frames_THWC), "t h w c -> 1 t c h w"))
+            print(f"episode {episode.index}, frames {start} to {start + horizon}: {codes_BL[0].tolist()}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
