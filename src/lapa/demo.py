@@ -69,7 +69,7 @@ def run(config: DemoConfig) -> None:
     for number, stage in enumerate(plan, 1):
         console.rule(f"{number}/{len(plan)}  {stage.title}", align="left")
         if stage.artifact.exists():
-            say(f"done before: {stage.artifact.parent}")
+            say(f"done before: {stage.artifact}")
             continue
         say(f"$ lapa {' '.join(stage.command)}")
         seconds[stage.title] = _run(stage)
