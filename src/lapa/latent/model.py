@@ -67,13 +67,13 @@ class LatentModelConfig:
     fsq_levels: tuple[int, ...] | None = None
     """Levels of each scalar of fsq, product codebook_size; by default one scalar of codebook_size levels."""
     standardize_z: bool = False
-    """Bring latents to zero mean and unit variance, by running moments, before they are quantised."""
+    """Bring latents to zero mean and unit variance before they are quantised."""
     predict: Literal["frame", "change"] = "frame"
     """Whether the decoder predicts the second frame or its difference from the first."""
     action_input: Literal["attend", "attend_and_add"] = "attend"
     """How the decoder sees the action: by cross-attention, or also added to every token."""
     layout: Literal["clean", "released"] = "clean"
-    """released: with the quirks that only serve the published weights (see docs/design.md)."""
+    """released: with the quirks that only serve the published weights (see docs/2-latent.md)."""
     horizon_seconds: float = 0.6
     """Time between the two frames that the model was trained on."""
 
