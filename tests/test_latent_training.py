@@ -159,9 +159,9 @@ def test_grid_has_a_cell_for_every_single_code_change(data: Path) -> None:
 @pytest.mark.slow
 def test_training_finds_the_direction_of_motion(tmp_path: Path) -> None:
     """Minutes on a CPU: all codes in use, motion predicted, the codes read."""
-    write_synthetic_dataset(tmp_path / "squares", episodes=128, frames=16, size=64, fps=10)
+    write_synthetic_dataset(tmp_path / "squares", episodes=256, frames=16, size=64, fps=10)
     tiny = LATENT["tiny"]
-    loop = replace(tiny.loop, steps=700, optim=OptimConfig(lr=1e-3, warmup_steps=100), eval_every=700)
+    loop = replace(tiny.loop, steps=1000, optim=OptimConfig(lr=1e-3, warmup_steps=100), eval_every=1000)
     model = replace(tiny.model, horizon_seconds=0.4)
     training.run(replace(tiny, data=(tmp_path / "squares",), out=tmp_path / "lam", model=model, loop=loop))
     metrics = read_json(tmp_path / "lam" / "metrics.json")
