@@ -84,6 +84,14 @@ def test_claiming_an_output(tmp_path: Path) -> None:
         files.claim_output(out, complete=False, overwrite=True, resume=True)
 
 
+def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert files.read_json_lines(path) == []
+    # Cut behind an inner brace: the line looks whole, and is not.
+    path.write_text('{"a": 1}\n{"a": {"b": 2}')
+    assert files.read_json_lines(path) == [{"a": 1}]
+
+
 def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
     for name, text in {"a": "1", "b": "1", "c": "2"}.items():
         (tmp_path / name).write_text(text)

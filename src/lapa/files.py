@@ -63,6 +63,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file of one JSON value a line; a last line that a kill cut short is left out, as is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def claim_output(
     out: Path, *, complete: bool, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lapa import __version__
-from lapa.files import atomic_path
+from lapa.files import atomic_path, read_json_lines
 
 
 class MetricLog:
@@ -29,9 +29,9 @@ class MetricLog:
 
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= first_step]
+        kept = [row for row in read_json_lines(self.path) if row["step"] <= first_step]
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._started = time.time()
 
@@ -48,12 +48,6 @@ class MetricLog:
     def close(self) -> None:
         if self.enabled:
             self._writer.close()
-
-    def _lines(self) -> list[str]:
-        """The whole lines of the file: a line that a kill cut short is left out."""
-        if not self.path.exists():
-            return []
-        return [line for line in self.path.read_text().splitlines() if line.endswith("}")]
 
 
 def versions_and_hardware() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
 from lapa.evaluate.environments import EnvironmentKind, kind_of
 from lapa.evaluate.episodes import VIDEO_FPS, Infer, Job, Outcome, Setup, play_all
-from lapa.files import atomic_path, claim_output, fingerprint, read_json, write_json
+from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS = "config.json", "episodes.jsonl", "results.json"
@@ -224,8 +224,7 @@ def _journal(config: EvaluateConfig, tasks: Sequence[str]) -> list[Outcome]:
     Rollouts whose video was not written yet are played again: their frames went with that run.
     """
     path = config.out / EPISODES
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [Outcome(**json.loads(line)) for line in lines if line.endswith("}")]
+    kept = [Outcome(**row) for row in read_json_lines(path)]
     filmed = {task for task in tasks if _video(config, task).exists()}
     kept = [outcome for outcome in kept if outcome.episode >= config.videos or outcome.task in filmed]
     with atomic_path(path) as temporary:

@@ -24,13 +24,16 @@ class Backbone(Protocol):
     language: called with `inputs_embeds`; its input embedding and head have a row for each token of the vocabulary.
     """
 
-    vision: nn.Module
-    language: PreTrainedModel
+    @property
+    def vision(self) -> nn.Module: ...
+
+    @property
+    def language(self) -> PreTrainedModel: ...
 
     def embed_images(self, images_BVHWC: UInt8[torch.Tensor, "B V H W 3"]) -> Float[torch.Tensor, "B N D"]:
         """The image tokens of V cameras, in the language model's width."""
 
 
-def build_backbone(config: BackboneConfig, *, num_cameras: int, vocabulary_size: int) -> TinyBackbone:
+def build_backbone(config: BackboneConfig, *, num_cameras: int, vocabulary_size: int) -> Backbone:
     """A freshly initialised backbone."""
     return TinyBackbone(config, num_cameras=num_cameras, vocabulary_size=vocabulary_size)
