@@ -38,6 +38,7 @@ from lapa.presets import LATENT
 TINY = LATENT["tiny"]
 PAIRS, TEST_PAIRS, INITIALISATION_PAIRS = 4096, 2048, 256
 NEVER = 10**9
+REPLACE_EVERY = quantizers.REPLACE_EVERY
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def main(config: AblationConfig) -> None:
 
 def learn(variant: Variant, seed: int, config: AblationConfig) -> list[dict[str, float]]:
     """Trains one variant; what was measured at each evaluation."""
-    quantizers.REPLACE_EVERY = 64 if variant.revive else NEVER
+    quantizers.REPLACE_EVERY = REPLACE_EVERY if variant.revive else NEVER
     data, test = SyntheticPairs(PAIRS, seed=0), SyntheticPairs(TEST_PAIRS, seed=10**6)
     frames_BTCHW = torch.from_numpy(test.frames_NTCHW)
     sample = Sample(frames_BTCHW, np.arange(TEST_PAIRS))

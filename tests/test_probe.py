@@ -17,7 +17,6 @@ from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.video import ClipScan
 from lapa.files import read_json
-from lapa.latent.compare import indices_of
 from lapa.latent.figures import Sample, draw_sample, encode, other_episodes, usage_figures
 from lapa.latent.model import LatentAction, LatentActionModel
 from lapa.latent.pictures import code_grid, probe_sheet
@@ -289,7 +288,7 @@ def test_compare_gives_every_model_the_same_first_frames(
         for horizon in (0.1, 0.5)
     )
     places = [far.location(index) for index in (0, 17, len(far) - 1)]
-    assert [near.location(index) for index in indices_of(near, places)] == places
+    assert [near.location(near.index_of(*place)) for place in places] == places
 
 
 def test_show_draws_codes_and_a_rollout(lam: Path, tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ class EpisodeRows:
         row = int(np.searchsorted(self.ends, index, side="right"))
         return int(self.datasets[row]), int(self.episodes[row]), index - (int(self.ends[row - 1]) if row else 0)
 
+    def index_of(self, number: int, episode: int, item: int) -> int:
+        """The inverse of `locate`."""
+        (row,) = np.flatnonzero((self.datasets == number) & (self.episodes == episode))
+        return item + (int(self.ends[row - 1]) if row else 0)
+
     def of_dataset(self, number: int) -> np.ndarray:
         """The episodes of one dataset that have items."""
         return self.episodes[self.datasets == number]

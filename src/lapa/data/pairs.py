@@ -116,6 +116,10 @@ class FramePairs(torch.utils.data.Dataset):
         """(number of the dataset, episode, first frame) of a pair."""
         return self._rows.locate(index)
 
+    def index_of(self, number: int, episode: int, frame: int) -> int:
+        """The index of the pair at this location."""
+        return self._rows.index_of(number, episode, frame)
+
     def actions_between(self, index: int) -> Float[np.ndarray, "h A"]:
         """The robot's actions from the first frame up to, not including, the second."""
         number, episode, frame = self.location(index)

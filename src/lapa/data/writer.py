@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
+from lapa.console import say
 from lapa.data.dataset import (
     ACTION,
     CAMERA_PREFIX,
@@ -42,6 +43,20 @@ CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
 ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
 EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
 FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+
+
+def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether `out` holds a finished dataset that is to be resumed; says so."""
+    done = resume and not overwrite and (out / INFO).exists()
+    if done:
+        say(f"{out}: already complete")
+    return done
+
+
+def require_even(size: int) -> None:
+    """H.264 takes even sizes only. Raises ValueError for another --size."""
+    if size < 2 or size % 2:
+        raise ValueError(f"--size {size}: must be an even number of pixels")
 
 
 class DatasetWriter:

@@ -18,7 +18,6 @@ import tyro
 from lapa import config as configs
 from lapa.console import console, finish, say
 from lapa.data.dataset import Dataset
-from lapa.data.pairs import FramePairs, horizon_frames
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
@@ -68,21 +67,13 @@ def run(config: CompareConfig) -> None:
     for name, model in zip(short_names(config.lams), models, strict=True):
         say(f"{name}: {len(places)} pairs, {model.horizon:g} s apart, of {dataset.name}")
         own = pairs_of(model, dataset, config.camera)
-        sample = take_sample(own, indices_of(own, places), actions=True)
+        sample = take_sample(own, [own.index_of(*place) for place in places], actions=True)
         figures[name] = probe(model.to(pick_device(config.device)).eval(), sample, seed=config.seed)
         model.cpu()
     console.print(table_of(figures, f"latent action models on {dataset.name}"))
     result = {"models": figures, "config": configs.to_dict(config), **versions_and_hardware()}
     write_json(out / "compare.json", result)
     finish("compare.json", out, [f"lapa latent probe {lam} --data {config.data}" for lam in config.lams])
-
-
-def indices_of(pairs: FramePairs, places: list[tuple[int, int, int]]) -> list[int]:
-    """The indices of the pairs that begin at (0, episode, frame), among all pairs of one dataset."""
-    (dataset,) = pairs.datasets
-    counts = np.maximum(dataset.lengths - horizon_frames(pairs.config.horizon, dataset.fps), 0)
-    starts = np.cumsum(counts) - counts
-    return [int(starts[episode]) + frame for _, episode, frame in places]
 
 
 def short_names(lams: tuple[Path, ...]) -> list[str]:

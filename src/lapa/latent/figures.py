@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lapa.data.pairs import FramePairs, collate_pairs
-from lapa.latent.model import LatentActionModel
+from lapa.latent.model import LatentAction, LatentActionModel
 
 BATCH = 64
 RARE_CODE = 0.01
@@ -40,15 +40,6 @@ class Sample:
     actions_BA: np.ndarray | None = None
     middle_BCHW: Tensor | None = None
     tasks_B: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The latent actions of a sample, on the CPU. codes_BL: None for a continuous model."""
-
-    codes_BL: Tensor | None
-    z_BLD: Tensor
-    quantized_BLD: Tensor
 
 
 def draw_sample(pairs: FramePairs, num: int, seed: int, *, actions: bool = False) -> Sample:
@@ -79,16 +70,10 @@ def take_sample(pairs: FramePairs, indices: Sequence[int], *, actions: bool = Fa
 
 
 @torch.no_grad()
-def encode(model: LatentActionModel, frames_BTCHW: Tensor) -> Encoded:
-    """The latent actions of many pairs, in batches."""
+def encode(model: LatentActionModel, frames_BTCHW: Tensor) -> LatentAction:
+    """The latent actions of many pairs, encoded in batches; on the CPU, in float32."""
     device = device_of(model)
-    latents = [model.encode(frames.to(device)) for frames in frames_BTCHW.split(BATCH)]
-    codes = [latent.codes_BL.cpu() for latent in latents if latent.codes_BL is not None]
-    return Encoded(
-        torch.cat(codes) if codes else None,
-        torch.cat([latent.z_BLD.float().cpu() for latent in latents]),
-        torch.cat([latent.quantized_BLD.float().cpu() for latent in latents]),
-    )
+    return _joined([model.encode(frames.to(device)) for frames in frames_BTCHW.split(BATCH)])
 
 
 def other_episodes(episodes_B: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -108,7 +93,7 @@ def other_episodes(episodes_B: np.ndarray, seed: int = 0) -> np.ndarray:
 
 @torch.no_grad()
 def reconstruction_figures(
-    model: LatentActionModel, sample: Sample, encoded: Encoded | None = None
+    model: LatentActionModel, sample: Sample, encoded: LatentAction | None = None
 ) -> tuple[Tensor | None, dict[str, float]]:
     """Codes [B, L] (None for a continuous model), and mean squared errors of the predicted second frame.
 
@@ -152,8 +137,8 @@ def usage_figures(codes_BL: Tensor, codebook_size: int) -> dict[str, Any]:
     """How the codebook is used.
 
     codes_used: share of the K codes that some position uses in more than 1% of the pairs (with more than 10 codes, in
-    more than a tenth of an even share). perplexity: exp of the
-    entropy of a position's codes, mean over positions (K at best). joint_*: over whole latent actions.
+    more than a tenth of an even share). perplexity: exp of the entropy of a position's codes, mean over positions (K
+    at best). joint_*: over whole latent actions.
     """
     counts_LK = torch.stack([torch.bincount(codes, minlength=codebook_size) for codes in codes_BL.T]).double()
     share_LK = counts_LK / counts_LK.sum(dim=1, keepdim=True)
@@ -172,7 +157,7 @@ def usage_figures(codes_BL: Tensor, codebook_size: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def transfer(model: LatentActionModel, sample: Sample, encoded: Encoded) -> tuple[dict[str, Any], Encoded]:
+def transfer(model: LatentActionModel, sample: Sample, encoded: LatentAction) -> tuple[dict[str, Any], LatentAction]:
     """Each pair's latent action applied to the first frame of a pair of another episode, and encoded again.
 
     same_code: how often the same code returns, mean over positions; same_code_chance: how often it is that of a third
@@ -193,12 +178,7 @@ def transfer(model: LatentActionModel, sample: Sample, encoded: Encoded) -> tupl
         donor = sample.frames_BTCHW[rows, 1].to(device)
         to_receiver += F.mse_loss(result.float(), first.float()).item() * len(rows)
         to_donor += F.mse_loss(result.float(), donor.float()).item() * len(rows)
-    codes = [latent.codes_BL for latent in again if latent.codes_BL is not None]
-    returned = Encoded(
-        torch.cat(codes) if codes else None,
-        torch.cat([latent.z_BLD for latent in again]),
-        torch.cat([latent.quantized_BLD for latent in again]),
-    )
+    returned = _joined(again)
     given = encoded.quantized_BLD
     figures: dict[str, Any] = {
         "donor_share": _ratio(to_receiver, to_receiver + to_donor),
@@ -214,7 +194,7 @@ def transfer(model: LatentActionModel, sample: Sample, encoded: Encoded) -> tupl
 
 
 @torch.no_grad()
-def consistency_figures(model: LatentActionModel, sample: Sample, encoded: Encoded) -> dict[str, float | None]:
+def consistency_figures(model: LatentActionModel, sample: Sample, encoded: LatentAction) -> dict[str, float | None]:
     """How the continuous latent action z behaves in time, for frames a and c, and b halfway between them.
 
     reversal_error: |z(a,c) + z(c,a)|^2 / |z(a,c)|^2, ratio of the means; 0 where going back is minus going there.
@@ -243,6 +223,15 @@ def consistency_figures(model: LatentActionModel, sample: Sample, encoded: Encod
 
 def device_of(model: LatentActionModel) -> torch.device:
     return next(model.parameters()).device
+
+
+def _joined(latents: Sequence[LatentAction]) -> LatentAction:
+    codes = [latent.codes_BL.cpu() for latent in latents if latent.codes_BL is not None]
+    return LatentAction(
+        torch.cat(codes) if codes else None,
+        torch.cat([latent.z_BLD.float().cpu() for latent in latents]),
+        torch.cat([latent.quantized_BLD.float().cpu() for latent in latents]),
+    )
 
 
 class _Spread:

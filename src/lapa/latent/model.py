@@ -33,7 +33,7 @@ from lapa import files
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.losses import batch_usage, known_actions_error, relative_error
-from lapa.latent.quantizers import build_quantizer
+from lapa.latent.quantizers import NO_CODES, build_quantizer
 from lapa.nn.patches import PatchEmbedding, PatchPixels, PatchSummary, PositionBias, sinusoids
 from lapa.nn.transformer import Transformer
 from lapa.types import Losses
@@ -162,8 +162,9 @@ class LatentActionModel(nn.Module):
         seen = self._view(seen_BTCHW)
         tokens = self._tokens(seen)
         # The decoder starts from the frames as they are where only the encoder's view is another.
-        plain = self._view(frames_BTCHW) if config.augment == "view" else seen
-        start = self._tokens(plain.frame(0)) if config.augment == "view" else tokens[:, :1]
+        apart = config.augment == "view" and self.training
+        plain = self._view(frames_BTCHW) if apart else seen
+        start = self._tokens(plain.frame(0)) if apart else tokens[:, :1]
         z_BLD = self._latents(tokens[:, :2], bias)
         action = self.quantizer(z_BLD, noise)
         predicted = self._predict(plain.frame(0), start.detach(), action.quantized_BLD, bias)
@@ -199,7 +200,7 @@ class LatentActionModel(nn.Module):
         """The codes between the two frames. ValueError for a continuous model."""
         codes_BL = self.encode(frames_BTCHW).codes_BL
         if codes_BL is None:
-            raise ValueError("a continuous latent action model has no codes; train one with --quantizer fsq for codes")
+            raise ValueError(NO_CODES)
         return codes_BL
 
     @torch.no_grad()

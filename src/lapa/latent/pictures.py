@@ -12,14 +12,14 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lapa.latent.figures import BATCH, Encoded, Sample, device_of, other_episodes
-from lapa.latent.model import LatentActionModel
+from lapa.latent.figures import BATCH, Sample, device_of, other_episodes
+from lapa.latent.model import LatentAction, LatentActionModel
 
 HEADER, GAP = 14, 2
 MAX_CHANGES = 64
 
 
-def probe_sheet(model: LatentActionModel, sample: Sample, encoded: Encoded, num_rows: int) -> Image.Image:
+def probe_sheet(model: LatentActionModel, sample: Sample, encoded: LatentAction, num_rows: int) -> Image.Image:
     """The sheet of `lapa latent probe`: code changes for a model with codes, else transfers, or frames alone."""
     if model.predicts_pixels and encoded.codes_BL is not None:
         return code_grid(model, sample.frames_BTCHW[:num_rows], encoded.codes_BL)
@@ -31,13 +31,13 @@ def code_grid(model: LatentActionModel, frames_BTCHW: Tensor, codes_NL: Tensor) 
     """One row a pair: first frame, true second frame, reconstruction, and every single-code change.
 
     Column l:k decodes the pair's own codes with position l set to k; the pair's own code is framed in green.
-    codes_NL: codes of the sample; where there are more than 64 changes, those most used in it are shown.
+    codes_NL: codes of the sample, which begins with these pairs; of more than 64 changes, those most used in it are
+    shown.
     """
     changes = _changes(codes_NL, model.config.codebook_size)
     rows, marked = [], []
     positions, codes = (torch.tensor(column) for column in zip(*changes, strict=True))
-    for frames_TCHW in frames_BTCHW:
-        own_L = model.codes(frames_TCHW[None].to(device_of(model)))[0].cpu()
+    for frames_TCHW, own_L in zip(frames_BTCHW, codes_NL, strict=False):
         shown = own_L.repeat(1 + len(changes), 1)
         shown[torch.arange(len(changes)) + 1, positions] = codes
         rows.append(torch.cat([_unit(frames_TCHW), decode_each(model, frames_TCHW[0], shown)]))
@@ -47,7 +47,7 @@ def code_grid(model: LatentActionModel, frames_BTCHW: Tensor, codes_NL: Tensor) 
 
 
 @torch.no_grad()
-def transfer_grid(model: LatentActionModel, sample: Sample, encoded: Encoded, num_rows: int) -> Image.Image:
+def transfer_grid(model: LatentActionModel, sample: Sample, encoded: LatentAction, num_rows: int) -> Image.Image:
     """One row a pair: both frames, reconstruction, another pair's action here, another scene, this action there.
 
     A model that predicts no pixels has the two frames only.

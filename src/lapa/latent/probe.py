@@ -24,7 +24,6 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.latent.figures import (
-    Encoded,
     Sample,
     consistency_figures,
     device_of,
@@ -34,7 +33,7 @@ from lapa.latent.figures import (
     transfer,
     usage_figures,
 )
-from lapa.latent.model import LatentActionModel
+from lapa.latent.model import LatentAction, LatentActionModel
 from lapa.latent.pictures import probe_sheet
 from lapa.latent.truth import action_figures, information_figures, returned_action_r2, task_figures
 
@@ -159,7 +158,9 @@ def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None) -> 
     return FramePairs([dataset], config, split="all")
 
 
-def probe(model: LatentActionModel, sample: Sample, encoded: Encoded | None = None, seed: int = 0) -> dict[str, Any]:
+def probe(
+    model: LatentActionModel, sample: Sample, encoded: LatentAction | None = None, seed: int = 0
+) -> dict[str, Any]:
     """All figures of a model on a sample; those that need codes, pixels or true actions only where there are any."""
     encoded = encoded or encode(model, sample.frames_BTCHW)
     codebook_size = model.config.codebook_size

@@ -30,6 +30,7 @@ NORM_FLOOR = 1e-24
 EMA_DECAY = 0.99
 EMA_DEAD_USES = 0.5  # of a code in a batch, on average
 LARGEST_LOG_VARIANCE = 10.0
+NO_CODES = "a continuous latent action model has no codes; train one with --quantizer fsq for codes"
 
 
 class NSVQ(Quantizer):
@@ -175,7 +176,7 @@ class Continuous(Quantizer):
         return Quantized(self.moments(z_BLD).chunk(2, dim=-1)[0], None)
 
     def embed(self, codes_BL: Tensor) -> Tensor:
-        raise ValueError("a continuous latent action model has no codes; train one with --quantizer fsq for codes")
+        raise ValueError(NO_CODES)
 
 
 def build_quantizer(config: LatentModelConfig) -> Quantizer:

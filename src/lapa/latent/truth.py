@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lapa.latent.figures import Encoded, Sample
+from lapa.latent.figures import Sample
+from lapa.latent.model import LatentAction
 from lapa.latent.regression import (
     HELD_OUT,
     equal_frequency_bins,
@@ -35,7 +36,7 @@ ACTION_BINS = 8
 
 
 def action_figures(
-    sample: Sample, encoded: Encoded, codebook_size: int, seed: int = 0, device: str | torch.device = "cpu"
+    sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
     """Linear (ridge) and MLP probes to the mean true action, scored on held-out episodes; see regression.scores.
 
@@ -66,7 +67,7 @@ def action_figures(
     }
 
 
-def returned_action_r2(sample: Sample, encoded: Encoded, returned: Encoded, seed: int = 0) -> float | None:
+def returned_action_r2(sample: Sample, encoded: LatentAction, returned: LatentAction, seed: int = 0) -> float | None:
     """Whether the linear probe reads the same action after a transfer: R2 of its readings, on held-out episodes.
 
     returned: the latent actions encoded again (figures.transfer). 1: the same; 0 or less: no better than the mean
@@ -104,7 +105,7 @@ def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0)
     }
 
 
-def task_figures(sample: Sample, encoded: Encoded, codebook_size: int, seed: int = 0) -> dict[str, Any] | None:
+def task_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any] | None:
     """Accuracy of a logistic regression from the latent action to the instruction, on held-out episodes.
 
     A fifth of each instruction's episodes is held out; those of one episode are left out, and only the 50 with most
@@ -131,7 +132,7 @@ def task_figures(sample: Sample, encoded: Encoded, codebook_size: int, seed: int
     return {"num_tasks": len(several), "chance": float(frequent.max() / frequent.sum()), **accuracy}
 
 
-def features_of(sample: Sample, encoded: Encoded, codebook_size: int) -> dict[str, np.ndarray]:
+def features_of(sample: Sample, encoded: LatentAction, codebook_size: int) -> dict[str, np.ndarray]:
     """What the probes read, each [B, F]: the latent action in its forms, and pixels as yardsticks."""
     features = {
         "quantized": encoded.quantized_BLD,

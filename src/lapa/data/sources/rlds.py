@@ -26,7 +26,7 @@ from lapa.data.dataset import INFO
 from lapa.data.sources.rlds_layout import KNOWN, Known, Layout, Shard, choose_layout, dimension_names, read_info
 from lapa.data.sources.tfrecord import Record, parse_example, read_records
 from lapa.data.transforms import resize_and_crop
-from lapa.data.writer import DatasetWriter
+from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
 
 FORMATS = ("JPEG", "PNG")
 
@@ -109,11 +109,9 @@ class _Tally:
 def run(config: RldsConfig) -> None:
     """`lapa data rlds`."""
     complete = (config.out / INFO).exists()
-    if complete and config.resume and not config.overwrite:
-        say(f"{config.out}: already complete")
+    if nothing_to_add(config.out, resume=config.resume, overwrite=config.overwrite):
         return
-    if config.size < 2 or config.size % 2:
-        raise ValueError(f"--size {config.size}: must be an even number of pixels")
+    require_even(config.size)
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"--limit {config.limit}: must be at least 1")
     name, shards = read_info(config.folder, config.split)

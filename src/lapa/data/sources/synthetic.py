@@ -17,10 +17,10 @@ from einops import rearrange
 from jaxtyping import Int64, UInt8
 
 from lapa import files
-from lapa.console import finish, progress, say
+from lapa.console import finish, progress
 from lapa.data.dataset import INFO, Dataset
 from lapa.data.sources.square import CAMERA, DIRECTIONS, Square, heading
-from lapa.data.writer import DatasetWriter
+from lapa.data.writer import DatasetWriter, nothing_to_add
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class SyntheticConfig:
 def run(config: SyntheticConfig) -> None:
     """`lapa data synthetic`."""
     complete = (config.out / INFO).exists()
-    if complete and config.resume and not config.overwrite:
-        say(f"{config.out}: already complete")
+    if nothing_to_add(config.out, resume=config.resume, overwrite=config.overwrite):
         return
     files.claim_output(config.out, complete=complete, overwrite=config.overwrite, resume=config.resume)
     dataset = write_synthetic_dataset(

@@ -30,7 +30,7 @@ from lapa.data.statistics import PixelMoments
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream, decode_clip, encode_clip, probe
 from lapa.data.workers import Workers
-from lapa.data.writer import DatasetWriter
+from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
 
 CAMERA = "video"
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
@@ -107,11 +107,9 @@ class _Tally:
 def run(config: VideosConfig) -> None:
     """`lapa data videos`."""
     complete = (config.out / INFO).exists()
-    if complete and config.resume and not config.overwrite:
-        say(f"{config.out}: already complete")
+    if nothing_to_add(config.out, resume=config.resume, overwrite=config.overwrite):
         return
-    if config.size < 2 or config.size % 2:
-        raise ValueError(f"--size {config.size}: must be an even number of pixels")
+    require_even(config.size)
     tally = _Tally()
     clips = _find_clips(config, tally)
     fps = _choose_fps(clips, config)
