@@ -1,134 +1,526 @@
-"""How fast the policy trains and acts: samples/s of an optimiser step, and the latency of one chunk of actions.
+"""How fast a policy trains and acts, beside the same policy written literally (literal_policy.py), in one process.
 
-    python benchmarks/bench_policy.py                          # the preset tiny, on the GPU if there is one
-    python benchmarks/bench_policy.py --image-size 96 --width 192 --heads 6
+    OMP_NUM_THREADS=1 python benchmarks/bench_policy.py --config tiny 100m --out policy.json
+    python benchmarks/bench_policy.py --config 7b --weights bf16 --optimizer adamw8bit --models ours --out policy.json
 
-The batch is made up and lies in memory, so this is the model alone; the data reader has bench_data.py. The decoding's
-literal twin, a full forward for each token, is measured in the same process. Medians; `peak` is the share of the
-machine's matrix product rate, measured here, that the training step's matrix products and convolutions reach.
+tiny and 100m are the backbone `tiny`; 0.5b, 2b and 7b are the backbone `lwm`, Llamas with random weights over the 256
+codes of a picture, with the paper's prompt lengthened to --sequence tokens. 7b has LAPA-7B's sizes. Data are made up.
+Training is a whole optimiser step on a batch in memory: forward, backward, clipping, AdamW. Acting is all of
+`Policy.infer`, from uint8 pictures in numpy to numbers in the robot's units: one action by `bins`, --chunk actions by
+`chunk` and `flow`. Medians, after two rounds that do not count; on a CPU the models take turns, so that a noisy machine
+hits all; on a GPU one is held at a time, so that its peak memory can be told.
+
+Useful arithmetic, as in PaLM's appendix B: 2 FLOP for each weight of a layer and each position, and attention in full,
+three times that for a training step, and what the vision does by torch's counter; recomputation does not count. It is
+told as a share of the rate of a large matrix product in the same precision, which takes turns with the rest, and on a
+GPU of --peak-tflops. The floor of acting is, for each pass through the language model, the larger of that arithmetic at
+that rate and the reading of its weights at the bandwidth of a large product with a vector, which takes turns too.
 """
 
 from __future__ import annotations
 
-import statistics
+import gc
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import transformers
 import tyro
+from bench_latent import alternate
+from literal_policy import LiteralPolicy
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lapa.data.action_space import ActionSpace
 from lapa.engine.distributed import pick_device
 from lapa.engine.optim import OptimConfig, build_optimizer
+from lapa.files import write_json
 from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import BackboneConfig, TinyConfig
+from lapa.policy.backbones import BackboneConfig, LwmConfig, Processor, TinyConfig, renew_backbone
+from lapa.policy.backbones.base import PrefixBackbone
+from lapa.policy.backbones.lwm import LwmBackbone, LwmProcessor
+from lapa.policy.backbones.tiny import TinyProcessor
 from lapa.policy.checkpoint import PolicyParts
+from lapa.policy.heads import HeadKind
 from lapa.policy.model import LatentPolicy, PolicyConfig
+from lapa.policy.prompts import PROMPTS, Prompts
 from lapa.policy.runtime import Policy
+from lapa.policy.scale import ActionScale
 from lapa.policy.tokenizer import train_tokenizer
 from lapa.policy.vocabulary import Vocabulary
 from lapa.types import Observation
 
-INSTRUCTIONS = ["open the drawer", "press the button from above", "push the puck to the green goal"]
+SIZES: dict[str, BackboneConfig] = {
+    "debug": TinyConfig(image_size=32, vision_widths=(16, 32), width=64, layers=2, heads=2),
+    "tiny": TinyConfig(),
+    "100m": TinyConfig(
+        image_size=128, vision_widths=(64, 128, 256, 512), vision_depth=2, width=768, layers=12, heads=12
+    ),
+    "0.5b": LwmConfig(width=1024, inner_width=4096, layers=24, heads=16),
+    "2b": LwmConfig(width=2048, inner_width=8192, layers=28, heads=16),
+    "7b": LwmConfig(),
+}
+# Samples of an optimiser step, by size: on a CPU, on a GPU.
+BATCHES = {"debug": (4, 32), "tiny": (32, 256), "100m": (8, 64), "0.5b": (1, 64), "2b": (1, 32), "7b": (1, 16)}
+INSTRUCTIONS = ("open the drawer", "press the button from above", "push the puck to the green goal")
+TAGS = ("<vision>", "</vision>", "<delta>", "</delta>", "<action>", "</action>")
+HEADS = ("bins", "chunk", "flow")
+CAMERA = "camera"
+LATENT_LENGTH, CODEBOOK, BINS, TEXT_ROWS = 4, 8, 256, 32000
+H100_BF16_TFLOPS = 989.0
+# Sides of the matrices that are multiplied with one another, and with a vector: the second are too large for a cache.
+MATRICES = {"cpu": (1024, 4096), "cuda": (8192, 16384)}
+Use = Literal["training", "acting"]
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure a policy's speed."""
+    """Measure policies."""
 
-    backbone: Annotated[BackboneConfig, tyro.conf.arg(name="")] = field(default_factory=TinyConfig)
-    batch_size: int = 32
-    chunk: int = 5
-    action_dim: int = 4
-    repeats: int = 15
-    literal_repeats: int = 3
+    configs: Annotated[
+        tuple[Literal["debug", "tiny", "100m", "0.5b", "2b", "7b"], ...], tyro.conf.arg(name="config")
+    ] = ("tiny", "100m")
+    """Sizes to measure, one after the other; debug is to try this file."""
+    models: tuple[Literal["literal", "ours", "compiled"], ...] = ("literal", "ours")
+    """literal: the slow twin; ours: as users get it; compiled: ours with `compile_steps`, for the head `bins`."""
+    trains: tuple[Literal["latent", "bins", "chunk", "flow"], ...] = ("latent",)
+    """What a training step learns: latent actions, or robot actions by one of the heads."""
+    heads: tuple[HeadKind, ...] = ("bins", "chunk", "flow")
+    """How policies act."""
+    batch_size: int | None = None
+    """Samples of an optimiser step; by default each size's own."""
+    acting_batches: tuple[int, ...] = (1, 8, 32)
+    """Observations at once. The twin acts on the first only: the rest would take minutes."""
+    action_dim: int = 7
+    chunk: int = 8
+    """Time steps that `chunk` and `flow` say at once."""
+    bins_chunk: int = 1
+    """Time steps that `bins` says."""
+    sequence: int = 384
+    """Positions of a training sequence of 0.5b, 2b and 7b; theirs is 384 in the paper."""
+    weights: Literal["auto", "fp32", "bf16"] = "auto"
+    """What is kept of the weights in training: fp32 (with bf16 autocast on a GPU) or bf16. auto: bf16 from 0.5b on, on
+    a GPU. Policies act in bf16 on a GPU, in fp32 on a CPU."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    """Compile the training step's forward and backward."""
+    repeats: int = 10
+    """Rounds measured, after two that are not."""
     device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    peak_tflops: float = H100_BF16_TFLOPS
+    """The GPU's rate on paper; by default that of an H100 or H200 in bf16."""
+    out: Path | None = None
+    """JSON of all that was measured, written after each size."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: `samples` in `seconds`, and what the machine could do meanwhile."""
+
+    config: str
+    use: Use
+    head: str
+    model: str
+    samples: int
+    seconds: float | None = None
+    passes: tuple[float, ...] = ()
+    """Useful arithmetic of each pass through the language model, FLOP; of a training step all together."""
+    weight_bytes: int = 0
+    """What each of these passes reads."""
+    matrix_flops: float = 0.0
+    """Rate of a large matrix product, a second."""
+    bandwidth: float = 0.0
+    """Bytes of a large matrix that a product with a vector reads, a second."""
+    gib: float | None = None
+    """Peak of the GPU's memory."""
+    failed: str | None = None
+
+    @property
+    def floor(self) -> float:
+        """Seconds."""
+        return sum(max(flops / self.matrix_flops, self.weight_bytes / self.bandwidth) for flops in self.passes)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A policy for each head, all of one backbone, and what they are told. `latent` trains, and does not act."""
+
+    name: str
+    policies: dict[str, Policy]
+    instruction: str
+    device: torch.device
+
+    @property
+    def backbone(self) -> PrefixBackbone:
+        backbone = self.policies["latent"].model.backbone
+        assert isinstance(backbone, PrefixBackbone)
+        return backbone
+
+    def positions(self, head: str) -> int:
+        """Of a training sequence; in acting the observation has as many less the tokens that are said."""
+        config = self.policies[head].model.config
+        said = {
+            "latent": len(config.latent_opening) + LATENT_LENGTH + len(config.latent_closing) - 1,
+            "bins": len(config.action_opening) + config.chunk * config.action_dim - 1,
+            "chunk": len(config.action_opening) + config.chunk,
+            "flow": len(config.action_opening),
+        }[head]
+        with torch.no_grad():
+            return said + self.backbone.prefix(self.batch(head, 1))[0].shape[1]
+
+    def observations(self, count: int) -> list[Observation]:
+        rng, side = np.random.default_rng(0), self.backbone.config.image_size
+        images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+        return [Observation({CAMERA: image}, self.instruction) for image in images]
+
+    def batch(self, head: str, count: int) -> dict[str, Tensor]:
+        """A training batch, on the device."""
+        policy, rng = self.policies[head], np.random.default_rng(1)
+        chunk, items = policy.chunk, []
+        for number, seen in enumerate(self.observations(count)):
+            item = {"images": seen.images, "instruction": seen.instruction, "dataset": None, "index": number}
+            if head == "latent":
+                item |= {"codes_L": rng.integers(0, CODEBOOK, LATENT_LENGTH), "has_codes": True}
+            else:
+                item |= {"actions_KA": _actions(rng, chunk, policy.action_dim), "action_mask_K": np.ones(chunk, bool)}
+            items.append(item)
+        return {name: value.to(self.device) for name, value in policy.inputs.collate(items).items()}
 
 
 def main(config: BenchConfig) -> None:
+    device = pick_device(config.device)
+    on_gpu = device.type == "cuda"
+    where = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"\n{time.strftime('%Y-%m-%d')}, {where}, {versions}")
+    rows: list[Row] = []
+    for name in config.configs:
+        # What was measured before a failure is kept, and the next size has its turn.
+        with _failure_as_row(Row(name, "training", "-", "-", 0), rows):
+            measure(name, config, device, rows)
+        report([row for row in rows if row.config == name], config.peak_tflops if on_gpu else None)
+        if config.out is not None:
+            options = {key: value for key, value in asdict(config).items() if key != "out"}
+            figures = [asdict(row) for row in rows]
+            write_json(config.out, {"device": where, "versions": versions, "options": options, "rows": figures})
+
+
+def measure(name: str, config: BenchConfig, device: torch.device, rows: list[Row]) -> None:
+    """Adds to `rows` all that is asked of one size."""
     torch.manual_seed(0)
-    device, rng = pick_device(config.device), np.random.default_rng(0)
-    actions = rng.normal(size=(5000, config.action_dim)).clip(-1, 1)
-    bins, tokenizer = ActionBins.fit(actions), train_tokenizer(INSTRUCTIONS)
-    vocabulary = Vocabulary(text=len(tokenizer), latent=8)
-    pretrained = LatentPolicy(PolicyConfig(vocabulary, ("corner4",), config.backbone, latent_length=4))
-    model = pretrained.with_actions(bins.counts_A.tolist(), config.chunk, ("corner4",))
-    policy = Policy(PolicyParts(model, tokenizer, bins), device)
-    batch = _made_up_batch(policy, config, rng)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {where}; {parameters:,} parameters; {config}")
+    on_gpu = device.type == "cuda"
+    automatic = "bf16" if on_gpu and isinstance(SIZES[name], LwmConfig) else "fp32"
+    weights = automatic if config.weights == "auto" else config.weights
+    bench = build(name, config, device, torch.bfloat16 if weights == "bf16" else torch.float32)
+    language, vision = (
+        sum(p.numel() for p in part.parameters()) for part in (bench.backbone.language, bench.backbone.vision)
+    )
+    print(
+        f"\n{name}: language {language / 1e6:,.1f}M, vision {vision / 1e6:,.1f}M parameters; positions of a "
+        f"sequence: {', '.join(f'{bench.positions(head)} ({head})' for head in ('latent', *HEADS))}; weights in "
+        f"training: {weights}"
+    )
+    literal = "literal" in config.models
+    twin = LiteralPolicy(bench.policies["latent"].model) if literal and not on_gpu else None
+    if "ours" in config.models:
+        measure_training(bench, config, twin, rows)
+    bench.backbone.zero_grad(set_to_none=True)
+    if on_gpu:
+        for policy in bench.policies.values():
+            policy.model.to(torch.bfloat16)
+        if isinstance(bench.backbone, LwmBackbone):
+            bench.backbone.vision.float()
+    measure_acting(bench, config, twin, rows)
+    if literal and on_gpu:
+        measure_twin_alone(bench, config, torch.bfloat16 if weights == "bf16" else torch.float32, rows)
 
+
+def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Bench:
+    """Random weights, made on the device in their precision."""
+    sizes = SIZES[name]
+    actions_NA = _actions(np.random.default_rng(0), 5000, config.action_dim)
+    bins, scale = ActionBins.fit(actions_NA, BINS), ActionScale.fit(actions_NA)
+    prompts = Prompts(PROMPTS["paper"]) if isinstance(sizes, LwmConfig) else Prompts()
+    tokenizer = train_tokenizer([*(prompts.text(words) for words in INSTRUCTIONS), *TAGS])
+    segments = {"latent": CODEBOOK, "bins": BINS, "query": config.chunk}
+    processor: Processor
+    if isinstance(sizes, LwmConfig):
+        vocabulary = Vocabulary(TEXT_ROWS, sizes.vision_rows, **segments)
+        processor = LwmProcessor(tokenizer, sizes, vocabulary.rows("vision").start)
+    else:
+        assert isinstance(sizes, TinyConfig)
+        vocabulary = Vocabulary(len(tokenizer), **segments)
+        processor = TinyProcessor(tokenizer, sizes.image_size)
+    with _created_on(device, dtype):
+        backbone = renew_backbone(sizes, vocabulary, num_cameras=1)
+    if isinstance(backbone, LwmBackbone):
+        backbone.vqgan.float()
+    opening, closing = processor.tags("latent")
+    said = PolicyConfig(
+        vocabulary=vocabulary,
+        cameras=(CAMERA,),
+        backbone=sizes,
+        prompts=prompts,
+        latent_length=LATENT_LENGTH,
+        latent_opening=opening,
+        latent_closing=closing,
+        action_opening=processor.tags("bins")[0],
+        action_space=ActionSpace.named([f"action_{number}" for number in range(config.action_dim)]),
+        action_bins=tuple(bins.counts_A.tolist()),
+        chunk=config.bins_chunk,
+    )
+    policies = {}
+    for head in HEADS:
+        of_head = said if head == "bins" else replace(said, head=head, action_bins=(), chunk=config.chunk)
+        with _created_on(device, dtype):
+            model = LatentPolicy(of_head, backbone)
+        policies[head] = Policy(PolicyParts(model, processor, bins if head == "bins" else scale), device)
+    policies["latent"] = policies["bins"]
+    words = INSTRUCTIONS[0]
+    if isinstance(sizes, LwmConfig):
+        room = config.sequence - len(opening) - LATENT_LENGTH - len(closing) + 1
+        words = _lengthened(words, lambda longer: processor.tokens(prompts.text(longer), 1), room)
+    return Bench(name, policies, words, device)
+
+
+def measure_training(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, rows: list[Row]) -> None:
+    """Optimiser steps of ours and, in turns, of the twin, which has no head but the vocabulary's."""
+    samples = config.batch_size or BATCHES[bench.name][bench.device.type == "cuda"]
+    for head in config.trains:
+        row = Row(bench.name, "training", head, "ours", samples)
+        with _failure_as_row(row, rows):
+            model = bench.policies[head].model
+            row = replace(row, passes=(samples * training_flops(bench, head),))
+            batch, works = bench.batch(head, samples), {"ours": training_step(model, config, bench.device)}
+            if twin is not None and head in ("latent", "bins"):
+                works["literal"] = twin_step(twin, model, head, bench.device)
+            rows += timed(row, {name: partial(work, batch) for name, work in works.items()}, config, bench.device)
+
+
+def measure_acting(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, rows: list[Row]) -> None:
+    """From pictures to actions: as it is, in turns with the twin; then compiled."""
+    for model in ("ours", "compiled"):
+        if model not in config.models:
+            continue
+        if model == "compiled":
+            bench.backbone.compile_steps()
+        for head in config.heads if model == "ours" else ("bins",):
+            for samples in config.acting_batches:
+                row = Row(bench.name, "acting", head, model, samples)
+                with _failure_as_row(row, rows):
+                    policy, observations = bench.policies[head], bench.observations(samples)
+                    works: dict[str, Callable[[], object]] = {model: partial(policy.infer, observations)}
+                    if twin is not None and (model, head, samples) == ("ours", "bins", config.acting_batches[0]):
+                        works["literal"] = partial(act_literally, twin, policy, observations)
+                    rows += timed(acting_floor(bench, row), works, config, bench.device)
+
+
+def measure_twin_alone(bench: Bench, config: BenchConfig, weights: torch.dtype, rows: list[Row]) -> None:
+    """The twin on a GPU, when ours has been measured."""
+    policy, samples = bench.policies["bins"], config.batch_size or BATCHES[bench.name][1]
+    acting = acting_floor(bench, Row(bench.name, "acting", "bins", "literal", config.acting_batches[0]))
+    training = Row(bench.name, "training", "latent", "literal", samples)
+    training = replace(training, passes=(samples * training_flops(bench, "latent"),))
+    observations, batch = bench.observations(acting.samples), bench.batch("latent", samples)
+    twin = LiteralPolicy(policy.model)
+    # Ours makes room: the twin needs no more of it than its config and its processor.
+    bench.backbone.language.to("meta")
+    with _failure_as_row(acting, rows):
+        works = {"literal": partial(act_literally, twin, policy, observations)}
+        rows += timed(acting, works, config, bench.device)
+    with _failure_as_row(training, rows):
+        step = twin_step(twin.to(weights), policy.model, "latent", bench.device)
+        rows += timed(training, {"literal": partial(step, batch)}, config, bench.device)
+
+
+def training_step(
+    model: LatentPolicy, config: BenchConfig, device: torch.device
+) -> Callable[[Mapping[str, Tensor]], None]:
+    """An optimiser step as the training loop makes it. The image tokeniser stays frozen, as in the paper."""
     model.train()
+    model.freeze(vision=isinstance(model.backbone, LwmBackbone))
+    if config.gradient_checkpointing:
+        model.checkpoint_activations()
     optimizer = build_optimizer(model, OptimConfig())
+    stepped = torch.compile(model, dynamic=False) if config.compile else model
 
-    def training_step() -> None:
-        model(batch).loss.backward()
+    def step(batch: Mapping[str, Tensor]) -> None:
+        with _autocast(model, device):
+            loss = stepped(batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), OptimConfig().clip)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
 
-    with FlopCounterMode(display=False) as flops:
-        training_step()
-    seconds = _median_seconds(training_step, config.repeats, device)
-    share = flops.get_total_flops() / seconds / _matmul_rate(device)
-    print(f"training: {config.batch_size / seconds:.0f} samples/s ({1e3 * seconds:.0f} ms/step, {share:.0%} of peak)")
-    model.eval()
-    for size in (1, 16):
-        observations = [_observation(rng, number) for number in range(size)]
-        seconds = _median_seconds(partial(policy.infer, observations), config.repeats, device)
-        seen = policy.inputs.observed([list(o.images.values()) for o in observations], INSTRUCTIONS[:1] * size)
-        literal = _median_seconds(partial(_decode_literally, policy, seen), config.literal_repeats, device)
-        print(
-            f"acting, batch {size}: {1e3 * seconds:.0f} ms from pictures to {config.chunk} x {config.action_dim} "
-            f"actions ({size / seconds:.0f} chunks/s); without cache {1e3 * literal:.0f} ms"
+    return step
+
+
+def twin_step(
+    twin: LiteralPolicy, model: LatentPolicy, head: str, device: torch.device
+) -> Callable[[Mapping[str, Tensor]], None]:
+    """The same, one parameter after the other."""
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=OptimConfig().lr, foreach=False, fused=False)
+
+    def step(batch: Mapping[str, Tensor]) -> None:
+        target = model.latent_field if head == "latent" else model.action_field
+        tokens_BF = batch["latent_BL"] if head == "latent" else batch["action_BKA"].flatten(1)
+        with _autocast(twin, device):
+            loss = twin(batch, target, tokens_BF)
+        loss.backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), OptimConfig().clip, foreach=False)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def act_literally(twin: LiteralPolicy, policy: Policy, observations: Sequence[Observation]) -> np.ndarray:
+    """`Policy.infer` with the twin in the model's place."""
+    images, words = [[seen.images[CAMERA]] for seen in observations], [seen.instruction for seen in observations]
+    batch = {name: value.to(policy.device) for name, value in policy.inputs.observed(images, words).items()}
+    tokens_BF = twin.act(batch, policy.model.action_field)
+    bins_BKA = policy.model.config.vocabulary.codes("bins", tokens_BF).view(len(tokens_BF), -1, policy.action_dim)
+    assert policy.inputs.codec is not None
+    return policy.inputs.codec.decode(bins_BKA.cpu().numpy())
+
+
+def training_flops(bench: Bench, head: str) -> float:
+    """Useful arithmetic of a training step, for each sample."""
+    frozen = not any(parameter.requires_grad for parameter in bench.backbone.vision.parameters())
+    return 3 * forward_flops(bench, bench.positions(head)) - frozen * 2 * _vision_flops(bench)
+
+
+def forward_flops(bench: Bench, positions: int) -> float:
+    """A picture, and a sequence of so many positions."""
+    return _vision_flops(bench) + _language_flops(bench, 0, positions)
+
+
+def acting_floor(bench: Bench, row: Row) -> Row:
+    """The row with its passes through the language model: the observation, then each token but the last."""
+    config = bench.policies[row.head].model.config
+    tokens = config.chunk * config.action_dim if row.head == "bins" else 1
+    last = bench.positions(row.head)
+    first = last - tokens + 1
+    passes = [forward_flops(bench, first)]
+    passes += [_language_flops(bench, position, 1) for position in range(first, last)]
+    weights = [p for block in bench.backbone.language.model.layers for p in block.parameters()]
+    return replace(
+        row,
+        passes=tuple(row.samples * flops for flops in passes),
+        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+    )
+
+
+def timed(
+    row: Row, works: Mapping[str, Callable[[], object]], config: BenchConfig, device: torch.device
+) -> Iterator[Row]:
+    """The row for each model: median seconds, taking turns with the matrix products; the peak of the GPU's memory."""
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    multiplied, read = (torch.randn(side, side, device=device, dtype=dtype) for side in MATRICES[device.type])
+    probes: dict[str, Callable[[], object]] = {
+        "product": lambda: multiplied @ multiplied,
+        "reading": lambda: read @ read[0],
+    }
+    if on_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = alternate({**works, **probes}, config.repeats, device)
+    gib = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
+    rates = {
+        "matrix_flops": 2 * len(multiplied) ** 3 / seconds["product"],
+        "bandwidth": read.numel() * read.element_size() / seconds["reading"],
+    }
+    for model in works:
+        yield replace(row, model=model, seconds=seconds[model], gib=gib, **rates)
+
+
+def report(rows: Sequence[Row], peak_tflops: float | None) -> None:
+    """A table of one size."""
+    measured = [row for row in rows if row.seconds]
+    if measured:
+        flops, bandwidth = (
+            np.median([getattr(row, name) for row in measured]) for name in ("matrix_flops", "bandwidth")
         )
+        print(f"matrix product {flops / 1e12:.3g} TFLOP/s, reading {bandwidth / 1e9:.3g} GB/s (medians)")
+    print("\n| | head | model | batch | ms | samples/s | of the matrix rate | of the peak | floor, ms | peak GiB |")
+    print("|" + "---|" * 10)
+    for row in rows:
+        start = f"| {row.use} | {row.head} | {row.model} | {row.samples} |"
+        if row.seconds is None:
+            print(f"{start} {row.failed} |" + " |" * 5)
+            continue
+        achieved, training = sum(row.passes) / row.seconds, row.use == "training"
+        share = f"{achieved / row.matrix_flops:.0%}" if training else "-"
+        of_peak = f"{achieved / peak_tflops / 1e12:.0%}" if training and peak_tflops else "-"
+        floor, memory = "-" if training else f"{1e3 * row.floor:.3g}", f"{row.gib:.1f}" if row.gib else "-"
+        speed = f"{1e3 * row.seconds:.4g} | {row.samples / row.seconds:.3g}"
+        print(f"{start} {speed} | {share} | {of_peak} | {floor} | {memory} |")
 
 
-def _observation(rng: np.random.Generator, number: int) -> Observation:
-    image_HWC = rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
-    return Observation({"corner4": image_HWC}, INSTRUCTIONS[number % len(INSTRUCTIONS)])
+@contextmanager
+def _failure_as_row(row: Row, rows: list[Row]) -> Iterator[None]:
+    """What does not fit into memory, or does not compile, becomes a row that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        rows.append(replace(row, failed="out of memory" if out_of_memory else (str(error).splitlines() or ["?"])[0]))
 
 
-def _made_up_batch(policy: Policy, config: BenchConfig, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    items = []
-    for number in range(config.batch_size):
-        observation = _observation(rng, number)
-        actions_KA = rng.normal(size=(config.chunk, config.action_dim)).astype(np.float32)
-        mask_K = np.ones(config.chunk, bool)
-        seen = {"images": observation.images, "instruction": observation.instruction, "index": number}
-        items.append({**seen, "actions_KA": actions_KA, "action_mask_K": mask_K})
-    return {name: value.to(policy.device) for name, value in policy.inputs.collate(items).items()}
+@contextmanager
+def _created_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-@torch.no_grad()
-def _decode_literally(policy: Policy, batch: dict[str, torch.Tensor]) -> None:
-    model, rows = policy.model, policy.model.config.vocabulary.rows("bins")
-    seen = {name: value.to(policy.device) for name, value in batch.items()}
-    shape = (len(seen["tokens_BT"]), model.action_field.length)
-    tokens_BF = torch.full(shape, rows.start, device=policy.device)
-    for step in range(model.action_field.length):
-        tokens_BF[:, step] = rows.start + model.field_logits(seen, model.action_field, tokens_BF)[:, step].argmax(-1)
+def _autocast(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 on a GPU where the weights are not."""
+    in_full = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad) == torch.float32
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and in_full)
 
 
-def _median_seconds(work: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[2:])
+def _language_flops(bench: Bench, before: int, positions: int) -> float:
+    """Products with the layers' matrices, and attention of `positions` to themselves and to those before, in full."""
+    config, layers = bench.backbone.language.config, bench.backbone.language.model.layers
+    weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+    attention = 4 * positions * (before + positions) * config.hidden_size * len(layers)
+    return float(2 * weights * positions + attention)
 
 
-def _matmul_rate(device: torch.device, size: int = 2048) -> float:
-    """Floating point operations a second of a large fp32 matrix product."""
-    square = torch.randn(size, size, device=device)
-    return 2 * size**3 / _median_seconds(lambda: square @ square, 8, device)
+def _vision_flops(bench: Bench) -> float:
+    """What the vision's convolutions and products come to for one picture."""
+    batch = bench.batch("bins", 1)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        bench.backbone.prefix(batch)
+    return float(counter.get_total_flops())
+
+
+def _lengthened(words: str, tokens: Callable[[str], list[int]], length: int) -> str:
+    """The words, repeated until they and what stands around them are at least `length` tokens."""
+    longer = words
+    while len(tokens(longer)) < length:
+        longer += " the"
+    return longer
+
+
+def _actions(rng: np.random.Generator, count: int, action_dim: int) -> np.ndarray:
+    return rng.normal(size=(count, action_dim)).clip(-1, 1).astype(np.float32)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lapa.data.sources.metaworld_simulator import Simulator, check_installation, episode_seed
+from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.video import probe
 from lapa.evaluate import rollout
 from lapa.evaluate.environments import ENVIRONMENTS, make
 from lapa.evaluate.episodes import Job, Setup, play_all
 from lapa.evaluate.rollout import EvaluateConfig, evaluate, wilson_interval
 from lapa.evaluate.synthetic import DIRECTIONS
+from lapa.policy.execution import TemporalEnsemble
 from lapa.types import Observation
 
 SQUARES = Setup(
@@ -84,12 +88,43 @@ def test_the_policy_is_asked_in_batches_and_obeyed() -> None:
     assert policy.batches == [2, 2, 2] * 8
 
 
-def test_worker_processes_play_what_one_process_plays() -> None:
-    policy = Obedient()
+class Wavering(Obedient):
+    """Halves its speed at every other call, and in each chunk ever more: overlapping chunks never agree."""
+
+    def __call__(self, observations: Sequence[Observation]) -> np.ndarray:
+        states_BS = np.stack([observation.state for observation in observations])
+        hesitation_B = 0.5 + 0.5 * (states_BS.astype(int).sum(axis=1) % 2)
+        slower_K = np.linspace(1, 0.5, 8)
+        actions_BKA = super().__call__(observations) * hesitation_B[:, None, None] * slower_K[:, None]
+        return actions_BKA.astype(np.float32)
+
+
+@pytest.mark.parametrize("steps_per_call", [None, 3])
+def test_overlapping_chunks_are_averaged_in_each_episode(steps_per_call: int | None) -> None:
+    setup = replace(SQUARES, slots=2, ensemble=0.1, steps_per_call=steps_per_call, binary=(False, False))
+    policy = Wavering()
+    (outcome,) = play_all(setup, [Job("right", (3,))], policy, workers=0)
+    assert len(policy.batches) == -(-outcome.steps // (steps_per_call or 1))
+
+    environment, plan, steps = make("synthetic", "right"), TemporalEnsemble(0.1, steps_per_call or 1), 0
+    environment.reset(outcome.seed)
+    solved = False
+    while not solved:
+        solved = environment.step(plan.next(lambda: Wavering()([environment.observe()])[0]))
+        steps += 1
+    assert outcome.success and outcome.steps == steps
+
+
+@pytest.mark.parametrize("ensemble", [None, 0.1])
+def test_worker_processes_play_what_one_process_plays(ensemble: float | None) -> None:
+    setup = replace(SQUARES, ensemble=ensemble)
+    policy = Wavering()
     jobs = [Job(direction, tuple(range(12))) for direction in ("up", "left", "down-right")]
-    apart = sorted(play_all(SQUARES, jobs, policy, workers=2), key=str)
+    apart = sorted(play_all(setup, jobs, policy, workers=2), key=str)
     assert max(policy.batches) == 12 and sum(policy.batches) >= 3 * 36
-    assert apart == sorted(play_all(SQUARES, jobs, Obedient(), workers=0), key=str)
+    assert apart == sorted(play_all(setup, jobs, Wavering(), workers=0), key=str)
+    # Which episodes share a batch does not matter.
+    assert apart == sorted(play_all(replace(setup, slots=1), jobs, Wavering(), workers=0), key=str)
 
 
 def test_a_failing_worker_is_reported() -> None:
@@ -141,6 +176,8 @@ def test_resume_plays_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"max_steps": 5000}, "--max-steps must be at most"),
         ({"steps_per_call": 0}, "--steps-per-call"),
         ({"size": 33}, "--size must be even"),
+        ({"ensemble": 0.01}, "--ensemble averages a policy's chunks, and random predicts none"),
+        ({"ensemble": float("inf")}, "--ensemble must be a finite number"),
     ],
 )
 def test_mistakes_are_named_before_any_work(tmp_path: Path, change: dict, message: str) -> None:
@@ -148,6 +185,94 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path, change: dict, messag
     with pytest.raises(ValueError, match=message):
         evaluate(EvaluateConfig(**{**values, **change}))
     assert not (tmp_path / "results").exists()
+
+
+@dataclass(frozen=True)
+class Robot:
+    """What evaluate asks a loaded policy for, before it acts."""
+
+    cameras: tuple[str, ...] = ("front",)
+    action_dim: int = 2
+    state_dim: int = 0
+    chunk: int = 8
+    binary: tuple[bool, ...] = (False, False)
+
+    @property
+    def action_space(self) -> Robot:
+        return self
+
+    def infer(self, observations: Sequence[Observation]) -> np.ndarray:
+        return Wavering()(observations)
+
+
+def of_robot(robot: Robot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> EvaluateConfig:
+    """A config whose policy folder holds that robot."""
+    from lapa.policy.runtime import Policy
+
+    (tmp_path / "policy" / "model").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "policy" / "model" / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(Policy, "from_pretrained", lambda folder: robot)
+    values = {"env": "synthetic", "tasks": "up,left", "episodes": 2, "videos": 0, **values}
+    return EvaluateConfig(str(tmp_path / "policy"), tmp_path / "results", **values)
+
+
+@pytest.mark.parametrize(
+    ("robot", "values", "message"),
+    [
+        (
+            Robot(cameras=("front", "wrist"), action_dim=7, state_dim=3),
+            {},
+            "policy: sees wrist, synthetic has the cameras front; gives actions of 7 dimensions, synthetic takes 2; "
+            "is told a state of 3 dimensions, synthetic has 2; finetune it on episodes from synthetic",
+        ),
+        (Robot(), {"steps_per_call": 9}, "--steps-per-call 9 is more than the policy's chunk of 8"),
+        (Robot(chunk=1), {"ensemble": 0.01}, "--ensemble: a chunk of 1 ends before"),
+        (Robot(), {"ensemble": 0.01, "steps_per_call": 8}, "--ensemble: a chunk of 8 ends before"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused(
+    robot: Robot, values: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(of_robot(robot, tmp_path, monkeypatch, **values))
+    assert not (tmp_path / "results").exists()
+
+
+def test_an_ensemble_is_resumed_under_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = of_robot(Robot(state_dim=2), tmp_path, monkeypatch, ensemble=0.1)
+    whole = evaluate(config)
+    (config.out / "results.json").unlink()
+    journal = config.out / "episodes.jsonl"
+    journal.write_text("\n".join(journal.read_text().splitlines()[:1]) + "\n")
+    with pytest.raises(ValueError, match=r"ensemble was 0.1, is None"):
+        evaluate(replace(config, ensemble=None, resume=True))
+    assert evaluate(replace(config, resume=True))["episodes"] == whole["episodes"]
+    (tmp_path / "policy" / "model" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ValueError, match="policy_fingerprint was"):
+        evaluate(replace(config, resume=True))
+
+
+def test_observations_bring_the_state_that_datasets_store(tmp_path: Path) -> None:
+    dataset = write_synthetic_dataset(tmp_path / "d", episodes=2, frames=6, actions=True)
+    environment = make("synthetic", "up")
+    environment.reset(0)
+    before, action = environment.observe().state, np.array([1.5, -2.0], np.float32)
+    environment.step(action)
+    assert before is not None and before.dtype == np.float32
+    assert len(before) == dataset.state_dim == ENVIRONMENTS["synthetic"].state_dim
+    np.testing.assert_allclose(environment.observe().state - before, action, atol=1e-5)
+    states_TS, actions_TA = dataset.states(1), dataset.actions(1)
+    assert states_TS is not None
+    np.testing.assert_allclose(states_TS[1] - states_TS[0], actions_TA[0], atol=1e-5)
+    # Both say where the square is: its hue there is that of no place far from it.
+    for picture_HWC, state_S in (
+        (environment.observe().images["front"], environment.observe().state),
+        (dataset.frames(1, [0])[0], states_TS[0]),
+    ):
+        column, row = state_S.astype(int)
+        distance_HW = np.abs(picture_HWC.astype(int) - picture_HWC[row, column]).sum(axis=-1)
+        rows, columns = np.nonzero(distance_HW < 60)
+        np.testing.assert_allclose([columns.mean(), rows.mean()], state_S, atol=2)
 
 
 def test_every_environment_keeps_the_protocol() -> None:
@@ -159,6 +284,7 @@ def test_every_environment_keeps_the_protocol() -> None:
         environment.reset(0)
         seen = environment.observe()
         assert seen.images[kind.cameras[0]].shape == (kind.size, kind.size, 3)
+        assert seen.state is not None and seen.state.shape == (kind.state_dim,)
         assert environment.expert_action().shape == (kind.action_dim,)
         assert isinstance(environment.step(environment.expert_action()), bool)
         environment.close()
@@ -183,5 +309,8 @@ def test_metaworld_rollouts_in_workers() -> None:
     alone = Simulator("window-close", size=32)
     alone.reset(episode_seed(4, "evaluation", "window-close", 2))
     np.testing.assert_array_equal(first[5].images["corner4"], alone.render()["corner4"])
+    # The state that `lapa data metaworld` stores.
+    np.testing.assert_array_equal(first[5].state, alone.state)
+    assert alone.state.shape == (ENVIRONMENTS["metaworld"].state_dim,)
     assert first[5].instruction == alone.instruction
     alone.close()

@@ -183,6 +183,8 @@ def test_recording_is_the_same_for_any_workers_and_after_a_kill(
     metaworld.run(config)
     whole = Dataset.open(tmp_path / "a")
     assert (whole.fps, len(whole.episodes), whole.action_dim) == (FPS, 2, 4)
+    assert whole.action_space is not None and whole.action_space.control == "delta"
+    assert not any(whole.action_space.binary)
 
     add_episode = DatasetWriter.add_episode
 

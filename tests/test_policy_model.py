@@ -1,13 +1,18 @@
 """The latent policy as a model: its tokenizer, its losses, and decoding against a literal twin."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from lapa import config as configs
+from lapa.data.action_space import ActionSpace
 from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import TinyConfig
+from lapa.policy.backbones import TinyConfig, renew_backbone
+from lapa.policy.backbones.tiny import TinyProcessor
+from lapa.policy.heads import FlowConfig
 from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.tokenizer import load_tokenizer, train_tokenizer
@@ -18,6 +23,8 @@ TOKENIZER = train_tokenizer(["open the drawer", "press the button", "push the pu
 INSTRUCTIONS = ["open the drawer", "", "schließe die 抽屉 🤖 quickly, please"]
 CAMERAS = ("front", "wrist")
 TEXT = len(TOKENIZER)
+PROCESSOR = TinyProcessor(TOKENIZER, SMALL.image_size)
+TWO = ActionSpace(("x", "y"), (False, False))
 
 
 def small_policy(**changes) -> LatentPolicy:
@@ -28,10 +35,13 @@ def small_policy(**changes) -> LatentPolicy:
         "cameras": CAMERAS,
         "backbone": SMALL,
         "latent_length": 3,
+        "action_space": TWO,
         "action_bins": (5, 3),
         "chunk": 2,
     }
-    return LatentPolicy(PolicyConfig(**{**fields, **changes})).eval()
+    config = PolicyConfig(**{**fields, **changes})
+    backbone = renew_backbone(config.backbone, config.vocabulary, num_cameras=len(config.cameras))
+    return LatentPolicy(config, backbone).eval()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,7 @@ def policy() -> LatentPolicy:
 def batch(policy) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(0)
     images = [[rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in CAMERAS] for _ in INSTRUCTIONS]
-    return PolicyInputs(policy.config, TOKENIZER).observed(images, INSTRUCTIONS)
+    return PolicyInputs(policy.config, PROCESSOR).observed(images, INSTRUCTIONS)
 
 
 def with_latents(batch):
@@ -120,6 +130,17 @@ def test_cached_decoding_equals_the_full_forward(policy, batch, kind):
     assert torch.equal(grown, decoded)
 
 
+@pytest.mark.parametrize("kind", ["latent_field", "action_field"])
+def test_compiled_decoding_in_a_cache_of_fixed_size_equals_the_plain_one(policy, batch, kind):
+    compiled = small_policy()
+    compiled.backbone.compile_steps(backend="eager")
+    for _ in range(2):
+        plain, fast = (one.decode(batch, getattr(policy, kind)) for one in (policy, compiled))
+        assert torch.equal(plain[0], fast[0]), "also when the cache is used again"
+        torch.testing.assert_close(plain[1], fast[1])
+    assert compiled.state_dict().keys() == policy.state_dict().keys()
+
+
 def test_decoding_stays_within_the_bins_of_each_dimension(policy, batch):
     """Whatever the head prefers: rows of other segments and bins that a dimension lacks are never said."""
     biased = small_policy()
@@ -137,11 +158,14 @@ def test_decoding_stays_within_the_bins_of_each_dimension(policy, batch):
 def test_no_code_ends_the_sequence(batch):
     """The released code stops at latent code 2; here a policy that says nothing but 2 says it L times."""
     stubborn = small_policy()
-
-    def prefer(head, inputs, logits):
-        return logits + 100 * F.one_hot(torch.tensor(TEXT + 2), logits.shape[-1])
-
-    stubborn.backbone.language.lm_head.register_forward_hook(prefer)
+    rows = stubborn.backbone.language.lm_head.weight
+    with torch.no_grad():
+        stubborn.backbone.language.model.norm.weight.zero_()
+        rows[TEXT : TEXT + 8] = 0
+    # All logits are equal then, and greedy decoding takes the first: 0. A bias in the hidden state prefers 2.
+    stubborn.backbone.language.model.norm.register_forward_hook(lambda norm, inputs, hidden: hidden + 1)
+    with torch.no_grad():
+        rows[TEXT + 2] = 1
     assert stubborn.predict_codes(batch).tolist() == [[2, 2, 2]] * 3
 
 
@@ -181,16 +205,24 @@ def test_token_accuracy_of_its_own_words_is_one(policy, batch):
 
 
 def test_finetuning_keeps_everything_but_the_new_rows():
-    pretrained = small_policy(vocabulary=Vocabulary(text=TEXT, latent=8), action_bins=(), chunk=0)
-    grown = pretrained.with_actions([200, 3], chunk=4, cameras=("a", "b"))
-    assert grown.config.vocabulary == Vocabulary(text=TEXT, latent=8, bins=256)
-    assert grown.config.action_bins == (200, 3) and grown.config.chunk == 4 and grown.config.cameras == ("a", "b")
-    before, after = pretrained.state_dict(), grown.state_dict()
-    assert before.keys() == after.keys()
+    none = {"action_space": None, "action_bins": (), "chunk": 0}
+    pretrained = small_policy(vocabulary=Vocabulary(text=TEXT, latent=8), **none)
+    before = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
+    config = replace(
+        pretrained.config,
+        vocabulary=Vocabulary(text=TEXT, latent=8, bins=256),
+        action_space=TWO,
+        action_bins=(200, 3),
+        chunk=4,
+        cameras=("a", "b"),
+    )
+    grown = pretrained.grown(config)
+    after = grown.state_dict()
+    assert grown.config == config and before.keys() == after.keys()
     assert all(torch.equal(after[name][: len(tensor)], tensor) for name, tensor in before.items())
     longer = [name for name in before if before[name].shape != after[name].shape]
     assert longer == ["backbone.language.model.embed_tokens.weight", "backbone.language.lm_head.weight"]
-    again = grown.with_actions([7, 7, 7], chunk=1, cameras=("a", "b"))
+    again = grown.grown(replace(config, chunk=1))
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in after.items())
 
 
@@ -203,7 +235,7 @@ def test_every_camera_and_its_slot_matter(policy, batch):
 
 def test_frozen_vision_gets_no_gradient(batch):
     frozen = small_policy()
-    frozen.freeze_vision()
+    frozen.freeze(vision=True)
     frozen.train()(with_latents(batch)).loss.backward()
     assert all(parameter.grad is None for parameter in frozen.backbone.vision.parameters())
     assert frozen.backbone.project.weight.grad is not None
@@ -239,15 +271,15 @@ def test_the_language_model_is_an_ordinary_one(policy, batch):
 def test_collating_says_actions_as_tokens_and_refuses_codes_that_are_not_there():
     config = small_policy().config
     bins = ActionBins.fit(np.stack([np.arange(5.0), np.arange(5.0) % 3], axis=1))
-    inputs = PolicyInputs(config, TOKENIZER, bins)
+    inputs = PolicyInputs(config, PROCESSOR, bins)
     image = np.zeros((32, 32, 3), np.uint8)
-    item = {"images": {"front": image, "wrist": image}, "instruction": "open the drawer", "index": 4}
+    item = {"images": {"front": image, "wrist": image}, "instruction": "open the drawer", "index": 4, "dataset": "a"}
     actions = {"actions_KA": np.array([[4, 2], [0, 1]], np.float32), "action_mask_K": np.array([True, False])}
     batch = inputs.collate([{**item, **actions}])
     assert (batch["action_BKA"] - TEXT - 8).tolist() == [[[4, 2], [0, 1]]]
     assert batch["action_mask_BK"].tolist() == [[True, False]] and batch["index"].tolist() == [4]
     with pytest.raises(ValueError, match=r"latent segment lie in \[0, 8\)"):
-        inputs.collate([{**item, "codes_L": np.array([0, 8, 1])}])
+        inputs.collate([{**item, "codes_L": np.array([0, 8, 1]), "has_codes": True}])
     with pytest.raises(ValueError, match="expected actions of 2 dimensions"):
         inputs.collate([{**item, **actions, "actions_KA": np.zeros((2, 7), np.float32)}])
 
@@ -256,9 +288,9 @@ def test_collating_says_actions_as_tokens_and_refuses_codes_that_are_not_there()
     ("changes", "message"),
     [
         ({"cameras": ("front", "front")}, "each named once"),
-        ({"prompt": "act!"}, "lacks {instruction}"),
         ({"latent_length": 0}, "come together"),
         ({"chunk": 0}, "come together"),
+        ({"action_bins": (5,)}, "of 2 dimensions do not fit"),
         ({"action_bins": (17, 2)}, "do not fit the 16 rows"),
     ],
 )
@@ -277,3 +309,114 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_a_config_survives_its_file(policy, tmp_path):
     configs.save(policy.config, tmp_path / "config.json")
     assert configs.load(PolicyConfig, tmp_path / "config.json") == policy.config
+
+
+def acting_policy(head: str, **changes) -> LatentPolicy:
+    """Acts through a head that gives real numbers, knows the robot's state, and still says latent actions."""
+    return small_policy(
+        vocabulary=Vocabulary(text=TEXT, latent=8, state=4, query=3 if head == "chunk" else 0),
+        head=head,
+        action_bins=(),
+        chunk=3,
+        state_bins=(4, 2),
+        flow=FlowConfig(width=16, layers=1, heads=2, steps=3),
+        **changes,
+    )
+
+
+def with_targets(policy, batch):
+    rng = torch.Generator().manual_seed(1)
+    return {
+        **batch,
+        "state_BS": policy.config.vocabulary.tokens("state", torch.tensor([[0, 1], [3, 0], [2, 1]])),
+        "action_BKA": torch.rand(3, 3, 2, generator=rng) * 2 - 1,
+        "action_mask_BK": torch.tensor([[True] * 3, [True, False, False], [True] * 3]),
+    }
+
+
+@pytest.mark.parametrize("head", ["chunk", "flow"])
+def test_a_padded_batch_acts_as_its_samples_do_alone(batch, head):
+    policy = acting_policy(head)
+    full = with_targets(policy, batch)
+    together = policy.predict_actions(full)
+    assert together.shape == (3, 3, 2)
+    for i, mask_T in enumerate(batch["mask_BT"].bool()):
+        alone = {
+            "images_BVHWC": full["images_BVHWC"][i : i + 1],
+            "tokens_BT": full["tokens_BT"][i : i + 1, mask_T],
+            "mask_BT": full["mask_BT"][i : i + 1, mask_T],
+            "state_BS": full["state_BS"][i : i + 1],
+        }
+        torch.testing.assert_close(policy.predict_actions(alone)[0], together[i], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["chunk", "flow"])
+def test_the_robots_state_matters(batch, head):
+    policy = acting_policy(head)
+    full = with_targets(policy, batch)
+    other = {**full, "state_BS": full["state_BS"].flip(0)}
+    assert (policy.predict_actions(full) - policy.predict_actions(other)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("head", ["chunk", "flow"])
+def test_a_head_trains_all_that_it_reads(batch, head):
+    """And nothing else: the language model's own head says nothing here, and would stall distributed training."""
+    policy = acting_policy(head).train()
+    policy.freeze()
+    policy(with_targets(policy, batch)).loss.backward()
+    silent = {name for name, p in policy.named_parameters() if p.requires_grad and p.grad is None}
+    assert silent == set()
+    assert policy.backbone.language.lm_head.weight.grad is None
+    rows = policy.backbone.language.get_input_embeddings().weight.grad.abs().sum(-1)
+    used = [*policy.config.vocabulary.rows("state"), *policy.config.vocabulary.rows("query")]
+    assert (rows[used] > 0).all() and (rows[list(policy.config.vocabulary.rows("latent"))] == 0).all()
+
+
+@pytest.mark.parametrize("head", ["bins", "chunk"])
+def test_latent_actions_can_be_learned_beside_the_robots(batch, head):
+    """The two losses are added; a sample without a label has none of its own."""
+    both = small_policy(latent_weight=0.5) if head == "bins" else acting_policy(head, latent_weight=0.5)
+    actions = with_actions(batch) if head == "bins" else with_targets(both, batch)
+    labelled = {**with_latents(batch), "latent_mask_B": torch.tensor([True, False, True])}
+    state = {"state_BS": actions["state_BS"]} if both.config.state_dim else {}
+    total = both({**actions, **labelled})
+    expected = both(actions).loss + 0.5 * both({**labelled, **state}).loss
+    torch.testing.assert_close(total.loss, expected)
+    assert "latent_token_accuracy" in total.parts
+    changed = {**labelled, "latent_BL": labelled["latent_BL"].clone()}
+    changed["latent_BL"][1] = TEXT
+    torch.testing.assert_close(both({**actions, **changed}).loss, total.loss)
+
+
+def test_text_around_a_latent_action_is_read_and_learned(batch):
+    """The loss by hand: one full pass over opening, latent action and closing, each in its own rows."""
+    opening, closing = (5, 9), (7,)
+    tagged = small_policy(latent_opening=opening, latent_closing=closing, text_weight=0.25)
+    full = with_latents(batch)
+    said = torch.cat([torch.tensor(opening).expand(3, -1), full["latent_BL"], torch.tensor(closing).expand(3, -1)], 1)
+    hidden, _ = tagged.backbone.read(batch, said[:, :-1])
+    logits = tagged.backbone.language.lm_head(hidden[:, -6:])
+    latent = F.cross_entropy(logits[:, 2:5, TEXT : TEXT + 8].flatten(0, 1), full["latent_BL"].flatten() - TEXT)
+    text = F.cross_entropy(logits[:, [0, 1, 5], :TEXT].flatten(0, 1), said[:, [0, 1, 5]].flatten())
+    torch.testing.assert_close(tagged(full).loss, 0.75 * latent + 0.25 * text)
+    decoded, log_probabilities = tagged.decode(batch, tagged.latent_field)
+    again = tagged.field_logits(batch, tagged.latent_field, decoded).log_softmax(-1)
+    torch.testing.assert_close(again.gather(-1, (decoded - TEXT)[..., None])[..., 0], log_probabilities)
+
+
+def test_frozen_layers_leave_the_words_to_learn(batch):
+    policy = small_policy().train()
+    policy.freeze(language=True)
+    policy(with_latents(batch)).loss.backward()
+    assert all(p.grad is None for p in policy.backbone.language.model.layers.parameters())
+    assert policy.backbone.language.lm_head.weight.grad is not None
+    assert any(p.grad is not None for p in policy.backbone.vision.parameters())
+
+
+def test_checkpointed_activations_give_the_same_gradients(batch):
+    plain, frugal = small_policy().train(), small_policy().train()
+    frugal.checkpoint_activations()
+    for policy in (plain, frugal):
+        policy(with_latents(batch)).loss.backward()
+    for one, other in zip(plain.parameters(), frugal.parameters(), strict=True):
+        assert one.grad is None or torch.allclose(one.grad, other.grad, atol=1e-6)

@@ -20,6 +20,7 @@ from lapa.policy import finetune, pretrain
 from lapa.policy.backbones import TinyConfig
 from lapa.policy.checkpoint import load_policy
 from lapa.policy.finetune import FinetuneConfig
+from lapa.policy.heads import FlowConfig
 from lapa.policy.pretrain import PretrainConfig
 from lapa.policy.runtime import Policy
 from lapa.types import Observation
@@ -70,12 +71,12 @@ def root(tmp_path_factory):
 
 
 def pretrain_config(root, out, **changes) -> PretrainConfig:
-    fields = {"data": (root / "videos",), "labels": (root / "labels",), "backbone": SMALL, "loop": loop(40)}
+    fields = {"data": (root / "videos",), "labels": (root / "labels",), "tiny": SMALL, "loop": loop(40)}
     return PretrainConfig(**{**fields, "out": out, **changes})
 
 
 def finetune_config(root, out, **changes) -> FinetuneConfig:
-    fields = {"data": (root / "robot",), "chunk": 2, "backbone": SMALL, "loop": loop(60), "from_scratch": True}
+    fields = {"data": (root / "robot",), "chunk": 2, "tiny": SMALL, "loop": loop(60), "from_scratch": True}
     return FinetuneConfig(**{**fields, "out": out, **changes})
 
 
@@ -93,7 +94,7 @@ def finetuned(root, pretrained):
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    return load_file(folder / "model" / "model.safetensors")
 
 
 def test_pretraining_learns_the_labels(pretrained):
@@ -101,7 +102,7 @@ def test_pretraining_learns_the_labels(pretrained):
     assert metrics["train_loss"] < 0.6 * np.log(4), metrics
     assert {"held_out_loss", "held_out_token_accuracy"} <= metrics.keys()
     parts = load_policy(pretrained)
-    assert parts.bins is None and parts.model.config.vocabulary.latent == 4
+    assert parts.codec is None and parts.model.config.vocabulary.latent == 4
     assert parts.model.config.latent_length == 2 and parts.model.config.cameras == ("front",)
     assert read_json(pretrained / "config.json")["run"]["lam_fingerprint"] == LAM
 
@@ -122,9 +123,9 @@ def test_finetuning_overfits_a_few_episodes(root):
 
 def test_finetuning_starts_from_the_pretrained_policy(root, pretrained, finetuned):
     before, after = load_policy(pretrained), load_policy(finetuned)
-    assert after.bins is not None and after.model.config.action_bins == tuple(after.bins.counts_A.tolist())
-    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
-    name = "backbone.language.model.layers.0.mlp.up_proj.weight"
+    assert after.codec is not None and after.model.config.action_bins == tuple(after.codec.counts_A.tolist())
+    assert after.processor.tokenizer.get_vocab() == before.processor.tokenizer.get_vocab()
+    name = "language.model.layers.0.mlp.up_proj.weight"
     moved = (weights(finetuned)[name] - weights(pretrained)[name]).abs().mean()
     finetune.run(finetune_config(root, root / "scratch", policy=pretrained, loop=loop(3)))
     unrelated = (weights(root / "scratch")[name] - weights(pretrained)[name]).abs().mean()
@@ -159,16 +160,16 @@ def test_frozen_vision_stays_as_it_was(root, pretrained, tmp_path):
     )
     finetune.run(frozen)
     before, after = weights(pretrained), weights(tmp_path / "frozen")
-    vision = [name for name in before if ".vision." in name]
+    vision = [name for name in before if name.startswith("tower.")]
     assert vision and all(torch.equal(before[name], after[name]) for name in vision)
-    assert not torch.equal(before["backbone.project.weight"], after["backbone.project.weight"])
+    assert not torch.equal(before["project.weight"], after["project.weight"])
 
 
 def test_a_policy_that_acts_keeps_its_bins(root, finetuned, tmp_path):
     again = finetune_config(root, tmp_path / "again", policy=finetuned, from_scratch=False, loop=loop(1), chunk=3)
     finetune.run(again)
     before, after = load_policy(finetuned), load_policy(tmp_path / "again")
-    np.testing.assert_array_equal(after.bins.centres_AN, before.bins.centres_AN)
+    np.testing.assert_array_equal(after.codec.centres_AN, before.codec.centres_AN)
     assert after.model.config.chunk == 3
 
 
@@ -225,7 +226,7 @@ def test_another_robot_must_bring_its_cameras_and_its_own_bins(root, pretrained,
         finetune.run(config)
     with pytest.raises(ValueError, match="the policy has 1 image slots"):
         finetune.run(replace(config, cameras=("top", "wrist")))
-    with pytest.raises(ValueError, match=r"actions of 3 dimensions, the policy .* of 2"):
+    with pytest.raises(ValueError, match=r"actions of 3 dimensions .*, the policy .* of 2"):
         finetune.run(replace(config, policy=finetuned, cameras=("wrist",)))
     finetune.run(replace(config, cameras=("wrist",)))
     policy = Policy.from_pretrained(tmp_path / "out", device="cpu")
@@ -237,3 +238,79 @@ def test_two_cameras_from_scratch(tmp_path):
     config = finetune_config(tmp_path, tmp_path / "out", cameras=("wrist", "top"), loop=loop(1))
     finetune.run(replace(config, data=(robot,)))
     assert Policy.from_pretrained(tmp_path / "out", device="cpu").cameras == ("wrist", "top")
+
+
+@pytest.mark.parametrize("head", ["bins", "chunk", "flow"])
+def test_every_head_finetunes_and_acts_with_the_state(root, pretrained, tmp_path, head):
+    """One command for the three: from a pretrained policy to actions in the robot's units."""
+    config = finetune_config(
+        root,
+        tmp_path / "out",
+        policy=pretrained,
+        from_scratch=False,
+        head=head,
+        chunk=3,
+        state=True,
+        flow=FlowConfig(width=16, layers=1, heads=2, steps=2),
+        loop=loop(2),
+    )
+    finetune.run(config)
+    dataset, policy = Dataset.open(root / "robot"), Policy.from_pretrained(tmp_path / "out", device="cpu")
+    assert policy.state_dim == dataset.state_dim == 2 and policy.action_space == dataset.action_space
+    picture, state = dataset.frames(0, [0])[0], dataset.states(0)[0]
+    actions_BKA = policy.infer([Observation({"front": picture}, "move right", state)])
+    assert actions_BKA.shape == (1, 3, 2) and np.isfinite(actions_BKA).all()
+    with pytest.raises(ValueError, match="brings no state; this policy is told 2 numbers"):
+        policy.infer([Observation({"front": picture}, "move right")])
+    assert "held_out_action_error" in read_json(tmp_path / "out" / "metrics.json")
+    with pytest.raises(ValueError, match="go on with the same --head and --state"):
+        finetune.run(replace(config, out=tmp_path / "other", policy=tmp_path / "out", state=False))
+
+
+def test_latent_actions_are_kept_while_finetuning(root, pretrained, tmp_path):
+    labels = write_labels(tmp_path / "labels", Dataset.open(root / "robot"))
+    config = finetune_config(
+        root, tmp_path / "out", policy=pretrained, from_scratch=False, labels=(labels,), loop=loop(30)
+    )
+    finetune.run(config)
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    assert {"held_out_latent_token_accuracy", "held_out_token_accuracy", "held_out_action_error"} <= metrics.keys()
+    finetune.run(replace(config, out=tmp_path / "without", labels=()))
+    assert "held_out_latent_token_accuracy" not in read_json(tmp_path / "without" / "metrics.json")
+    with pytest.raises(ValueError, match="has no latent actions to go on learning"):
+        finetune.run(replace(config, out=tmp_path / "no", policy=None, from_scratch=True))
+
+
+def test_pretraining_goes_on_from_a_policy(root, pretrained, finetuned, tmp_path):
+    config = pretrain_config(root, tmp_path / "out", policy=pretrained, loop=loop(1), prompt="openvla")
+    pretrain.run(config)
+    before, after = load_policy(pretrained), load_policy(tmp_path / "out")
+    assert after.model.config.vocabulary == before.model.config.vocabulary
+    assert after.model.config.prompts.default.startswith("In: What action")
+    moved = [(weights(tmp_path / "out")[name] - tensor).abs().max() for name, tensor in weights(pretrained).items()]
+    assert max(moved) < 0.01, "one small step away"
+    with pytest.raises(ValueError, match="has robot actions already"):
+        pretrain.run(replace(config, out=tmp_path / "no", policy=finetuned))
+    with pytest.raises(ValueError, match="is the policy to start from"):
+        pretrain.run(replace(config, out=pretrained, overwrite=True))
+
+
+def test_adapters_learn_and_leave_an_ordinary_policy(root, pretrained, tmp_path):
+    """With LoRA the old rows stay as they are, bit by bit, and what is saved has no adapters."""
+    pytest.importorskip("peft")
+    config = finetune_config(root, tmp_path / "out", policy=pretrained, from_scratch=False, lora_rank=2, loop=loop(3))
+    finetune.run(config)
+    before, after = weights(pretrained), weights(tmp_path / "out")
+    assert before.keys() == after.keys()
+    rows = load_policy(pretrained).model.config.vocabulary.rows("latent").start
+    for name in ("language.model.embed_tokens.weight", "language.lm_head.weight"):
+        assert torch.equal(before[name][:rows], after[name][:rows])
+    name = "language.model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(before[name], after[name])
+    assert Policy.from_pretrained(tmp_path / "out", device="cpu").action_dim == 2
+
+
+def test_an_unknown_backbone_is_refused(root, tmp_path):
+    for backbone, message in {"llama": "expected tiny, or hf:FOLDER", "lwm": "import LWM-Chat-1M or LAPA-7B"}.items():
+        with pytest.raises(ValueError, match=message):
+            pretrain.run(pretrain_config(root, tmp_path / "out", backbone=backbone))

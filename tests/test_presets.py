@@ -9,7 +9,8 @@ import torch
 
 from lapa import cli, config, presets
 from lapa.latent.model import LatentActionModel
-from lapa.policy.backbones import build_backbone
+from lapa.policy.backbones import renew_backbone
+from lapa.policy.vocabulary import Vocabulary
 
 ALL = [(stage, name) for stage, named in presets.STAGES.items() for name in named]
 GIVEN: dict[str, Any] = {"data": (Path("data"),), "out": Path("out"), "labels": (Path("labels"),)}
@@ -56,7 +57,7 @@ def test_paper_has_the_published_number_of_parameters() -> None:
 @pytest.mark.parametrize("name", presets.BACKBONES)
 def test_a_backbone_preset_builds(name: str) -> None:
     with torch.device("meta"):
-        backbone = build_backbone(presets.BACKBONES[name], num_cameras=1, vocabulary_size=600)
+        backbone = renew_backbone(presets.BACKBONES[name], Vocabulary(600), num_cameras=1)
     assert sum(parameter.numel() for parameter in backbone.parameters()) > 0
 
 

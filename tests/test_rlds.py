@@ -189,6 +189,28 @@ def test_the_rate_of_a_dataset_that_is_known(tmp_path: Path) -> None:
         convert(write_folder(tmp_path), fps=None, out=tmp_path / "other")
 
 
+def test_what_is_known_of_a_datasets_actions_is_declared(tmp_path: Path) -> None:
+    features, values = dict(FEATURES), episode(0)
+    features["action"], features["other"] = tensor("float32", 7), tensor("float32", 7)
+    values["steps/action"] = values["steps/other"] = np.zeros(STEPS * 7, np.float32)
+    folder = write_folder(tmp_path, [values], features, name="bridge_orig", shards=1)
+    space = convert(folder).action_space
+    assert space is not None
+    assert (space.names[6], space.binary, space.control) == ("gripper", (False,) * 6 + (True,), "delta")
+    space = convert(folder, action_keys=("other",), out=tmp_path / "other").action_space
+    assert space is not None and not any(space.binary) and space.control is None, "of other features nothing is known"
+    features["action"] = group(
+        world_vector=tensor("float32", 3),
+        rotation_delta=tensor("float32", 3),
+        gripper_closedness_action=tensor("float32", 1),
+    )
+    widths = {"world_vector": 3, "rotation_delta": 3, "gripper_closedness_action": 1}
+    values |= {f"steps/action/{key}": np.zeros(STEPS * width, np.float32) for key, width in widths.items()}
+    folder = write_folder(tmp_path, [values], features, name="fractal20220817_data", shards=1)
+    space = convert(folder, out=tmp_path / "fractal").action_space
+    assert space is not None and (space.names[6], any(space.binary), space.control) == ("gripper", False, "delta")
+
+
 def test_what_does_not_fit_is_said_before_any_work(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     for options, told in (
@@ -372,6 +394,8 @@ def test_real_bridge_episodes(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert dataset.cameras == ("image_0", "image_1", "image_2", "image_3")
     assert (dataset.action_dim, dataset.state_dim, len(dataset.tasks)) == (7, 7, 4)
     assert dataset.features["action"]["names"][-1] == "gripper"
+    assert dataset.action_space is not None and dataset.action_space.control == "delta"
+    assert dataset.action_space.binary == (False,) * 6 + (True,)
     assert "camera image_3 shows one colour throughout in 25 of 25" in capsys.readouterr().err
     # In Bridge, the first action of each episode is no motion.
     assert max(np.abs(dataset.actions(number)[0, :6]).max() for number in range(25)) < 1e-6

@@ -2,22 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from lapa.data.action_space import ActionSpace
 from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import TinyConfig
+from lapa.policy.backbones import TinyConfig, create_backbone
 from lapa.policy.checkpoint import PolicyParts, load_policy, save_policy
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import Policy
-from lapa.policy.tokenizer import train_tokenizer
-from lapa.policy.vocabulary import Vocabulary
 from lapa.types import Observation
 
 RNG = np.random.default_rng(0)
 ACTIONS = np.stack([np.clip(RNG.normal(size=900), -1, 1), RNG.choice([-1.0, 1.0], 900)], axis=1)
+SPACE = ActionSpace(("lift", "gripper"), (False, True))
 SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=32, layers=1, heads=2)
 
 
@@ -26,12 +27,22 @@ def folders(tmp_path_factory):
     """Two saved policies with untrained weights: one pretrained only, one that has robot actions."""
     root = tmp_path_factory.mktemp("policies")
     torch.manual_seed(0)
-    tokenizer, bins = train_tokenizer(["open the drawer"]), ActionBins.fit(ACTIONS)
-    vocabulary = Vocabulary(text=len(tokenizer), latent=8)
-    pretrained = LatentPolicy(PolicyConfig(vocabulary, ("front", "wrist"), SMALL, latent_length=4))
-    save_policy(root / "pretrained", PolicyParts(pretrained, tokenizer), run={})
-    acting = pretrained.with_actions(bins.counts_A.tolist(), chunk=3, cameras=("front", "wrist"))
-    save_policy(root / "acting", PolicyParts(acting, tokenizer, bins), run={"loop": {"steps": 1}})
+    bins = ActionBins.fit(ACTIONS, binary=SPACE.binary)
+    backbone, processor, vocabulary = create_backbone(
+        SMALL, texts=["open the drawer"], num_cameras=2, segments={"latent": 8}
+    )
+    pretrained = LatentPolicy(PolicyConfig(vocabulary, ("front", "wrist"), SMALL, latent_length=4), backbone)
+    save_policy(root / "pretrained", PolicyParts(pretrained, processor), run={})
+    acting = pretrained.grown(
+        replace(
+            pretrained.config,
+            vocabulary=replace(vocabulary, bins=256),
+            action_space=SPACE,
+            action_bins=tuple(bins.counts_A.tolist()),
+            chunk=3,
+        )
+    )
+    save_policy(root / "acting", PolicyParts(acting, processor, bins), run={"loop": {"steps": 1}})
     return root
 
 
@@ -108,10 +119,13 @@ def test_weights_survive_the_folder(folders):
         (shutil.rmtree, "no such policy folder"),
         (lambda folder: (folder / "config.json").unlink(), "unfinished or not a policy"),
         (lambda folder: (folder / "config.json").write_text('{"model": 1}'), "not the config of a policy"),
-        (lambda folder: (folder / "model.safetensors").unlink(), r"model\.safetensors: missing"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), r"model\.safetensors: does not fit"),
+        (lambda folder: (folder / "model" / "model.safetensors").unlink(), r"model\.safetensors: missing"),
+        (
+            lambda folder: (folder / "model" / "model.safetensors").write_bytes(b"x" * 99),
+            r"model\.safetensors: does not fit",
+        ),
         (lambda folder: (folder / "actions.safetensors").unlink(), r"actions\.safetensors: missing"),
-        (lambda folder: shutil.rmtree(folder / "tokenizer"), r"no tokenizer\.json"),
+        (lambda folder: shutil.rmtree(folder / "processor"), r"no tokenizer\.json"),
     ],
 )
 def test_a_spoilt_folder_is_named(folders, tmp_path, spoil, message):

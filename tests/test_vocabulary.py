@@ -6,13 +6,14 @@ import torch
 
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
 
-VOCABULARY = Vocabulary(text=10, latent=4, bins=6)
+VOCABULARY = Vocabulary(text=10, vision=3, latent=4, bins=6, state=2, query=5)
 
 
 def test_segments_follow_one_another_without_gaps():
     rows = [VOCABULARY.rows(segment) for segment in SEGMENTS]
-    assert rows == [range(0, 10), range(10, 14), range(14, 20)]
-    assert VOCABULARY.size == 20
+    assert rows == [range(10), range(10, 13), range(13, 17), range(17, 23), range(23, 25), range(25, 30)]
+    assert VOCABULARY.size == 30
+    assert Vocabulary(text=10, latent=4).rows("latent") == range(10, 14), "what is not there takes no rows"
 
 
 @pytest.mark.parametrize("segment", SEGMENTS)
@@ -25,7 +26,7 @@ def test_every_code_comes_back(segment, make):
 
 
 def test_adding_bins_moves_no_other_row():
-    before = Vocabulary(text=10, latent=4)
+    before = Vocabulary(text=10, vision=3, latent=4)
     assert all(before.rows(segment) == VOCABULARY.rows(segment) for segment in ("text", "latent"))
 
 
@@ -35,9 +36,9 @@ def test_a_code_outside_its_segment_is_refused(code):
         VOCABULARY.tokens("latent", np.array([0, code]))
 
 
-@pytest.mark.parametrize("token", [9, 14])
+@pytest.mark.parametrize("token", [12, 17])
 def test_a_token_of_another_segment_is_refused(token):
-    with pytest.raises(ValueError, match=r"latent segment lie in \[10, 14\)"):
+    with pytest.raises(ValueError, match=r"latent segment lie in \[13, 17\)"):
         VOCABULARY.codes("latent", torch.tensor([token]))
 
 

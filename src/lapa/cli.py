@@ -95,6 +95,18 @@ VERBS = (
         presets="finetune",
     ),
     Verb(
+        "import laq",
+        "the released latent action model, laq_openx.pt -> a LAM",
+        "lapa.latent.import_laq",
+        "ImportLaqConfig",
+    ),
+    Verb(
+        "import lapa-7b",
+        "the released LAPA-7B or LWM-Chat-1M -> a policy",
+        "lapa.policy.import_lapa",
+        "ImportLapaConfig",
+    ),
+    Verb(
         "evaluate",
         "a policy in a simulator -> success rates with intervals, and videos",
         "lapa.evaluate.rollout",

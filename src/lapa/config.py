@@ -105,6 +105,8 @@ def _typed(hint: Any, value: Any, source: str) -> Any:
         if value is None and type(None) in typing.get_args(hint):
             return None
         options = [option for option in typing.get_args(hint) if option is not type(None)]
+        if len(options) > 1 and all(map(dataclasses.is_dataclass, options)):
+            options = [_of_kind(options, value, source)]
         return _typed(options[0], value, source) if len(options) == 1 else value
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
@@ -123,3 +125,12 @@ def _typed(hint: Any, value: Any, source: str) -> Any:
     if hint in (bool, int, float, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ValueError(f"{source}: expected {hint.__name__}, got {value!r}")
     return value
+
+
+def _of_kind(options: list[Any], value: Any, source: str) -> Any:
+    """Which of several dataclasses a value is of: each has a field `kind`, whose default names it."""
+    kinds = {option.__dataclass_fields__["kind"].default: option for option in options}
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    if kind not in kinds:
+        raise unknown(f"kind in {source}:", str(kind), kinds)
+    return kinds[kind]

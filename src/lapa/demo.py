@@ -35,6 +35,8 @@ class DemoConfig:
     """Folder of everything the demo makes."""
     preset: Literal["tiny", "debug"] = "tiny"
     """tiny: Meta-World, about a quarter of an hour on two cores. debug: a made-up world, a minute, learns little."""
+    policy: str = "tiny"
+    """What the policy is made of: tiny, or hf: and the folder or hub id of an image-text model of transformers."""
     tasks: str = "button-press-topdown,window-open,door-open"
     """Meta-World tasks, parted by commas."""
     videos: int = 30
@@ -108,7 +110,16 @@ def stages(config: DemoConfig) -> list[Stage]:
         ),
         Stage(
             "pretraining on latent actions",
-            train("policy pretrain", latent_policy, "--data", str(videos), "--labels", str(labels)),
+            train(
+                "policy pretrain",
+                latent_policy,
+                "--backbone",
+                config.policy,
+                "--data",
+                str(videos),
+                "--labels",
+                str(labels),
+            ),
             latent_policy / "config.json",
         ),
         Stage(

@@ -1,10 +1,12 @@
 """Named configs of every stage: `--preset NAME` starts from one, and any option overrides it.
 
-debug: made-up data, a CPU, seconds. tiny: a CPU, minutes. base: one GPU, hours. paper: the published sizes.
+debug: made-up data, a CPU, seconds. tiny: a CPU, minutes. base: one GPU, hours. paper: the published sizes and recipe.
+smolvlm2-500m, qwen3-vl-2b, paligemma-3b: a policy on that vision-language model, one GPU.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tyro
@@ -109,10 +111,48 @@ BACKBONES = {
     ),
 }
 LARGE_POLICY_OPTIM = OptimConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01, warmup_steps=500)
+# LAPA's recipe for a 7B model that was trained before.
+PAPER_OPTIM = OptimConfig(lr=2e-5, betas=(0.9, 0.95), warmup_steps=0, schedule="constant")
+VLM_OPTIM = OptimConfig(lr=2e-5, betas=(0.9, 0.95), warmup_steps=500)
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """A vision-language model of the hub. image_size: what its vision tower was trained on, or, where it takes any
+
+    size, one that gives few image tokens. checkpointing: whether 80 GiB need it to train a batch of 64.
+    """
+
+    source: str
+    image_size: int
+    checkpointing: bool
+
+
+VLMS = {
+    "smolvlm2-500m": Vlm("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 512, False),
+    "qwen3-vl-2b": Vlm("Qwen/Qwen3-VL-2B-Instruct", 256, True),
+    "paligemma-3b": Vlm("google/paligemma-3b-pt-224", 224, True),
+}
+
+
+def _on_vlm(config: Any, name: str, loop: LoopConfig, **changes: Any) -> Any:
+    """A stage's config on a vision-language model, its vision tower kept as it is."""
+    vlm = VLMS[name]
+    return config(
+        out=REQUIRED,
+        data=REQUIRED,
+        preset=name,
+        backbone=f"hf:{vlm.source}",
+        hf_image_size=vlm.image_size,
+        freeze_vision=True,
+        loop=replace(loop, optim=VLM_OPTIM, gradient_checkpointing=vlm.checkpointing, log_every=50),
+        **changes,
+    )
+
 
 PRETRAIN = {
     "debug": PretrainConfig(
-        data=REQUIRED, labels=REQUIRED, out=REQUIRED, preset="debug", backbone=BACKBONES["debug"], loop=QUICK
+        data=REQUIRED, labels=REQUIRED, out=REQUIRED, preset="debug", tiny=BACKBONES["debug"], loop=QUICK
     ),
     "tiny": PretrainConfig(data=REQUIRED, labels=REQUIRED, out=REQUIRED),
     "base": PretrainConfig(
@@ -120,23 +160,57 @@ PRETRAIN = {
         labels=REQUIRED,
         out=REQUIRED,
         preset="base",
-        backbone=BACKBONES["base"],
+        tiny=BACKBONES["base"],
         loop=LoopConfig(steps=50_000, batch_size=256, optim=LARGE_POLICY_OPTIM, log_every=50, eval_every=2000),
     ),
+    "paper": PretrainConfig(
+        data=REQUIRED,
+        labels=REQUIRED,
+        out=REQUIRED,
+        preset="paper",
+        backbone="lwm",
+        prompt="paper",
+        text_weight=0.01,
+        loop=LoopConfig(
+            steps=70_000,
+            batch_size=256,
+            optim=PAPER_OPTIM,
+            gradient_checkpointing=True,
+            log_every=50,
+            eval_every=2000,
+        ),
+    ),
+    **{
+        name: _on_vlm(PretrainConfig, name, LoopConfig(steps=20_000, batch_size=64, eval_every=1000), labels=REQUIRED)
+        for name in VLMS
+    },
 }
 FINETUNE = {
-    "debug": FinetuneConfig(
-        data=REQUIRED, out=REQUIRED, preset="debug", chunk=2, backbone=BACKBONES["debug"], loop=QUICK
-    ),
+    "debug": FinetuneConfig(data=REQUIRED, out=REQUIRED, preset="debug", chunk=2, tiny=BACKBONES["debug"], loop=QUICK),
     "tiny": FinetuneConfig(data=REQUIRED, out=REQUIRED),
     "base": FinetuneConfig(
         data=REQUIRED,
         out=REQUIRED,
         preset="base",
-        backbone=BACKBONES["base"],
+        tiny=BACKBONES["base"],
         augment=True,
         loop=LoopConfig(steps=5_000, batch_size=128, optim=LARGE_POLICY_OPTIM, log_every=50, eval_every=500),
     ),
+    "paper": FinetuneConfig(
+        data=REQUIRED,
+        out=REQUIRED,
+        preset="paper",
+        backbone="lwm",
+        chunk=1,
+        augment=True,
+        loop=LoopConfig(
+            steps=2_000, batch_size=128, optim=PAPER_OPTIM, gradient_checkpointing=True, log_every=50, eval_every=500
+        ),
+    ),
+    **{
+        name: _on_vlm(FinetuneConfig, name, LoopConfig(steps=5_000, batch_size=64, eval_every=500), augment=True)
+        for name in VLMS
+    },
 }
 STAGES: dict[str, dict[str, Any]] = {"latent": LATENT, "pretrain": PRETRAIN, "finetune": FINETUNE}
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
 from lapa.config import unknown
+from lapa.data.action_space import ActionSpace, read_action_space
 from lapa.data.video import decode_clip
 from lapa.files import fingerprint, read_json
 
@@ -107,6 +108,16 @@ class Dataset:
     def extra(self) -> dict[str, Any]:
         """What the command that wrote the dataset noted about it; empty for datasets from elsewhere."""
         return read_json(self.root / EXTRA) if (self.root / EXTRA).exists() else {}
+
+    @cached_property
+    def action_space(self) -> ActionSpace | None:
+        """What the numbers of an action are; None where the dataset has no actions.
+
+        ValueError naming meta/lapa.json where what it declares does not fit them.
+        """
+        if self.action_dim is None:
+            return None
+        return read_action_space(self.features[ACTION], self.extra, str(self.root / EXTRA))
 
     def camera_feature(self, camera: str | None = None) -> dict[str, Any]:
         """What meta/info.json says of a camera; None: the first."""

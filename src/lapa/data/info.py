@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lapa.console import console, finish
+from lapa.data.action_space import KEY
 from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.files import atomic_path
@@ -56,7 +57,7 @@ def summary(dataset: Dataset) -> Table:
     for camera in dataset.cameras:
         height, width = dataset.image_shape(camera)
         table.add_row(f"camera {camera}", f"{width}x{height}, {_codec(dataset, camera)}")
-    table.add_row("action", _feature(dataset, "action", "none (video only)"))
+    table.add_row("action", _actions(dataset))
     table.add_row("state", _feature(dataset, "observation.state", "none"))
     counts = Counter(episode.instruction for episode in dataset.episodes)
     for number, (task, count) in enumerate(counts.most_common(SHOWN_TASKS)):
@@ -94,6 +95,15 @@ def _codec(dataset: Dataset, camera: str) -> str:
     return str((feature.get("info") or feature.get("video_info") or {}).get("video.codec", "unknown codec"))
 
 
+def _actions(dataset: Dataset) -> str:
+    space = dataset.action_space
+    if space is None:
+        return "none (video only)"
+    names = [f"{name} (binary)" if binary else name for name, binary in zip(space.names, space.binary, strict=True)]
+    control = f"{space.control} control" if space.control else "control not declared"
+    return f"{space.action_dim} numbers: {', '.join(names)}; {control}"
+
+
 def _feature(dataset: Dataset, name: str, absent: str) -> str:
     if name not in dataset.features:
         return absent
@@ -105,7 +115,7 @@ def _feature(dataset: Dataset, name: str, absent: str) -> str:
 
 def _making(extra: dict[str, Any]) -> str:
     """The command that wrote a dataset, and its settings."""
-    settings = ", ".join(f"{name} {value}" for name, value in extra.items() if name != "made_by")
+    settings = ", ".join(f"{name} {value}" for name, value in extra.items() if name not in ("made_by", KEY))
     return f"{extra.get('made_by', 'unknown')}: {settings}"
 
 

@@ -1,6 +1,6 @@
-"""Single steps for the policy: what is seen and said, and either a latent action or the robot's next actions.
+"""Single steps for the policy: what is seen and said, and a latent action, the robot's next actions, or both.
 
-Axes: H W image, L latent action length, K action chunk, A action dimensions.
+Axes: H W image, L latent action length, K action chunk, A action dimensions, S state dimensions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from lapa.data.transforms import augment
 
 
 class PolicySteps(torch.utils.data.Dataset):
-    """One item per labelled frame (with `labels`) or per frame (with `chunk`) of the datasets.
+    """One item per frame of the datasets (with `chunk`), or per labelled frame (with `labels` alone).
 
     Keys are an index or a draw `(index, number)`; augmentation depends on (seed, number) only, so that a resumed run
     sees what the uninterrupted one would have seen.
-    labels: one for each dataset; frames without a label (the last of an episode) are not items.
+    labels: one for each dataset; without `chunk`, frames that have none (the last of an episode) are not items.
     chunk: K future actions a frame; past the episode's end the last is repeated and masked out.
+    state: whether items bring the robot's state.
     .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
     """
 
@@ -41,21 +42,27 @@ class PolicySteps(torch.utils.data.Dataset):
         split: str = "all",
         held_out: float = 0.1,
         cache_gib: float = 4.0,
+        state: bool = False,
     ):
         """cameras: all datasets must have them; None: each one's first.
 
         cache_gib: pictures are kept in memory where those of this split take at most this much; training and held-out
-        steps have it each. Raises ValueError where no step is left.
+        steps have it each. Raises ValueError where no step is left, and where a dataset lacks the actions or the state
+        asked for or has others than the first in width.
         """
         if not datasets:
             raise ValueError("no dataset was given to take steps from")
-        if (labels is None) == (chunk is None):
-            raise ValueError("give either labels (latent actions) or chunk (robot actions), not both")
+        if labels is None and chunk is None:
+            raise ValueError("nothing to learn: give labels (latent actions), chunk (robot actions), or both")
         if labels is not None and len(labels) != len(datasets):
             raise ValueError(f"{len(datasets)} datasets need as many labels, got {len(labels)}")
         if chunk is not None:
-            _check_actions(datasets, chunk)
-        self.datasets, self.size, self.labels, self.chunk = tuple(datasets), size, labels, chunk
+            if chunk < 1:
+                raise ValueError(f"chunk is {chunk}; a policy predicts at least one action")
+            _check_width(datasets, "actions", "action", [dataset.action_dim for dataset in datasets])
+        if state:
+            _check_width(datasets, "state", "observation.state", [dataset.state_dim for dataset in datasets])
+        self.datasets, self.size, self.labels, self.chunk, self.state = tuple(datasets), size, labels, chunk, state
         self.augment, self.seed = augment, seed
         self.cameras = each_camera(datasets, cameras)
         self._rows = self._choose(split, held_out)
@@ -73,20 +80,21 @@ class PolicySteps(torch.utils.data.Dataset):
         return len(self._rows)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
-        """{"images": {camera: uint8 [size, size, 3]}, "instruction", "index", "episode"} and
+        """{"images": {camera: uint8 [size, size, 3]}, "instruction", "dataset" (its name), "index", "episode"} and
 
-        with labels "codes_L" int64; with chunk "actions_KA" float32 and "action_mask_K" bool.
+        with labels "codes_L" int64 and "has_codes", False (and the codes 0) where the frame has no label;
+        with chunk "actions_KA" float32 and "action_mask_K" bool; with state "state_S" float32.
         """
         index, number = draw(key)
-        dataset_number, episode, position = self._rows.locate(index)
+        dataset_number, episode, frame = self.location(index)
         dataset = self.datasets[dataset_number]
-        frame = position
-        item: dict[str, Any] = {"index": index, "episode": episode}
+        item: dict[str, Any] = {"index": index, "episode": episode, "dataset": dataset.name}
         if self.labels is not None:
-            frames_T, codes_TL = self.labels[dataset_number].codes(episode)
-            frame, item["codes_L"] = int(frames_T[position]), codes_TL[position].astype(np.int64)
-        else:
+            item["codes_L"], item["has_codes"] = _codes_at(self.labels[dataset_number], episode, frame)
+        if self.chunk is not None:
             item["actions_KA"], item["action_mask_K"] = self._chunk_at(dataset, episode, frame)
+        if self.state:
+            item["state_S"] = _states(dataset, episode)[frame]
         item["instruction"] = dataset.episodes[episode].instruction
         item["images"] = self._images(dataset_number, episode, frame, number)
         return item
@@ -94,7 +102,7 @@ class PolicySteps(torch.utils.data.Dataset):
     def location(self, index: int) -> tuple[int, int, int]:
         """(number of the dataset, episode, frame) of a step."""
         number, episode, position = self._rows.locate(index)
-        if self.labels is not None:
+        if self.labels is not None and self.chunk is None:
             position = int(self.labels[number].codes(episode)[0][position])
         return number, episode, position
 
@@ -104,9 +112,19 @@ class PolicySteps(torch.utils.data.Dataset):
         return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
 
     def actions(self) -> np.ndarray:
-        """All actions of the episodes in this split, [N, A] float32: what action statistics are made from."""
+        """All actions of the episodes in this split, [N, A] float32: what action statistics are made from.
+
+        Like `states`, raises ValueError naming dataset, episode and frame where a number is not finite.
+        """
+        return np.concatenate([dataset.actions(episode) for dataset, episode in self._episodes()])
+
+    def states(self) -> np.ndarray:
+        """All states of the episodes in this split, [N, S] float32. ValueError where a dataset has none."""
+        return np.concatenate([_states(dataset, episode) for dataset, episode in self._episodes()])
+
+    def _episodes(self) -> list[tuple[Dataset, int]]:
         rows = zip(self._rows.datasets, self._rows.episodes, strict=True)
-        return np.concatenate([self.datasets[number].actions(int(episode)) for number, episode in rows])
+        return [(self.datasets[number], int(episode)) for number, episode in rows]
 
     def _choose(self, split: str, held_out: float) -> EpisodeRows:
         """The steps of a split."""
@@ -117,7 +135,7 @@ class PolicySteps(torch.utils.data.Dataset):
         return EpisodeRows(chosen, [self._num_items(number, episodes) for number, episodes in enumerate(chosen)])
 
     def _num_items(self, number: int, episodes: np.ndarray) -> np.ndarray:
-        if self.labels is None:
+        if self.labels is None or self.chunk is not None:
             return self.datasets[number].lengths[episodes]
         labels = self.labels[number]
         return np.array([len(labels.codes(int(episode))[0]) for episode in episodes], np.int64)
@@ -137,12 +155,31 @@ class PolicySteps(torch.utils.data.Dataset):
         return {camera: augment(image_HWC, rng) for camera, image_HWC in images.items()}
 
 
-def _check_actions(datasets: Sequence[Dataset], chunk: int) -> None:
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; a policy predicts at least one action")
-    for dataset in datasets:
-        if dataset.action_dim is None:
-            raise ValueError(f"{dataset.root}: has no actions; finetuning needs a dataset with an `action` feature")
-    widths = {dataset.name: dataset.action_dim for dataset in datasets}
-    if len(set(widths.values())) > 1:
-        raise ValueError(f"datasets differ in the width of their actions: {widths}; finetune on those of one robot")
+def _codes_at(labels: Labels, episode: int, frame: int) -> tuple[np.ndarray, bool]:
+    """The codes of a frame, and whether it has any; zeros where it has none."""
+    frames_T, codes_TL = labels.codes(episode)
+    row = int(np.searchsorted(frames_T, frame))
+    if row == len(frames_T) or frames_T[row] != frame:
+        return np.zeros(labels.manifest.latent_length, np.int64), False
+    return codes_TL[row].astype(np.int64), True
+
+
+def _states(dataset: Dataset, episode: int) -> np.ndarray:
+    states_TS = dataset.states(episode)
+    if states_TS is None:
+        raise _lacks(dataset, "state", "observation.state")
+    return states_TS
+
+
+def _check_width(datasets: Sequence[Dataset], what: str, feature: str, widths: Sequence[int | None]) -> None:
+    """ValueError where a dataset lacks a feature, or datasets differ in its width."""
+    for dataset, width in zip(datasets, widths, strict=True):
+        if width is None:
+            raise _lacks(dataset, what, feature)
+    if len(set(widths)) > 1:
+        named = {dataset.name: width for dataset, width in zip(datasets, widths, strict=True)}
+        raise ValueError(f"datasets differ in the width of their {what}: {named}; learn from those of one robot")
+
+
+def _lacks(dataset: Dataset, what: str, feature: str) -> ValueError:
+    return ValueError(f"{dataset.root}: has no {what}; this needs a dataset with the feature `{feature}`")

@@ -26,9 +26,13 @@ def augment(
     crop: float = 0.9,
     brightness: float = 0.2,
     contrast: float = 0.2,
+    hue: float = 5.0,
+    saturation: float = 20.0,
+    value: float = 20.0,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A random crop of `crop` of the area, scaled back, then brightness and contrast changed by up to the given part.
+    """A random crop of `crop` of the area, scaled back, and changed colours: LAPA's augmentation in finetuning.
 
+    brightness, contrast: parts by which they change at most; hue: degrees; saturation, value: steps out of 255.
     All randomness comes from `rng`.
     """
     height, width = image_HWC.shape[:2]
@@ -41,7 +45,11 @@ def augment(
     shift = rng.uniform(-brightness, brightness) * 255
     image = np.asarray(picture, dtype=np.float32)
     mean = image.mean()
-    return np.clip((image - mean) * scale + mean + shift, 0, 255).round().astype(np.uint8)
+    image_HWC = np.clip((image - mean) * scale + mean + shift, 0, 255).round().astype(np.uint8)
+    shifts = rng.uniform(-1, 1, 3) * (hue / 360 * 256, saturation, value)
+    hsv_HWC = (np.asarray(Image.fromarray(image_HWC).convert("HSV")) + shifts).round()
+    hsv_HWC = np.concatenate([hsv_HWC[..., :1] % 256, np.clip(hsv_HWC[..., 1:], 0, 255)], axis=-1)
+    return np.asarray(Image.fromarray(hsv_HWC.astype(np.uint8), mode="HSV").convert("RGB"))
 
 
 def _resample(frames_THWC: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
 from lapa.console import say
+from lapa.data.action_space import ActionSpace, Control
 from lapa.data.dataset import (
     ACTION,
     CAMERA_PREFIX,
@@ -64,6 +65,8 @@ class DatasetWriter:
 
     root: the folder (`files.claim_output` has been asked already); fps: of all episodes.
     cameras: short name -> (height, width), both even. action_names, state_names: one name a dimension, or None.
+    binary_actions, control: what is declared of the actions (lapa.data.action_space): the names of those that are
+        switches, and whether the robot moves by the action or to it.
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
     resume: go on after the last whole episode; `done_sources` says which sources those were.
     Raises ValueError where `root` was begun with other settings.
@@ -77,6 +80,8 @@ class DatasetWriter:
         cameras: Mapping[str, tuple[int, int]],
         action_names: Sequence[str] | None = None,
         state_names: Sequence[str] | None = None,
+        binary_actions: Sequence[str] = (),
+        control: Control | None = None,
         robot_type: str | None = None,
         keyframe_interval: int = 2,
         extra_info: Mapping[str, Any] | None = None,
@@ -88,7 +93,8 @@ class DatasetWriter:
         }
         self.names = {ACTION: list(action_names or ()), STATE: list(state_names or ())}
         self.robot_type, self.keyframe_interval = robot_type, keyframe_interval
-        self.extra_info = dict(extra_info or {})
+        declared = {} if action_names is None else ActionSpace.named(action_names, binary_actions, control).declared()
+        self.extra_info = {**(extra_info or {}), **declared}
         self.num_episodes = 0
         self.done_sources: set[str] = set()
         self._journal = self.root / JOURNAL

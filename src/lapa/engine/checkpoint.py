@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +19,50 @@ from lapa.files import atomic_path
 VOLATILE_KEYS = frozenset(
     {
         "overwrite", "resume", "out", "device", "workers", "stop_after", "log_every", "eval_every",
-        "save_every_steps", "save_every_minutes", "cache_gib", "compile",
+        "save_every_steps", "save_every_minutes", "cache_gib", "compile", "gradient_checkpointing",
     }
 )  # fmt: skip
 
+# A file, or where the model is sharded a folder, in which the second is written last.
+SINGLE, SHARDED = "checkpoint.pt", "checkpoint/latest.json"
 
-def save_checkpoint(
-    path: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    run_config: dict[str, Any],
-    random_states: list[dict[str, Any]],
-) -> None:
+
+def resumable(folder: Path, *, shard: bool) -> bool:
+    """Whether there is a checkpoint to go on from. ValueError where it is of the other kind, sharded or not."""
+    name, other = (SHARDED, SINGLE) if shard else (SINGLE, SHARDED)
+    if (folder / other).exists():
+        raise ValueError(
+            f"{folder / other}: was written {'without' if shard else 'with'} --shard; resume with the same options, "
+            "or use --overwrite to start anew"
+        )
+    return (folder / name).exists()
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What changes while a run trains, and the config that it may only go on under."""
+
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    run_config: dict[str, Any]
+
+
+def save_checkpoint(path: Path, run: RunState, step: int, random_states: list[dict[str, Any]]) -> None:
     """Writes the run's state atomically. `step` counts finished optimiser steps; there is a random state a process."""
     state = {
         "step": step,
-        "model": model.state_dict(),
-        "ema": ema.state_dict() if ema is not None else None,
-        "optimizer": optimizer.state_dict(),
+        "model": run.model.state_dict(),
+        "ema": run.ema.state_dict() if run.ema is not None else None,
+        "optimizer": run.optimizer.state_dict(),
         "random": random_states,
-        "run_config": _lasting(run_config),
+        "run_config": lasting(run.run_config),
     }
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
 
-def load_checkpoint(
-    path: Path,
-    *,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    run_config: dict[str, Any],
-    rank: int = 0,
-    world: int = 1,
-) -> int:
+def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1) -> int:
     """Restores what `save_checkpoint` wrote and returns the step.
 
     Each process gets its own random state back. With another number of processes than before there is none for each:
@@ -69,23 +76,33 @@ def load_checkpoint(
         raise ValueError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); use --overwrite to start anew"
         ) from error
-    changed = differences(state["run_config"], _lasting(run_config))
+    require_same_run(path, state["run_config"], run.run_config)
+    run.model.load_state_dict(state["model"])
+    if run.ema is not None:
+        run.ema.load_state_dict(state["ema"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    step = int(state["step"])
+    restore_random_states(state["random"], step=step, rank=rank, world=world)
+    return step
+
+
+def require_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """ValueError naming the checkpoint and what changed, where its run was another than this one."""
+    changed = differences(then, lasting(now))
     if changed:
         raise ValueError(
             f"{path}: was written under another config ({'; '.join(changed[:4])}); "
             "resume with the same options, or use --overwrite to start anew"
         )
-    model.load_state_dict(state["model"])
-    if ema is not None:
-        ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    step = int(state["step"])
-    if len(state["random"]) == world:
-        restore_random_state(state["random"][rank])
+
+
+def restore_random_states(states: list[dict[str, Any]], *, step: int, rank: int, world: int) -> None:
+    """Each process's own random state; where another number of processes wrote them, a new one by step and rank."""
+    if len(states) == world:
+        restore_random_state(states[rank])
     else:
-        say(f"{len(state['random'])} processes wrote this checkpoint, {world} go on: their random states are new")
+        say(f"{len(states)} processes wrote this checkpoint, {world} go on: their random states are new")
         seed_everything(step * world + rank)
-    return step
 
 
 def random_state() -> dict[str, Any]:
@@ -118,9 +135,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+def lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without what may change between a run and its resume."""
     return {
-        key: _lasting(value) if isinstance(value, dict) else value
+        key: lasting(value) if isinstance(value, dict) else value
         for key, value in config.items()
         if key not in VOLATILE_KEYS
     }

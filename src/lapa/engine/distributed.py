@@ -2,6 +2,7 @@
 
 lapa latent train ...                                  # one process, on the GPU if there is one
 torchrun --nproc-per-node 4 -m lapa latent train ...   # four, gradients averaged by DistributedDataParallel
+torchrun --nproc-per-node 4 -m lapa policy pretrain --shard ...   # four, each with a quarter of the model
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 # How long processes wait for one another: evaluation, and the last shard of labels, are the work of one.
 PATIENCE = timedelta(hours=2)
@@ -27,6 +30,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    _averaging: list[DistributedDataParallel] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
@@ -56,6 +60,29 @@ class Processes:
         dist.all_reduce(stacked)
         return dict(zip(values, (stacked / self.world).tolist(), strict=True))
 
+    def averaged(self, model: nn.Module) -> nn.Module:
+        """The model, with its gradients averaged over the processes in the backward pass."""
+        if self.world == 1:
+            return model
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            # Else the buckets that travel are a second copy of all gradients.
+            gradient_as_bucket_view=True,
+        )
+        self._averaging.append(wrapped)
+        return wrapped
+
+    def release(self) -> None:
+        """Cuts the averaged models off the process group, which must not outlive `start` through them.
+
+        Were a DistributedDataParallel the last to hold the group, its death would end the group's threads while
+        holding Python's lock, and a thread that waits for this lock to drop a tensor would never end.
+        """
+        for wrapped in self._averaging:
+            del wrapped.reducer, wrapped.logger
+        self._averaging.clear()
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the process's own GPU if there is one, else the CPU. ValueError for a device that is not here."""
@@ -74,17 +101,29 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 @contextmanager
-def start(device: str = "auto") -> Iterator[Processes]:
-    """Joins the process group that torchrun announced, if it did, and leaves it at the end."""
+def start(device: str = "auto", *, alone: bool = False) -> Iterator[Processes]:
+    """Joins the process group that torchrun announced, if it did, and leaves it at the end.
+
+    A group that the caller has joined is used, and not left: torchrun lets a process join only once.
+    alone: a process without peers makes a group of its own, for what works on groups only.
+    """
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    if world == 1 and not alone:
         yield Processes(0, 1, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    joins = not dist.is_initialized()
+    if joins and world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif joins:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    processes = Processes(dist.get_rank(), world, chosen)
     try:
-        yield Processes(dist.get_rank(), world, chosen)
+        yield processes
     finally:
-        dist.destroy_process_group()
+        processes.release()
+        if joins:
+            dist.destroy_process_group()

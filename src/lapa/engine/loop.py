@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,27 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lapa.console import progress, say
 from lapa.engine.batches import StepSampler, batch_loader
-from lapa.engine.checkpoint import load_checkpoint, random_state, save_checkpoint, seed_everything
-from lapa.engine.distributed import Processes, start
+from lapa.engine.checkpoint import (
+    SHARDED,
+    SINGLE,
+    RunState,
+    load_checkpoint,
+    random_state,
+    resumable,
+    save_checkpoint,
+    seed_everything,
+)
+from lapa.engine.distributed import Processes, pick_device, start
+from lapa.engine.memory import GIB, explained_out_of_memory, require_memory, training_bytes
 from lapa.engine.metrics import MetricLog
-from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate
+from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from lapa.engine.sharding import gather, load_sharded, prepare_moments, reshard, save_sharded, shard
 from lapa.types import Losses
 
 
@@ -46,7 +58,13 @@ class LoopConfig:
     ema_decay: float | None = None
     """Average the weights with this decay and keep the average in the end."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU, fp32 on a CPU."""
+    """auto: bf16 autocast on a GPU and with weights in bf16, fp32 on a CPU."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    """bf16: half the memory, best with --optimizer adamw8bit; fp32 leaves frozen weights as they are."""
+    shard: bool = False
+    """Share weights, gradients and optimiser state out over the processes (FSDP2); start them with torchrun."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: bool = False
@@ -88,32 +106,43 @@ def train(
     """Trains `model` in place, keeping its state in `out/training`.
 
     prepare: data-dependent initialisation, on the device, only at the start of a new run.
-    evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process.
+    evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
+    with `shard` on all of them. With `shard`, the main process has the whole model in the end, on the CPU.
     Raises FloatingPointError naming the samples where the loss or its gradient is not finite; ValueError where a
-    checkpoint does not fit; KeyboardInterrupt after a signal, once the checkpoint is written.
+    checkpoint does not fit, or memory does not suffice; KeyboardInterrupt after a signal, once the checkpoint is
+    written.
     """
-    with start(config.device) as processes, _stop_signals() as stop_asked:
+    half = _uses_half(config, pick_device(config.device))
+    if config.shard and config.ema_decay is not None:
+        raise ValueError("--shard does not go with --ema-decay: leave out one of them")
+    if config.gradient_checkpointing:
+        _checkpoint_activations(model)
+    with (
+        start(config.device, alone=config.shard) as processes,
+        _stop_signals() as stop_asked,
+        explained_out_of_memory(_less_memory(config, batches=True)),
+    ):
         device, state = processes.device, out / "training"
+        checkpoint = state / (SHARDED if config.shard else SINGLE)
+        resuming = resume and resumable(state, shard=config.shard)
         seed_everything(config.seed)
+        _require_room(model, config, processes, description, half=half)
+        _cast(model, config.weights)
+        if prepare is not None and not resuming:
+            prepare(model.to(device))
+        plain_modules = shard(model, processes, half=half, compile=config.compile) if config.shard else {}
         model.to(device)
         ema = _averaged(model, config.ema_decay)
         optimizer = build_optimizer(model, config.optim)
-        autocast = _autocast(config.precision, device)
+        if config.shard:
+            prepare_moments(model, optimizer)
+        autocast = _autocast(device) if half else nullcontext
+        run = RunState(model, ema, optimizer, run_config)
         first_step = 0
-        if resume and (state / "checkpoint.pt").exists():
-            first_step = load_checkpoint(
-                state / "checkpoint.pt",
-                model=model,
-                ema=ema,
-                optimizer=optimizer,
-                run_config=run_config,
-                rank=processes.rank,
-                world=processes.world,
-            )
+        if resuming:
+            load = load_sharded if config.shard else load_checkpoint
+            first_step = load(checkpoint, run, rank=processes.rank, world=processes.world)
             say(f"resuming at step {first_step} of {config.steps}")
-        elif prepare is not None:
-            prepare(model)
-            ema = _averaged(model, config.ema_decay)
         if processes.world > 1 and first_step == 0:
             # Each process draws its own noise, whatever they share.
             torch.manual_seed(config.seed + processes.rank)
@@ -126,7 +155,7 @@ def train(
         needs_workers = device.type == "cuda" and not getattr(dataset, "in_memory", False)
         workers = config.workers if config.workers is not None else 4 * needs_workers
         loader = batch_loader(dataset, collate, sampler, workers=workers, pin_memory=device.type == "cuda")
-        stepped = _parallel(model, processes, compile=config.compile)
+        stepped = model if config.shard else processes.averaged(_compiled(model) if config.compile else model)
         log = MetricLog(state, first_step, enabled=processes.is_main)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(
@@ -137,19 +166,14 @@ def train(
 
         def save(step: int) -> None:
             random_states = processes.gather(random_state())
-            if processes.is_main:
-                save_checkpoint(
-                    state / "checkpoint.pt",
-                    step=step,
-                    model=model,
-                    ema=ema,
-                    optimizer=optimizer,
-                    run_config=run_config,
-                    random_states=random_states,
-                )
+            if config.shard:
+                save_sharded(checkpoint, run, step, random_states)
+            elif processes.is_main:
+                save_checkpoint(checkpoint, run, step, random_states)
 
         def evaluated() -> dict[str, float]:
-            if evaluate is None or not processes.is_main:
+            # A sharded model runs in all processes or in none.
+            if evaluate is None or not (processes.is_main or config.shard):
                 return {}
             return _evaluate(ema.module if ema is not None else model, evaluate, autocast)
 
@@ -161,8 +185,7 @@ def train(
             task = bar.add_task(description, total=config.steps, completed=first_step, note="")
             while step < last_step:
                 rate = learning_rate(config.optim, step, config.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                set_learning_rate(optimizer, rate)
                 parts: dict[str, float] = {}
                 for micro in range(config.accumulate):
                     batch = _to_device(next(batches), device)
@@ -175,7 +198,7 @@ def train(
                     if (step + 1) % config.log_every == 0 or step + 1 == last_step:
                         for name, value in {"loss": loss.detach(), **losses.parts}.items():
                             parts[name] = parts.get(name, 0.0) + float(value) / config.accumulate  # type: ignore[arg-type]
-                gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+                gradient_norm = _clip(model, config.optim.clip)
                 _require_finite("gradient norm", gradient_norm, batch, dataset, step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -187,12 +210,13 @@ def train(
                 if parts:
                     parts = processes.mean(parts)
                     speed = window_steps / (time.monotonic() - window_started)
+                    peak = _peak_memory(device)
                     log.write(
                         step,
-                        {**parts, "lr": rate, "gradient_norm": float(gradient_norm), "steps_per_s": speed},
+                        {**parts, "lr": rate, "gradient_norm": float(gradient_norm), "steps_per_s": speed, **peak},
                     )
                     bar.update(task, note=f"loss {parts['loss']:.4f}  {speed * config.batch_size:.0f} samples/s")
-                    metrics.update(train_loss=parts["loss"], samples_per_s=speed * config.batch_size)
+                    metrics.update(train_loss=parts["loss"], samples_per_s=speed * config.batch_size, **peak)
                     window_started, window_steps = time.monotonic(), 0
                 bar.update(task, completed=step)
                 stopping = processes.any(stop_asked.is_set())
@@ -220,6 +244,8 @@ def train(
         model.eval()
         if stop_asked.is_set() and not finished:
             raise KeyboardInterrupt
+        if config.shard:
+            gather(model, plain_modules, keep=processes.is_main)
         return TrainResult(metrics, finished, step)
 
 
@@ -251,17 +277,88 @@ def _averaged(model: nn.Module, decay: float | None) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
 
 
-def _autocast(precision: str, device: torch.device) -> Callable[[], Any]:
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
-        return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext
+def _compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model)  # type: ignore[return-value]
 
 
-def _parallel(model: nn.Module, processes: Processes, *, compile: bool) -> nn.Module:
-    stepped: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
-    if processes.world == 1:
-        return stepped
-    return DistributedDataParallel(stepped, device_ids=[processes.device] if processes.device.type == "cuda" else None)
+def _autocast(device: torch.device) -> Callable[[], Any]:
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _uses_half(config: LoopConfig, device: torch.device) -> bool:
+    if config.weights == "bf16" and config.precision == "fp32":
+        raise ValueError("--weights bf16 does not go with --precision fp32: leave out one of them")
+    automatic = device.type == "cuda" or config.weights == "bf16"
+    return config.precision == "bf16" or (config.precision == "auto" and automatic)
+
+
+def _cast(model: nn.Module, weights: str) -> None:
+    """Weights only: what buffers hold (angles, counts) may not bear it, nor modules that say `keeps_precision`."""
+    kept = {id(p) for m in model.modules() if getattr(m, "keeps_precision", False) for p in m.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) in kept:
+            continue
+        if weights == "bf16" and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        elif parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    if not hasattr(model, "checkpoint_activations"):
+        raise ValueError(f"--gradient-checkpointing: {type(model).__name__} cannot do it; leave the option out")
+    model.checkpoint_activations()  # type: ignore[operator]
+
+
+def _require_room(model: nn.Module, config: LoopConfig, processes: Processes, what: str, *, half: bool) -> None:
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    needed = training_bytes(
+        sum(p.numel() for p in parameters),
+        trained,
+        config.weights,
+        config.optim.optimizer,
+        frozen_bytes=None if config.weights == "bf16" else _num_bytes(p for p in parameters if not p.requires_grad),
+        autocast=half,
+        ema=config.ema_decay is not None,
+        shards=processes.world if config.shard else 1,
+    )
+    if processes.device.type == "cpu":
+        needed -= _num_bytes(parameters)
+    require_memory(
+        needed,
+        processes.device,
+        f"training the {trained:,} weights of the {what} (without activations)",
+        _less_memory(config),
+    )
+
+
+def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def _less_memory(config: LoopConfig, *, batches: bool = False) -> list[str]:
+    """What is not done yet against a lack of memory; `batches`: of activations too."""
+    options = {
+        "--gradient-checkpointing": batches and not config.gradient_checkpointing,
+        f"--accumulate {2 * config.accumulate}": batches,
+        "--optimizer adamw8bit": config.optim.optimizer == "adamw",
+        "--weights bf16": config.weights == "fp32",
+        "--shard over the GPUs of torchrun": not config.shard,
+        "training fewer weights (LoRA)": True,
+        "a smaller model": True,
+    }
+    return [option for option, helps in options.items() if helps]
+
+
+def _clip(model: nn.Module, most: float) -> torch.Tensor:
+    """Scales gradients down to this total norm; returns what it was."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / GIB} if device.type == "cuda" else {}
 
 
 def _gradient_sync(model: nn.Module, *, last: bool) -> Any:
@@ -293,6 +390,7 @@ def _evaluate(
     model.eval()
     with torch.no_grad(), autocast():
         values = evaluate(model)
+    reshard(model)
     model.train(was_training)
     return values
 

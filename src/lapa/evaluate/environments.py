@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from lapa.config import unknown
 from lapa.data.sources import metaworld_simulator as metaworld
+from lapa.data.sources import square
 from lapa.evaluate import synthetic
 from lapa.types import Observation
 
@@ -45,18 +46,20 @@ class EnvironmentKind:
     """A family of tasks, and what can be known about it before one is made.
 
     make: (task, size, cameras) -> Environment; parse_tasks: the user's text -> task names, ValueError on a typo;
-    check_machine, check_cameras: raise ValueError where the machine cannot run it, or a camera is unknown.
+    check_machine: raises ValueError where the machine cannot run it. known_cameras: all there are; cameras: those that
+    are seen by default. state_dim: width of the state that observations bring, that of its datasets too.
     action_limit: random actions are uniform in [-limit, limit]; in_process: too light for processes of its own.
     """
 
     make: Callable[[str, int, Sequence[str]], Environment]
     parse_tasks: Callable[[str], tuple[str, ...]]
     check_machine: Callable[[], None]
-    check_cameras: Callable[[Sequence[str]], None]
+    known_cameras: tuple[str, ...]
     cameras: tuple[str, ...]
     size: int
     fps: float
     action_dim: int
+    state_dim: int
     action_limit: float
     max_steps: int
     longest: int
@@ -81,11 +84,12 @@ ENVIRONMENTS = {
         make=MetaworldEnvironment,
         parse_tasks=metaworld.parse_tasks,
         check_machine=metaworld.check_installation,
-        check_cameras=metaworld.check_cameras,
+        known_cameras=metaworld.CAMERAS,
         cameras=("corner4",),
         size=128,
         fps=metaworld.FPS,
         action_dim=len(metaworld.ACTION_NAMES),
+        state_dim=len(metaworld.STATE_NAMES),
         action_limit=1.0,
         max_steps=250,
         longest=metaworld.MAX_STEPS,
@@ -94,11 +98,12 @@ ENVIRONMENTS = {
         make=synthetic.SquareEnvironment,
         parse_tasks=synthetic.parse_tasks,
         check_machine=lambda: None,
-        check_cameras=synthetic.check_cameras,
-        cameras=(synthetic.CAMERA,),
+        known_cameras=(square.CAMERA,),
+        cameras=(square.CAMERA,),
         size=64,
         fps=10.0,
         action_dim=2,
+        state_dim=2,
         action_limit=synthetic.LONGEST_STEP,
         max_steps=40,
         longest=1000,

@@ -1,8 +1,9 @@
 """Plays episodes in many simulators at once, so that one call of the policy serves all of them.
 
 Each worker process holds several simulators of one task and steps them through the actions it is sent; the parent
-holds the policy. They meet after each chunk of actions: observations of all live episodes go up as one batch, and
-chunks come down. A worker of its own (spawn) for each OpenGL context; light environments play in the parent.
+holds the policy. They meet where episodes need a chunk of actions, all at the same steps: observations of all live
+episodes go up as one batch, and chunks come down. A worker of its own (spawn) for each OpenGL context; light
+environments play in the parent.
 Axes: B batch of live episodes, K action chunk, A action dimensions, H W image, C channel.
 """
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from lapa.data.sources.metaworld_simulator import episode_seed
 from lapa.evaluate.environments import Environment, kind_of, make
+from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
 from lapa.types import Observation
 
 # Recorded videos show about this many frames a second of the environment's own time.
@@ -32,7 +34,10 @@ Infer = Callable[[Sequence[Observation]], np.ndarray]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know. actor: who chooses the actions; `policy` is the parent's, the others are here."""
+    """What a worker needs to know. actor: who chooses the actions; `policy` is the parent's, the others are here.
+
+    ensemble: the decay with which overlapping chunks are averaged, binary: the dimensions in which they vote.
+    """
 
     env: str
     size: int
@@ -42,12 +47,20 @@ class Setup:
     actor: Literal["policy", "random", "expert"]
     slots: int
     steps_per_call: int | None = None
+    ensemble: float | None = None
+    binary: tuple[bool, ...] = ()
     num_recorded: int = 0
 
     @property
     def video_every(self) -> int:
         """Steps between two recorded frames."""
         return max(1, round(kind_of(self.env).fps / VIDEO_FPS))
+
+    def execution(self) -> Execution:
+        """What makes single actions of a policy's chunks, for one episode."""
+        if self.ensemble is None:
+            return RecedingHorizon(self.steps_per_call)
+        return TemporalEnsemble(self.ensemble, self.steps_per_call or 1, self.binary)
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,7 @@ class _Episode:
         self.setup, self.environment, self.task, self.number = setup, environment, task, number
         self.seed = episode_seed(setup.seed, "evaluation", task, number)
         self.steps, self.success = 0, False
+        self._execution = setup.execution()
         self._rng = np.random.default_rng([self.seed, 3])
         self._recorded = number < setup.num_recorded
         self._frames: list[np.ndarray] = []
@@ -137,29 +151,30 @@ class _Episode:
         return self._seen
 
     def execute(self, actions_KA: np.ndarray) -> None:
-        """Executes a chunk's beginning, open loop, until the episode is over."""
-        for action in actions_KA[: self.setup.steps_per_call]:
-            if self._recorded and self.steps % self.setup.video_every == 0:
-                self._record()
-            self.success = self.environment.step(action)
-            self.steps, self._seen = self.steps + 1, None
-            if self.over:
-                break
+        """Goes on with a chunk that begins now, until another is due or the episode is over."""
+        self._step(self._execution.next(lambda: actions_KA))
+        while not self.over and not self._execution.due:
+            self._step(self._execution.next(lambda: actions_KA))
 
     def play_alone(self) -> None:
         """Plays to the end without a policy."""
         kind = kind_of(self.setup.env)
         while not self.over:
             if self.setup.actor == "expert":
-                action = self.environment.expert_action()
+                self._step(self.environment.expert_action())
             else:
-                action = self._rng.uniform(-kind.action_limit, kind.action_limit, kind.action_dim)
-            self.execute(action[None])
+                self._step(self._rng.uniform(-kind.action_limit, kind.action_limit, kind.action_dim))
 
     def outcome(self) -> Outcome:
         if self._recorded:
             self._record()
         return Outcome(self.task, self.number, self.seed, self.success, self.steps, tuple(self._frames))
+
+    def _step(self, action: np.ndarray) -> None:
+        if self._recorded and self.steps % self.setup.video_every == 0:
+            self._record()
+        self.success = self.environment.step(action)
+        self.steps, self._seen = self.steps + 1, None
 
     def _record(self) -> None:
         self._frames.append(self.observe().images[self.setup.cameras[0]])

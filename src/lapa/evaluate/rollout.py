@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
@@ -31,6 +31,9 @@ from lapa.data.video import encode_clip
 from lapa.evaluate.environments import EnvironmentKind, kind_of
 from lapa.evaluate.episodes import VIDEO_FPS, Infer, Job, Outcome, Setup, play_all
 from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
+
+if TYPE_CHECKING:
+    from lapa.policy.runtime import Policy
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS = "config.json", "episodes.jsonl", "results.json"
@@ -56,7 +59,10 @@ class EvaluateConfig:
     max_steps: int | None = None
     """An episode has failed after so many steps; by default 250 in Meta-World."""
     steps_per_call: int | None = None
-    """Actions executed of each chunk that the policy gives; by default all of them."""
+    """Steps after which the policy is asked again; by default when all actions of its chunk are executed, or with
+    --ensemble at every step."""
+    ensemble: float | None = None
+    """Average what overlapping chunks say of a moment, the i-th oldest weighted exp(-ENSEMBLE * i): 0.01 is usual."""
     size: int | None = None
     """Height and width of rendered pictures; by default 128 in Meta-World."""
     videos: int = 4
@@ -153,23 +159,16 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infer | None]:
     """Loads the policy, if one is meant, and says what the simulators shall do."""
     cameras, infer, actor = kind.cameras, None, config.policy
+    binary: tuple[bool, ...] = ()
     if config.policy not in BASELINES:
         if not Path(config.policy).is_dir():
             raise ValueError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
         from lapa.policy.runtime import Policy
 
         policy = Policy.from_pretrained(config.policy)
-        if policy.action_dim != kind.action_dim:
-            raise ValueError(
-                f"{config.policy}: gives actions of {policy.action_dim} dimensions, {config.env} takes "
-                f"{kind.action_dim}; finetune it on episodes from {config.env}"
-            )
-        if config.steps_per_call is not None and config.steps_per_call > policy.chunk:
-            raise ValueError(
-                f"--steps-per-call {config.steps_per_call} is more than the policy's chunk of {policy.chunk}"
-            )
+        _check_policy(config, kind, policy)
         cameras, infer, actor = policy.cameras, policy.infer, "policy"
-        kind.check_cameras(cameras)
+        binary = policy.action_space.binary
     setup = Setup(
         env=config.env,
         size=config.size or kind.size,
@@ -179,9 +178,32 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infe
         actor=actor,  # type: ignore[arg-type]
         slots=config.parallel,
         steps_per_call=config.steps_per_call,
+        ensemble=config.ensemble,
+        binary=binary,
         num_recorded=config.videos,
     )
     return setup, infer
+
+
+def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Policy) -> None:
+    """ValueError saying all in which the policy does not fit the environment, or that its chunks are too short."""
+    unfit = []
+    lacking = [camera for camera in policy.cameras if camera not in kind.known_cameras]
+    if lacking:
+        unfit.append(f"sees {', '.join(lacking)}, {config.env} has the cameras {', '.join(kind.known_cameras)}")
+    if policy.action_dim != kind.action_dim:
+        unfit.append(f"gives actions of {policy.action_dim} dimensions, {config.env} takes {kind.action_dim}")
+    if policy.state_dim not in (0, kind.state_dim):
+        unfit.append(f"is told a state of {policy.state_dim} dimensions, {config.env} has {kind.state_dim}")
+    if unfit:
+        raise ValueError(f"{config.policy}: {'; '.join(unfit)}; finetune it on episodes from {config.env}")
+    if config.steps_per_call is not None and config.steps_per_call > policy.chunk:
+        raise ValueError(f"--steps-per-call {config.steps_per_call} is more than the policy's chunk of {policy.chunk}")
+    if config.ensemble is not None and (config.steps_per_call or 1) >= policy.chunk:
+        raise ValueError(
+            f"--ensemble: a chunk of {policy.chunk} ends before the policy is asked again, there is nothing to "
+            "average; give a smaller --steps-per-call, or a policy with a longer chunk"
+        )
 
 
 def _play(
@@ -280,6 +302,10 @@ def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
     if config.max_steps is not None and config.max_steps > kind.longest:
         raise ValueError(f"--max-steps must be at most {kind.longest} in {config.env}, got {config.max_steps}")
+    if config.ensemble is not None and not math.isfinite(config.ensemble):
+        raise ValueError(f"--ensemble must be a finite number, got {config.ensemble}")
+    if config.ensemble is not None and config.policy in BASELINES:
+        raise ValueError(f"--ensemble averages a policy's chunks, and {config.policy} predicts none; leave it out")
     if config.size is not None and config.size % 2:
         raise ValueError(f"--size must be even, got {config.size}")
 
@@ -287,10 +313,11 @@ def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
 def _identity(config: EvaluateConfig) -> dict[str, Any]:
     """What decides the outcomes: the settings, and the policy's contents."""
     folder = Path(config.policy)
-    weights = [] if config.policy in BASELINES else sorted(folder.glob("*.safetensors"))
+    found = [] if config.policy in BASELINES else sorted([*folder.glob("config.json"), *folder.rglob("*.safetensors")])
+    contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
     passing = ("out", "workers", "parallel", "overwrite", "resume")
     settings = {name: value for name, value in to_dict(config).items() if name not in passing}
-    return {**settings, "policy_fingerprint": fingerprint(*weights) if weights else None}
+    return {**settings, "policy_fingerprint": fingerprint(*contents) if contents else None}
 
 
 def _table(results: dict[str, Any]) -> Table:

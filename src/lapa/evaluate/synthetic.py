@@ -1,7 +1,8 @@
 """A square to be moved in a named direction: a simulator of a few lines of numpy, for tests and the debug preset.
 
 It looks like the made-up videos of lapa.data.sources.synthetic and has their action, the velocity in pixels a
-frame (right, down), so a policy trained on those can act here, without any graphics driver.
+frame (right, down), and their state, the square's centre in pixels (right, down), so a policy trained on those can act
+here, without any graphics driver.
 
     lapa evaluate expert --env synthetic --tasks all --episodes 5 --out RESULTS
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lapa.config import unknown
-from lapa.data.sources.square import CAMERA, DIRECTIONS, Square, heading
+from lapa.data.sources.square import DIRECTIONS, Square, heading
 from lapa.types import Observation
 
 # In pixels of the 64 px picture, on each axis.
@@ -31,13 +32,6 @@ def parse_tasks(text: str) -> tuple[str, ...]:
     if not names:
         raise ValueError("no task given; name directions parted by commas, or all")
     return tuple(dict.fromkeys(DIRECTIONS if "all" in names else names))
-
-
-def check_cameras(cameras: Sequence[str]) -> None:
-    """Raises ValueError on any camera but the one there is."""
-    for camera in cameras:
-        if camera != CAMERA:
-            raise unknown("camera", camera, [CAMERA])
 
 
 class SquareEnvironment:

@@ -8,6 +8,9 @@ what is left; a dimension of at most 256 distinct values has a bin for each.
 A bin decodes to the median of its data (the paper's: to its midpoint): the median errs least in absolute terms, and
 where a bin holds a shared value and a few stragglers it is that value exactly.
 
+A dimension that the dataset declares binary (`lapa.data.action_space`) has two bins, whatever its recordings passed
+through between its two values.
+
     bins = ActionBins.fit(actions_TA); bins.decode(bins.encode(actions_TA))
 
 Axes: T time, A action dimensions, N bins of the widest dimension.
@@ -15,6 +18,7 @@ Axes: T time, A action dimensions, N bins of the widest dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +30,11 @@ from safetensors.numpy import load_file, save_file
 from lapa.files import atomic_path
 
 ARRAYS = ("edges", "centres", "counts", "low", "high")
+# A binary dimension may pass through other values on its way from one to the other, as a gripper that takes a moment
+# to close: BridgeData's does in 2 to 4% of its steps. What lies farther from both values than the first of these
+# shares of their distance, in more than the second of all steps, is not binary.
+BINARY_TOLERANCE, BINARY_STRAGGLERS = 0.05, 0.1
+SHOWN_VALUES = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +54,20 @@ class ActionBins:
     high_A: Float[np.ndarray, "A"]
 
     @classmethod
-    def fit(cls, actions_TA: Float[np.ndarray, "T A"], num_bins: int = 256) -> ActionBins:
-        """Bins for the given actions, at most `num_bins` a dimension. ValueError for NaN or no actions."""
-        actions_TA = np.asarray(actions_TA, dtype=np.float32)
-        if actions_TA.ndim != 2 or 0 in actions_TA.shape:
-            raise ValueError(f"actions to fit bins to must be [T, A] with at least one row, got {actions_TA.shape}")
+    def fit(cls, actions_TA: Float[np.ndarray, "T A"], num_bins: int = 256, binary: Sequence[bool] = ()) -> ActionBins:
+        """Bins for the given actions, at most `num_bins` a dimension, two for a binary one.
+
+        binary: one flag a dimension, as the dataset declares them; none given: none is. ValueError for NaN, no
+        actions, and a dimension that is declared binary and is not.
+        """
+        actions_TA, binary = checked_actions(actions_TA, binary)
         if num_bins < 2:
             raise ValueError(f"an action dimension needs at least 2 bins, got {num_bins}")
-        _require_finite(actions_TA)
-        dimensions = [_fit_dimension(values_T, num_bins) for values_T in actions_TA.T]
+        plain_TA = actions_TA.copy()
+        for dimension in np.flatnonzero(binary):
+            low, high = two_values(actions_TA[:, dimension], int(dimension))
+            plain_TA[:, dimension] = np.where(actions_TA[:, dimension] < middle(low, high), low, high)
+        dimensions = [_fit_dimension(values_T, num_bins) for values_T in plain_TA.T]
         counts_A = np.array([len(centres) for _, centres in dimensions], dtype=np.int64)
         width = int(counts_A.max())
         return cls(
@@ -71,15 +85,15 @@ class ActionBins:
     def encode(self, actions: Float[np.ndarray, "*T A"]) -> Int[np.ndarray, "*T A"]:
         """The bin of each action; outside the range of the data, the edge bin. ValueError for NaN or wrong width."""
         actions = np.asarray(actions, dtype=np.float32)
-        self._require_width(actions)
-        _require_finite(actions)
+        require_width(actions, self.action_dim)
+        require_finite(actions)
         bins = [np.searchsorted(self.edges_AN[a], actions[..., a], side="right") for a in range(self.action_dim)]
         return np.stack(bins, axis=-1).astype(np.int64)
 
     def decode(self, bins: Int[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
         """Bins as actions in the robot's units, float32. ValueError for a bin that its dimension does not have."""
         bins = np.asarray(bins)
-        self._require_width(bins)
+        require_width(bins, self.action_dim)
         for dimension, count in enumerate(self.counts_A):
             column = bins[..., dimension]
             if column.size and not (column.min() >= 0 and column.max() < count):
@@ -90,40 +104,100 @@ class ActionBins:
 
     def count_outside(self, actions: Float[np.ndarray, "*T A"]) -> Int[np.ndarray, "A"]:
         """How many values of each dimension lie outside the fitted range, and so are clamped by `encode`."""
-        self._require_width(actions)
-        outside = (actions < self.low_A) | (actions > self.high_A)
-        return outside.reshape(-1, self.action_dim).sum(0)
+        return count_outside(actions, self.low_A, self.high_A)
 
     def save(self, path: Path) -> None:
         """Writes the arrays as safetensors, atomically."""
-        with atomic_path(path) as temporary:
-            save_file({name: getattr(self, field) for name, field in _fields().items()}, temporary)
+        save_arrays(path, {name: getattr(self, field) for name, field in _fields().items()})
 
     @classmethod
     def load(cls, path: Path) -> ActionBins:
         """Reads what `save` wrote. ValueError naming the file where it is missing or something else."""
-        try:
-            arrays = load_file(path)
-            return cls(**{field: arrays[name] for name, field in _fields().items()})
-        except FileNotFoundError:
-            raise ValueError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
-        except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{path}: not a file of action bins ({error}); finetune the policy again") from None
-
-    def _require_width(self, actions: np.ndarray) -> None:
-        if actions.ndim < 1 or actions.shape[-1] != self.action_dim:
-            raise ValueError(f"expected actions of {self.action_dim} dimensions, got an array of shape {actions.shape}")
+        arrays = load_arrays(path, ARRAYS, "action bins")
+        return cls(**{field: arrays[name] for name, field in _fields().items()})
 
 
 def _fields() -> dict[str, str]:
     return {name: f"{name}_{'AN' if name in ('edges', 'centres') else 'A'}" for name in ARRAYS}
 
 
-def _require_finite(actions: np.ndarray) -> None:
+def checked_actions(
+    actions_TA: Float[np.ndarray, "T A"], binary: Sequence[bool]
+) -> tuple[Float[np.ndarray, "T A"], tuple[bool, ...]]:
+    """Actions to take statistics of, as float32, and one flag a dimension. ValueError where they are of no use."""
+    actions_TA = np.asarray(actions_TA, dtype=np.float32)
+    if actions_TA.ndim != 2 or 0 in actions_TA.shape:
+        raise ValueError(f"actions to take statistics of must be [T, A], at least one row, got {actions_TA.shape}")
+    if len(binary) not in (0, actions_TA.shape[1]):
+        raise ValueError(f"{len(binary)} dimensions are declared binary or not, the actions have {actions_TA.shape[1]}")
+    require_finite(actions_TA)
+    return actions_TA, tuple(map(bool, binary)) or (False,) * actions_TA.shape[1]
+
+
+def two_values(values_T: Float[np.ndarray, "T"], dimension: int) -> tuple[float, float]:
+    """The lower and the higher value of a binary dimension; both the same where the data hold only one.
+
+    ValueError naming the dimension where its values are not of two kinds (see BINARY_TOLERANCE).
+    """
+    is_high_T = values_T >= middle(values_T.min(), values_T.max())
+    low, high = (float(np.median(values_T[kind])) if kind.any() else None for kind in (~is_high_T, is_high_T))
+    assert high is not None, "the greatest value is no lower than the middle"
+    low = high if low is None else low
+    stray_T = np.minimum(np.abs(values_T - low), np.abs(values_T - high)) > BINARY_TOLERANCE * (high - low)
+    if stray_T.mean() > BINARY_STRAGGLERS:
+        distinct = np.unique(values_T)
+        shown = ", ".join(f"{value:g}" for value in distinct[:SHOWN_VALUES])
+        more = f" and {len(distinct) - SHOWN_VALUES} more" if len(distinct) > SHOWN_VALUES else ""
+        raise ValueError(
+            f"action dimension {dimension} is declared binary, but {stray_T.mean():.0%} of its values lie away from "
+            f"{low:g} and {high:g} (it takes {shown}{more}); take it out of `binary` in the dataset's meta/lapa.json"
+        )
+    return low, high
+
+
+def middle(low: float, high: float) -> float:
+    """Halfway between two values, where the higher of a binary dimension begins."""
+    return float(low) / 2 + float(high) / 2
+
+
+def count_outside(
+    actions: Float[np.ndarray, "*T A"], low_A: Float[np.ndarray, "A"], high_A: Float[np.ndarray, "A"]
+) -> Int[np.ndarray, "A"]:
+    """How many values of each dimension lie outside a range. ValueError for wrong width."""
+    actions = np.asarray(actions, dtype=np.float32)
+    require_width(actions, len(low_A))
+    return ((actions < low_A) | (actions > high_A)).reshape(-1, len(low_A)).sum(0)
+
+
+def require_width(actions: np.ndarray, action_dim: int) -> None:
+    """ValueError for actions of another number of dimensions."""
+    if actions.ndim < 1 or actions.shape[-1] != action_dim:
+        raise ValueError(f"expected actions of {action_dim} dimensions, got an array of shape {actions.shape}")
+
+
+def require_finite(actions: np.ndarray) -> None:
+    """ValueError naming the first value that is NaN or infinite."""
     broken = ~np.isfinite(actions).reshape(-1, actions.shape[-1])
     if broken.any():
         row, dimension = (int(i) for i in np.argwhere(broken)[0])
         raise ValueError(f"actions are not finite: row {row}, dimension {dimension} (and {broken.sum() - 1} more)")
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as safetensors, atomically."""
+    with atomic_path(path) as temporary:
+        save_file(dict(arrays), temporary)
+
+
+def load_arrays(path: Path, names: Sequence[str], what: str) -> dict[str, np.ndarray]:
+    """Reads what `save_arrays` wrote. ValueError naming the file where it is missing or lacks any of the names."""
+    try:
+        arrays = load_file(path)
+        return {name: arrays[name] for name in names}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: not a file of {what} ({error}); finetune the policy again") from None
 
 
 def _fit_dimension(values_T: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:

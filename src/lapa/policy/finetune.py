@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from lapa import config as configs
 from lapa.console import finish, is_main_process, say
+from lapa.data.action_space import common_action_space
 from lapa.data.dataset import Dataset
 from lapa.data.steps import PolicySteps
 from lapa.engine.checkpoint import seed_everything
@@ -24,55 +26,51 @@ from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig
 from lapa.files import claim_output
 from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import BackboneConfig, TinyConfig
+from lapa.policy.backbones import LwmConfig, renew_backbone
 from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy
+from lapa.policy.heads import FlowConfig, HeadKind
+from lapa.policy.inputs import ActionCodec
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.pretrain import instructions
-from lapa.policy.tokenizer import train_tokenizer
-from lapa.policy.training import open_steps, train_policy
-from lapa.policy.vocabulary import Vocabulary
+from lapa.policy.pretrain import open_labels
+from lapa.policy.scale import ActionScale
+from lapa.policy.training import (
+    TrainingOptions,
+    choose_cameras,
+    choose_what_learns,
+    new_policy,
+    open_steps,
+    train_policy,
+)
+
+STATE_BINS = 256
 
 
 def _tiny_loop() -> LoopConfig:
     return LoopConfig(steps=500, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Finetune a policy on robot episodes with actions, or train the same policy from scratch."""
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingOptions):
+    """Finetune a policy on robot episodes with actions, or train the same policy without pretraining."""
 
-    data: tuple[Path, ...]
-    """Datasets of robot episodes, with actions."""
-    out: Path
-    """Folder of the policy to write."""
-    policy: Path | None = None
-    """The pretrained policy to start from; with --from-scratch, the one whose architecture and tokenizer to use."""
     from_scratch: bool = False
-    """Start from new weights."""
-    preset: str = "tiny"
-    """debug, tiny or base: the values that the other options start from."""
+    """Leave the pretraining out: new weights (`tiny`), or the vision-language model as it came (`hf`). With --policy,
+    the architecture and the tokenizer are that one's."""
+    head: HeadKind = "bins"
+    """How actions are said. bins: tokens, one after the other (the paper). chunk: all at once, L1. flow: flow
+    matching."""
     chunk: int = 5
     """Time steps of actions that the policy says at once."""
     num_bins: int = 256
     """Bins of an action dimension, at most."""
-    cameras: tuple[str, ...] = ()
-    """Cameras for the policy's image slots; by default those it was trained with, or the dataset's first."""
-    backbone: Annotated[BackboneConfig, tyro.conf.arg(name="")] = field(default_factory=TinyConfig)
-    prompt: str = "{instruction}"
-    """Like the backbone's sizes, for a policy from scratch without --policy."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    state: bool = False
+    """Tell the policy the robot's state (`observation.state` of the datasets)."""
+    labels: tuple[Path, ...] = ()
+    """Labels of the datasets, to go on learning latent actions beside the robot's (arXiv 2412.04445)."""
+    latent_weight: float = 1.0
+    """Weight of the loss of latent actions, where there are labels."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=_tiny_loop)
-    augment: bool = False
-    """Random crops, brightness and contrast."""
-    freeze_vision: bool = False
-    """Keep the vision tower as it is."""
-    held_out: float = 0.1
-    """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
-    cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-    resume: bool = False
-    """Go on with the run that `out` holds."""
 
 
 def run(config: FinetuneConfig) -> None:
@@ -82,15 +80,19 @@ def run(config: FinetuneConfig) -> None:
         finish("policy, already finetuned", config.out, next_commands)
         return
     datasets = [Dataset.open(path) for path in config.data]
+    labels = open_labels(config.labels, datasets) if config.labels else None
     start = _starting_policy(config, datasets)
-    cameras = _cameras(config, start.model.config, datasets)
+    cameras = choose_cameras(config, start.model.config, datasets)
+    _check_continuation(config, start.model.config)
 
     def steps(split: str) -> PolicySteps:
         return PolicySteps(
             datasets,
             start.model.config.backbone.image_size,
             cameras,
+            labels=labels,
             chunk=config.chunk,
+            state=config.state,
             augment=config.augment and split == "train",
             seed=config.loop.seed,
             split=split,
@@ -99,14 +101,15 @@ def run(config: FinetuneConfig) -> None:
         )
 
     training, held_out = open_steps(datasets, config.held_out, steps)
-    parts = _with_actions(config, start, training, cameras)
+    parts = _with_actions(config, start, datasets, training, cameras)
+    choose_what_learns(parts.model, config)
     if is_main_process():
         claim_output(
             config.out,
             complete=is_policy(config.out),
             overwrite=config.overwrite,
             resume=config.resume,
-            inputs=[*config.data, *([config.policy] if config.policy else [])],
+            inputs=[*config.data, *config.labels, *([config.policy] if config.policy else [])],
         )
     finished = train_policy(
         parts,
@@ -126,73 +129,106 @@ def run(config: FinetuneConfig) -> None:
 
 
 def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> PolicyParts:
-    """What training starts from: a pretrained policy, one of its architecture with new weights, or a new one."""
+    """What training starts from: a pretrained policy, one of its architecture without pretraining, or a new one."""
     seed_everything(config.loop.seed)
-    if config.policy is not None:
-        if config.policy.resolve() == config.out.resolve():
-            raise ValueError(f"{config.out}: is the policy to start from; give another --out")
-        pretrained = load_policy(config.policy)
+    if config.policy is None:
         if not config.from_scratch:
-            return pretrained
-        fresh = replace(
-            pretrained.model.config,
-            vocabulary=replace(pretrained.model.config.vocabulary, bins=0),
-            action_bins=(),
-            chunk=0,
+            raise ValueError("give the pretrained policy to start from with --policy, or ask for --from-scratch")
+        return new_policy(config, datasets, {})
+    if config.policy.resolve() == config.out.resolve():
+        raise ValueError(f"{config.out}: is the policy to start from; give another --out")
+    pretrained = load_policy(config.policy)
+    return _without_pretraining(pretrained) if config.from_scratch else pretrained
+
+
+def _without_pretraining(pretrained: PolicyParts) -> PolicyParts:
+    """The policy as it was before it learned any action; it reads what the pretrained one reads."""
+    before = pretrained.model.config
+    if isinstance(before.backbone, LwmConfig):
+        raise ValueError(
+            "--from-scratch: an imported model cannot forget its pretraining; give LWM-Chat-1M, imported, as --policy"
         )
-        return PolicyParts(LatentPolicy(fresh), pretrained.tokenizer)
-    if not config.from_scratch:
-        raise ValueError("give the pretrained policy to start from with --policy, or ask for --from-scratch")
-    tokenizer = train_tokenizer(instructions(datasets, config.prompt))
-    model = LatentPolicy(
-        PolicyConfig(
-            vocabulary=Vocabulary(text=len(tokenizer)),
-            cameras=config.cameras or datasets[0].cameras[:1],
-            backbone=config.backbone,
-            prompt=config.prompt,
-        )
+    config = PolicyConfig(
+        vocabulary=replace(before.vocabulary, bins=0, state=0, query=0),
+        cameras=before.cameras,
+        backbone=before.backbone,
+        prompts=before.prompts,
+        latent_length=before.latent_length,
     )
-    return PolicyParts(model, tokenizer)
+    backbone = renew_backbone(config.backbone, config.vocabulary, num_cameras=len(config.cameras))
+    return PolicyParts(LatentPolicy(config, backbone), pretrained.processor)
 
 
-def _cameras(config: FinetuneConfig, policy: PolicyConfig, datasets: Sequence[Dataset]) -> tuple[str, ...]:
-    """Which of the robot's cameras fills each image slot: as told, or by name, or the only one for the only slot."""
-    common = [name for name in datasets[0].cameras if all(name in dataset.cameras for dataset in datasets)]
-    chosen = config.cameras
-    if not chosen and all(name in common for name in policy.cameras):
-        chosen = policy.cameras
-    if not chosen and len(common) == len(policy.cameras) == 1:
-        chosen = tuple(common)
-    if not chosen:
+def _check_continuation(config: FinetuneConfig, policy: PolicyConfig) -> None:
+    """ValueError where a policy that acts already is to act in another way, or latent actions are asked of one that
+
+    has none.
+    """
+    if policy.chunk and (config.head, config.state) != (policy.head, bool(policy.state_dim)):
         raise ValueError(
-            f"{datasets[0].root}: has the cameras {', '.join(common)}, the policy was trained with "
-            f"{', '.join(policy.cameras)}; say with --cameras which take their place"
+            f"{config.policy}: acts by --head {policy.head} {'with' if policy.state_dim else 'without'} the "
+            "robot's state; go on with the same --head and --state, or finetune a policy that was only pretrained"
         )
-    if len(chosen) != len(policy.cameras):
-        raise ValueError(
-            f"the policy has {len(policy.cameras)} image slots ({', '.join(policy.cameras)}), got the cameras "
-            f"{', '.join(chosen)}; give as many --cameras"
-        )
-    return chosen
+    if config.labels and not policy.latent_length:
+        raise ValueError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
 
 
 def _with_actions(
-    config: FinetuneConfig, start: PolicyParts, training: PolicySteps, cameras: Sequence[str]
+    config: FinetuneConfig,
+    start: PolicyParts,
+    datasets: Sequence[Dataset],
+    training: PolicySteps,
+    cameras: tuple[str, ...],
 ) -> PolicyParts:
-    """The starting policy with a bin segment: fitted to the training actions, or kept where it already acts."""
+    """The starting policy with robot actions: statistics of the training actions, or kept where it already acts."""
+    before, space = start.model.config, common_action_space(datasets)
     actions_NA = training.actions()
-    bins = start.bins or ActionBins.fit(actions_NA, config.num_bins)
-    if bins.action_dim != actions_NA.shape[-1]:
+    codec = start.codec or _fit(config, actions_NA, space.binary)
+    if codec.action_dim != space.action_dim:
         raise ValueError(
-            f"{config.data[0]}: has actions of {actions_NA.shape[-1]} dimensions, the policy {config.policy} of "
-            f"{bins.action_dim}; finetune a policy that was only pretrained"
+            f"{config.data[0]}: has actions of {space.action_dim} dimensions ({', '.join(space.names)}), the policy "
+            f"{config.policy} of {codec.action_dim}; finetune a policy that was only pretrained"
         )
-    outside_A = bins.count_outside(actions_NA)
-    say(
-        f"actions: {bins.action_dim} dimensions of {', '.join(map(str, bins.counts_A))} bins"
-        + (f"; {outside_A.sum()} of {actions_NA.size} values lie outside and are clamped" if outside_A.any() else "")
+    if before.action_space and before.action_space.binary != space.binary:
+        raise ValueError(
+            f"{config.data[0]}: declares other action dimensions binary than the policy {config.policy} has; correct "
+            "its meta/lapa.json, or finetune a policy that was only pretrained"
+        )
+    states = start.states or (ActionBins.fit(training.states(), STATE_BINS) if config.state else None)
+    _say_statistics(codec, actions_NA)
+    vocabulary = before.vocabulary
+    vocabulary = replace(
+        vocabulary,
+        bins=vocabulary.bins or (config.num_bins if config.head == "bins" else 0),
+        state=vocabulary.state or (STATE_BINS if config.state else 0),
+        query=max(vocabulary.query, config.chunk if config.head == "chunk" else 0),
     )
-    model = start.model.with_actions(bins.counts_A.tolist(), config.chunk, cameras, num_bins=config.num_bins)
-    if config.freeze_vision:
-        model.freeze_vision()
-    return PolicyParts(model, start.tokenizer, bins)
+    grown = replace(
+        before,
+        vocabulary=vocabulary,
+        cameras=cameras,
+        prompts=before.prompts.acting_as([dataset.name for dataset in datasets]),
+        state_bins=tuple(states.counts_A.tolist()) if states else (),
+        action_opening=start.processor.tags("bins")[0],
+        action_space=space,
+        head=config.head,
+        action_bins=tuple(codec.counts_A.tolist()) if isinstance(codec, ActionBins) else (),
+        flow=config.flow,
+        chunk=config.chunk,
+        latent_weight=config.latent_weight if config.labels else 0.0,
+    )
+    start.processor.grow(vocabulary)
+    return PolicyParts(start.model.grown(grown), start.processor, codec, states)
+
+
+def _fit(config: FinetuneConfig, actions_NA: np.ndarray, binary: Sequence[bool]) -> ActionCodec:
+    if config.head == "bins":
+        return ActionBins.fit(actions_NA, config.num_bins, binary)
+    return ActionScale.fit(actions_NA, binary)
+
+
+def _say_statistics(codec: ActionCodec, actions_NA: np.ndarray) -> None:
+    outside_A = codec.count_outside(actions_NA)
+    how = f" of {', '.join(map(str, codec.counts_A))} bins" if isinstance(codec, ActionBins) else ""
+    clamped = f"; {outside_A.sum()} of {actions_NA.size} values lie outside and are clamped" if outside_A.any() else ""
+    say(f"actions: {codec.action_dim} dimensions{how}{clamped}")

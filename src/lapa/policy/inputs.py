@@ -1,6 +1,6 @@
 """From samples and observations to the model's batch: the one way in, for training and acting alike.
 
-Axes: B batch, V cameras, H W image, T text tokens, L latent action length, K chunk, A action dimensions.
+Axes: B batch, V cameras, H W image, S state dimensions, L latent action length, K chunk, A action dimensions.
 """
 
 from __future__ import annotations
@@ -12,51 +12,67 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from lapa.data.transforms import resize_and_crop
 from lapa.policy.actions import ActionBins
+from lapa.policy.backbones import Processor
 from lapa.policy.model import PolicyConfig
+from lapa.policy.scale import ActionScale
+
+ActionCodec = ActionBins | ActionScale
 
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What turns pictures, words and actions into tensors and tokens."""
+    """What turns pictures, words, states and actions into tensors and tokens.
+
+    codec: the robot's actions as bins or scaled numbers; states: the bins of its state. None where there are none.
+    """
 
     config: PolicyConfig
-    tokenizer: PreTrainedTokenizerFast
-    bins: ActionBins | None = None
+    processor: Processor
+    codec: ActionCodec | None = None
+    states: ActionBins | None = None
 
-    def observed(self, images: Sequence[Sequence[np.ndarray]], instructions: Sequence[str]) -> dict[str, Tensor]:
-        """The pictures of each sample (uint8 HWC, any size, in the order of the image slots) and its instruction as
+    def observed(
+        self,
+        images: Sequence[Sequence[np.ndarray]],
+        instructions: Sequence[str],
+        states: Sequence[np.ndarray] | None = None,
+        datasets: Sequence[str | None] | None = None,
+    ) -> dict[str, Tensor]:
+        """The pictures of each sample (uint8 HWC, any size, in the order of the image slots), its instruction, and
 
-        `images_BVHWC`, `tokens_BT` and `mask_BT`.
+        its state, for a policy that is told it. datasets: whose prompt each sample gets; by default the policy's own.
         """
-        size = self.config.backbone.image_size
-        stacked = np.stack([np.concatenate([resize_and_crop(image[None], size) for image in one]) for one in images])
-        prompts = [self.config.prompt.replace("{instruction}", instruction) for instruction in instructions]
-        text = self.tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
-        return {
-            "images_BVHWC": torch.from_numpy(stacked),
-            "tokens_BT": text["input_ids"],
-            "mask_BT": text["attention_mask"],
-        }
+        names = datasets or [None] * len(instructions)
+        prompts = [self.config.prompts.text(words, name) for words, name in zip(instructions, names, strict=True)]
+        batch = self.processor(images, prompts)
+        if self.config.state_dim:
+            assert self.states is not None and states is not None, "a state to be told, but none, or no bins for it"
+            bins_BS = self.states.encode(np.stack(states))
+            batch["state_BS"] = self.config.vocabulary.tokens("state", torch.from_numpy(bins_BS))
+        return batch
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Items of `PolicySteps` as a training batch: what is observed, and what is to be said as tokens.
+        """Items of `PolicySteps` as a training batch: what is observed, and what is to be said.
 
         Raises ValueError for a code that the vocabulary lacks, and for actions of the wrong width or not finite.
         """
-        images = [list(item["images"].values()) for item in items]
-        batch = self.observed(images, [item["instruction"] for item in items])
+        batch = self.observed(
+            [list(item["images"].values()) for item in items],
+            [item["instruction"] for item in items],
+            [item["state_S"] for item in items] if self.config.state_dim else None,
+            [item["dataset"] for item in items],
+        )
         batch["index"] = torch.tensor([int(item["index"]) for item in items])
         vocabulary = self.config.vocabulary
         if "codes_L" in items[0]:
             codes_BL = torch.from_numpy(np.stack([item["codes_L"] for item in items]))
             batch["latent_BL"] = vocabulary.tokens("latent", codes_BL)
-        else:
-            assert self.bins is not None, "actions to learn, but no bins to say them in"
-            bins_BKA = self.bins.encode(np.stack([item["actions_KA"] for item in items]))
-            batch["action_BKA"] = vocabulary.tokens("bins", torch.from_numpy(bins_BKA))
+            batch["latent_mask_B"] = torch.tensor([bool(item["has_codes"]) for item in items])
+        if "actions_KA" in items[0]:
+            assert self.codec is not None, "actions to learn, but nothing to say them in"
+            actions_BKA = torch.from_numpy(self.codec.encode(np.stack([item["actions_KA"] for item in items])))
+            batch["action_BKA"] = vocabulary.tokens("bins", actions_BKA) if self.config.head == "bins" else actions_BKA
             batch["action_mask_BK"] = torch.from_numpy(np.stack([item["action_mask_K"] for item in items]))
         return batch

@@ -2,79 +2,115 @@
 
 LAPA (https://arxiv.org/abs/2410.11758), stages 2 and 3. A sequence is
 
-    image tokens of each camera | instruction | field
+    observation: images and prompt | the robot's state | field
 
-and the field is either a latent action, L tokens of the latent segment, or a chunk of K robot actions of A bins each,
-time step by time step. The loss is the cross-entropy of the field's tokens. The softmax runs over the rows that are
-possible at a position and no others, in the loss and in decoding alike: the field's segment, and of the bin segment
-only as many bins as that dimension has. (The paper's heads are untied per segment, which is the same restriction.)
-Decoding is greedy over exactly the field's length, with a KV cache; no code ends it.
+and the field is either a latent action, L tokens of the latent segment, or a chunk of K robot actions. Robot actions
+are said in one of three ways, by `head`:
+
+bins   K x A tokens of the bin segment, time step by time step: the paper's way, with K = 1
+chunk  K query tokens, whose hidden states a small head turns into K actions in one pass (arXiv 2502.19645)
+flow   flow matching over the chunk, given the hidden states of the observation (arXiv 2410.24164)
+
+The loss of tokens is their cross-entropy. The softmax runs over the rows that are possible at a position and no
+others, in the loss and in decoding alike: the field's segment, and of the bin segment only as many bins as that
+dimension has. (The paper's heads are untied per segment, which is the same restriction.) Decoding is greedy over
+exactly the field's length, with a KV cache; no code ends it.
 
     lapa policy pretrain --preset debug --data DATASET --labels LABELS --out POLICY
 
-Axes: B batch, V cameras, T text tokens, P prefix = image and text tokens, F field tokens, L latent action length,
-K chunk, A action dimensions, R rows of a segment, D width.
+Axes: B batch, V cameras, P observation tokens, S state dimensions (and whole sequences), F field tokens, L latent
+action length, K chunk, A action dimensions, R rows of a segment, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
 
-from lapa.policy.backbones import BackboneConfig, TinyConfig, build_backbone
+from lapa.data.action_space import ActionSpace
+from lapa.policy.backbones import Backbone, BackboneConfig, TinyConfig
+from lapa.policy.heads import ActionHead, FlowConfig, HeadKind, build_head
+from lapa.policy.lora import add_lora, has_lora, hold_old_rows, merge_lora, vocabulary_weights
+from lapa.policy.prompts import Prompts
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.types import Losses
+
+LossAndParts = tuple[Float[Tensor, ""], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """What a policy is, apart from its weights. With its tokenizer and bins, all that a policy folder needs."""
+    """What a policy is, apart from its weights. With its tokenizer and statistics, all that a policy folder needs."""
 
     vocabulary: Vocabulary
     cameras: tuple[str, ...]
     """Names of the image slots, in the order in which the model sees them."""
     backbone: BackboneConfig = field(default_factory=TinyConfig)
-    prompt: str = "{instruction}"
+    prompts: Prompts = field(default_factory=Prompts)
     """What the model reads; `{instruction}` stands for the task in words."""
+    state_bins: tuple[int, ...] = ()
+    """Bins of each dimension of the robot's state; none where the policy is not told it."""
     latent_length: int = 0
     """L; 0 where the policy never learned latent actions."""
+    latent_opening: tuple[int, ...] = ()
+    latent_closing: tuple[int, ...] = ()
+    """Text tokens around a latent action, for a backbone that was trained with them."""
+    text_weight: float = 0.0
+    """Weight of the loss of those text tokens; the latent action has the rest."""
+    action_opening: tuple[int, ...] = ()
+    action_space: ActionSpace | None = None
+    """What the robot's actions mean; none before finetuning."""
+    head: HeadKind = "bins"
+    """How robot actions are said."""
     action_bins: tuple[int, ...] = ()
-    """Bins of each action dimension; none before finetuning."""
+    """Bins of each action dimension, for the head `bins`."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """Sizes of the head `flow`."""
     chunk: int = 0
     """K, the time steps of robot actions said at once."""
+    latent_weight: float = 0.0
+    """Weight of the loss of latent actions where robot actions are learned too."""
 
     def __post_init__(self) -> None:
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"a policy needs at least one camera, each named once, got {self.cameras}")
-        if "{instruction}" not in self.prompt:
-            raise ValueError(f"the prompt {self.prompt!r} lacks {{instruction}}, the place of the task's words")
         if bool(self.latent_length) != bool(self.vocabulary.latent):
             raise ValueError("latent length and codebook size come together, or neither")
-        if bool(self.chunk) != bool(self.action_bins):
-            raise ValueError("chunk and action bins come together, or neither")
-        if self.action_bins and not 1 <= min(self.action_bins) <= max(self.action_bins) <= self.vocabulary.bins:
-            raise ValueError(
-                f"action bins {self.action_bins} do not fit the {self.vocabulary.bins} rows of their segment"
-            )
+        if bool(self.chunk) != (self.action_space is not None):
+            raise ValueError("chunk and action space come together, or neither")
+        if self.chunk and self.head == "bins":
+            _require_rows("action", self.action_bins, self.action_dim, self.vocabulary.bins)
+        if self.state_bins:
+            _require_rows("state", self.state_bins, len(self.state_bins), self.vocabulary.state)
+        if self.chunk and self.head == "chunk" and self.vocabulary.query < self.chunk:
+            raise ValueError(f"a chunk of {self.chunk} needs as many query rows, got {self.vocabulary.query}")
+        if not 0 <= self.text_weight < 1:
+            raise ValueError(f"the weight of the text lies in [0, 1), got {self.text_weight}")
 
     @property
     def action_dim(self) -> int:
-        return len(self.action_bins)
+        return len(self.action_space.names) if self.action_space else 0
+
+    @property
+    def state_dim(self) -> int:
+        """Dimensions of the state that the policy must be told; 0 where it needs none."""
+        return len(self.state_bins)
 
 
 @dataclass(frozen=True)
 class Field:
-    """What is predicted: a segment, and how many of its rows are possible at each of F positions."""
+    """What is said: a segment, how many of its rows are possible at each of F positions, and the text around it."""
 
     segment: Segment
     sizes_F: tuple[int, ...]
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -84,139 +120,223 @@ class Field:
 class LatentPolicy(nn.Module):
     """The whole policy as one module; `forward` is the training loss.
 
-    A batch holds `images_BVHWC` (uint8), `tokens_BT` and `mask_BT` (left-padded text), and what is to be learned, as
-    tokens of the vocabulary: `latent_BL`, or `action_BKA` with `action_mask_BK` (False where the episode has ended).
+    A batch holds what the backbone's processor made of an observation, `state_BS` where the policy is told the state,
+    and what is to be learned: `latent_BL`, tokens, with `latent_mask_B` where some samples have none; or `action_BKA`
+    with `action_mask_BK` (False where the episode has ended): tokens for the head `bins`, scaled actions for others.
+    With both, the losses are added, the latent one under `latent_weight`.
     """
 
-    def __init__(self, config: PolicyConfig) -> None:
+    sharded_methods = ("predict_codes", "predict_actions")
+
+    def __init__(self, config: PolicyConfig, backbone: Backbone) -> None:
         super().__init__()
         self.config = config
-        self.backbone = build_backbone(
-            config.backbone, num_cameras=len(config.cameras), vocabulary_size=config.vocabulary.size
-        )
+        self.backbone = backbone
+        self._adapted_rows: range | None = None
+        width = int(vocabulary_weights(backbone.language)[0].shape[-1])
+        self.head: ActionHead | None = None
+        if config.chunk and config.head != "bins":
+            self.head = build_head(config.head, width, config.chunk, config.action_dim, config.flow)
 
     @property
     def latent_field(self) -> Field:
         """ValueError where the policy never learned latent actions."""
-        if not self.config.latent_length:
+        config = self.config
+        if not config.latent_length:
             raise ValueError("this policy has no latent actions: it was trained on robot actions from scratch")
-        return Field("latent", (self.config.vocabulary.latent,) * self.config.latent_length)
+        sizes_F = (config.vocabulary.latent,) * config.latent_length
+        return Field("latent", sizes_F, config.latent_opening, config.latent_closing)
 
     @property
     def action_field(self) -> Field:
         """ValueError where the policy has not been finetuned."""
         if not self.config.chunk:
             raise ValueError("this policy was only pretrained and knows no robot actions: run `lapa policy finetune`")
-        return Field("bins", self.config.action_bins * self.config.chunk)
+        return Field("bins", self.config.action_bins * self.config.chunk, self.config.action_opening)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Losses:
+        if "action_BKA" not in batch:
+            return Losses(*self._latent_loss(batch))
+        loss, parts = self._action_loss(batch)
         if "latent_BL" in batch:
-            target, tokens_BF, counted_BF = self.latent_field, batch["latent_BL"], None
-        else:
-            target, tokens_BF = self.action_field, rearrange(batch["action_BKA"], "b k a -> b (k a)")
-            counted_BF = batch["action_mask_BK"].repeat_interleave(self.config.action_dim, dim=1)
-        logits_BFR = self.field_logits(batch, target, tokens_BF)
-        codes_BF = tokens_BF - self.config.vocabulary.rows(target.segment).start
-        losses_BF = F.cross_entropy(rearrange(logits_BFR, "b f r -> b r f"), codes_BF, reduction="none")
-        right_BF = (logits_BFR.argmax(-1) == codes_BF).float()
-        accuracy = _mean(right_BF, counted_BF).detach()
-        return Losses(_mean(losses_BF, counted_BF), {"token_accuracy": accuracy})
+            latent_loss, latent_parts = self._latent_loss(batch)
+            loss = loss + self.config.latent_weight * latent_loss
+            parts = {**parts, **{f"latent_{name}": value for name, value in latent_parts.items()}}
+        return Losses(loss, parts)
 
     def field_logits(
         self, batch: Mapping[str, Tensor], target: Field, tokens_BF: Int[Tensor, "B F"]
     ) -> Float[Tensor, "B F R"]:
         """Logits over the segment's rows at each position of the field, given the true tokens before it."""
-        prefix_BPD, mask_BP = self._prefix(batch)
-        embed = self.backbone.language.get_input_embeddings()
-        inputs = torch.cat([prefix_BPD, embed(tokens_BF[:, :-1]).to(prefix_BPD.dtype)], dim=1)
-        mask = F.pad(mask_BP, (0, target.length - 1), value=1)
-        logits = self.backbone.language(
-            inputs_embeds=inputs,
-            attention_mask=mask,
-            position_ids=_positions(mask),
-            use_cache=False,
-            logits_to_keep=target.length,
-        ).logits
-        return self._possible(logits, target)
+        hidden_BSD = self._hidden_of_field(batch, target, tokens_BF)
+        first = len(target.opening)
+        return self._possible(hidden_BSD[:, first : first + target.length], target)
 
     @torch.no_grad()
     def decode(self, batch: Mapping[str, Tensor], target: Field) -> tuple[Int[Tensor, "B F"], Float[Tensor, "B F"]]:
         """Greedy decoding of one field with a KV cache: its tokens and their log-probabilities."""
-        language = self.backbone.language
-        inputs, mask = self._prefix(batch)
-        positions = _positions(mask)
-        cache = DynamicCache(config=language.config)
-        tokens, log_probabilities = [], []
+        context_BC = self._context(batch, target.opening)
+        hidden_BSD, memory = self.backbone.begin(batch, context_BC.shape[1] + target.length)
+        if context_BC.shape[1]:
+            hidden_BSD = self.backbone.advance(memory, context_BC)
+        tokens: list[Tensor] = []
+        log_probabilities = []
         for step in range(target.length):
-            logits = language(
-                inputs_embeds=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
+            if tokens:
+                hidden_BSD = self.backbone.advance(memory, tokens[-1])
             one = Field(target.segment, target.sizes_F[step : step + 1])
-            best, code_B1 = self._possible(logits, one).log_softmax(-1).max(-1)
+            best, code_B1 = self._possible(hidden_BSD[:, -1:], one).log_softmax(-1).max(-1)
             tokens.append(code_B1 + self.config.vocabulary.rows(target.segment).start)
             log_probabilities.append(best)
-            inputs = language.get_input_embeddings()(tokens[-1])
-            mask = F.pad(mask, (0, 1), value=1)
-            positions = positions[:, -1:] + 1
         return torch.cat(tokens, dim=1), torch.cat(log_probabilities, dim=1)
 
     def predict_codes(self, batch: Mapping[str, Tensor]) -> Int[Tensor, "B L"]:
-        """The latent actions of a batch of images and instructions, as codes."""
+        """The latent actions of a batch of observations, as codes."""
         tokens_BL, _ = self.decode(batch, self.latent_field)
         return self.config.vocabulary.codes("latent", tokens_BL)
 
-    def predict_actions(self, batch: Mapping[str, Tensor]) -> Int[Tensor, "B K A"]:
-        """The robot actions of a batch of images and instructions, as bins of each dimension."""
+    @torch.no_grad()
+    def predict_actions(self, batch: Mapping[str, Tensor]) -> Int[Tensor, "B K A"] | Float[Tensor, "B K A"]:
+        """The robot actions of a batch of observations, as bins of each dimension (head `bins`) or scaled numbers."""
+        if self.head is not None:
+            return self.head.act(*self._hidden_of_head(batch))
         tokens_BF, _ = self.decode(batch, self.action_field)
         bins_BF = self.config.vocabulary.codes("bins", tokens_BF)
         return rearrange(bins_BF, "b (k a) -> b k a", a=self.config.action_dim)
 
-    def with_actions(
-        self, action_bins: Sequence[int], chunk: int, cameras: Sequence[str], *, num_bins: int = 256
-    ) -> LatentPolicy:
-        """This policy with robot actions: new rows for the bins, everything else as it was.
+    def grown(self, config: PolicyConfig) -> LatentPolicy:
+        """This policy under a config with further rows or another head. The new one takes over this one's backbone."""
+        self.backbone.resize(config.vocabulary)
+        return LatentPolicy(config, self.backbone)
 
-        cameras: what the robot calls the pictures in the image slots. Where there already is a bin segment, its rows
-        are kept and only the chunk changes.
+    def freeze(self, *, vision: bool = False, language: bool = False) -> None:
+        """Keeps parts as they are. The paper's pretraining freezes the vision; its projection goes on learning.
+
+        language: all of it but its embedding and head, whose new rows must be learned.
         """
-        vocabulary = replace(self.config.vocabulary, bins=self.config.vocabulary.bins or num_bins)
-        config = replace(
-            self.config, vocabulary=vocabulary, action_bins=tuple(action_bins), chunk=chunk, cameras=tuple(cameras)
-        )
-        grown = LatentPolicy(config)
-        state = grown.state_dict()
-        for name, tensor in self.state_dict().items():
-            # Only the embedding and the head differ in shape, by rows at their end.
-            state[name][: len(tensor)].copy_(tensor)
-        return grown
+        if vision:
+            self.backbone.vision.requires_grad_(False)
+        if language:
+            tower = set(self.backbone.vision.modules())
+            for block in self.backbone.blocks:
+                if block not in tower:
+                    block.requires_grad_(False)
+        if self.head is not None and not self.config.latent_weight:
+            self._freeze_unused_head()
 
-    def freeze_vision(self) -> None:
-        """Keeps the vision tower as it is, as the paper does in pretraining. Its projection goes on learning."""
-        self.backbone.vision.requires_grad_(False)
+    def add_adapters(self, rank: int) -> None:
+        """LoRA: the language model learns through adapters, and of its vocabulary the rows of actions alone."""
+        vocabulary = self.config.vocabulary
+        self._adapted_rows = range(vocabulary.rows("latent").start, vocabulary.size)
+        add_lora(self.backbone.language, rank, new_rows=self._adapted_rows)
 
-    def _prefix(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B P D"], Int[Tensor, "B P"]]:
-        image_BND = self.backbone.embed_images(batch["images_BVHWC"])
-        text_BTD = self.backbone.language.get_input_embeddings()(batch["tokens_BT"])
-        mask_BP = F.pad(batch["mask_BT"], (image_BND.shape[1], 0), value=1)
-        return torch.cat([image_BND, text_BTD.to(image_BND.dtype)], dim=1), mask_BP
+    def merge_adapters(self) -> None:
+        """Makes adapters, where there are any, part of the weights: an ordinary model again."""
+        if has_lora(self.backbone.language):
+            merge_lora(self.backbone.language)
 
-    def _possible(self, logits_BFV: Float[Tensor, "B F V"], target: Field) -> Float[Tensor, "B F R"]:
-        """The logits of the segment's rows, minus infinity where a position cannot have the row."""
+    def after_sharding(self) -> None:
+        """Sharding puts other parameters in the place of those whose old rows are held."""
+        if self._adapted_rows is not None:
+            hold_old_rows(self.backbone.language, self._adapted_rows)
+
+    def shard_units(self) -> list[nn.Module]:
+        """What FSDP2 shards one by one."""
+        return self.backbone.blocks
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """What weight decay must leave alone: the rows of words that a batch does not hold."""
+        return vocabulary_weights(self.backbone.language)
+
+    def checkpoint_activations(self) -> None:
+        """Recomputes activations in the backward pass instead of keeping them."""
+        self.backbone.language.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _latent_loss(self, batch: Mapping[str, Tensor]) -> LossAndParts:
+        target, tokens_BL = self.latent_field, batch["latent_BL"]
+        counted_BL = None
+        if "latent_mask_B" in batch:
+            counted_BL = batch["latent_mask_B"][:, None].expand_as(tokens_BL)
+        hidden_BSD = self._hidden_of_field(batch, target, tokens_BL)
+        first, last = len(target.opening), len(target.opening) + target.length
+        loss, parts = self._cross_entropy(hidden_BSD[:, first:last], target, tokens_BL, counted_BL)
+        if not self.config.text_weight:
+            return loss, parts
+        text_BC = torch.cat([hidden_BSD[:, :first], hidden_BSD[:, last:]], dim=1)
+        tags_BC = _repeated((*target.opening, *target.closing), tokens_BL)
+        logits_BCR = self.backbone.logits(text_BC, self.config.vocabulary.rows("text"))
+        text = F.cross_entropy(rearrange(logits_BCR, "b c r -> b r c"), tags_BC)
+        weight = self.config.text_weight
+        return (1 - weight) * loss + weight * text, {**parts, "text_loss": text.detach()}
+
+    def _action_loss(self, batch: Mapping[str, Tensor]) -> LossAndParts:
+        if self.head is not None:
+            return self.head.loss(*self._hidden_of_head(batch), batch["action_BKA"], batch["action_mask_BK"])
+        target, tokens_BF = self.action_field, rearrange(batch["action_BKA"], "b k a -> b (k a)")
+        counted_BF = batch["action_mask_BK"].repeat_interleave(self.config.action_dim, dim=1)
+        hidden_BSD = self._hidden_of_field(batch, target, tokens_BF)
+        return self._cross_entropy(hidden_BSD[:, len(target.opening) :], target, tokens_BF, counted_BF)
+
+    def _cross_entropy(
+        self,
+        hidden_BFD: Float[Tensor, "B F D"],
+        target: Field,
+        tokens_BF: Int[Tensor, "B F"],
+        counted_BF: Bool[Tensor, "B F"] | None,
+    ) -> LossAndParts:
+        logits_BFR = self._possible(hidden_BFD, target)
+        codes_BF = tokens_BF - self.config.vocabulary.rows(target.segment).start
+        losses_BF = F.cross_entropy(rearrange(logits_BFR, "b f r -> b r f"), codes_BF, reduction="none")
+        right_BF = (logits_BFR.argmax(-1) == codes_BF).float()
+        accuracy = _mean(right_BF, counted_BF).detach()
+        return _mean(losses_BF, counted_BF), {"token_accuracy": accuracy}
+
+    def _hidden_of_field(
+        self, batch: Mapping[str, Tensor], target: Field, tokens_BF: Int[Tensor, "B F"]
+    ) -> Float[Tensor, "B S D"]:
+        """Hidden states that predict the opening, the field and the closing."""
+        said = torch.cat([self._context(batch, target.opening), tokens_BF, _repeated(target.closing, tokens_BF)], dim=1)
+        hidden_BSD, _ = self.backbone.read(batch, said[:, :-1])
+        return hidden_BSD[:, -(len(target.opening) + target.length + len(target.closing)) :]
+
+    def _hidden_of_head(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
+        """What the action head reads, and its mask: the hidden states of the queries, or of all that was observed."""
+        context_BC = self._context(batch, self.config.action_opening)
+        if self.config.head == "flow":
+            hidden_BSD, mask_BS = self.backbone.read(batch, context_BC)
+            return hidden_BSD, mask_BS.bool()
+        queries_BK = _repeated(tuple(self.config.vocabulary.rows("query")[: self.config.chunk]), context_BC)
+        hidden_BSD, mask_BS = self.backbone.read(batch, torch.cat([context_BC, queries_BK], dim=1))
+        return hidden_BSD[:, -self.config.chunk :], mask_BS[:, -self.config.chunk :].bool()
+
+    def _context(self, batch: Mapping[str, Tensor], opening: tuple[int, ...]) -> Int[Tensor, "B C"]:
+        """What stands between the observation and the field."""
+        opening_BC = _repeated(opening, batch["tokens_BT"])
+        return torch.cat([batch["state_BS"], opening_BC], dim=1) if self.config.state_dim else opening_BC
+
+    def _possible(self, hidden_BFD: Float[Tensor, "B F D"], target: Field) -> Float[Tensor, "B F R"]:
+        """Logits of the segment's rows, minus infinity where a position cannot have the row."""
         rows = self.config.vocabulary.rows(target.segment)
-        logits_BFR = logits_BFV[..., rows.start : rows.stop].float()
+        logits_BFR = self.backbone.logits(hidden_BFD, rows)
         sizes_F = torch.tensor(target.sizes_F, device=logits_BFR.device)
         impossible_FR = torch.arange(len(rows), device=logits_BFR.device) >= sizes_F[:, None]
         return logits_BFR.masked_fill(impossible_FR, -torch.inf)
 
+    def _freeze_unused_head(self) -> None:
+        """The language model's own head, where nothing is said in tokens and it is not the embedding too."""
+        language = self.backbone.language
+        if language.get_output_embeddings().weight is not language.get_input_embeddings().weight:
+            language.get_output_embeddings().requires_grad_(False)
 
-def _positions(mask_BP: Int[Tensor, "B P"]) -> Int[Tensor, "B P"]:
-    """Positions that do not count the padding, so that a padded sequence equals the same one alone."""
-    return (mask_BP.cumsum(-1) - 1).clamp(min=0)
+
+def _require_rows(what: str, bins: tuple[int, ...], dimensions: int, rows: int) -> None:
+    if len(bins) != dimensions or not 1 <= min(bins, default=0) <= max(bins, default=0) <= rows:
+        raise ValueError(f"{what} bins {bins} of {dimensions} dimensions do not fit the {rows} rows of their segment")
+
+
+def _repeated(tokens: tuple[int, ...], like_BX: Int[Tensor, "B X"]) -> Int[Tensor, "B C"]:
+    """The same tokens for each sample of a batch."""
+    return torch.tensor(tokens, dtype=torch.long, device=like_BX.device).expand(len(like_BX), -1)
 
 
 def _mean(values_BF: Float[Tensor, "B F"], counted_BF: Bool[Tensor, "B F"] | None) -> Float[Tensor, ""]:

@@ -9,7 +9,7 @@ instruction. The labels come from `lapa label`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,56 +18,40 @@ import tyro
 from lapa import config as configs
 from lapa.console import finish, is_main_process
 from lapa.data.dataset import Dataset
-from lapa.data.labels import Labels
+from lapa.data.labels import Labels, Manifest
 from lapa.data.steps import PolicySteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig
 from lapa.files import claim_output
-from lapa.policy.backbones import BackboneConfig, TinyConfig
-from lapa.policy.checkpoint import PolicyParts, is_policy
-from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.tokenizer import train_tokenizer
-from lapa.policy.training import open_steps, train_policy
-from lapa.policy.vocabulary import Vocabulary
+from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy
+from lapa.policy.model import PolicyConfig
+from lapa.policy.prompts import parse_prompts
+from lapa.policy.training import (
+    TrainingOptions,
+    choose_cameras,
+    choose_what_learns,
+    new_policy,
+    open_steps,
+    train_policy,
+)
 
 
 def _tiny_loop() -> LoopConfig:
     return LoopConfig(steps=700, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingOptions):
     """Pretrain a policy on the latent actions of videos. No robot actions are needed."""
 
-    data: tuple[Path, ...]
-    """Datasets to learn from."""
     labels: tuple[Path, ...]
-    """Their labels, one folder for each dataset, in the same order."""
-    out: Path
-    """Folder of the policy to write."""
-    preset: str = "tiny"
-    """debug, tiny or base: the values that the other options start from."""
+    """The datasets' labels, one folder for each dataset, in the same order."""
     lam_fingerprint: str | None = None
     """Refuse labels that another latent action model made."""
-    cameras: tuple[str, ...] = ()
-    """Cameras to see, one image slot each; by default each dataset's first."""
-    backbone: Annotated[BackboneConfig, tyro.conf.arg(name="")] = field(default_factory=TinyConfig)
-    prompt: str = "{instruction}"
-    """What the policy reads; {instruction} stands for the task in words."""
+    text_weight: float = 0.0
+    """Weight of the loss of the text around a latent action, where the backbone puts some (paper: 0.01)."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=_tiny_loop)
-    augment: bool = False
-    """Random crops, brightness and contrast."""
-    freeze_vision: bool = False
-    """Keep the vision tower as it is (the paper's recipe, for towers that were trained before)."""
-    held_out: float = 0.1
-    """Share of the episodes kept for evaluation."""
-    cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-    resume: bool = False
-    """Go on with the run that `out` holds."""
 
 
 def run(config: PretrainConfig) -> None:
@@ -78,12 +62,15 @@ def run(config: PretrainConfig) -> None:
         return
     datasets = [Dataset.open(path) for path in config.data]
     labels = open_labels(config.labels, datasets, config.lam_fingerprint)
+    seed_everything(config.loop.seed)
+    parts = _starting_policy(config, datasets, labels[0].manifest)
+    policy = parts.model.config
 
     def steps(split: str) -> PolicySteps:
         return PolicySteps(
             datasets,
-            config.backbone.image_size,
-            config.cameras or None,
+            policy.backbone.image_size,
+            config.cameras or (policy.cameras if config.policy else None),
             labels=labels,
             augment=config.augment and split == "train",
             seed=config.loop.seed,
@@ -93,14 +80,14 @@ def run(config: PretrainConfig) -> None:
         )
 
     training, held_out = open_steps(datasets, config.held_out, steps)
-    parts = _fresh_policy(config, datasets, labels)
+    choose_what_learns(parts.model, config)
     if is_main_process():
         claim_output(
             config.out,
             complete=is_policy(config.out),
             overwrite=config.overwrite,
             resume=config.resume,
-            inputs=[*config.data, *config.labels],
+            inputs=[*config.data, *config.labels, *([config.policy] if config.policy else [])],
         )
     run_config = {
         **configs.to_dict(config),
@@ -142,24 +129,37 @@ def open_labels(
     return labels
 
 
-def _fresh_policy(config: PretrainConfig, datasets: Sequence[Dataset], labels: Sequence[Labels]) -> PolicyParts:
-    seed_everything(config.loop.seed)
-    tokenizer = train_tokenizer(instructions(datasets, config.prompt))
-    manifest = labels[0].manifest
-    model = LatentPolicy(
-        PolicyConfig(
-            vocabulary=Vocabulary(text=len(tokenizer), latent=manifest.codebook_size),
-            cameras=config.cameras or datasets[0].cameras[:1],
-            backbone=config.backbone,
-            prompt=config.prompt,
-            latent_length=manifest.latent_length,
+def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manifest: Manifest) -> PolicyParts:
+    """A new policy, or the one to go on from, with the segment of the labels' latent actions."""
+    if config.policy is None:
+        segments = {"latent": manifest.codebook_size}
+        parts = new_policy(config, datasets, segments, latent_length=manifest.latent_length)
+        return replace(parts, model=parts.model.grown(_with_tags(parts, parts.model.config, config)))
+    if config.policy.resolve() == config.out.resolve():
+        raise ValueError(f"{config.out}: is the policy to start from; give another --out")
+    parts = load_policy(config.policy)
+    policy = parts.model.config
+    if policy.chunk:
+        raise ValueError(f"{config.policy}: has robot actions already; pretrain a policy that does not act yet")
+    known, wanted = (policy.vocabulary.latent, policy.latent_length), (manifest.codebook_size, manifest.latent_length)
+    if known not in ((0, 0), wanted):
+        raise ValueError(
+            f"{config.policy}: says latent actions of {known[1]} tokens out of {known[0]}, the labels hold {wanted[1]} "
+            f"out of {wanted[0]}; label the data with the latent action model that the policy was pretrained on"
         )
+    grown = replace(
+        policy,
+        vocabulary=replace(policy.vocabulary, latent=manifest.codebook_size),
+        latent_length=manifest.latent_length,
+        cameras=choose_cameras(config, policy, datasets),
+        prompts=policy.prompts
+        if (config.prompt, config.prompts) == ("plain", ())
+        else parse_prompts(config.prompt, config.prompts, [dataset.name for dataset in datasets]),
     )
-    if config.freeze_vision:
-        model.freeze_vision()
-    return PolicyParts(model, tokenizer)
+    parts.processor.grow(grown.vocabulary)
+    return replace(parts, model=parts.model.grown(_with_tags(parts, grown, config)))
 
 
-def instructions(datasets: Sequence[Dataset], prompt: str) -> list[str]:
-    """What a policy with this prompt reads in the datasets: the text that its tokenizer is trained on."""
-    return [prompt.replace("{instruction}", episode.instruction) for d in datasets for episode in d.episodes]
+def _with_tags(parts: PolicyParts, policy: PolicyConfig, config: PretrainConfig) -> PolicyConfig:
+    opening, closing = parts.processor.tags("latent")
+    return replace(policy, latent_opening=opening, latent_closing=closing, text_weight=config.text_weight)

@@ -3,7 +3,7 @@
     policy = Policy.from_pretrained("POLICY")
     actions_BKA = policy.infer([Observation({"corner4": image_HWC}, "open the drawer")])
 
-Axes: B batch, H W image, K chunk, A action dimensions.
+Axes: B batch, H W image, K chunk, A action dimensions, S state dimensions.
 """
 
 from __future__ import annotations
@@ -15,29 +15,59 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from lapa.data.action_space import ActionSpace
 from lapa.engine.distributed import pick_device
 from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.types import Observation
 
 
 class Policy:
-    """A finetuned policy on a device. Its pictures pass through the same transform as in training."""
+    """A finetuned policy on a device. Its pictures pass through the same transform as in training.
 
-    def __init__(self, parts: PolicyParts, device: torch.device) -> None:
-        self.model = parts.model.to(device).eval()
+    dataset: whose prompt it reads, for a policy that learned from several; by default its own.
+    """
+
+    def __init__(
+        self,
+        parts: PolicyParts,
+        device: torch.device,
+        dataset: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.model = parts.model.to(device=device, dtype=dtype).eval()
+        if compile:
+            self.model.backbone.compile_steps()
         self.inputs = parts.inputs
         self.device = device
+        self.dataset = dataset
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device: str = "auto") -> Policy:
-        """Loads a policy folder. ValueError where it is unfinished, or was pretrained and never finetuned."""
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        device: str = "auto",
+        dataset: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> Policy:
+        """Loads a policy folder. ValueError where it is unfinished, or was pretrained and never finetuned.
+
+        dtype: of the weights; by default as they were saved, and bfloat16 on a GPU, where policies are trained so.
+        compile: decode through torch.compile, on a GPU as CUDA graphs; the first calls take long.
+        """
         parts = load_policy(Path(folder))
-        if parts.bins is None:
+        if parts.codec is None:
             raise ValueError(
                 f"{folder}: only pretrained, it knows no robot actions; "
                 f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
             )
-        return cls(parts, pick_device(device))
+        where = pick_device(device)
+        if dtype is None and where.type == "cuda":
+            dtype = torch.bfloat16
+        return cls(parts, where, dataset, dtype=dtype, compile=compile)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -53,10 +83,23 @@ class Policy:
     def action_dim(self) -> int:
         return self.model.config.action_dim
 
+    @property
+    def state_dim(self) -> int:
+        """Dimensions of the state that every observation must bring; 0: none is needed."""
+        return self.model.config.state_dim
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """What the actions mean: names, which dimensions are binary, delta or absolute control."""
+        space = self.model.config.action_space
+        assert space is not None, "from_pretrained refuses a policy without actions"
+        return space
+
     def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
         """The next K actions for each observation, float32, in the robot's own units.
 
-        Raises ValueError for a missing camera, an image that is not uint8 RGB, and a state that is not finite.
+        Raises ValueError for a missing camera, an image that is not uint8 RGB, and a state that is missing, of
+        another width or not finite.
         """
         if not observations:
             return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
@@ -65,10 +108,12 @@ class Policy:
         batch = self.inputs.observed(
             [[observation.images[camera] for camera in self.cameras] for observation in observations],
             [observation.instruction for observation in observations],
+            [observation.state for observation in observations if observation.state is not None],
+            [self.dataset] * len(observations),
         )
-        bins_BKA = self.model.predict_actions({name: value.to(self.device) for name, value in batch.items()})
-        assert self.inputs.bins is not None, "from_pretrained refuses a policy without bins"
-        return self.inputs.bins.decode(bins_BKA.cpu().numpy())
+        said_BKA = self.model.predict_actions({name: value.to(self.device) for name, value in batch.items()})
+        assert self.inputs.codec is not None, "from_pretrained refuses a policy without actions"
+        return self.inputs.codec.decode(said_BKA.cpu().numpy())
 
     def _check(self, observation: Observation, number: int) -> None:
         missing = [camera for camera in self.cameras if camera not in observation.images]
@@ -84,5 +129,9 @@ class Policy:
                     f"observation {number}, camera {camera}: expected a uint8 image [H, W, 3], "
                     f"got {image.dtype} {list(image.shape)}"
                 )
-        if observation.state is not None and not np.isfinite(observation.state).all():
+        state = observation.state
+        if state is not None and not np.isfinite(state).all():
             raise ValueError(f"observation {number}: its state is not finite; mend the sensor's reading")
+        if self.state_dim and (state is None or np.shape(state) != (self.state_dim,)):
+            brought = "no state" if state is None else f"a state of shape {np.shape(state)}"
+            raise ValueError(f"observation {number} brings {brought}; this policy is told {self.state_dim} numbers")

@@ -1,4 +1,4 @@
-"""What pretraining and finetuning share: held-out figures, the run itself, and the folder in the end.
+"""What pretraining and finetuning share: their options, held-out figures, the run itself, and the folder in the end.
 
 Axes: B batch, K chunk, A action dimensions.
 """
@@ -6,10 +6,12 @@ Axes: B batch, K chunk, A action dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 from torch import Tensor, nn
 
 from lapa.console import is_main_process, say
@@ -17,13 +19,127 @@ from lapa.data.dataset import Dataset
 from lapa.data.steps import PolicySteps
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
+from lapa.policy.backbones import BackboneConfig, HfConfig, TinyConfig, create_backbone
+from lapa.policy.backbones.hf import native_image_size
 from lapa.policy.checkpoint import PolicyParts, save_policy
 from lapa.policy.inputs import PolicyInputs
-from lapa.policy.model import LatentPolicy
+from lapa.policy.model import LatentPolicy, PolicyConfig
+from lapa.policy.prompts import Prompts, parse_prompts
 
 # Held-out steps that an evaluation looks at, spread evenly over the held-out episodes.
 EVALUATION_STEPS = 256
 EVALUATION_BATCH = 64
+HF = "hf:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What `lapa policy pretrain` and `lapa policy finetune` have in common."""
+
+    data: tuple[Path, ...]
+    """Datasets to learn from."""
+    out: Path
+    """Folder of the policy to write."""
+    policy: Path | None = None
+    """The policy to start from."""
+    preset: str = "tiny"
+    """The values that the other options start from: debug, tiny, base, paper, smolvlm2-500m, qwen3-vl-2b or
+    paligemma-3b."""
+    backbone: str = "tiny"
+    """Without --policy: `tiny`, or `hf:` and the folder or hub id of an image-text model of transformers."""
+    hf_image_size: int | None = None
+    """Side of the square pictures that an `hf` backbone is given, in pixels; by default what it was made for."""
+    tiny: Annotated[TinyConfig, tyro.conf.arg(name="")] = field(default_factory=TinyConfig)
+    cameras: tuple[str, ...] = ()
+    """Cameras to see, one image slot each; by default those of the policy to start from, or each dataset's first."""
+    prompt: str = "plain"
+    """What the policy reads: plain, paper, openvla, or a template in which {instruction} stands for the task."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of single datasets: DATASET=PROMPT."""
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
+    freeze_vision: bool = False
+    """Keep the vision tower as it is (the paper's recipe, for towers that were trained before)."""
+    freeze_language: bool = False
+    """Keep the language model's layers as they are."""
+    lora_rank: int = 0
+    """Train low-rank adapters in the language model's layers instead of these (needs lapa[lora]); 0: none."""
+    augment: bool = False
+    """Random crops, brightness and contrast."""
+    held_out: float = 0.1
+    """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
+    cache_gib: float = 4.0
+    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
+    overwrite: bool = False
+    """Replace what `out` holds."""
+    resume: bool = False
+    """Go on with the run that `out` holds."""
+
+    def backbone_config(self) -> BackboneConfig:
+        """ValueError for a backbone that is not known."""
+        if self.backbone == "tiny":
+            return self.tiny
+        if self.backbone.startswith(HF) and self.backbone != HF:
+            source = self.backbone.removeprefix(HF)
+            return HfConfig(source=source, image_size=self.hf_image_size or native_image_size(source))
+        if self.backbone == "lwm":
+            raise ValueError(
+                "the backbone lwm has no weights of its own: import LWM-Chat-1M or LAPA-7B with `lapa import lapa-7b`, "
+                "and give the folder with --policy"
+            )
+        raise ValueError(
+            f"--backbone {self.backbone!r}: expected tiny, or hf:FOLDER or hf:HUB_ID of an image-text model; a policy "
+            "folder goes to --policy"
+        )
+
+
+def new_policy(
+    options: TrainingOptions, datasets: Sequence[Dataset], segments: dict[str, int], latent_length: int = 0
+) -> PolicyParts:
+    """A policy that has not learned any action yet: a fresh backbone, or a pretrained vision-language model."""
+    prompts = parse_prompts(options.prompt, options.prompts, [dataset.name for dataset in datasets])
+    cameras = options.cameras or datasets[0].cameras[:1]
+    config = options.backbone_config()
+    backbone, processor, vocabulary = create_backbone(
+        config, texts=instructions(datasets, prompts), num_cameras=len(cameras), segments=segments
+    )
+    policy = PolicyConfig(vocabulary, cameras, config, prompts, latent_length=latent_length)
+    return PolicyParts(LatentPolicy(policy, backbone), processor)
+
+
+def instructions(datasets: Sequence[Dataset], prompts: Prompts) -> list[str]:
+    """What a policy with these prompts reads in the datasets: the text that a new tokenizer is trained on."""
+    return [prompts.text(episode.instruction, d.name) for d in datasets for episode in d.episodes]
+
+
+def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Sequence[Dataset]) -> tuple[str, ...]:
+    """Which of the datasets' cameras fills each image slot: as told, or by name, or the only one for the only slot.
+
+    ValueError where that does not tell.
+    """
+    common = [name for name in datasets[0].cameras if all(name in dataset.cameras for dataset in datasets)]
+    chosen = options.cameras
+    if not chosen and all(name in common for name in policy.cameras):
+        chosen = policy.cameras
+    if not chosen and len(common) == len(policy.cameras) == 1:
+        chosen = tuple(common)
+    if not chosen:
+        raise ValueError(
+            f"{datasets[0].root}: has the cameras {', '.join(common)}, the policy was trained with "
+            f"{', '.join(policy.cameras)}; say with --cameras which take their place"
+        )
+    if len(chosen) != len(policy.cameras):
+        raise ValueError(
+            f"the policy has {len(policy.cameras)} image slots ({', '.join(policy.cameras)}), got the cameras "
+            f"{', '.join(chosen)}; give as many --cameras"
+        )
+    return chosen
+
+
+def choose_what_learns(model: LatentPolicy, options: TrainingOptions) -> None:
+    """Freezes what the options keep as it is, and adds adapters where they ask for them."""
+    if options.lora_rank:
+        model.add_adapters(options.lora_rank)
+    model.freeze(vision=options.freeze_vision, language=options.freeze_language and not options.lora_rank)
 
 
 def train_policy(
@@ -53,12 +169,13 @@ def train_policy(
         evaluate=evaluate,
     )
     if result.finished and is_main_process():
+        parts.model.merge_adapters()
         save_policy(out, parts, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
     return result.finished
 
 
 def held_out_figures(inputs: PolicyInputs, steps: PolicySteps) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation on held-out steps: loss and token accuracy given the true tokens before each, and for robot
+    """An evaluation on held-out steps: the loss and its parts given the true tokens before each, and for robot
 
     actions `action_error`, the mean absolute difference of the decoded chunk, in the robot's units.
     """
@@ -92,10 +209,10 @@ def _figures(
     model: LatentPolicy, inputs: PolicyInputs, items: Sequence[dict[str, Any]], batch: dict[str, Tensor]
 ) -> dict[str, float]:
     losses = model(batch)
-    figures = {"loss": float(losses.loss), "token_accuracy": float(losses.parts["token_accuracy"])}
+    figures = {"loss": float(losses.loss), **{name: float(value) for name, value in losses.parts.items()}}
     if "action_BKA" in batch:
-        assert inputs.bins is not None
-        decoded_BKA = inputs.bins.decode(model.predict_actions(batch).cpu().numpy())
+        assert inputs.codec is not None
+        decoded_BKA = inputs.codec.decode(model.predict_actions(batch).cpu().numpy())
         true_BKA = np.stack([item["actions_KA"] for item in items])
         counted_BK = np.stack([item["action_mask_K"] for item in items])
         figures["action_error"] = float(np.abs(decoded_BKA - true_BKA).mean(-1)[counted_BK].mean())

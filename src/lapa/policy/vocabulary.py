@@ -1,9 +1,11 @@
-"""One vocabulary with segments: text | latent actions | robot action bins.
+"""One vocabulary with segments: text | image codes | latent actions | robot action bins | state bins | queries.
 
 A token is a row of the language model's embedding and head; a code is its number within a segment. Latent actions
 are L tokens of the latent segment and robot actions A tokens of the bin segment, with rows shared by all positions,
 as in LAPA (https://arxiv.org/abs/2410.11758). So the model stays an ordinary causal language model, and a segment is
-added by adding rows at the end.
+added by adding rows at the end. Which segments a policy has depends on what it is: only a backbone with discrete
+images has image codes, only a policy that is told the robot's state has its bins, and queries are the places at which
+the `chunk` head reads the model's hidden states.
 
     vocabulary = Vocabulary(text=512, latent=8, bins=256)
     vocabulary.tokens("latent", codes_BL)     # 512 + codes
@@ -12,13 +14,13 @@ added by adding rows at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 
-Segment = Literal["text", "latent", "bins"]
-SEGMENTS: tuple[Segment, ...] = ("text", "latent", "bins")
+Segment = Literal["text", "vision", "latent", "bins", "state", "query"]
+SEGMENTS: tuple[Segment, ...] = get_args(Segment)
 
 Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
 
@@ -28,22 +30,24 @@ class Vocabulary:
     """How many rows each segment has, in the order in which they lie."""
 
     text: int
+    vision: int = 0
     latent: int = 0
     bins: int = 0
+    state: int = 0
+    query: int = 0
 
     def __post_init__(self) -> None:
-        if self.text < 1 or self.latent < 0 or self.bins < 0:
+        if self.text < 1 or min(self._sizes.values()) < 0:
             raise ValueError(f"a vocabulary needs text rows and no negative sizes, got {self}")
 
     @property
     def size(self) -> int:
-        return self.text + self.latent + self.bins
+        return sum(self._sizes.values())
 
     def rows(self, segment: Segment) -> range:
         """The tokens of a segment."""
-        sizes = {name: int(getattr(self, name)) for name in SEGMENTS}
-        first = sum(sizes[name] for name in SEGMENTS[: SEGMENTS.index(segment)])
-        return range(first, first + sizes[segment])
+        first = sum(self._sizes[name] for name in SEGMENTS[: SEGMENTS.index(segment)])
+        return range(first, first + self._sizes[segment])
 
     def tokens(self, segment: Segment, codes: Integers) -> Integers:
         """Codes of a segment as tokens. Raises ValueError for a code that the segment does not have."""
@@ -54,6 +58,10 @@ class Vocabulary:
         """The inverse of `tokens`. Raises ValueError for a token of another segment."""
         self._require(segment, tokens, self.rows(segment), "tokens")
         return tokens - self.rows(segment).start
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {name: int(getattr(self, name)) for name in SEGMENTS}
 
     def _require(self, segment: Segment, values: Integers, allowed: range, what: str) -> None:
         count = int(np.prod(values.shape))

@@ -102,6 +102,8 @@ def run(config: MetaworldConfig) -> None:
         cameras=dict.fromkeys(config.cameras, (config.size, config.size)),
         action_names=ACTION_NAMES if config.actions else None,
         state_names=STATE_NAMES if config.actions else None,
+        # The gripper's number is the effort with which it closes, anywhere from -1 to 1.
+        control="delta",
         robot_type="metaworld-sawyer",
         extra_info={"made_by": "lapa data metaworld", **_settings(config)},
         resume=config.resume,

@@ -132,8 +132,10 @@ def run(config: RldsConfig) -> None:
         config.out,
         fps=fps,
         cameras=dict.fromkeys(layout.cameras, (config.size, config.size)),
-        action_names=dimension_names(layout.actions, layout.action_names),
+        action_names=layout.action_names,
         state_names=dimension_names(layout.states),
+        binary_actions=layout.binary_actions,
+        control=layout.control,
         extra_info={"made_by": "lapa data rlds", "dataset": name, "version": config.folder.name, **settings},
         resume=config.resume,
     )

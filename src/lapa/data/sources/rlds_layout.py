@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa.config import unknown
+from lapa.data.action_space import Control
 from lapa.files import read_json
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
@@ -26,18 +27,23 @@ class Known:
     """What the files of a dataset do not tell.
 
     fps: its control rate; action_keys: the step features that make up its action; action_names: one a dimension.
+    binary_actions: the names of the switches among them; control: whether the robot moves by the action or to it.
     """
 
     fps: float | None = None
     action_keys: tuple[str, ...] = ("action",)
     action_names: tuple[str, ...] = ()
+    binary_actions: tuple[str, ...] = ()
+    control: Control | None = None
 
 
 RT1_ACTION = ("action/world_vector", "action/rotation_delta", "action/gripper_closedness_action")
+BRIDGE = Known(5, action_names=DELTA_POSE, binary_actions=("gripper",), control="delta")
 KNOWN = {
-    "bridge_dataset": Known(5, action_names=DELTA_POSE),
-    "bridge_orig": Known(5, action_names=DELTA_POSE),
-    "fractal20220817_data": Known(3, RT1_ACTION, DELTA_POSE),
+    "bridge_dataset": BRIDGE,
+    "bridge_orig": BRIDGE,
+    # Its gripper says open, shut or as it is: three values.
+    "fractal20220817_data": Known(3, RT1_ACTION, DELTA_POSE, control="delta"),
 }
 
 
@@ -51,13 +57,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """Features to read, by their names in a record. cameras: name -> feature; actions, states: feature -> width."""
+    """Features to read, by their names in a record. cameras: name -> feature; actions, states: feature -> width.
+
+    action_names: one a dimension, None without actions; binary_actions, control: what is known of them.
+    """
 
     cameras: dict[str, str]
     instruction: str | None
     actions: dict[str, int]
     states: dict[str, int]
-    action_names: tuple[str, ...] = ()
+    action_names: list[str] | None
+    binary_actions: tuple[str, ...] = ()
+    control: Control | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -115,12 +126,18 @@ def choose_layout(
                 "name those that make up the action with --action-keys, or give --no-actions"
             )
     state_keys = [STATE] if actions and STATE in widths else []
+    action_widths = {f"steps/{key}": widths[key] for key in action_keys}
+    names = dimension_names(action_widths, known.action_names)
+    # Of other features than the known ones, or fewer or more numbers, nothing is known.
+    fits = tuple(action_keys) == known.action_keys and names == list(known.action_names)
     return Layout(
         {camera: images[camera] for camera in cameras or images},
         instruction,
-        {f"steps/{key}": widths[key] for key in action_keys},
+        action_widths,
         {f"steps/{key}": widths[key] for key in state_keys},
-        known.action_names,
+        names,
+        known.binary_actions if fits else (),
+        known.control if fits else None,
     )
 
 

@@ -123,6 +123,7 @@ def write_synthetic_dataset(
         cameras={CAMERA: (size, size)},
         action_names=names,
         state_names=names,
+        control="delta",
         robot_type="square",
         extra_info={"made_by": "lapa data synthetic", "episodes": episodes, "frames": frames, "seed": seed},
         resume=resume,

@@ -1,39 +1,75 @@
-"""Backbones: what sees and what speaks. A policy asks no more of one than the interface below.
+"""The backbones, by the `kind` of their config.
 
-`tiny` is trained from scratch and downloads nothing.
+tiny  a small residual network and a small Llama, from scratch, without a download
+hf    any image-text model of transformers
+lwm   Llama over discrete image codes: the released LAPA-7B and LWM
+
+Each has a module with `create`, a backbone to begin training from; `renew`, the same for a vocabulary that there is
+already; and `load`, one from a policy folder.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
-import torch
-from jaxtyping import Float, UInt8
-from torch import nn
-from transformers import PreTrainedModel
+from lapa.policy.backbones.base import Backbone, Memory, Processor, Tags
+from lapa.policy.backbones.hf import HfConfig
+from lapa.policy.backbones.lwm import LwmConfig
+from lapa.policy.backbones.tiny import TinyConfig
+from lapa.policy.vocabulary import Vocabulary
 
-from lapa.policy.backbones.tiny import TinyBackbone, TinyConfig
+BackboneConfig = TinyConfig | HfConfig | LwmConfig
 
-BackboneConfig = TinyConfig
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "HfConfig",
+    "LwmConfig",
+    "Memory",
+    "Processor",
+    "Tags",
+    "TinyConfig",
+    "create_backbone",
+    "load_backbone",
+    "renew_backbone",
+]
 
 
-class Backbone(Protocol):
-    """An `nn.Module` with a vision tower and a causal language model of transformers.
+def create_backbone(
+    config: BackboneConfig, *, texts: Iterable[str], num_cameras: int, segments: Mapping[str, int]
+) -> tuple[Backbone, Processor, Vocabulary]:
+    """A backbone to begin training from: fresh (`tiny`) or pretrained on images and text (`hf`).
 
-    vision: what `freeze_vision` freezes.
-    language: called with `inputs_embeds`; its input embedding and head have a row for each token of the vocabulary.
+    texts: what the policy will read; segments: rows of each segment after the text. ValueError where the config's
+    source cannot be read.
     """
-
-    @property
-    def vision(self) -> nn.Module: ...
-
-    @property
-    def language(self) -> PreTrainedModel: ...
-
-    def embed_images(self, images_BVHWC: UInt8[torch.Tensor, "B V H W 3"]) -> Float[torch.Tensor, "B N D"]:
-        """The image tokens of V cameras, in the language model's width."""
+    created: tuple[Backbone, Processor, Vocabulary] = _module(config).create(
+        config, texts=texts, num_cameras=num_cameras, segments=segments
+    )
+    return created
 
 
-def build_backbone(config: BackboneConfig, *, num_cameras: int, vocabulary_size: int) -> Backbone:
-    """A freshly initialised backbone."""
-    return TinyBackbone(config, num_cameras=num_cameras, vocabulary_size=vocabulary_size)
+def renew_backbone(config: BackboneConfig, vocabulary: Vocabulary, *, num_cameras: int) -> Backbone:
+    """A backbone that has learned no action, for a vocabulary that there is already: fresh (`tiny`), or as its source
+
+    has it (`hf`). ValueError where there is no such thing (`lwm`).
+    """
+    renewed: Backbone = _module(config).renew(config, vocabulary, num_cameras)
+    return renewed
+
+
+def load_backbone(
+    config: BackboneConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
+) -> tuple[Backbone, Processor]:
+    """What `Backbone.save` and `Processor.save` wrote into two folders. ValueError naming what is missing or odd."""
+    loaded: tuple[Backbone, Processor] = _module(config).load(
+        config, model, processor, vocabulary=vocabulary, num_cameras=num_cameras
+    )
+    return loaded
+
+
+def _module(config: BackboneConfig) -> Any:
+    return importlib.import_module(f"lapa.policy.backbones.{config.kind}")

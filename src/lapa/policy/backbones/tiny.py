@@ -10,22 +10,35 @@ Axes: B batch, V cameras, H W image, N image tokens of all cameras, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
 
+import numpy as np
 import torch
+import tyro
 from einops import rearrange
-from jaxtyping import Float, UInt8
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetModel
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ResNetConfig, ResNetModel
+
+from lapa.data.transforms import resize_and_crop
+from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
+from lapa.policy.tokenizer import load_tokenizer, train_tokenizer
+from lapa.policy.vocabulary import Segment, Vocabulary
 
 # The stem halves the image twice, each further stage once.
 STEM_STRIDE = 4
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class TinyConfig:
     """Sizes of the `tiny` backbone; the defaults are the preset `tiny`."""
 
+    kind: Annotated[Literal["tiny"], tyro.conf.Suppress] = "tiny"
     image_size: int = 64
     """Side of the square image that the vision tower sees, in pixels."""
     vision_widths: tuple[int, ...] = (32, 64, 128)
@@ -50,23 +63,103 @@ class TinyConfig:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads of an even width")
 
 
-class TinyBackbone(nn.Module):
+@dataclass(frozen=True)
+class TinyProcessor:
+    """Pictures at the tower's size, and text by the policy's own tokenizer."""
+
+    tokenizer: PreTrainedTokenizerFast
+    image_size: int
+
+    def __call__(
+        self, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], prompts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """`images_BVHWC` uint8, `tokens_BT` and `mask_BT`."""
+        return {"images_BVHWC": square_images(images, self.image_size), **left_padded(self.tokenizer, prompts)}
+
+    def tags(self, segment: Segment) -> Tags:
+        """None: a field stands alone."""
+        return (), ()
+
+    def grow(self, vocabulary: Vocabulary) -> None:
+        """Nothing: the segments lie beyond the tokenizer's own tokens."""
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer, as transformers does."""
+        self.tokenizer.save_pretrained(str(folder))
+
+
+class TinyBackbone(PrefixBackbone):
     """ResNet features on a grid, projected to a prefix of image tokens, before a Llama."""
+
+    language: LlamaForCausalLM
 
     def __init__(self, config: TinyConfig, *, num_cameras: int, vocabulary_size: int) -> None:
         super().__init__()
-        self.vision = _vision_tower(config)
+        self.config = config
+        self.tower = _vision_tower(config)
         self.project = nn.Linear(config.vision_widths[-1], config.width)
         self.position_VND = nn.Parameter(0.02 * torch.randn(num_cameras, config.grid**2, config.width))
         self.language = LlamaForCausalLM(_llama_config(config, vocabulary_size))
 
-    def embed_images(self, images_BVHWC: UInt8[torch.Tensor, "B V H W 3"]) -> Float[torch.Tensor, "B N D"]:
+    @property
+    def vision(self) -> nn.Module:
+        return self.tower
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.language.model.layers)
+
+    def embed_images(self, images_BVHWC: UInt8[Tensor, "B V H W 3"]) -> Float[Tensor, "B N D"]:
         """uint8 images of side `image_size` to image tokens: camera by camera, row by row."""
         num_cameras = images_BVHWC.shape[1]
-        pixels = rearrange(images_BVHWC, "b v h w c -> (b v) c h w").float() / 127.5 - 1
-        features = self.vision(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state
+        pixels = rearrange(images_BVHWC, "b v h w c -> (b v) c h w").to(self.project.weight.dtype) / 127.5 - 1
+        features = self.tower(pixels.contiguous(memory_format=torch.channels_last)).last_hidden_state
         tokens_BVND = self.project(rearrange(features, "(b v) c h w -> b v (h w) c", v=num_cameras))
         return rearrange(tokens_BVND + self.position_VND, "b v n d -> b (v n) d")
+
+    def prefix(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B P D"], Int[Tensor, "B P"]]:
+        image_BND = self.embed_images(batch["images_BVHWC"])
+        text_BTD = self._embed(batch["tokens_BT"])
+        mask_BP = F.pad(batch["mask_BT"], (image_BND.shape[1], 0), value=1)
+        return torch.cat([image_BND, text_BTD.to(image_BND.dtype)], dim=1), mask_BP
+
+    def save(self, folder: Path) -> None:
+        save_weights(self, folder / WEIGHTS)
+
+
+def create(
+    config: TinyConfig, *, texts: Iterable[str], num_cameras: int, segments: Mapping[str, int]
+) -> tuple[TinyBackbone, TinyProcessor, Vocabulary]:
+    """A freshly initialised backbone, with a tokenizer trained on the texts that the policy will read."""
+    processor = TinyProcessor(train_tokenizer(texts), config.image_size)
+    vocabulary = Vocabulary(text=len(processor.tokenizer), **segments)
+    return renew(config, vocabulary, num_cameras), processor, vocabulary
+
+
+def renew(config: TinyConfig, vocabulary: Vocabulary, num_cameras: int) -> TinyBackbone:
+    """Fresh weights for a vocabulary that there is already."""
+    return TinyBackbone(config, num_cameras=num_cameras, vocabulary_size=vocabulary.size)
+
+
+def load(
+    config: TinyConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
+) -> tuple[TinyBackbone, TinyProcessor]:
+    """What `save` wrote. ValueError naming the file that is missing or does not fit."""
+    backbone = renew(config, vocabulary, num_cameras)
+    load_weights(backbone, model / WEIGHTS)
+    return backbone, TinyProcessor(load_tokenizer(processor), config.image_size)
+
+
+def square_images(images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], size: int) -> UInt8[Tensor, "B V H W 3"]:
+    """The pictures of each sample, scaled and cropped to squares."""
+    squares = [np.concatenate([resize_and_crop(image[None], size) for image in one]) for one in images]
+    return torch.from_numpy(np.stack(squares))
+
+
+def left_padded(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """`tokens_BT` and `mask_BT` of the prompts."""
+    text = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
+    return {"tokens_BT": text["input_ids"], "mask_BT": text["attention_mask"]}
 
 
 def _vision_tower(config: TinyConfig) -> ResNetModel:

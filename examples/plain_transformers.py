@@ -1,0 +1,66 @@
+"""A pretrained policy in plain transformers: latent actions by `generate`, with nothing of ours but a logits mask.
+
+lapa policy pretrain --preset smolvlm --data DATASET --labels LABELS --out POLICY
+python examples/plain_transformers.py POLICY image.png "open the drawer"
+
+For a policy of one camera that is not told the robot's state.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+
+
+class OnlyLatentActions(LogitsProcessor):
+    """Leaves the tokens `<latent_0>`, `<latent_1>`, ... and no others."""
+
+    def __init__(self, tokenizer) -> None:
+        self.allowed = [row for token, row in tokenizer.get_vocab().items() if token.startswith("<latent_")]
+
+    def __call__(self, input_ids, scores):
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, self.allowed] = scores[:, self.allowed]
+        return masked
+
+
+def main(policy: Path, image: Path, instruction: str) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(policy / "model")
+    tokenizer = AutoTokenizer.from_pretrained(policy / "processor")
+    image_processor = AutoImageProcessor.from_pretrained(policy / "processor", backend="pil")
+    config = json.loads((policy / "config.json").read_text())["policy"]
+    # What stands around the words: the chat template, each image written out as its placeholder tokens.
+    layout = json.loads((policy / "processor" / "layout.json").read_text())
+
+    prompt = layout["before"] + config["prompts"]["default"].replace("{instruction}", instruction) + layout["after"]
+    inputs = tokenizer(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
+    picture = ImageOps.fit(Image.open(image).convert("RGB"), (layout["image_size"], layout["image_size"]))
+    inputs |= image_processor([[picture]], return_tensors="pt")
+    # Two families are told what each token is: of an image (Qwen), or of a prompt read in both directions (PaliGemma).
+    if layout["model_type"].startswith("qwen"):
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+    if layout["model_type"] == "paligemma":
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+
+    said = model.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=config["latent_length"],
+        logits_processor=LogitsProcessorList([OnlyLatentActions(tokenizer)]),
+    )
+    print(tokenizer.decode(said[0, inputs["input_ids"].shape[1] :]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,170 @@
+"""A model too large for each GPU: weights, gradients and optimiser state shared out over the processes.
+
+FSDP2, torch's `fully_shard`: a unit (a block of the model) is gathered where it is used and dropped after.
+
+torchrun --nproc-per-node 8 -m lapa policy pretrain --shard --preset paper ...
+
+A checkpoint of it is a folder that every process writes its share to, and that any number of processes can read.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from lapa.engine.checkpoint import RunState, lasting, require_same_run, restore_random_states
+from lapa.engine.distributed import Processes
+from lapa.files import read_json, write_json
+
+
+@dataclass(frozen=True)
+class PlainModule:
+    """What a module was before it was sharded: its class, its attributes' names, and its hooks."""
+
+    cls: type[nn.Module]
+    names: frozenset[str]
+    hooks: dict[str, Any]
+
+
+def shard(
+    model: nn.Module, processes: Processes, *, half: bool = False, compile: bool = False
+) -> dict[nn.Module, PlainModule]:
+    """Shares the parameters of `model` out over the processes, in place; returns what `gather` needs to undo it.
+
+    Units are `model.shard_units()` where it has them, and the model itself. Methods of the model named in its
+    `sharded_methods` may be called as its forward may, and its `after_sharding()` is called in the end. The model may
+    be on the CPU: units go to the device one by one.
+    half: a unit is gathered in bf16, weights stay as they are, gradients are added up in fp32. What is computed in
+    which precision is left to autocast, as without sharding.
+    Raises ValueError for a parameter that is a single number without an axis, which cannot be shared out.
+    """
+    scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise ValueError(f"cannot shard the parameter {scalars[0]!r}, which has no axis; give it the shape [1]")
+    before = {module: _plain(module) for module in model.modules()}
+    units: Sequence[nn.Module] = model.shard_units() if hasattr(model, "shard_units") else []  # type: ignore[operator]
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    policy = MixedPrecisionPolicy()
+    if half:
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for unit in units:
+        if compile:
+            unit.compile()
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for name in getattr(model, "sharded_methods", ()):
+        register_fsdp_forward_method(model, name)
+    getattr(model, "after_sharding", lambda: None)()
+    return before
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops what a forward without backward left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather(model: nn.Module, before: dict[nn.Module, PlainModule], *, keep: bool) -> None:
+    """Undoes `shard`: an ordinary module on the CPU, whole where `keep` is set, without storage (meta) elsewhere.
+
+    Every process must call this. The optimiser is of no use afterwards, and the same module cannot be sharded again.
+    """
+    reshard(model)
+    whole: dict[nn.Parameter, nn.Parameter] = {}
+    for module, plain in before.items():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in whole:
+                whole[parameter] = _gathered(parameter, keep=keep)
+            module._parameters[name] = whole[parameter]
+        module.__class__ = plain.cls
+        for name in vars(module).keys() - plain.names:
+            delattr(module, name)
+        vars(module).update(plain.hooks)
+    if keep:
+        model.to("cpu")
+
+
+def prepare_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimiser's state of all weights, as it is before the first step.
+
+    So a checkpoint has it of weights that no step has reached, too: a load asks for all.
+    """
+    get_state_dict(model, optimizer)
+    for state in optimizer.state.values():
+        # It has made a step without gradients.
+        state["step"].zero_()
+
+
+def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[str, Any]]) -> None:
+    """Writes the run's state into a folder beside `path`, and then `path`, which names it and holds what is no tensor.
+
+    Every process must call this. What was there before stays whole until this is.
+    """
+    written = path.parent / f"step-{step}"
+    if dist.get_rank() == 0 and written.exists():
+        shutil.rmtree(written)
+    dist.barrier()
+    weights, moments = get_state_dict(run.model, run.optimizer)
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=written)
+    except (CheckpointException, OSError) as error:
+        raise OSError(
+            f"{written}: could not be written ({_reason(error)}); make room, then go on with --resume"
+        ) from error
+    if dist.get_rank() == 0:
+        state = {"step": step, "folder": written.name, "run_config": lasting(run.run_config), "random": random_states}
+        write_json(path, state)
+        for old in path.parent.glob("step-*"):
+            if old != written:
+                shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_sharded(path: Path, run: RunState, *, rank: int, world: int) -> int:
+    """Restores what `save_sharded` wrote, by any number of processes, and returns the step; as `load_checkpoint`."""
+    latest = read_json(path)
+    require_same_run(path, latest["run_config"], run.run_config)
+    weights, moments = get_state_dict(run.model, run.optimizer)
+    try:
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path.parent / latest["folder"])
+    except (CheckpointException, OSError) as error:
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({_reason(error)}); use --overwrite to start anew"
+        ) from error
+    set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
+    step = int(latest["step"])
+    restore_random_states(latest["random"], step=step, rank=rank, world=world)
+    return step
+
+
+def _plain(module: nn.Module) -> PlainModule:
+    hooks = {name: copy.copy(value) for name, value in vars(module).items() if "hooks" in name}
+    return PlainModule(type(module), frozenset(vars(module)), hooks)
+
+
+def _gathered(parameter: nn.Parameter, *, keep: bool) -> nn.Parameter:
+    full = parameter.data.full_tensor() if isinstance(parameter.data, DTensor) else parameter.data
+    full = full.cpu() if keep else torch.empty_like(full, device="meta")
+    return nn.Parameter(full, requires_grad=parameter.requires_grad)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line: above it, DCP gives the traceback of each process."""
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -1,0 +1,72 @@
+"""Turns the latent action model that LAPA's authors released (`laq_openx.pt`) into a LAM folder of this project.
+
+    lapa import laq laq_openx.pt --out LAM
+
+LAPA (https://arxiv.org/abs/2410.11758), https://github.com/LatentActionPretraining/LAPA. The file is a state dict of
+493 tensors, 343,796,080 parameters; it is read without running what a pickle may hold, and each name is accounted for.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from lapa import config as configs
+from lapa.console import finish
+from lapa.files import claim_output, read_json, write_json
+from lapa.latent.model import CONFIG
+from lapa.latent.released import PUBLISHED_CONFIG, from_released
+
+
+@dataclass(frozen=True)
+class ImportLaqConfig:
+    """Import the released latent action model."""
+
+    weights: tyro.conf.Positional[Path]
+    """The released laq_openx.pt."""
+    out: Path
+    """Folder of the latent action model to write."""
+    sizes: Path | None = None
+    """JSON with the sizes of a model other than the published one, under the authors' names."""
+    overwrite: bool = False
+    """Replace what `out` holds."""
+
+
+def run(config: ImportLaqConfig) -> None:
+    """`lapa import laq`. Raises ValueError on a file that is missing, truncated or does not fit."""
+    published = PUBLISHED_CONFIG if config.sizes is None else read_json(config.sizes)
+    if not isinstance(published, dict):
+        raise ValueError(f"{config.sizes}: expected an object with the sizes of a released model")
+    weights = read_weights(config.weights)
+    try:
+        model = from_released(weights, published)
+    except ValueError as error:
+        raise ValueError(f"{config.weights}: {error}") from None
+    complete = (config.out / CONFIG).exists()
+    claim_output(config.out, complete=complete, overwrite=config.overwrite, inputs=[config.weights])
+    write_json(config.out / "metrics.json", {})
+    model.save_pretrained(config.out, configs.to_dict(config))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    next_commands = [f"lapa latent probe {config.out} --data DATASET", f"lapa label --lam {config.out} --data DATASET"]
+    finish(f"latent action model of {parameters:,} parameters", config.out, next_commands)
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file of torch, without running any code in it. ValueError naming the file where that fails."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name the released laq_openx.pt")
+    try:
+        weights: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: truncated, or not a file of tensors alone ({reason})") from None
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ValueError(f"{path}: not a state dict; expected names and tensors")
+    return weights

@@ -1,0 +1,295 @@
+"""The `hf` backbone: any image-text model of transformers, from a folder or the hub.
+
+It keeps its tokenizer, its image processor and its layout of a prompt (hf_inputs.py). The segments of the vocabulary
+are rows at the end of its embedding and head, so that what is saved is an ordinary folder of transformers. Proven on
+SmolVLM, Qwen2.5-VL, Qwen3-VL and PaliGemma; others work where images stand in the text as placeholder tokens.
+
+    lapa policy pretrain --preset smolvlm --data DATASET --labels LABELS --out POLICY
+    python examples/plain_transformers.py POLICY image.png "open the drawer"
+
+Axes: B batch, V cameras, P observation tokens (images and prompt), F tokens after it, S = P + F, D width, R rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+import tyro
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lapa import files
+from lapa.policy.backbones.base import Backbone, Memory, positions, require_room
+from lapa.policy.backbones.hf_inputs import HfProcessor, model_images
+from lapa.policy.vocabulary import SEGMENTS, Vocabulary
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+PROVEN = "SmolVLM, Qwen2.5-VL, Qwen3-VL or PaliGemma"
+# Of a row's distance from the mean: new rows differ from one another, but hardly from an average word.
+NEW_ROW_NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """An image-text model of transformers."""
+
+    kind: Annotated[Literal["hf"], tyro.conf.Suppress] = "hf"
+    source: str = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+    """Folder or hub id of the model that training starts from."""
+    image_size: int = 512
+    """Side of the square image that the model sees, in pixels; which sizes it can take depends on the model."""
+
+
+class HfBackbone(Backbone):
+    """`language` is the whole image-text model, vision tower and projection included."""
+
+    config: HfConfig
+
+    def __init__(self, config: HfConfig, language: PreTrainedModel, vocabulary: Vocabulary) -> None:
+        """vocabulary: what the rows of `language` mean now. ValueError for a model that this cannot use."""
+        super().__init__()
+        self.config, self.language, self.vocabulary = config, language, vocabulary
+        self._takes = frozenset(inspect.signature(language.base_model.forward).parameters)
+
+    @property
+    def vision(self) -> nn.Module:
+        """The vision tower. Qwen keeps its projection (merger) inside the tower: what is left are the other parts."""
+        tower = self.language.get_encoder(modality="image")
+        parts = [child for name, child in tower.named_children() if "merger" not in name]
+        return tower if len(parts) == len(list(tower.children())) else nn.ModuleList(parts)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [module for module in self.language.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def read(
+        self, batch: Mapping[str, Tensor], tokens_BF: Int[Tensor, "B F"]
+    ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"]]:
+        mask_BS = F.pad(batch["mask_BT"], (0, tokens_BF.shape[1]), value=1)
+        observed = self._positions(batch)
+        after = _next(observed) + torch.arange(tokens_BF.shape[1], device=mask_BS.device)
+        output = self._inner(
+            input_ids=torch.cat([batch["tokens_BT"], tokens_BF], dim=1),
+            attention_mask=mask_BS,
+            position_ids=torch.cat([observed, after.expand(*observed.shape[:-1], -1)], dim=-1),
+            use_cache=False,
+            **self._images(batch),
+            **self._prefix_types(batch, tokens_BF.shape[1]),
+        )
+        return output.last_hidden_state, mask_BS
+
+    def begin(self, batch: Mapping[str, Tensor], room: int) -> tuple[Float[Tensor, "B 1 D"], Memory]:
+        observed = self._positions(batch)
+        memory = self.new_memory(batch["mask_BT"], _next(observed), room)
+        output = self._inner(
+            input_ids=batch["tokens_BT"],
+            attention_mask=memory.mask_BS,
+            position_ids=observed,
+            past_key_values=memory.cache,
+            use_cache=True,
+            **self._images(batch),
+            **self._prefix_types(batch, 0),
+        )
+        return output.last_hidden_state[:, -1:], memory
+
+    def advance(self, memory: Memory, tokens_BF: Int[Tensor, "B F"]) -> Float[Tensor, "B F D"]:
+        position_ids = memory.grow(tokens_BF)
+        return self.step(
+            input_ids=tokens_BF,
+            attention_mask=memory.mask_BS,
+            position_ids=position_ids.expand(3, -1, -1) if self._has_grid_positions else position_ids,
+            past_key_values=memory.cache,
+            use_cache=True,
+        )
+
+    def logits(self, hidden_BFD: Float[Tensor, "B F D"], rows: range) -> Float[Tensor, "B F R"]:
+        logits_BFR = super().logits(hidden_BFD, rows)
+        cap = getattr(self.language.config.get_text_config(), "final_logit_softcapping", None)
+        return logits_BFR if cap is None else cap * torch.tanh(logits_BFR / cap)
+
+    def resize(self, vocabulary: Vocabulary) -> None:
+        """New rows are the mean of the text's, and a little noise. ValueError where rows that mean something move."""
+        for segment in SEGMENTS:
+            old, new = self.vocabulary.rows(segment), vocabulary.rows(segment)
+            if len(old) and (old.start != new.start or len(new) < len(old)):
+                raise ValueError(
+                    f"the {segment} segment has rows {old.start} to {old.stop - 1} and cannot move to {new.start} to "
+                    f"{new.stop - 1}: start from a policy without it"
+                )
+        new_rows = slice(self.vocabulary.size, vocabulary.size)
+        super().resize(vocabulary)
+        embedding, head = _matrices(self.language)
+        for weight in (embedding,) if embedding is head else (embedding, head):
+            _fill_rows(weight, new_rows, self.vocabulary.text)
+        self.vocabulary = vocabulary
+
+    def save(self, folder: Path) -> None:
+        self.language.save_pretrained(folder)
+
+    @property
+    def _inner(self) -> Any:
+        """The model without its head."""
+        return self.language.base_model
+
+    @property
+    def _has_grid_positions(self) -> bool:
+        """Whether positions are of three axes (Qwen's M-RoPE): time, row and column."""
+        return hasattr(self._inner, "get_rope_index")
+
+    def _positions(self, batch: Mapping[str, Tensor]) -> Int[Tensor, "... B P"]:
+        """Positions of the observation, which do not count the padding; of three axes where the model has them."""
+        tokens_BT, mask_BT = batch["tokens_BT"], batch["mask_BT"]
+        if not self._has_grid_positions:
+            return positions(mask_BT) + int(_is_paligemma(self.language.config))
+        # It walks through the tokens in Python: on the CPU, so as not to wait for the device at each.
+        found, _ = self._inner.get_rope_index(
+            tokens_BT.cpu(),
+            mm_token_type_ids=(tokens_BT == self.language.config.image_token_id).int().cpu(),
+            image_grid_thw=batch["image_grid_thw"].flatten(0, 1).cpu(),
+            attention_mask=mask_BT.cpu(),
+        )
+        return found.to(tokens_BT.device)
+
+    def _images(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the image processor, as the model wants them."""
+        return model_images({name: value for name, value in batch.items() if name in self._takes})
+
+    def _prefix_types(self, batch: Mapping[str, Tensor], num_after: int) -> dict[str, Tensor]:
+        """PaliGemma's prompt sees all of itself; what comes after it is causal."""
+        if not _is_paligemma(self.language.config):
+            return {}
+        return {"token_type_ids": F.pad(torch.zeros_like(batch["tokens_BT"]), (0, num_after), value=1)}
+
+
+def create(
+    config: HfConfig,
+    *,
+    texts: Iterable[str],
+    num_cameras: int,
+    segments: Mapping[str, int],
+) -> tuple[HfBackbone, HfProcessor, Vocabulary]:
+    """The source's model with rows for the segments. ValueError where the source is not whole or no image-text model.
+
+    texts: not looked at; the model brings its own tokenizer.
+    """
+    del texts
+    folder = files.hub_folder(config.source, FILES)
+    language = _load_language(folder, config.source)
+    processor = HfProcessor.from_source(
+        folder,
+        language,
+        name=config.source,
+        image_size=config.image_size,
+        num_cameras=num_cameras,
+    )
+    text = len(processor.tokenizer)
+    vocabulary = Vocabulary(text=text, **segments)
+    processor.grow(vocabulary)
+    return _grown(config, language, vocabulary), processor, vocabulary
+
+
+def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackbone:
+    """The source's model again, with fresh rows for a vocabulary that there is already. ValueError as in `create`."""
+    del num_cameras
+    return _grown(config, _load_language(files.hub_folder(config.source, FILES), config.source), vocabulary)
+
+
+def load(
+    config: HfConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
+) -> tuple[HfBackbone, HfProcessor]:
+    """What `save` wrote. ValueError naming what is missing or does not fit."""
+    language = _load_language(model, str(model))
+    rows = len(_matrices(language)[0])
+    if rows < vocabulary.size:
+        raise ValueError(f"{model}: has {rows} rows for a vocabulary of {vocabulary.size}; train the policy again")
+    return HfBackbone(config, language, vocabulary), HfProcessor.load(processor, num_cameras=num_cameras)
+
+
+def native_image_size(source: str) -> int:
+    """The side of the square images that a model was made for, in pixels; 224 for one that takes any (Qwen)."""
+    folder = files.hub_folder(source, ["config.json"])
+    size = getattr(getattr(_read_config(folder, source), "vision_config", None), "image_size", None)
+    return size if isinstance(size, int) else 224
+
+
+def _read_config(folder: Path, name: str) -> PreTrainedConfig:
+    """ValueError where the folder holds no model, or one that is not asked about images in words."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: no model that transformers knows ({reason}); give one such as {PROVEN}") from None
+    what = (config.architectures or [f"{config.model_type} model"])[0]
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{name}: a {what}, which is no image-text model; give one such as {PROVEN}")
+    if config.is_encoder_decoder or getattr(config, "image_token_id", None) is None:
+        raise ValueError(f"{name}: a {what}, whose images are no tokens among the text's; give {PROVEN}")
+    return config
+
+
+def _load_language(folder: Path, name: str) -> PreTrainedModel:
+    """In the precision that it was saved in."""
+    config = _read_config(folder, name)
+    require_room(folder, name)
+    language: Any
+    report: Any
+    try:
+        language, report = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]
+            folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name}: its weights cannot be loaded ({str(error).splitlines()[0]})") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{name}: has no weights for {len(missing)} parameters ({missing[0]}, ...); download it again")
+    head = language.get_output_embeddings()
+    if head is None or head.bias is not None or not hasattr(language.base_model, "get_image_features"):
+        raise ValueError(f"{name}: a {type(language).__name__} is not built as this needs; give {PROVEN}")
+    return cast(PreTrainedModel, language)
+
+
+def _matrices(language: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """Embedding and head; one and the same where they are tied."""
+    return language.get_input_embeddings().weight, language.get_output_embeddings().weight
+
+
+def _grown(config: HfConfig, language: PreTrainedModel, vocabulary: Vocabulary) -> HfBackbone:
+    """A backbone whose model so far knew only text."""
+    backbone = HfBackbone(config, language, Vocabulary(text=vocabulary.text))
+    backbone.resize(vocabulary)
+    return backbone
+
+
+def _is_paligemma(config: PreTrainedConfig) -> bool:
+    """Counts positions from one, and reads the prompt in both directions."""
+    return config.model_type == "paligemma"
+
+
+def _next(observed: Int[Tensor, "... B P"]) -> Int[Tensor, "B 1"]:
+    """The position after the observation. An image's tokens share positions, so that it is not the number of tokens."""
+    latest_BP = observed.amax(0) if observed.ndim == 3 else observed
+    return latest_BP.amax(-1, keepdim=True) + 1
+
+
+@torch.no_grad()
+def _fill_rows(weight: nn.Parameter, rows: slice, num_text: int) -> None:
+    """Also of rows that are there already, unused, where a matrix has more than its tokenizer."""
+    mean = weight[:num_text].mean(0, dtype=torch.float32)
+    spread = weight[: num_text : max(1, num_text // 4096)].float().std(0)
+    count = rows.stop - rows.start
+    noise = torch.randn(count, len(mean), device=weight.device)
+    weight[rows] = (mean + NEW_ROW_NOISE * spread * noise).to(weight.dtype)

@@ -1,0 +1,372 @@
+"""Pictures and words for an image-text model of transformers, laid out as its own processor would.
+
+The tokenizer and the image processor are called directly: the combined processors want packages that nothing here
+needs (torchvision, num2words). The words of a prompt stand where the model's chat template puts the user's, after the
+images; PaliGemma, which has no template, reads `<image>...<bos>words\\n`. Words are only ever words: what spells a
+control token, such as `<image>` or `</s>`, is read letter by letter.
+
+    processor = HfProcessor.load(POLICY / "processor", num_cameras=1)
+    processor([[picture_HWC]], ["open the drawer"])     # tokens_BT, mask_BT, pixel_values, ...
+
+Axes: B batch, V cameras, T tokens of images and prompt, H W image.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from lapa import files
+from lapa.console import warn
+from lapa.data.transforms import resize_and_crop
+from lapa.policy.backbones.base import Tags
+from lapa.policy.vocabulary import Segment, Vocabulary
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+LAYOUT = "layout.json"
+# What stands for the words in a template while it is rendered: a character without a meaning.
+WORDS = "\ue000"
+SEGMENT_TOKENS: dict[Segment, str] = {
+    "latent": "<latent_{}>",
+    "bins": "<bin_{}>",
+    "state": "<state_{}>",
+    "query": "<query_{}>",
+}
+# These frame an image with tokens of their own, which their template leaves out.
+IDEFICS = ("idefics3", "smolvlm")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands around the words of a prompt.
+
+    image: the placeholder tokens of one image, as text; before, after: for `num_cameras` images.
+    """
+
+    model_type: str
+    image_size: int
+    image_token: str
+    image: str
+    num_cameras: int
+    before: str
+    after: str
+
+
+class HfProcessor:
+    """A model's tokenizer and image processor, and the layout of its prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Any, layout: Layout) -> None:
+        self.tokenizer, self.image_processor, self.layout = tokenizer, image_processor, layout
+        self._plain = _without_control_tokens(tokenizer)
+        self._control = frozenset(_control_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
+        # What lies between the words and the nearest control token is read with the words, since pieces may span both.
+        names = sorted(_control_tokens(tokenizer), key=len, reverse=True)
+        control = re.compile("|".join(map(re.escape, names)) if names else "(?!)")
+        head = max((match.end() for match in control.finditer(layout.before)), default=0)
+        first = control.search(layout.after)
+        tail = first.start() if first else len(layout.after)
+        self._head, self._lead = self._encode(layout.before[:head]), layout.before[head:]
+        self._trail, self._tail = layout.after[:tail], self._encode(layout.after[tail:])
+
+    def __call__(
+        self, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], prompts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """`tokens_BT`, `mask_BT`, and what the image processor makes of the pictures, each with axes B V first."""
+        for one in images:
+            if len(one) != self.layout.num_cameras:
+                raise ValueError(f"a policy of {self.layout.num_cameras} image slots was given {len(one)} pictures")
+        tokens = [[*self._head, *self._words(prompt), *self._tail] for prompt in prompts]
+        length = max(map(len, tokens))
+        pad = self.tokenizer.pad_token_id or 0
+        return {
+            "tokens_BT": torch.tensor([[pad] * (length - len(one)) + one for one in tokens]),
+            "mask_BT": torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in tokens]),
+            **_pixels(self.image_processor, images, self.layout.image_size),
+        }
+
+    def tags(self, segment: Segment) -> Tags:
+        """None: a field stands alone."""
+        return (), ()
+
+    def grow(self, vocabulary: Vocabulary) -> None:
+        """Adds a token for each row of the segments. ValueError where the tokenizer cannot give it the row's number."""
+        if vocabulary.vision:
+            raise ValueError("a model of transformers has no image codes: its vocabulary needs no vision segment")
+        names = {
+            row: name.format(code)
+            for segment, name in SEGMENT_TOKENS.items()
+            for code, row in enumerate(vocabulary.rows(segment))
+        }
+        known = self.tokenizer.get_vocab()
+        for row, name in names.items():
+            if known.get(name, row) != row:
+                raise ValueError(
+                    f"the tokenizer has a token {name} of its own ({known[name]}, wanted {row}); give another model, "
+                    "or start from a policy with fewer segments"
+                )
+        self.tokenizer.add_tokens(
+            [AddedToken(name, normalized=False, special=False) for name in names.values() if name not in known]
+        )
+        tokens = self._encode("".join(names.values()))
+        if tokens != list(names):
+            raise ValueError(
+                f"the tokenizer does not read <latent_0> and the like as one token each, numbered {list(names)[:1]} "
+                f"and on: it gives {tokens[:4]}; give another model"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer and image processor as transformers does, and the layout beside them."""
+        self.tokenizer.save_pretrained(str(folder))
+        self.image_processor.save_pretrained(str(folder))
+        files.write_json(Path(folder) / LAYOUT, asdict(self.layout))
+
+    @classmethod
+    def load(cls, folder: Path, *, num_cameras: int) -> HfProcessor:
+        """Reads what `save` wrote, for any number of cameras. ValueError naming what is missing."""
+        tokenizer, image_processor = _load_parts(folder, str(folder))
+        try:
+            layout = Layout(**files.read_json(folder / LAYOUT))
+        except TypeError as error:
+            raise ValueError(
+                f"{folder / LAYOUT}: not the layout of a prompt ({error}); train the policy again"
+            ) from None
+        if layout.num_cameras != num_cameras:
+            layout = _layout(
+                tokenizer,
+                model_type=layout.model_type,
+                image_size=layout.image_size,
+                image_token=layout.image_token,
+                image=layout.image,
+                num_cameras=num_cameras,
+            )
+        return cls(tokenizer, image_processor, layout)
+
+    @classmethod
+    def from_source(
+        cls, folder: Path, language: PreTrainedModel, *, name: str, image_size: int, num_cameras: int
+    ) -> HfProcessor:
+        """The processor of a model as its makers published it. ValueError naming what is missing or does not fit."""
+        tokenizer, image_processor = _load_parts(folder, name)
+        _require_plain_numbering(tokenizer, name)
+        model_type, image_token_id = language.config.model_type, language.config.image_token_id
+        if image_token_id >= len(tokenizer):
+            raise ValueError(
+                f"{name}: its tokenizer has no token {image_token_id}, the image's; it needs the model's own"
+            )
+        _set_image_size(image_processor, language, name, image_size)
+        count = _count_image_tokens(image_processor, language, name, image_size)
+        image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
+        image = image_token * count
+        if model_type in IDEFICS:
+            image = f"<fake_token_around_image><global-img>{image}<fake_token_around_image>"
+        tokenizer.chat_template = _chat_template(folder, tokenizer, image_token, name)
+        layout = _layout(
+            tokenizer,
+            model_type=model_type,
+            image_size=image_size,
+            image_token=image_token,
+            image=image,
+            num_cameras=num_cameras,
+        )
+        return cls(tokenizer, image_processor, layout)
+
+    def _encode(self, text: str) -> list[int]:
+        """Text of our own, in which control tokens count."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _words(self, words: str) -> list[int]:
+        """The user's words, in which none counts."""
+        # Halves of surrogate pairs, which JSON may bring, have no UTF-8.
+        clean = words.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = f"{self._lead}{clean}{self._trail}"
+        tokens: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if self._control.isdisjoint(tokens):
+            return tokens
+        # A tokenizer whose pieces include its control tokens (Unigram): letter by letter it cannot find them.
+        return [token for letter in text for token in self._plain.encode(letter, add_special_tokens=False).ids]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer, "image_processor": self.image_processor, "layout": self.layout}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def model_images(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a batch, each with axes B V first, as the model wants them."""
+    images = {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}
+    if "image_grid_thw" in images:
+        # Qwen reads the patches of all images as one sequence.
+        images["pixel_values"] = images["pixel_values"].flatten(0, 1)
+    return images
+
+
+def _pixels(
+    image_processor: Any, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], size: int
+) -> dict[str, Tensor]:
+    """Square pictures through the image processor, each tensor with axes B V first."""
+    squares = [resize_and_crop(image[None], size)[0] for one in images for image in one]
+    # One list a picture, since some processors pad all pictures of a list to a common number of tiles.
+    batch = image_processor([[square] for square in squares], return_tensors="pt", input_data_format="channels_last")
+    shape = (len(images), len(images[0]))
+    return {
+        # Where patches are one sequence (Qwen), they are told apart by picture again.
+        name: tensor.reshape(*shape, *([-1] if len(tensor) > len(squares) else []), *tensor.shape[1:])
+        for name, tensor in batch.items()
+        # Square pictures fill their frame: no mask is needed.
+        if isinstance(tensor, Tensor) and name != "pixel_attention_mask"
+    }
+
+
+def _layout(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    model_type: str,
+    image_size: int,
+    image_token: str,
+    image: str,
+    num_cameras: int,
+) -> Layout:
+    """Images first, then the words, as the chat template says; without one, after the tokenizer's first token."""
+    if num_cameras < 1:
+        raise ValueError("a policy needs at least one camera")
+    begin = tokenizer.bos_token or ""
+    if tokenizer.chat_template:
+        text = _rendered(tokenizer, tokenizer.chat_template, num_cameras).replace(image_token, image)
+    elif model_type == "paligemma":
+        text = f"{image * num_cameras}{begin}{WORDS}\n"
+    else:
+        text = f"{begin}{image * num_cameras}{WORDS}"
+    before, after = text.split(WORDS)
+    return Layout(model_type, image_size, image_token, image, num_cameras, before, after)
+
+
+def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerFast, image_token: str, name: str) -> str | None:
+    """The first template that gives each image a placeholder: the processor's own (of three file formats), or the
+
+    tokenizer's, which with some models knows only text. None, with a warning where there was any, if none does.
+    """
+    templates: list[Any] = []
+    for file in ("chat_template.json", "processor_config.json"):
+        if (folder / file).is_file():
+            templates.append(files.read_json(folder / file).get("chat_template"))
+    if (folder / "chat_template.jinja").is_file():
+        templates.append((folder / "chat_template.jinja").read_text())
+    templates.append(tokenizer.chat_template)
+    for template in templates:
+        if isinstance(template, str) and _fits(tokenizer, template, image_token):
+            return template
+    if any(templates):
+        warn(f"{name}: its chat template has no {image_token} for an image; images come first, then the bare words")
+    return None
+
+
+def _fits(tokenizer: PreTrainedTokenizerFast, template: str, image_token: str) -> bool:
+    try:
+        text = _rendered(tokenizer, template, num_cameras=2)
+    except (jinja2.TemplateError, TypeError):
+        return False
+    return text.count(image_token) == 2 and text.count(WORDS) == 1
+
+
+def _rendered(tokenizer: PreTrainedTokenizerFast, template: str, num_cameras: int) -> str:
+    content: Any = [*({"type": "image"} for _ in range(num_cameras)), {"type": "text", "text": WORDS}]
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    )
+
+
+def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, image_size: int) -> None:
+    """Makes the image processor keep squares of `image_size` as they are. ValueError where the model sees none such."""
+    vision = language.config.vision_config
+    native = getattr(vision, "image_size", None)
+    if language.config.model_type in IDEFICS:
+        _require_size(image_size, vision.patch_size * language.config.scale_factor, native, name)
+        # Splitting would read a picture as many tiles, each as costly as the whole.
+        image_processor.do_image_splitting = False
+        image_processor.size = image_processor.max_image_size = {"longest_edge": image_size}
+    elif hasattr(image_processor, "merge_size"):
+        _require_size(image_size, image_processor.patch_size * image_processor.merge_size, None, name)
+        # These "edges" are numbers of pixels.
+        image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
+    elif isinstance(native, int) and image_size != native:
+        raise ValueError(f"{name}: sees images of {native} pixels, not {image_size}; give --image-size {native}")
+
+
+def _require_size(image_size: int, multiple: int, largest: int | None, name: str) -> None:
+    if image_size % multiple or image_size < multiple or (largest and image_size > largest):
+        nearest = max(multiple, min(round(image_size / multiple) * multiple, largest or image_size + multiple))
+        limit = f", at most {largest}" if largest else ""
+        raise ValueError(
+            f"{name}: sees images whose side is a multiple of {multiple} pixels{limit}, not {image_size}; "
+            f"give --image-size {nearest}"
+        )
+
+
+@torch.no_grad()
+def _count_image_tokens(image_processor: Any, language: PreTrainedModel, name: str, image_size: int) -> int:
+    """How many tokens one image becomes: as many as the model makes of a grey one."""
+    grey = np.full((image_size, image_size, 3), 128, dtype=np.uint8)
+    images = model_images(_pixels(image_processor, [[grey]], image_size))
+    try:
+        images = {key: value.to(language.device) for key, value in images.items()}
+        inner: Any = language.base_model
+        features = inner.get_image_features(**images).pooler_output
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: its image processor does not fit the model ({reason})") from error
+    each = list(features) if isinstance(features, list | tuple) else [features]
+    return sum(one.numel() // one.shape[-1] for one in each)
+
+
+def _load_parts(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast, Any]:
+    folder = Path(folder)
+    for what, needed in (("tokenizer", TOKENIZER_FILES), ("image processor", IMAGE_FILES)):
+        if not any((folder / file).is_file() for file in needed):
+            raise ValueError(f"{name}: has no {what} (none of {', '.join(needed)}); copy the model's own into it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # The other backend wants torchvision.
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: its tokenizer or image processor cannot be loaded ({reason})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{name}: its tokenizer is not one of the tokenizers library; it needs a tokenizer.json")
+    return tokenizer, image_processor
+
+
+def _require_plain_numbering(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    highest = max(tokenizer.get_vocab().values())
+    if highest + 1 != len(tokenizer):
+        raise ValueError(
+            f"{name}: its tokenizer has {len(tokenizer)} tokens numbered up to {highest}; segments cannot follow gaps"
+        )
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Tokens that are more than a piece of text. Gemma adds runs of white space like them, which are not."""
+    return {token: row for token, row in tokenizer.get_added_vocab().items() if token.strip(" \t\n▁")}
+
+
+def _without_control_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    control = _control_tokens(tokenizer)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in control]
+    state.update(post_processor=None, truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps(state))

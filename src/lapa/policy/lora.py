@@ -1,0 +1,128 @@
+"""LoRA: a language model learns through small adapters, and keeps what it knew.
+
+LoRA (https://arxiv.org/abs/2106.09685) through `peft`, in place: the model stays the class of transformers that it is.
+The vocabulary's new rows go on learning whole; its old rows, which read and write text, stay as they are, bit by bit.
+
+    add_lora(language, rank=16, new_rows=range(32000, 32264))
+    ...                                                         # train
+    merge_lora(language)
+    language.save_pretrained("MODEL")
+
+The optimiser must not decay `vocabulary_weights(language)`: decay would change the old rows without any gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+
+def add_lora(
+    language: PreTrainedModel,
+    rank: int,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    new_rows: Sequence[int] = (),
+) -> None:
+    """Puts adapters on every linear layer of the decoder's attention and MLP, in place, and freezes all else.
+
+    What the model gives is the same as before, until it is trained. Left to train are the adapters and the `new_rows`
+    of embedding and head; what else is to learn (a projection of image tokens), the caller unfreezes afterwards.
+    alpha: adapters are scaled by alpha / rank; None: by 1. Raises ValueError where peft is missing or a value is
+    impossible.
+    """
+    if rank < 1:
+        raise ValueError(f"the LoRA rank is {rank}; it is at least 1 (8 to 64 are usual)")
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"the LoRA alpha is {alpha}; it is above 0 (once or twice the rank are usual)")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"the LoRA dropout is {dropout}; it is a share, from 0 to below 1")
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError(f'LoRA needs peft ({error}); install it: pip install "lapa[lora]"') from None
+    assert not has_lora(language), "adapters are added once"
+    decoder = language.get_decoder()
+    linears = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}
+    head = language.get_output_embeddings()
+    names = [name for name, module in language.named_modules() if id(module) in linears and module is not head]
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, target_modules=names),  # type: ignore[arg-type]
+        language,
+    )
+    for parameter in language.parameters():
+        if parameter.requires_grad:
+            # Adapters are in fp32 whatever the model is in: bf16 would lose their small steps.
+            parameter.data = parameter.data.float()
+    if len(new_rows):
+        for weight in vocabulary_weights(language):
+            weight.requires_grad_(True)
+        hold_old_rows(language, new_rows)
+
+
+def hold_old_rows(language: PreTrainedModel, new_rows: Sequence[int]) -> None:
+    """Keeps gradients from all rows of embedding and head but the new ones. Part of `add_lora`.
+
+    Sharding (FSDP2) puts other parameters in their place: call it again then, on the sharded model, before training.
+    """
+    for weight in vocabulary_weights(language):
+        learns_R = torch.zeros(len(weight), dtype=torch.bool)
+        learns_R[torch.tensor(new_rows)] = True
+        if isinstance(weight, DTensor):
+            _hold_sharded(weight, learns_R)
+        else:
+            _hold(weight, learns_R)
+
+
+def merge_lora(language: PreTrainedModel) -> None:
+    """Adds the adapters to the weights they stand beside and removes them: an ordinary model that gives the same.
+
+    What was frozen stays frozen.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [(name, module) for name, module in language.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, module in adapted:
+        module.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(language.get_submodule(parent), child, module.get_base_layer())
+    del language.peft_config
+
+
+def has_lora(language: PreTrainedModel) -> bool:
+    """Whether the model has adapters that are not merged."""
+    return hasattr(language, "peft_config")
+
+
+def vocabulary_weights(language: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights with a row for each token: embedding and head, or one where they are tied."""
+    embedding, head = language.get_input_embeddings().weight, language.get_output_embeddings().weight
+    return [embedding] if embedding is head else [embedding, head]  # type: ignore[list-item]
+
+
+def _hold(weight: nn.Parameter, learns_R: Tensor) -> None:
+    # On the gradient before it is accumulated: DistributedDataParallel reduces what it finds afterwards.
+    learns = {weight.device: learns_R.to(weight.device)}
+
+    def only_new(gradient_RD: Tensor) -> Tensor:
+        device = gradient_RD.device
+        if device not in learns:
+            learns[device] = learns_R.to(device)
+        return gradient_RD.masked_fill(~learns[device][:, None], 0)
+
+    weight.register_hook(only_new)
+
+
+def _hold_sharded(weight: DTensor, learns_R: Tensor) -> None:
+    # Autograd never meets a sharded parameter; FSDP2 calls these hooks once it has reduced the gradient.
+    learns = distribute_tensor(learns_R.to(weight.device), weight.device_mesh, weight.placements).to_local()
+
+    def only_new(sharded: Tensor) -> None:
+        assert isinstance(sharded.grad, DTensor), "a sharded parameter has a sharded gradient"
+        sharded.grad.to_local().masked_fill_(~learns[:, None], 0)
+
+    weight.register_post_accumulate_grad_hook(only_new)

@@ -1,0 +1,185 @@
+"""Released files without JAX: round trips through msgpack's own writer, slices, truncation, and pickles as data."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+import sys
+import types
+
+import msgpack
+import pytest
+import torch
+
+from lapa.policy import streaming
+from lapa.policy.streaming import open_checkpoint, require_shapes
+from released_files import arrays, leaf, write_flax, write_stream
+
+TENSORS = {
+    "transformer/wte/embedding": torch.randn(7, 5).bfloat16(),
+    "transformer/h/scan_decoder/attention/wq/kernel": torch.randn(3, 4, 6),
+    "transformer/ln_f/kernel": torch.randn(300).half(),
+    "step": torch.tensor(12),
+    "empty": torch.zeros(0, 4),
+}
+
+
+def same(given, expected=TENSORS) -> None:
+    assert list(given) == list(expected)
+    for name, tensor in expected.items():
+        assert given[name].dtype == tensor.dtype
+        assert torch.equal(given[name], tensor), name
+
+
+@pytest.mark.parametrize("prefix", [(), ("params",), ("params", "params")])
+def test_a_streaming_checkpoint_comes_back_bit_by_bit(tmp_path, prefix):
+    write_stream(tmp_path / "params", TENSORS, prefix)
+    stored = open_checkpoint(tmp_path / "params")
+    same(stored)
+    assert stored.shapes == {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+
+
+def test_one_layer_of_a_chunked_tensor_is_read_by_itself(tmp_path):
+    write_stream(tmp_path / "params", TENSORS, chunk=40)
+    stored = open_checkpoint(tmp_path / "params")
+    same(stored)
+    name = "transformer/h/scan_decoder/attention/wq/kernel"
+    for layer in range(3):
+        assert torch.equal(stored.read(name, layer), TENSORS[name][layer])
+
+
+def test_the_optimisers_state_is_left_out_and_named(tmp_path):
+    path = tmp_path / "streaming_train_state"
+    write_stream(path, {"step": torch.tensor(3), "opt_state/0/mu/x": torch.ones(2)})
+    weights = tmp_path / "weights"
+    write_stream(weights, TENSORS, ("params", "params"))
+    empty = msgpack.packb((("opt_state", "1"), msgpack.packb({})))
+    path.write_bytes(path.read_bytes() + weights.read_bytes() + empty)
+    stored = open_checkpoint(path)
+    same(stored)
+    assert stored.skipped == ("step", "opt_state/0/mu/x", "opt_state/1")
+
+
+def test_a_map_of_flax_comes_back_bit_by_bit(tmp_path):
+    write_flax(tmp_path / "plain", TENSORS)
+    write_flax(tmp_path / "inside", {f"params/{name}": tensor for name, tensor in TENSORS.items()})
+    for name in ("plain", "inside"):
+        stored = open_checkpoint(tmp_path / name)
+        assert {name: tensor.tolist() for name, tensor in stored.items()} == {
+            name: tensor.tolist() for name, tensor in TENSORS.items()
+        }
+
+
+@pytest.mark.parametrize("write", [write_stream, write_flax])
+def test_a_truncated_file_is_named_as_such_wherever_it_ends(tmp_path, write):
+    path = tmp_path / "params"
+    write(path, TENSORS)
+    whole = path.read_bytes()
+    sample = msgpack.packb((("a", "b"), msgpack.packb(leaf(torch.ones(3)))))
+    ends = range(len(whole) - len(sample), len(whole)) if write is write_stream else range(0, len(whole), 7)
+    refused = 0
+    for end in ends:
+        path.write_bytes(whole[:end])
+        try:
+            opened = open_checkpoint(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ") and "truncated" in str(error)
+            refused += 1
+        else:
+            # Cut between two records, a stream is a shorter one: its missing tensors are named by the importer.
+            assert len(opened) < len(TENSORS)
+    assert refused >= len(ends) - 1
+
+
+def test_what_is_no_checkpoint_is_refused_with_its_name(tmp_path):
+    with pytest.raises(ValueError, match="nothing: no such file"):
+        open_checkpoint(tmp_path / "nothing")
+    for name, content, complaint in [
+        ("empty", b"", "truncated"),
+        ("text", b"hello there", "neither a streaming checkpoint"),
+        ("records", msgpack.packb([1, 2]), "expected a record"),
+        ("object", msgpack.packb({"a": 3}), "a is no tensor, but int"),
+        ("dtype", msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((1,), "float8", b"1")))}), "float8"),
+        ("short", msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb(((2,), "float32", b"1234")))}), "needs 8"),
+        ("garbage", msgpack.packb((("a",), b"")) + b"\xc1", "0xc1"),
+        ("twice", msgpack.packb((("a",), b"")) * 2, "a is there twice"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=complaint):
+            open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickled_map_of_arrays_is_read_as_data(tmp_path, protocol):
+    numbers = {name: tensor for name, tensor in TENSORS.items() if tensor.dtype != torch.bfloat16}
+    tree = arrays(numbers)
+    tree["transposed"] = numbers["transformer/h/scan_decoder/attention/wq/kernel"].numpy().T
+    tree["ordered"] = collections.OrderedDict(big=tree["step"].astype(">i8"))
+    (tmp_path / "vqgan").write_bytes(pickle.dumps(tree, protocol=protocol))
+    given = open_checkpoint(tmp_path / "vqgan")
+    expected = {**numbers, "transposed": numbers["transformer/h/scan_decoder/attention/wq/kernel"].permute(2, 1, 0)}
+    same(given, {**expected, "ordered/big": numbers["step"]})
+
+
+def test_arrays_of_jax_and_maps_of_flax_are_read_where_neither_is_installed(tmp_path, monkeypatch):
+    def stand_in(module: str, name: str):
+        function = types.FunctionType((lambda *_: None).__code__, {}, name)
+        function.__module__, function.__qualname__ = module, name
+        parts = module.split(".")
+        for count in range(1, len(parts) + 1):
+            parent = ".".join(parts[:count])
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        setattr(sys.modules[module], name, function)
+        return function
+
+    array_of, map_of = stand_in("jax._src.array", "_reconstruct_array"), stand_in("flax.core.frozen_dict", "FrozenDict")
+
+    class JaxArray:
+        def __reduce__(self):
+            return array_of, (*numbers.__reduce__(), {"weak_type": False})
+
+    class FrozenDict:
+        def __reduce__(self):
+            return map_of, ({"kernel": JaxArray()},)
+
+    numbers = TENSORS["transformer/ln_f/kernel"].numpy()
+    (tmp_path / "vqgan").write_bytes(pickle.dumps({"conv": FrozenDict()}))
+    same(open_checkpoint(tmp_path / "vqgan"), {"conv/kernel": torch.from_numpy(numbers)})
+
+
+def test_a_pickle_with_anything_else_is_refused_and_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    path = tmp_path / "vqgan"
+    path.write_bytes(pickle.dumps({"a": Trap()}))
+    with pytest.raises(ValueError, match=r"vqgan: a pickle that names .*print"):
+        open_checkpoint(path)
+    for value, complaint in [
+        ({"a": 1.5}, "BINFLOAT"),
+        ([1], "no map of arrays|list"),
+        ({"a": "x"}, "str where an array"),
+    ]:
+        path.write_bytes(pickle.dumps(value))
+        with pytest.raises(ValueError, match=complaint):
+            open_checkpoint(path)
+
+
+def test_a_truncated_pickle_is_named_as_such(tmp_path):
+    path = tmp_path / "vqgan"
+    whole = pickle.dumps(arrays({"a/b": torch.ones(50, 3), "c": torch.ones(3)}))
+    for end in range(2, len(whole), 5):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="truncated"):
+            open_checkpoint(path)
+
+
+def test_names_and_shapes_are_known_without_reading_a_tensor(tmp_path, monkeypatch):
+    write_stream(tmp_path / "params", TENSORS)
+    monkeypatch.setattr(streaming, "_read_into", lambda *_: pytest.fail("read a tensor"))
+    stored = open_checkpoint(tmp_path / "params")
+    assert "step" in stored and "steps" not in stored and len(stored) == len(TENSORS)
+    shapes = streaming.shapes_of(stored)
+    with pytest.raises(ValueError, match="step: not a name of a test"):
+        require_shapes("a test", shapes, {name: shape for name, shape in shapes.items() if name != "step"})
