@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import gc
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.optim import OptimConfig, build_optimizer
 from lapa.files import write_json
 from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import BackboneConfig, LwmConfig, Processor, TinyConfig, renew_backbone
+from lapa.policy.backbones import BackboneConfig, LwmConfig, TinyConfig, renew_backbone
 from lapa.policy.backbones.base import PrefixBackbone
 from lapa.policy.backbones.lwm import LwmBackbone, LwmProcessor
 from lapa.policy.backbones.tiny import TinyProcessor
@@ -55,6 +56,7 @@ from lapa.policy.runtime import Policy
 from lapa.policy.scale import ActionScale
 from lapa.policy.tokenizer import train_tokenizer
 from lapa.policy.vocabulary import Vocabulary
+from lapa.policy.vqgan import VQGAN
 from lapa.types import Observation
 
 SIZES: dict[str, BackboneConfig] = {
@@ -78,6 +80,9 @@ H100_BF16_TFLOPS = 989.0
 # Sides of the matrices that are multiplied with one another, and with a vector: the second are too large for a cache.
 MATRICES = {"cpu": (1024, 4096), "cuda": (8192, 16384)}
 Use = Literal["training", "acting"]
+COLUMNS = """
+| | head | model | batch | ms | samples/s | of the matrix rate | of the peak | floor, ms | peak GiB |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -106,8 +111,8 @@ class BenchConfig:
     sequence: int = 384
     """Positions of a training sequence of 0.5b, 2b and 7b; theirs is 384 in the paper."""
     weights: Literal["auto", "fp32", "bf16"] = "auto"
-    """What is kept of the weights in training: fp32 (with bf16 autocast on a GPU) or bf16. auto: bf16 from 0.5b on, on
-    a GPU. Policies act in bf16 on a GPU, in fp32 on a CPU."""
+    """Weights in training: fp32 or bf16, on a GPU with bf16 autocast. auto: bf16 for 0.5b, 2b and 7b on a GPU.
+    Policies act in bf16 on a GPU, in fp32 on a CPU."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -119,7 +124,7 @@ class BenchConfig:
     peak_tflops: float = H100_BF16_TFLOPS
     """The GPU's rate on paper; by default that of an H100 or H200 in bf16."""
     out: Path | None = None
-    """JSON of all that was measured, written after each size."""
+    """JSON of all that was measured, written after each row."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,12 @@ class Bench:
         policy, rng = self.policies[head], np.random.default_rng(1)
         chunk, items = policy.chunk, []
         for number, seen in enumerate(self.observations(count)):
-            item = {"images": seen.images, "instruction": seen.instruction, "dataset": None, "index": number}
+            item: dict[str, Any] = {
+                "images": seen.images,
+                "instruction": seen.instruction,
+                "dataset": None,
+                "index": number,
+            }
             if head == "latent":
                 item |= {"codes_L": rng.integers(0, CODEBOOK, LATENT_LENGTH), "has_codes": True}
             else:
@@ -196,26 +206,55 @@ class Bench:
         return {name: value.to(self.device) for name, value in policy.inputs.collate(items).items()}
 
 
+@dataclass
+class Results:
+    """What has been measured. A row is printed and written at once: a run that is killed keeps what it has."""
+
+    about: dict[str, Any]
+    out: Path | None
+    peak_tflops: float | None
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        print(_cells(row, self.peak_tflops), flush=True)
+        if self.out is not None:
+            write_json(self.out, {**self.about, "rows": [asdict(row) for row in self.rows]})
+
+    @contextmanager
+    def failure_as_row(self, row: Row) -> Iterator[None]:
+        """What does not fit into memory, or does not compile, becomes a row that says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            reason = "out of memory" if out_of_memory else (str(error).splitlines() or [type(error).__name__])[0]
+            self.add(replace(row, failed=reason))
+
+
 def main(config: BenchConfig) -> None:
     device = pick_device(config.device)
     on_gpu = device.type == "cuda"
     where = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"\n{time.strftime('%Y-%m-%d')}, {where}, {versions}")
-    rows: list[Row] = []
+    options = {key: value for key, value in asdict(config).items() if key != "out"}
+    about = {"device": where, "versions": versions, "options": options}
+    results = Results(about, config.out, config.peak_tflops if on_gpu else None)
     for name in config.configs:
         # What was measured before a failure is kept, and the next size has its turn.
-        with _failure_as_row(Row(name, "training", "-", "-", 0), rows):
-            measure(name, config, device, rows)
-        report([row for row in rows if row.config == name], config.peak_tflops if on_gpu else None)
-        if config.out is not None:
-            options = {key: value for key, value in asdict(config).items() if key != "out"}
-            figures = [asdict(row) for row in rows]
-            write_json(config.out, {"device": where, "versions": versions, "options": options, "rows": figures})
+        with results.failure_as_row(Row(name, "training", "-", "-", 0)):
+            measure(name, config, device, results)
+        measured = [row for row in results.rows if row.config == name and row.seconds]
+        if measured:
+            flops, bandwidth = (
+                statistics.median(getattr(row, rate) for row in measured) for rate in ("matrix_flops", "bandwidth")
+            )
+            print(f"\nmedians: matrix product {flops / 1e12:.3g} TFLOP/s, reading {bandwidth / 1e9:.3g} GB/s")
 
 
-def measure(name: str, config: BenchConfig, device: torch.device, rows: list[Row]) -> None:
-    """Adds to `rows` all that is asked of one size."""
+def measure(name: str, config: BenchConfig, device: torch.device, results: Results) -> None:
+    """All that is asked of one size."""
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
     automatic = "bf16" if on_gpu and isinstance(SIZES[name], LwmConfig) else "fp32"
@@ -229,19 +268,17 @@ def measure(name: str, config: BenchConfig, device: torch.device, rows: list[Row
         f"sequence: {', '.join(f'{bench.positions(head)} ({head})' for head in ('latent', *HEADS))}; weights in "
         f"training: {weights}"
     )
+    print(COLUMNS)
     literal = "literal" in config.models
     twin = LiteralPolicy(bench.policies["latent"].model) if literal and not on_gpu else None
     if "ours" in config.models:
-        measure_training(bench, config, twin, rows)
+        measure_training(bench, config, twin, results)
     bench.backbone.zero_grad(set_to_none=True)
-    if on_gpu:
-        for policy in bench.policies.values():
-            policy.model.to(torch.bfloat16)
-        if isinstance(bench.backbone, LwmBackbone):
-            bench.backbone.vision.float()
-    measure_acting(bench, config, twin, rows)
+    for policy in bench.policies.values():
+        policy.model.to(torch.bfloat16 if on_gpu else torch.float32).eval()
+    measure_acting(bench, config, twin, results)
     if literal and on_gpu:
-        measure_twin_alone(bench, config, torch.bfloat16 if weights == "bf16" else torch.float32, rows)
+        measure_twin_alone(bench, config, torch.bfloat16 if weights == "bf16" else torch.float32, results)
 
 
 def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Bench:
@@ -252,7 +289,7 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
     prompts = Prompts(PROMPTS["paper"]) if isinstance(sizes, LwmConfig) else Prompts()
     tokenizer = train_tokenizer([*(prompts.text(words) for words in INSTRUCTIONS), *TAGS])
     segments = {"latent": CODEBOOK, "bins": BINS, "query": config.chunk}
-    processor: Processor
+    processor: TinyProcessor | LwmProcessor
     if isinstance(sizes, LwmConfig):
         vocabulary = Vocabulary(TEXT_ROWS, sizes.vision_rows, **segments)
         processor = LwmProcessor(tokenizer, sizes, vocabulary.rows("vision").start)
@@ -263,7 +300,9 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
     with _created_on(device, dtype):
         backbone = renew_backbone(sizes, vocabulary, num_cameras=1)
     if isinstance(backbone, LwmBackbone):
-        backbone.vqgan.float()
+        # It is float32 whatever the rest is, and would keep what it was made in.
+        with _created_on(device, torch.float32):
+            backbone.vqgan = VQGAN(backbone.config.vqgan).eval()
     opening, closing = processor.tags("latent")
     said = PolicyConfig(
         vocabulary=vocabulary,
@@ -292,21 +331,21 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
     return Bench(name, policies, words, device)
 
 
-def measure_training(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, rows: list[Row]) -> None:
+def measure_training(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, results: Results) -> None:
     """Optimiser steps of ours and, in turns, of the twin, which has no head but the vocabulary's."""
     samples = config.batch_size or BATCHES[bench.name][bench.device.type == "cuda"]
     for head in config.trains:
         row = Row(bench.name, "training", head, "ours", samples)
-        with _failure_as_row(row, rows):
+        with results.failure_as_row(row):
             model = bench.policies[head].model
             row = replace(row, passes=(samples * training_flops(bench, head),))
             batch, works = bench.batch(head, samples), {"ours": training_step(model, config, bench.device)}
             if twin is not None and head in ("latent", "bins"):
                 works["literal"] = twin_step(twin, model, head, bench.device)
-            rows += timed(row, {name: partial(work, batch) for name, work in works.items()}, config, bench.device)
+            timed(row, {name: partial(work, batch) for name, work in works.items()}, config, bench.device, results)
 
 
-def measure_acting(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, rows: list[Row]) -> None:
+def measure_acting(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, results: Results) -> None:
     """From pictures to actions: as it is, in turns with the twin; then compiled."""
     for model in ("ours", "compiled"):
         if model not in config.models:
@@ -316,15 +355,15 @@ def measure_acting(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None
         for head in config.heads if model == "ours" else ("bins",):
             for samples in config.acting_batches:
                 row = Row(bench.name, "acting", head, model, samples)
-                with _failure_as_row(row, rows):
+                with results.failure_as_row(row):
                     policy, observations = bench.policies[head], bench.observations(samples)
                     works: dict[str, Callable[[], object]] = {model: partial(policy.infer, observations)}
                     if twin is not None and (model, head, samples) == ("ours", "bins", config.acting_batches[0]):
                         works["literal"] = partial(act_literally, twin, policy, observations)
-                    rows += timed(acting_floor(bench, row), works, config, bench.device)
+                    timed(acting_floor(bench, row), works, config, bench.device, results)
 
 
-def measure_twin_alone(bench: Bench, config: BenchConfig, weights: torch.dtype, rows: list[Row]) -> None:
+def measure_twin_alone(bench: Bench, config: BenchConfig, weights: torch.dtype, results: Results) -> None:
     """The twin on a GPU, when ours has been measured."""
     policy, samples = bench.policies["bins"], config.batch_size or BATCHES[bench.name][1]
     acting = acting_floor(bench, Row(bench.name, "acting", "bins", "literal", config.acting_batches[0]))
@@ -334,12 +373,12 @@ def measure_twin_alone(bench: Bench, config: BenchConfig, weights: torch.dtype, 
     twin = LiteralPolicy(policy.model)
     # Ours makes room: the twin needs no more of it than its config and its processor.
     bench.backbone.language.to("meta")
-    with _failure_as_row(acting, rows):
+    with results.failure_as_row(acting):
         works = {"literal": partial(act_literally, twin, policy, observations)}
-        rows += timed(acting, works, config, bench.device)
-    with _failure_as_row(training, rows):
+        timed(acting, works, config, bench.device, results)
+    with results.failure_as_row(training):
         step = twin_step(twin.to(weights), policy.model, "latent", bench.device)
-        rows += timed(training, {"literal": partial(step, batch)}, config, bench.device)
+        timed(training, {"literal": partial(step, batch)}, config, bench.device, results)
 
 
 def training_step(
@@ -350,8 +389,8 @@ def training_step(
     model.freeze(vision=isinstance(model.backbone, LwmBackbone))
     if config.gradient_checkpointing:
         model.checkpoint_activations()
-    optimizer = build_optimizer(model, OptimConfig())
-    stepped = torch.compile(model, dynamic=False) if config.compile else model
+    optimizer = build_optimizer(model, OptimConfig(optimizer=config.optimizer))
+    stepped = torch.compile(model) if config.compile else model
 
     def step(batch: Mapping[str, Tensor]) -> None:
         with _autocast(model, device):
@@ -421,8 +460,8 @@ def acting_floor(bench: Bench, row: Row) -> Row:
 
 
 def timed(
-    row: Row, works: Mapping[str, Callable[[], object]], config: BenchConfig, device: torch.device
-) -> Iterator[Row]:
+    row: Row, works: Mapping[str, Callable[[], object]], config: BenchConfig, device: torch.device, results: Results
+) -> None:
     """The row for each model: median seconds, taking turns with the matrix products; the peak of the GPU's memory."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -442,40 +481,20 @@ def timed(
         "bandwidth": read.numel() * read.element_size() / seconds["reading"],
     }
     for model in works:
-        yield replace(row, model=model, seconds=seconds[model], gib=gib, **rates)
+        results.add(replace(row, model=model, seconds=seconds[model], gib=gib, **rates))
 
 
-def report(rows: Sequence[Row], peak_tflops: float | None) -> None:
-    """A table of one size."""
-    measured = [row for row in rows if row.seconds]
-    if measured:
-        flops, bandwidth = (
-            np.median([getattr(row, name) for row in measured]) for name in ("matrix_flops", "bandwidth")
-        )
-        print(f"matrix product {flops / 1e12:.3g} TFLOP/s, reading {bandwidth / 1e9:.3g} GB/s (medians)")
-    print("\n| | head | model | batch | ms | samples/s | of the matrix rate | of the peak | floor, ms | peak GiB |")
-    print("|" + "---|" * 10)
-    for row in rows:
-        start = f"| {row.use} | {row.head} | {row.model} | {row.samples} |"
-        if row.seconds is None:
-            print(f"{start} {row.failed} |" + " |" * 5)
-            continue
-        achieved, training = sum(row.passes) / row.seconds, row.use == "training"
-        share = f"{achieved / row.matrix_flops:.0%}" if training else "-"
-        of_peak = f"{achieved / peak_tflops / 1e12:.0%}" if training and peak_tflops else "-"
-        floor, memory = "-" if training else f"{1e3 * row.floor:.3g}", f"{row.gib:.1f}" if row.gib else "-"
-        speed = f"{1e3 * row.seconds:.4g} | {row.samples / row.seconds:.3g}"
-        print(f"{start} {speed} | {share} | {of_peak} | {floor} | {memory} |")
-
-
-@contextmanager
-def _failure_as_row(row: Row, rows: list[Row]) -> Iterator[None]:
-    """What does not fit into memory, or does not compile, becomes a row that says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        rows.append(replace(row, failed="out of memory" if out_of_memory else (str(error).splitlines() or ["?"])[0]))
+def _cells(row: Row, peak_tflops: float | None) -> str:
+    """The row as one of the table that `COLUMNS` heads."""
+    start = f"| {row.use} | {row.head} | {row.model} | {row.samples} |"
+    if row.seconds is None:
+        return f"{start} {row.failed} |" + " |" * 5
+    achieved, training = sum(row.passes) / row.seconds, row.use == "training"
+    share = f"{achieved / row.matrix_flops:.0%}" if training else "-"
+    of_peak = f"{achieved / peak_tflops / 1e12:.0%}" if training and peak_tflops else "-"
+    floor, memory = "-" if training else f"{1e3 * row.floor:.3g}", f"{row.gib:.1f}" if row.gib else "-"
+    speed = f"{1e3 * row.seconds:.4g} | {row.samples / row.seconds:.3g}"
+    return f"{start} {speed} | {share} | {of_peak} | {floor} | {memory} |"
 
 
 @contextmanager
@@ -490,9 +509,9 @@ def _created_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _autocast(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 on a GPU where the weights are not."""
-    in_full = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad) == torch.float32
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and in_full)
+    """As the training loop does it: bf16 on a GPU, and where weights are."""
+    half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    return torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda")
 
 
 def _language_flops(bench: Bench, before: int, positions: int) -> float:

@@ -51,14 +51,6 @@ def test_the_twin_acts_as_the_policy_does_from_pictures_to_numbers(bench):
     assert (bench_policy.act_literally(LiteralPolicy(policy.model), policy, observations) == said_BKA).all()
 
 
-def test_compiled_steps_decode_the_same_actions(bench):
-    policy, observations = bench.policies["bins"], bench.observations(2)
-    said_BKA = policy.infer(observations)
-    bench.backbone.compile_steps("eager")
-    for _ in range(2):
-        assert (policy.infer(observations) == said_BKA).all()
-
-
 def test_the_arithmetic_told_is_what_torch_counts_in_the_twin(bench):
     model = bench.policies["bins"].model
     batch, twin = bench.batch("latent", 1), LiteralPolicy(model)
@@ -72,7 +64,9 @@ def test_the_arithmetic_told_is_what_torch_counts_in_the_twin(bench):
 
 
 def test_a_benchmark_measures_all_that_is_asked_and_writes_it(tmp_path, capsys):
-    config = bench_policy.BenchConfig(configs=("debug",), device="cpu", repeats=1, out=tmp_path / "out.json")
+    config = bench_policy.BenchConfig(
+        configs=("debug",), acting_batches=(1,), device="cpu", repeats=1, out=tmp_path / "out.json"
+    )
     bench_policy.main(config)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert {(row["use"], row["head"], row["model"]) for row in rows} == {
@@ -99,3 +93,10 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(monkeypatch, tmp_path):
     bench_policy.main(config)
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["use"], row["failed"]) for row in rows] == [("training", "out of memory"), ("acting", None)]
+
+
+def test_a_model_in_bf16_keeps_the_image_tokeniser_in_full(monkeypatch):
+    monkeypatch.setitem(bench_policy.SIZES, "lwm", SMALL_LWM)
+    backbone = bench_policy.build("lwm", QUICK, CPU, torch.bfloat16).backbone
+    assert {p.dtype for p in backbone.language.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in backbone.vision.parameters()} == {torch.float32}

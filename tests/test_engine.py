@@ -18,7 +18,7 @@ from torch import nn
 from lapa.engine.batches import Draw, StepSampler
 from lapa.engine.distributed import pick_device
 from lapa.engine.loop import LoopConfig, TrainResult, train
-from lapa.engine.optim import OptimConfig, learning_rate
+from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate
 from lapa.types import Losses
 
 LOOP = LoopConfig(
@@ -156,6 +156,93 @@ def test_prepare_runs_once_at_the_start_of_a_run(tmp_path: Path) -> None:
     run(tmp_path / "run", replace(LOOP, stop_after=2), prepare=calls.append)
     run(tmp_path / "run", resume=True, prepare=calls.append)
     assert len(calls) == 1
+
+
+def test_bf16_weights_train_and_resume_and_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    loop = replace(LOOP, weights="bf16")
+    whole, _ = run(tmp_path / "whole", loop)
+    assert "an update below 1/256 of its weight is lost" in " ".join(capsys.readouterr().err.split())
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.bfloat16}
+    run(tmp_path / "parts", replace(loop, stop_after=2))
+    resumed, _ = run(tmp_path / "parts", loop, resume=True)
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--weights bf16 does not go with --precision fp32"):
+        run(tmp_path, replace(LOOP, weights="bf16", precision="fp32"))
+    with pytest.raises(ValueError, match="--shard does not go with --ema-decay"):
+        run(tmp_path, replace(LOOP, shard=True, ema_decay=0.9))
+    eight_bits = replace(LOOP.optim, optimizer="adamw8bit")
+    with pytest.raises(ValueError, match="--shard does not go with --optimizer adamw8bit and --weights bf16 at once"):
+        run(tmp_path, replace(LOOP, shard=True, weights="bf16", optim=eight_bits))
+
+
+def test_frozen_weights_stay_as_they_are_and_trained_ones_become_fp32(tmp_path: Path) -> None:
+    model = Slope().to(torch.bfloat16)
+    model.net[0].requires_grad_(False)
+    model.register_buffer("angles", torch.ones(2))
+    loop = replace(LOOP, precision="bf16", steps=1)
+    train(model, Line(), collate, loop, tmp_path / "fp32", run_config={}, description="test")
+    assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    loop = replace(loop, weights="bf16")
+    train(model, Line(), collate, loop, tmp_path / "bf16", run_config={}, description="test")
+    assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 4
+    assert model.angles.dtype == torch.float32
+
+
+class Wide(nn.Module):
+    """Wide enough for moments in 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    forward = Slope.forward
+
+
+@pytest.mark.parametrize(("kept", "shard"), [("fp32", False), ("fp32", True), ("bf16", False)])
+def test_adamw_in_8_bits_trains_as_in_32_and_resumes(tmp_path: Path, kept: str, shard: bool) -> None:
+    torchao = pytest.importorskip("torchao.optim")
+    loop = replace(LOOP, optim=replace(LOOP.optim, optimizer="adamw8bit", lr=1e-3), weights=kept, shard=shard)
+
+    def trained(name: str, loop: LoopConfig, **options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = Wide()
+        # What it compiles is the same arithmetic, and takes 20 s a shape.
+        with torch.compiler.set_stance("force_eager"):
+            train(model, Line(), collate, loop, tmp_path / name, run_config={}, description="test", **options)
+        return model
+
+    whole = trained("whole", loop)
+    trained("parts", replace(loop, stop_after=2))
+    assert torch.equal(weights(whole), weights(trained("parts", loop, resume=True)))
+    trained("adamw", replace(loop, optim=replace(loop.optim, optimizer="adamw")))
+    eight, thirty_two = ([row["loss"] for row in log(tmp_path / name) if "loss" in row] for name in ("whole", "adamw"))
+    assert eight == pytest.approx(thirty_two, rel=0.05)
+    optimizer = build_optimizer(Wide(), loop.optim)
+    assert isinstance(optimizer, torchao.AdamW8bit)
+
+
+def test_adamw_in_8_bits_without_torchao_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ValueError, match=r"--optimizer adamw8bit needs torchao .* pip install"):
+        build_optimizer(Slope(), OptimConfig(optimizer="adamw8bit"))
+
+
+def test_gradient_checkpointing_asks_the_model(tmp_path: Path) -> None:
+    class Checkpointed(Slope):
+        asked = 0
+
+        def checkpoint_activations(self) -> None:
+            self.asked += 1
+
+    loop = replace(LOOP, gradient_checkpointing=True, steps=1)
+    model = Checkpointed()
+    train(model, Line(), collate, loop, tmp_path, run_config={}, description="test")
+    assert model.asked == 1
+    with pytest.raises(ValueError, match="--gradient-checkpointing: Slope cannot do it"):
+        run(tmp_path / "run", loop)
 
 
 def test_sampler_draws_each_sample_once_an_epoch_and_shares_it_between_processes() -> None:

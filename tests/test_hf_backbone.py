@@ -85,7 +85,7 @@ def own_inputs(family: str, backbone: HfBackbone, batch: dict[str, torch.Tensor]
 def greedy(backbone: HfBackbone, vocabulary: Vocabulary, batch: dict[str, torch.Tensor], length: int) -> torch.Tensor:
     rows = vocabulary.rows("latent")
     with torch.no_grad():
-        hidden, memory = backbone.begin(batch, room=length - 1)
+        hidden, memory = backbone.begin(batch, batch["tokens_BT"][:, :0], room=length - 1)
         tokens = [backbone.logits(hidden, rows).argmax(-1) + rows.start]
         for _ in range(length - 1):
             tokens.append(backbone.logits(backbone.advance(memory, tokens[-1]), rows).argmax(-1) + rows.start)
@@ -175,7 +175,7 @@ def test_cached_decoding_gives_the_log_probabilities_of_a_full_forward(
     batch, tokens = processor(pictures(3), WORDS), codes(vocabulary, 3, length=5)
     with torch.no_grad():
         full, _ = backbone.read(batch, tokens[:, :-1])
-        first, memory = backbone.begin(batch, room=4)
+        first, memory = backbone.begin(batch, batch["tokens_BT"][:, :0], room=4)
         # Two tokens at once, then one by one; another batch read in between must not matter.
         cached = [first, backbone.advance(memory, tokens[:, :2])]
         backbone.read(processor(pictures(1), ["other"]), tokens[:1])

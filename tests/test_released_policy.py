@@ -271,7 +271,7 @@ def test_a_padded_batch_equals_single_ones_and_caching_equals_reading_at_once(sm
     tokens = torch.tensor([[vocabulary.rows("latent").start + code for code in (1, 5, 2)]] * 2)
     with torch.no_grad():
         hidden, mask = backbone.read(both, tokens)
-        first, memory = backbone.begin(both, 3)
+        first, memory = backbone.begin(both, both["tokens_BT"][:, :0], room=3)
         cached = torch.cat([first, backbone.advance(memory, tokens)], dim=1)
         torch.testing.assert_close(cached, hidden[:, -4:], atol=1e-5, rtol=1e-4)
         for row, prompt in enumerate(["open the drawer", ""]):

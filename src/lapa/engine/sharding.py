@@ -56,6 +56,9 @@ def shard(
     if scalars:
         raise ValueError(f"cannot shard the parameter {scalars[0]!r}, which has no axis; give it the shape [1]")
     before = {module: _plain(module) for module in model.modules()}
+    for parameter in model.parameters():
+        # FSDP2 takes no other layout, such as the channels_last of convolutions.
+        parameter.data = parameter.data.contiguous()
     units: Sequence[nn.Module] = model.shard_units() if hasattr(model, "shard_units") else []  # type: ignore[operator]
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     policy = MixedPrecisionPolicy()

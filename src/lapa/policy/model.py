@@ -175,18 +175,18 @@ class LatentPolicy(nn.Module):
     @torch.no_grad()
     def decode(self, batch: Mapping[str, Tensor], target: Field) -> tuple[Int[Tensor, "B F"], Float[Tensor, "B F"]]:
         """Greedy decoding of one field with a KV cache: its tokens and their log-probabilities."""
-        context_BC = self._context(batch, target.opening)
-        hidden_BSD, memory = self.backbone.begin(batch, context_BC.shape[1] + target.length)
-        if context_BC.shape[1]:
-            hidden_BSD = self.backbone.advance(memory, context_BC)
+        hidden_BSD, memory = self.backbone.begin(batch, self._context(batch, target.opening), target.length)
+        rows = self.config.vocabulary.rows(target.segment)
+        # Once, since a tensor made from numbers makes the CPU wait for the GPU.
+        impossible_FR = _impossible(target, rows, hidden_BSD.device)
         tokens: list[Tensor] = []
         log_probabilities = []
         for step in range(target.length):
             if tokens:
                 hidden_BSD = self.backbone.advance(memory, tokens[-1])
-            one = Field(target.segment, target.sizes_F[step : step + 1])
-            best, code_B1 = self._possible(hidden_BSD[:, -1:], one).log_softmax(-1).max(-1)
-            tokens.append(code_B1 + self.config.vocabulary.rows(target.segment).start)
+            logits_B1R = self.backbone.logits(hidden_BSD[:, -1:], rows)
+            best, code_B1 = logits_B1R.masked_fill(impossible_FR[step], -torch.inf).log_softmax(-1).max(-1)
+            tokens.append(code_B1 + rows.start)
             log_probabilities.append(best)
         return torch.cat(tokens, dim=1), torch.cat(log_probabilities, dim=1)
 
@@ -250,7 +250,10 @@ class LatentPolicy(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recomputes activations in the backward pass instead of keeping them."""
-        self.backbone.language.gradient_checkpointing_enable({"use_reentrant": False})
+        language = self.backbone.language
+        # The second is the name that transformers gave up in 5.23.
+        enable = getattr(language, "activation_checkpointing_enable", language.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     def _latent_loss(self, batch: Mapping[str, Tensor]) -> LossAndParts:
         target, tokens_BL = self.latent_field, batch["latent_BL"]
@@ -318,9 +321,7 @@ class LatentPolicy(nn.Module):
         """Logits of the segment's rows, minus infinity where a position cannot have the row."""
         rows = self.config.vocabulary.rows(target.segment)
         logits_BFR = self.backbone.logits(hidden_BFD, rows)
-        sizes_F = torch.tensor(target.sizes_F, device=logits_BFR.device)
-        impossible_FR = torch.arange(len(rows), device=logits_BFR.device) >= sizes_F[:, None]
-        return logits_BFR.masked_fill(impossible_FR, -torch.inf)
+        return logits_BFR.masked_fill(_impossible(target, rows, logits_BFR.device), -torch.inf)
 
     def _freeze_unused_head(self) -> None:
         """The language model's own head, where nothing is said in tokens and it is not the embedding too."""
@@ -332,6 +333,12 @@ class LatentPolicy(nn.Module):
 def _require_rows(what: str, bins: tuple[int, ...], dimensions: int, rows: int) -> None:
     if len(bins) != dimensions or not 1 <= min(bins, default=0) <= max(bins, default=0) <= rows:
         raise ValueError(f"{what} bins {bins} of {dimensions} dimensions do not fit the {rows} rows of their segment")
+
+
+def _impossible(target: Field, rows: range, device: torch.device) -> Bool[Tensor, "F R"]:
+    """Which of the segment's rows a position cannot have."""
+    sizes_F = torch.tensor(target.sizes_F, device=device)
+    return torch.arange(len(rows), device=device) >= sizes_F[:, None]
 
 
 def _repeated(tokens: tuple[int, ...], like_BX: Int[Tensor, "B X"]) -> Int[Tensor, "B C"]:

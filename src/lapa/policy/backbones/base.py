@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+from transformers.utils import logging
 
 from lapa.engine.memory import require_memory
 from lapa.files import atomic_path
@@ -30,6 +31,8 @@ from lapa.policy.vocabulary import Segment, Vocabulary
 Tags = tuple[tuple[int, ...], tuple[int, ...]]
 # Caches of fixed size come in multiples of this many tokens, so that prompts of about one length share one.
 CACHE_STEP = 64
+# What is being done is said by the commands.
+logging.disable_progress_bar()
 
 
 class Processor(Protocol):
@@ -105,8 +108,10 @@ class Backbone(nn.Module, ABC):
         """The hidden states (after the final norm) of the observation and the tokens after it, and the mask of both."""
 
     @abstractmethod
-    def begin(self, batch: Mapping[str, Tensor], room: int) -> tuple[Float[Tensor, "B 1 D"], Memory]:
-        """Reads the observation into a cache: the hidden state of its last position, and the memory.
+    def begin(
+        self, batch: Mapping[str, Tensor], said_BC: Int[Tensor, "B C"], room: int
+    ) -> tuple[Float[Tensor, "B 1 D"], Memory]:
+        """Reads the observation and the tokens after it into a cache: the last hidden state, and the memory.
 
         room: how many tokens may follow.
         """
@@ -125,11 +130,13 @@ class Backbone(nn.Module, ABC):
         The first few calls for a batch size take long. Decoding gives the same as before, up to rounding.
         """
         mode = "reduce-overhead" if backend == "inductor" else None
-        self._compiled_step = torch.compile(self.language.base_model.forward, backend=backend, mode=mode)
+        self._compiled_step = torch.compile(self.language.base_model.forward, backend=backend, mode=mode, dynamic=False)
 
     def step(self, **inputs: Any) -> Float[Tensor, "B F D"]:
         """The language model's last hidden states: `advance` runs through this."""
         run = self._compiled_step or self.language.base_model
+        if self._compiled_step is not None:
+            torch.compiler.cudagraph_mark_step_begin()
         hidden_BFD: Tensor = run(**inputs).last_hidden_state
         # A CUDA graph writes its next result into the same memory.
         return hidden_BFD.clone() if self._compiled_step else hidden_BFD
@@ -171,16 +178,16 @@ class PrefixBackbone(Backbone):
     def read(
         self, batch: Mapping[str, Tensor], tokens_BF: Int[Tensor, "B F"]
     ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"]]:
-        prefix_BPD, mask_BP = self.prefix(batch)
-        inputs = torch.cat([prefix_BPD, self._embed(tokens_BF).to(prefix_BPD.dtype)], dim=1)
-        mask = F.pad(mask_BP, (0, tokens_BF.shape[1]), value=1)
+        inputs, mask = self._sequence(batch, tokens_BF)
         output = self.language.base_model(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions(mask), use_cache=False
         )
         return output.last_hidden_state, mask
 
-    def begin(self, batch: Mapping[str, Tensor], room: int) -> tuple[Float[Tensor, "B 1 D"], Memory]:
-        inputs, mask = self.prefix(batch)
+    def begin(
+        self, batch: Mapping[str, Tensor], said_BC: Int[Tensor, "B C"], room: int
+    ) -> tuple[Float[Tensor, "B 1 D"], Memory]:
+        inputs, mask = self._sequence(batch, said_BC)
         position_ids = positions(mask)
         memory = self.new_memory(mask, position_ids[:, -1:] + 1, room)
         output = self.language.base_model(
@@ -201,6 +208,14 @@ class PrefixBackbone(Backbone):
             past_key_values=memory.cache,
             use_cache=True,
         )
+
+    def _sequence(
+        self, batch: Mapping[str, Tensor], tokens_BF: Int[Tensor, "B F"]
+    ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"]]:
+        """The embeddings of the observation and the tokens after it, and their mask."""
+        prefix_BPD, mask_BP = self.prefix(batch)
+        inputs = torch.cat([prefix_BPD, self._embed(tokens_BF).to(prefix_BPD.dtype)], dim=1)
+        return inputs, F.pad(mask_BP, (0, tokens_BF.shape[1]), value=1)
 
     def _embed(self, tokens_BF: Int[Tensor, "B F"]) -> Float[Tensor, "B F D"]:
         embedded: Tensor = self.language.get_input_embeddings()(tokens_BF)

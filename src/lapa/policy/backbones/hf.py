@@ -80,31 +80,16 @@ class HfBackbone(Backbone):
     def read(
         self, batch: Mapping[str, Tensor], tokens_BF: Int[Tensor, "B F"]
     ) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"]]:
-        mask_BS = F.pad(batch["mask_BT"], (0, tokens_BF.shape[1]), value=1)
-        observed = self._positions(batch)
-        after = _next(observed) + torch.arange(tokens_BF.shape[1], device=mask_BS.device)
-        output = self._inner(
-            input_ids=torch.cat([batch["tokens_BT"], tokens_BF], dim=1),
-            attention_mask=mask_BS,
-            position_ids=torch.cat([observed, after.expand(*observed.shape[:-1], -1)], dim=-1),
-            use_cache=False,
-            **self._images(batch),
-            **self._prefix_types(batch, tokens_BF.shape[1]),
-        )
-        return output.last_hidden_state, mask_BS
+        inputs = self._sequence(batch, tokens_BF)
+        return self._inner(**inputs, use_cache=False).last_hidden_state, inputs["attention_mask"]
 
-    def begin(self, batch: Mapping[str, Tensor], room: int) -> tuple[Float[Tensor, "B 1 D"], Memory]:
-        observed = self._positions(batch)
-        memory = self.new_memory(batch["mask_BT"], _next(observed), room)
-        output = self._inner(
-            input_ids=batch["tokens_BT"],
-            attention_mask=memory.mask_BS,
-            position_ids=observed,
-            past_key_values=memory.cache,
-            use_cache=True,
-            **self._images(batch),
-            **self._prefix_types(batch, 0),
-        )
+    def begin(
+        self, batch: Mapping[str, Tensor], said_BC: Int[Tensor, "B C"], room: int
+    ) -> tuple[Float[Tensor, "B 1 D"], Memory]:
+        inputs = self._sequence(batch, said_BC)
+        memory = self.new_memory(inputs["attention_mask"], _next(inputs["position_ids"]), room)
+        inputs["attention_mask"] = memory.mask_BS
+        output = self._inner(**inputs, past_key_values=memory.cache, use_cache=True)
         return output.last_hidden_state[:, -1:], memory
 
     def advance(self, memory: Memory, tokens_BF: Int[Tensor, "B F"]) -> Float[Tensor, "B F D"]:
@@ -164,6 +149,18 @@ class HfBackbone(Backbone):
             attention_mask=mask_BT.cpu(),
         )
         return found.to(tokens_BT.device)
+
+    def _sequence(self, batch: Mapping[str, Tensor], tokens_BF: Int[Tensor, "B F"]) -> dict[str, Tensor]:
+        """The model's inputs for the observation and the tokens after it."""
+        observed = self._positions(batch)
+        after = _next(observed) + torch.arange(tokens_BF.shape[1], device=tokens_BF.device)
+        return {
+            "input_ids": torch.cat([batch["tokens_BT"], tokens_BF], dim=1),
+            "attention_mask": F.pad(batch["mask_BT"], (0, tokens_BF.shape[1]), value=1),
+            "position_ids": torch.cat([observed, after.expand(*observed.shape[:-1], -1)], dim=-1),
+            **self._images(batch),
+            **self._prefix_types(batch, tokens_BF.shape[1]),
+        }
 
     def _images(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the image processor, as the model wants them."""
