@@ -24,11 +24,21 @@ def episodes() -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
     rng = np.random.default_rng(0)
     for number in range(3):
         frames_THWC = rng.integers(0, 256, (20, 96, 128, 3), dtype=np.uint8)
-        yield f"recording_{number}", frames_THWC, rng.uniform(-1, 1, (20, 4)).astype(np.float32), "lift the cup"
+        moves_T3, gripper_T1 = rng.uniform(-1, 1, (20, 3)), rng.choice([0.0, 1.0], (20, 1))
+        actions_TA = np.concatenate([moves_T3, gripper_T1], axis=1).astype(np.float32)
+        yield f"recording_{number}", frames_THWC, actions_TA, "lift the cup"
 
 
 def main(out: Path) -> None:
-    writer = DatasetWriter(out, fps=10, cameras={"front": (96, 128)}, action_names=ACTION_NAMES, robot_type="mine")
+    writer = DatasetWriter(
+        out,
+        fps=10,
+        cameras={"front": (96, 128)},
+        action_names=ACTION_NAMES,
+        binary_actions=("gripper",),
+        control="delta",
+        robot_type="mine",
+    )
     for name, frames_THWC, actions_TA, instruction in episodes():
         writer.add_episode({"front": frames_THWC}, instruction, actions=actions_TA, source=name)
     dataset = writer.finish()

@@ -1,6 +1,6 @@
 """A pretrained policy in plain transformers: latent actions by `generate`, with nothing of ours but a logits mask.
 
-lapa policy pretrain --preset smolvlm --data DATASET --labels LABELS --out POLICY
+lapa policy pretrain --preset smolvlm2-500m --data DATASET --labels LABELS --out POLICY
 python examples/plain_transformers.py POLICY image.png "open the drawer"
 
 For a policy of one camera that is not told the robot's state.

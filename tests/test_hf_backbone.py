@@ -394,9 +394,9 @@ def test_a_model_that_is_not_whole_is_refused(missing: str, message: str, tmp_pa
 @pytest.mark.parametrize(
     ("family", "size", "message"),
     [
-        ("smolvlm", 40, "multiple of 16 pixels, at most 32, not 40; give --image-size 32"),
-        ("qwen3_vl", 40, "multiple of 16 pixels, not 40; give --image-size 32"),
-        ("paligemma", 48, "sees images of 32 pixels, not 48; give --image-size 32"),
+        ("smolvlm", 40, "multiple of 16 pixels, at most 32, not 40; give --hf-image-size 32"),
+        ("qwen3_vl", 40, "multiple of 16 pixels, not 40; give --hf-image-size 32"),
+        ("paligemma", 48, "sees images of 32 pixels, not 48; give --hf-image-size 32"),
     ],
 )
 def test_a_size_that_the_model_cannot_see_is_refused(

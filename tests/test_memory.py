@@ -72,7 +72,7 @@ def test_training_bytes_of_the_recipes() -> None:
     eight = training_bytes(7 * BILLION, 7 * BILLION, "bf16", "adamw8bit")
     assert eight == pytest.approx(7 * BILLION * (2 + 2 + 2), rel=0.01)
     # LoRA: frozen weights in bf16, few others in fp32.
-    assert training_bytes(7 * BILLION, 10**7, frozen_bytes=14 * BILLION) == 14 * BILLION + 10**7 * 16
+    assert training_bytes(7 * BILLION, 10**7, "bf16") == 14 * BILLION + 10**7 * 6
 
 
 def test_what_does_not_fit_is_refused_with_both_figures() -> None:

@@ -287,6 +287,8 @@ def test_collating_says_actions_as_tokens_and_refuses_codes_that_are_not_there()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"text_weight": 0.01}, "text around a latent action"),
+        ({"latent_weight": -1.0}, "at least 0"),
         ({"cameras": ("front", "front")}, "each named once"),
         ({"latent_length": 0}, "come together"),
         ({"chunk": 0}, "come together"),

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_policy_training import write_labels
-from vlms import make_vlm
 
 from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.policy.backbones import lwm
 from lapa.policy.checkpoint import PolicyParts, save_policy
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.vqgan import VQGANConfig
+from test_policy_training import write_labels
+from vlms import make_vlm
 
 SMALL_LWM = lwm.LwmConfig(
     width=32,

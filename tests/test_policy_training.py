@@ -1,11 +1,13 @@
 """Pretraining and finetuning on made-up episodes: they learn, resume exactly, and refuse what does not fit."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from lapa import config as configs
 from lapa.data.dataset import Dataset
@@ -24,6 +26,7 @@ from lapa.policy.heads import FlowConfig
 from lapa.policy.pretrain import PretrainConfig
 from lapa.policy.runtime import Policy
 from lapa.types import Observation
+from vlms import make_vlm
 
 SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=64, layers=2, heads=2)
 LAM = "0123456789abcdef"
@@ -130,7 +133,7 @@ def test_finetuning_starts_from_the_pretrained_policy(root, pretrained, finetune
     finetune.run(finetune_config(root, root / "scratch", policy=pretrained, loop=loop(3)))
     unrelated = (weights(root / "scratch")[name] - weights(pretrained)[name]).abs().mean()
     assert moved < 0.2 * unrelated, "three small steps from the pretrained weights, and far from fresh ones"
-    assert load_policy(root / "scratch").model.config == after.model.config
+    assert load_policy(root / "scratch").model.config == replace(after.model.config, lam_fingerprint="")
     metrics = read_json(finetuned / "metrics.json")
     assert {"held_out_action_error", "held_out_token_accuracy", "torch"} <= metrics.keys()
 
@@ -171,6 +174,29 @@ def test_a_policy_that_acts_keeps_its_bins(root, finetuned, tmp_path):
     before, after = load_policy(finetuned), load_policy(tmp_path / "again")
     np.testing.assert_array_equal(after.codec.centres_AN, before.codec.centres_AN)
     assert after.model.config.chunk == 3
+    with pytest.raises(ValueError, match="has --num-bins 256 already"):
+        finetune.run(replace(again, out=tmp_path / "no", num_bins=7))
+
+
+@pytest.mark.parametrize("head", ["chunk", "flow"])
+def test_a_policy_that_acts_keeps_its_head(root, tmp_path, head):
+    """A step of no length from it leaves it as it is."""
+    flow = FlowConfig(width=16, layers=1, heads=2, steps=2)
+    first = finetune_config(root, tmp_path / "first", head=head, flow=flow, loop=loop(2))
+    finetune.run(first)
+    still = LoopConfig(steps=1, batch_size=16, optim=OptimConfig(lr=0.0), device="cpu")
+    again = replace(first, out=tmp_path / "again", policy=first.out, from_scratch=False, loop=still)
+    finetune.run(again)
+    one, other = (load_file(folder / "head.safetensors") for folder in (first.out, again.out))
+    assert one and all(torch.equal(one[name], other[name]) for name in one)
+    if head == "flow":
+        with pytest.raises(ValueError, match="its flow head was made for --chunk 2"):
+            finetune.run(replace(again, out=tmp_path / "no", chunk=3))
+    declared = tmp_path / "absolute"
+    shutil.copytree(root / "robot", declared)
+    (declared / "meta" / "lapa.json").write_text('{"action_space": {"control": "absolute"}}')
+    with pytest.raises(ValueError, match="declares its actions otherwise"):
+        finetune.run(replace(again, out=tmp_path / "no", data=(declared,)))
 
 
 def test_labels_of_another_model_or_dataset_are_refused(root, tmp_path):
@@ -277,12 +303,15 @@ def test_latent_actions_are_kept_while_finetuning(root, pretrained, tmp_path):
     assert {"held_out_latent_token_accuracy", "held_out_token_accuracy", "held_out_action_error"} <= metrics.keys()
     finetune.run(replace(config, out=tmp_path / "without", labels=()))
     assert "held_out_latent_token_accuracy" not in read_json(tmp_path / "without" / "metrics.json")
+    of_another = write_labels(tmp_path / "of_another", Dataset.open(root / "robot"), lam_fingerprint="f" * 16)
+    with pytest.raises(ValueError, match="learned the latent actions of the model 0123456789abcdef, the labels"):
+        finetune.run(replace(config, out=tmp_path / "no", labels=(of_another,)))
     with pytest.raises(ValueError, match="has no latent actions to go on learning"):
         finetune.run(replace(config, out=tmp_path / "no", policy=None, from_scratch=True))
 
 
 def test_pretraining_goes_on_from_a_policy(root, pretrained, finetuned, tmp_path):
-    config = pretrain_config(root, tmp_path / "out", policy=pretrained, loop=loop(1), prompt="openvla")
+    config = pretrain_config(root, tmp_path / "out", policy=pretrained, loop=loop(1), prompt="openvla", backbone="hf:x")
     pretrain.run(config)
     before, after = load_policy(pretrained), load_policy(tmp_path / "out")
     assert after.model.config.vocabulary == before.model.config.vocabulary
@@ -308,6 +337,52 @@ def test_adapters_learn_and_leave_an_ordinary_policy(root, pretrained, tmp_path)
     name = "language.model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(before[name], after[name])
     assert Policy.from_pretrained(tmp_path / "out", device="cpu").action_dim == 2
+
+
+def test_a_prompt_is_kept_or_replaced_as_told(root, pretrained, tmp_path, capsys):
+    config = finetune_config(root, tmp_path / "out", policy=pretrained, from_scratch=False, loop=loop(1))
+    finetune.run(config)
+    assert load_policy(config.out).model.config.prompts == load_policy(pretrained).model.config.prompts
+    other = replace(config, out=tmp_path / "other", prompt="openvla")
+    finetune.run(other)
+    assert load_policy(other.out).model.config.prompts.default.startswith("In: What action")
+    with pytest.raises(ValueError, match="unknown dataset in --prompts 'robbot'; did you mean 'robot'"):
+        finetune.run(replace(config, out=tmp_path / "no", prompts=("robbot=paper",)))
+    own = replace(config, out=tmp_path / "own", prompts=("robot=paper",))
+    finetune.run(own)
+    assert Policy.from_pretrained(own.out, device="cpu", dataset="robot")
+    with pytest.raises(ValueError, match="unknown dataset with a prompt of its own 'rt1'"):
+        Policy.from_pretrained(own.out, device="cpu", dataset="rt1")
+
+
+def test_the_weight_of_text_needs_text(root, tmp_path):
+    with pytest.raises(ValueError, match="backbones that put text around a latent action"):
+        pretrain.run(pretrain_config(root, tmp_path / "out", text_weight=0.01))
+
+
+@pytest.mark.parametrize("options", [{"freeze_vision": True}, {"freeze_language": True}, {"lora_rank": 2}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_saved_in_bf16_trains_in_part(root, tmp_path, options, precision):
+    """As the models of the hub are saved; SmolVLM's own code casts by what its first weight is in."""
+    make_vlm("smolvlm", tmp_path / "vlm")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "vlm")
+    config = pretrain_config(root, tmp_path / "out", backbone=f"hf:{tmp_path / 'vlm'}", **options)
+    pretrain.run(replace(config, loop=loop(1, precision=precision)))
+    after = load_policy(tmp_path / "out").model
+    assert {parameter.dtype for parameter in after.parameters()} == {torch.float32}
+    before = dict(model.named_parameters())
+    moved = {
+        name: not torch.equal(parameter, before[name].float())
+        for name, parameter in after.backbone.language.named_parameters()
+        if before[name].shape == parameter.shape
+    }
+    vision = [yes for name, yes in moved.items() if ".vision_model." in name]
+    connector = [yes for name, yes in moved.items() if ".connector." in name]
+    layers = [yes for name, yes in moved.items() if ".text_model.layers." in name and "proj" in name]
+    assert any(connector), "what brings the pictures to the language model's width goes on learning"
+    assert any(vision) != options.get("freeze_vision", False)
+    assert any(layers) != options.get("freeze_language", False)
 
 
 def test_an_unknown_backbone_is_refused(root, tmp_path):

@@ -21,29 +21,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed into place.
 
     On any error the temporary file is removed and `path` is as it was before. The temporary name keeps the
-    suffix, since writers (PyAV, safetensors) choose a format by it. What keeps a writer from writing (a full disk
-    above all) is raised as OSError naming `path`, whatever the writer made of it.
+    suffix, since writers (PyAV, safetensors) choose a format by it. A writer that cannot write raises as in `writing`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except Exception as error:
-        if not _is_failed_write(error):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OSError(f"{path}: could not be written ({reason}); make room, then go on with --resume") from error
+        with writing(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What keeps a writer from writing (a full disk above all) is raised as OSError naming the file or folder `path`.
+
+    torch, safetensors and tokenizers each raise something else for what the system refused.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"{path}: could not be written ({reason}); make room and run the command again") from error
+
+
 def _is_failed_write(error: Exception) -> bool:
-    """torch and safetensors have errors of their own for what the system refused."""
-    return isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+    named = type(error).__name__ == "SafetensorError"
+    # tokenizers raises Exception itself, and no kind of it.
+    return named or type(error) is Exception or isinstance(error, OSError | RuntimeError)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -72,11 +83,18 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def claim_output(
-    out: Path, *, complete: bool, overwrite: bool = False, resume: bool = False, inputs: Iterable[Path] = ()
+    out: Path,
+    *,
+    complete: bool,
+    overwrite: bool = False,
+    resume: bool = False,
+    resumable: bool = True,
+    inputs: Iterable[Path] = (),
 ) -> None:
     """Makes the folder `out` ready to be written, or says why not.
 
     complete: whether `out` already holds the finished artifact (the caller knows how to tell).
+    resumable: whether the command has a --resume to name.
     inputs: what the command reads; `out` may lie inside one of them, and may neither be nor contain one.
     Raises ValueError where `out` holds anything and neither flag is given; with `resume`, where it is
     already complete there is nothing to do and the caller should return before calling this.
@@ -94,7 +112,8 @@ def claim_output(
             shutil.rmtree(out)
         elif not resume:
             state = "already holds a finished result" if complete else "already exists and is not empty"
-            mend = "--overwrite to replace it" if complete else "--resume to go on with it, --overwrite to start anew"
+            go_on = "--resume to go on with it, --overwrite to start anew"
+            mend = go_on if resumable and not complete else "--overwrite to replace it"
             raise ValueError(f"{out}: {state}; give another --out, or {mend}")
     out.mkdir(parents=True, exist_ok=True)
 

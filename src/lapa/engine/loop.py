@@ -303,15 +303,15 @@ def _uses_half(config: LoopConfig, device: torch.device) -> bool:
 
 
 def _cast(model: nn.Module, weights: str) -> None:
-    """Weights only: what buffers hold (angles, counts) may not bear it, nor modules that say `keeps_precision`."""
+    """All weights in one precision, frozen ones too: models of transformers cast by what their first weight is in.
+
+    Weights only: what buffers hold (angles, counts) may not bear it, nor modules that say `keeps_precision`.
+    """
+    dtype = torch.bfloat16 if weights == "bf16" else torch.float32
     kept = {id(p) for m in model.modules() if getattr(m, "keeps_precision", False) for p in m.parameters()}
     for parameter in model.parameters():
-        if id(parameter) in kept:
-            continue
-        if weights == "bf16" and parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.bfloat16)
-        elif parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+        if id(parameter) not in kept and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
@@ -328,7 +328,6 @@ def _require_room(model: nn.Module, config: LoopConfig, processes: Processes, wh
         trained,
         config.weights,
         config.optim.optimizer,
-        frozen_bytes=None if config.weights == "bf16" else _num_bytes(p for p in parameters if not p.requires_grad),
         autocast=half,
         ema=config.ema_decay is not None,
         shards=processes.world if config.shard else 1,

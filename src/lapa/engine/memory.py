@@ -28,19 +28,17 @@ def training_bytes(
     weights: Literal["fp32", "bf16"] = "fp32",
     optimizer: Literal["adamw", "adamw8bit"] = "adamw",
     *,
-    frozen_bytes: int | None = None,
     autocast: bool = False,
     ema: bool = False,
     shards: int = 1,
 ) -> int:
     """Bytes that a process needs for weights, gradients and optimiser state.
 
-    frozen_bytes: what all frozen weights take, where it is not as `weights` says.
     autocast: weights in fp32 are used in bf16, and so kept in both from forward to backward; not where they are
     sharded, which gathers a unit at a time. ema: a second copy of all weights. shards: processes that share all this.
     """
     wide = WEIGHT_BYTES[weights]
-    kept = num_trained * wide + (frozen_bytes if frozen_bytes is not None else (num_parameters - num_trained) * wide)
+    kept = num_parameters * wide
     moment = MOMENT_8BIT_BYTES if optimizer == "adamw8bit" else wide
     needed = kept * (2 if ema else 1) + num_trained * (wide + MOMENTS * moment)
     if autocast and weights == "fp32" and shards == 1:

@@ -1,6 +1,6 @@
 """AdamW with a warm-up and a schedule, as one config; in 8 bits where memory is short.
 
-lapa policy finetune POLICY --optimizer adamw8bit --weights bf16 ...
+lapa policy finetune --policy POLICY --optimizer adamw8bit --weights bf16 ...
 """
 
 from __future__ import annotations

@@ -63,6 +63,8 @@ class EvaluateConfig:
     --ensemble at every step."""
     ensemble: float | None = None
     """Average what overlapping chunks say of a moment, the i-th oldest weighted exp(-ENSEMBLE * i): 0.01 is usual."""
+    prompt_of: str | None = None
+    """Whose prompt the policy reads, of the datasets it learned from; by default its own."""
     size: int | None = None
     """Height and width of rendered pictures; by default 128 in Meta-World."""
     videos: int = 4
@@ -165,7 +167,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infe
             raise ValueError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
         from lapa.policy.runtime import Policy
 
-        policy = Policy.from_pretrained(config.policy)
+        policy = Policy.from_pretrained(config.policy, dataset=config.prompt_of)
         _check_policy(config, kind, policy)
         cameras, infer, actor = policy.cameras, policy.infer, "policy"
         binary = policy.action_space.binary

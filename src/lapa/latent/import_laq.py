@@ -9,6 +9,7 @@ LAPA (https://arxiv.org/abs/2410.11758), https://github.com/LatentActionPretrain
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,13 @@ from lapa import config as configs
 from lapa.console import finish
 from lapa.files import claim_output, read_json, write_json
 from lapa.latent.model import CONFIG
-from lapa.latent.released import PUBLISHED_CONFIG, from_released
+from lapa.latent.released import PUBLISHED_CONFIG, from_released, released_config
+
+# What torch makes of a file that is not whole, or not its own.
+UNREADABLE = (
+    *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
+    *(ValueError, TypeError, AttributeError, LookupError, AssertionError, OverflowError),
+)
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,14 @@ def run(config: ImportLaqConfig) -> None:
     published = PUBLISHED_CONFIG if config.sizes is None else read_json(config.sizes)
     if not isinstance(published, dict):
         raise ValueError(f"{config.sizes}: expected an object with the sizes of a released model")
+    require_sizes(published, config.sizes)
     weights = read_weights(config.weights)
     try:
         model = from_released(weights, published)
     except ValueError as error:
         raise ValueError(f"{config.weights}: {error}") from None
     complete = (config.out / CONFIG).exists()
-    claim_output(config.out, complete=complete, overwrite=config.overwrite, inputs=[config.weights])
+    claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.weights])
     write_json(config.out / "metrics.json", {})
     model.save_pretrained(config.out, configs.to_dict(config))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -58,15 +66,46 @@ def run(config: ImportLaqConfig) -> None:
     finish(f"latent action model of {parameters:,} parameters", config.out, next_commands)
 
 
+def require_sizes(published: Mapping[str, Any], path: Path | None) -> None:
+    """ValueError naming the file where a size is none, or no model of these sizes can be."""
+    try:
+        for key, value in published.items():
+            if key in PUBLISHED_CONFIG and (type(value) is not int or value < 1):
+                raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
+        released_config(published)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file of torch, without running any code in it. ValueError naming the file where that fails."""
+    """The tensors of a file of torch, without running any code in it.
+
+    ValueError naming the file where that fails, or where a tensor is not of finite floating-point numbers.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name the released laq_openx.pt")
     try:
         weights: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: truncated, or not a file of tensors alone ({reason})") from None
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    except UNREADABLE:
+        # Torch's own text advises to run what is in the file.
+        raise ValueError(
+            f"{path}: truncated, or not a file of tensors alone; nothing in it was run; download it again, or name "
+            "the released laq_openx.pt"
+        ) from None
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
         raise ValueError(f"{path}: not a state dict; expected names and tensors")
+    complaints = [f"{name}: {fault}" for name, tensor in weights.items() if (fault := _fault(tensor))]
+    if complaints:
+        raise ValueError(f"{path}: expected finite floating-point numbers:\n  " + "\n  ".join(complaints))
     return weights
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being a weight, if anything does."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return "sparse, or without its numbers"
+    if not tensor.is_floating_point():
+        return f"of {tensor.dtype}"
+    return None if bool(tensor.isfinite().all()) else "not all of its numbers are finite"

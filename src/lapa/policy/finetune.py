@@ -26,7 +26,7 @@ from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig
 from lapa.files import claim_output
 from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import LwmConfig, renew_backbone
+from lapa.policy.backbones import HfConfig, LwmConfig, renew_backbone
 from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy
 from lapa.policy.heads import FlowConfig, HeadKind
 from lapa.policy.inputs import ActionCodec
@@ -36,9 +36,12 @@ from lapa.policy.scale import ActionScale
 from lapa.policy.training import (
     TrainingOptions,
     choose_cameras,
+    choose_prompts,
     choose_what_learns,
     new_policy,
     open_steps,
+    require_same_codes,
+    say_what_is_ignored,
     train_policy,
 )
 
@@ -54,11 +57,9 @@ class FinetuneConfig(TrainingOptions):
     """Finetune a policy on robot episodes with actions, or train the same policy without pretraining."""
 
     from_scratch: bool = False
-    """Leave the pretraining out: new weights (`tiny`), or the vision-language model as it came (`hf`). With --policy,
-    the architecture and the tokenizer are that one's."""
+    """Leave the pretraining out: start from new weights (`tiny`), or from the model as it came (`hf`)."""
     head: HeadKind = "bins"
-    """How actions are said. bins: tokens, one after the other (the paper). chunk: all at once, L1. flow: flow
-    matching."""
+    """bins: actions are said as tokens, one by one (the paper). chunk: all at once. flow: by flow matching."""
     chunk: int = 5
     """Time steps of actions that the policy says at once."""
     num_bins: int = 256
@@ -75,7 +76,7 @@ class FinetuneConfig(TrainingOptions):
 
 def run(config: FinetuneConfig) -> None:
     """`lapa policy finetune`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [f"lapa evaluate {config.out} --env metaworld --out RESULTS"]
+    next_commands = [f"lapa evaluate {config.out} --env ENVIRONMENT --out RESULTS"]
     if config.resume and is_policy(config.out):
         finish("policy, already finetuned", config.out, next_commands)
         return
@@ -83,7 +84,9 @@ def run(config: FinetuneConfig) -> None:
     labels = open_labels(config.labels, datasets) if config.labels else None
     start = _starting_policy(config, datasets)
     cameras = choose_cameras(config, start.model.config, datasets)
-    _check_continuation(config, start.model.config)
+    if labels:
+        require_same_codes(start.model.config, labels[0].manifest, config.policy)
+    _check_continuation(config, start.model.config, datasets)
 
     def steps(split: str) -> PolicySteps:
         return PolicySteps(
@@ -138,12 +141,18 @@ def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Pol
     if config.policy.resolve() == config.out.resolve():
         raise ValueError(f"{config.out}: is the policy to start from; give another --out")
     pretrained = load_policy(config.policy)
+    say_what_is_ignored(config, pretrained.model.config)
     return _without_pretraining(pretrained) if config.from_scratch else pretrained
 
 
 def _without_pretraining(pretrained: PolicyParts) -> PolicyParts:
     """The policy as it was before it learned any action; it reads what the pretrained one reads."""
     before = pretrained.model.config
+    if isinstance(before.backbone, HfConfig) and before.chunk:
+        raise ValueError(
+            "--from-scratch: this policy's tokenizer knows its actions already; give the policy that it was finetuned "
+            "from as --policy, or the model itself as --backbone"
+        )
     if isinstance(before.backbone, LwmConfig):
         raise ValueError(
             "--from-scratch: an imported model cannot forget its pretraining; give LWM-Chat-1M, imported, as --policy"
@@ -159,18 +168,40 @@ def _without_pretraining(pretrained: PolicyParts) -> PolicyParts:
     return PolicyParts(LatentPolicy(config, backbone), pretrained.processor)
 
 
-def _check_continuation(config: FinetuneConfig, policy: PolicyConfig) -> None:
-    """ValueError where a policy that acts already is to act in another way, or latent actions are asked of one that
+def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: Sequence[Dataset]) -> None:
+    """ValueError where a policy that acts already is to act in another way, or on another robot, or latent actions are
 
-    has none.
+    asked of one that has none.
     """
-    if policy.chunk and (config.head, config.state) != (policy.head, bool(policy.state_dim)):
-        raise ValueError(
-            f"{config.policy}: acts by --head {policy.head} {'with' if policy.state_dim else 'without'} the "
-            "robot's state; go on with the same --head and --state, or finetune a policy that was only pretrained"
-        )
     if config.labels and not policy.latent_length:
         raise ValueError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
+    if policy.action_space is None:
+        return
+    mend = "; finetune a policy that was only pretrained"
+    if (config.head, config.state) != (policy.head, bool(policy.state_dim)):
+        raise ValueError(
+            f"{config.policy}: acts by --head {policy.head} {'with' if policy.state_dim else 'without'} the robot's "
+            f"state; go on with the same --head and --state, or{mend[1:]}"
+        )
+    if policy.head == "bins" and config.num_bins != policy.vocabulary.bins:
+        raise ValueError(f"{config.policy}: has --num-bins {policy.vocabulary.bins} already{mend}")
+    if policy.head == "flow" and (config.flow, config.chunk) != (policy.flow, policy.chunk):
+        raise ValueError(f"{config.policy}: its flow head was made for --chunk {policy.chunk} and {policy.flow}{mend}")
+    space, found = policy.action_space, common_action_space(datasets)
+    if space.action_dim != found.action_dim:
+        raise ValueError(
+            f"{config.data[0]}: has actions of {found.action_dim} dimensions ({', '.join(found.names)}), the policy "
+            f"{config.policy} of {space.action_dim}{mend}"
+        )
+    if space.binary != found.binary or (space.control and found.control and space.control != found.control):
+        raise ValueError(
+            f"{config.data[0]}: declares its actions otherwise than the policy {config.policy} has them (binary "
+            f"dimensions, delta or absolute); correct its meta/lapa.json, or{mend[1:]}"
+        )
+    if policy.state_dim and any(dataset.state_dim != policy.state_dim for dataset in datasets):
+        raise ValueError(
+            f"{config.data[0]}: the policy {config.policy} is told {policy.state_dim} numbers of state{mend}"
+        )
 
 
 def _with_actions(
@@ -184,16 +215,6 @@ def _with_actions(
     before, space = start.model.config, common_action_space(datasets)
     actions_NA = training.actions()
     codec = start.codec or _fit(config, actions_NA, space.binary)
-    if codec.action_dim != space.action_dim:
-        raise ValueError(
-            f"{config.data[0]}: has actions of {space.action_dim} dimensions ({', '.join(space.names)}), the policy "
-            f"{config.policy} of {codec.action_dim}; finetune a policy that was only pretrained"
-        )
-    if before.action_space and before.action_space.binary != space.binary:
-        raise ValueError(
-            f"{config.data[0]}: declares other action dimensions binary than the policy {config.policy} has; correct "
-            "its meta/lapa.json, or finetune a policy that was only pretrained"
-        )
     states = start.states or (ActionBins.fit(training.states(), STATE_BINS) if config.state else None)
     _say_statistics(codec, actions_NA)
     vocabulary = before.vocabulary
@@ -207,7 +228,7 @@ def _with_actions(
         before,
         vocabulary=vocabulary,
         cameras=cameras,
-        prompts=before.prompts.acting_as([dataset.name for dataset in datasets]),
+        prompts=choose_prompts(config, datasets, before.prompts).acting_as([dataset.name for dataset in datasets]),
         state_bins=tuple(states.counts_A.tolist()) if states else (),
         action_opening=start.processor.tags("bins")[0],
         action_space=space,

@@ -5,7 +5,7 @@
 The three files are those of https://huggingface.co/latent-action-pretraining/LAPA-7B-openx, or of LWM-Chat-1M-Jax.
 `params` is read and written tensor by tensor: LAPA-7B (13.7 GB in bfloat16) passes through about 2 GB of memory. The
 language model in POLICY/model is an ordinary LlamaForCausalLM, POLICY/processor an ordinary tokenizer of transformers.
-Nothing is written before every tensor's name and shape is known to fit.
+Nothing is written or overwritten before every tensor's name and shape is known to fit.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import Any, Literal
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lapa import config as configs
 from lapa.console import finish, progress, say
-from lapa.files import atomic_path, claim_output, read_json, write_json
+from lapa.files import atomic_path, claim_output, read_json, write_json, writing
 from lapa.policy import released, vqgan
 from lapa.policy.backbones.lwm import VQGAN_FOLDER, LwmConfig, LwmProcessor
 from lapa.policy.checkpoint import CONFIG, MODEL, PROCESSOR, is_policy
 from lapa.policy.model import PolicyConfig
+from lapa.policy.pickled import reading
 from lapa.policy.prompts import PROMPTS, Prompts
-from lapa.policy.streaming import StoredTensors, open_checkpoint, require_shapes, shapes_of
+from lapa.policy.streaming import StoredTensors, open_checkpoint, require_floats, require_shapes, shapes_of
 from lapa.policy.vocabulary import Vocabulary
 from lapa.policy.vqgan import VQGANConfig
 
@@ -72,8 +73,10 @@ class ImportLapaConfig:
 def run(config: ImportLapaConfig) -> None:
     """`lapa import lapa-7b`. Raises ValueError on a file that is missing, truncated or does not fit."""
     sizes, image_sizes = read_sizes(config.sizes)
+    backbone = _blamed(config.sizes, lambda: lwm_config(sizes, image_sizes))
     params = open_checkpoint(config.params)
     vocabulary = _blamed(config.params, lambda: released.check_weights(params, sizes))
+    _blamed(config.params, lambda: require_floats(params))
     if isinstance(params, StoredTensors) and params.skipped:
         say(f"{config.params}: {len(params.skipped)} entries beside the weights are left out (the optimiser's state)")
     images = open_checkpoint(config.vqgan)
@@ -81,36 +84,47 @@ def run(config: ImportLapaConfig) -> None:
         config.vqgan,
         lambda: require_shapes("the image tokeniser", shapes_of(images), vqgan.released_shapes(image_sizes)),
     )
+    _blamed(config.vqgan, lambda: require_floats(images))
     tokenizer = llama_tokenizer(config.tokenizer)
     if len(tokenizer) != vocabulary.text:
         raise ValueError(
             f"{config.tokenizer}: {len(tokenizer)} pieces, but {config.params} has {vocabulary.text} of text"
         )
-    inputs = [config.params, config.vqgan, config.tokenizer]
-    claim_output(config.out, complete=is_policy(config.out), overwrite=config.overwrite, inputs=inputs)
-
-    backbone = lwm_config(sizes, image_sizes)
     processor = LwmProcessor(tokenizer, backbone, vocabulary.rows("vision").start)
     policy = policy_config(config, backbone, vocabulary, processor)
+    llama = released.released_llama(sizes, vocabulary)
+    llama.dtype = TORCH_DTYPES.get(config.dtype) or params[released.FINAL_NORM].dtype
+    if llama.dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{config.params}: of {llama.dtype}; give --dtype bf16 or fp32")
+    shapes = released.llama_shapes(llama)
+    tokeniser = vqgan.from_released(images, image_sizes)
+    inputs = [config.params, config.vqgan, config.tokenizer]
+    complete = is_policy(config.out)
+    claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=inputs)
+
     processor.save(config.out / PROCESSOR)
-    vqgan.from_released(images, image_sizes).save(config.out / MODEL / VQGAN_FOLDER)
-    del images
-    dtype = TORCH_DTYPES.get(config.dtype) or params[released.FINAL_NORM].dtype
-    write_llama(config.out / MODEL, params, sizes, vocabulary, dtype)
+    tokeniser.save(config.out / MODEL / VQGAN_FOLDER)
+    del images, tokeniser
+    write_llama(config.out / MODEL, llama, shapes, released.llama_tensors(params, sizes))
     write_json(config.out / "metrics.json", {})
     write_json(config.out / CONFIG, {"policy": configs.to_dict(policy), "run": configs.to_dict(config)})
     finish(_what(vocabulary), config.out, _next_commands(config, vocabulary))
 
 
 def read_sizes(path: Path | None) -> tuple[dict[str, Any], VQGANConfig]:
-    """The sizes of the language model and of the image tokeniser: the published ones, or those of a JSON file."""
+    """The sizes of the language model and of the image tokeniser: the published ones, or those of a JSON file.
+
+    How many latent and robot actions there are is left to the checkpoint, unless the JSON file says it.
+    """
+    published = {key: value for key, value in released.PUBLISHED.items() if key not in released.OPTIONAL_SIZES}
     if path is None:
-        return dict(released.PUBLISHED), VQGANConfig()
+        return published, VQGANConfig()
     values = read_json(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected an object with the sizes of a released model")
-    images = configs.from_dict(VQGANConfig, values.pop("vqgan", {}), source=f"{path}: vqgan")
-    return _blamed(path, lambda: {**released.PUBLISHED, **released.checked_config(values)}), images
+    with reading(path, "no sizes of a released model"):
+        images = configs.from_dict(VQGANConfig, values.pop("vqgan", {}), source=f"{path}: vqgan")
+        return {**published, **released.checked_config(values)}, images
 
 
 def lwm_config(sizes: Mapping[str, Any], image_sizes: VQGANConfig) -> LwmConfig:
@@ -134,6 +148,8 @@ def policy_config(
     config: ImportLapaConfig, backbone: LwmConfig, vocabulary: Vocabulary, processor: LwmProcessor
 ) -> PolicyConfig:
     """The policy that a checkpoint is: with the paper's prompt, and latent actions where it has them."""
+    if vocabulary.latent and config.latent_length < 1:
+        raise ValueError(f"--latent-length is at least 1 for {config.params}, which has latent actions")
     opening, closing = processor.tags("latent") if vocabulary.latent else ((), ())
     return PolicyConfig(
         vocabulary=vocabulary,
@@ -166,7 +182,10 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
         raise ValueError(f"{path}: not a model of sentencepiece; name the released tokenizer.model") from None
-    special = [pieces.id_to_piece(number) for number in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id())]
+    numbers = pieces.unk_id(), pieces.bos_id(), pieces.eos_id()
+    if min(numbers) < 0:
+        raise ValueError(f"{path}: not a tokenizer of Llama's kind: it lacks a token for unknown, beginning or end")
+    special = [pieces.id_to_piece(number) for number in numbers]
     tokenizer = Tokenizer(
         models.BPE(*_pieces_and_merges(pieces), unk_token=special[0], fuse_unk=True, byte_fallback=True)
     )
@@ -193,22 +212,20 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def write_llama(
-    folder: Path, params: Mapping[str, Any], sizes: Mapping[str, Any], vocabulary: Vocabulary, dtype: torch.dtype
+    folder: Path, llama: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Writes the language model as transformers does, in memory for one tensor at a time."""
-    llama = released.released_llama(sizes, vocabulary)
-    llama.dtype = dtype
-    shapes = released.llama_shapes(llama)
     with progress() as bar:
         task = bar.add_task("tensors", total=len(shapes), note="")
 
         def counted() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in released.llama_tensors(params, sizes):
+            for name, tensor in tensors:
                 bar.update(task, advance=1)
                 yield name, tensor
 
-        write_safetensors(folder, shapes, dtype, counted())
-    llama.save_pretrained(str(folder))
+        write_safetensors(folder, shapes, llama.dtype, counted())
+    with writing(folder):
+        llama.save_pretrained(str(folder))
 
 
 def write_safetensors(
@@ -280,8 +297,8 @@ def _pieces_and_merges(pieces: Any) -> tuple[dict[str, int], list[tuple[str, str
     return vocabulary, [halves for *_, halves in sorted(merges)]
 
 
-def _blamed(path: Path, action: Any) -> Any:
-    """What `action` gives; its ValueError names the file."""
+def _blamed(path: Path | None, action: Any) -> Any:
+    """What `action` gives; its ValueError names the file. Without one, the sizes are the published ones, which fit."""
     try:
         return action()
     except ValueError as error:
@@ -295,6 +312,6 @@ def _what(vocabulary: Vocabulary) -> str:
 
 
 def _next_commands(config: ImportLapaConfig, vocabulary: Vocabulary) -> Sequence[str]:
-    finetune = f"lapa policy finetune --policy {config.out} --data ROBOT_DATASET --out POLICY"
+    finetune = f"lapa policy finetune --preset paper --policy {config.out} --data ROBOT_DATASET --out POLICY"
     pretrain = f"lapa policy pretrain --preset paper --policy {config.out} --data DATASET --labels LABELS --out POLICY"
     return [finetune] if vocabulary.latent else [pretrain]

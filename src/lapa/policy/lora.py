@@ -70,6 +70,8 @@ def hold_old_rows(language: PreTrainedModel, new_rows: Sequence[int]) -> None:
     Sharding (FSDP2) puts other parameters in their place: call it again then, on the sharded model, before training.
     """
     for weight in vocabulary_weights(language):
+        if not weight.requires_grad:
+            continue
         learns_R = torch.zeros(len(weight), dtype=torch.bool)
         learns_R[torch.tensor(new_rows)] = True
         if isinstance(weight, DTensor):

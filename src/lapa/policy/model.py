@@ -76,11 +76,13 @@ class PolicyConfig:
     """K, the time steps of robot actions said at once."""
     latent_weight: float = 0.0
     """Weight of the loss of latent actions where robot actions are learned too."""
+    lam_fingerprint: str = ""
+    """The latent action model whose codes the policy says, where it is known."""
 
     def __post_init__(self) -> None:
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"a policy needs at least one camera, each named once, got {self.cameras}")
-        if bool(self.latent_length) != bool(self.vocabulary.latent):
+        if self.latent_length < 0 or bool(self.latent_length) != bool(self.vocabulary.latent):
             raise ValueError("latent length and codebook size come together, or neither")
         if bool(self.chunk) != (self.action_space is not None):
             raise ValueError("chunk and action space come together, or neither")
@@ -92,6 +94,10 @@ class PolicyConfig:
             raise ValueError(f"a chunk of {self.chunk} needs as many query rows, got {self.vocabulary.query}")
         if not 0 <= self.text_weight < 1:
             raise ValueError(f"the weight of the text lies in [0, 1), got {self.text_weight}")
+        if self.text_weight and not (self.latent_opening or self.latent_closing):
+            raise ValueError("--text-weight is for backbones that put text around a latent action (lwm); leave it out")
+        if self.latent_weight < 0:
+            raise ValueError(f"the weight of latent actions is at least 0, got {self.latent_weight}")
 
     @property
     def action_dim(self) -> int:
@@ -205,14 +211,20 @@ class LatentPolicy(nn.Module):
         return rearrange(bins_BF, "b (k a) -> b k a", a=self.config.action_dim)
 
     def grown(self, config: PolicyConfig) -> LatentPolicy:
-        """This policy under a config with further rows or another head. The new one takes over this one's backbone."""
+        """This policy under a config with further rows or another head. The new one takes over this one's backbone,
+
+        and its head, where the config says the same of it.
+        """
         self.backbone.resize(config.vocabulary)
-        return LatentPolicy(config, self.backbone)
+        grown = LatentPolicy(config, self.backbone)
+        if self.head is not None and grown.head is not None and self.config.head == config.head:
+            grown.head.load_state_dict(self.head.state_dict())
+        return grown
 
     def freeze(self, *, vision: bool = False, language: bool = False) -> None:
         """Keeps parts as they are. The paper's pretraining freezes the vision; its projection goes on learning.
 
-        language: all of it but its embedding and head, whose new rows must be learned.
+        language: its layers; embedding and head, whose new rows must be learned, and the last norm go on learning.
         """
         if vision:
             self.backbone.vision.requires_grad_(False)
@@ -225,10 +237,17 @@ class LatentPolicy(nn.Module):
             self._freeze_unused_head()
 
     def add_adapters(self, rank: int) -> None:
-        """LoRA: the language model learns through adapters, and of its vocabulary the rows of actions alone."""
-        vocabulary = self.config.vocabulary
+        """LoRA: the decoder learns through adapters, and of its vocabulary the rows of actions alone.
+
+        What sees, and its projection, go on learning; `freeze` keeps the vision as it is.
+        """
+        vocabulary, language = self.config.vocabulary, self.backbone.language
+        sight = set(language.parameters()) - set(language.get_decoder().parameters())
+        sight -= set(vocabulary_weights(language))
         self._adapted_rows = range(vocabulary.rows("latent").start, vocabulary.size)
-        add_lora(self.backbone.language, rank, new_rows=self._adapted_rows)
+        add_lora(language, rank, new_rows=self._adapted_rows)
+        for parameter in sight:
+            parameter.requires_grad_(True)
 
     def merge_adapters(self) -> None:
         """Makes adapters, where there are any, part of the weights: an ordinary model again."""
@@ -265,10 +284,11 @@ class LatentPolicy(nn.Module):
         loss, parts = self._cross_entropy(hidden_BSD[:, first:last], target, tokens_BL, counted_BL)
         if not self.config.text_weight:
             return loss, parts
-        text_BC = torch.cat([hidden_BSD[:, :first], hidden_BSD[:, last:]], dim=1)
+        hidden_BCD = torch.cat([hidden_BSD[:, :first], hidden_BSD[:, last:]], dim=1)
         tags_BC = _repeated((*target.opening, *target.closing), tokens_BL)
-        logits_BCR = self.backbone.logits(text_BC, self.config.vocabulary.rows("text"))
-        text = F.cross_entropy(rearrange(logits_BCR, "b c r -> b r c"), tags_BC)
+        logits_BCR = self.backbone.logits(hidden_BCD, self.config.vocabulary.rows("text"))
+        text_BC = F.cross_entropy(rearrange(logits_BCR, "b c r -> b r c"), tags_BC, reduction="none")
+        text = _mean(text_BC, None if counted_BL is None else counted_BL[:, :1].expand_as(text_BC))
         weight = self.config.text_weight
         return (1 - weight) * loss + weight * text, {**parts, "text_loss": text.detach()}
 

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import math
 import pickletools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -39,6 +42,20 @@ EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 IGNORED = ("PROTO", "FRAME")
 TRUNCATED = ("exhausted before", "remain", "not enough data")
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# What a malformed file makes of code that expects a sound one.
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+NUMBERS = re.compile(r"[biuf][0-9]{1,2}")
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever a malformed file raises inside is a ValueError that names the file and says `what` it is."""
+    try:
+        yield
+    except MALFORMED as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise
+        raise ValueError(f"{path}: {what} ({str(error) or type(error).__name__})") from None
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class Dtype:
 
     @property
     def numpy(self) -> np.dtype:
+        if not NUMBERS.fullmatch(self.code):
+            raise TypeError(f"an array of {self.code!r}, not of numbers")
         return np.dtype(self.code).newbyteorder("big" if self.order == ">" else "little")
 
 
@@ -75,22 +94,26 @@ def read_pickled(path: Path) -> dict[str, Any]:
     Raises ValueError naming the file where it is truncated, or holds anything but maps of arrays.
     """
     reader = _Reader(path)
-    try:
+    with reading(path, "a pickle, but no map of arrays"):
         with path.open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "STOP":
-                    break
-                reader.follow(opcode.name, argument)
-        tree = _tensors(reader.stack.pop(), path)
-    except (IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: a pickle, but no map of arrays ({error})") from None
+            for opcode, argument in _instructions(file, path):
+                reader.follow(opcode, argument)
+        tree: dict[str, Any] = _tensors(reader.stack.pop(), path, set())
+        if not isinstance(tree, dict):
+            raise TypeError("an array alone")
+    return tree
+
+
+def _instructions(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "STOP":
+                return
+            yield opcode.name, argument
     except ValueError as error:
         if any(sign in str(error) for sign in TRUNCATED):
             raise ValueError(f"{path}: truncated: the pickle ends before its end; download it again") from None
         raise
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path}: a pickle, but no map of arrays")
-    return tree
 
 
 class _Reader:
@@ -130,9 +153,11 @@ class _Reader:
             stack[-1].extend(items)
         elif opcode in ("SETITEM", "SETITEMS"):
             items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self._to_mark()
+            if not all(isinstance(key, str) for key in items[::2]):
+                raise TypeError("a map whose keys are not all text")
             stack[-1].update(zip(items[::2], items[1::2], strict=True))
         elif opcode in ("GLOBAL", "STACK_GLOBAL"):
-            name = argument if opcode == "GLOBAL" else f"{stack.pop(-2)} {stack.pop()}"
+            name = argument if opcode == "GLOBAL" else " ".join((stack.pop(-2), stack.pop()))
             if name not in NAMES:
                 raise self._refused(f"names {name.replace(' ', '.')}")
             stack.append(Name(NAMES[name]))
@@ -169,17 +194,18 @@ def _made(what: str, arguments: tuple[Any, ...]) -> Any:
         return array
     if what == "dtype":
         return Dtype(arguments[0])
-    if what == "encode":
-        return arguments[0].encode(arguments[1])
-    if what == "bytes":
-        return bytes(*arguments)
+    # As pickles of protocol 2 write bytes, and those of no length.
+    if what == "encode" and arguments[1:] == ("latin1",):
+        return arguments[0].encode("latin1")
+    if what == "bytes" and not arguments:
+        return b""
     if what == "jax array":
         array = Array()
         _fill(array, arguments[2])
         return array
-    if what == "map":
-        return dict(*arguments)
-    raise TypeError(f"{what} is not to be called")
+    if what == "map" and all(isinstance(argument, dict) for argument in arguments):
+        return arguments[0] if arguments else {}
+    raise TypeError(f"{what} is not to be called so")
 
 
 def _fill(target: Any, state: Any) -> None:
@@ -188,6 +214,8 @@ def _fill(target: Any, state: Any) -> None:
         target.order = state[1]
         return
     _, shape, dtype, fortran, raw = state[-5:] if len(state) >= 5 else (1, *state)
+    if not all(isinstance(size, int) for size in shape):
+        raise TypeError("an array whose shape is not of numbers")
     array = np.frombuffer(raw, dtype.numpy)
     if array.size != math.prod(shape):
         raise TypeError(f"an array of {array.size} numbers cannot have the shape {shape}")
@@ -197,9 +225,13 @@ def _fill(target: Any, state: Any) -> None:
     target.tensor = torch.from_numpy(native.reshape(shape).copy())
 
 
-def _tensors(value: Any, path: Path) -> Any:
+def _tensors(value: Any, path: Path, seen: set[int]) -> Any:
     if isinstance(value, dict):
-        return {str(key): _tensors(item, path) for key, item in value.items()}
+        if id(value) in seen:
+            # It may hold itself, or double at each of many levels.
+            raise ValueError(f"{path}: a pickle with the same map in two places, as no map of arrays has")
+        seen.add(id(value))
+        return {key: _tensors(item, path, seen) for key, item in value.items()}
     if isinstance(value, Array) and value.tensor is not None:
         return value.tensor
     raise ValueError(f"{path}: a pickle with {type(value).__name__} where an array was expected")

@@ -26,13 +26,15 @@ from lapa.engine.optim import OptimConfig
 from lapa.files import claim_output
 from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy
 from lapa.policy.model import PolicyConfig
-from lapa.policy.prompts import parse_prompts
 from lapa.policy.training import (
     TrainingOptions,
     choose_cameras,
+    choose_prompts,
     choose_what_learns,
     new_policy,
     open_steps,
+    require_same_codes,
+    say_what_is_ignored,
     train_policy,
 )
 
@@ -49,14 +51,16 @@ class PretrainConfig(TrainingOptions):
     """The datasets' labels, one folder for each dataset, in the same order."""
     lam_fingerprint: str | None = None
     """Refuse labels that another latent action model made."""
-    text_weight: float = 0.0
-    """Weight of the loss of the text around a latent action, where the backbone puts some (paper: 0.01)."""
+    text_weight: float | None = None
+    """Weight of the loss of the text around a latent action (`lwm` backbones; paper: 0.01); by default as before."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=_tiny_loop)
 
 
 def run(config: PretrainConfig) -> None:
     """`lapa policy pretrain`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [f"lapa policy finetune --policy {config.out} --data ROBOT_DATASET --out POLICY"]
+    next_commands = [
+        f"lapa policy finetune --preset {config.preset} --policy {config.out} --data ROBOT_DATASET --out POLICY"
+    ]
     if config.resume and is_policy(config.out):
         finish("policy, already pretrained", config.out, next_commands)
         return
@@ -134,32 +138,34 @@ def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manife
     if config.policy is None:
         segments = {"latent": manifest.codebook_size}
         parts = new_policy(config, datasets, segments, latent_length=manifest.latent_length)
-        return replace(parts, model=parts.model.grown(_with_tags(parts, parts.model.config, config)))
+        return replace(parts, model=parts.model.grown(_saying(parts, parts.model.config, config, manifest)))
     if config.policy.resolve() == config.out.resolve():
         raise ValueError(f"{config.out}: is the policy to start from; give another --out")
     parts = load_policy(config.policy)
     policy = parts.model.config
     if policy.chunk:
         raise ValueError(f"{config.policy}: has robot actions already; pretrain a policy that does not act yet")
-    known, wanted = (policy.vocabulary.latent, policy.latent_length), (manifest.codebook_size, manifest.latent_length)
-    if known not in ((0, 0), wanted):
-        raise ValueError(
-            f"{config.policy}: says latent actions of {known[1]} tokens out of {known[0]}, the labels hold {wanted[1]} "
-            f"out of {wanted[0]}; label the data with the latent action model that the policy was pretrained on"
-        )
+    require_same_codes(policy, manifest, config.policy)
+    say_what_is_ignored(config, policy)
     grown = replace(
         policy,
         vocabulary=replace(policy.vocabulary, latent=manifest.codebook_size),
         latent_length=manifest.latent_length,
         cameras=choose_cameras(config, policy, datasets),
-        prompts=policy.prompts
-        if (config.prompt, config.prompts) == ("plain", ())
-        else parse_prompts(config.prompt, config.prompts, [dataset.name for dataset in datasets]),
+        prompts=choose_prompts(config, datasets, policy.prompts),
     )
     parts.processor.grow(grown.vocabulary)
-    return replace(parts, model=parts.model.grown(_with_tags(parts, grown, config)))
+    return replace(parts, model=parts.model.grown(_saying(parts, grown, config, manifest)))
 
 
-def _with_tags(parts: PolicyParts, policy: PolicyConfig, config: PretrainConfig) -> PolicyConfig:
+def _saying(parts: PolicyParts, policy: PolicyConfig, config: PretrainConfig, manifest: Manifest) -> PolicyConfig:
+    """The config of a policy that says the labels' latent actions, between the backbone's tags."""
     opening, closing = parts.processor.tags("latent")
-    return replace(policy, latent_opening=opening, latent_closing=closing, text_weight=config.text_weight)
+    weight = policy.text_weight if config.text_weight is None else config.text_weight
+    return replace(
+        policy,
+        latent_opening=opening,
+        latent_closing=closing,
+        text_weight=weight,
+        lam_fingerprint=manifest.lam_fingerprint,
+    )

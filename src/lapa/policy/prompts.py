@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lapa.config import unknown
+from lapa.console import warn
 
 PLACE = "{instruction}"
 PROMPTS = {
@@ -43,6 +44,12 @@ class Prompts:
         """The template of a dataset; the default one where it has none of its own."""
         return dict(self.by_dataset).get(dataset or "", self.default)
 
+    def require(self, dataset: str) -> None:
+        """ValueError for a dataset that has no prompt of its own."""
+        known = [name for name, _ in self.by_dataset]
+        if dataset not in known:
+            raise unknown("dataset with a prompt of its own", dataset, known)
+
     def text(self, instruction: str, dataset: str | None = None) -> str:
         """What the policy reads. The instruction may be empty and hold any character; its braces stay as they are."""
         # Half a surrogate pair, as some JSON brings it, is no character: tokenizers stop at it.
@@ -52,10 +59,16 @@ class Prompts:
     def acting_as(self, datasets: Sequence[str]) -> Prompts:
         """These prompts for a robot whose episodes are `datasets`: the template they share becomes the default.
 
-        Where they have different ones the default stays.
+        Where they have different ones the default stays, which the user is told.
         """
         templates = {self.template(dataset) for dataset in datasets}
-        return replace(self, default=templates.pop()) if len(templates) == 1 else self
+        if len(templates) > 1:
+            warn(
+                "several prompts are learned: a robot at work reads the default one, unless it is said whose "
+                "(`lapa evaluate --prompt-of DATASET`)"
+            )
+            return self
+        return replace(self, default=templates.pop()) if templates else self
 
 
 def parse_prompts(default: str, pairs: Sequence[str] = (), datasets: Sequence[str] | None = None) -> Prompts:

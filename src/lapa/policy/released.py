@@ -23,6 +23,7 @@ Axes: B batch, T tokens, L latent action length, D width, R rows of a segment.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -54,6 +55,8 @@ PUBLISHED: dict[str, Any] = {
     "eof_token": 8192,
     "eov_token": 8193,
 }
+# Of these a checkpoint has as many rows as its own tables.
+OPTIONAL_SIZES = ("delta_vocab_size", "action_vocab_size")
 REQUIRED = (
     "vocab_size",
     "vision_vocab_size",
@@ -62,6 +65,7 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+REAL = ("rms_norm_eps", "theta")
 # Keys by whose beginning they say how the released code ran, and not what the model is.
 OF_THE_RUN = ("scan_", "remat_", "mesh_", "param_scan_", "use_", "tie_", "initializer_", "bos_", "eos_", "pad_")
 
@@ -93,7 +97,7 @@ PADDING = 0
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that say what the model is. ValueError on unknown or missing ones, and on a tied vocabulary."""
+    """The keys that say what the model is. ValueError on unknown, missing or impossible ones, and a tied vocabulary."""
     if config.get("tie_word_embeddings"):
         raise ValueError("the released config ties heads to embeddings; the released models do not")
     kept = {key: value for key, value in config.items() if not key.startswith(OF_THE_RUN)}
@@ -102,16 +106,25 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
             raise unknown("key of the released config", key, PUBLISHED)
     if missing := [key for key in REQUIRED if key not in kept]:
         raise ValueError(f"the released config needs the keys {', '.join(missing)}")
+    for key, value in kept.items():
+        if key in REAL:
+            fits, expected = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+        else:
+            least = 0 if key in ("eof_token", "eov_token", *OPTIONAL_SIZES) else 1
+            fits, expected = type(value) is int and value >= least, f"a whole number of at least {least}"
+        if not fits:
+            raise ValueError(f"{key} of the released config must be {expected}, got {value!r}")
     return kept
 
 
 def released_vocabulary(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Vocabulary:
-    """The segments that a checkpoint has. Latent and action rows are as many as its tables have."""
+    """The segments that a checkpoint has. Latent and action rows are as many as the config or else its tables say."""
     rows = {"text": config["vocab_size"], "vision": config["vision_vocab_size"]}
     for segment in OPTIONAL:
         table, head, key = TABLES[segment]
         if table in shapes or head in shapes:
-            rows[segment] = config.get(key, shapes.get(table, (0,))[0])
+            own = shapes[table][:1] if table in shapes else shapes[head][-1:]
+            rows[segment] = config.get(key, own[0] if own else 0)
     return Vocabulary(**rows)
 
 
@@ -216,6 +229,7 @@ class ReleasedPolicy(nn.Module):
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Float[Tensor, ""]]:
         """The losses of each segment, and `total`: 0.99 latent + 0.01 text, or robot actions alone where there are any.
 
+        A checkpoint without latent actions has no such total.
         The batch holds sequences `tokens_BT`, what they are (`vision_mask_BT`, `latent_mask_BT`, `action_mask_BT` in
         a finetuned policy) and `loss_mask_BT`; the model reads all but the last token and is to say all but the first.
         """
@@ -245,7 +259,7 @@ class ReleasedPolicy(nn.Module):
             losses[str(segment)] = _mean_by_sequence(logits[segment], codes, counted * here)
         if "bins" in losses and bool(action.any()):
             losses["total"] = losses["bins"]
-        else:
+        elif "latent" in losses:
             losses["total"] = LATENT_SHARE * losses["latent"] + TEXT_SHARE * losses["text"]
         return losses
 

@@ -36,6 +36,8 @@ class Policy:
         dtype: torch.dtype | None = None,
         compile: bool = False,
     ) -> None:
+        if dataset is not None:
+            parts.model.config.prompts.require(dataset)
         self.model = parts.model.to(device=device, dtype=dtype).eval()
         if compile:
             self.model.backbone.compile_steps()
@@ -123,13 +125,17 @@ class Policy:
                 f"(it brings {', '.join(observation.images) or 'none'}); this policy sees {', '.join(self.cameras)}"
             )
         for camera in self.cameras:
-            image = observation.images[camera]
+            image = np.asarray(observation.images[camera])
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
                 raise ValueError(
                     f"observation {number}, camera {camera}: expected a uint8 image [H, W, 3], "
                     f"got {image.dtype} {list(image.shape)}"
                 )
+        if not isinstance(observation.instruction, str):
+            raise ValueError(f"observation {number}: its instruction is {observation.instruction!r}; give text, or ''")
         state = observation.state
+        if state is not None and not np.issubdtype(np.asarray(state).dtype, np.number):
+            raise ValueError(f"observation {number}: its state is {np.asarray(state).dtype}, not numbers")
         if state is not None and not np.isfinite(state).all():
             raise ValueError(f"observation {number}: its state is not finite; mend the sensor's reading")
         if self.state_dim and (state is None or np.shape(state) != (self.state_dim,)):

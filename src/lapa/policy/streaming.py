@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lapa.policy.pickled import read_pickled
+from lapa.policy.pickled import read_pickled, reading
 
 DTYPES = {
     "float32": torch.float32,
@@ -80,6 +80,10 @@ class StoredTensors(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._index.items()}
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: stored.dtype for name, stored in self._index.items()}
+
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)
 
@@ -109,7 +113,7 @@ def open_checkpoint(path: Path) -> Mapping[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a file that the authors of LAPA or LWM released")
-    with path.open("rb") as file:
+    with reading(path, "not a checkpoint of the released format"), path.open("rb") as file:
         first = file.read(2)
         if len(first) == 2 and first[0] == 0x80 and 2 <= first[1] <= 5:
             return flatten(read_pickled(path))
@@ -142,6 +146,14 @@ def require_shapes(what: str, given: Mapping[str, tuple[int, ...]], expected: Ma
             complaints.append(f"{name}: shape {shape}, expected {expected[name]}")
     if complaints:
         raise ValueError(f"the weights do not fit {what}:\n  " + "\n  ".join(complaints))
+
+
+def require_floats(params: Mapping[str, Any]) -> None:
+    """ValueError listing every tensor or array that is not of floating-point numbers; none in a file is read."""
+    dtypes = params.dtypes if isinstance(params, StoredTensors) else {name: each.dtype for name, each in params.items()}
+    wrong = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not dtype.is_floating_point]
+    if wrong:
+        raise ValueError("expected weights of floating-point numbers:\n  " + "\n  ".join(wrong))
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -191,9 +203,13 @@ def _stored(leaf: Any, scanner: _Scanner, name: str) -> Stored:
         dtype = scanner.text(dtype) if isinstance(dtype, Span) else dtype
         if dtype not in DTYPES:
             raise ValueError(f"{scanner.path}: {name} is of dtype {dtype}, which this reader does not know")
+        if not isinstance(span, Span):
+            raise TypeError(f"{name} has no bytes")
         stored = Stored(tuple(shape), DTYPES[dtype], (span,))
     else:
         raise ValueError(f"{scanner.path}: {name} is no tensor, but {type(leaf).__name__}")
+    if not all(type(size) is int and size >= 0 for size in stored.shape):
+        raise TypeError(f"{name} has the shape {stored.shape}")
     held, needed = sum(piece.length for piece in stored.pieces), math.prod(stored.shape) * stored.dtype.itemsize
     if held != needed:
         raise ValueError(f"{scanner.path}: {name} has {held:,} bytes, but its shape {stored.shape} needs {needed:,}")

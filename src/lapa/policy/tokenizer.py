@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
@@ -48,6 +48,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 1024) -> PreTra
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer as transformers does. OSError naming the folder where the system refuses."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        # The tokenizers library has no class of its own for what the system refused.
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{folder}: the tokenizer could not be written ({error}); make room, then go on") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -14,8 +14,9 @@ import numpy as np
 import tyro
 from torch import Tensor, nn
 
-from lapa.console import is_main_process, say
+from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
+from lapa.data.labels import Manifest
 from lapa.data.steps import PolicySteps
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
@@ -43,8 +44,7 @@ class TrainingOptions:
     policy: Path | None = None
     """The policy to start from."""
     preset: str = "tiny"
-    """The values that the other options start from: debug, tiny, base, paper, smolvlm2-500m, qwen3-vl-2b or
-    paligemma-3b."""
+    """Where the other options start: debug, tiny, base, paper, smolvlm2-500m, qwen3-vl-2b or paligemma-3b."""
     backbone: str = "tiny"
     """Without --policy: `tiny`, or `hf:` and the folder or hub id of an image-text model of transformers."""
     hf_image_size: int | None = None
@@ -52,8 +52,8 @@ class TrainingOptions:
     tiny: Annotated[TinyConfig, tyro.conf.arg(name="")] = field(default_factory=TinyConfig)
     cameras: tuple[str, ...] = ()
     """Cameras to see, one image slot each; by default those of the policy to start from, or each dataset's first."""
-    prompt: str = "plain"
-    """What the policy reads: plain, paper, openvla, or a template in which {instruction} stands for the task."""
+    prompt: str | None = None
+    """What the policy reads: plain, paper, openvla, or a template with {instruction}; by default as before."""
     prompts: tuple[str, ...] = ()
     """Prompts of single datasets: DATASET=PROMPT."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
@@ -64,7 +64,7 @@ class TrainingOptions:
     lora_rank: int = 0
     """Train low-rank adapters in the language model's layers instead of these (needs lapa[lora]); 0: none."""
     augment: bool = False
-    """Random crops, brightness and contrast."""
+    """Random crops and changed colours."""
     held_out: float = 0.1
     """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
     cache_gib: float = 4.0
@@ -96,7 +96,7 @@ def new_policy(
     options: TrainingOptions, datasets: Sequence[Dataset], segments: dict[str, int], latent_length: int = 0
 ) -> PolicyParts:
     """A policy that has not learned any action yet: a fresh backbone, or a pretrained vision-language model."""
-    prompts = parse_prompts(options.prompt, options.prompts, [dataset.name for dataset in datasets])
+    prompts = choose_prompts(options, datasets)
     cameras = options.cameras or datasets[0].cameras[:1]
     config = options.backbone_config()
     backbone, processor, vocabulary = create_backbone(
@@ -109,6 +109,36 @@ def new_policy(
 def instructions(datasets: Sequence[Dataset], prompts: Prompts) -> list[str]:
     """What a policy with these prompts reads in the datasets: the text that a new tokenizer is trained on."""
     return [prompts.text(episode.instruction, d.name) for d in datasets for episode in d.episodes]
+
+
+def require_same_codes(policy: PolicyConfig, manifest: Manifest, folder: Path | None) -> None:
+    """ValueError where the labels are not of the latent actions that the policy has learned, if it has any."""
+    known, wanted = (policy.vocabulary.latent, policy.latent_length), (manifest.codebook_size, manifest.latent_length)
+    if known not in ((0, 0), wanted):
+        raise ValueError(
+            f"{folder}: says latent actions of {known[1]} tokens out of {known[0]}, the labels hold {wanted[1]} "
+            f"out of {wanted[0]}; label the data with the latent action model that the policy was pretrained on"
+        )
+    if policy.lam_fingerprint not in ("", manifest.lam_fingerprint):
+        raise ValueError(
+            f"{folder}: learned the latent actions of the model {policy.lam_fingerprint}, the labels were made by "
+            f"{manifest.lam_fingerprint}, whose codes mean something else; label the data with the former"
+        )
+
+
+def say_what_is_ignored(options: TrainingOptions, policy: PolicyConfig) -> None:
+    """With --policy the backbone is that one's, whatever --backbone or the preset say."""
+    own = f"{HF}{policy.backbone.source}" if isinstance(policy.backbone, HfConfig) else policy.backbone.kind
+    if options.backbone not in ("tiny", own):
+        warn(f"--backbone {options.backbone} is not looked at: {options.policy} has its own, {own}")
+
+
+def choose_prompts(options: TrainingOptions, datasets: Sequence[Dataset], known: Prompts | None = None) -> Prompts:
+    """As the options say, else those of the policy to start from (`known`), else plain ones."""
+    if known is not None and options.prompt is None and not options.prompts:
+        return known
+    default = options.prompt or (known.default if known else "plain")
+    return parse_prompts(default, options.prompts, [dataset.name for dataset in datasets])
 
 
 def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Sequence[Dataset]) -> tuple[str, ...]:

@@ -55,6 +55,11 @@ class VQGANConfig:
     """How many codes there are."""
 
     def __post_init__(self) -> None:
+        sizes = (self.resolution, self.hidden_channels, *self.channel_mult, self.num_res_blocks, self.z_channels)
+        if min(*sizes, self.quantized_embed_dim, self.num_embeddings) < 1:
+            raise ValueError(f"the sizes of an image tokeniser are at least 1, got {configs.to_dict(self)}")
+        if self.hidden_channels % NORM_GROUPS:
+            raise ValueError(f"hidden_channels {self.hidden_channels} is no multiple of {NORM_GROUPS}")
         if not self.channel_mult or self.resolution % 2 ** (len(self.channel_mult) - 1):
             raise ValueError(
                 f"resolution {self.resolution} cannot be halved {len(self.channel_mult) - 1} times (channel_mult)"

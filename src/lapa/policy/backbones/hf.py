@@ -4,7 +4,7 @@ It keeps its tokenizer, its image processor and its layout of a prompt (hf_input
 are rows at the end of its embedding and head, so that what is saved is an ordinary folder of transformers. Proven on
 SmolVLM, Qwen2.5-VL, Qwen3-VL and PaliGemma; others work where images stand in the text as placeholder tokens.
 
-    lapa policy pretrain --preset smolvlm --data DATASET --labels LABELS --out POLICY
+    lapa policy pretrain --preset smolvlm2-500m --data DATASET --labels LABELS --out POLICY
     python examples/plain_transformers.py POLICY image.png "open the drawer"
 
 Axes: B batch, V cameras, P observation tokens (images and prompt), F tokens after it, S = P + F, D width, R rows.

@@ -32,6 +32,7 @@ from lapa import files
 from lapa.console import warn
 from lapa.data.transforms import resize_and_crop
 from lapa.policy.backbones.base import Tags
+from lapa.policy.tokenizer import save_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -129,7 +130,7 @@ class HfProcessor:
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer and image processor as transformers does, and the layout beside them."""
-        self.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(self.tokenizer, folder)
         self.image_processor.save_pretrained(str(folder))
         files.write_json(Path(folder) / LAYOUT, asdict(self.layout))
 
@@ -305,7 +306,7 @@ def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, 
         # These "edges" are numbers of pixels.
         image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     elif isinstance(native, int) and image_size != native:
-        raise ValueError(f"{name}: sees images of {native} pixels, not {image_size}; give --image-size {native}")
+        raise ValueError(f"{name}: sees images of {native} pixels, not {image_size}; give --hf-image-size {native}")
 
 
 def _require_size(image_size: int, multiple: int, largest: int | None, name: str) -> None:
@@ -314,7 +315,7 @@ def _require_size(image_size: int, multiple: int, largest: int | None, name: str
         limit = f", at most {largest}" if largest else ""
         raise ValueError(
             f"{name}: sees images whose side is a multiple of {multiple} pixels{limit}, not {image_size}; "
-            f"give --image-size {nearest}"
+            f"give --hf-image-size {nearest}"
         )
 
 

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapa.policy.backbones.base import PrefixBackbone, Tags, require_room
 from lapa.policy.backbones.tiny import square_images
-from lapa.policy.tokenizer import load_tokenizer, train_tokenizer
+from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.policy.vqgan import VQGAN, VQGANConfig
 
@@ -85,6 +85,8 @@ class LwmConfig:
 class LwmProcessor:
     """The token sequence of an observation, with places for the image codes, and the pictures to fill them from.
 
+    The paper's prompt begins with a `<s>` that is meant as the control token, so here a `<s>` or `</s>` in an
+    instruction is one too.
     first_code: the token of image code 0.
     """
 
@@ -129,7 +131,7 @@ class LwmProcessor:
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer, as transformers does."""
-        self.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(self.tokenizer, folder)
 
     def _text(self, text: str) -> list[int]:
         """Each piece of text by itself, as the model was trained: its first word has a space before it."""

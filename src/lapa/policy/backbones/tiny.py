@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from lapa.data.transforms import resize_and_crop
 from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
-from lapa.policy.tokenizer import load_tokenizer, train_tokenizer
+from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 
 # The stem halves the image twice, each further stage once.
@@ -85,7 +85,7 @@ class TinyProcessor:
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer, as transformers does."""
-        self.tokenizer.save_pretrained(str(folder))
+        save_tokenizer(self.tokenizer, folder)
 
 
 class TinyBackbone(PrefixBackbone):
