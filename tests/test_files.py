@@ -48,8 +48,16 @@ def test_whatever_a_writer_makes_of_a_full_disk_is_one_clear_error(tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / name)], capture_output=True, text=True)
     last = done.stderr.splitlines()[-1]
     assert last.startswith(f"OSError: {tmp_path / name}: could not be written (")
-    assert last.endswith("; make room, then go on with --resume")
+    assert last.endswith("; make room and run the command again")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_writer_without_an_error_of_its_own_is_named_and_other_errors_pass(tmp_path: Path) -> None:
+    complaint = r"processor: could not be written \(File too large\)"
+    with pytest.raises(OSError, match=complaint), files.writing(tmp_path / "processor"):
+        raise Exception("File too large")
+    with pytest.raises(KeyError), files.writing(tmp_path):
+        raise KeyError("a")
 
 
 def test_not_a_number_is_refused(tmp_path: Path) -> None:
@@ -74,6 +82,8 @@ def test_claiming_an_output(tmp_path: Path) -> None:
     (out / "half").touch()
     with pytest.raises(ValueError, match="--resume to go on with it"):
         files.claim_output(out, complete=False)
+    with pytest.raises(ValueError, match=r"give another --out, or --overwrite to replace it$"):
+        files.claim_output(out, complete=False, resumable=False)
     with pytest.raises(ValueError, match="finished result; give another --out, or --overwrite"):
         files.claim_output(out, complete=True)
     files.claim_output(out, complete=False, resume=True)

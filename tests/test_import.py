@@ -81,7 +81,7 @@ def released_params(config: ImportLapaConfig) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_an_imported_policy_says_what_the_released_weights_say(config, capsys):
     import_lapa.run(config)
-    assert "next: lapa policy finetune --policy" in capsys.readouterr().err
+    assert "next: lapa policy finetune --preset paper --policy" in capsys.readouterr().err
     parts = load_policy(config.out)
     policy = parts.model.config
     assert (policy.latent_length, policy.vocabulary.latent, policy.text_weight) == (4, 8, 0.01)
@@ -163,8 +163,74 @@ def test_files_that_do_not_fit_stop_the_import_before_it_writes(config, tmp_path
     write_tokenizer(tmp_path / "other.model", TEXT_ROWS + 5)
     refused("305 pieces", tokenizer=tmp_path / "other.model")
     (tmp_path / "odd.json").write_text(json.dumps({"hidden": 3}))
-    refused("odd.json: unknown key", sizes=tmp_path / "odd.json")
+    refused("odd.json: .*unknown key", sizes=tmp_path / "odd.json")
     refused(r"wte/embedding: shape .300, 32., expected .32000, 4096.", sizes=None)
+
+
+def test_whatever_is_refused_leaves_the_policy_that_was_to_be_overwritten_whole(config, tmp_path):
+    import_lapa.run(config)
+    before = {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()}
+    sizes = json.loads(config.sizes.read_text())
+    write_stream(tmp_path / "whole_numbers", {name: weight.int() for name, weight in made_up(SIZES).items()})
+    write_stream(tmp_path / "double", {name: weight.double() for name, weight in made_up(SIZES).items()})
+    changed = [
+        ("--latent-length is at least 1", {"latent_length": 0}),
+        ("--latent-length is at least 1", {"latent_length": -1}),
+        (r"(?s)whole_numbers: .*wte/embedding: torch.int32", {"params": tmp_path / "whole_numbers"}),
+        (r"double: of torch.float64; give --dtype", {"params": tmp_path / "double"}),
+    ]
+    for number, (complaint, wrong) in enumerate(
+        [
+            ("3 heads", {"num_attention_heads": 3}),
+            ("num_attention_heads .* at least 1", {"num_attention_heads": 0}),
+            ("end of vision 500", {"eov_token": 500}),
+            ("theta .* a number above 0", {"theta": "x"}),
+            ("num_hidden_layers .* whole number", {"num_hidden_layers": 2.0}),
+            ("multiple of 32", {"vqgan": {"hidden_channels": 3}}),
+        ]
+    ):
+        path = tmp_path / f"sizes_{number}.json"
+        path.write_text(json.dumps({**sizes, **wrong}))
+        changed.append((f"sizes_{number}.json: .*{complaint}", {"sizes": path}))
+    for complaint, changes in changed:
+        with pytest.raises(ValueError, match=complaint):
+            import_lapa.run(renewed(config, overwrite=True, **changes))
+        assert {path: path.read_bytes() for path in config.out.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_import_leaves_no_policy_and_can_be_begun_anew(config, monkeypatch):
+    one_by_one = released.llama_tensors
+
+    def interrupted(*given):
+        yield from list(one_by_one(*given))[:3]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(released, "llama_tensors", interrupted)
+        import_lapa.run(config)
+    assert not is_policy(config.out) and not (config.out / "config.json").exists()
+    assert not list(config.out.rglob("*.partial*"))
+    with pytest.raises(ValueError, match=r"not empty; give another --out, or --overwrite to replace it$"):
+        import_lapa.run(config)
+    import_lapa.run(renewed(config, overwrite=True))
+    assert is_policy(config.out)
+
+
+def test_a_tokenizer_without_a_beginning_and_an_end_is_refused(tokenizer_model, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tokenizer_model.with_suffix(".txt")),
+        model_prefix=str(tmp_path / "bare"),
+        model_type="bpe",
+        vocab_size=TEXT_ROWS,
+        byte_fallback=True,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    with pytest.raises(ValueError, match=r"bare.model: .* lacks a token"):
+        llama_tokenizer(tmp_path / "bare.model")
 
 
 def test_a_finished_policy_is_not_overwritten_by_accident(config):
@@ -257,3 +323,34 @@ def test_a_latent_action_model_that_does_not_fit_is_refused_by_name(tmp_path):
     refused("not a state dict")
     torch.save({"a": Path("x")}, path)
     refused("not a file of tensors alone")
+
+
+def test_a_file_of_torch_is_refused_wherever_it_is_malformed_and_without_advice_to_run_it(tmp_path):
+    path, sizes = tmp_path / "laq.pt", tmp_path / "sizes.json"
+    facts = json.loads((Path(__file__).parent / "golden" / "laq_A.json").read_text())
+    sizes.write_text(json.dumps(facts["config"]))
+
+    def refused(complaint: str) -> None:
+        with pytest.raises(ValueError, match=complaint) as error:
+            import_laq.run(ImportLaqConfig(path, out=tmp_path / "lam", sizes=sizes))
+        assert "weights_only" not in str(error.value) and not (tmp_path / "lam").exists()
+
+    torch.save({"a": torch.zeros(5)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 3):
+        path.write_bytes(whole[:end])
+        refused("laq.pt: truncated, or not a file of tensors alone; nothing in it was run")
+    weight = torch.ones(2, 2)
+    for tensor, complaint in [
+        (weight.to_sparse(), "sparse"),
+        (weight.to("meta"), "without its numbers"),
+        (weight.long(), "of torch.int64"),
+        (weight / 0, "not all of its numbers are finite"),
+    ]:
+        torch.save({"vq.codebooks": tensor, "fine": weight}, path)
+        refused(rf"(?s)laq.pt: expected finite floating-point numbers:\n  vq.codebooks: [^\n]*{complaint}")
+    torch.save({1: weight}, path)
+    refused("not a state dict")
+    for key, value in (("heads", 0), ("dim", "a"), ("dim", 64.0), ("patch_size", -1)):
+        sizes.write_text(json.dumps({**facts["config"], key: value}))
+        refused(f"sizes.json: {key} must be a whole number")

@@ -1,5 +1,6 @@
 """The whole flow in the made-up world: every stage's artifact feeds the next, and what is done is not done again."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.files import read_json
 from lapa.latent.model import lam_fingerprint
+from vlms import make_vlm
 
 
 def in_this_process(stage: demo.Stage) -> float:
@@ -101,3 +103,20 @@ def test_labels_of_another_model_or_dataset_are_refused_by_the_policy(
     assert exit_.value.code == 2
     assert told in capsys.readouterr().err
     assert not (out / "refused").exists()
+
+
+@pytest.mark.slow
+def test_the_policy_may_be_a_vision_language_model(
+    finished: demo.DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the same videos and labels; the stages that have no part in the policy are done before."""
+    make_vlm("smolvlm", tmp_path / "vlm")
+    for name in ("videos", "demonstrations", "lam", "probe", "labels"):
+        shutil.copytree(finished.out / name, tmp_path / "out" / name)
+    monkeypatch.setattr(demo, "_run", in_this_process)
+    config = demo.DemoConfig(
+        out=tmp_path / "out", preset="debug", policy=f"hf:{tmp_path / 'vlm'}", rollouts=1, resume=True
+    )
+    demo.run(config)
+    assert read_json(config.out / "demo.json")["results"]["pretrained"]["overall"]["episodes"] == 8
+    assert read_json(config.out / "policy" / "config.json")["policy"]["backbone"]["kind"] == "hf"

@@ -113,6 +113,7 @@ def test_whole_sequences_give_the_loss_of_shifted_ones(layout):
 
 
 def test_greedy_codes_are_those_of_the_released_code(layout):
+    """The golden's three decodings say the same codes: which layout is which shows in the next test alone."""
     model = from_released(PARAMS, SIZES, layout=layout)
     expected = TENSORS["gen.generate_eos2" if layout == "released" else "gen.nocache_greedy"]
     assert torch.equal(model.generate(*START, length=4), expected.long())
@@ -172,6 +173,28 @@ def test_a_finetuned_checkpoint_has_robot_actions_and_lwm_has_no_latent_ones():
     assert set(model.logits(INPUTS["tokens_BT"], INPUTS["vision_mask_BT"], none)) == {"text", "vision"}
     with pytest.raises(ValueError, match="no latent segment"):
         model.logits(*INPUTS.values())
+    read, said = ({**given, "latent_mask_BT": none} for given in (INPUTS, TARGETS))
+    assert set(model.shifted_losses(read, said)) == {"text", "vision"}
+
+
+def test_robot_actions_are_as_many_as_the_tables_have_unless_the_config_says_it():
+    tables = {"transformer/ate/embedding": torch.zeros(245, 64), "action_head/kernel": torch.zeros(64, 245)}
+    sizes = {key: value for key, value in SIZES.items() if key != "action_vocab_size"}
+    assert released.check_weights({**PARAMS, **tables}, sizes).bins == 245
+    with pytest.raises(ValueError, match=r"ate/embedding: shape .245, 64., expected .256, 64."):
+        released.check_weights({**PARAMS, **tables}, {**sizes, "action_vocab_size": 256})
+    tables["action_head/kernel"] = torch.zeros(64, 244)
+    with pytest.raises(ValueError, match=r"action_head/kernel: shape .64, 244., expected .64, 245."):
+        released.check_weights({**PARAMS, **tables}, sizes)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("num_attention_heads", 0), ("hidden_size", "64"), ("num_hidden_layers", 2.0), ("theta", "x"), ("eof_token", -1)],
+)
+def test_sizes_that_are_no_sizes_are_named(key, value):
+    with pytest.raises(ValueError, match=f"{key} of the released config must be"):
+        released.checked_config({**SIZES, key: value})
 
 
 def test_every_tensor_that_does_not_fit_is_named():

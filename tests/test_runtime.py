@@ -1,7 +1,9 @@
 """A policy folder acts: what it needs, what it returns, what it refuses."""
 
 import json
+import resource
 import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -144,3 +146,17 @@ def test_weights_of_another_size_are_refused(folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(written))
     with pytest.raises(ValueError, match="does not fit the policy's config"):
         Policy.from_pretrained(folder)
+
+
+def test_a_full_disk_is_named_with_the_folder(folders, tmp_path):
+    """A file-size limit stands for it; the tokenizers library raises a bare Exception then."""
+    processor = load_policy(folders / "pretrained").processor
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="full: could not be written"):
+            processor.save(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

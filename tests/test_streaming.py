@@ -6,13 +6,15 @@ import collections
 import pickle
 import sys
 import types
+from _codecs import encode as codecs_encode
 
 import msgpack
+import numpy as np
 import pytest
 import torch
 
 from lapa.policy import streaming
-from lapa.policy.streaming import open_checkpoint, require_shapes
+from lapa.policy.streaming import open_checkpoint, require_floats, require_shapes
 from released_files import arrays, leaf, write_flax, write_stream
 
 TENSORS = {
@@ -109,6 +111,42 @@ def test_what_is_no_checkpoint_is_refused_with_its_name(tmp_path):
             open_checkpoint(tmp_path / name)
 
 
+def record(tensor: object) -> bytes:
+    return msgpack.packb((("a",), msgpack.packb(tensor)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x92" * 5000,
+        b"\x81\xa1a" * 5000,
+        *(
+            record(msgpack.ExtType(1, msgpack.packb(inner)))
+            for inner in (
+                *(7, (1, 2), (3, "float32", b"1234"), ((1,), ["float32"], b"1234"), ((1,), "float32", 3)),
+                *(((1.0,), "float32", b"1234"), ((-1, -1), "float32", b"1234"), ((1,), b"\xff" * 5000, b"1234")),
+            )
+        ),
+        record({"__msgpack_chunked_array__": True}),
+        record({"__msgpack_chunked_array__": True, "shape": {"0": 0}, "chunks": {}}),
+        record({"__msgpack_chunked_array__": True, "shape": [1], "chunks": 3}),
+        msgpack.packb(((), b"")),
+    ],
+)
+def test_a_malformed_stream_is_refused_with_its_name(tmp_path, content):
+    (tmp_path / "params").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        open_checkpoint(tmp_path / "params")
+    assert str(error.value).startswith(f"{tmp_path / 'params'}: ")
+
+
+def test_weights_that_are_no_floating_point_numbers_are_named(tmp_path):
+    write_stream(tmp_path / "params", TENSORS)
+    with pytest.raises(ValueError, match=r"(?s)step: torch.int64$"):
+        require_floats(open_checkpoint(tmp_path / "params"))
+    require_floats({name: tensor for name, tensor in TENSORS.items() if name != "step"})
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_pickled_map_of_arrays_is_read_as_data(tmp_path, protocol):
     numbers = {name: tensor for name, tensor in TENSORS.items() if tensor.dtype != torch.bfloat16}
@@ -164,6 +202,43 @@ def test_a_pickle_with_anything_else_is_refused_and_never_run(tmp_path):
         path.write_bytes(pickle.dumps(value))
         with pytest.raises(ValueError, match=complaint):
             open_checkpoint(path)
+
+
+class Call:
+    """Pickles as a call."""
+
+    def __init__(self, *parts: object) -> None:
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_a_hostile_pickle_is_refused_at_once_with_its_name(tmp_path):
+    itself: dict = {}
+    itself["a"] = itself
+    doubled: dict = {"x": np.zeros(1)}
+    for _ in range(40):
+        doubled = {"a": doubled, "b": doubled}
+    deep = sys.getrecursionlimit()
+    contents = {
+        "the same map in two places": [pickle.dumps(itself), pickle.dumps(doubled)],
+        "bytes is not to be called so": [
+            b"\x80\x02}(X\x01\x00\x00\x00ac__builtin__\nbytes\n\x8a\x05\x00\x00\x00\x00\x40\x85Ru."
+        ],
+        "encode is not to be called so": [pickle.dumps({"a": Call(codecs_encode, ("x", "nope"))}, protocol=2)],
+        "not of numbers": [
+            pickle.dumps({"a": array})
+            for array in (np.array([{}], dtype=object), np.array(["x"]), np.zeros(2, dtype=[("x", "f4")]))
+        ],
+        "keys are not all text": [pickle.dumps({("a",): np.zeros(1)})],
+        "recursion": [b"\x80\x02" + b"}X\x01\x00\x00\x00a" * deep + b"}" + b"s" * deep + b"."],
+    }
+    for complaint, files in contents.items():
+        for content in files:
+            (tmp_path / "vqgan").write_bytes(content)
+            with pytest.raises(ValueError, match=rf"vqgan: .*{complaint}"):
+                open_checkpoint(tmp_path / "vqgan")
 
 
 def test_a_truncated_pickle_is_named_as_such(tmp_path):

@@ -66,6 +66,15 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         VQGAN.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "sizes, complaint",
+    [({"resolution": 0}, "at least 1"), ({"channel_mult": (1, -1)}, "at least 1"), ({"hidden_channels": 30}, "of 32")],
+)
+def test_impossible_sizes_are_refused(sizes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        VQGANConfig(**sizes)
+
+
 def test_a_picture_of_another_size_is_refused(vqgan):
     with pytest.raises(ValueError, match="64 x 64"):
         vqgan.encode(IMAGES[:, :32])

@@ -129,7 +129,7 @@ def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=written)
     except (CheckpointException, OSError) as error:
         raise OSError(
-            f"{written}: could not be written ({_reason(error)}); make room, then go on with --resume"
+            f"{written}: could not be written ({_reason(error)}); make room and run the command again with --resume"
         ) from error
     if dist.get_rank() == 0:
         state = {"step": step, "folder": written.name, "run_config": lasting(run.run_config), "random": random_states}

@@ -58,7 +58,9 @@ def run(config: CompareConfig) -> None:
     models = [LatentActionModel.from_pretrained(lam) for lam in config.lams]
     out = config.out or Path(f"compare_{dataset.name}")
     inputs = [*config.lams, config.data]
-    claim_output(out, complete=(out / "compare.json").exists(), overwrite=config.overwrite, inputs=inputs)
+    claim_output(
+        out, complete=(out / "compare.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
+    )
     longest = max(models, key=lambda model: model.horizon)
     pairs = pairs_of(longest, dataset, config.camera)
     drawn = np.random.default_rng(config.seed).permutation(len(pairs))[: config.num_pairs]

@@ -134,7 +134,9 @@ def run(config: ProbeConfig) -> None:
     # A model from the hub has no folder here to write into.
     out = config.out or (config.lam if config.lam.is_dir() else Path()) / f"probe_{dataset.name}"
     inputs = [config.lam, config.data]
-    claim_output(out, complete=(out / "probe.json").exists(), overwrite=config.overwrite, inputs=inputs)
+    claim_output(
+        out, complete=(out / "probe.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
+    )
     sample = draw_sample(pairs_of(model, dataset, config.camera), config.num_pairs, config.seed, actions=True)
     say(f"{len(sample.frames_BTCHW)} pairs, {model.horizon:g} s apart, of {dataset.name}")
     encoded = encode(model, sample.frames_BTCHW)

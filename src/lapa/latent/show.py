@@ -68,7 +68,7 @@ def run(config: ShowConfig) -> None:
     frame_CHW = read_image(config.image, model.config.image_size)
     out = config.out or (config.lam if config.lam.is_dir() else Path()) / f"show_{config.image.stem}"
     complete = (out / "codes.png").exists()
-    claim_output(out, complete=complete, overwrite=config.overwrite, inputs=[config.lam, config.image])
+    claim_output(out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.lam, config.image])
     if len(steps_SL):
         frames_THWC = rearrange(roll_out(model, frame_CHW, steps_SL), "t c h w -> t h w c").numpy()
         encode_clip(out / "rollout.mp4", frames_THWC, fps=1 / model.horizon)

@@ -92,10 +92,10 @@ def run(config: ImportLapaConfig) -> None:
         )
     processor = LwmProcessor(tokenizer, backbone, vocabulary.rows("vision").start)
     policy = policy_config(config, backbone, vocabulary, processor)
+    dtype = TORCH_DTYPES.get(config.dtype) or params[released.FINAL_NORM].dtype
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{config.params}: of {dtype}; give --dtype bf16 or fp32")
     llama = released.released_llama(sizes, vocabulary)
-    llama.dtype = TORCH_DTYPES.get(config.dtype) or params[released.FINAL_NORM].dtype
-    if llama.dtype not in SAFETENSORS_DTYPES:
-        raise ValueError(f"{config.params}: of {llama.dtype}; give --dtype bf16 or fp32")
     shapes = released.llama_shapes(llama)
     tokeniser = vqgan.from_released(images, image_sizes)
     inputs = [config.params, config.vqgan, config.tokenizer]
@@ -105,7 +105,7 @@ def run(config: ImportLapaConfig) -> None:
     processor.save(config.out / PROCESSOR)
     tokeniser.save(config.out / MODEL / VQGAN_FOLDER)
     del images, tokeniser
-    write_llama(config.out / MODEL, llama, shapes, released.llama_tensors(params, sizes))
+    write_llama(config.out / MODEL, llama, shapes, dtype, released.llama_tensors(params, sizes))
     write_json(config.out / "metrics.json", {})
     write_json(config.out / CONFIG, {"policy": configs.to_dict(policy), "run": configs.to_dict(config)})
     finish(_what(vocabulary), config.out, _next_commands(config, vocabulary))
@@ -212,9 +212,14 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def write_llama(
-    folder: Path, llama: LlamaConfig, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[tuple[str, Tensor]]
+    folder: Path,
+    llama: LlamaConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Writes the language model as transformers does, in memory for one tensor at a time."""
+    llama.dtype = dtype
     with progress() as bar:
         task = bar.add_task("tensors", total=len(shapes), note="")
 
@@ -223,7 +228,7 @@ def write_llama(
                 bar.update(task, advance=1)
                 yield name, tensor
 
-        write_safetensors(folder, shapes, llama.dtype, counted())
+        write_safetensors(folder, shapes, dtype, counted())
     with writing(folder):
         llama.save_pretrained(str(folder))
 

@@ -80,7 +80,7 @@ class PolicyConfig:
     """The latent action model whose codes the policy says, where it is known."""
 
     def __post_init__(self) -> None:
-        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+        if not all(self.cameras) or not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise ValueError(f"a policy needs at least one camera, each named once, got {self.cameras}")
         if self.latent_length < 0 or bool(self.latent_length) != bool(self.vocabulary.latent):
             raise ValueError("latent length and codebook size come together, or neither")

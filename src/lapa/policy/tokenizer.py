@@ -15,6 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lapa.files import writing
+
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
 
@@ -52,13 +54,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 1024) -> PreTra
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a tokenizer as transformers does. OSError naming the folder where the system refuses."""
-    try:
+    with writing(folder):
         tokenizer.save_pretrained(str(folder))
-    except Exception as error:
-        # The tokenizers library has no class of its own for what the system refused.
-        if type(error) is not Exception:
-            raise
-        raise OSError(f"{folder}: the tokenizer could not be written ({error}); make room, then go on") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -124,7 +124,8 @@ class HfBackbone(Backbone):
         self.vocabulary = vocabulary
 
     def save(self, folder: Path) -> None:
-        self.language.save_pretrained(folder)
+        with files.writing(folder):
+            self.language.save_pretrained(folder)
 
     @property
     def _inner(self) -> Any:

@@ -131,7 +131,8 @@ class HfProcessor:
     def save(self, folder: Path) -> None:
         """Writes tokenizer and image processor as transformers does, and the layout beside them."""
         save_tokenizer(self.tokenizer, folder)
-        self.image_processor.save_pretrained(str(folder))
+        with files.writing(folder):
+            self.image_processor.save_pretrained(str(folder))
         files.write_json(Path(folder) / LAYOUT, asdict(self.layout))
 
     @classmethod

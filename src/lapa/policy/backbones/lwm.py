@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lapa.files import writing
 from lapa.policy.backbones.base import PrefixBackbone, Tags, require_room
 from lapa.policy.backbones.tiny import square_images
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -173,7 +174,8 @@ class LwmBackbone(PrefixBackbone):
 
     def save(self, folder: Path) -> None:
         self.vqgan.save(folder / VQGAN_FOLDER)
-        self.language.save_pretrained(str(folder))
+        with writing(folder):
+            self.language.save_pretrained(str(folder))
 
 
 def create(
