@@ -20,7 +20,7 @@ from lapa.engine.optim import OptimConfig
 from lapa.files import read_json
 from lapa.policy import finetune, pretrain
 from lapa.policy.backbones import TinyConfig
-from lapa.policy.checkpoint import load_policy
+from lapa.policy.checkpoint import load_policy, save_policy
 from lapa.policy.finetune import FinetuneConfig
 from lapa.policy.heads import FlowConfig
 from lapa.policy.pretrain import PretrainConfig
@@ -389,3 +389,15 @@ def test_an_unknown_backbone_is_refused(root, tmp_path):
     for backbone, message in {"llama": "expected tiny, or hf:FOLDER", "lwm": "import LWM-Chat-1M or LAPA-7B"}.items():
         with pytest.raises(ValueError, match=message):
             pretrain.run(pretrain_config(root, tmp_path / "out", backbone=backbone))
+
+
+def test_rows_for_bins_that_came_without_bins_are_used(root, pretrained, tmp_path):
+    """As an imported policy has them, whose authors released the rows and not the bins."""
+    parts = load_policy(pretrained)
+    vocabulary = replace(parts.model.config.vocabulary, bins=7)
+    model = parts.model.grown(replace(parts.model.config, vocabulary=vocabulary))
+    save_policy(tmp_path / "imported", replace(parts, model=model), run={})
+    config = finetune_config(root, tmp_path / "out", policy=tmp_path / "imported", from_scratch=False, loop=loop(1))
+    finetune.run(config)
+    after = load_policy(tmp_path / "out").model.config
+    assert after.vocabulary.bins == 7 and max(after.action_bins) <= 7

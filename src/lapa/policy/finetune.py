@@ -214,13 +214,15 @@ def _with_actions(
     """The starting policy with robot actions: statistics of the training actions, or kept where it already acts."""
     before, space = start.model.config, common_action_space(datasets)
     actions_NA = training.actions()
-    codec = start.codec or _fit(config, actions_NA, space.binary)
+    # An imported policy may have rows for bins that were not released with it.
+    num_bins = before.vocabulary.bins or config.num_bins
+    codec = start.codec or _fit(config.head, actions_NA, space.binary, num_bins)
     states = start.states or (ActionBins.fit(training.states(), STATE_BINS) if config.state else None)
     _say_statistics(codec, actions_NA)
     vocabulary = before.vocabulary
     vocabulary = replace(
         vocabulary,
-        bins=vocabulary.bins or (config.num_bins if config.head == "bins" else 0),
+        bins=num_bins if config.head == "bins" else vocabulary.bins,
         state=vocabulary.state or (STATE_BINS if config.state else 0),
         query=max(vocabulary.query, config.chunk if config.head == "chunk" else 0),
     )
@@ -242,9 +244,9 @@ def _with_actions(
     return PolicyParts(start.model.grown(grown), start.processor, codec, states)
 
 
-def _fit(config: FinetuneConfig, actions_NA: np.ndarray, binary: Sequence[bool]) -> ActionCodec:
-    if config.head == "bins":
-        return ActionBins.fit(actions_NA, config.num_bins, binary)
+def _fit(head: HeadKind, actions_NA: np.ndarray, binary: Sequence[bool], num_bins: int) -> ActionCodec:
+    if head == "bins":
+        return ActionBins.fit(actions_NA, num_bins, binary)
     return ActionScale.fit(actions_NA, binary)
 
 
