@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/lapa demo --out runs/demo --resume
 
 test: setup
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -178,16 +178,19 @@ def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
         run(tmp_path, replace(LOOP, shard=True, weights="bf16", optim=eight_bits))
 
 
-def test_frozen_weights_stay_as_they_are_and_trained_ones_become_fp32(tmp_path: Path) -> None:
+def test_weights_are_of_one_precision_frozen_ones_too(tmp_path: Path) -> None:
     model = Slope().to(torch.bfloat16)
     model.net[0].requires_grad_(False)
     model.register_buffer("angles", torch.ones(2))
+    model.tokeniser = nn.Linear(1, 1, dtype=torch.float16).requires_grad_(False)
+    model.tokeniser.keeps_precision = True
+    kept = [torch.float16] * 2
     loop = replace(LOOP, precision="bf16", steps=1)
     train(model, Line(), collate, loop, tmp_path / "fp32", run_config={}, description="test")
-    assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert [p.dtype for p in model.parameters()] == [torch.float32] * 4 + kept
     loop = replace(loop, weights="bf16")
     train(model, Line(), collate, loop, tmp_path / "bf16", run_config={}, description="test")
-    assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 4
+    assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 4 + kept
     assert model.angles.dtype == torch.float32
 
 

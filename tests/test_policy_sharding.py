@@ -62,7 +62,8 @@ def pretrained(root: Path, out: Path, processes: int, *options: str) -> tuple[li
     return [row["loss"] for row in rows if "loss" in row], load_file(out / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["hf with adapters", pytest.param("lwm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hf with adapters", "lwm"])
 def test_two_processes_learn_what_one_does(root: Path, tmp_path: Path, kind: str) -> None:
     options = ["--policy", str(root / "lwm"), "--text-weight", "0.01"]
     if kind != "lwm":
