@@ -57,6 +57,15 @@ def _is_failed_write(error: Exception) -> bool:
     return named or type(error) is Exception or isinstance(error, OSError | RuntimeError)
 
 
+@contextmanager
+def naming(path: Path | None) -> Iterator[None]:
+    """A ValueError inside is raised again with the file that it is about before it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
     with atomic_path(path) as temporary:

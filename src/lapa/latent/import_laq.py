@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lapa import config as configs
 from lapa.console import finish
-from lapa.files import claim_output, read_json, write_json
+from lapa.files import claim_output, naming, read_json, write_json
 from lapa.latent.model import CONFIG
 from lapa.latent.released import PUBLISHED_CONFIG, from_released, released_config
 
@@ -53,10 +53,8 @@ def run(config: ImportLaqConfig) -> None:
         raise ValueError(f"{config.sizes}: expected an object with the sizes of a released model")
     require_sizes(published, config.sizes)
     weights = read_weights(config.weights)
-    try:
+    with naming(config.weights):
         model = from_released(weights, published)
-    except ValueError as error:
-        raise ValueError(f"{config.weights}: {error}") from None
     complete = (config.out / CONFIG).exists()
     claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.weights])
     write_json(config.out / "metrics.json", {})
@@ -68,13 +66,11 @@ def run(config: ImportLaqConfig) -> None:
 
 def require_sizes(published: Mapping[str, Any], path: Path | None) -> None:
     """ValueError naming the file where a size is none, or no model of these sizes can be."""
-    try:
+    with naming(path):
         for key, value in published.items():
             if key in PUBLISHED_CONFIG and (type(value) is not int or value < 1):
                 raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
         released_config(published)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:

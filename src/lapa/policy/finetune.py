@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,17 +18,15 @@ import numpy as np
 import tyro
 
 from lapa import config as configs
-from lapa.console import finish, is_main_process, say
+from lapa.console import finish, say
 from lapa.data.action_space import common_action_space
 from lapa.data.dataset import Dataset
 from lapa.data.steps import PolicySteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig
-from lapa.engine.optim import OptimConfig
-from lapa.files import claim_output
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import HfConfig, LwmConfig, renew_backbone
-from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy
+from lapa.policy.checkpoint import PolicyParts, is_policy
 from lapa.policy.heads import FlowConfig, HeadKind
 from lapa.policy.inputs import ActionCodec
 from lapa.policy.model import LatentPolicy, PolicyConfig
@@ -37,19 +36,15 @@ from lapa.policy.training import (
     TrainingOptions,
     choose_cameras,
     choose_prompts,
-    choose_what_learns,
+    load_start,
     new_policy,
     open_steps,
     require_same_codes,
-    say_what_is_ignored,
+    tiny_loop,
     train_policy,
 )
 
 STATE_BINS = 256
-
-
-def _tiny_loop() -> LoopConfig:
-    return LoopConfig(steps=500, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +66,7 @@ class FinetuneConfig(TrainingOptions):
     """Labels of the datasets, to go on learning latent actions beside the robot's (arXiv 2412.04445)."""
     latent_weight: float = 1.0
     """Weight of the loss of latent actions, where there are labels."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=_tiny_loop)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 500))
 
 
 def run(config: FinetuneConfig) -> None:
@@ -88,44 +83,27 @@ def run(config: FinetuneConfig) -> None:
         require_same_codes(start.model.config, labels[0].manifest, config.policy)
     _check_continuation(config, start.model.config, datasets)
 
-    def steps(split: str) -> PolicySteps:
-        return PolicySteps(
-            datasets,
-            start.model.config.backbone.image_size,
-            cameras,
-            labels=labels,
-            chunk=config.chunk,
-            state=config.state,
-            augment=config.augment and split == "train",
-            seed=config.loop.seed,
-            split=split,
-            held_out=config.held_out,
-            cache_gib=config.cache_gib,
-        )
-
-    training, held_out = open_steps(datasets, config.held_out, steps)
+    training, held_out = open_steps(
+        config,
+        datasets,
+        start.model.config.backbone.image_size,
+        cameras,
+        labels=labels,
+        chunk=config.chunk,
+        state=config.state,
+    )
     parts = _with_actions(config, start, datasets, training, cameras)
-    choose_what_learns(parts.model, config)
-    if is_main_process():
-        claim_output(
-            config.out,
-            complete=is_policy(config.out),
-            overwrite=config.overwrite,
-            resume=config.resume,
-            inputs=[*config.data, *config.labels, *([config.policy] if config.policy else [])],
-        )
     finished = train_policy(
         parts,
         training,
         held_out,
-        config.loop,
-        config.out,
+        config,
+        labels=config.labels,
         run_config={
             **configs.to_dict(config),
             "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
         },
         description="policy from scratch" if config.from_scratch else "policy",
-        resume=config.resume,
     )
     if finished:
         finish("policy", config.out, next_commands)
@@ -138,10 +116,7 @@ def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Pol
         if not config.from_scratch:
             raise ValueError("give the pretrained policy to start from with --policy, or ask for --from-scratch")
         return new_policy(config, datasets, {})
-    if config.policy.resolve() == config.out.resolve():
-        raise ValueError(f"{config.out}: is the policy to start from; give another --out")
-    pretrained = load_policy(config.policy)
-    say_what_is_ignored(config, pretrained.model.config)
+    pretrained = load_start(config, config.policy)
     return _without_pretraining(pretrained) if config.from_scratch else pretrained
 
 

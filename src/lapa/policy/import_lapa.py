@@ -24,7 +24,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lapa import config as configs
 from lapa.console import finish, progress, say
-from lapa.files import atomic_path, claim_output, read_json, write_json, writing
+from lapa.files import atomic_path, claim_output, naming, read_json, write_json, writing
 from lapa.policy import released, vqgan
 from lapa.policy.backbones.lwm import VQGAN_FOLDER, LwmConfig, LwmProcessor
 from lapa.policy.checkpoint import CONFIG, MODEL, PROCESSOR, is_policy
@@ -73,18 +73,18 @@ class ImportLapaConfig:
 def run(config: ImportLapaConfig) -> None:
     """`lapa import lapa-7b`. Raises ValueError on a file that is missing, truncated or does not fit."""
     sizes, image_sizes = read_sizes(config.sizes)
-    backbone = _blamed(config.sizes, lambda: lwm_config(sizes, image_sizes))
+    with naming(config.sizes):
+        backbone = lwm_config(sizes, image_sizes)
     params = open_checkpoint(config.params)
-    vocabulary = _blamed(config.params, lambda: released.check_weights(params, sizes))
-    _blamed(config.params, lambda: require_floats(params))
+    with naming(config.params):
+        vocabulary = released.check_weights(params, sizes)
+        require_floats(params)
     if isinstance(params, StoredTensors) and params.skipped:
         say(f"{config.params}: {len(params.skipped)} entries beside the weights are left out (the optimiser's state)")
     images = open_checkpoint(config.vqgan)
-    _blamed(
-        config.vqgan,
-        lambda: require_shapes("the image tokeniser", shapes_of(images), vqgan.released_shapes(image_sizes)),
-    )
-    _blamed(config.vqgan, lambda: require_floats(images))
+    with naming(config.vqgan):
+        require_shapes("the image tokeniser", shapes_of(images), vqgan.released_shapes(image_sizes))
+        require_floats(images)
     tokenizer = llama_tokenizer(config.tokenizer)
     if len(tokenizer) != vocabulary.text:
         raise ValueError(
@@ -300,14 +300,6 @@ def _pieces_and_merges(pieces: Any) -> tuple[dict[str, int], list[tuple[str, str
             if halves[0] in vocabulary and halves[1] in vocabulary:
                 merges.append((-pieces.get_score(number), vocabulary[halves[0]], vocabulary[halves[1]], halves))
     return vocabulary, [halves for *_, halves in sorted(merges)]
-
-
-def _blamed(path: Path | None, action: Any) -> Any:
-    """What `action` gives; its ValueError names the file. Without one, the sizes are the published ones, which fit."""
-    try:
-        return action()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _what(vocabulary: Vocabulary) -> str:

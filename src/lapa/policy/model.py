@@ -234,7 +234,9 @@ class LatentPolicy(nn.Module):
                 if block not in tower:
                     block.requires_grad_(False)
         if self.head is not None and not self.config.latent_weight:
-            self._freeze_unused_head()
+            # Nothing is said in tokens: a head of the language model that is not the embedding too goes unused.
+            for unused in vocabulary_weights(self.backbone.language)[1:]:
+                unused.requires_grad_(False)
 
     def add_adapters(self, rank: int) -> None:
         """LoRA: the decoder learns through adapters, and of its vocabulary the rows of actions alone.
@@ -342,12 +344,6 @@ class LatentPolicy(nn.Module):
         rows = self.config.vocabulary.rows(target.segment)
         logits_BFR = self.backbone.logits(hidden_BFD, rows)
         return logits_BFR.masked_fill(_impossible(target, rows, logits_BFR.device), -torch.inf)
-
-    def _freeze_unused_head(self) -> None:
-        """The language model's own head, where nothing is said in tokens and it is not the embedding too."""
-        language = self.backbone.language
-        if language.get_output_embeddings().weight is not language.get_input_embeddings().weight:
-            language.get_output_embeddings().requires_grad_(False)
 
 
 def _require_rows(what: str, bins: tuple[int, ...], dimensions: int, rows: int) -> None:

@@ -10,37 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from lapa import config as configs
-from lapa.console import finish, is_main_process
+from lapa.console import finish
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
-from lapa.data.steps import PolicySteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig
-from lapa.engine.optim import OptimConfig
-from lapa.files import claim_output
-from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy
+from lapa.policy.checkpoint import PolicyParts, is_policy
 from lapa.policy.model import PolicyConfig
 from lapa.policy.training import (
     TrainingOptions,
     choose_cameras,
     choose_prompts,
-    choose_what_learns,
+    load_start,
     new_policy,
     open_steps,
     require_same_codes,
-    say_what_is_ignored,
+    tiny_loop,
     train_policy,
 )
-
-
-def _tiny_loop() -> LoopConfig:
-    return LoopConfig(steps=700, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +47,7 @@ class PretrainConfig(TrainingOptions):
     """Refuse labels that another latent action model made."""
     text_weight: float | None = None
     """Weight of the loss of the text around a latent action (`lwm` backbones; paper: 0.01); by default as before."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=_tiny_loop)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 700))
 
 
 def run(config: PretrainConfig) -> None:
@@ -70,29 +64,8 @@ def run(config: PretrainConfig) -> None:
     parts = _starting_policy(config, datasets, labels[0].manifest)
     policy = parts.model.config
 
-    def steps(split: str) -> PolicySteps:
-        return PolicySteps(
-            datasets,
-            policy.backbone.image_size,
-            config.cameras or (policy.cameras if config.policy else None),
-            labels=labels,
-            augment=config.augment and split == "train",
-            seed=config.loop.seed,
-            split=split,
-            held_out=config.held_out,
-            cache_gib=config.cache_gib,
-        )
-
-    training, held_out = open_steps(datasets, config.held_out, steps)
-    choose_what_learns(parts.model, config)
-    if is_main_process():
-        claim_output(
-            config.out,
-            complete=is_policy(config.out),
-            overwrite=config.overwrite,
-            resume=config.resume,
-            inputs=[*config.data, *config.labels, *([config.policy] if config.policy else [])],
-        )
+    cameras = policy.cameras if config.policy else config.cameras or None
+    training, held_out = open_steps(config, datasets, policy.backbone.image_size, cameras, labels=labels)
     run_config = {
         **configs.to_dict(config),
         "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
@@ -102,11 +75,10 @@ def run(config: PretrainConfig) -> None:
         parts,
         training,
         held_out,
-        config.loop,
-        config.out,
+        config,
+        labels=config.labels,
         run_config=run_config,
         description="latent policy",
-        resume=config.resume,
     )
     if finished:
         finish("pretrained policy", config.out, next_commands)
@@ -139,14 +111,11 @@ def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manife
         segments = {"latent": manifest.codebook_size}
         parts = new_policy(config, datasets, segments, latent_length=manifest.latent_length)
         return replace(parts, model=parts.model.grown(_saying(parts, parts.model.config, config, manifest)))
-    if config.policy.resolve() == config.out.resolve():
-        raise ValueError(f"{config.out}: is the policy to start from; give another --out")
-    parts = load_policy(config.policy)
+    parts = load_start(config, config.policy)
     policy = parts.model.config
     if policy.chunk:
         raise ValueError(f"{config.policy}: has robot actions already; pretrain a policy that does not act yet")
     require_same_codes(policy, manifest, config.policy)
-    say_what_is_ignored(config, policy)
     grown = replace(
         policy,
         vocabulary=replace(policy.vocabulary, latent=manifest.codebook_size),

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
-from lapa.data.labels import Manifest
+from lapa.data.labels import Labels, Manifest
 from lapa.data.steps import PolicySteps
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
+from lapa.engine.optim import OptimConfig
+from lapa.files import claim_output
 from lapa.policy.backbones import BackboneConfig, HfConfig, TinyConfig, create_backbone
 from lapa.policy.backbones.hf import native_image_size
-from lapa.policy.checkpoint import PolicyParts, save_policy
+from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy, save_policy
 from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
@@ -31,6 +33,11 @@ from lapa.policy.prompts import Prompts, parse_prompts
 EVALUATION_STEPS = 256
 EVALUATION_BATCH = 64
 HF = "hf:"
+
+
+def tiny_loop(steps: int) -> LoopConfig:
+    """The preset `tiny` of both stages."""
+    return LoopConfig(steps=steps, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +113,21 @@ def new_policy(
     return PolicyParts(LatentPolicy(policy, backbone), processor)
 
 
+def load_start(options: TrainingOptions, folder: Path) -> PolicyParts:
+    """The policy to start from. Its backbone is its own, whatever --backbone or the preset say, which the user is told.
+
+    ValueError where the output would take its place.
+    """
+    if folder.resolve() == options.out.resolve():
+        raise ValueError(f"{options.out}: is the policy to start from; give another --out")
+    parts = load_policy(folder)
+    backbone = parts.model.config.backbone
+    own = f"{HF}{backbone.source}" if isinstance(backbone, HfConfig) else backbone.kind
+    if options.backbone not in ("tiny", own):
+        warn(f"--backbone {options.backbone} is not looked at: {folder} has its own, {own}")
+    return parts
+
+
 def instructions(datasets: Sequence[Dataset], prompts: Prompts) -> list[str]:
     """What a policy with these prompts reads in the datasets: the text that a new tokenizer is trained on."""
     return [prompts.text(episode.instruction, d.name) for d in datasets for episode in d.episodes]
@@ -124,13 +146,6 @@ def require_same_codes(policy: PolicyConfig, manifest: Manifest, folder: Path | 
             f"{folder}: learned the latent actions of the model {policy.lam_fingerprint}, the labels were made by "
             f"{manifest.lam_fingerprint}, whose codes mean something else; label the data with the former"
         )
-
-
-def say_what_is_ignored(options: TrainingOptions, policy: PolicyConfig) -> None:
-    """With --policy the backbone is that one's, whatever --backbone or the preset say."""
-    own = f"{HF}{policy.backbone.source}" if isinstance(policy.backbone, HfConfig) else policy.backbone.kind
-    if options.backbone not in ("tiny", own):
-        warn(f"--backbone {options.backbone} is not looked at: {options.policy} has its own, {own}")
 
 
 def choose_prompts(options: TrainingOptions, datasets: Sequence[Dataset], known: Prompts | None = None) -> Prompts:
@@ -176,14 +191,25 @@ def train_policy(
     parts: PolicyParts,
     training: PolicySteps,
     held_out: PolicySteps | None,
-    loop: LoopConfig,
-    out: Path,
+    options: TrainingOptions,
     *,
+    labels: Sequence[Path],
     run_config: dict[str, Any],
     description: str,
-    resume: bool,
 ) -> bool:
-    """Trains the policy in place and writes its folder. False where the run was stopped before its end."""
+    """Trains the policy in place and writes its folder. False where the run was stopped before its end.
+
+    labels: folders that are read beside the datasets and the policy to start from, none of which may be written over.
+    """
+    choose_what_learns(parts.model, options)
+    if is_main_process():
+        claim_output(
+            options.out,
+            complete=is_policy(options.out),
+            overwrite=options.overwrite,
+            resume=options.resume,
+            inputs=[*options.data, *labels, *([options.policy] if options.policy else [])],
+        )
     evaluate = None if held_out is None else held_out_figures(parts.inputs, held_out)
     if held_out is None:
         say("no episode is held out: nothing is evaluated while training")
@@ -191,16 +217,16 @@ def train_policy(
         parts.model,
         training,
         parts.inputs.collate,
-        loop,
-        out,
+        options.loop,
+        options.out,
         run_config=run_config,
         description=description,
-        resume=resume,
+        resume=options.resume,
         evaluate=evaluate,
     )
     if result.finished and is_main_process():
         parts.model.merge_adapters()
-        save_policy(out, parts, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
+        save_policy(options.out, parts, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
     return result.finished
 
 
@@ -228,11 +254,34 @@ def held_out_figures(inputs: PolicyInputs, steps: PolicySteps) -> Callable[[nn.M
 
 
 def open_steps(
-    datasets: Sequence[Dataset], held_out: float, build: Callable[[str], PolicySteps]
+    options: TrainingOptions,
+    datasets: Sequence[Dataset],
+    size: int,
+    cameras: Sequence[str] | None,
+    *,
+    labels: Sequence[Labels] | None = None,
+    chunk: int | None = None,
+    state: bool = False,
 ) -> tuple[PolicySteps, PolicySteps | None]:
-    """The training steps, and the held-out ones where any episode is held out."""
-    some_held_out = held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets)
-    return build("train"), build("held_out") if some_held_out else None
+    """The training steps, and the held-out ones where any episode is held out. What a step is: see `PolicySteps`."""
+
+    def steps(split: str) -> PolicySteps:
+        return PolicySteps(
+            datasets,
+            size,
+            cameras,
+            labels=labels,
+            chunk=chunk,
+            state=state,
+            augment=options.augment and split == "train",
+            seed=options.loop.seed,
+            split=split,
+            held_out=options.held_out,
+            cache_gib=options.cache_gib,
+        )
+
+    some_held_out = options.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets)
+    return steps("train"), steps("held_out") if some_held_out else None
 
 
 def _figures(

@@ -36,6 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lapa import files
 from lapa.policy.backbones.base import Backbone, Memory, positions, require_room
 from lapa.policy.backbones.hf_inputs import HfProcessor, model_images
+from lapa.policy.lora import vocabulary_weights
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -118,8 +119,7 @@ class HfBackbone(Backbone):
                 )
         new_rows = slice(self.vocabulary.size, vocabulary.size)
         super().resize(vocabulary)
-        embedding, head = _matrices(self.language)
-        for weight in (embedding,) if embedding is head else (embedding, head):
+        for weight in vocabulary_weights(self.language):
             _fill_rows(weight, new_rows, self.vocabulary.text)
         self.vocabulary = vocabulary
 
@@ -212,7 +212,7 @@ def load(
 ) -> tuple[HfBackbone, HfProcessor]:
     """What `save` wrote. ValueError naming what is missing or does not fit."""
     language = _load_language(model, str(model))
-    rows = len(_matrices(language)[0])
+    rows = len(vocabulary_weights(language)[0])
     if rows < vocabulary.size:
         raise ValueError(f"{model}: has {rows} rows for a vocabulary of {vocabulary.size}; train the policy again")
     return HfBackbone(config, language, vocabulary), HfProcessor.load(processor, num_cameras=num_cameras)
@@ -258,11 +258,6 @@ def _load_language(folder: Path, name: str) -> PreTrainedModel:
     if head is None or head.bias is not None or not hasattr(language.base_model, "get_image_features"):
         raise ValueError(f"{name}: a {type(language).__name__} is not built as this needs; give {PROVEN}")
     return cast(PreTrainedModel, language)
-
-
-def _matrices(language: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """Embedding and head; one and the same where they are tied."""
-    return language.get_input_embeddings().weight, language.get_output_embeddings().weight
 
 
 def _grown(config: HfConfig, language: PreTrainedModel, vocabulary: Vocabulary) -> HfBackbone:
