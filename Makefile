@@ -2,10 +2,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help setup demo test test-slow lint format bench bench-latent clean
+.PHONY: help setup demo study test test-slow lint format bench bench-latent clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
+	@echo 'make study      LAPA beside other ways of using video: one seed, hours; goes on when run again'
 	@echo 'make test       the tests (make test-slow: the ones that take minutes)'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
@@ -21,6 +22,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/lapa demo --out runs/demo --resume
+
+study: setup
+	$(BIN)/lapa study run --preset cpu --out runs/study
+	$(BIN)/lapa study report runs/study --overwrite
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

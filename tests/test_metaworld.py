@@ -81,6 +81,7 @@ def test_demonstrations_and_evaluation_never_share_a_seed() -> None:
         ({"size": 65}, "--size must be even"),
         ({"max_steps": 501}, "--max-steps"),
         ({"noise": -1.0}, "--noise"),
+        ({"look": -1}, "--look"),
         ({"workers": 0}, "--workers"),
     ],
 )
@@ -218,3 +219,64 @@ def test_failed_attempts_are_replaced_by_the_next_seeds() -> None:
     assert metaworld._next_attempts(2, kept, tried, most=4) == [("b", 2)]
     assert metaworld._next_attempts(2, kept, tried, most=4) == [("b", 3)]
     assert metaworld._next_attempts(2, kept, tried, most=4) == []
+
+
+def play(look: int | None, task: str = "coffee-button", size: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Actions, states and pictures of an expert's episode, which must end in success."""
+    simulator = Simulator(task, size=size, look=look)
+    demonstration = record(simulator, 5)
+    simulator.close()
+    assert demonstration is not None
+    return demonstration.actions_TA, demonstration.states_TS, demonstration.frames_THWC["corner4"]
+
+
+def test_another_look_changes_the_pictures_and_nothing_of_what_moves(simulators: None) -> None:
+    actions_TA, states_TS, plain_THWC = play(None)
+    seen = [plain_THWC]
+    for look in (1, 2):
+        other_actions_TA, other_states_TS, pictures_THWC = play(look)
+        np.testing.assert_array_equal(other_actions_TA, actions_TA)
+        np.testing.assert_array_equal(other_states_TS, states_TS)
+        for before_THWC in seen:
+            assert np.abs(pictures_THWC.astype(int) - before_THWC).mean() > 20
+        seen.append(pictures_THWC)
+    np.testing.assert_array_equal(play(1)[2], seen[1])
+
+
+def test_looks_alternate_in_one_process_as_they_are_alone(simulators: None) -> None:
+    several = [Simulator("push", size=32, look=look) for look in (None, 1, 2, None)]
+    for simulator in several:
+        simulator.reset(0)
+    seen = [picture(simulator) for simulator in several]
+    np.testing.assert_array_equal(seen[0], seen[3])
+    for simulator, before in zip(several, seen, strict=True):
+        metaworld_simulator._renderer.release()
+        np.testing.assert_array_equal(picture(simulator), before)
+        simulator.close()
+
+
+def test_a_look_keeps_goal_markers_and_what_is_moved_apart_from_the_table(simulators: None) -> None:
+    plain = Simulator("push")
+    untouched = plain._environment.model
+    for look in range(5):
+        painted = Simulator("push", look=look)
+        model = painted._environment.model
+        np.testing.assert_array_equal(model.site_rgba, untouched.site_rgba)
+        np.testing.assert_array_equal(model.geom_rgba[:, 3], untouched.geom_rgba[:, 3])
+        table, puck = model.material("table_wood").rgba[:3], model.geom("objGeom").rgba[:3]
+        shown = [site for site in range(model.nsite) if model.site(site).name == "goal"]
+        assert np.linalg.norm(puck - table) > 0.3
+        assert all(np.linalg.norm(model.site_rgba[site, :3] - table) > 0.3 for site in shown)
+        painted.close()
+    plain.close()
+
+
+def test_table_and_robot_look_the_same_in_every_task(simulators: None) -> None:
+    colours = []
+    for task in ("push", "drawer-open"):
+        simulator = Simulator(task, look=4)
+        model = simulator._environment.model
+        arm = [g for g in range(model.ngeom) if model.body(model.geom_bodyid[g]).name == "right_l1"]
+        colours.append((model.material("table_wood").rgba.tolist(), model.geom_rgba[arm[0]].tolist()))
+        simulator.close()
+    assert colours[0] == colours[1]

@@ -11,10 +11,11 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.files import read_json
 from lapa.latent.model import lam_fingerprint
+from lapa.stages import Stage, run_stage
 from vlms import make_vlm
 
 
-def in_this_process(stage: demo.Stage) -> float:
+def in_this_process(stage: Stage) -> float:
     started = time.monotonic()
     with pytest.raises(SystemExit) as exit_:
         cli.main(stage.command)
@@ -26,7 +27,7 @@ def in_this_process(stage: demo.Stage) -> float:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoConfig:
     config = demo.DemoConfig(out=tmp_path_factory.mktemp("demo") / "out", preset="debug", rollouts=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_run", in_this_process)
+        patch.setattr(demo, "run_stage", in_this_process)
         demo.run(config)
     return config
 
@@ -56,7 +57,7 @@ def test_artifacts_name_what_they_were_made_from(finished: demo.DemoConfig) -> N
 
 def test_a_second_run_does_nothing_again(finished: demo.DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(demo, "_run", lambda stage: ran.append(stage.title) or 0.0)
+    monkeypatch.setattr(demo, "run_stage", lambda stage: ran.append(stage.title) or 0.0)
     resumed = demo.DemoConfig(**{**vars(finished), "resume": True})
     demo.run(resumed)
     assert ran == []
@@ -73,7 +74,7 @@ def test_other_settings_do_not_mix(finished: demo.DemoConfig) -> None:
 
 def test_a_failing_stage_stops_the_demo(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the stage 'rollouts' failed"):
-        demo._run(demo.Stage("rollouts", ["evaluate", "nobody", "--out", str(tmp_path)], tmp_path / "x"))
+        run_stage(Stage("rollouts", ["evaluate", "nobody", "--out", str(tmp_path)], tmp_path / "x"))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_the_policy_may_be_a_vision_language_model(
     make_vlm("smolvlm", tmp_path / "vlm")
     for name in ("videos", "demonstrations", "lam", "probe", "labels"):
         shutil.copytree(finished.out / name, tmp_path / "out" / name)
-    monkeypatch.setattr(demo, "_run", in_this_process)
+    monkeypatch.setattr(demo, "run_stage", in_this_process)
     config = demo.DemoConfig(
         out=tmp_path / "out", preset="debug", policy=f"hf:{tmp_path / 'vlm'}", rollouts=1, resume=True
     )

@@ -66,6 +66,12 @@ VERBS = (
         "lapa.data.sources.synthetic",
         "SyntheticConfig",
     ),
+    Verb(
+        "data hide-actions",
+        "a dataset -> the same videos without actions and states",
+        "lapa.data.rewrite",
+        "HideActionsConfig",
+    ),
     Verb("data info", "what a dataset holds, with a contact sheet", "lapa.data.info", "InfoConfig"),
     Verb(
         "latent train",
@@ -95,6 +101,38 @@ VERBS = (
         presets="finetune",
     ),
     Verb(
+        "policy measure",
+        "what a policy says of recorded episodes, beside what was done",
+        "lapa.policy.measure",
+        "MeasureConfig",
+    ),
+    Verb(
+        "baseline inverse",
+        "a few robot episodes -> an inverse dynamics model",
+        "lapa.policy.baselines.inverse_train",
+        "InverseTrainConfig",
+        presets="inverse",
+    ),
+    Verb(
+        "baseline pseudo-label",
+        "videos -> the same with the actions that an inverse dynamics model sees in them (VPT)",
+        "lapa.policy.baselines.pseudo_label",
+        "PseudoLabelConfig",
+    ),
+    Verb(
+        "baseline video",
+        "videos and captions -> a model of what happens next",
+        "lapa.policy.baselines.video_train",
+        "VideoTrainConfig",
+        presets="video",
+    ),
+    Verb(
+        "baseline unipi",
+        "a video model and an inverse dynamics model -> a policy (UniPi)",
+        "lapa.policy.baselines.unipi",
+        "UniPiConfig",
+    ),
+    Verb(
         "import laq",
         "the released latent action model, laq_openx.pt -> a LAM",
         "lapa.latent.import_laq",
@@ -112,6 +150,17 @@ VERBS = (
         "lapa.evaluate.rollout",
         "EvaluateConfig",
     ),
+    Verb(
+        "study run",
+        "arms of the study: LAPA beside training from scratch, VPT, UniPi and true actions",
+        "lapa.study.run",
+        "StudyConfig",
+    ),
+    Verb("study report", "the study's table, figures and page", "lapa.study.report", "ReportConfig"),
+    Verb(
+        "study pack", "results and weights of a study -> files small enough to carry", "lapa.study.pack", "PackConfig"
+    ),
+    Verb("study unpack", "what was packed -> a study", "lapa.study.pack", "UnpackConfig"),
 )
 
 

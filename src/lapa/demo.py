@@ -8,10 +8,6 @@ where it was: finished artifacts are kept, and the stage that was cut short resu
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +17,7 @@ from rich.table import Table
 from lapa import config as configs
 from lapa.console import console, finish, say
 from lapa.files import claim_output, read_json, write_json
+from lapa.stages import Stage, run_stage
 
 SETTINGS, RESULTS = "settings.json", "demo.json"
 # Seeds of the stages lie apart, so that no labelled episode or rollout repeats a video.
@@ -52,15 +49,6 @@ class DemoConfig:
     """Go on with the demo that `out` holds."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command. `artifact` is the file that it writes last: where it is, the stage is done."""
-
-    title: str
-    command: list[str]
-    artifact: Path
-
-
 def run(config: DemoConfig) -> None:
     """`lapa demo`. Raises ValueError where `out` holds another demo or a stage fails."""
     out = config.out
@@ -74,7 +62,7 @@ def run(config: DemoConfig) -> None:
             say(f"done before: {stage.artifact}")
             continue
         say(f"$ lapa {' '.join(stage.command)}")
-        seconds[stage.title] = _run(stage)
+        seconds[stage.title] = run_stage(stage)
     report(config, seconds)
 
 
@@ -208,35 +196,6 @@ def _evaluate(config: DemoConfig, who: str) -> list[str]:
 
 def _results(config: DemoConfig, who: str) -> Path:
     return config.out / "results" / Path(who).name / "results.json"
-
-
-def _run(stage: Stage) -> float:
-    """Runs a stage to its end and returns its seconds.
-
-    Ctrl-C reaches the stage too, and SIGTERM is passed on: it checkpoints and leaves, and then so does the demo.
-    """
-    started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command])
-    stopping = False
-
-    def stop(number: int, frame: Any) -> None:
-        nonlocal stopping
-        stopping = True
-        say("stopping; the same command with --resume goes on from here")
-        if number == signal.SIGTERM:
-            process.terminate()
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if stopping:
-        raise KeyboardInterrupt
-    if status:
-        raise ValueError(f"the stage {stage.title!r} failed (see above); mend it and go on with --resume")
-    return round(time.monotonic() - started, 1)
 
 
 def _require_same_settings(config: DemoConfig) -> None:

@@ -17,6 +17,10 @@ from lapa.engine.optim import OptimConfig
 from lapa.latent.model import LatentModelConfig
 from lapa.latent.train import LatentTrainConfig
 from lapa.policy.backbones import TinyConfig
+from lapa.policy.baselines.inverse import InverseConfig
+from lapa.policy.baselines.inverse_train import InverseTrainConfig
+from lapa.policy.baselines.video import VideoConfig
+from lapa.policy.baselines.video_train import VideoTrainConfig
 from lapa.policy.finetune import FinetuneConfig
 from lapa.policy.pretrain import PretrainConfig
 
@@ -212,7 +216,56 @@ FINETUNE = {
         for name in VLMS
     },
 }
-STAGES: dict[str, dict[str, Any]] = {"latent": LATENT, "pretrain": PRETRAIN, "finetune": FINETUNE}
+# What UniPi reads actions off must be of the size that its video model draws.
+INVERSE = {
+    "debug": InverseTrainConfig(
+        data=REQUIRED,
+        out=REQUIRED,
+        preset="debug",
+        model=InverseConfig(image_size=32, vision_widths=(16, 32), vision_depth=1, width=64, horizon_seconds=0.3),
+        loop=QUICK,
+    ),
+    "tiny": InverseTrainConfig(data=REQUIRED, out=REQUIRED, model=InverseConfig(vision_widths=(16, 32, 64, 128))),
+    # The widths of ResNet-18.
+    "base": InverseTrainConfig(
+        data=REQUIRED,
+        out=REQUIRED,
+        preset="base",
+        model=InverseConfig(vision_widths=(64, 128, 256, 512), width=512),
+        loop=LoopConfig(steps=5_000, batch_size=128, optim=LARGE_POLICY_OPTIM, log_every=50, eval_every=500),
+    ),
+}
+VIDEO = {
+    "debug": VideoTrainConfig(
+        data=REQUIRED,
+        out=REQUIRED,
+        preset="debug",
+        model=VideoConfig(image_size=32, widths=(32, 64), text_width=32, horizon_seconds=0.3),
+        loop=QUICK,
+    ),
+    "tiny": VideoTrainConfig(data=REQUIRED, out=REQUIRED),
+    "base": VideoTrainConfig(
+        data=REQUIRED,
+        out=REQUIRED,
+        preset="base",
+        model=VideoConfig(patch_size=2, widths=(128, 256, 384), depth=2, heads=8, text_width=256, text_layers=2),
+        loop=LoopConfig(
+            steps=20_000,
+            batch_size=128,
+            optim=LARGE_POLICY_OPTIM,
+            ema_decay=0.999,
+            log_every=50,
+            eval_every=2000,
+        ),
+    ),
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "latent": LATENT,
+    "pretrain": PRETRAIN,
+    "finetune": FINETUNE,
+    "inverse": INVERSE,
+    "video": VIDEO,
+}
 
 
 def named(stage: str, name: str) -> Any:

@@ -33,7 +33,7 @@ from lapa.evaluate.episodes import VIDEO_FPS, Infer, Job, Outcome, Setup, play_a
 from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
 
 if TYPE_CHECKING:
-    from lapa.policy.runtime import Policy
+    from lapa.policy.acting import Actor
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS = "config.json", "episodes.jsonl", "results.json"
@@ -165,9 +165,9 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infe
     if config.policy not in BASELINES:
         if not Path(config.policy).is_dir():
             raise ValueError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
-        from lapa.policy.runtime import Policy
+        from lapa.policy.acting import load_actor
 
-        policy = Policy.from_pretrained(config.policy, dataset=config.prompt_of)
+        policy = load_actor(config.policy, dataset=config.prompt_of)
         _check_policy(config, kind, policy)
         cameras, infer, actor = policy.cameras, policy.infer, "policy"
         binary = policy.action_space.binary
@@ -187,7 +187,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infe
     return setup, infer
 
 
-def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Policy) -> None:
+def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Actor) -> None:
     """ValueError saying all in which the policy does not fit the environment, or that its chunks are too short."""
     unfit = []
     lacking = [camera for camera in policy.cameras if camera not in kind.known_cameras]

@@ -106,7 +106,7 @@ class Policy:
         if not observations:
             return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
         for number, observation in enumerate(observations):
-            self._check(observation, number)
+            check_observation(observation, number, self.cameras, self.state_dim)
         batch = self.inputs.observed(
             [[observation.images[camera] for camera in self.cameras] for observation in observations],
             [observation.instruction for observation in observations],
@@ -117,27 +117,32 @@ class Policy:
         assert self.inputs.codec is not None, "from_pretrained refuses a policy without actions"
         return self.inputs.codec.decode(said_BKA.cpu().numpy())
 
-    def _check(self, observation: Observation, number: int) -> None:
-        missing = [camera for camera in self.cameras if camera not in observation.images]
-        if missing:
+
+def check_observation(observation: Observation, number: int, cameras: Sequence[str], state_dim: int) -> None:
+    """ValueError saying what is wrong with an observation, the `number`-th, for a policy that sees these cameras and
+
+    is told so many numbers of state.
+    """
+    missing = [camera for camera in cameras if camera not in observation.images]
+    if missing:
+        raise ValueError(
+            f"observation {number} lacks the camera{'s' * (len(missing) > 1)} {', '.join(missing)} "
+            f"(it brings {', '.join(observation.images) or 'none'}); this policy sees {', '.join(cameras)}"
+        )
+    for camera in cameras:
+        image = np.asarray(observation.images[camera])
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
             raise ValueError(
-                f"observation {number} lacks the camera{'s' * (len(missing) > 1)} {', '.join(missing)} "
-                f"(it brings {', '.join(observation.images) or 'none'}); this policy sees {', '.join(self.cameras)}"
+                f"observation {number}, camera {camera}: expected a uint8 image [H, W, 3], "
+                f"got {image.dtype} {list(image.shape)}"
             )
-        for camera in self.cameras:
-            image = np.asarray(observation.images[camera])
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-                raise ValueError(
-                    f"observation {number}, camera {camera}: expected a uint8 image [H, W, 3], "
-                    f"got {image.dtype} {list(image.shape)}"
-                )
-        if not isinstance(observation.instruction, str):
-            raise ValueError(f"observation {number}: its instruction is {observation.instruction!r}; give text, or ''")
-        state = observation.state
-        if state is not None and not np.issubdtype(np.asarray(state).dtype, np.number):
-            raise ValueError(f"observation {number}: its state is {np.asarray(state).dtype}, not numbers")
-        if state is not None and not np.isfinite(state).all():
-            raise ValueError(f"observation {number}: its state is not finite; mend the sensor's reading")
-        if self.state_dim and (state is None or np.shape(state) != (self.state_dim,)):
-            brought = "no state" if state is None else f"a state of shape {np.shape(state)}"
-            raise ValueError(f"observation {number} brings {brought}; this policy is told {self.state_dim} numbers")
+    if not isinstance(observation.instruction, str):
+        raise ValueError(f"observation {number}: its instruction is {observation.instruction!r}; give text, or ''")
+    state = observation.state
+    if state is not None and not np.issubdtype(np.asarray(state).dtype, np.number):
+        raise ValueError(f"observation {number}: its state is {np.asarray(state).dtype}, not numbers")
+    if state is not None and not np.isfinite(state).all():
+        raise ValueError(f"observation {number}: its state is not finite; mend the sensor's reading")
+    if state_dim and (state is None or np.shape(state) != (state_dim,)):
+        brought = "no state" if state is None else f"a state of shape {np.shape(state)}"
+        raise ValueError(f"observation {number} brings {brought}; this policy is told {state_dim} numbers")

@@ -62,6 +62,8 @@ class MetaworldConfig:
     """Height and width of the pictures in pixels."""
     cameras: tuple[str, ...] = ("corner4",)
     """Camera views to record."""
+    look: int | None = None
+    """Other colours and textures, drawn from this number; by default as Meta-World has them."""
     noise: float = 0.0
     """Standard deviation of noise on the expert's motion; the noisy action is executed and stored."""
     max_steps: int = 250
@@ -203,7 +205,7 @@ def _attempt(config: MetaworldConfig, task: str, episode: int) -> Demonstration 
     if _simulator is None or _simulator.task != task:
         if _simulator is not None:
             _simulator.close()
-        _simulator = Simulator(task, size=config.size, cameras=config.cameras)
+        _simulator = Simulator(task, size=config.size, cameras=config.cameras, look=config.look)
     seed = episode_seed(config.seed, "demonstration", task, episode)
     return record(_simulator, seed, noise=config.noise, max_steps=config.max_steps)
 
@@ -216,6 +218,8 @@ def _check(config: MetaworldConfig) -> None:
         raise ValueError(f"--size must be even and at least 16, got {config.size}")
     if not 1 <= config.max_steps <= MAX_STEPS:
         raise ValueError(f"--max-steps must lie in 1 to {MAX_STEPS} (Meta-World's own limit), got {config.max_steps}")
+    if config.look is not None and config.look < 0:
+        raise ValueError(f"--look must not be negative, got {config.look}")
     if config.noise < 0:
         raise ValueError(f"--noise must not be negative, got {config.noise:g}")
     if config.workers is not None and config.workers < 1:

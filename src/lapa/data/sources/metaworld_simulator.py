@@ -4,7 +4,7 @@ Meta-World: Yu et al., CoRL 2019, arXiv 1910.10897; version 3 of the `metaworld`
 
 Pictures come from a `mujoco.Renderer` through EGL, without multisampling, shadows and reflections: several times
 the speed of the environment's own `render()` on a CPU (benchmarks/bench_metaworld.py). A process owns one OpenGL
-context at a time (OSMesa returns garbage when two live), shared by all simulators of the same task.
+context at a time (OSMesa returns garbage when two live), shared by all simulators of the same task and look.
 
     python benchmarks/bench_metaworld.py
 """
@@ -25,6 +25,7 @@ import numpy as np
 
 from lapa.config import unknown
 from lapa.data.sources.metaworld_instructions import INSTRUCTIONS
+from lapa.data.sources.metaworld_look import change_look
 
 TASKS = tuple(INSTRUCTIONS)
 SUITES = {
@@ -133,14 +134,19 @@ class Simulator:
 
     The shape of things: an action is float32 [4] (ACTION_NAMES, clipped to [-1, 1]; one unit moves the hand by
     1 cm a step), the state float32 [4] (STATE_NAMES: metres, opening in [0, 1]), a picture uint8 [size, size, 3].
+    look: draws other colours, textures and lights, under which everything moves as before; None: as Meta-World is.
     """
 
-    def __init__(self, task: str, *, size: int = 128, cameras: Sequence[str] = ("corner4",)) -> None:
+    def __init__(
+        self, task: str, *, size: int = 128, cameras: Sequence[str] = ("corner4",), look: int | None = None
+    ) -> None:
         if task not in INSTRUCTIONS:
             raise unknown("Meta-World task", task, TASKS)
         check_cameras(cameras)
-        self.task, self.size, self.cameras = task, size, tuple(cameras)
+        self.task, self.size, self.cameras, self.look = task, size, tuple(cameras), look
         self._environment = _make_environment(task, size)
+        if look is not None:
+            change_look(self._environment.model, look)
         self._expert: Any = None
         self._observation: np.ndarray | None = None
         self.instruction = ""
@@ -191,14 +197,14 @@ class Simulator:
 
 
 class _Renderer:
-    """The process's one `mujoco.Renderer`, remade when another task or size asks for it.
+    """The process's one `mujoco.Renderer`, remade when another task, size or look asks for it.
 
-    Any simulator of the same task can use it: meshes and textures are in the OpenGL context, while positions
+    Any simulator of the same task and look can use it: meshes and textures are in the OpenGL context, while positions
     come from the simulator's own model (objects are placed by writing to it) and data.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[str, int] | None = None
+        self._key: tuple[str, int, int | None] | None = None
         self._live: Any = None
 
     def picture(self, simulator: Simulator, camera: str) -> np.ndarray:
@@ -222,7 +228,7 @@ class _Renderer:
     def _prepare(self, simulator: Simulator, model: Any) -> None:
         import mujoco
 
-        key = (simulator.task, simulator.size)
+        key = (simulator.task, simulator.size, simulator.look)
         if self._key == key:
             return
         self.release()

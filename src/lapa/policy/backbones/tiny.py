@@ -1,7 +1,6 @@
 """The `tiny` backbone: a small residual network sees, a small Llama speaks. From scratch, on a CPU, no download.
 
-A convolutional tower because it learns from few images: in pilots on Meta-World small CNNs at 64 px learned to act
-within a thousand steps, and vision transformers from scratch did not. Both halves are models of transformers.
+The network that sees is `lapa.nn.vision`'s. Both halves are models of transformers.
 
     lapa policy pretrain --preset tiny --data DATASET --labels LABELS --out POLICY
 
@@ -22,15 +21,14 @@ from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ResNetConfig, ResNetModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapa.data.transforms import resize_and_crop
+from lapa.nn.vision import residual_tower, tower_grid
 from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 
-# The stem halves the image twice, each further stage once.
-STEM_STRIDE = 4
 WEIGHTS = "model.safetensors"
 
 
@@ -53,12 +51,10 @@ class TinyConfig:
     @property
     def grid(self) -> int:
         """Side of the square grid of image tokens of one camera."""
-        return self.image_size // (STEM_STRIDE * 2 ** (len(self.vision_widths) - 1))
+        return tower_grid(self.image_size, self.vision_widths)
 
     def __post_init__(self) -> None:
-        stride = STEM_STRIDE * 2 ** (len(self.vision_widths) - 1)
-        if self.image_size % stride:
-            raise ValueError(f"image size {self.image_size} is not a multiple of the vision tower's stride {stride}")
+        tower_grid(self.image_size, self.vision_widths)
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads of an even width")
 
@@ -96,7 +92,7 @@ class TinyBackbone(PrefixBackbone):
     def __init__(self, config: TinyConfig, *, num_cameras: int, vocabulary_size: int) -> None:
         super().__init__()
         self.config = config
-        self.tower = _vision_tower(config)
+        self.tower = residual_tower(config.vision_widths, config.vision_depth)
         self.project = nn.Linear(config.vision_widths[-1], config.width)
         self.position_VND = nn.Parameter(0.02 * torch.randn(num_cameras, config.grid**2, config.width))
         self.language = LlamaForCausalLM(_llama_config(config, vocabulary_size))
@@ -160,37 +156,6 @@ def left_padded(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> d
     """`tokens_BT` and `mask_BT` of the prompts."""
     text = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
     return {"tokens_BT": text["input_ids"], "mask_BT": text["attention_mask"]}
-
-
-def _vision_tower(config: TinyConfig) -> ResNetModel:
-    tower = ResNetModel(
-        ResNetConfig(
-            embedding_size=config.vision_widths[0],
-            hidden_sizes=list(config.vision_widths),
-            depths=[config.vision_depth] * len(config.vision_widths),
-            layer_type="basic",
-        )
-    )
-    _replace_batch_norm(tower)
-    return tower.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
-
-
-def _replace_batch_norm(module: nn.Module) -> None:
-    """GroupNorm in BatchNorm's place.
-
-    BatchNorm ties a sample to its batch and training to running averages; with GroupNorm a batch gives what its
-    samples give one by one, frozen means frozen, and the weights are the whole state of the model.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(_num_groups(child.num_features), child.num_features))
-        else:
-            _replace_batch_norm(child)
-
-
-def _num_groups(channels: int) -> int:
-    """Groups of sixteen channels where they divide evenly, else one group."""
-    return channels // 16 if channels % 16 == 0 else 1
 
 
 def _llama_config(config: TinyConfig, vocabulary_size: int) -> LlamaConfig:

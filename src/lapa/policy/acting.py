@@ -1,0 +1,56 @@
+"""Whatever acts, from its folder: a finetuned policy, or the two models of the baseline UniPi.
+
+actor = load_actor("POLICY")
+actions_BKA = actor.infer([Observation({"corner4": image_HWC}, "open the drawer")])
+
+Axes: B batch, K chunk, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+from lapa.data.action_space import ActionSpace
+from lapa.policy.baselines.unipi import UniPi, is_unipi
+from lapa.policy.runtime import Policy
+from lapa.types import Observation
+
+
+class Actor(Protocol):
+    """What `lapa evaluate` needs to know of something that acts."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras that every observation must bring."""
+
+    @property
+    def chunk(self) -> int:
+        """K, the time steps of actions that `infer` returns."""
+
+    @property
+    def action_dim(self) -> int:
+        """A, the dimensions of an action."""
+
+    @property
+    def state_dim(self) -> int:
+        """Dimensions of the state that every observation must bring; 0: none is needed."""
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """What the actions mean."""
+
+    def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
+        """The next K actions for each observation, float32, in the robot's own units."""
+
+
+def load_actor(folder: Path | str, **options: Any) -> Actor:
+    """The actor in a folder, of the kind that its config.json says.
+
+    options: `dataset` and `device`, as `Policy.from_pretrained` takes them. ValueError where nothing there can act.
+    """
+    return (UniPi if is_unipi(Path(folder)) else Policy).from_pretrained(folder, **options)

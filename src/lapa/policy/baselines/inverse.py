@@ -1,0 +1,241 @@
+"""The inverse dynamics model: two frames in, the robot's actions between them out.
+
+VPT (https://arxiv.org/abs/2206.11795) labels videos with one that learned from few episodes, and LAPA compares itself
+with that (https://arxiv.org/abs/2410.11758): a residual network on both frames, then a perceptron. What goes into the
+network is the first frame and what changed; its grid of features goes on as its mean and, so that places are known,
+as a whole. Actions are learned on the scale of `lapa.policy.scale`, by the L1 loss.
+
+    lapa baseline inverse --data ROBOT_DATASET --out INVERSE
+    actions_BKA = InverseDynamics.from_pretrained("INVERSE").predict(frames_BTCHW)
+
+Axes: B batch, T=2 frames of a pair, C channel, H W image, K steps from one frame to the other, A action dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lapa import config as configs
+from lapa.data.action_space import ActionSpace
+from lapa.files import atomic_path, fingerprint, read_json, write_json
+from lapa.nn.vision import residual_tower, tower_grid
+from lapa.policy.scale import ActionScale
+from lapa.types import Losses
+
+CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
+# Augmentation: the largest shift as a part of the side, and how far brightness and each colour may change.
+SHIFT, BRIGHTNESS, GAIN = 1 / 16, 0.1, 0.2
+
+
+@dataclass(frozen=True)
+class InverseConfig:
+    """Sizes of the inverse dynamics model, and how far apart its two frames are."""
+
+    image_size: int = 64
+    """Side of the square pictures that it sees, in pixels."""
+    horizon_seconds: float = 0.1
+    """Seconds between the two frames."""
+    vision_widths: tuple[int, ...] = (32, 64, 128, 256)
+    """Channels of the residual network's stages; each after the first halves the grid."""
+    vision_depth: int = 2
+    """Residual blocks a stage."""
+    width: int = 256
+    """Width of the perceptron."""
+    augment: bool = True
+    """Shift both frames alike, and change their colours alike, while training."""
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid of features."""
+        return tower_grid(self.image_size, self.vision_widths)
+
+    def __post_init__(self) -> None:
+        if not self.grid:
+            raise ValueError(f"image size {self.image_size} must be above 0")
+        if self.horizon_seconds <= 0:
+            raise ValueError(f"horizon is {self.horizon_seconds} seconds; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How the episodes that a model learned from were recorded. horizon_frames: from its first frame to its second."""
+
+    horizon_frames: int
+    fps: float
+    camera: str
+    action_space: ActionSpace
+
+
+class InverseDynamics(nn.Module):
+    """A model with the scale of its actions. In training `forward(batch)` is its loss."""
+
+    def __init__(self, config: InverseConfig, recording: Recording, scale: ActionScale) -> None:
+        super().__init__()
+        self.config, self.recording, self.scale = config, recording, scale
+        last = config.vision_widths[-1]
+        self.tower = residual_tower(config.vision_widths, config.vision_depth, in_channels=6)
+        self.place = nn.Conv2d(last, max(1, last // 4), 1)
+        self.perceptron = nn.Sequential(
+            nn.Linear(last + max(1, last // 4) * config.grid**2, config.width),
+            nn.GELU(),
+            nn.Linear(config.width, config.width),
+            nn.GELU(),
+            nn.Linear(config.width, recording.horizon_frames * scale.action_dim),
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that it must be given."""
+        return self.config.image_size
+
+    @property
+    def horizon_frames(self) -> int:
+        """Frames from the first picture to the second, and actions between them."""
+        return self.recording.horizon_frames
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of what it learned from."""
+        return self.recording.fps
+
+    @property
+    def camera(self) -> str:
+        """The camera that it learned from."""
+        return self.recording.camera
+
+    @property
+    def action_space(self) -> ActionSpace:
+        return self.recording.action_space
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Losses:
+        """The L1 loss of `frames_BTCHW` uint8 and `actions_BKA`, scaled."""
+        frames_BTCHW = batch["frames_BTCHW"]
+        if self.training and self.config.augment:
+            frames_BTCHW = augmented(frames_BTCHW)
+        loss = (self.scaled_actions(frames_BTCHW) - batch["actions_BKA"]).abs().mean()
+        return Losses(loss)
+
+    def scaled_actions(self, frames_BTCHW: Tensor) -> Float[Tensor, "B K A"]:
+        """What `scale.decode` takes, for pictures with values from 0 to 255."""
+        frames = frames_BTCHW.to(self.place.weight.dtype) / 127.5 - 1
+        seen_BCHW = torch.cat([frames[:, 0], frames[:, 1] - frames[:, 0]], dim=1)
+        features = self.tower(seen_BCHW.contiguous(memory_format=torch.channels_last)).last_hidden_state
+        whole = rearrange(self.place(features), "b c h w -> b (c h w)")
+        scaled = self.perceptron(torch.cat([reduce(features, "b c h w -> b c", "mean"), whole], dim=1))
+        return rearrange(scaled, "b (k a) -> b k a", k=self.horizon_frames).float()
+
+    @torch.no_grad()
+    def predict(self, frames_BTCHW: UInt8[np.ndarray | Tensor, "B 2 3 H W"]) -> Float[np.ndarray, "B K A"]:
+        """The actions between the two pictures of each pair, float32, in the robot's units.
+
+        The pictures are of side `image_size`, on any device. ValueError where they are not, or not uint8.
+        """
+        frames = torch.as_tensor(frames_BTCHW)
+        expected = (2, 3, self.image_size, self.image_size)
+        if frames.dtype != torch.uint8 or frames.ndim != 5 or tuple(frames.shape[1:]) != expected:
+            raise ValueError(
+                f"frame pairs must be uint8 of shape [B, {', '.join(map(str, expected))}], "
+                f"got {frames.dtype} {list(frames.shape)}"
+            )
+        return self.scale.decode(self.scaled_actions(frames.to(self.place.weight.device)).cpu().numpy())
+
+    def save_pretrained(
+        self, folder: Path, *, run: Mapping[str, Any] | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes weights, scale and metrics, then config.json, which marks the folder as whole."""
+        folder = Path(folder)
+        with atomic_path(folder / WEIGHTS) as temporary:
+            save_file({name: value.cpu().contiguous() for name, value in self.state_dict().items()}, temporary)
+        self.scale.save(folder / ACTIONS)
+        write_json(folder / "metrics.json", dict(metrics or {}))
+        model = {"sizes": configs.to_dict(self.config), "recording": configs.to_dict(self.recording)}
+        write_json(folder / CONFIG, {"inverse_dynamics": model, "run": dict(run or {})})
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> InverseDynamics:
+        """A saved model, on the CPU, in evaluation mode. ValueError naming the file where anything is amiss."""
+        folder = Path(folder)
+        config, recording = _read_config(folder)
+        _require_files(folder)
+        model = cls(config, recording, ActionScale.load(folder / ACTIONS))
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(
+                f"{folder / WEIGHTS}: not the weights that {CONFIG} beside it describes "
+                f"({str(error).splitlines()[0]}); train it again"
+            ) from None
+        return model.eval()
+
+
+def is_inverse(folder: Path) -> bool:
+    """Whether `folder` holds a finished inverse dynamics model."""
+    return (Path(folder) / CONFIG).exists()
+
+
+def inverse_fingerprint(folder: Path) -> str:
+    """Identifies a saved model by its weights, scale and config (16 hex digits): pseudo-labels carry it."""
+    folder = Path(folder)
+    config, recording = _read_config(folder)
+    _require_files(folder)
+    files = fingerprint(folder / WEIGHTS, folder / ACTIONS)
+    described = [json.dumps(configs.to_dict(part), sort_keys=True) for part in (config, recording)]
+    return hashlib.sha256("".join([files, *described]).encode()).hexdigest()[:16]
+
+
+def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C H W"]:
+    """Pairs shifted by whole pixels (the edge repeated) and recoloured, both frames of a pair alike.
+
+    Each pair has draws of its own, from torch's global generator of the frames' device, whose state a checkpoint keeps.
+    """
+    size, device = frames_BTCHW.shape[-1], frames_BTCHW.device
+    most = round(size * SHIFT)
+    padded = F.pad(rearrange(frames_BTCHW, "b t c h w -> b (t c) h w").float(), [most] * 4, mode="replicate")
+    first_2B1 = torch.randint(0, 2 * most + 1, (2, len(frames_BTCHW), 1), device=device)
+    rows_BH, columns_BW = first_2B1 + torch.arange(size, device=device)
+    pair_B = torch.arange(len(frames_BTCHW), device=device)
+    # Indexing puts the axes that are not indexed last.
+    shifted = padded[pair_B[:, None, None], :, rows_BH[:, :, None], columns_BW[:, None]]
+    frames = rearrange(shifted, "b h w (t c) -> b t c h w", c=frames_BTCHW.shape[2])
+    draws_B4 = 2 * torch.rand(len(frames_BTCHW), 4, device=device) - 1
+    gain = rearrange(1 + GAIN * draws_B4[:, :3], "b c -> b 1 c 1 1")
+    shift = rearrange(255 * BRIGHTNESS * draws_B4[:, 3:], "b c -> b 1 c 1 1")
+    return (gain * frames + shift).clamp(0, 255)
+
+
+def _read_config(folder: Path) -> tuple[InverseConfig, Recording]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; train an inverse dynamics model with `lapa baseline inverse`")
+    if not is_inverse(folder):
+        raise ValueError(
+            f"{folder}: unfinished or not an inverse dynamics model (no {CONFIG}); finish it with --resume"
+        )
+    values = read_json(folder / CONFIG)
+    model = values.get("inverse_dynamics") if isinstance(values, dict) else None
+    if not isinstance(model, dict) or set(model) != {"sizes", "recording"}:
+        raise ValueError(f"{folder / CONFIG}: not the config of an inverse dynamics model; give another folder")
+    source = str(folder / CONFIG)
+    return (
+        configs.from_dict(InverseConfig, model["sizes"], source),
+        configs.from_dict(Recording, model["recording"], source),
+    )
+
+
+def _require_files(folder: Path) -> None:
+    for name in (WEIGHTS, ACTIONS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: no such file; train the inverse dynamics model again")

@@ -1,0 +1,157 @@
+"""Gathers what the steps of an arm wrote into its result: rollouts, what explains them, curves, times, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lapa import config as configs
+from lapa.data.video import decode_clip, probe
+from lapa.files import atomic_path, read_json, read_json_lines
+from lapa.study.plan import Plan, Step, order
+from lapa.study.results import FOLDER, Arm, ArmResult, Curve, Rollout
+
+SECONDS = "seconds.jsonl"
+# What a figure is called, and where the JSON file of which step has it.
+FIGURES = {
+    "action error": {
+        "action_error": "action_error",
+        "action_error_normalised": "normalised_error",
+        "action_r2": "r2",
+    },
+    "token accuracy": {"token_accuracy": "token_accuracy"},
+    "probe": {
+        "lam_linear_r2": "action.linear.quantized.r2",
+        "lam_mlp_r2": "action.mlp.quantized.r2",
+        "lam_error_of_copying": "reconstruction.mse/reconstruction.mse_copy",
+        "lam_shuffled_over_own": "reconstruction.mse_shuffled/reconstruction.mse",
+        "lam_codes_used": "usage.codes_used",
+        "lam_joint_perplexity": "usage.joint_perplexity",
+    },
+}
+# Stages whose loss is drawn.
+TRAINED = ("latent action model", "inverse dynamics", "video model", "pretraining", "finetuning")
+PROVENANCE = ("lapa", "torch", "python", "gpu", "num_gpus", "machine")
+MOMENTS, TILE, CAPTION = 6, 96, 14
+# Points of a curve that are kept: a picture shows no more.
+CURVE_POINTS = 100
+
+
+def steps_of(plan: Plan, arm: Arm) -> dict[str, Step]:
+    """The steps that an arm's result is read from, by what they are in FIGURES."""
+    steps = {"rollouts": plan.rollouts(arm), "action error": plan.action_error(arm)}
+    if arm == "lapa":
+        steps |= {"probe": plan.probe, "token accuracy": plan.token_accuracy}
+    return steps
+
+
+def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
+    """Writes the arm's result and its pictures to STUDY/results, and returns it. All its steps are done."""
+    steps = steps_of(plan, arm)
+    every = list(order(*steps.values()))
+    played = read_json(steps["rollouts"].folder(study) / "results.json")
+    result = ArmResult(
+        arm=arm,
+        split=plan.split,
+        demonstrations=plan.demonstrations,
+        seed=plan.seed,
+        preset=preset,
+        sizes=configs.to_dict(plan.sizes),
+        rollouts=tuple(
+            Rollout(episode["task"], episode["episode"], episode["success"], episode["steps"])
+            for episode in played["episodes"]
+        ),
+        figures=_figures(study, steps),
+        curves=tuple(_curves(study, every)),
+        seconds=_seconds(study, every),
+        provenance={
+            "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.split} "
+            f"--demonstrations {plan.demonstrations} --out STUDY",
+            **{name: played[name] for name in PROVENANCE},
+        },
+        folder=study / FOLDER,
+    )
+    result.save(study)
+    strip = rollout_strip(steps["rollouts"].folder(study) / "videos")
+    with atomic_path(study / FOLDER / f"{result.name}.png") as path:
+        strip.save(path)
+    if arm == "lapa":
+        with (
+            Image.open(steps["probe"].folder(study) / "grid.png") as grid,
+            atomic_path(study / FOLDER / f"{result.name}-codes.png") as path,
+        ):
+            grid.save(path)
+    return result
+
+
+def note_seconds(study: Path, step: Step, seconds: float) -> None:
+    """Adds to the time that a step has taken; it may be made in several goes."""
+    with (study / SECONDS).open("a") as file:
+        file.write(json.dumps({"key": step.key, "seconds": round(seconds, 1)}) + "\n")
+
+
+def rollout_strip(videos: Path) -> Image.Image:
+    """A row a task: its first rollout at equal distances in time, in the end framed green for success, red if not."""
+    paths = sorted(videos.glob("*.mp4"))
+    strip = Image.new("RGB", (MOMENTS * TILE, len(paths) * (TILE + CAPTION)), "white")
+    draw = ImageDraw.Draw(strip)
+    for row, path in enumerate(paths):
+        top = row * (TILE + CAPTION)
+        draw.text((2, top + 1), path.stem, fill="black")
+        video = probe(path)
+        moments = np.linspace(0, (video.num_frames or 1) - 1, MOMENTS).round().astype(int).tolist()
+        for column, frame_HWC in enumerate(decode_clip(path, moments, video.fps)):
+            picture = Image.fromarray(frame_HWC).resize((TILE, TILE), Image.Resampling.LANCZOS)
+            strip.paste(picture, (column * TILE, top + CAPTION))
+    return strip
+
+
+def _figures(study: Path, steps: dict[str, Step]) -> dict[str, float]:
+    found = {}
+    for which, names in FIGURES.items():
+        if which not in steps:
+            continue
+        values = read_json(steps[which].folder(study) / steps[which].artifact)
+        for name, path in names.items():
+            value = _figure(values, path)
+            if value is not None:
+                found[name] = value
+    return found
+
+
+def _figure(values: dict[str, Any], path: str) -> float | None:
+    """The number at a dotted path, or the ratio of two; None where it is not defined."""
+    numbers: list[Any] = []
+    for part in path.split("/"):
+        value: Any = values
+        for name in part.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        numbers.append(value)
+    if any(number is None for number in numbers) or (len(numbers) == 2 and not numbers[1]):
+        return None
+    return float(numbers[0] if len(numbers) == 1 else numbers[0] / numbers[1])
+
+
+def _curves(study: Path, steps: list[Step]) -> Iterator[Curve]:
+    for step in steps:
+        rows = read_json_lines(step.folder(study) / "training" / "metrics.jsonl")
+        if rows and step.title.startswith(TRAINED):
+            every = -(-len(rows) // CURVE_POINTS)
+            kept = [row for number, row in enumerate(rows) if number % every == 0 or _evaluated(row)]
+            yield Curve(step.title, tuple(kept))
+
+
+def _evaluated(row: dict[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in row)
+
+
+def _seconds(study: Path, steps: list[Step]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for row in read_json_lines(study / SECONDS):
+        totals[row["key"]] = totals.get(row["key"], 0.0) + row["seconds"]
+    return {step.title: round(totals[step.key], 1) for step in steps if step.key in totals}

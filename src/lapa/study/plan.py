@@ -1,0 +1,243 @@
+"""The steps of a study: each a `lapa` command whose output folder is named by a hash of what it depends on.
+
+A step's words may be other steps, which stand for their folders. So a step that several arms or seeds need is the same
+step, made once; and a step whose settings or inputs changed is another one, in another folder.
+
+    plan = Plan(sizes_of("cpu"), "in-domain", demonstrations=2, seed=0)
+    for step in order(plan.rollouts("lapa")):
+        print(step.command(Path("STUDY")))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+from lapa.stages import Stage
+from lapa.study.results import Arm, Split
+from lapa.study.sizes import Sizes
+
+Words: TypeAlias = "tuple[str | Step, ...]"
+ARTIFACTS = "artifacts"
+# Episodes of different purposes are drawn from seeds that lie apart; evaluation has seeds of its own kind.
+VIDEO_SEED, DEMONSTRATION_SEED, MEASURED_SEED, ROLLOUT_SEED = 0, 1000, 5000, 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with its words; `artifact` is the file in its folder that it writes last.
+
+    again: the option with which the command is run again after a kill.
+    """
+
+    title: str
+    verb: str
+    words: Words
+    artifact: str
+    again: str = "--resume"
+
+    @cached_property
+    def key(self) -> str:
+        """Eight hex digits that stand for the command and all that it depends on."""
+        words = [self.verb, *(word.key if isinstance(word, Step) else word for word in self.words)]
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]
+
+    @property
+    def inputs(self) -> tuple[Step, ...]:
+        return tuple(word for word in self.words if isinstance(word, Step))
+
+    def folder(self, study: Path) -> Path:
+        return study / ARTIFACTS / f"{self.title.replace(' ', '-')}-{self.key}"
+
+    def done(self, study: Path) -> bool:
+        return (self.folder(study) / self.artifact).exists()
+
+    def command(self, study: Path) -> list[str]:
+        words = [str(word.folder(study)) if isinstance(word, Step) else word for word in self.words]
+        return [*self.verb.split(), *words, "--out", str(self.folder(study)), self.again]
+
+    def stage(self, study: Path) -> Stage:
+        return Stage(self.title, self.command(study), self.folder(study) / self.artifact)
+
+
+def order(*wanted: Step) -> Iterator[Step]:
+    """The steps and all that they need, each once, inputs first."""
+    seen: set[str] = set()
+
+    def visit(step: Step) -> Iterator[Step]:
+        if step.key in seen:
+            return
+        seen.add(step.key)
+        for needed in step.inputs:
+            yield from visit(needed)
+        yield step
+
+    for step in wanted:
+        yield from visit(step)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one seed on one split. The seed draws the labelled episodes and everything that is trained.
+
+    Videos, measured episodes and evaluation goals are the same for all seeds.
+    """
+
+    sizes: Sizes
+    split: Split
+    demonstrations: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.demonstrations < 1:
+            raise ValueError(f"--demonstrations must be at least 1, got {self.demonstrations}")
+        world = self.sizes.world
+        if self.split == "cross-task" and not world.other_tasks:
+            raise ValueError("--split cross-task: this preset has no other tasks; choose another split or preset")
+        if self.split == "cross-environment" and not world.other_camera:
+            raise ValueError("--split cross-environment: this preset has no other view; choose another split or preset")
+
+    def rollouts(self, arm: Arm) -> Step:
+        """The arm's policy in the simulator."""
+        sizes, world = self.sizes, self.sizes.world
+        words = (
+            self.policy(arm),
+            *("--env", world.env),
+            *("--tasks", world.tasks),
+            *("--episodes", str(sizes.rollouts)),
+            *("--steps-per-call", str(sizes.steps_per_call)),
+            *("--max-steps", str(sizes.max_steps)),
+            *("--seed", str(ROLLOUT_SEED)),
+            *("--videos", "1"),
+        )
+        return Step(f"rollouts {arm}", "evaluate", words, "results.json")
+
+    def action_error(self, arm: Arm) -> Step:
+        """What the arm's policy says of recorded episodes."""
+        words = (self.policy(arm), "--data", self.measured, "--steps", str(self.sizes.chunk))
+        return Step(f"action error {arm}", "policy measure", words, "measure.json", "--overwrite")
+
+    @cached_property
+    def token_accuracy(self) -> Step:
+        """How often the pretrained policy says the latent action that the label has, on videos it did not see."""
+        words = (self.pretrained("lapa"), "--data", self.measured, "--labels", self.measured_labels)
+        return Step("token accuracy", "policy measure", words, "measure.json", "--overwrite")
+
+    @cached_property
+    def measured_labels(self) -> Step:
+        words = ("--lam", self.latent_action_model, "--data", self.measured)
+        return Step("labels of measured episodes", "label", words, "manifest.json")
+
+    def policy(self, arm: Arm) -> Step:
+        """The arm's policy, ready to act."""
+        if arm == "unipi":
+            joined = ("--video", self.video_model, "--inverse", self.inverse_dynamics)
+            return Step("planner unipi", "baseline unipi", joined, "config.json", "--overwrite")
+        start = ("--from-scratch",) if arm == "scratch" else ("--policy", self.pretrained(arm))
+        words: Words = (*start, "--data", self.labelled, "--held-out", "0", *self._acting)
+        return self._train(f"finetuning {arm}", "policy finetune", words, self.sizes.finetune_steps)
+
+    def pretrained(self, arm: Arm) -> Step:
+        """The policy before it has seen the labelled episodes. ValueError for arms without one."""
+        words: Words
+        if arm == "lapa":
+            words = ("--data", self.videos_without_actions, "--labels", self.labels, *self.sizes.policy)
+            return self._train("pretraining lapa", "policy pretrain", words, self.sizes.pretrain_steps)
+        if arm not in ("vpt", "actionvla"):
+            raise ValueError(f"the arm {arm} has no pretrained policy")
+        data = self.videos if arm == "actionvla" else self.pseudo_labelled
+        words = ("--from-scratch", "--data", data, *self._acting)
+        return self._train(f"pretraining {arm}", "policy finetune", words, self.sizes.pretrain_steps)
+
+    @cached_property
+    def latent_action_model(self) -> Step:
+        words: Words = ("--data", self.videos_without_actions, *self._horizon)
+        return self._train("latent action model", "latent train", words, self.sizes.latent_steps)
+
+    @cached_property
+    def probe(self) -> Step:
+        words = (self.latent_action_model, "--data", self.measured)
+        return Step("probe", "latent probe", words, "probe.json", "--overwrite")
+
+    @cached_property
+    def labels(self) -> Step:
+        words = ("--lam", self.latent_action_model, "--data", self.videos_without_actions)
+        return Step("labels", "label", words, "manifest.json")
+
+    @cached_property
+    def inverse_dynamics(self) -> Step:
+        words: Words = ("--data", self.labelled, "--held-out", "0", *self._horizon)
+        return self._train("inverse dynamics", "baseline inverse", words, self.sizes.inverse_steps)
+
+    @cached_property
+    def pseudo_labelled(self) -> Step:
+        words: Words = ("--inverse", self.inverse_dynamics, "--data", self.videos_without_actions)
+        if self.split == "cross-environment":
+            words += ("--camera", self.sizes.world.other_camera)
+        return Step("pseudo-labelled videos", "baseline pseudo-label", words, "meta/info.json")
+
+    @cached_property
+    def video_model(self) -> Step:
+        """Trained on the videos, then, as the policies are, on the labelled episodes."""
+        first = self._train(
+            "video model",
+            "baseline video",
+            ("--data", self.videos_without_actions, *self._horizon),
+            self.sizes.video_steps,
+        )
+        words: Words = ("--start", first, "--data", self.labelled, "--held-out", "0", *self._horizon)
+        return self._train("video model finetuning", "baseline video", words, self.sizes.finetune_steps)
+
+    @cached_property
+    def videos(self) -> Step:
+        """The videos of the split, with the true actions, which only the arm actionvla may see."""
+        world = self.sizes.world
+        tasks = world.other_tasks if self.split == "cross-task" else world.tasks
+        look: tuple[str, ...] = ()
+        camera = world.camera
+        if self.split == "cross-environment":
+            camera, look = world.other_camera, ("--look", str(world.other_look))
+        return self._episodes("videos", tasks, self.sizes.videos, VIDEO_SEED, camera, look)
+
+    @cached_property
+    def videos_without_actions(self) -> Step:
+        return Step("videos without actions", "data hide-actions", (self.videos,), "meta/info.json")
+
+    @cached_property
+    def labelled(self) -> Step:
+        """The few labelled episodes."""
+        seed = DEMONSTRATION_SEED + self.seed
+        return self._episodes("labelled episodes", self.sizes.world.tasks, self.demonstrations, seed)
+
+    @cached_property
+    def measured(self) -> Step:
+        """Recorded episodes that no arm learns from."""
+        return self._episodes("measured episodes", self.sizes.world.tasks, self.sizes.measured, MEASURED_SEED)
+
+    @property
+    def _acting(self) -> tuple[str, ...]:
+        return ("--head", self.sizes.head, "--chunk", str(self.sizes.chunk), *self.sizes.policy)
+
+    @property
+    def _horizon(self) -> tuple[str, ...]:
+        return ("--horizon-seconds", str(self.sizes.horizon_seconds))
+
+    def _train(self, title: str, verb: str, words: Words, steps: int) -> Step:
+        words = ("--preset", self.sizes.stage, *words, "--steps", str(steps), "--seed", str(self.seed))
+        return Step(title, verb, words, "config.json")
+
+    def _episodes(
+        self, title: str, tasks: str, number: int, seed: int, camera: str = "", look: tuple[str, ...] = ()
+    ) -> Step:
+        """Recorded episodes, `number` of each task."""
+        world = self.sizes.world
+        if world.env == "synthetic":
+            words: tuple[str, ...] = ("--episodes", str(8 * number), "--actions")
+        else:
+            words = ("--tasks", tasks, "--episodes", str(number), "--cameras", camera or world.camera, *look)
+        return Step(title, f"data {world.env}", (*words, "--seed", str(seed)), "meta/info.json")

@@ -1,0 +1,136 @@
+"""How large a study is: its world, its models and its budgets, by preset. All arms of a study share them.
+
+Every arm has the same policy, the same steps of pretraining and of finetuning, the same labelled episodes and the
+same evaluation goals; what an arm needs besides (latent action model, inverse dynamics, video model) has its own steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lapa.config import unknown
+
+
+@dataclass(frozen=True)
+class World:
+    """Where episodes come from and are played.
+
+    tasks: those with labelled episodes, on which arms are evaluated. other_tasks: those of the videos of the split
+    cross-task. camera, other_camera, other_look: what the robot sees, and what the videos of cross-environment show.
+    """
+
+    env: Literal["metaworld", "synthetic"]
+    tasks: str
+    other_tasks: str = ""
+    camera: str = ""
+    other_camera: str = ""
+    other_look: int = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """videos, measured, rollouts: episodes of each task. stage: the preset of the stages' own commands.
+
+    measured: recorded episodes that no arm learns from, on which action errors and probes are measured.
+    """
+
+    world: World
+    stage: Literal["debug", "tiny", "base"]
+    videos: int
+    measured: int
+    rollouts: int
+    horizon_seconds: float
+    latent_steps: int
+    inverse_steps: int
+    video_steps: int
+    pretrain_steps: int
+    finetune_steps: int
+    chunk: int
+    steps_per_call: int
+    max_steps: int
+    head: Literal["bins", "chunk"] = "bins"
+    policy: tuple[str, ...] = ()
+    """Further options of every policy, pretraining and finetuning alike."""
+
+
+# Of Meta-World's fifty tasks: six that two cores can learn, and as many others of the same kinds of motion.
+MT6 = "reach,push,drawer-open,button-press-topdown,window-open,door-open"
+MT10 = Sizes(
+    world=World(
+        env="metaworld",
+        tasks="mt10",
+        other_tasks="button-press,button-press-wall,door-close,door-lock,door-unlock,faucet-open,faucet-close,"
+        "handle-press,push-back,plate-slide",
+        camera="corner4",
+        other_camera="corner3",
+        other_look=1,
+    ),
+    stage="base",
+    videos=100,
+    measured=10,
+    rollouts=50,
+    horizon_seconds=0.1,
+    latent_steps=10_000,
+    inverse_steps=5_000,
+    video_steps=10_000,
+    pretrain_steps=10_000,
+    finetune_steps=2_000,
+    chunk=8,
+    steps_per_call=8,
+    max_steps=250,
+)
+PRESETS = {
+    # A minute or two: says whether everything works, and nothing about the method.
+    "debug": Sizes(
+        world=World(env="synthetic", tasks="all"),
+        stage="debug",
+        videos=3,
+        measured=2,
+        rollouts=1,
+        horizon_seconds=0.3,
+        latent_steps=20,
+        inverse_steps=10,
+        video_steps=4,
+        pretrain_steps=10,
+        finetune_steps=10,
+        chunk=3,
+        steps_per_call=3,
+        max_steps=40,
+    ),
+    "cpu": Sizes(
+        world=World(
+            env="metaworld",
+            tasks=MT6,
+            other_tasks="push-back,drawer-close,button-press,window-close,door-close,faucet-open",
+            camera="corner4",
+            other_camera="corner3",
+            other_look=1,
+        ),
+        stage="tiny",
+        videos=30,
+        measured=5,
+        rollouts=50,
+        horizon_seconds=0.1,
+        latent_steps=1200,
+        inverse_steps=600,
+        video_steps=1200,
+        pretrain_steps=1200,
+        finetune_steps=600,
+        chunk=8,
+        steps_per_call=8,
+        max_steps=150,
+        head="chunk",
+        policy=("--layers", "2"),
+    ),
+    "gpu": MT10,
+    # All tasks there are, so without a split cross-task.
+    "gpu-mt50": replace(MT10, world=replace(MT10.world, tasks="mt50", other_tasks=""), videos=50),
+}
+
+
+def sizes_of(preset: str) -> Sizes:
+    """ValueError with the nearest known name."""
+    if preset not in PRESETS:
+        raise unknown("study preset", preset, PRESETS)
+    return PRESETS[preset]

@@ -1,0 +1,301 @@
+"""The inverse dynamics baseline on made-up videos: it learns what moved, resumes exactly, and labels videos."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lapa.data import rewrite
+from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import EXTRA, Dataset
+from lapa.data.rewrite import HideActionsConfig
+from lapa.data.sources.synthetic import write_synthetic_dataset
+from lapa.data.writer import DatasetWriter
+from lapa.engine.loop import LoopConfig
+from lapa.engine.optim import OptimConfig
+from lapa.files import read_json, write_json
+from lapa.nn.vision import residual_tower, tower_grid
+from lapa.policy.baselines import inverse_train, pseudo_label
+from lapa.policy.baselines.inverse import (
+    InverseConfig,
+    InverseDynamics,
+    Recording,
+    augmented,
+    inverse_fingerprint,
+)
+from lapa.policy.baselines.inverse_train import InverseTrainConfig, action_figures
+from lapa.policy.baselines.pseudo_label import PseudoLabelConfig, merge_pairs, pseudo_actions
+from lapa.policy.scale import ActionScale
+
+SMALL = InverseConfig(image_size=32, horizon_seconds=0.3, vision_widths=(16, 32), vision_depth=1, width=64)
+SPACE = ActionSpace.named(["x", "grip"], ["grip"], "delta")
+
+
+def loop(steps: int, **changes) -> LoopConfig:
+    optim = OptimConfig(lr=2e-3, betas=(0.9, 0.95), warmup_steps=5)
+    return LoopConfig(**{"steps": steps, "batch_size": 16, "optim": optim, "device": "cpu", **changes})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inverse")
+    write_synthetic_dataset(root / "robot", episodes=64, frames=8, size=32, actions=True)
+    write_synthetic_dataset(root / "truth", episodes=8, frames=10, size=32, actions=True, seed=1)
+    rewrite.run(HideActionsConfig(data=root / "truth", out=root / "videos"))
+    return root
+
+
+def train_config(root: Path, out: Path, **changes) -> InverseTrainConfig:
+    return InverseTrainConfig(**{"data": (root / "robot",), "out": out, "model": SMALL, "loop": loop(2), **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> Path:
+    inverse_train.run(train_config(root, root / "inverse", loop=loop(100)))
+    return root / "inverse"
+
+
+def model(space: ActionSpace = SPACE, horizon: int = 3, config: InverseConfig = SMALL) -> InverseDynamics:
+    torch.manual_seed(0)
+    actions_TA = np.stack([np.linspace(-1, 3, 50), np.arange(50) % 2], axis=1)
+    scale = ActionScale.fit(actions_TA, space.binary)
+    return InverseDynamics(config, Recording(horizon, 10.0, "front", space), scale).eval()
+
+
+def pairs(num: int, size: int = 32) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (num, 2, 3, size, size), dtype=np.uint8)
+
+
+def test_it_learns_how_the_square_moves(trained: Path) -> None:
+    metrics = read_json(trained / "metrics.json")
+    assert metrics["held_out_r2"] > 0.6, metrics
+    assert {"held_out_action_error", "held_out_r2_right", "held_out_r2_down", "torch"} <= metrics.keys()
+
+
+def test_pseudo_labels_are_near_the_truth_of_new_videos(root: Path, trained: Path) -> None:
+    before = Dataset.open(root / "videos")
+    pseudo_label.run(PseudoLabelConfig(inverse=trained, data=root / "videos", out=root / "labelled", device="cpu"))
+    labelled, truth = Dataset.open(root / "labelled"), Dataset.open(root / "truth")
+    said_NA, true_NA = (np.concatenate([d.actions(e) for e in range(8)]) for d in (labelled, truth))
+    constant = np.abs(true_NA - true_NA.mean(0)).mean()
+    assert np.abs(said_NA - true_NA).mean() < 0.6 * constant
+    assert labelled.episodes == truth.episodes and labelled.action_space == truth.action_space
+    assert np.array_equal(labelled.frames(3), truth.frames(3)) and labelled.state_dim is None
+    assert labelled.extra["inverse_fingerprint"] == inverse_fingerprint(trained)
+    assert labelled.extra["source_fingerprint"] == before.fingerprint != labelled.fingerprint
+
+
+def test_training_resumes_bitwise(root: Path, tmp_path: Path) -> None:
+    inverse_train.run(train_config(root, tmp_path / "whole", loop=loop(4)))
+    inverse_train.run(train_config(root, tmp_path / "parts", loop=loop(4, stop_after=2)))
+    assert not (tmp_path / "parts/config.json").exists()
+    inverse_train.run(train_config(root, tmp_path / "parts", loop=loop(4), resume=True))
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_saved_model_says_the_same(tmp_path: Path) -> None:
+    before = model()
+    before.save_pretrained(tmp_path, run={"seed": 0}, metrics={"action_error": 1.0})
+    after = InverseDynamics.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(after.predict(pairs(3)), before.predict(pairs(3)))
+    assert (after.config, after.recording) == (before.config, before.recording)
+    assert (after.horizon_frames, after.fps, after.image_size, after.camera) == (3, 10.0, 32, "front")
+    assert after.action_space == SPACE and not after.training
+    assert inverse_fingerprint(tmp_path) == inverse_fingerprint(tmp_path)
+
+
+def test_predictions_are_in_the_robots_units_and_switches_are_exact() -> None:
+    said_BKA = model().predict(torch.from_numpy(pairs(5)))
+    assert said_BKA.shape == (5, 3, 2) and said_BKA.dtype == np.float32
+    assert set(np.unique(said_BKA[..., 1])) <= {0.0, 1.0} and np.abs(said_BKA[..., 0] - 1).max() <= 2.0
+    assert model().predict(pairs(0)).shape == (0, 3, 2)
+
+
+def test_a_prediction_depends_on_its_own_pair_only() -> None:
+    together, alone = model().predict(pairs(4)), model().predict(pairs(4)[2:3])
+    np.testing.assert_allclose(together[2:3], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 5])
+@pytest.mark.parametrize("num_pairs", [1, 2, 7])
+def test_pseudo_labels_are_the_mean_of_all_that_is_said_of_a_step(horizon: int, num_pairs: int) -> None:
+    """The slow, literal twin: for every step, look through all pairs."""
+    rng = np.random.default_rng(horizon)
+    said_PKA = np.stack([rng.normal(size=(num_pairs, horizon)), rng.integers(0, 2, (num_pairs, horizon))], axis=-1)
+    expected = []
+    for step in range(num_pairs + horizon - 1):
+        told = [said_PKA[p, step - p] for p in range(num_pairs) if p <= step < p + horizon]
+        x, grip = np.mean(told, axis=0)
+        expected.append([x, float(grip >= 0.5)])
+    merged_TA = merge_pairs(said_PKA.astype(np.float32), model().scale)
+    np.testing.assert_allclose(merged_TA, [*expected, expected[-1]], rtol=1e-5, atol=1e-6)
+
+
+class Oracle:
+    """Knows the true actions of all pairs, in the order in which they are asked for."""
+
+    image_size = 32
+
+    def __init__(self, dataset: Dataset, horizon: int) -> None:
+        self.horizon_frames = horizon
+        actions = [dataset.actions(episode) for episode in range(len(dataset.lengths))]
+        self.scale = ActionScale.fit(np.concatenate(actions))
+        self.windows = iter([a[t : t + horizon] for a in actions for t in range(len(a) - horizon)])
+        self.largest_batch = 0
+
+    def predict(self, frames_BTCHW: np.ndarray) -> np.ndarray:
+        assert frames_BTCHW.shape[1:] == (2, 3, 32, 32)
+        self.largest_batch = max(self.largest_batch, len(frames_BTCHW))
+        return np.stack([next(self.windows) for _ in frames_BTCHW])
+
+
+@pytest.mark.parametrize("window", [4, 512])
+def test_an_oracles_pseudo_labels_are_the_truth(root: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pseudo_label, "WINDOW", window)
+    truth = Dataset.open(root / "truth")
+    oracle = Oracle(truth, horizon=3)
+    actions = pseudo_actions(oracle, truth, "front", batch_size=3)
+    assert sorted(actions) == list(range(8)) and oracle.largest_batch == 3 and not list(oracle.windows)
+    for episode, actions_TA in actions.items():
+        # The made-up square's last action is the one before it, as a pseudo-label's is.
+        np.testing.assert_allclose(actions_TA, truth.actions(episode), rtol=1e-5)
+
+
+def test_episodes_too_short_for_a_pair_are_left_out_and_counted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    writer = DatasetWriter(tmp_path / "videos", fps=10, cameras={"front": (32, 32)})
+    for number, length in enumerate((3, 4, 2, 9)):
+        writer.add_episode({"front": np.zeros((length, 32, 32, 3), np.uint8)}, f"task {number}")
+    writer.finish()
+    config = PseudoLabelConfig(inverse=trained, data=tmp_path / "videos", out=tmp_path / "out", device="cpu")
+    pseudo_label.run(config)
+    assert "2 of 4 episodes left out" in capsys.readouterr().err
+    kept = Dataset.open(tmp_path / "out")
+    assert [episode.instruction for episode in kept.episodes] == ["task 1", "task 3"]
+    assert [len(kept.actions(episode)) for episode in range(2)] == [4, 9]
+
+
+def test_finished_pseudo_labels_are_accepted_if_they_are_this_models(
+    root: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = PseudoLabelConfig(inverse=trained, data=root / "videos", out=tmp_path / "out", device="cpu")
+    pseudo_label.run(config)
+    pseudo_label.run(replace(config, resume=True))
+    assert "already complete" in capsys.readouterr().err
+    model(Dataset.open(root / "truth").action_space).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"{EXTRA}: begun with other settings"):
+        pseudo_label.run(replace(config, inverse=tmp_path / "other", resume=True))
+    with pytest.raises(ValueError, match="already holds a finished result"):
+        pseudo_label.run(config)
+
+
+def test_both_frames_are_augmented_alike() -> None:
+    """What did not move does not move: the shift is one and the colours change together."""
+    first = torch.from_numpy(pairs(6)[:, 0])
+    torch.manual_seed(0)
+    changed = augmented(torch.stack([first, first], dim=1))
+    assert torch.equal(changed[:, 0], changed[:, 1]) and not torch.equal(changed[:, 0], first.float())
+    assert changed.shape == (6, 2, 3, 32, 32) and changed.min() >= 0 and changed.max() <= 255
+    grey = torch.full((4, 2, 3, 32, 32), 100, dtype=torch.uint8)
+    flat = augmented(grey).flatten(3)
+    assert (flat.amax(-1) == flat.amin(-1)).all() and len(flat[:, 0, :, 0].unique()) > 4, "each pair its own colours"
+
+
+def test_augmentation_is_left_out_where_it_is_not_asked_for() -> None:
+    batch = {"frames_BTCHW": torch.from_numpy(pairs(4)), "actions_BKA": torch.zeros(4, 3, 2)}
+    plain, shaken = (model(config=replace(SMALL, augment=on)) for on in (False, True))
+    evaluated, trained = ([m.train(mode)(batch).loss.item() for m in (plain, shaken)] for mode in (False, True))
+    assert evaluated[0] == evaluated[1] == trained[0] != trained[1]
+
+
+def test_figures_of_actions_by_hand() -> None:
+    true_NKA = np.array([[[0.0, 5.0]], [[2.0, 5.0]]], np.float32)
+    said_NKA = np.array([[[1.0, 5.0]], [[2.0, 5.0]]], np.float32)
+    figures = action_figures(said_NKA, true_NKA, ["x", "still"])
+    assert figures == {"action_error": 0.25, "r2": 0.5, "r2_x": 0.5}
+
+
+def test_a_towers_grid_is_what_it_gives() -> None:
+    tower = residual_tower((8, 16, 32), 1, in_channels=6)
+    features = tower(torch.zeros(1, 6, 48, 48)).last_hidden_state
+    assert features.shape == (1, 32, 3, 3) and tower_grid(48, (8, 16, 32)) == 3
+    with pytest.raises(ValueError, match="not a multiple of the vision tower's stride 16"):
+        tower_grid(40, (8, 16, 32))
+
+
+def test_nothing_held_out_is_allowed(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    inverse_train.run(train_config(root, tmp_path / "all", held_out=0.0))
+    assert "nothing is evaluated" in capsys.readouterr().err
+    assert not [name for name in read_json(tmp_path / "all/metrics.json") if name.startswith("held_out")]
+
+
+def test_training_refuses_what_does_not_fit(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no actions"):
+        inverse_train.run(train_config(root, tmp_path / "out", data=(root / "videos",)))
+    write_synthetic_dataset(tmp_path / "fast", episodes=2, frames=12, size=32, fps=20.0, actions=True)
+    with pytest.raises(ValueError, match=r"fast: 0\.3 s are 6 frames at 20 fps, in .*robot 3 at 10 fps"):
+        inverse_train.run(train_config(root, tmp_path / "out", data=(root / "robot", tmp_path / "fast")))
+    with pytest.raises(ValueError, match="unknown camera 'frnt'; did you mean 'front'"):
+        inverse_train.run(train_config(root, tmp_path / "out", camera="frnt"))
+    with pytest.raises(ValueError, match="--shard"):
+        inverse_train.run(train_config(root, tmp_path / "out", loop=loop(2, shard=True)))
+    with pytest.raises(ValueError, match="is or contains"):
+        inverse_train.run(train_config(root, root / "robot", overwrite=True))
+    assert Dataset.open(root / "robot")
+
+
+def test_pseudo_labelling_refuses_what_does_not_fit(root: Path, trained: Path, tmp_path: Path) -> None:
+    def label(data: Path, **changes) -> None:
+        options = {"inverse": trained, "data": data, "out": tmp_path / "out", "device": "cpu", **changes}
+        pseudo_label.run(PseudoLabelConfig(**options))
+
+    write_synthetic_dataset(tmp_path / "fast", episodes=2, frames=12, size=32, fps=20.0)
+    with pytest.raises(ValueError, match="looks 3 frames ahead at 10 fps"):
+        label(tmp_path / "fast")
+    write_synthetic_dataset(tmp_path / "short", episodes=2, frames=3, size=32)
+    with pytest.raises(ValueError, match="all 2 episodes are too short"):
+        label(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"has no camera 'side'.*--camera.*front"):
+        label(root / "videos", camera="side")
+    with pytest.raises(ValueError, match="is or lies inside"):
+        label(root / "videos", out=root / "videos" / "labelled")
+    with pytest.raises(ValueError, match="no such folder"):
+        label(root / "videos", inverse=tmp_path / "nowhere")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_a_saved_model_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unfinished or not an inverse dynamics model"):
+        InverseDynamics.from_pretrained(tmp_path)
+    model().save_pretrained(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "bare")
+    (tmp_path / "bare/actions.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"actions\.safetensors: no such file"):
+        InverseDynamics.from_pretrained(tmp_path / "bare")
+    save_file({"place.weight": torch.zeros(2)}, tmp_path / "model/model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: not the weights"):
+        InverseDynamics.from_pretrained(tmp_path / "model")
+    write_json(tmp_path / "model/config.json", {"policy": {}})
+    with pytest.raises(ValueError, match=r"config\.json: not the config of an inverse dynamics model"):
+        InverseDynamics.from_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "frames", [pairs(2).astype(np.float32), pairs(2)[:, :1], pairs(2)[0], np.zeros((1, 2, 3, 16, 16), np.uint8)]
+)
+def test_pictures_of_another_kind_are_refused(frames: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"must be uint8 of shape \[B, 2, 3, 32, 32\], got"):
+        model().predict(frames)
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="stride 8"):
+        replace(SMALL, image_size=30)
+    with pytest.raises(ValueError, match="must be above 0"):
+        replace(SMALL, horizon_seconds=0.0)

@@ -1,0 +1,223 @@
+"""What a policy says of recorded episodes: the figures are worked by hand, and the command measures what is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lapa import config as configs
+from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import Dataset
+from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
+from lapa.data.sources.synthetic import write_synthetic_dataset
+from lapa.policy import measure
+from lapa.policy.actions import ActionBins
+from lapa.policy.backbones import TinyConfig, create_backbone
+from lapa.policy.checkpoint import PolicyParts, save_policy
+from lapa.policy.figures import action_figures, code_figures
+from lapa.policy.measure import MeasureConfig, measure_actions
+from lapa.policy.model import LatentPolicy, PolicyConfig
+from lapa.policy.runtime import Policy
+from lapa.types import Observation
+
+SPACE = ActionSpace(("right", "gripper"), (False, False), "delta")
+CHUNK = 3
+SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=32, layers=1, heads=2)
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_synthetic_dataset(tmp_path_factory.mktemp("m") / "d", episodes=5, frames=8, size=32, actions=True)
+
+
+@pytest.fixture(scope="module")
+def labels(square: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labels with a horizon of 3 frames; episode 1 has none."""
+    folder = tmp_path_factory.mktemp("labels")
+    rng = np.random.default_rng(0)
+    episodes = {number: EpisodeLabels(np.arange(5), rng.integers(0, 8, (5, 4))) for number in (0, 2, 3, 4)}
+    write_shard(shard_path(folder, 0, 4), episodes)
+    manifest = Manifest("lam", square.fingerprint, "front", 0.3, 3, 4, 8, 20, 4, 1, [[0.125] * 8] * 4)
+    configs.save(manifest, folder / MANIFEST)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policies(square: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two saved policies with untrained weights: one pretrained only, one that has robot actions."""
+    root = tmp_path_factory.mktemp("policies")
+    torch.manual_seed(0)
+    actions_NA = np.concatenate([square.actions(episode) for episode in range(5)])
+    space = square.action_space
+    assert space is not None
+    bins = ActionBins.fit(actions_NA, binary=space.binary)
+    texts = [episode.instruction for episode in square.episodes]
+    backbone, processor, vocabulary = create_backbone(SMALL, texts=texts, num_cameras=1, segments={"latent": 8})
+    config = PolicyConfig(vocabulary, square.cameras, SMALL, latent_length=4, lam_fingerprint="lam")
+    pretrained = LatentPolicy(config, backbone)
+    save_policy(root / "pretrained", PolicyParts(pretrained, processor), run={})
+    acting = pretrained.grown(
+        replace(
+            pretrained.config,
+            vocabulary=replace(vocabulary, bins=256),
+            action_space=space,
+            action_bins=tuple(bins.counts_A.tolist()),
+            chunk=CHUNK,
+        )
+    )
+    save_policy(root / "acting", PolicyParts(acting, processor, bins), run={})
+    return root
+
+
+class Scripted:
+    """An actor that knows the dataset: says what was done, or half of it, or its mean."""
+
+    chunk, state_dim = CHUNK, 0
+
+    def __init__(self, dataset: Dataset, share: float, camera: str = "") -> None:
+        self.cameras = (camera,) if camera else dataset.cameras
+        self.share, self.dataset = share, dataset
+        self.action_dim = dataset.action_dim or 0
+        assert dataset.action_space is not None
+        self.action_space = dataset.action_space
+        self.asked = 0
+        pictures = [dataset.frames(episode) for episode in range(len(dataset.lengths))]
+        self._known = [picture.tobytes() for several in pictures for picture in several]
+        self._places = [(e, f) for e, length in enumerate(dataset.lengths) for f in range(length)]
+
+    def infer(self, observations: Sequence[Observation]) -> np.ndarray:
+        self.asked += len(observations)
+        said = []
+        for observation in observations:
+            episode, frame = self._places[self._known.index(observation.images[self.cameras[0]].tobytes())]
+            assert observation.instruction == self.dataset.episodes[episode].instruction
+            actions_TA = self.dataset.actions(episode)
+            said.append(actions_TA[np.minimum(frame + np.arange(CHUNK), len(actions_TA) - 1)] * self.share)
+        return np.stack(said).astype(np.float32)
+
+
+def config_for(dataset: Dataset, **changes: object) -> MeasureConfig:
+    return MeasureConfig(policy=Path("unused"), data=dataset.root, **changes)  # type: ignore[arg-type]
+
+
+def test_action_figures_are_those_worked_by_hand() -> None:
+    true_NKA = np.array([[[1.0, 1.0], [3.0, 1.0]], [[-1.0, 1.0], [9.0, 9.0]]])
+    said_NKA = np.array([[[0.0, 1.0], [3.0, 0.0]], [[-2.0, 1.0], [0.0, 0.0]]])
+    counted_NK = np.array([[True, True], [True, False]])
+    figures = action_figures(said_NKA, true_NKA, counted_NK, np.array([1.0, 1.0]), SPACE)
+    right, gripper = figures["dimensions"]["right"], figures["dimensions"]["gripper"]
+    assert right["action_error"] == pytest.approx(2 / 3) and right["mean_action_error"] == pytest.approx(4 / 3)
+    assert right["normalised_error"] == pytest.approx(0.5)
+    # The counted values are 1, 3, -1: their squares about the mean add up to 8, the errors' to 2.
+    assert right["r2"] == pytest.approx(1 - 2 / 8)
+    assert gripper["action_error"] == pytest.approx(1 / 3)
+    assert gripper["r2"] is None and gripper["normalised_error"] is None
+    assert figures["action_error"] == pytest.approx(0.5) and figures["mean_action_error"] == pytest.approx(2 / 3)
+    assert figures["normalised_error"] == pytest.approx(0.75) and figures["r2"] == pytest.approx(0.75)
+    assert figures["action_error_by_step"] == pytest.approx([0.5, 0.5])
+    # Of the first steps one says nothing (cosine 0), one the right way; the gripper has no direction.
+    assert figures["direction"] == pytest.approx(0.5) and figures["mean_action_direction"] == pytest.approx(0.0)
+
+
+def test_where_nothing_moves_there_is_no_direction() -> None:
+    still_NKA = np.zeros((2, 1, 2))
+    figures = action_figures(still_NKA + 1, still_NKA, np.ones((2, 1), bool), np.zeros(2), SPACE)
+    assert figures["direction"] is None and figures["r2"] is None and figures["normalised_error"] is None
+
+
+def test_code_figures_are_those_worked_by_hand() -> None:
+    true_NL = np.array([[0, 1], [0, 2], [0, 1], [3, 1]])
+    said_NL = np.array([[0, 1], [0, 1], [3, 1], [3, 2]])
+    figures = code_figures(said_NL, true_NL)
+    assert figures["token_accuracy_per_position"] == [0.75, 0.5] and figures["token_accuracy"] == 0.625
+    assert figures["most_frequent_token_per_position"] == [0.75, 0.75]
+    assert figures["latent_action_accuracy"] == 0.25 and figures["most_frequent_latent_action"] == 0.5
+
+
+def test_saying_what_was_done_is_perfect_and_half_of_it_is_half_wrong(square: Dataset) -> None:
+    perfect = measure_actions(Scripted(square, 1.0), square, config_for(square))
+    assert perfect["num_steps"] == square.num_frames and perfect["action_error"] == 0
+    assert perfect["r2"] == 1 and perfect["direction"] == pytest.approx(1) and perfect["mean_action_error"] > 0
+    half = measure_actions(Scripted(square, 0.5), square, config_for(square, batch_size=7))
+    mean_size = np.abs(np.concatenate([square.actions(episode) for episode in range(5)])).mean()
+    # Velocities are the same all episode long, so that every part of the data has the same mean size.
+    assert half["action_error"] == pytest.approx(mean_size / 2, rel=1e-5)
+    assert half["direction"] == pytest.approx(1)
+
+
+def test_samples_are_spread_over_all_episodes_and_steps_cut_the_chunk(square: Dataset) -> None:
+    actor = Scripted(square, 0.5)
+    figures = measure_actions(actor, square, config_for(square, samples=5, steps=2))
+    assert actor.asked == figures["num_steps"] == 5
+    assert figures["chunk_steps"] == 2 and len(figures["action_error_by_step"]) == 2
+    places = measure._spread([np.arange(8)] * 5, 5)
+    assert [episode for episode, _ in places] == [0, 1, 2, 3, 4] and places[-1] == (4, 7)
+
+
+def test_a_camera_of_another_name_takes_the_only_slot(square: Dataset) -> None:
+    actor = Scripted(square, 1.0, camera="corner4")
+    assert measure_actions(actor, square, config_for(square, samples=4))["action_error"] == 0
+    with pytest.raises(ValueError, match="unknown camera 'back'"):
+        measure_actions(actor, square, config_for(square, cameras=("back",)))
+    actor.cameras = ("corner4", "wrist")
+    with pytest.raises(ValueError, match="say with --cameras which fill their places"):
+        measure_actions(actor, square, config_for(square))
+
+
+def test_the_command_measures_what_the_policy_says(square: Dataset, policies: Path, tmp_path: Path) -> None:
+    measure.run(MeasureConfig(policies / "acting", square.root, tmp_path / "out", samples=6, device="cpu"))
+    written = json.loads((tmp_path / "out" / "measure.json").read_text())
+    policy = Policy.from_pretrained(policies / "acting", device="cpu")
+    errors = []
+    for episode, frame in measure._spread([np.arange(8)] * 5, 6):
+        seen = {square.cameras[0]: square.frames(episode, [frame])[0]}
+        said_KA = policy.infer([Observation(seen, square.episodes[episode].instruction)])[0]
+        true_TA = square.actions(episode)[frame : frame + CHUNK]
+        errors += np.abs(said_KA[: len(true_TA)] - true_TA).ravel().tolist()
+    assert written["action_error"] == pytest.approx(np.mean(errors), rel=1e-5)
+    assert set(written["dimensions"]) == {"right", "down"} and written["torch"] == torch.__version__
+    assert written["config"]["samples"] == 6 and "token_accuracy" not in written
+    with pytest.raises(ValueError, match="--overwrite"):
+        measure.run(MeasureConfig(policies / "acting", square.root, tmp_path / "out", device="cpu"))
+
+
+def test_a_pretrained_policy_is_measured_on_labels(
+    square: Dataset, labels: Path, policies: Path, tmp_path: Path
+) -> None:
+    config = MeasureConfig(policies / "pretrained", square.root, tmp_path / "out", labels=labels, device="cpu")
+    measure.run(config)
+    written = json.loads((tmp_path / "out" / "measure.json").read_text())
+    assert written["num_labels"] == 20 and "action_error" not in written
+    opened = Labels.open(labels)
+    true_NL = np.concatenate([opened.codes(episode)[1] for episode in (0, 2, 3, 4)])
+    most = [np.bincount(column).max() / 20 for column in true_NL.T]
+    assert written["most_frequent_token_per_position"] == pytest.approx(most)
+    assert len(written["token_accuracy_per_position"]) == 4 and 0 <= written["token_accuracy"] <= 1
+    both = replace(config, policy=policies / "acting", out=tmp_path / "both", samples=4)
+    measure.run(both)
+    assert {"action_error", "token_accuracy"} <= set(json.loads((tmp_path / "both" / "measure.json").read_text()))
+
+
+def test_mistakes_are_named_before_anything_is_written(
+    square: Dataset, labels: Path, policies: Path, tmp_path: Path
+) -> None:
+    bare = write_synthetic_dataset(tmp_path / "bare", episodes=2, frames=5, size=32)
+    out = tmp_path / "out"
+    for changes, message in (
+        ({"policy": policies / "pretrained"}, "only pretrained"),
+        ({"data": bare.root}, "has no actions to compare with"),
+        ({"steps": CHUNK + 1}, f"at most that|chunks of {CHUNK}"),
+        ({"samples": 0}, "--samples"),
+        ({"data": bare.root, "labels": labels}, "labels another dataset"),
+        ({"prompt_of": "nobody"}, "nobody"),
+    ):
+        config = replace(MeasureConfig(policies / "acting", square.root, out, device="cpu"), **changes)
+        with pytest.raises(ValueError, match=message):
+            measure.run(config)
+        assert not out.exists()

@@ -1,0 +1,236 @@
+"""The same videos with other actions or none: nothing that is kept changes, nothing is lost unsaid."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lapa.data import rewrite
+from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import EXTRA, INFO, JOURNAL, STATS, Dataset
+from lapa.data.rewrite import HideActionsConfig, claim_rewrite, rewrite_actions
+from lapa.data.sources.synthetic import write_synthetic_dataset
+from lapa.data.video import encode_clip
+from lapa.files import read_json
+
+SPACE = ActionSpace.named(["x", "grip"], ["grip"], "delta")
+
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return write_synthetic_dataset(tmp_path_factory.mktemp("rewrite") / "robot", 4, frames=8, size=32, actions=True)
+
+
+def hide(dataset: Dataset, out: Path, **changes) -> Dataset:
+    rewrite.run(HideActionsConfig(data=dataset.root, out=out, **changes))
+    return Dataset.open(out)
+
+
+def new_actions(dataset: Dataset, episode: int) -> np.ndarray:
+    steps_T = np.arange(dataset.lengths[episode], dtype=np.float32)
+    return np.stack([episode + steps_T / 10, steps_T % 2], axis=1)
+
+
+def rewritten(dataset: Dataset, out: Path, without: tuple[int, ...] = (), keep_states: bool = True) -> Dataset:
+    claim_rewrite(out, dataset, {"made_by": "a test"}, overwrite=False, resume=False)
+    return rewrite_actions(
+        dataset,
+        out,
+        actions=lambda episode: None if episode in without else new_actions(dataset, episode),
+        action_space=SPACE,
+        keep_states=keep_states,
+        note={"made_by": "a test"},
+    )
+
+
+def with_shared_files(source: Dataset, root: Path) -> Dataset:
+    """As LeRobot writes: one mp4 with all episodes, two chunks of data and of metadata, a feature of its own."""
+    shutil.copytree(source.root, root)
+    shutil.rmtree(root / "videos")
+    key = "observation.images.front"
+    frames = np.concatenate([source.frames(episode) for episode in range(4)])
+    encode_clip(root / f"videos/{key}/chunk-000/file-000.mp4", frames, source.fps, keyframe_interval=8)
+    rows = pq.read_table(root / "data/chunk-000/file-000.parquet")
+    rows = rows.append_column("next.reward", pa.array(np.ones(len(rows), np.float32)))
+    episodes = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
+    for number, row in enumerate(episodes):
+        row |= {f"videos/{key}/file_index": 0, f"videos/{key}/from_timestamp": number * 8 / source.fps}
+        row |= {"data/chunk_index": number // 2, "meta/episodes/chunk_index": number // 2}
+    for chunk in (0, 1):
+        for folder, table in (
+            ("data", rows[16 * chunk : 16 * chunk + 16]),
+            ("meta/episodes", pa.Table.from_pylist(episodes[2 * chunk : 2 * chunk + 2])),
+        ):
+            path = root / folder / f"chunk-00{chunk}" / "file-000.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, path)
+    info = read_json(root / INFO)
+    info["features"]["next.reward"] = {"dtype": "float32", "shape": [1], "names": None}
+    rewrite.write_json(root / INFO, info)
+    return Dataset.open(root)
+
+
+def same_pictures(before: Dataset, old: int, after: Dataset, new: int) -> bool:
+    return np.array_equal(before.frames(old), after.frames(new))
+
+
+def test_hidden_actions_leave_pictures_and_instructions_as_they_are(robot: Dataset, tmp_path: Path) -> None:
+    hidden = hide(robot, tmp_path / "hidden")
+    assert hidden.action_dim is None and hidden.state_dim is None and hidden.action_space is None
+    assert hidden.episodes == robot.episodes and hidden.cameras == robot.cameras and hidden.fps == robot.fps
+    assert all(same_pictures(robot, episode, hidden, episode) for episode in range(4))
+    with pytest.raises(ValueError, match="has no actions"):
+        hidden.actions(0)
+    assert hidden.extra["made_by"] == "lapa data hide-actions"
+    assert hidden.extra["source_fingerprint"] == robot.fingerprint != hidden.fingerprint
+
+
+def test_no_hidden_number_is_left_in_any_file(robot: Dataset, tmp_path: Path) -> None:
+    root = hide(robot, tmp_path / "hidden").root
+    assert {"action", "observation.state"} & (
+        read_json(root / STATS).keys() | read_json(root / INFO)["features"]
+    ) == set()
+    for path in root.rglob("*.parquet"):
+        names = pq.read_schema(path).names
+        assert not [name for name in names if "action" in name or "state" in name], path
+    assert not (root / JOURNAL).exists()
+
+
+def test_hiding_nothing_gives_the_tables_that_the_writer_gave(tmp_path: Path) -> None:
+    """The slow twin of a rewritten dataset is one that was written so."""
+    videos = write_synthetic_dataset(tmp_path / "videos", 3, frames=6, size=32)
+    again = hide(videos, tmp_path / "again")
+    assert again.fingerprint == videos.fingerprint
+    data = "data/chunk-000/file-000.parquet"
+    assert pq.read_table(again.root / data).equals(pq.read_table(videos.root / data))
+    before, after = read_json(videos.root / STATS), read_json(again.root / STATS)
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        for key, value in values.items():
+            np.testing.assert_allclose(after[name][key], value, rtol=1e-12)
+
+
+def test_new_actions_are_read_back_and_states_stay(robot: Dataset, tmp_path: Path) -> None:
+    after = rewritten(robot, tmp_path / "new")
+    for episode in range(4):
+        np.testing.assert_array_equal(after.actions(episode), new_actions(robot, episode))
+        np.testing.assert_array_equal(after.states(episode), robot.states(episode))
+    assert after.action_space == SPACE
+    stats = read_json(after.root / STATS)["action"]
+    every = np.concatenate([new_actions(robot, episode) for episode in range(4)])
+    np.testing.assert_allclose(stats["mean"], every.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats["std"], every.std(0), rtol=1e-6)
+
+
+def test_episodes_left_out_are_counted_and_the_rest_renumbered(
+    robot: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = with_shared_files(robot, tmp_path / "shared")
+    after = rewritten(source, tmp_path / "new", without=(0, 1, 2), keep_states=False)
+    told = capsys.readouterr().err
+    assert "3 of 4 episodes left out" in told and "left out: observation.state, next.reward" in told
+    assert [episode.instruction for episode in after.episodes] == [source.episodes[3].instruction]
+    assert same_pictures(source, 3, after, 0)
+    np.testing.assert_array_equal(after.actions(0), new_actions(source, 3))
+    (path,) = (after.root / "data").rglob("*.parquet")
+    rows = pq.read_table(path)
+    assert rows["index"].to_pylist() == list(range(8)) and set(rows["episode_index"].to_pylist()) == {0}
+    info = read_json(after.root / INFO)
+    assert (info["total_episodes"], info["total_frames"], info["splits"]) == (1, 8, {"train": "0:1"})
+    assert read_json(after.root / STATS)["index"]["max"] == [7]
+
+
+def test_files_that_hold_several_episodes_are_kept_in_their_layout(robot: Dataset, tmp_path: Path) -> None:
+    source = with_shared_files(robot, tmp_path / "shared")
+    after = rewritten(source, tmp_path / "new")
+    assert all(same_pictures(source, episode, after, episode) for episode in range(4))
+    for folder in ("data", "meta/episodes", "videos"):
+        names = [sorted(str(p.relative_to(d.root)) for p in (d.root / folder).rglob("*.*")) for d in (source, after)]
+        assert names[0] == names[1]
+    np.testing.assert_array_equal(after.actions(3), new_actions(source, 3))
+
+
+def test_videos_are_linked_or_copied(robot: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linked = hide(robot, tmp_path / "linked")
+    assert linked.video_path(0).samefile(robot.video_path(0))
+
+    def refuse(*_) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    copied = hide(robot, tmp_path / "copied")
+    assert not copied.video_path(0).samefile(robot.video_path(0))
+    assert copied.video_path(0).read_bytes() == robot.video_path(0).read_bytes()
+
+
+def test_an_unfinished_rewrite_is_begun_again(robot: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, write = tmp_path / "hidden", rewrite.write_json
+
+    def die(path: Path, value: object) -> None:
+        if path.name == "info.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    monkeypatch.setattr(rewrite, "write_json", die)
+    with pytest.raises(KeyboardInterrupt):
+        hide(robot, out)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="unfinished dataset"):
+        Dataset.open(out)
+    other = write_synthetic_dataset(tmp_path / "other", 2, frames=6, size=32)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        hide(other, out, resume=True)
+    assert hide(robot, out, resume=True).episodes == robot.episodes
+
+
+def test_a_finished_rewrite_is_accepted_as_it_is(robot: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "hidden"
+    fingerprint = hide(robot, out).fingerprint
+    assert hide(robot, out, resume=True).fingerprint == fingerprint
+    assert "already complete" in capsys.readouterr().err
+    other = write_synthetic_dataset(tmp_path / "other", 2, frames=6, size=32)
+    with pytest.raises(ValueError, match=f"{EXTRA}: begun with other settings"):
+        hide(other, out, resume=True)
+    with pytest.raises(ValueError, match="already holds a finished result"):
+        hide(robot, out)
+    assert len(hide(other, out, overwrite=True).episodes) == 2
+
+
+@pytest.mark.parametrize(
+    ("where", "told"), [(".", "is or lies inside"), ("new", "is or lies inside"), ("..", "contains")]
+)
+def test_the_source_is_never_written_over(robot: Dataset, where: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        hide(robot, robot.root / where, overwrite=True)
+    assert (robot.root / INFO).exists() and not (robot.root / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("actions", "told"),
+    [
+        (np.zeros((8, 3), np.float32), r"are \(8, 3\), expected \(8, 2\)"),
+        (np.full((8, 2), np.nan, np.float32), "not finite at frame 0"),
+        (None, "every one of its 4 episodes is left out"),
+    ],
+)
+def test_actions_that_do_not_fit_are_refused(
+    robot: Dataset, tmp_path: Path, actions: np.ndarray | None, told: str
+) -> None:
+    note = {"made_by": "a test"}
+    claim_rewrite(tmp_path / "new", robot, note, overwrite=False, resume=False)
+    with pytest.raises(ValueError, match=told):
+        rewrite_actions(
+            robot, tmp_path / "new", actions=lambda _: actions, action_space=SPACE, keep_states=False, note=note
+        )
+
+
+def test_a_missing_video_is_named(robot: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(robot.root, tmp_path / "broken")
+    broken = Dataset.open(tmp_path / "broken")
+    broken.video_path(2).unlink()
+    with pytest.raises(ValueError, match=r"file-002\.mp4: no such file"):
+        hide(broken, tmp_path / "hidden")

@@ -1,0 +1,188 @@
+"""The study: its steps are shared, made once and resumed; all five arms run in the made-up world and are reported."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lapa import cli
+from lapa.data.dataset import Dataset
+from lapa.files import read_json
+from lapa.stages import OutOfTimeError, Stage, run_stage
+from lapa.study import run as study_run
+from lapa.study.plan import Plan, Step, order
+from lapa.study.results import ARMS, load_result, load_results
+from lapa.study.sizes import PRESETS, sizes_of
+
+CPU = sizes_of("cpu")
+
+
+def in_this_process(stage: Stage, seconds: float | None = None) -> float:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(stage.command)
+    assert exit_.value.code == 0, stage.command
+    return 1.0
+
+
+def keys(*steps: Step) -> set[str]:
+    return {step.key for step in order(*steps)}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_run, "run_stage", in_this_process)
+        study_run.run(study_run.StudyConfig(out=out, preset="debug", demonstrations=1))
+    return out
+
+
+def test_all_five_arms_run_and_are_reported(study: Path) -> None:
+    results = load_results([study])
+    assert [result.arm for result in results] == list(ARMS)
+    for result in results:
+        assert len(result.rollouts) == 8
+        assert result.figures["action_error"] > 0
+        assert result.strip is not None and result.curves and result.seconds
+    by_arm = {result.arm: result for result in results}
+    assert 0 <= by_arm["lapa"].figures["token_accuracy"] <= 1
+    assert {"lam_linear_r2", "lam_codes_used"} <= set(by_arm["lapa"].figures)
+    assert by_arm["lapa"].codes is not None and by_arm["vpt"].codes is None
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["study", "report", str(study)])
+    assert exit_.value.code == 0
+    assert "actionvla" in (study / "report" / "report.html").read_text()
+
+
+def test_only_actionvla_pretrains_on_actions(study: Path) -> None:
+    plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
+    assert Dataset.open(plan.videos.folder(study)).action_dim == 2
+    assert Dataset.open(plan.videos_without_actions.folder(study)).action_dim is None
+    for arm in ARMS:
+        sees = plan.videos in [step for s in order(plan.policy(arm)) for step in s.inputs if "hide" not in s.verb]
+        assert sees == (arm == "actionvla"), arm
+
+
+def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = tmp_path / "study"
+    shutil.copytree(study, again)
+    ran: list[str] = []
+    monkeypatch.setattr(study_run, "run_stage", lambda stage, seconds=None: ran.append(stage.title))
+    config = study_run.StudyConfig(out=again, preset="debug", demonstrations=1)
+    before = (again / "results" / "in-domain-1-lapa-0.json").read_bytes()
+    study_run.run(config)
+    assert ran == []
+    assert (again / "results" / "in-domain-1-lapa-0.json").read_bytes() == before
+    with pytest.raises(ValueError, match="begun with other settings"):
+        study_run.run(replace(config, preset="cpu"))
+
+
+def test_a_study_in_slices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first slice has no time for a step; nothing is lost, and nothing said to be finished."""
+    config = study_run.StudyConfig(out=tmp_path / "s", preset="debug", arm=("scratch",), minutes=0.001)
+    study_run.run(config)
+    assert not (tmp_path / "s" / "results").exists()
+
+    def out_of_time(stage: Stage, seconds: float | None = None) -> float:
+        if stage.title == "finetuning scratch" and not list(tmp_path.glob("second")):
+            (tmp_path / "second").touch()
+            raise OutOfTimeError(stage.title)
+        return in_this_process(stage)
+
+    monkeypatch.setattr(study_run, "run_stage", out_of_time)
+    study_run.run(replace(config, minutes=10.0))
+    assert not (tmp_path / "s" / "results").exists()
+    study_run.run(replace(config, minutes=10.0))
+    assert load_result(tmp_path / "s" / "results" / "in-domain-2-scratch-0.json").arm == "scratch"
+
+
+def test_arms_and_seeds_share_what_they_can() -> None:
+    plans = [Plan(CPU, "in-domain", 2, seed) for seed in (0, 1)]
+    first, second = plans
+    assert first.videos == second.videos
+    assert first.rollouts("scratch") != second.rollouts("scratch")
+    assert first.policy("vpt").key != first.policy("lapa").key
+    assert first.inverse_dynamics.key in keys(first.policy("vpt")) & keys(first.policy("unipi"))
+    assert first.latent_action_model.key == Plan(CPU, "in-domain", 5, 0).latent_action_model.key
+    assert first.inverse_dynamics.key != Plan(CPU, "in-domain", 5, 0).inverse_dynamics.key
+
+
+def test_a_step_is_another_where_anything_that_it_depends_on_is() -> None:
+    more = Plan(replace(CPU, videos=CPU.videos + 1), "in-domain", 2, 0)
+    plan = Plan(CPU, "in-domain", 2, 0)
+    assert plan.policy("lapa").key != more.policy("lapa").key
+    assert plan.policy("scratch").key == more.policy("scratch").key
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_step_of_every_preset_is_a_command_that_parses(preset: str, arm: str, tmp_path: Path) -> None:
+    plan = Plan(sizes_of(preset), "in-domain", 2, 0)
+    for step in order(plan.rollouts(arm), plan.action_error(arm)):
+        command = step.command(tmp_path)
+        verb = cli.find_verb(command)
+        assert verb is not None, command
+        cli.parse(verb, command[len(verb.name.split()) :])
+
+
+def test_inputs_come_first_and_each_step_once() -> None:
+    plan = Plan(CPU, "cross-task", 2, 0)
+    steps = list(order(plan.rollouts("lapa"), plan.probe))
+    assert len({step.key for step in steps}) == len(steps)
+    for place, step in enumerate(steps):
+        assert {needed.key for needed in step.inputs} <= {before.key for before in steps[:place]}
+
+
+def test_splits_differ_in_their_videos_alone() -> None:
+    inside, task, view = (Plan(CPU, split, 2, 0) for split in ("in-domain", "cross-task", "cross-environment"))
+    assert "--look" in view.videos.words and CPU.world.other_camera in view.videos.words
+    assert CPU.world.other_tasks in task.videos.words
+    assert inside.labelled == task.labelled == view.labelled
+    assert inside.policy("scratch") == task.policy("scratch") == view.policy("scratch")
+    with pytest.raises(ValueError, match="no other tasks"):
+        Plan(sizes_of("debug"), "cross-task", 2, 0)
+
+
+def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def slowly(stage: Stage, seconds: float | None = None) -> float:
+        made.append(stage.title)
+        time.sleep(0.2)
+        stage.artifact.parent.mkdir(parents=True)
+        stage.artifact.write_text("{}")
+        return 0.2
+
+    monkeypatch.setattr(study_run, "run_stage", slowly)
+    step = Step("one", "label", (), "manifest.json")
+
+    def one_run() -> None:
+        with study_run._alone(tmp_path, step):
+            study_run._make(tmp_path, step, "1/1", None)
+
+    runs = [threading.Thread(target=one_run) for _ in range(3)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    assert made == ["one"]
+
+
+def test_a_stage_is_stopped_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda words: real([sys.executable, "-c", "import time; time.sleep(60)"])
+    )
+    begun = time.monotonic()
+    with pytest.raises(OutOfTimeError, match="long"):
+        run_stage(Stage("long", ["label"], tmp_path / "never"), seconds=0.5)
+    assert time.monotonic() - begun < 30
+
+
+def test_settings_are_kept_beside_the_results(study: Path) -> None:
+    assert read_json(study / "study.json")["preset"] == "debug"

@@ -1,0 +1,196 @@
+"""Success rates, intervals, gap recovered and ranks of a study, against hand counts and simulations."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from lapa.study.results import Arm, ArmResult, Rollout
+from lapa.study.statistics import (
+    Played,
+    bootstrap,
+    compare,
+    correlations,
+    estimate,
+    gap_recovered,
+    mean_ranks,
+    ranks,
+    shared,
+    success_of,
+    success_rates,
+)
+from lapa.study.verdicts import PAPER
+
+
+def run_of(arm: Arm, seed: int, outcomes: dict[str, Sequence[bool | int]], **rest: object) -> ArmResult:
+    rollouts = [
+        Rollout(task, episode, bool(success), 10)
+        for task, row in outcomes.items()
+        for episode, success in enumerate(row)
+    ]
+    values = {"split": "in-domain", "demonstrations": 2, "preset": "cpu", "sizes": {}, **rest}
+    return ArmResult(arm=arm, seed=seed, rollouts=tuple(rollouts), **values)  # type: ignore[arg-type]
+
+
+def played(success_ASKE: np.ndarray) -> Played:
+    tasks = tuple(map(str, range(success_ASKE.shape[2])))
+    return Played(success_ASKE.astype(float), np.ones(success_ASKE.shape[1:]), tasks)
+
+
+def rollouts(rates: Sequence[float], num_seeds: int = 3, num: int = 50, seed: int = 0) -> Played:
+    """Independent rollouts of one task, one arm a rate."""
+    random = np.random.default_rng(seed)
+    return played(random.random((len(rates), num_seeds, 1, num)) < np.array(rates)[:, None, None, None])
+
+
+def interval(each: Played, arm: int = 0) -> tuple[float, float]:
+    found = estimate(success_rates(each)[arm], bootstrap(each)[arm])
+    return found.low, found.high
+
+
+def test_the_success_rate_weighs_tasks_alike_however_often_each_was_played() -> None:
+    runs = [run_of("lapa", 0, {"push": [1, 1, 1, 1], "reach": [0, 1]}), run_of("lapa", 1, {"push": [1, 0]})]
+    (group,) = compare(runs)
+    cell = group.cells["lapa"]
+    assert cell.by_task == {"push": 0.75, "reach": 0.5}  # (1 + 0.5) / 2 over seeds; one seed
+    assert cell.success.value == pytest.approx(0.625)
+    assert (cell.seeds, cell.num_rollouts) == ((0, 1), 8)
+
+
+def test_the_interval_of_a_constant_is_that_constant() -> None:
+    for rate in (0.0, 1.0):
+        assert interval(rollouts([rate])) == (rate, rate)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    each = rollouts([0.5])
+    assert np.array_equal(bootstrap(each, seed=1), bootstrap(each, seed=1))
+    assert not np.array_equal(bootstrap(each, seed=1), bootstrap(each, seed=2))
+
+
+def test_a_draw_takes_as_many_seeds_and_goals_as_there_are() -> None:
+    each = played(np.arange(6).reshape(1, 1, 2, 3) % 2)
+    drawn_D = bootstrap(each, num_draws=4000)[0] * 6  # two tasks of three rollouts: whole sixths
+    assert np.allclose(drawn_D, drawn_D.round())
+    assert drawn_D.mean() == pytest.approx(3, abs=0.1)
+    # Of 3 goals drawn with replacement, all give 0 in 8/27 of draws where one succeeds, in 1/27 where two do.
+    assert (drawn_D == 0).mean() == pytest.approx(8 / 27 / 27, abs=0.006)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    same = np.repeat(np.arange(20) % 2, 1)[None, None, None].repeat(3, axis=1)
+    apart = np.stack([np.zeros(20), np.arange(20) % 2, np.ones(20)])[None, :, None]
+    assert success_rates(played(same)) == success_rates(played(apart)) == [0.5]
+    low, high = interval(played(apart))
+    assert low == pytest.approx(0.0, abs=0.05) and high == pytest.approx(1.0, abs=0.05)
+    assert np.ptp(interval(played(same))) < 0.5
+
+
+def test_intervals_of_independent_rollouts_cover_the_truth_about_as_often_as_they_say() -> None:
+    covered = [low <= 0.4 <= high for low, high in (interval(rollouts([0.4], 1, 100, seed)) for seed in range(200))]
+    assert 0.9 <= np.mean(covered) <= 0.99
+
+
+def test_goals_that_all_seeds_share_are_not_counted_several_times() -> None:
+    """Half of the goals are met by every seed, the others by none: three seeds tell no more than one."""
+    random = np.random.default_rng(0)
+    covered = []
+    for _ in range(100):
+        met = (random.random(40) < 0.5)[None, None, None].repeat(3, axis=1)
+        low, high = interval(played(met))
+        covered.append(low <= 0.5 <= high)
+    assert np.mean(covered) >= 0.88
+
+
+def test_the_paired_interval_is_narrower_than_the_unpaired_on_correlated_arms() -> None:
+    random = np.random.default_rng(0)
+    hard = random.random((1, 3, 4, 30))
+    both = played(np.concatenate([hard < 0.4, hard < 0.5]))
+    draws_AD = bootstrap(both)
+    paired = np.ptp(np.percentile(draws_AD[1] - draws_AD[0], [2.5, 97.5]))
+    unpaired = np.ptp(np.percentile(bootstrap(both, seed=7)[1] - draws_AD[0], [2.5, 97.5]))
+    assert paired < 0.7 * unpaired
+
+
+def test_one_runs_success_rate_is_that_of_the_comparison() -> None:
+    run = run_of("lapa", 0, {"push": [1, 1, 1, 1], "reach": [0, 1]})
+    both = shared([run])
+    assert both is not None and success_of(run) == success_rates(both)[0] == 0.75
+    assert success_of(run_of("lapa", 0, {})) is None
+
+
+def test_arms_are_compared_on_what_both_played() -> None:
+    runs = [
+        run_of("scratch", 0, {"push": [0, 0, 1, 1]}),
+        run_of("lapa", 0, {"push": [1, 1]}),
+        run_of("lapa", 1, {"push": [0, 0]}),
+    ]
+    (group,) = compare(runs)
+    lapa = group.cells["lapa"]
+    assert lapa.success.value == 0.5
+    assert lapa.versus["scratch"].value == 1.0  # seed 0, episodes 0 and 1
+    assert "vpt" not in lapa.versus and lapa.gap is not None and lapa.gap.value is None
+
+
+def test_arms_that_share_no_seed_have_no_difference_and_no_rank() -> None:
+    (group,) = compare([run_of("scratch", 0, {"push": [0, 1]}), run_of("lapa", 1, {"push": [1, 1]})])
+    assert group.cells["lapa"].versus == {} and group.cells["lapa"].mean_rank is None
+
+
+def test_the_papers_gaps_are_the_published_ones() -> None:
+    gaps = {column.setting: round(column.gap("lapa"), 3) for column in PAPER}
+    assert gaps["in-domain, seen"] == 0.756
+    assert gaps["in-domain, unseen"] == 0.789
+    assert gaps["SIMPLER"] == 0.787
+    assert all(column.gap("scratch") == 0 and column.gap("actionvla") == 1 for column in PAPER)
+    assert PAPER[1].gap("unipi") == pytest.approx((13.2 - 15.2) / (58.8 - 15.2))
+
+
+def test_the_gap_recovered_of_exact_rates_is_their_quotient() -> None:
+    episodes = np.arange(100)[None, None, :]
+    each = played(np.stack([episodes < 20, episodes < 50, episodes < 60]))
+    gap = gap_recovered(each)
+    assert gap.value == pytest.approx(0.75) and gap.note == ""
+    assert gap.low is not None and gap.high is not None and 0.5 < gap.low < 0.75 < gap.high < 1.0
+
+
+def test_a_gap_that_may_be_nothing_has_no_interval_and_never_blows_up() -> None:
+    episodes = np.arange(100)[None, None, :]
+    odd = (episodes % 2 == 0, episodes < 50)
+    unsure = gap_recovered(
+        played(np.stack([odd[0], odd[0], odd[1] | (episodes == 60) | (episodes == 62) | (episodes > 98)]))
+    )
+    assert unsure.value == pytest.approx(0.0) and unsure.low is None and "for certain" in unsure.note
+    for upper in (odd[1], episodes < 10):
+        assert gap_recovered(played(np.stack([odd[0], episodes < 90, upper]))).value is None
+
+
+def test_equal_values_share_the_mean_of_their_ranks() -> None:
+    assert ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
+
+
+def test_the_mean_rank_averages_over_tasks_and_seeds() -> None:
+    both = shared(
+        [run_of("scratch", 0, {"push": [0, 0], "reach": [1, 1]})],
+        [run_of("lapa", 0, {"push": [1, 0], "reach": [1, 1]})],
+    )
+    assert mean_ranks(both) == [1.75, 1.25]
+
+
+def test_correlations_agree_with_a_hand_count_and_know_when_they_are_too_few() -> None:
+    rates = [0, 1, 2, 3, 4]
+    figures = [1.0, 2.0, 3.0, 4.0, 10.0]
+    runs = [
+        run_of("lapa", seed, {"push": [1] * rate + [0] * (4 - rate)}, figures={"lam_r2": figure, "flat": 1.0})
+        for seed, (rate, figure) in enumerate(zip(rates, figures, strict=True))
+    ]
+    flat, lam = correlations(runs)
+    assert (lam.figure, lam.num_runs, lam.spearman) == ("lam_r2", 5, pytest.approx(1.0))
+    assert lam.pearson == pytest.approx(np.corrcoef(rates, figures)[0, 1]) and lam.pearson < 0.95
+    assert flat.spearman is None and flat.note == "the figure or success does not vary"
+    assert "too few" in correlations(runs[:4])[1].note
+
+
+def test_figures_of_the_latent_action_model_are_counted_for_lapa_alone() -> None:
+    runs = [run_of(arm, 0, {"push": [1]}, figures={"lam_r2": 0.5}) for arm in ("lapa", "scratch")]  # type: ignore[arg-type]
+    assert correlations(runs)[0].num_runs == 1

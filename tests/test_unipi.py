@@ -1,0 +1,289 @@
+"""The baseline UniPi: a video model learns and is kept, a joined policy acts, and mistakes are named."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lapa.data.action_space import ActionSpace
+from lapa.data.sources.square import DIRECTIONS
+from lapa.data.sources.synthetic import write_synthetic_dataset
+from lapa.engine.loop import LoopConfig
+from lapa.engine.optim import OptimConfig
+from lapa.evaluate.rollout import EvaluateConfig, evaluate
+from lapa.files import read_json
+from lapa.policy.acting import load_actor
+from lapa.policy.baselines import unipi, video_train
+from lapa.policy.baselines.inverse import InverseConfig, InverseDynamics, Recording
+from lapa.policy.baselines.unipi import UniPi, UniPiConfig
+from lapa.policy.baselines.video import VideoConfig, VideoModel
+from lapa.policy.baselines.video_train import VideoTrainConfig
+from lapa.policy.scale import ActionScale
+from lapa.policy.tokenizer import train_tokenizer
+from lapa.types import Observation
+
+SMALL = VideoConfig(image_size=32, widths=(32, 64), text_width=32, horizon_seconds=0.3)
+LOOP = LoopConfig(
+    steps=60,
+    batch_size=8,
+    optim=OptimConfig(lr=3e-3, betas=(0.9, 0.95), warmup_steps=5),
+    device="cpu",
+    log_every=20,
+    eval_every=1000,
+)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two squares that start anywhere, `squares`; a video model that has learned them, `video`; an untrained inverse
+
+    dynamics model, `inverse`; the two joined, `policy`.
+    """
+    root = tmp_path_factory.mktemp("unipi")
+    write_synthetic_dataset(root / "squares", episodes=2, frames=8, size=32)
+    video_train.run(training(root, "video"))
+    write_inverse(root / "inverse")
+    unipi.run(UniPiConfig(root / "video", root / "inverse", root / "policy", sampling_steps=2))
+    return root
+
+
+def training(root: Path, out: str, steps: int = 60, **values: Any) -> VideoTrainConfig:
+    values = {"model": SMALL, "held_out": 0.0, **values}
+    return VideoTrainConfig((root / "squares",), root / out, loop=replace(LOOP, steps=steps), **values)
+
+
+def write_inverse(folder: Path, size: int = 32, horizon: int = 3, camera: str = "front") -> None:
+    torch.manual_seed(0)
+    space = ActionSpace(("right", "down"), (False, False), "delta")
+    config = InverseConfig(image_size=size, horizon_seconds=horizon / 10, vision_widths=(8, 16), width=16)
+    scale = ActionScale.fit(RNG.normal(size=(50, 2)).astype(np.float32), space.binary)
+    InverseDynamics(config, Recording(horizon, 10.0, camera, space), scale).save_pretrained(folder)
+
+
+def observation(words: str = "move up", size: int = 48) -> Observation:
+    return Observation({"front": RNG.integers(0, 256, (size, size, 3), dtype=np.uint8)}, words)
+
+
+def test_predicted_frames_beat_copies_of_the_one_that_is_seen(root: Path) -> None:
+    figures = read_json(root / "video" / "metrics.json")
+    # Nothing is held out, and the names say so.
+    assert figures["train_mse"] < 0.8 * figures["train_mse_copy"]
+    assert (root / "video" / "samples.png").stat().st_size > 1000
+
+
+def test_the_instruction_matters(root: Path) -> None:
+    model = VideoModel.from_pretrained(root / "video")
+    told = model.words(["move right", "move up-right", "move right"])
+    with torch.no_grad():
+        text_BTD, _ = model.text(**told, told_B=torch.tensor([True, True, False]))
+    assert not torch.allclose(text_BTD[0], text_BTD[1]) and not torch.allclose(text_BTD[0], text_BTD[2])
+    frame = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)
+    right, up_right, nothing = (
+        model.sample(frame, [words], guidance=guidance).int()
+        for words, guidance in (("move right", 1.0), ("move up-right", 1.0), ("move right", 0.0))
+    )
+    assert (right - up_right).abs().max() > 5 and (right - nothing).abs().max() > 5
+
+
+def test_without_guidance_any_instruction_gives_the_same(root: Path) -> None:
+    model = VideoModel.from_pretrained(root / "video")
+    frame = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)
+    one, other = (model.sample(frame, [words], guidance=0.0) for words in ("move right", "move up-right"))
+    assert torch.equal(one, other)
+
+
+def test_padding_says_nothing(root: Path) -> None:
+    model = VideoModel.from_pretrained(root / "video")
+    frames = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
+    alone = model.sample(frames[:1], ["move right"]).int()
+    beside = model.sample(frames, ["move right", "move up-right " * 9]).int()
+    assert (alone[0] - beside[0]).abs().max() <= 1
+
+
+def test_patches_are_put_together_again(root: Path) -> None:
+    model = VideoModel.from_pretrained(root / "video")
+    frames_BFCHW = torch.randn(2, SMALL.num_frames, 3, 32, 32)
+    patches = model._patches(frames_BFCHW)
+    assert patches.shape == (2, SMALL.num_frames * 3 * 16, 8, 8)
+    assert torch.equal(model._frames(patches), frames_BFCHW)
+    # The second patch of a row holds columns 4 to 7.
+    assert torch.equal(patches[0, :16, 0, 1], frames_BFCHW[0, 0, 0, :4, 4:8].flatten())
+
+
+def test_changes_have_unit_variance(root: Path) -> None:
+    model = VideoModel(SMALL, train_tokenizer(["move up"]))
+    frames_BTCHW = torch.from_numpy(RNG.integers(100, 120, (6, 3, 3, 32, 32), dtype=np.uint8))
+    frames_BTCHW[:, 2] = frames_BTCHW[:, 0]
+    model.standardise(frames_BTCHW)
+    changes = (frames_BTCHW[:, 1].float() - frames_BTCHW[:, 0].float()) / 127.5
+    assert float((changes / model.scale_F[0]).square().mean()) == pytest.approx(1, abs=1e-4)
+    assert float(model.scale_F[1]) == pytest.approx(0.01), "where nothing changes, nothing is divided by zero"
+
+
+def test_past_the_end_of_an_episode_its_last_frame_stays(root: Path) -> None:
+    from lapa.data.dataset import Dataset
+
+    dataset = Dataset.open(root / "squares")
+    futures = video_train._futures(training(root, "unused"), [dataset], "train")
+    frames_THWC = dataset.frames(1)
+    assert len(futures) == 16
+    for frame, after in ((0, (3, 6)), (3, (6, 7)), (6, (7, 7))):
+        item = futures[8 + frame]
+        expected = frames_THWC[[frame, *after]].transpose(0, 3, 1, 2)
+        np.testing.assert_array_equal(item["frames_TCHW"], expected)
+        assert item["instruction"] == f"move {DIRECTIONS[1]}"
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(root: Path, tmp_path: Path) -> None:
+    config = training(root, "x", steps=4, model=replace(SMALL, widths=(8, 16)))
+    config = replace(config, out=tmp_path / "whole", loop=replace(config.loop, ema_decay=0.9, batch_size=2))
+    video_train.run(config)
+    parts = replace(config, out=tmp_path / "parts")
+    video_train.run(replace(parts, loop=replace(parts.loop, stop_after=2)))
+    assert not (parts.out / "config.json").exists()
+    with pytest.raises(ValueError, match="no finished video model"):
+        VideoModel.from_pretrained(parts.out)
+    video_train.run(replace(parts, resume=True))
+    whole, resumed = (VideoModel.from_pretrained(c.out).state_dict() for c in (config, parts))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_model_goes_on_with_its_sizes_horizon_and_scale(root: Path, tmp_path: Path) -> None:
+    before = VideoModel.from_pretrained(root / "video")
+    other = replace(SMALL, widths=(8, 16), horizon_seconds=0.1)
+    video_train.run(replace(training(root, "x", 1, model=other), out=tmp_path / "after", start=root / "video"))
+    after = VideoModel.from_pretrained(tmp_path / "after")
+    assert after.config == before.config and torch.equal(after.scale_F, before.scale_F)
+    step = (after.unet.conv_in.weight - before.unet.conv_in.weight).abs().max()
+    assert 0 < step < 0.01
+    write_synthetic_dataset(tmp_path / "slow", episodes=1, frames=4, size=32, fps=1)
+    slow = VideoTrainConfig((tmp_path / "slow",), tmp_path / "out", start=root / "video")
+    with pytest.raises(ValueError, match=r"slow: at 1 fps its frames are 1 s apart where the video model .* 0.3 s"):
+        video_train.run(slow)
+    with pytest.raises(ValueError, match=r"squares 0.3 s, slow 1 s; give one with --horizon-seconds"):
+        video_train.run(replace(slow, data=(root / "squares", tmp_path / "slow"), start=None, model=SMALL))
+
+
+def test_a_joined_policy_answers_the_same_alone_and_in_a_batch(root: Path) -> None:
+    actor = load_actor(root / "policy", device="cpu")
+    seen = [observation(), observation("move down-left", 32), observation("")]
+    together = actor.infer(seen)
+    assert together.shape == (3, 6, 2) and together.dtype == np.float32
+    np.testing.assert_array_equal(actor.infer(seen), together)
+    np.testing.assert_allclose(np.concatenate([actor.infer([one]) for one in seen]), together, atol=0.02)
+    assert np.abs(together[0] - together[1]).max() > 0.05
+    assert actor.infer([]).shape == (0, 6, 2)
+    assert (actor.cameras, actor.chunk, actor.action_dim, actor.state_dim) == (("front",), 6, 2, 0)
+    assert actor.action_space.names == ("right", "down")
+
+
+def test_actions_are_read_off_each_pair_of_the_plan_in_turn(root: Path) -> None:
+    actor = UniPi.from_pretrained(root / "policy", device="cpu")
+    seen = [observation(), observation()]
+    frames_BTCHW = actor.plan(seen)
+    assert frames_BTCHW.shape == (2, 3, 3, 32, 32)
+    halves = [actor.inverse.predict(frames_BTCHW[:, first : first + 2]) for first in (0, 1)]
+    np.testing.assert_allclose(actor.infer(seen), np.concatenate(halves, axis=1), atol=1e-5)
+
+
+def test_the_folder_is_all_that_is_needed(root: Path, tmp_path: Path) -> None:
+    for name in ("video", "inverse"):
+        (tmp_path / name).symlink_to(root / name)
+    unipi.run(UniPiConfig(tmp_path / "video", tmp_path / "inverse", tmp_path / "policy", sampling_steps=2))
+    for name in ("video", "inverse"):
+        (tmp_path / name).unlink()
+    seen = [observation()]
+    moved, before = (load_actor(folder / "policy", device="cpu") for folder in (tmp_path, root))
+    np.testing.assert_array_equal(moved.infer(seen), before.infer(seen))
+    assert not (tmp_path / "policy" / "video" / "training").exists()
+
+
+def test_it_plays_in_a_simulator_under_its_own_fingerprint(root: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(
+        str(root / "policy"), tmp_path / "a", env="synthetic", tasks="up,left", episodes=1, max_steps=12, videos=0
+    )
+    results = evaluate(config)
+    assert results["overall"]["episodes"] == 2
+    again = replace(config, out=tmp_path / "b")
+    assert evaluate(again)["episodes"] == results["episodes"]
+    unipi.run(UniPiConfig(root / "video", root / "inverse", tmp_path / "policy", sampling_steps=3))
+    other = evaluate(replace(config, policy=str(tmp_path / "policy"), out=tmp_path / "c"))
+    assert other["policy_fingerprint"] != results["policy_fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("inverse", "message"),
+    [
+        ({"horizon": 5}, r"video: its frames are 0.3 s apart, those of .*inverse 0.5 s \(5 frames at 10 fps\)"),
+        ({"size": 48}, "predicts pictures of 32 px, .*inverse sees 48 px"),
+    ],
+)
+def test_models_that_do_not_fit_together_are_refused(
+    root: Path, tmp_path: Path, inverse: dict[str, Any], message: str
+) -> None:
+    write_inverse(tmp_path / "inverse", **inverse)
+    with pytest.raises(ValueError, match=message):
+        unipi.run(UniPiConfig(root / "video", tmp_path / "inverse", tmp_path / "policy"))
+    assert not (tmp_path / "policy").exists()
+
+
+def test_another_camera_is_said(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_inverse(tmp_path / "inverse", camera="wrist")
+    unipi.run(UniPiConfig(root / "video", tmp_path / "inverse", tmp_path / "policy"))
+    assert "video model saw the camera front; the policy will see wrist" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"observation 0 lacks the camera wrist \(it brings front\)"):
+        load_actor(tmp_path / "policy", device="cpu").infer([observation()])
+
+
+def test_an_output_is_not_replaced_by_accident(root: Path) -> None:
+    with pytest.raises(ValueError, match="already holds a finished result"):
+        unipi.run(UniPiConfig(root / "video", root / "inverse", root / "policy"))
+    with pytest.raises(ValueError, match="is or contains"):
+        unipi.run(UniPiConfig(root / "video", root / "inverse", root / "video", overwrite=True))
+    with pytest.raises(ValueError, match="already holds a finished result"):
+        video_train.run(training(root, "video"))
+
+
+def test_folders_that_cannot_act_are_named(root: Path) -> None:
+    with pytest.raises(ValueError, match="not the config of a policy"):
+        load_actor(root / "video")
+    with pytest.raises(ValueError, match="not the config of a video model"):
+        VideoModel.from_pretrained(root / "inverse")
+    with pytest.raises(ValueError, match="not the prompt of rt1; leave out --prompt-of"):
+        load_actor(root / "policy", dataset="rt1")
+    with pytest.raises(ValueError, match="--sampling-steps must be at least 1"):
+        unipi.run(UniPiConfig(root / "video", root / "inverse", root / "new", sampling_steps=0))
+
+
+def test_a_missing_library_is_named_with_its_install(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r'needs diffusers .*pip install "lapa\[study\]"'):
+        video_train.run(replace(training(root, "x"), out=tmp_path / "out"))
+    with pytest.raises(ValueError, match="lapa\\[study\\]"):
+        load_actor(root / "policy")
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": 36}, {"widths": (30, 64)}, {"text_width": 30}, {"num_frames": 0}, {"horizon_seconds": 0}]
+)
+def test_sizes_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"multiple|above 0"):
+        replace(SMALL, **change)
+
+
+def test_a_spoilt_folder_is_named(root: Path, tmp_path: Path) -> None:
+    unipi.run(UniPiConfig(root / "video", root / "inverse", tmp_path / "policy"))
+    config = tmp_path / "policy" / "video" / "config.json"
+    written = json.loads(config.read_text())
+    written["video"]["widths"] = [16, 32]
+    config.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"video/model.safetensors: does not fit"):
+        load_actor(tmp_path / "policy")
