@@ -273,10 +273,14 @@ def test_a_look_keeps_goal_markers_and_what_is_moved_apart_from_the_table(simula
 
 def test_table_and_robot_look_the_same_in_every_task(simulators: None) -> None:
     colours = []
-    for task in ("push", "drawer-open"):
-        simulator = Simulator(task, look=4)
+    for task in ("push", "drawer-open", "peg-insert-side"):
+        simulator = Simulator(task, look=3)
         model = simulator._environment.model
-        arm = [g for g in range(model.ngeom) if model.body(model.geom_bodyid[g]).name == "right_l1"]
-        colours.append((model.material("table_wood").rgba.tolist(), model.geom_rgba[arm[0]].tolist()))
+        robot = [
+            model.geom_rgba[geom].tolist()
+            for geom in range(model.ngeom)
+            if model.body(model.geom_bodyid[geom]).name in ("right_l1", "pedestal", "right_hand", "leftpad")
+        ]
+        colours.append((model.material("table_wood").rgba.tolist(), robot))
         simulator.close()
-    assert colours[0] == colours[1]
+    assert colours[0] == colours[1] == colours[2]

@@ -160,7 +160,7 @@ VERBS = (
     Verb(
         "study pack", "results and weights of a study -> files small enough to carry", "lapa.study.pack", "PackConfig"
     ),
-    Verb("study unpack", "what was packed -> a study", "lapa.study.pack", "UnpackConfig"),
+    Verb("study unpack", "what was packed -> a study", "lapa.study.unpack", "UnpackConfig"),
 )
 
 

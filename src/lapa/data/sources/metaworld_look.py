@@ -1,7 +1,7 @@
 """Another look for a Meta-World scene: colours, textures and lights drawn from a number; what moves stays as it is.
 
     Simulator("push", look=3)
-    lapa data metaworld --tasks mt10 --look 3 --cameras corner2 --out VIDEOS
+    lapa data metaworld --tasks mt10 --look 3 --cameras corner3 --out VIDEOS
 
 Table, floor, wall, robot and lights are the same in all tasks of a look. Goal markers are sites, which keep their
 colours; what is painted anew is kept apart from those, from the table, and from what it was.
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-# Textures of the scene around the task, and the colour of the robot's arm.
+# Textures of the scene around the task, and the colours of the robot: arm, pedestal, hand, and the two fingers.
 SURFACES = ("T_table", "T_floor", "T_wallmetal")
-ROBOT = (0.5, 0.1, 0.1)
+ROBOT = ((0.5, 0.1, 0.1), (0.2, 0.2, 0.2), (0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
 # What MuJoCo gives a geom without a colour; a geom that has it shows its material's.
 UNPAINTED = (0.5, 0.5, 0.5, 1.0)
 # The colours of Meta-World's goal markers.
@@ -65,7 +65,7 @@ def _paint_surfaces(model: Any, look: int) -> np.ndarray:
 def _paint_objects(model: Any, look: int, table_C: np.ndarray) -> None:
     """Paints the robot and the task's objects: what had one colour before has one colour after."""
     surfaces = {model.texture(name).id for name in SURFACES}
-    rows: dict[tuple[float, ...], list[np.ndarray]] = {ROBOT: []}
+    rows: dict[tuple[float, ...], list[np.ndarray]] = {key: [] for key in ROBOT}
     for material in range(model.nmat):
         textures = {int(texture) for texture in model.mat_texid[material] if texture >= 0}
         if textures & surfaces:
@@ -84,7 +84,7 @@ def _paint_objects(model: Any, look: int, table_C: np.ndarray) -> None:
             rows.setdefault(_key(model.geom_rgba[geom, :3]), []).append(model.geom_rgba[geom])
     avoid = [np.array(colour, float) for colour in MARKERS] + [table_C]
     # The robot first, so that it is the same in every task.
-    for key in sorted(rows, key=lambda key: (key != ROBOT, key)):
+    for key in [*ROBOT, *sorted(set(rows) - set(ROBOT))]:
         colour_C = _draw(_generator(look, str(key)), (0.2, 0.9), (0.25, 0.95), [np.array(key), *avoid], apart=0.35)
         for rgba in rows[key]:
             rgba[:3] = colour_C
