@@ -118,7 +118,7 @@ def test_long_episodes_are_read_in_windows(
     data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(LabelConfig(lam=lam, data=data, out=tmp_path / "whole"))
-    monkeypatch.setattr("lapa.label.run.WINDOW", 4)
+    monkeypatch.setattr("lapa.data.windows.WINDOW", 4)
     run(LabelConfig(lam=lam, data=data, out=tmp_path / "windows"))
     assert rows(tmp_path / "windows") == rows(tmp_path / "whole")
 

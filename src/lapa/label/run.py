@@ -11,8 +11,6 @@ Axes: T time, C channel, H W image, L latent action length, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +25,12 @@ from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.pairs import horizon_frames
-from lapa.data.transforms import resize_and_crop
+from lapa.data.windows import decoded_windows, window_starts
 from lapa.engine.distributed import Processes, start
 from lapa.files import claim_output, write_json
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 
 RUN = "run.json"
-# Frames decoded at once, so that an hour of video needs no more memory than a minute.
-WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ def _label_shards(
     model: LatentActionModel, dataset: Dataset, horizon: int, shards: list[Shard], config: LabelConfig
 ) -> None:
     episodes = [episode for _, members in shards for episode in members]
-    windows = _decoded(dataset, episodes, horizon, config.camera, model.config.image_size)
+    windows = decoded_windows(dataset, episodes, horizon, config.camera, model.config.image_size)
     started, num_rows = time.monotonic(), 0
     with progress() as bar:
         task = bar.add_task("labelling", total=len(episodes), note="")
@@ -163,7 +159,7 @@ def _label_shards(
             for episode in members:
                 encoded = [
                     encode_pairs(model, next(windows), horizon, config.batch_size)
-                    for _ in _window_starts(int(dataset.lengths[episode]), horizon)
+                    for _ in window_starts(int(dataset.lengths[episode]), horizon)
                 ]
                 codes_TL, z_TLD = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
                 labels[episode] = EpisodeLabels(
@@ -172,34 +168,6 @@ def _label_shards(
                 num_rows += len(codes_TL)
                 bar.update(task, advance=1, note=f"{num_rows / (time.monotonic() - started):.0f} pairs/s")
             write_shard(path, labels)
-
-
-def _window_starts(length: int, horizon: int) -> range:
-    """The first frames of an episode's windows; one window even where the episode is too short for a pair."""
-    return range(0, max(1, length - horizon), WINDOW)
-
-
-def _decoded(
-    dataset: Dataset, episodes: list[int], horizon: int, camera: str | None, size: int
-) -> Iterator[np.ndarray]:
-    """The frames of each window at the model's size; the next one is decoded while this one is encoded."""
-
-    def decode(window: tuple[int, int]) -> np.ndarray:
-        episode, first = window
-        last = min(first + WINDOW + horizon, int(dataset.lengths[episode]))
-        return resize_and_crop(dataset.frames(episode, range(first, last), camera), size)
-
-    windows = [
-        (episode, first) for episode in episodes for first in _window_starts(int(dataset.lengths[episode]), horizon)
-    ]
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(decode, windows[0]) if windows else None
-        for position in range(len(windows)):
-            assert following is not None
-            frames_THWC = following.result()
-            if position + 1 < len(windows):
-                following = pool.submit(decode, windows[position + 1])
-            yield frames_THWC
 
 
 def _manifest(

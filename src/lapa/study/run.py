@@ -17,15 +17,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lapa import config as configs
+from lapa import presets
 from lapa.console import console, finish, say
 from lapa.files import write_json
 from lapa.stages import OutOfTimeError, run_stage
 from lapa.study.collect import collect, note_seconds, steps_of
 from lapa.study.plan import ARTIFACTS, Plan, Step, order
 from lapa.study.results import ARMS, Arm, Split
-from lapa.study.sizes import sizes_of
+from lapa.study.sizes import Sizes, sizes_of
 
 SETTINGS = "study.json"
 # A step that has less than this left is not begun.
@@ -55,7 +57,7 @@ class StudyConfig:
 def run(config: StudyConfig) -> None:
     """`lapa study run`. ValueError on bad input, where a step fails, and where `out` holds another study."""
     sizes = sizes_of(config.preset)
-    settings = {"preset": config.preset, "sizes": configs.to_dict(sizes)}
+    settings = {"preset": config.preset, "sizes": configs.to_dict(sizes), "stages": _stage_presets(sizes)}
     plans = [Plan(sizes, config.split, config.demonstrations, seed) for seed in config.seed]
     configs.require_same(config.out / SETTINGS, settings)
     write_json(config.out / SETTINGS, settings)
@@ -68,6 +70,15 @@ def run(config: StudyConfig) -> None:
         say(f"{config.minutes:g} minutes are up, in the step {stopped}; the same command goes on from here")
         return
     finish("results", config.out / "results", [f"lapa study report {config.out}"])
+
+
+def _stage_presets(sizes: Sizes) -> dict[str, Any]:
+    """What the stages' own presets say, which a step's hash does not cover: a study keeps to one state of them."""
+    named = {stage: configs.to_dict(presets.named(stage, sizes.stage)) for stage in presets.STAGES}
+    return {
+        stage: {name: value for name, value in values.items() if value is not presets.REQUIRED}
+        for stage, values in named.items()
+    }
 
 
 def _run_arm(config: StudyConfig, plan: Plan, arm: Arm, deadline: float | None) -> None:

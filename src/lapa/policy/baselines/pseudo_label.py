@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,13 +28,10 @@ from lapa.console import finish, progress, say
 from lapa.data.dataset import EXTRA, Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.rewrite import claim_rewrite, is_dataset, rewrite_actions
-from lapa.data.transforms import resize_and_crop
+from lapa.data.windows import decoded_windows, window_starts
 from lapa.engine.distributed import pick_device
 from lapa.policy.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.policy.scale import ActionScale
-
-# Frames decoded at once, so that an hour of video needs no more memory than a minute.
-WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -112,14 +108,14 @@ def pseudo_actions(model: SeesActions, dataset: Dataset, camera: str, batch_size
     """Actions [T, A] float32, in the robot's units, of every episode that is long enough for a pair."""
     horizon = model.horizon_frames
     episodes = [int(episode) for episode in np.flatnonzero(dataset.lengths > horizon)]
-    windows = _decoded(dataset, episodes, horizon, camera, model.image_size)
+    windows = decoded_windows(dataset, episodes, horizon, camera, model.image_size)
     actions: dict[int, np.ndarray] = {}
     started, num_frames = time.monotonic(), 0
     with progress() as bar:
         task = bar.add_task("labelling", total=len(episodes), note="")
         for episode in episodes:
             length = int(dataset.lengths[episode])
-            said = [_predictions(model, next(windows), batch_size) for _ in _window_starts(length, horizon)]
+            said = [_predictions(model, next(windows), batch_size) for _ in window_starts(length, horizon)]
             actions[episode] = merge_pairs(np.concatenate(list(chain(*said))), model.scale)
             num_frames += length
             bar.update(task, advance=1, note=f"{num_frames / (time.monotonic() - started):.0f} frames/s")
@@ -150,31 +146,6 @@ def _predictions(model: SeesActions, frames_THWC: np.ndarray, batch_size: int) -
     for first in range(0, num_pairs, batch_size):
         pairs_B = np.arange(first, min(first + batch_size, num_pairs))
         yield model.predict(np.stack([frames_TCHW[pairs_B], frames_TCHW[pairs_B + model.horizon_frames]], axis=1))
-
-
-def _window_starts(length: int, horizon: int) -> range:
-    """The first frames of an episode's windows."""
-    return range(0, length - horizon, WINDOW)
-
-
-def _decoded(dataset: Dataset, episodes: list[int], horizon: int, camera: str, size: int) -> Iterator[np.ndarray]:
-    """The frames of each window at the model's size; the next one is decoded while this one is looked at."""
-
-    def decode(window: tuple[int, int]) -> np.ndarray:
-        episode, first = window
-        last = min(first + WINDOW + horizon, int(dataset.lengths[episode]))
-        return resize_and_crop(dataset.frames(episode, range(first, last), camera), size)
-
-    windows = [
-        (episode, first) for episode in episodes for first in _window_starts(int(dataset.lengths[episode]), horizon)
-    ]
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(decode, windows[0])
-        for window in [*windows[1:], None]:
-            frames_THWC = following.result()
-            if window is not None:
-                following = pool.submit(decode, window)
-            yield frames_THWC
 
 
 def _require_pairs(model: InverseDynamics, dataset: Dataset, folder: Path) -> None:
