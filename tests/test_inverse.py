@@ -27,7 +27,7 @@ from lapa.policy.baselines.inverse import (
     augmented,
     inverse_fingerprint,
 )
-from lapa.policy.baselines.inverse_train import InverseTrainConfig, action_figures
+from lapa.policy.baselines.inverse_train import InverseTrainConfig, held_out_figures
 from lapa.policy.baselines.pseudo_label import PseudoLabelConfig, merge_pairs, pseudo_actions
 from lapa.policy.scale import ActionScale
 
@@ -123,14 +123,15 @@ def test_a_prediction_depends_on_its_own_pair_only() -> None:
 
 @pytest.mark.parametrize("horizon", [1, 3, 5])
 @pytest.mark.parametrize("num_pairs", [1, 2, 7])
-def test_pseudo_labels_are_the_mean_of_all_that_is_said_of_a_step(horizon: int, num_pairs: int) -> None:
-    """The slow, literal twin: for every step, look through all pairs."""
+def test_pseudo_labels_are_the_weighted_mean_of_all_that_is_said_of_a_step(horizon: int, num_pairs: int) -> None:
+    """The slow, literal twin: for every step, look through all pairs, which count by its distance to their ends."""
     rng = np.random.default_rng(horizon)
     said_PKA = np.stack([rng.normal(size=(num_pairs, horizon)), rng.integers(0, 2, (num_pairs, horizon))], axis=-1)
     expected = []
     for step in range(num_pairs + horizon - 1):
-        told = [said_PKA[p, step - p] for p in range(num_pairs) if p <= step < p + horizon]
-        x, grip = np.mean(told, axis=0)
+        within = {p: step - p for p in range(num_pairs) if p <= step < p + horizon}
+        weights = [min(k, horizon - 1 - k) + 1 for k in within.values()]
+        x, grip = np.average([said_PKA[p, k] for p, k in within.items()], axis=0, weights=weights)
         expected.append([x, float(grip >= 0.5)])
     merged_TA = merge_pairs(said_PKA.astype(np.float32), model().scale)
     np.testing.assert_allclose(merged_TA, [*expected, expected[-1]], rtol=1e-5, atol=1e-6)
@@ -214,11 +215,25 @@ def test_augmentation_is_left_out_where_it_is_not_asked_for() -> None:
     assert evaluated[0] == evaluated[1] == trained[0] != trained[1]
 
 
-def test_figures_of_actions_by_hand() -> None:
+def test_held_out_figures_are_those_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pairs, an action each; the second dimension never changes and so has no R2."""
     true_NKA = np.array([[[0.0, 5.0]], [[2.0, 5.0]]], np.float32)
     said_NKA = np.array([[[1.0, 5.0]], [[2.0, 5.0]]], np.float32)
-    figures = action_figures(said_NKA, true_NKA, ["x", "still"])
-    assert figures == {"action_error": 0.25, "r2": 0.5, "r2_x": 0.5}
+
+    class Pairs:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> dict:
+            return {"frames_TCHW": pairs(2)[index], "index": index, "episode": 0}
+
+        def actions_between(self, index: int) -> np.ndarray:
+            return true_NKA[index]
+
+    inverse = model(horizon=1)
+    monkeypatch.setattr(inverse, "predict", lambda frames_BTCHW: said_NKA[: len(frames_BTCHW)])
+    figures = held_out_figures(Pairs())(inverse)  # type: ignore[arg-type]
+    assert figures == {"held_out_action_error": 0.25, "held_out_r2": 0.5, "held_out_r2_x": 0.5}
 
 
 def test_a_towers_grid_is_what_it_gives() -> None:
@@ -248,6 +263,23 @@ def test_training_refuses_what_does_not_fit(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is or contains"):
         inverse_train.run(train_config(root, root / "robot", overwrite=True))
     assert Dataset.open(root / "robot")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"camera": "frnt"}, "unknown camera 'frnt'"),
+        ({"model": replace(SMALL, horizon_seconds=2.0)}, "are too short for a horizon of 2 s"),
+    ],
+)
+def test_a_mistake_does_not_cost_the_model_that_was_to_be_replaced(
+    root: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    model().save_pretrained(tmp_path)
+    before = inverse_fingerprint(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        inverse_train.run(train_config(root, tmp_path, overwrite=True, **changes))
+    assert inverse_fingerprint(tmp_path) == before
 
 
 def test_pseudo_labelling_refuses_what_does_not_fit(root: Path, trained: Path, tmp_path: Path) -> None:

@@ -201,7 +201,31 @@ def test_a_pretrained_policy_is_measured_on_labels(
     assert len(written["token_accuracy_per_position"]) == 4 and 0 <= written["token_accuracy"] <= 1
     both = replace(config, policy=policies / "acting", out=tmp_path / "both", samples=4)
     measure.run(both)
-    assert {"action_error", "token_accuracy"} <= set(json.loads((tmp_path / "both" / "measure.json").read_text()))
+    written = json.loads((tmp_path / "both" / "measure.json").read_text())
+    assert "token_accuracy" in written
+    measure.run(replace(both, labels=None, out=tmp_path / "alone"))
+    alone = json.loads((tmp_path / "alone" / "measure.json").read_text())
+    assert alone["action_error"] == written["action_error"], "the policy is loaded otherwise, and acts the same"
+
+
+def test_a_mistake_does_not_cost_the_figures_that_were_to_be_replaced(
+    square: Dataset, labels: Path, policies: Path, tmp_path: Path
+) -> None:
+    out, none = tmp_path / "out", tmp_path / "none"
+    # An episode that the dataset does not have.
+    write_shard(shard_path(none, 0, 9), {9: EpisodeLabels(np.arange(1), np.zeros((1, 4), int))})
+    configs.save(replace(Labels.open(labels).manifest, num_rows=1), none / MANIFEST)
+    out.mkdir()
+    (out / "measure.json").write_text("{}")
+    config = MeasureConfig(policies / "acting", square.root, out, device="cpu", overwrite=True)
+    for changes, message in (
+        ({"cameras": ("back",)}, "unknown camera 'back'"),
+        ({"policy": policies / "pretrained", "labels": labels, "cameras": ("back",)}, "unknown camera 'back'"),
+        ({"labels": none}, "holds no labelled frame"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure.run(replace(config, **changes))
+        assert (out / "measure.json").read_text() == "{}"
 
 
 def test_mistakes_are_named_before_anything_is_written(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import JOURNAL, Dataset
 from lapa.data.sources import metaworld, metaworld_simulator
 from lapa.data.sources.metaworld import FRAMES_AFTER_SUCCESS, MetaworldConfig, record
 from lapa.data.sources.metaworld_instructions import INSTRUCTIONS
@@ -209,6 +211,41 @@ def test_recording_is_the_same_for_any_workers_and_after_a_kill(
     assert resumed.episodes == whole.episodes
     for episode in whole.episodes:
         np.testing.assert_array_equal(whole.frames(episode.index, None), resumed.frames(episode.index, None))
+
+
+def test_a_dataset_begun_before_there_were_looks_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metaworld, "check_installation", lambda: None)
+    monkeypatch.setattr(metaworld, "_record_all", interrupted)
+    config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32)
+    with pytest.raises(KeyboardInterrupt):
+        metaworld.run(config)
+    begun, journal = tmp_path / "data" / metaworld.BEGUN, tmp_path / "data" / JOURNAL
+    settings, header = json.loads(begun.read_text()), json.loads(journal.read_text())
+    settings.pop("look", None)
+    header["extra_info"].pop("look", None)
+    begun.write_text(json.dumps(settings))
+    journal.write_text(json.dumps(header) + "\n")
+    with pytest.raises(ValueError, match="look was None, is 3"):
+        metaworld.run(replace(config, look=3, resume=True))
+    with pytest.raises(KeyboardInterrupt):
+        metaworld.run(replace(config, resume=True))
+
+
+def test_a_dataset_goes_on_in_its_own_look_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metaworld, "check_installation", lambda: None)
+    monkeypatch.setattr(metaworld, "_record_all", interrupted)
+    config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32, look=3)
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            metaworld.run(replace(config, resume=resume))
+    with pytest.raises(ValueError, match="look was 3, is None"):
+        metaworld.run(replace(config, look=None, resume=True))
 
 
 def test_failed_attempts_are_replaced_by_the_next_seeds() -> None:

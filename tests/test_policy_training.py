@@ -199,6 +199,26 @@ def test_a_policy_that_acts_keeps_its_head(root, tmp_path, head):
         finetune.run(replace(again, out=tmp_path / "no", data=(declared,)))
 
 
+def test_statistics_may_be_another_datasets(root, tmp_path):
+    """As of the robot's own actions, before training on guessed ones of a narrower range."""
+    robot = Dataset.open(root / "robot")
+    narrow = DatasetWriter(
+        tmp_path / "guessed", fps=robot.fps, cameras={robot.cameras[0]: (64, 64)}, action_names=["vx", "vy"]
+    )
+    for episode in range(2):
+        narrow.add_episode({robot.cameras[0]: robot.frames(episode)}, "move up", actions=0.1 * robot.actions(episode))
+    narrow.finish()
+    fields = {"from_scratch": True, "head": "chunk", "held_out": 0.0, "data": (tmp_path / "guessed",)}
+    config = finetune_config(root, tmp_path / "policy", loop=loop(1), statistics=(root / "robot",), **fields)
+    finetune.run(config)
+    codec = load_policy(tmp_path / "policy").codec
+    every = np.concatenate([robot.actions(episode) for episode in range(len(robot.episodes))])
+    np.testing.assert_allclose(codec.low_A, np.percentile(every, 1, axis=0), rtol=1e-5)
+    assert (codec.high_A > 5 * np.concatenate([0.1 * robot.actions(e) for e in range(2)]).max(0)).all()
+    with pytest.raises(ValueError, match="has its own already"):
+        finetune.run(replace(config, out=tmp_path / "next", from_scratch=False, policy=tmp_path / "policy"))
+
+
 def test_labels_of_another_model_or_dataset_are_refused(root, tmp_path):
     with pytest.raises(ValueError, match="made by the latent action model 0123456789abcdef, not by other"):
         pretrain.run(pretrain_config(root, tmp_path / "out", lam_fingerprint="other"))

@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 
 from lapa import cli
+from lapa.config import to_dict
 from lapa.data.dataset import Dataset
 from lapa.files import read_json
 from lapa.stages import OutOfTimeError, Stage, run_stage
 from lapa.study import run as study_run
+from lapa.study.collect import steps_of
 from lapa.study.plan import Plan, Step, order
-from lapa.study.results import ARMS, load_result, load_results
+from lapa.study.results import ARMS, SPLITS, load_result, load_results
 from lapa.study.sizes import PRESETS, sizes_of
 
 CPU = sizes_of("cpu")
 
 
-def in_this_process(stage: Stage, seconds: float | None = None) -> float:
+def in_this_process(stage: Stage, seconds: float | None = None, hold: tuple[int, ...] = ()) -> float:
     with pytest.raises(SystemExit) as exit_:
         cli.main(stage.command)
     assert exit_.value.code == 0, stage.command
@@ -72,33 +74,52 @@ def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch
     again = tmp_path / "study"
     shutil.copytree(study, again)
     ran: list[str] = []
-    monkeypatch.setattr(study_run, "run_stage", lambda stage, seconds=None: ran.append(stage.title))
+    monkeypatch.setattr(study_run, "run_stage", lambda stage, seconds=None, hold=(): ran.append(stage.title))
     config = study_run.StudyConfig(out=again, preset="debug", demonstrations=1)
     before = (again / "results" / "in-domain-1-lapa-0.json").read_bytes()
     study_run.run(config)
     assert ran == []
     assert (again / "results" / "in-domain-1-lapa-0.json").read_bytes() == before
-    with pytest.raises(ValueError, match="begun with other settings"):
+    with pytest.raises(ValueError, match="another study"):
         study_run.run(replace(config, preset="cpu"))
 
 
 def test_a_study_in_slices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first slice has no time for a step; nothing is lost, and nothing said to be finished."""
-    config = study_run.StudyConfig(out=tmp_path / "s", preset="debug", arm=("scratch",), minutes=0.001)
-    study_run.run(config)
-    assert not (tmp_path / "s" / "results").exists()
+    """The first slice ends in finetuning; nothing is lost, and nothing said to be finished."""
+    config = study_run.StudyConfig(out=tmp_path / "s", preset="debug", arm=("scratch",), minutes=10.0)
+    ran: list[str] = []
 
-    def out_of_time(stage: Stage, seconds: float | None = None) -> float:
-        if stage.title == "finetuning scratch" and not list(tmp_path.glob("second")):
-            (tmp_path / "second").touch()
+    def out_of_time_once(stage: Stage, seconds: float | None = None, hold: tuple[int, ...] = ()) -> float:
+        assert seconds is not None and 0 < seconds <= 600
+        ran.append(stage.title)
+        if ran.count("finetuning scratch") == 1 and stage.title == "finetuning scratch":
             raise OutOfTimeError(stage.title)
         return in_this_process(stage)
 
-    monkeypatch.setattr(study_run, "run_stage", out_of_time)
-    study_run.run(replace(config, minutes=10.0))
+    monkeypatch.setattr(study_run, "run_stage", out_of_time_once)
+    with pytest.raises(SystemExit) as exit_:
+        study_run.run(config)
+    assert exit_.value.code == study_run.GO_ON
     assert not (tmp_path / "s" / "results").exists()
-    study_run.run(replace(config, minutes=10.0))
+    study_run.run(config)
     assert load_result(tmp_path / "s" / "results" / "in-domain-2-scratch-0.json").arm == "scratch"
+    assert ran.count("labelled episodes") == 1
+    with pytest.raises(ValueError, match=r"--minutes 0\.1"):
+        study_run.run(replace(config, minutes=0.1))
+
+
+def test_a_step_is_not_begun_when_time_is_nearly_up(tmp_path: Path) -> None:
+    step = Step("one", "label", (), "manifest.json")
+    with pytest.raises(OutOfTimeError, match="one"), study_run._alone(tmp_path, step) as lock:
+        study_run._make(tmp_path, step, "1/1", time.monotonic() + 1, lock)
+
+
+def test_inputs_of_a_step_that_is_done_are_not_made_again() -> None:
+    """As after `study unpack`, which brings models but no datasets."""
+    plan = Plan(CPU, "in-domain", 2, 0)
+    done = {plan.policy("lapa").key, plan.measured.key}
+    left = {step.title for step in order(plan.rollouts("lapa"), unless=lambda step: step.key in done)}
+    assert left == {"rollouts lapa"}
 
 
 def test_arms_and_seeds_share_what_they_can() -> None:
@@ -119,15 +140,41 @@ def test_a_step_is_another_where_anything_that_it_depends_on_is() -> None:
     assert plan.policy("scratch").key == more.policy("scratch").key
 
 
+def plans(preset: str) -> list[Plan]:
+    """Of every split that the preset has."""
+    sizes = sizes_of(preset)
+    splits = [split for split in SPLITS if split == "in-domain" or (preset != "debug")]
+    splits = [split for split in splits if split != "cross-task" or sizes.world.other_tasks]
+    return [Plan(sizes, split, 2, 0) for split in splits]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_step_of_every_preset_is_a_command_that_parses(preset: str, arm: str, tmp_path: Path) -> None:
-    plan = Plan(sizes_of(preset), "in-domain", 2, 0)
-    for step in order(plan.rollouts(arm), plan.action_error(arm)):
+def test_every_step_of_every_preset_is_a_command_that_parses(preset: str, tmp_path: Path) -> None:
+    steps = [step for plan in plans(preset) for arm in ARMS for step in order(*steps_of(plan, arm).values())]
+    for step in {step.key: step for step in steps}.values():
         command = step.command(tmp_path)
         verb = cli.find_verb(command)
         assert verb is not None, command
         cli.parse(verb, command[len(verb.name.split()) :])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_arms_are_pretrained_and_finetuned_alike(preset: str, tmp_path: Path) -> None:
+    """Whatever the presets of the two commands say: the same loop, batch, augmentation and frozen parts."""
+    plan = plans(preset)[0]
+
+    def training(step: Step) -> dict:
+        verb = cli.find_verb(step.command(tmp_path))
+        assert verb is not None
+        config = to_dict(cli.parse(verb, step.command(tmp_path)[len(verb.name.split()) :]))
+        del config["loop"]["eval_every"]
+        shared = ("loop", "augment", "tiny", "freeze_vision", "freeze_language", "lora_rank", "cameras")
+        return {name: config[name] for name in shared}
+
+    pretrained = [training(plan.pretrained(arm)) for arm in ("lapa", "vpt", "actionvla")]
+    assert pretrained[0] == pretrained[1] == pretrained[2]
+    finetuned = [training(plan.policy(arm)) for arm in ("scratch", "lapa", "vpt", "actionvla")]
+    assert all(each == finetuned[0] for each in finetuned)
 
 
 def test_inputs_come_first_and_each_step_once() -> None:
@@ -151,7 +198,7 @@ def test_splits_differ_in_their_videos_alone() -> None:
 def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def slowly(stage: Stage, seconds: float | None = None) -> float:
+    def slowly(stage: Stage, seconds: float | None = None, hold: tuple[int, ...] = ()) -> float:
         made.append(stage.title)
         time.sleep(0.2)
         stage.artifact.parent.mkdir(parents=True)
@@ -159,11 +206,12 @@ def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkey
         return 0.2
 
     monkeypatch.setattr(study_run, "run_stage", slowly)
+    monkeypatch.setattr(study_run, "POLL_SECONDS", 0.05)
     step = Step("one", "label", (), "manifest.json")
 
     def one_run() -> None:
-        with study_run._alone(tmp_path, step):
-            study_run._make(tmp_path, step, "1/1", None)
+        with study_run._alone(tmp_path, step) as lock:
+            study_run._make(tmp_path, step, "1/1", None, lock)
 
     runs = [threading.Thread(target=one_run) for _ in range(3)]
     for thread in runs:
@@ -173,10 +221,23 @@ def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkey
     assert made == ["one"]
 
 
+def test_a_step_stays_locked_while_its_command_lives(tmp_path: Path) -> None:
+    """A run that is killed outright leaves its command behind, which goes on writing."""
+    step = Step("one", "label", (), "manifest.json")
+    with study_run._alone(tmp_path, step) as lock:
+        orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock])
+    with pytest.raises(OutOfTimeError), study_run._alone(tmp_path, step, deadline=time.monotonic()):
+        pass
+    orphan.kill()
+    orphan.wait()
+    with study_run._alone(tmp_path, step, deadline=time.monotonic()):
+        pass
+
+
 def test_a_stage_is_stopped_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = subprocess.Popen
     monkeypatch.setattr(
-        subprocess, "Popen", lambda words: real([sys.executable, "-c", "import time; time.sleep(60)"])
+        subprocess, "Popen", lambda words, pass_fds: real([sys.executable, "-c", "import time; time.sleep(60)"])
     )
     begun = time.monotonic()
     with pytest.raises(OutOfTimeError, match="long"):

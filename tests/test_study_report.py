@@ -9,11 +9,12 @@ from PIL import Image
 from rich.console import Console
 
 from lapa.study import figures, page
+from lapa.study.collect import FIGURES
 from lapa.study.report import ReportConfig, chosen, findings, run
 from lapa.study.results import ARMS, Arm, ArmResult, Curve, Rollout, load_results
 from lapa.study.statistics import Estimate, Gap, compare
-from lapa.study.tables import main_table
-from lapa.study.verdicts import comparison, gap_text, missing, verdicts
+from lapa.study.tables import FIGURE_MEANINGS, main_table, provenance_table
+from lapa.study.verdicts import cautions, comparison, gap_text, missing, verdicts
 
 # Successes of 20 rollouts of each of two tasks.
 SUCCESSES: dict[Arm, tuple[int, int]] = {
@@ -28,7 +29,7 @@ SUCCESSES: dict[Arm, tuple[int, int]] = {
 def made_up(arm: Arm, seed: int = 0, successes: tuple[int, ...] = (), **rest: object) -> ArmResult:
     successes = successes or SUCCESSES[arm]
     rollouts = tuple(
-        Rollout(task, episode, episode < number, 30)
+        Rollout(task, episode, episode < number, 30, heard=episode % 2 == 0)
         for task, number in zip(("push", "<reach> & pull"), successes, strict=True)
         for episode in range(20)
     )
@@ -42,7 +43,12 @@ def made_up(arm: Arm, seed: int = 0, successes: tuple[int, ...] = (), **rest: ob
         "figures": {"token_accuracy": sum(successes) / 40 + 0.01 * seed},
         "curves": (Curve(f"policy {arm}", (*rows, *held_out)),),
         "seconds": {f"policy {arm}": 60.0 + 4 * seed, "videos": 10.0},
-        "provenance": {"torch": "2.13", "command": f"lapa study run --arm {arm} --seed {seed}"},
+        "provenance": {
+            "torch": "2.13",
+            "code": "c0de",
+            "mujoco": "3.3",
+            "command": f"lapa study run --arm {arm} --seed {seed}",
+        },
         **rest,
     }
     return ArmResult(arm=arm, seed=seed, rollouts=rollouts, **values)  # type: ignore[arg-type]
@@ -201,20 +207,35 @@ def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
     ("difference", "said"),
     [
         (
-            Estimate(0.12, 0.04, 0.2),
+            Estimate(0.12, 0.04, 0.2, 3),
             "LAPA is above scratch by 12.0 points (95% interval 4.0 to 20.0, which excludes zero).",
         ),
         (
-            Estimate(-0.12, -0.2, -0.04),
+            Estimate(-0.12, -0.2, -0.04, 3),
             "LAPA is below scratch by 12.0 points (95% interval 4.0 to 20.0, which excludes zero).",
         ),
         (
-            Estimate(0.12, -0.01, 0.2),
+            Estimate(0.12, -0.01, 0.2, 3),
             "LAPA is not distinguishable from scratch: the difference is +12.0 points, its 95% interval -1.0 to 20.0.",
         ),
         (
-            Estimate(0.0, 0.0, 0.0),
+            Estimate(0.0, 0.0, 0.0, 3),
             "LAPA is not distinguishable from scratch: the difference is +0.0 points, its 95% interval 0.0 to 0.0.",
+        ),
+        (
+            Estimate(0.12, 0.04, 0.2, 1),
+            "In these trainings (one seed), LAPA is above scratch by 12.0 points "
+            "(95% interval over goals 4.0 to 20.0, which excludes zero).",
+        ),
+        (
+            Estimate(0.12, -0.01, 0.2, 2),
+            "In these trainings (two seeds), LAPA is not distinguishable from scratch: "
+            "the difference is +12.0 points, its 95% interval -1.0 to 20.0.",
+        ),
+        (
+            Estimate(0.12, None, None, 3),
+            "LAPA is not compared with scratch: too few rollouts, under 10 goals a task "
+            "(the difference is +12.0 points).",
         ),
     ],
 )
@@ -230,13 +251,87 @@ def test_verdicts_turn_when_the_numbers_do() -> None:
     assert "LAPA is below scratch" in verdicts(low)[0] and "LAPA recovers -2.50 of the gap" in verdicts(low)[1]
     assert "not distinguishable" in verdicts(same)[0] and "is not defined: gap not above zero" in verdicts(same)[1]
     assert "In the paper: 0.76 (seen goals) and 0.79 (unseen goals)." in verdicts(high)[1]
-    for group in (high, low, same):
-        assert verdicts(group)[-1].startswith("One seed: the intervals do not cover training")
+    for group in (high, low):
+        assert all(sentence.startswith("In these trainings (one seed), ") for sentence in verdicts(group))
 
 
-def test_more_seeds_than_one_drop_the_remark_on_training() -> None:
-    (group,) = compare([made_up(arm, seed) for arm in ("scratch", "lapa") for seed in (0, 1)])  # type: ignore[arg-type]
-    assert not any("One seed" in sentence for sentence in verdicts(group))
+def test_the_remark_on_training_goes_by_the_seeds_that_two_arms_share() -> None:
+    runs = [made_up(arm, seed) for arm in ("scratch", "lapa") for seed in (0, 1, 2)]  # type: ignore[arg-type]
+    (group,) = compare([*runs, made_up("actionvla", 1), made_up("vpt", 0), made_up("vpt", 2)])
+    versus_scratch, versus_vpt, gap, vpt, actionvla = verdicts(group)
+    assert versus_scratch.startswith("LAPA is above scratch by 50.0 points (95% interval ")
+    assert versus_vpt.startswith("In these trainings (two seeds), LAPA is ")
+    assert gap.startswith("In these trainings (one seed), LAPA recovers 0.71")
+    assert vpt.startswith("In these trainings (two seeds), VPT is ")
+    assert actionvla.startswith("In these trainings (one seed), ActionVLA is above")
+
+
+def test_heard_goals_have_a_table_and_a_sentence(report: Path) -> None:
+    lines = (report / "table.md").read_text().splitlines()
+    header = next(n for n, line in enumerate(lines) if "success on heard goals" in line)
+    (row,) = [line for line in lines[header:] if line.startswith("| in-domain, 2 | lapa ")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # Of 14 and 12 first episodes 7 and 6 of ten even ones succeed, and as many odd ones; of scratch 1 and 2 of ten.
+    assert [cell.split(" ")[0] for cell in cells[2:]] == ["65.0", "65.0", "+50.0"]
+    sentence = "on goals whose wording the labelled episodes hold, LAPA is above scratch by 50.0 points"
+    assert f"In these trainings (two seeds), {sentence}" in (report / "table.md").read_text()
+    page_text = (report / "report.html").read_text()
+    assert "By wording" in page_text and "by the captions alone" in page_text and sentence in page_text
+
+
+def test_without_a_word_on_wording_there_is_no_table_of_it(tmp_path: Path) -> None:
+    rollouts = tuple(Rollout("push", episode, True, 9) for episode in range(20))
+    for arm in ("scratch", "lapa"):
+        ArmResult(arm, "in-domain", 2, 0, "made-up", {}, rollouts).save(tmp_path)  # type: ignore[arg-type]
+    run(ReportConfig((tmp_path,)))
+    for name in ("table.md", "report.html"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "By wording" not in text and "whose wording" not in text
+
+
+def test_the_preset_debug_says_first_that_it_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made_up("scratch", preset="debug").save(tmp_path)
+    run(ReportConfig((tmp_path,)))
+    said = "preset debug: says nothing about the method"
+    assert said in capsys.readouterr().out
+    assert (tmp_path / "report" / "table.md").read_text().splitlines()[2] == f"**{said}**"
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert text.index(said) < text.index("Demonstrations with")
+    assert cautions([made_up("scratch")]) == []
+
+
+def test_runs_of_different_code_are_told_apart(tmp_path: Path) -> None:
+    runs = [made_up("scratch"), made_up("lapa"), made_up("vpt", provenance={"code": "f00d"})]
+    (said,) = cautions(runs)
+    assert "2 different states of the code" in said
+    assert "c0de: in-domain-2-scratch-0, in-domain-2-lapa-0; f00d: in-domain-2-vpt-0" in said
+    assert ("code", "c0de; f00d") in provenance_table(runs).rows
+
+
+def test_the_page_explains_its_figures_and_pictures(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    assert (
+        "<b>token_accuracy</b>" in text and "<b>held_out_action_error</b>" in text and "<b>lam_mlp_r2</b>" not in text
+    )
+    assert text.count("green frame: success, red: failure") == 2 * len(ARMS)  # as caption and as text for the blind
+    assert "with the code at position p set to k (p:k)" in text
+    assert all("is better" in meaning or name == "loss" for name, meaning in FIGURE_MEANINGS.items())
+
+
+def test_every_figure_that_a_study_collects_is_explained() -> None:
+    assert {name for names in FIGURES.values() for name in names} <= set(FIGURE_MEANINGS)
+
+
+def test_few_goals_give_bars_without_intervals() -> None:
+    rollouts = tuple(Rollout("push", episode, episode < 2, 9) for episode in range(4))
+    groups = compare(
+        [ArmResult(arm, "in-domain", n, 0, "x", {}, rollouts) for arm in ("scratch", "lapa") for n in (2, 5)]
+    )  # type: ignore[arg-type]
+    assert main_table(groups).rows[1][2] == "50.0 (too few rollouts, under 10 goals a task)"
+    assert "too few rollouts" in verdicts(groups[0])[0]
+    figure = figures.success_by_split(groups)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([50.0, 50.0])  # type: ignore[attr-defined]
+    figures.success_by_demonstrations(groups)
 
 
 def test_a_whole_study_lacks_nothing_but_other_numbers_of_episodes(tmp_path: Path) -> None:

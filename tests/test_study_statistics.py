@@ -9,8 +9,8 @@ from lapa.study.results import Arm, ArmResult, Rollout
 from lapa.study.statistics import (
     Played,
     bootstrap,
+    by_wording,
     compare,
-    correlations,
     estimate,
     gap_recovered,
     mean_ranks,
@@ -19,6 +19,7 @@ from lapa.study.statistics import (
     success_of,
     success_rates,
 )
+from lapa.study.tables import correlations, figure_and_success
 from lapa.study.verdicts import PAPER
 
 
@@ -43,8 +44,9 @@ def rollouts(rates: Sequence[float], num_seeds: int = 3, num: int = 50, seed: in
     return played(random.random((len(rates), num_seeds, 1, num)) < np.array(rates)[:, None, None, None])
 
 
-def interval(each: Played, arm: int = 0) -> tuple[float, float]:
-    found = estimate(success_rates(each)[arm], bootstrap(each)[arm])
+def interval(each: Played, *weights: float) -> tuple[float, float]:
+    found = estimate(each, weights or (1,))
+    assert found.low is not None and found.high is not None
     return found.low, found.high
 
 
@@ -68,7 +70,7 @@ def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> Non
     assert not np.array_equal(bootstrap(each, seed=1), bootstrap(each, seed=2))
 
 
-def test_a_draw_takes_as_many_seeds_and_goals_as_there_are() -> None:
+def test_a_draw_takes_as_many_goals_as_there_are() -> None:
     each = played(np.arange(6).reshape(1, 1, 2, 3) % 2)
     drawn_D = bootstrap(each, num_draws=4000)[0] * 6  # two tasks of three rollouts: whole sixths
     assert np.allclose(drawn_D, drawn_D.round())
@@ -77,13 +79,69 @@ def test_a_draw_takes_as_many_seeds_and_goals_as_there_are() -> None:
     assert (drawn_D == 0).mean() == pytest.approx(8 / 27 / 27, abs=0.006)
 
 
-def test_seeds_that_disagree_widen_the_interval() -> None:
-    same = np.repeat(np.arange(20) % 2, 1)[None, None, None].repeat(3, axis=1)
-    apart = np.stack([np.zeros(20), np.arange(20) % 2, np.ones(20)])[None, :, None]
-    assert success_rates(played(same)) == success_rates(played(apart)) == [0.5]
+def test_seeds_that_disagree_widen_the_interval_by_students_t() -> None:
+    same = np.arange(20) % 2
+    apart = np.stack([np.zeros(20), same, np.ones(20)])[None, :, None]
+    alike = same[None, None, None].repeat(3, axis=1)
+    assert success_rates(played(same_shape := alike)) == success_rates(played(apart)) == [0.5]
+    assert interval(played(apart)) == (0.0, 1.0)  # within what a rate can be
+    assert np.ptp(interval(played(same_shape))) < 0.5
+    # Rates of 0.4, 0.5, 0.6 of the very same goals: 4.303 standard errors of 0.1 / sqrt(3) to each side, at the least.
+    apart = np.stack([np.arange(400) % 10 < number for number in (4, 5, 6)])[None, :, None]
     low, high = interval(played(apart))
-    assert low == pytest.approx(0.0, abs=0.05) and high == pytest.approx(1.0, abs=0.05)
-    assert np.ptp(interval(played(same))) < 0.5
+    assert 0.5 - low == pytest.approx(4.303 * 0.1 / 3**0.5, rel=0.12) == high - 0.5
+
+
+def test_with_few_seeds_intervals_cover_what_other_trainings_would_give() -> None:
+    """Trainings differ by 8 points: the interval of three covers their mean, that of one does not."""
+    random = np.random.default_rng(0)
+    covered: dict[int, list[bool]] = {1: [], 3: []}
+    for num_seeds, found in covered.items():
+        for _ in range(100):
+            rates_S = 0.5 + 0.08 * random.standard_normal(num_seeds)
+            low, high = interval(played(random.random((1, num_seeds, 2, 50)) < rates_S[None, :, None, None]))
+            found.append(low <= 0.5 <= high)
+    assert np.mean(covered[3]) >= 0.92
+    assert np.mean(covered[1]) <= 0.8
+
+
+def test_under_ten_goals_a_task_there_is_no_interval_and_no_side() -> None:
+    few, enough = played(np.ones((2, 3, 2, 9))), played(np.ones((2, 3, 2, 10)))
+    found = estimate(few, (1, -0.5))
+    assert (found.value, found.low, found.high, found.sign, found.num_seeds) == (0.5, None, None, 0, 3)
+    assert estimate(enough, (1, -0.5)).sign == 1
+    ends = np.zeros((3, 1, 1, 9))
+    ends[1:] = 1
+    gap = gap_recovered(played(ends))
+    assert (gap.value, gap.low, gap.num_seeds) == (1.0, None, 1) and "too few rollouts" in gap.note
+
+
+def test_a_comparison_knows_how_many_seeds_it_shares() -> None:
+    runs = [run_of("scratch", seed, {"push": [0, 1]}) for seed in (0, 1, 2)]
+    runs += [run_of("lapa", seed, {"push": [1, 1]}) for seed in (2, 3, 4)]
+    (group,) = compare(runs)
+    assert group.cells["lapa"].success.num_seeds == 3
+    assert group.cells["lapa"].versus["scratch"].num_seeds == 1
+
+
+def test_goals_are_told_apart_by_whether_their_wording_was_heard() -> None:
+    """Half of the goals are heard, others with another seed; scratch reaches none but heard ones."""
+    runs = []
+    for arm, rates in (("scratch", (0, 1)), ("lapa", (1, 1))):
+        for seed in (0, 1):
+            rollouts = [
+                Rollout("push", goal, bool(rates[heard]), 9, bool(heard))
+                for goal in range(20)
+                for heard in [(goal + seed) % 2]
+            ]
+            runs.append(ArmResult(arm, "in-domain", 2, seed, "cpu", {}, tuple(rollouts)))  # type: ignore[arg-type]
+    runs.append(run_of("vpt", 0, {"push": [1] * 20}))  # no word on wording
+    (heard,), (unheard,) = by_wording(runs, heard=True), by_wording(runs, heard=False)
+    assert list(heard.cells) == list(unheard.cells) == ["scratch", "lapa"]
+    assert heard.cells["lapa"].versus["scratch"].value == 0.0
+    assert unheard.cells["lapa"].versus["scratch"].value == 1.0
+    assert heard.cells["scratch"].num_rollouts == unheard.cells["scratch"].num_rollouts == 20
+    assert by_wording(runs[-1:], heard=True) == ()
 
 
 def test_intervals_of_independent_rollouts_cover_the_truth_about_as_often_as_they_say() -> None:
@@ -106,10 +164,8 @@ def test_the_paired_interval_is_narrower_than_the_unpaired_on_correlated_arms() 
     random = np.random.default_rng(0)
     hard = random.random((1, 3, 4, 30))
     both = played(np.concatenate([hard < 0.4, hard < 0.5]))
-    draws_AD = bootstrap(both)
-    paired = np.ptp(np.percentile(draws_AD[1] - draws_AD[0], [2.5, 97.5]))
-    unpaired = np.ptp(np.percentile(bootstrap(both, seed=7)[1] - draws_AD[0], [2.5, 97.5]))
-    assert paired < 0.7 * unpaired
+    unpaired = np.ptp(np.percentile(bootstrap(both, seed=7)[1] - bootstrap(both)[0], [2.5, 97.5]))
+    assert np.ptp(interval(both, -1, 1)) < 0.7 * unpaired
 
 
 def test_one_runs_success_rate_is_that_of_the_comparison() -> None:
@@ -165,6 +221,18 @@ def test_a_gap_that_may_be_nothing_has_no_interval_and_never_blows_up() -> None:
         assert gap_recovered(played(np.stack([odd[0], episodes < 90, upper]))).value is None
 
 
+def test_draws_without_a_gap_widen_its_interval_rather_than_drop_out() -> None:
+    """A gap that is above zero only just: leaving its worst draws out would narrow the interval."""
+    episodes = np.arange(60)[None, None, :]
+    each = played(np.stack([episodes < 20, episodes % 2 == 0, (episodes >= 20) & (episodes < 52)]))
+    gap, draws_AD = gap_recovered(each), bootstrap(each)
+    whole_D, part_D = draws_AD[2] - draws_AD[0], draws_AD[1] - draws_AD[0]
+    above = whole_D > 0
+    assert 0 < (~above).sum() <= 50 and gap.low is not None and gap.high is not None
+    left = np.percentile(part_D[above] / whole_D[above], [2.5, 97.5])
+    assert gap.low < left[0] and gap.high > left[1] and np.isfinite([gap.low, gap.high]).all()
+
+
 def test_equal_values_share_the_mean_of_their_ranks() -> None:
     assert ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
 
@@ -194,3 +262,23 @@ def test_correlations_agree_with_a_hand_count_and_know_when_they_are_too_few() -
 def test_figures_of_the_latent_action_model_are_counted_for_lapa_alone() -> None:
     runs = [run_of(arm, 0, {"push": [1]}, figures={"lam_r2": 0.5}) for arm in ("lapa", "scratch")]  # type: ignore[arg-type]
     assert correlations(runs)[0].num_runs == 1
+
+
+def test_copies_of_a_run_count_once_and_runs_of_one_figure_are_one_point() -> None:
+    scratch = [
+        run_of("scratch", 0, {"push": [1, 0]}, figures={"r2": 0.1}, split=split)
+        for split in ("in-domain", "cross-task")
+    ]
+    # One latent action model, finetuned with several numbers of labelled episodes; another seed has another.
+    lapa = [
+        run_of("lapa", 0, {"push": [success, 1]}, figures={"r2": 0.5}, demonstrations=number)
+        for number, success in ((2, 0), (5, 1))
+    ]
+    other = run_of("lapa", 1, {"push": [0, 0]}, figures={"r2": 0.5})
+    assert figure_and_success([*scratch, *lapa, other], "r2") == [
+        ("scratch", 0.1, 0.5),
+        ("lapa", 0.5, 0.75),
+        ("lapa", 0.5, 0.0),
+    ]
+    (found,) = correlations([*scratch, *lapa, other])
+    assert (found.num_runs, found.arms) == (3, ("scratch", "lapa"))

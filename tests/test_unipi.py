@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lapa import presets
 from lapa.data.action_space import ActionSpace
 from lapa.data.sources.square import DIRECTIONS
 from lapa.data.sources.synthetic import write_synthetic_dataset
@@ -41,9 +43,10 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two squares that start anywhere, `squares`; a video model that has learned them, `video`; an untrained inverse
+    """Two squares that start anywhere, and models of them.
 
-    dynamics model, `inverse`; the two joined, `policy`.
+    `squares`; a video model that has learned them, `video`; an untrained inverse dynamics model, `inverse`; the two
+    joined, `policy`.
     """
     root = tmp_path_factory.mktemp("unipi")
     write_synthetic_dataset(root / "squares", episodes=2, frames=8, size=32)
@@ -138,6 +141,19 @@ def test_past_the_end_of_an_episode_its_last_frame_stays(root: Path) -> None:
         expected = frames_THWC[[frame, *after]].transpose(0, 3, 1, 2)
         np.testing.assert_array_equal(item["frames_TCHW"], expected)
         assert item["instruction"] == f"move {DIRECTIONS[1]}"
+
+
+def test_where_nothing_is_held_out_the_training_frames_are_decoded_once(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lapa.data.dataset import Dataset
+
+    dataset, config = Dataset.open(root / "squares"), training(root, "unused")
+    futures = video_train._futures(config, [dataset], "train")
+    assert video_train._held_out(config, [dataset], futures) is futures and futures.split == "train"
+    assert "no episode is held out" in capsys.readouterr().err
+    held_out = video_train._held_out(replace(config, held_out=0.5), [dataset], futures)
+    assert held_out.split == "held_out" and len(held_out) == 8
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(root: Path, tmp_path: Path) -> None:
@@ -250,6 +266,14 @@ def test_an_output_is_not_replaced_by_accident(root: Path) -> None:
         video_train.run(training(root, "video"))
 
 
+def test_a_mistake_does_not_cost_the_model_that_was_to_be_replaced(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = replace(training(root, "x"), out=tmp_path, camera="frnt", overwrite=True)
+    with pytest.raises(ValueError, match="unknown camera 'frnt'"):
+        video_train.run(config)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_folders_that_cannot_act_are_named(root: Path) -> None:
     with pytest.raises(ValueError, match="not the config of a policy"):
         load_actor(root / "video")
@@ -277,6 +301,28 @@ def test_a_missing_library_is_named_with_its_install(
 def test_sizes_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"multiple|above 0"):
         replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("part", ["video", "inverse"])
+def test_a_part_that_was_changed_is_named(root: Path, tmp_path: Path, part: str) -> None:
+    unipi.run(UniPiConfig(root / "video", root / "inverse", tmp_path / "policy"))
+    path = tmp_path / "policy" / part / "model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] += 1e-3
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=rf"policy/{part}: changed since it was joined .*lapa baseline unipi"):
+        load_actor(tmp_path / "policy", device="cpu")
+
+
+@pytest.mark.parametrize("name", presets.VIDEO)
+def test_a_preset_sees_pictures_of_one_size_in_all_stages(name: str) -> None:
+    sizes = {
+        "latent": presets.LATENT[name].model.image_size,
+        "policy": presets.BACKBONES[name].image_size,
+        "inverse": presets.INVERSE[name].model.image_size,
+        "video": presets.VIDEO[name].model.image_size,
+    }
+    assert len(set(sizes.values())) == 1, sizes
 
 
 def test_a_spoilt_folder_is_named(root: Path, tmp_path: Path) -> None:

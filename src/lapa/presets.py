@@ -225,13 +225,13 @@ INVERSE = {
         model=InverseConfig(image_size=32, vision_widths=(16, 32), vision_depth=1, width=64, horizon_seconds=0.3),
         loop=QUICK,
     ),
-    "tiny": InverseTrainConfig(data=REQUIRED, out=REQUIRED, model=InverseConfig(vision_widths=(16, 32, 64, 128))),
+    "tiny": InverseTrainConfig(data=REQUIRED, out=REQUIRED),
     # The widths of ResNet-18.
     "base": InverseTrainConfig(
         data=REQUIRED,
         out=REQUIRED,
         preset="base",
-        model=InverseConfig(vision_widths=(64, 128, 256, 512), width=512),
+        model=InverseConfig(image_size=128, vision_widths=(64, 128, 256, 512), width=512),
         loop=LoopConfig(steps=5_000, batch_size=128, optim=LARGE_POLICY_OPTIM, log_every=50, eval_every=500),
     ),
 }
@@ -248,7 +248,7 @@ VIDEO = {
         data=REQUIRED,
         out=REQUIRED,
         preset="base",
-        model=VideoConfig(patch_size=2, widths=(128, 256, 384), depth=2, heads=8, text_width=256, text_layers=2),
+        model=VideoConfig(image_size=128, widths=(128, 256, 384), depth=2, heads=8, text_width=256, text_layers=2),
         loop=LoopConfig(
             steps=20_000,
             batch_size=128,

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lapa.console import say
 
-# What a stage has to write its checkpoint once it is told to stop.
+# What a stage has, to write its checkpoint, once it is told to stop.
 GRACE_SECONDS = 120.0
 
 
@@ -29,14 +30,15 @@ class OutOfTimeError(Exception):
     """A stage was stopped because its time was up; run again, it goes on."""
 
 
-def run_stage(stage: Stage, seconds: float | None = None) -> float:
+def run_stage(stage: Stage, seconds: float | None = None, hold: Sequence[int] = ()) -> float:
     """Runs a stage to its end and returns its seconds.
 
     Ctrl-C reaches the stage too, and SIGTERM is passed on: it checkpoints and leaves, and then so does the caller, by
-    KeyboardInterrupt. seconds: the same after so many seconds, by OutOfTimeError. ValueError where the stage fails.
+    KeyboardInterrupt. seconds: the same after so many seconds, by OutOfTimeError. hold: open files that the stage holds
+    too, so that a lock on them outlives a caller that is killed. ValueError where the stage fails.
     """
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command])
+    process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command], pass_fds=hold)
     stopping = False
 
     def stop(number: int, frame: Any) -> None:

@@ -62,10 +62,7 @@ def action_figures(
 
 
 def code_figures(said_NL: np.ndarray, true_NL: np.ndarray) -> dict[str, Any]:
-    """Shares of right tokens, by position, and of latent actions right as a whole; beside them what saying the most
-
-    frequent one would get.
-    """
+    """Shares of right tokens and right whole latent actions, beside what always saying the most frequent would get."""
     right_NL = said_NL == true_NL
     most_L = [Counter(column).most_common(1)[0][1] / len(true_NL) for column in true_NL.T.tolist()]
     most_whole = Counter(map(tuple, true_NL.tolist())).most_common(1)[0][1] / len(true_NL)

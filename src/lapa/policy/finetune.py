@@ -60,6 +60,9 @@ class FinetuneConfig(TrainingOptions):
     num_bins: int = 256
     """Bins of an action dimension, at most."""
     flow: FlowConfig = field(default_factory=FlowConfig)
+    statistics: tuple[Path, ...] = ()
+    """Datasets whose actions set the policy's bins or scale, where it has none yet; by default those of --data. For
+    training on guessed actions, or another robot's, before the robot's own."""
     state: bool = False
     """Tell the policy the robot's state (`observation.state` of the datasets)."""
     labels: tuple[Path, ...] = ()
@@ -152,6 +155,8 @@ def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: 
         raise ValueError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
     if policy.action_space is None:
         return
+    if config.statistics:
+        raise ValueError(f"--statistics: the policy {config.policy} has its own already; leave the option out")
     mend = "; finetune a policy that was only pretrained"
     if (config.head, config.state) != (policy.head, bool(policy.state_dim)):
         raise ValueError(
@@ -191,7 +196,7 @@ def _with_actions(
     actions_NA = training.actions()
     # An imported policy may have rows for bins that were not released with it.
     num_bins = before.vocabulary.bins or config.num_bins
-    codec = start.codec or _fit(config.head, actions_NA, space.binary, num_bins)
+    codec = start.codec or _fit(config.head, _actions_of(config, datasets, actions_NA), space.binary, num_bins)
     states = start.states or (ActionBins.fit(training.states(), STATE_BINS) if config.state else None)
     _say_statistics(codec, actions_NA)
     vocabulary = before.vocabulary
@@ -217,6 +222,15 @@ def _with_actions(
     )
     start.processor.grow(vocabulary)
     return PolicyParts(start.model.grown(grown), start.processor, codec, states)
+
+
+def _actions_of(config: FinetuneConfig, datasets: Sequence[Dataset], actions_NA: np.ndarray) -> np.ndarray:
+    """The actions that statistics are made from: those of --statistics, else those that are learned from."""
+    if not config.statistics:
+        return actions_NA
+    others = [Dataset.open(path) for path in config.statistics]
+    common_action_space([*others, *datasets])
+    return np.concatenate([other.actions(episode) for other in others for episode in range(len(other.lengths))])
 
 
 def _fit(head: HeadKind, actions_NA: np.ndarray, binary: Sequence[bool], num_bins: int) -> ActionCodec:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 from rich.table import Table
 
@@ -32,6 +33,7 @@ from lapa.files import claim_output, write_json
 from lapa.policy.acting import Actor, load_actor
 from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.policy.figures import action_figures, code_figures
+from lapa.policy.runtime import Policy
 from lapa.policy.training import require_same_codes
 from lapa.types import Observation
 
@@ -76,12 +78,15 @@ def run(config: MeasureConfig) -> None:
     if config.labels is not None:
         labels = Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
     parts = load_policy(config.policy) if labels is not None else None
-    actor = None
-    if parts is None or parts.codec is not None:
-        actor = load_actor(config.policy, device=config.device, dataset=config.prompt_of)
+    actor = _actor(parts, config)
+    places: list[Place] = []
+    if actor is not None:
         check_actor(actor, dataset, config.steps)
+        _slots(actor.cameras, dataset, config.cameras)
     if parts is not None and labels is not None:
         _check_latent(parts, labels, config)
+        _slots(parts.model.config.cameras, dataset, config.cameras)
+        places = _labelled_places(labels, dataset, config)
     out = config.out or config.policy / f"measure_{dataset.name}"
     claim_output(
         out,
@@ -94,7 +99,7 @@ def run(config: MeasureConfig) -> None:
     if actor is not None:
         figures |= measure_actions(actor, dataset, config)
     if parts is not None and labels is not None:
-        figures |= measure_codes(parts, dataset, labels, config)
+        figures |= measure_codes(parts, dataset, labels, places, config)
     console.print(table_of(figures, dataset.name))
     write_json(out / MEASURES, {**figures, "config": configs.to_dict(config), **versions_and_hardware()})
     finish(MEASURES, out, [] if actor is None else [f"lapa evaluate {config.policy} --env ENVIRONMENT --out RESULTS"])
@@ -123,12 +128,10 @@ def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> di
     return action_figures(said_NKA[:, first], true_NKA[:, first], counted_NK[:, first], mean_A, dataset.action_space)
 
 
-def measure_codes(parts: PolicyParts, dataset: Dataset, labels: Labels, config: MeasureConfig) -> dict[str, Any]:
-    """Latent actions as the policy says them, greedily, against the labels: the keys of `code_figures`."""
-    frames = [labels.codes(episode)[0] for episode in range(len(dataset.lengths))]
-    places = _spread(frames, config.samples)
-    if not places:
-        raise ValueError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
+def measure_codes(
+    parts: PolicyParts, dataset: Dataset, labels: Labels, places: Sequence[Place], config: MeasureConfig
+) -> dict[str, Any]:
+    """Latent actions as the policy says them, greedily, against the labels of these frames: `code_figures`' keys."""
     policy = parts.model.config
     cameras = _slots(policy.cameras, dataset, config.cameras)
     device = pick_device(config.device)
@@ -201,6 +204,18 @@ def table_of(figures: dict[str, Any], name: str) -> Table:
     return table
 
 
+def _actor(parts: PolicyParts | None, config: MeasureConfig) -> Actor | None:
+    """What acts: the policy that was loaded for its latent actions or else is loaded here; None if only pretrained."""
+    if parts is None:
+        return load_actor(config.policy, device=config.device, dataset=config.prompt_of)
+    if parts.codec is None:
+        return None
+    device = pick_device(config.device)
+    # As `Policy.from_pretrained` has it, so that actions are the same with and without --labels.
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    return Policy(parts, device, config.prompt_of, dtype=dtype)
+
+
 def _check_latent(parts: PolicyParts, labels: Labels, config: MeasureConfig) -> None:
     policy = parts.model.config
     if not policy.latent_length:
@@ -208,6 +223,14 @@ def _check_latent(parts: PolicyParts, labels: Labels, config: MeasureConfig) -> 
     require_same_codes(policy, labels.manifest, config.policy)
     if config.prompt_of is not None:
         policy.prompts.require(config.prompt_of)
+
+
+def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig) -> list[Place]:
+    """The labelled frames to measure. ValueError where there is none."""
+    places = _spread([labels.codes(episode)[0] for episode in range(len(dataset.lengths))], config.samples)
+    if not places:
+        raise ValueError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
+    return places
 
 
 def _slots(slots: Sequence[str], dataset: Dataset, chosen: Sequence[str]) -> dict[str, str]:

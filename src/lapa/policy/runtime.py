@@ -119,9 +119,9 @@ class Policy:
 
 
 def check_observation(observation: Observation, number: int, cameras: Sequence[str], state_dim: int) -> None:
-    """ValueError saying what is wrong with an observation, the `number`-th, for a policy that sees these cameras and
+    """ValueError saying what is wrong with the `number`-th observation.
 
-    is told so many numbers of state.
+    cameras, state_dim: what the policy sees, and how many numbers of state it is told.
     """
     missing = [camera for camera in cameras if camera not in observation.images]
     if missing:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+import lapa
 from lapa import config as configs
+from lapa.data.dataset import Dataset
+from lapa.data.sources.metaworld_simulator import draw_instruction
 from lapa.data.video import decode_clip, probe
-from lapa.files import atomic_path, read_json, read_json_lines
+from lapa.files import atomic_path, fingerprint, read_json, read_json_lines
 from lapa.study.plan import Plan, Step, order
 from lapa.study.results import FOLDER, Arm, ArmResult, Curve, Rollout
+from lapa.study.sizes import stage_presets
 
 SECONDS = "seconds.jsonl"
 # What a figure is called, and where the JSON file of which step has it.
@@ -36,7 +41,7 @@ FIGURES = {
 }
 # Stages whose loss is drawn.
 TRAINED = ("latent action model", "inverse dynamics", "video model", "pretraining", "finetuning")
-PROVENANCE = ("lapa", "torch", "python", "gpu", "num_gpus", "machine")
+PROVENANCE = ("lapa", "torch", "python", "gpu", "num_gpus", "machine", "metaworld", "mujoco")
 MOMENTS, TILE, CAPTION = 6, 96, 14
 # Points of a curve that are kept: a picture shows no more.
 CURVE_POINTS = 100
@@ -61,18 +66,16 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         demonstrations=plan.demonstrations,
         seed=plan.seed,
         preset=preset,
-        sizes=configs.to_dict(plan.sizes),
-        rollouts=tuple(
-            Rollout(episode["task"], episode["episode"], episode["success"], episode["steps"])
-            for episode in played["episodes"]
-        ),
-        figures=_figures(study, steps),
+        sizes={**configs.to_dict(plan.sizes), "stage_presets": _short_hash(stage_presets(plan.sizes))},
+        rollouts=_rollouts(study, plan, played["episodes"]),
+        figures=_figures(study, plan, arm, steps),
         curves=tuple(_curves(study, every)),
         seconds=_seconds(study, every),
         provenance={
             "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.split} "
             f"--demonstrations {plan.demonstrations} --out STUDY",
-            **{name: played[name] for name in PROVENANCE},
+            "code": _code(),
+            **{name: played[name] for name in PROVENANCE if name in played},
         },
         folder=study / FOLDER,
     )
@@ -111,17 +114,55 @@ def rollout_strip(videos: Path) -> Image.Image:
     return strip
 
 
-def _figures(study: Path, steps: dict[str, Step]) -> dict[str, float]:
-    found = {}
+def _rollouts(study: Path, plan: Plan, episodes: Sequence[dict[str, Any]]) -> tuple[Rollout, ...]:
+    """Each with whether the labelled episodes hold its instruction, where tasks have several phrasings."""
+    heard: dict[tuple[str, int], bool] = {}
+    if plan.sizes.world.env == "metaworld":
+        known = {episode.instruction for episode in Dataset.open(plan.labelled.folder(study)).episodes}
+        heard = {(e["task"], e["episode"]): draw_instruction(e["task"], e["seed"]) in known for e in episodes}
+    return tuple(
+        Rollout(e["task"], e["episode"], e["success"], e["steps"], heard.get((e["task"], e["episode"])))
+        for e in episodes
+    )
+
+
+def _figures(study: Path, plan: Plan, arm: Arm, steps: dict[str, Step]) -> dict[str, float]:
+    found: dict[str, float | None] = {}
     for which, names in FIGURES.items():
-        if which not in steps:
-            continue
-        values = read_json(steps[which].folder(study) / steps[which].artifact)
-        for name, path in names.items():
-            value = _figure(values, path)
-            if value is not None:
-                found[name] = value
-    return found
+        if which in steps:
+            values = read_json(steps[which].folder(study) / steps[which].artifact)
+            found |= {name: _figure(values, path) for name, path in names.items()}
+    if arm == "vpt":
+        found["inverse_r2"] = _inverse_r2(study, plan)
+    if arm == "unipi":
+        metrics = read_json(plan.video_model.folder(study) / "metrics.json")
+        found["video_error_of_copying"] = _figure(metrics, "held_out_mse/held_out_mse_copy")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _inverse_r2(study: Path, plan: Plan) -> float | None:
+    """How much of the true actions' variance in the videos the pseudo-labels explain, mean over dimensions that vary.
+
+    Episodes that the inverse dynamics model found too short are missing there; None where any is.
+    """
+    said, true = (Dataset.open(step.folder(study)) for step in (plan.pseudo_labelled, plan.videos))
+    if said.lengths.tolist() != true.lengths.tolist():
+        return None
+    said_NA, true_NA = (
+        np.concatenate([data.actions(episode) for episode in range(len(data.lengths))]) for data in (said, true)
+    )
+    spread_A = true_NA.var(0)
+    return float(np.mean(1 - ((said_NA - true_NA) ** 2).mean(0)[spread_A > 0] / spread_A[spread_A > 0]))
+
+
+def _code() -> str:
+    """A hash of the package's sources, by which to tell whether two results were made by the same code."""
+    package = Path(lapa.__file__).parent
+    return fingerprint(*sorted(package.rglob("*.py")))
+
+
+def _short_hash(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _figure(values: dict[str, Any], path: str) -> float | None:

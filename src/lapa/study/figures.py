@@ -16,7 +16,8 @@ import numpy as np
 
 from lapa.files import atomic_path
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve
-from lapa.study.statistics import Correlation, Group, figure_and_success
+from lapa.study.statistics import Estimate, Group
+from lapa.study.tables import Correlation, figure_and_success
 from lapa.study.verdicts import stage_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def success_by_split(groups: Sequence[Group]) -> Figure:
         for group in (group for group in groups if group.demonstrations == number):
             for arm, cell in group.cells.items():
                 middle = splits.index(group.split) + (arms.index(arm) - (len(arms) - 1) / 2) * width
-                rate, low, high = cell.success.value, cell.success.low, cell.success.high
+                rate = cell.success.value
+                low, high = _ends(cell.success)
                 axis.bar(middle, 100 * rate, 0.92 * width, color=COLOURS[arm])
                 axis.vlines(middle, 100 * low, 100 * high, color="black", linewidth=1.2)
                 axis.text(middle, 100 * high + 1.5, f"{100 * rate:.0f}", ha="center", va="bottom", fontsize=7)
@@ -112,11 +114,16 @@ def success_by_demonstrations(groups: Sequence[Group]) -> Figure:
         for arm in _arms_of(of_split):
             cells = [(group.demonstrations, group.cells[arm].success) for group in of_split if arm in group.cells]
             numbers = [number for number, _ in cells]
-            low, value, high = (
-                [100 * getattr(success, end) for _, success in cells] for end in ("low", "value", "high")
+            low, high = zip(*(_ends(success) for _, success in cells), strict=True)
+            band = 100 * np.array([low, high])
+            axis.fill_between(numbers, *band, color=COLOURS[arm], alpha=0.15, linewidth=0)
+            axis.plot(
+                numbers,
+                [100 * success.value for _, success in cells],
+                color=COLOURS[arm],
+                marker=MARKERS[arm],
+                markersize=4,
             )
-            axis.fill_between(numbers, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
-            axis.plot(numbers, value, color=COLOURS[arm], marker=MARKERS[arm], markersize=4)
         numbers = sorted({group.demonstrations for group in of_split})
         axis.set(xscale="log", ylim=(-2, 102), xlabel="labelled episodes a task")
         axis.set_xticks(numbers, [str(number) for number in numbers])
@@ -166,8 +173,8 @@ def figures_against_success(results: Sequence[ArmResult], found: Sequence[Correl
     figure, axes = _panels(math.ceil(len(shown) / columns), columns, width=2.5, height=2.3)
     panels = [axis for row in axes for axis in row]
     for axis, correlation in zip(panels, shown, strict=False):
-        for result, value, success in figure_and_success(results, correlation.figure):
-            axis.plot(value, 100 * success, MARKERS[result.arm], color=COLOURS[result.arm], markersize=4, alpha=0.8)
+        for arm, value, success in figure_and_success(results, correlation.figure):
+            axis.plot(value, 100 * success, MARKERS[arm], color=COLOURS[arm], markersize=4, alpha=0.8)
         title = f"{correlation.figure}\nrank correlation {correlation.spearman:+.2f}, n = {correlation.num_runs}"
         axis.set_title(title, fontsize=8)
         axis.set_ylim(-4, 104)
@@ -186,6 +193,13 @@ def _held_out(curves: Sequence[Curve]) -> list[str]:
     keys = sorted({key for curve in curves for row in curve.rows for key in row if key.startswith("eval/")})
     known = [f"eval/{key}" for key in HELD_OUT if f"eval/{key}" in keys]
     return [*known, *(key for key in keys if key not in known)][:MAX_HELD_OUT]
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    """Of the interval; both at the value where there is none."""
+    if estimate.low is None or estimate.high is None:
+        return estimate.value, estimate.value
+    return estimate.low, estimate.high
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,12 +65,15 @@ class Step:
         return Stage(self.title, self.command(study), self.folder(study) / self.artifact)
 
 
-def order(*wanted: Step) -> Iterator[Step]:
-    """The steps and all that they need, each once, inputs first."""
+def order(*wanted: Step, unless: Callable[[Step], bool] = lambda step: False) -> Iterator[Step]:
+    """The steps and all that they need, each once, inputs first.
+
+    Steps of which `unless` is true are left out, with what they alone need.
+    """
     seen: set[str] = set()
 
     def visit(step: Step) -> Iterator[Step]:
-        if step.key in seen:
+        if step.key in seen or unless(step):
             return
         seen.add(step.key)
         for needed in step.inputs:
@@ -110,7 +113,8 @@ class Plan:
             *("--env", world.env),
             *("--tasks", world.tasks),
             *("--episodes", str(sizes.rollouts)),
-            *("--steps-per-call", str(sizes.steps_per_call)),
+            # A plan of several frames is followed to its end.
+            *(() if arm == "unipi" else ("--steps-per-call", str(sizes.steps_per_call))),
             *("--max-steps", str(sizes.max_steps)),
             *("--seed", str(ROLLOUT_SEED)),
             *("--videos", "1"),
@@ -136,7 +140,7 @@ class Plan:
     def policy(self, arm: Arm) -> Step:
         """The arm's policy, ready to act."""
         if arm == "unipi":
-            joined = ("--video", self.video_model, "--inverse", self.inverse_dynamics)
+            joined = ("--video", self.finetuned_video_model, "--inverse", self.inverse_dynamics)
             return Step("planner unipi", "baseline unipi", joined, "config.json", "--overwrite")
         start = ("--from-scratch",) if arm == "scratch" else ("--policy", self.pretrained(arm))
         words: Words = (*start, "--data", self.labelled, "--held-out", "0", *self._acting)
@@ -151,7 +155,8 @@ class Plan:
         if arm not in ("vpt", "actionvla"):
             raise ValueError(f"the arm {arm} has no pretrained policy")
         data = self.videos if arm == "actionvla" else self.pseudo_labelled
-        words = ("--from-scratch", "--data", data, *self._acting)
+        # Guessed actions, their mean over many pairs above all, have a narrower range than the robot's.
+        words = ("--from-scratch", "--data", data, "--statistics", self.labelled, *self._acting)
         return self._train(f"pretraining {arm}", "policy finetune", words, self.sizes.pretrain_steps)
 
     @cached_property
@@ -183,14 +188,14 @@ class Plan:
 
     @cached_property
     def video_model(self) -> Step:
-        """Trained on the videos, then, as the policies are, on the labelled episodes."""
-        first = self._train(
-            "video model",
-            "baseline video",
-            ("--data", self.videos_without_actions, *self._horizon),
-            self.sizes.video_steps,
-        )
-        words: Words = ("--start", first, "--data", self.labelled, "--held-out", "0", *self._horizon)
+        """Trained on the videos."""
+        words: Words = ("--data", self.videos_without_actions, *self._horizon)
+        return self._train("video model", "baseline video", words, self.sizes.video_steps)
+
+    @cached_property
+    def finetuned_video_model(self) -> Step:
+        """Trained on, as policies are, with the labelled episodes."""
+        words: Words = ("--start", self.video_model, "--data", self.labelled, "--held-out", "0", *self._horizon)
         return self._train("video model finetuning", "baseline video", words, self.sizes.finetune_steps)
 
     @cached_property

@@ -23,28 +23,37 @@ from lapa.files import atomic_path, claim_output, write_json
 from lapa.study import figures, page
 from lapa.study.page import Table
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results
-from lapa.study.statistics import NUM_DRAWS, Correlation, Group, compare, correlations, success_of
+from lapa.study.statistics import Group, by_wording, compare, success_of
 from lapa.study.tables import (
+    ABOUT_CORRELATIONS,
+    Correlation,
     correlation_table,
+    correlations,
     main_table,
+    meanings,
     paper_table,
     provenance_table,
     seconds_table,
     sizes_table,
     task_table,
+    wording_table,
 )
-from lapa.study.verdicts import ARM_MEANINGS, PAPER, SPLIT_MEANINGS, missing, verdicts, where
+from lapa.study.verdicts import (
+    ARM_MEANINGS,
+    CODES,
+    INTERVALS,
+    PAPER,
+    SPLIT_MEANINGS,
+    STRIP,
+    WHY_WORDING,
+    cautions,
+    missing,
+    verdicts,
+    where,
+)
 
 PAGE, MARKDOWN, REPORT = "report.html", "table.md", "report.json"
 PAPER_ADDRESS = "https://arxiv.org/abs/2410.11758"
-INTERVALS = (
-    f"Intervals are 95% percentile intervals of a bootstrap ({NUM_DRAWS} draws) over seeds and over the goals of each "
-    "task, the same for every arm: differences are paired. With few seeds they are somewhat too narrow, with one seed "
-    "they do not cover training at all. An interval from 0 to 0 says that no rollout succeeded, not that none could. "
-    "The success rate is the mean over tasks of the mean over seeds. Gap recovered is (arm - scratch) / (actionvla - "
-    "scratch): 0 is no better than without video, 1 is as good as with true actions. Mean rank: 1 is the best arm; it "
-    "is taken over the tasks and seeds that all arms played."
-)
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,16 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the report says. verdicts: sentences, by what `where` calls their group."""
+    """What the report says. verdicts: sentences, by what `where` calls their group.
+
+    heard, unheard: groups on the goals whose wording the labelled episodes hold, and on those where they do not.
+    """
 
     results: tuple[ArmResult, ...]
     groups: tuple[Group, ...]
+    heard: tuple[Group, ...]
+    unheard: tuple[Group, ...]
+    cautions: list[str]
     verdicts: dict[str, list[str]]
     missing: list[str]
     correlations: list[Correlation]
@@ -88,7 +103,11 @@ def run(config: ReportConfig) -> None:
     write_json(out / REPORT, as_json(found))
     _write(out / MARKDOWN, as_markdown(found))
     _write(out / PAGE, as_html(found, pictures))
+    for caution in found.cautions:
+        say(caution)
     console.print(page.table_rich(main_table(found.groups)))
+    if (wording := wording_table(found.heard, found.unheard)).rows:
+        console.print(page.table_rich(wording))
     for group in found.groups:
         say(f"{where(group)}:")
         for sentence in found.verdicts[where(group)]:
@@ -103,10 +122,15 @@ def findings(results: Sequence[ArmResult]) -> Findings:
     groups = tuple(group for group in compare(results) if group.cells)
     if not groups:
         raise ValueError(f"{results[0].folder}: no result holds a rollout; run `lapa study run` to its end")
+    heard = by_wording(results, heard=True)
+    of_heard = {where(group): group for group in heard}
     return Findings(
         results=tuple(results),
         groups=groups,
-        verdicts={where(group): verdicts(group) for group in groups},
+        heard=heard,
+        unheard=by_wording(results, heard=False),
+        cautions=cautions(results),
+        verdicts={where(group): verdicts(group, of_heard.get(where(group))) for group in groups},
         missing=missing(results, groups),
         correlations=correlations(results),
     )
@@ -145,7 +169,10 @@ def draw(found: Findings, out: Path) -> dict[str, Path]:
             )
             drawings.append((f"curves-{group.split}", text, curves))
     if (scatter := figures.figures_against_success(found.results, found.correlations)) is not None:
-        text = "What may explain success: a point each run; the correlations stand in the table below."
+        text = (
+            "What may explain success: a point each run, at their mean success where runs share the very same figure; "
+            "the correlations stand in the table below."
+        )
         drawings.append(("figures", text, scatter))
     for name, _, figure in drawings:
         figures.save(figure, out / f"{name}.png")
@@ -162,9 +189,12 @@ def as_markdown(found: Findings) -> str:
     first = found.results[0]
     parts = [
         f"## Study, preset {first.preset}",
+        *(f"**{caution}**" for caution in found.cautions),
         *_verdicts_markdown(found),
         page.table_markdown(main_table(found.groups)),
     ]
+    if (wording := wording_table(found.heard, found.unheard)).rows:
+        parts += [f"### {wording.title}", WHY_WORDING, page.table_markdown(wording)]
     parts += [INTERVALS, "### What is missing", "\n".join(f"- {text}" for text in found.missing) or "Nothing."]
     for table in (*map(task_table, chosen(found.groups)), *_tables(found)):
         parts += [f"### {table.title}", page.table_markdown(table)]
@@ -184,7 +214,8 @@ def _tables(found: Findings) -> list[Table]:
 def as_html(found: Findings, pictures: Mapping[str, Path]) -> str:
     """The page, for someone who has not read the paper."""
     first, detailed = found.results[0], chosen(found.groups)
-    parts = [
+    parts = [page.bullets(found.cautions, "verdicts")] if found.cautions else []
+    parts += [
         page.paragraph(
             "Demonstrations with a robot's actions are dear, videos are plenty. If a robot policy has only a few "
             "labelled episodes of each task, does it pay to pretrain it on videos that carry no actions? The five arms "
@@ -201,7 +232,10 @@ def as_html(found: Findings, pictures: Mapping[str, Path]) -> str:
     ]
     for name, sentences in found.verdicts.items():
         parts += [page.heading(name, 3), page.bullets(sentences, "verdicts")]
-    parts += [page.table_html(main_table(found.groups)), page.paragraph(INTERVALS)]
+    parts.append(page.table_html(main_table(found.groups)))
+    if (wording := wording_table(found.heard, found.unheard)).rows:
+        parts += [page.table_html(wording), page.paragraph(WHY_WORDING)]
+    parts.append(page.paragraph(INTERVALS))
     parts += [page.heading("What is missing"), page.bullets(found.missing or ["Nothing."])]
     parts += [page.heading("Figures"), *(page.picture(path, caption) for caption, path in pictures.items())]
     parts.append(
@@ -209,12 +243,9 @@ def as_html(found: Findings, pictures: Mapping[str, Path]) -> str:
     )
     parts += _pictures_of_runs(found, detailed)
     parts += [page.heading("Numbers beside it"), *map(page.table_html, _tables(found))]
-    parts.append(
-        page.paragraph(
-            "Correlations pool runs of different arms, splits and numbers of labelled episodes (lam_* figures: runs of "
-            "lapa alone): they may show how arms differ, and no cause. Of many figures one correlates by chance."
-        )
-    )
+    parts.append(page.paragraph(ABOUT_CORRELATIONS))
+    if words := meanings(found.results):
+        parts += [page.heading("What the figures are", 3), page.terms(words)]
     return page.document("Does latent pretraining pay?", parts)
 
 
@@ -228,11 +259,13 @@ def _pictures_of_runs(found: Findings, detailed: Sequence[Group]) -> list[str]:
             with_strip.setdefault(result.arm, result)
         for arm, result in with_strip.items():
             assert result.strip is not None
-            strips.append(page.picture(result.strip, f"{arm}: rollouts of seed {result.seed}, {where(group)}."))
+            strips.append(
+                page.picture(result.strip, f"{arm}: rollouts of seed {result.seed}, {where(group)} ({STRIP}).")
+            )
         for result in [result for result in own if result.codes][:1]:
             assert result.codes is not None
             text = "What the codes of the latent action model do to a picture"
-            codes.append(page.picture(result.codes, f"{text}: seed {result.seed}, {where(group)}."))
+            codes.append(page.picture(result.codes, f"{text}: seed {result.seed}, {where(group)} ({CODES})."))
     parts = [page.heading("Rollouts"), *strips] if strips else []
     return [*parts, page.heading("Codes"), *codes] if codes else parts
 
@@ -243,6 +276,9 @@ def as_json(found: Findings) -> dict[str, Any]:
     return {
         "preset": first.preset,
         "sizes": first.sizes,
+        "cautions": found.cautions,
+        "heard": [dataclasses.asdict(group) for group in found.heard],
+        "unheard": [dataclasses.asdict(group) for group in found.unheard],
         "groups": [{**dataclasses.asdict(group), "verdicts": found.verdicts[where(group)]} for group in found.groups],
         "missing": found.missing,
         "correlations": [dataclasses.asdict(each) for each in found.correlations],

@@ -27,12 +27,17 @@ FOLDER = "results"
 
 @dataclass(frozen=True)
 class Rollout:
-    """How one evaluation episode ended."""
+    """How one evaluation episode ended.
+
+    heard: whether the labelled episodes hold its instruction word for word, or only another phrasing of it; None where
+    a task has one phrasing. Videos with captions teach more phrasings than a few labelled episodes hold.
+    """
 
     task: str
     episode: int
     success: bool
     steps: int
+    heard: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
 """How large a study is: its world, its models and its budgets, by preset. All arms of a study share them.
 
-Every arm has the same policy, the same steps of pretraining and of finetuning, the same labelled episodes and the
-same evaluation goals; what an arm needs besides (latent action model, inverse dynamics, video model) has its own steps.
+Policies are alike in all arms but UniPi, which has a video model in the policy's place: the same size, samples of
+pretraining and of finetuning, labelled episodes and evaluation goals. What an arm needs besides (latent action model,
+inverse dynamics, video model) has steps and batches of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from lapa.config import unknown
+from lapa import presets
+from lapa.config import to_dict, unknown
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ MT10 = Sizes(
     chunk=8,
     steps_per_call=8,
     max_steps=250,
+    # The stages' own presets differ in both.
+    policy=("--batch-size", "128", "--augment"),
 )
 PRESETS = {
     # A minute or two: says whether everything works, and nothing about the method.
@@ -134,3 +138,12 @@ def sizes_of(preset: str) -> Sizes:
     if preset not in PRESETS:
         raise unknown("study preset", preset, PRESETS)
     return PRESETS[preset]
+
+
+def stage_presets(sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """What the stages' own presets say, without what has no default, by stage."""
+    named = {stage: to_dict(presets.named(stage, sizes.stage)) for stage in presets.STAGES}
+    return {
+        stage: {name: value for name, value in values.items() if value is not presets.REQUIRED}
+        for stage, values in named.items()
+    }

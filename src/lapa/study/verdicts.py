@@ -3,6 +3,7 @@
 The paper is LAPA (Ye et al., https://arxiv.org/abs/2410.11758).
 
 LAPA is above scratch by 12.0 points (95% interval 4.0 to 20.0, which excludes zero).
+In these trainings (one seed), LAPA is above scratch by 12.0 points (95% interval over goals 4.0 to 20.0, ...).
 LAPA is not distinguishable from VPT: the difference is +2.0 points, its 95% interval -5.0 to 9.0.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split
-from lapa.study.statistics import Cell, Estimate, Gap, Group
+from lapa.study.statistics import LEAST_GOALS, NUM_DRAWS, TOO_FEW, Estimate, Gap, Group
 
 LEAST_SEEDS, LEAST_ROLLOUTS = 3, 50  # a task, of what is reported (the project's own bar)
 
@@ -32,6 +33,30 @@ SPLIT_MEANINGS: dict[Split, str] = {
     "cross-task": "the videos show other tasks.",
     "cross-environment": "the videos show the same tasks from another camera, in other colours and textures.",
 }
+WHY_WORDING = (
+    "Videos come with captions in every phrasing of a task, the few labelled episodes hold only some. On goals in "
+    "words that scratch has never heard (unheard), an arm with video may win by the captions alone; on heard goals "
+    "scratch knows the words too."
+)
+HEARD = "on goals whose wording the labelled episodes hold"
+
+
+INTERVALS = (
+    f"Intervals are 95% percentile intervals of {NUM_DRAWS} draws. A draw resamples the goals of each task, the same "
+    "for every arm (differences are paired), and adds how far the mean of a few trainings may lie from that of many, "
+    "by Student's t over the seeds: with few seeds intervals are wide, with two very wide. With one seed they cover "
+    "goals and no training at all, and are the narrower for it: what is said then is about these trainings only. "
+    f"Under {LEAST_GOALS} goals a task there is no interval. An interval from 0 to 0 says that no rollout succeeded, "
+    "not that none could. The success rate is the mean over tasks of the mean over seeds. Gap recovered is (arm - "
+    "scratch) / (actionvla - scratch): 0 is no better than without video, 1 is as good as with true actions; draws in "
+    "which actionvla is not above scratch count as beyond both ends of its interval. Mean rank: 1 is the best arm; it "
+    "is taken over the tasks and seeds that all arms played."
+)
+STRIP = "a row is a task, columns are moments from start to end; green frame: success, red: failure"
+CODES = (
+    "rows: pairs of frames; columns: the first frame, the true second frame, what the model draws with the pair's own "
+    "codes, then with the code at position p set to k (p:k); green: the pair's own code"
+)
 
 
 @dataclass(frozen=True)
@@ -77,12 +102,19 @@ def counted(number: int, noun: str) -> str:
 
 
 def points(estimate: Estimate) -> str:
-    """A difference of success rates: `+12.0 [4.0, 20.0]`."""
-    return f"{_hundredths(estimate.value):+.1f} [{_hundredths(estimate.low):.1f}, {_hundredths(estimate.high):.1f}]"
+    """A difference of success rates and over how many seeds, where few: `+12.0 [4.0, 20.0] (1 seed)`."""
+    seeds = f" ({counted(estimate.num_seeds, 'seed')})" if estimate.num_seeds < LEAST_SEEDS else ""
+    return f"{_hundredths(estimate.value):+.1f} {_interval(estimate)}{seeds}"
 
 
 def percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return f"{100 * estimate.value:.1f} {_interval(estimate)}"
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"({TOO_FEW})"
+    return f"[{_hundredths(estimate.low):.1f}, {_hundredths(estimate.high):.1f}]"
 
 
 def gap_text(gap: Gap | None) -> str:
@@ -95,8 +127,11 @@ def gap_text(gap: Gap | None) -> str:
     return f"{gap.value:.2f} [{gap.low:.2f}, {gap.high:.2f}]"
 
 
-def verdicts(group: Group) -> list[str]:
-    """What the numbers of one group say: each arm against scratch, lapa against vpt, and the gap recovered."""
+def verdicts(group: Group, heard: Group | None = None) -> list[str]:
+    """What the numbers of one group say: each arm against scratch, lapa against vpt, and the gap recovered.
+
+    heard: the same group on goals whose wording the labelled episodes hold.
+    """
     if not any(cell.versus for cell in group.cells.values()):
         return ["There is nothing to compare: a difference needs scratch and another arm under one seed."]
     sentences = []
@@ -107,29 +142,46 @@ def verdicts(group: Group) -> list[str]:
         # Scratch first, then for lapa also vpt.
         sentences += [comparison(arm, other, difference) for other, difference in cell.versus.items()]
         if arm == "lapa":
-            sentences.append(gap_verdict(cell, group.split))
-    if {len(cell.seeds) for cell in group.cells.values()} == {1}:
-        sentences.append("One seed: the intervals do not cover training, which another seed would have made differ.")
+            if heard and "lapa" in heard.cells and "scratch" in heard.cells["lapa"].versus:
+                sentences.append(comparison("lapa", "scratch", heard.cells["lapa"].versus["scratch"], HEARD))
+            sentences.append(gap_verdict(cell.gap, group.split))
     return sentences
 
 
-def comparison(arm: Arm, other: Arm, difference: Estimate) -> str:
-    """Above, below, or not distinguishable."""
+def comparison(arm: Arm, other: Arm, difference: Estimate, on: str = "") -> str:
+    """Above, below, not distinguishable, or too few rollouts to say. on: which goals, where not all.
+
+    With one or two shared seeds the sentence is about these trainings and no others.
+    """
+    opening = _opening(difference.num_seeds, on)
+    if difference.low is None or difference.high is None:
+        return (
+            f"{opening}{_name(arm)} is not compared with {_name(other)}: {TOO_FEW} "
+            f"(the difference is {_hundredths(difference.value):+.1f} points)."
+        )
     value, low, high = (_hundredths(x) for x in (difference.value, difference.low, difference.high))
+    interval = "95% interval over goals" if difference.num_seeds == 1 else "95% interval"
     if difference.sign:
         which = "above" if difference.sign > 0 else "below"
         near, far = sorted((abs(low), abs(high)))
-        size = f"{abs(value):.1f} points (95% interval {near:.1f} to {far:.1f}, which excludes zero)"
-        return f"{_name(arm)} is {which} {_name(other)} by {size}."
+        size = f"{abs(value):.1f} points ({interval} {near:.1f} to {far:.1f}, which excludes zero)"
+        return f"{opening}{_name(arm)} is {which} {_name(other)} by {size}."
     return (
-        f"{_name(arm)} is not distinguishable from {_name(other)}: the difference is {value:+.1f} points, "
-        f"its 95% interval {low:.1f} to {high:.1f}."
+        f"{opening}{_name(arm)} is not distinguishable from {_name(other)}: the difference is {value:+.1f} points, "
+        f"its {interval} {low:.1f} to {high:.1f}."
     )
 
 
-def gap_verdict(lapa: Cell, split: Split) -> str:
+def _opening(num_seeds: int, on: str = "") -> str:
+    """How a sentence begins: `In these trainings (one seed), `."""
+    seeds = {1: "one seed", 2: "two seeds"}.get(num_seeds)
+    parts = [f"in these trainings ({seeds})"] if seeds else []
+    text = "".join(f"{part}, " for part in [*parts, on] if part)
+    return text[:1].upper() + text[1:]
+
+
+def gap_verdict(gap: Gap | None, split: Split) -> str:
     """How much of the way from scratch to actionvla latent actions went."""
-    gap = lapa.gap
     theirs = " and ".join(
         f"{column.gap('lapa'):.2f} ({column.setting.split(', ')[1]} goals)" for column in PAPER if column.split == split
     )
@@ -137,10 +189,25 @@ def gap_verdict(lapa: Cell, split: Split) -> str:
     if gap is None or gap.value is None:
         note = gap.note if gap else ""
         return f"How much LAPA recovers of the gap between scratch and true actions is not defined: {note}.{paper}"
-    size = f"LAPA recovers {gap.value:.2f} of the gap between scratch and true actions"
+    size = f"{_opening(gap.num_seeds)}LAPA recovers {gap.value:.2f} of the gap between scratch and true actions"
     if gap.low is None or gap.high is None:
-        return f"{size}, but that gap is not above zero for certain, so the figure may be chance.{paper}"
-    return f"{size} (95% interval {gap.low:.2f} to {gap.high:.2f}).{paper}"
+        return f"{size}, but the figure may be chance ({gap.note}).{paper}"
+    interval = "95% interval over goals" if gap.num_seeds == 1 else "95% interval"
+    return f"{size} ({interval} {gap.low:.2f} to {gap.high:.2f}).{paper}"
+
+
+def cautions(results: Sequence[ArmResult]) -> list[str]:
+    """What a reader must know before any number."""
+    texts = []
+    if results[0].preset == "debug":
+        texts.append("preset debug: says nothing about the method")
+    states: dict[str, list[str]] = {}
+    for result in results:
+        states.setdefault(str(result.provenance.get("code", "not noted")), []).append(result.name)
+    if len(states) > 1:
+        each = "; ".join(f"{state}: {_list(names)}" for state, names in states.items())
+        texts.append(f"the runs were made by {len(states)} different states of the code ({each})")
+    return texts
 
 
 def missing(results: Sequence[ArmResult], groups: Sequence[Group]) -> list[str]:

@@ -107,7 +107,7 @@ def run(config: MetaworldConfig) -> None:
         # The gripper's number is the effort with which it closes, anywhere from -1 to 1.
         control="delta",
         robot_type="metaworld-sawyer",
-        extra_info={"made_by": "lapa data metaworld", **_settings(config)},
+        extra_info={"made_by": "lapa data metaworld", **_noted(config)},
         resume=config.resume,
     )
     dropped = _record_all(config, tasks, writer)
@@ -229,6 +229,11 @@ def _check(config: MetaworldConfig) -> None:
 def _settings(config: MetaworldConfig) -> dict[str, Any]:
     """What the dataset depends on."""
     return {name: value for name, value in to_dict(config).items() if name not in RUN_ONLY}
+
+
+def _noted(config: MetaworldConfig) -> dict[str, Any]:
+    """The settings as the dataset notes them: no look where it has none, like a dataset begun before there were any."""
+    return {name: value for name, value in _settings(config).items() if name != "look" or value is not None}
 
 
 def _report(dropped: Counter[str], dataset: Dataset, config: MetaworldConfig) -> None:

@@ -1,9 +1,10 @@
 """The inverse dynamics model: two frames in, the robot's actions between them out.
 
-VPT (https://arxiv.org/abs/2206.11795) labels videos with one that learned from few episodes, and LAPA compares itself
-with that (https://arxiv.org/abs/2410.11758): a residual network on both frames, then a perceptron. What goes into the
-network is the first frame and what changed; its grid of features goes on as its mean and, so that places are known,
-as a whole. Actions are learned on the scale of `lapa.policy.scale`, by the L1 loss.
+VPT (https://arxiv.org/abs/2206.11795) labels videos with one that learned from few episodes. Its model sees a long
+window of frames, past and future; this one sees two, as in the baseline that LAPA compares itself with
+(https://arxiv.org/abs/2410.11758): a residual network on both frames, then a perceptron. What goes into the network
+is the first frame and what changed; its grid of features goes on as its mean and, so that places are known, as a
+whole. Actions are learned on the scale of `lapa.policy.scale`, by the L1 loss.
 
     lapa baseline inverse --data ROBOT_DATASET --out INVERSE
     actions_BKA = InverseDynamics.from_pretrained("INVERSE").predict(frames_BTCHW)
@@ -43,13 +44,13 @@ SHIFT, BRIGHTNESS, GAIN = 1 / 16, 0.1, 0.2
 
 @dataclass(frozen=True)
 class InverseConfig:
-    """Sizes of the inverse dynamics model, and how far apart its two frames are."""
+    """Sizes of the inverse dynamics model, and how far apart its two frames are; the defaults are the preset `tiny`."""
 
     image_size: int = 64
     """Side of the square pictures that it sees, in pixels."""
     horizon_seconds: float = 0.1
     """Seconds between the two frames."""
-    vision_widths: tuple[int, ...] = (32, 64, 128, 256)
+    vision_widths: tuple[int, ...] = (16, 32, 64, 128)
     """Channels of the residual network's stages; each after the first halves the grid."""
     vision_depth: int = 2
     """Residual blocks a stage."""
@@ -190,10 +191,12 @@ def is_inverse(folder: Path) -> bool:
 def inverse_fingerprint(folder: Path) -> str:
     """Identifies a saved model by its weights, scale and config (16 hex digits): pseudo-labels carry it."""
     folder = Path(folder)
-    config, recording = _read_config(folder)
+    _read_config(folder)
     _require_files(folder)
     files = fingerprint(folder / WEIGHTS, folder / ACTIONS)
-    described = [json.dumps(configs.to_dict(part), sort_keys=True) for part in (config, recording)]
+    # As written: a field that the config gains later leaves the fingerprints of older models as they are.
+    model = read_json(folder / CONFIG)["inverse_dynamics"]
+    described = [json.dumps(model[part], sort_keys=True) for part in ("sizes", "recording")]
     return hashlib.sha256("".join([files, *described]).encode()).hexdigest()[:16]
 
 

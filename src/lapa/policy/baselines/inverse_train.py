@@ -48,7 +48,7 @@ class InverseTrainConfig:
     out: Path
     """Folder of the model to write."""
     preset: str = "tiny"
-    """debug or tiny: the values that the other options start from."""
+    """debug, tiny or base: the values that the other options start from."""
     model: Annotated[InverseConfig, tyro.conf.arg(name="")] = field(default_factory=InverseConfig)
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 1000))
     camera: str | None = None
@@ -94,14 +94,14 @@ def run(config: InverseTrainConfig) -> None:
     datasets = [Dataset.open(path) for path in config.data]
     space = common_action_space(datasets)
     recording = _recording(config, datasets, space)
+    training, held_out = _open_pairs(config, datasets, recording)
+    actions_NA = _training_actions(config, datasets, recording)
+    scale = ActionScale.fit(actions_NA, space.binary)
     if is_main_process():
         complete = is_inverse(config.out)
         claim_output(
             config.out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=config.data
         )
-    training, held_out = _open_pairs(config, datasets, recording)
-    actions_NA = _training_actions(config, datasets, recording)
-    scale = ActionScale.fit(actions_NA, space.binary)
     outside = int(scale.count_outside(actions_NA).sum())
     say(f"actions: {scale.action_dim} dimensions, {outside} of {actions_NA.size} values lie outside and are clamped")
     if held_out is None:

@@ -4,8 +4,8 @@
     lapa policy finetune --from-scratch --data DATASET --out POLICY
 
 Every pair of frames one horizon apart says all actions between them, so most steps are told of several times: their
-mean counts, of a binary dimension the majority. What the last frame's action led to is not to be seen; it repeats the
-one before. An episode too short for a pair is left out.
+weighted mean counts, of a binary dimension the majority. What the last frame's action led to is not to be seen; it
+repeats the one before. An episode too short for a pair is left out.
 
 Axes: T time, P pairs of an episode, C channel, H W image, K steps between the frames of a pair, A action dimensions.
 """
@@ -125,14 +125,15 @@ def pseudo_actions(model: SeesActions, dataset: Dataset, camera: str, batch_size
 def merge_pairs(said_PKA: Float[np.ndarray, "P K A"], scale: ActionScale) -> Float[np.ndarray, "T A"]:
     """One action a frame, T = P + K, out of what the pairs (p, p + K) of an episode say, in the robot's units.
 
-    The mean over all pairs that tell of a step, the majority in a binary dimension. The last frame repeats
-    the action before it.
+    The mean over all pairs that tell of a step, the majority in a binary dimension; a pair counts the more the nearer
+    the step is to its middle, since what it tells best is its mean motion. The last frame repeats the action before it.
     """
     num_pairs, horizon, action_dim = said_PKA.shape
+    weights_K = np.minimum(np.arange(horizon), np.arange(horizon)[::-1]) + 1
     sums_TA, told_T1 = np.zeros((num_pairs + horizon, action_dim)), np.zeros((num_pairs + horizon, 1))
     for step in range(horizon):
-        sums_TA[step : step + num_pairs] += said_PKA[:, step]
-        told_T1[step : step + num_pairs] += 1
+        sums_TA[step : step + num_pairs] += weights_K[step] * said_PKA[:, step]
+        told_T1[step : step + num_pairs] += weights_K[step]
     sums_TA[-1], told_T1[-1] = sums_TA[-2], told_T1[-2]
     means_TA = (sums_TA / told_T1).astype(np.float32)
     # The scale sends each number of a binary dimension to the nearer of its two values.

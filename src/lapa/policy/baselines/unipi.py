@@ -2,6 +2,8 @@
 
 A video model predicts the next frames from what is seen and the instruction; an inverse dynamics model says which
 actions lead from each frame to the next. The one learns from videos without actions, the other from few episodes.
+UniPi plans a whole trajectory and follows it open-loop; a plan here is a short look ahead, F frames one horizon apart,
+and is made anew when it has been followed.
 
     lapa baseline unipi --video VIDEO --inverse INVERSE --out POLICY
     lapa evaluate POLICY --env metaworld --tasks mt10 --out RESULTS
@@ -88,14 +90,8 @@ def run(config: UniPiConfig) -> None:
     )
     for source, name in ((config.video, VIDEO), (config.inverse, INVERSE)):
         shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png"))
-    acting = Acting(
-        config.sampling_steps,
-        config.guidance,
-        config.seed,
-        fingerprint(*(config.video / name for name in (WEIGHTS, CONFIG, f"{TOKENIZER}/tokenizer.json"))),
-        inverse_fingerprint(config.inverse),
-    )
-    configs.save(acting, config.out / CONFIG)
+    parts = video_fingerprint(config.out / VIDEO), inverse_fingerprint(config.out / INVERSE)
+    configs.save(Acting(config.sampling_steps, config.guidance, config.seed, *parts), config.out / CONFIG)
     finish("policy", config.out, [f"lapa evaluate {config.out} --env ENVIRONMENT --out RESULTS"])
 
 
@@ -104,6 +100,11 @@ def is_unipi(folder: Path) -> bool:
     path = Path(folder) / CONFIG
     written = read_json(path) if path.exists() else None
     return isinstance(written, dict) and written.get("kind") == KIND
+
+
+def video_fingerprint(folder: Path) -> str:
+    """Identifies a saved video model by its weights, config and tokenizer (16 hex digits)."""
+    return fingerprint(*(folder / name for name in (WEIGHTS, CONFIG, f"{TOKENIZER}/tokenizer.json")))
 
 
 def require_fit(video: VideoModel, inverse: InverseDynamics, video_name: object, inverse_name: object) -> None:
@@ -145,6 +146,7 @@ class UniPi:
             raise ValueError(f"{folder}: reads bare instructions, not the prompt of {dataset}; leave out --prompt-of")
         acting = configs.load(Acting, folder / CONFIG)
         video, inverse = VideoModel.from_pretrained(folder / VIDEO), InverseDynamics.from_pretrained(folder / INVERSE)
+        _require_unchanged(folder, acting)
         require_fit(video, inverse, folder / VIDEO, folder / INVERSE)
         return cls(video, inverse, acting, pick_device(device))
 
@@ -195,3 +197,14 @@ class UniPi:
             seed=self.acting.seed,
         )
         return torch.cat([seen_BCHW[:, None], future_BFCHW], dim=1)
+
+
+def _require_unchanged(folder: Path, acting: Acting) -> None:
+    now = {VIDEO: video_fingerprint(folder / VIDEO), INVERSE: inverse_fingerprint(folder / INVERSE)}
+    then = {VIDEO: acting.video_fingerprint, INVERSE: acting.inverse_fingerprint}
+    for name, joined in then.items():
+        if now[name] != joined:
+            raise ValueError(
+                f"{folder / name}: changed since it was joined (its fingerprint is {now[name]}, {CONFIG} says "
+                f"{joined}); join the two models again with `lapa baseline unipi`"
+            )

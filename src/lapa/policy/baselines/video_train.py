@@ -81,6 +81,8 @@ def run(config: VideoTrainConfig) -> None:
     seed_everything(config.loop.seed)
     model = _starting_model(config, datasets)
     config = replace(config, model=model.config)
+    training = _futures(config, datasets, "train")
+    held_out = _held_out(config, datasets, training)
     if is_main_process():
         claim_output(
             config.out,
@@ -89,13 +91,13 @@ def run(config: VideoTrainConfig) -> None:
             resume=config.resume,
             inputs=[*config.data, *([config.start] if config.start else [])],
         )
-    training, held_out = _futures(config, datasets, "train"), _futures(config, datasets, "held_out")
 
     def prepare(model: nn.Module) -> None:
         assert isinstance(model, VideoModel)
         # A model that goes on keeps the scale that its weights know.
         if config.start is None:
-            model.standardise(collated(model, _spread(training, INITIALISATION_SAMPLES))["frames_BTCHW"].to(_of(model)))
+            first = collated(model, _spread(training, INITIALISATION_SAMPLES))
+            model.standardise(first["frames_BTCHW"].to(_device_of(model)))
 
     run_config = {
         **configs.to_dict(config),
@@ -126,8 +128,7 @@ class FutureFrames(torch.utils.data.Dataset):
     """Every frame of the datasets with the F that follow, each a horizon after the last.
 
     Past an episode's end its last frame stays: what follows the goal is the goal, and so the model plans to it.
-    Keys are an index or a draw `(index, number)`. split: 'train' or 'held_out', by episode, from the seed; where no
-    episode is held out, those for training stand in, and .split says so.
+    Keys are an index or a draw `(index, number)`. split: 'train' or 'held_out', by episode, from the seed.
     .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
     """
 
@@ -145,9 +146,6 @@ class FutureFrames(torch.utils.data.Dataset):
         self.datasets, self.num_frames = tuple(datasets), model.num_frames
         self.horizon_frames = tuple(horizon_frames(model.horizon_seconds, dataset.fps) for dataset in datasets)
         self.split, self._rows = split, self._choose(split, held_out, seed)
-        if split == "held_out" and not len(self._rows):
-            warn("no episode is held out: evaluating on the training episodes instead")
-            self.split, self._rows = "train", self._choose("train", held_out, seed)
         self._cameras = each_camera(datasets, None if camera is None else [camera])
         self.camera = self._cameras[0][0]
         episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
@@ -192,10 +190,11 @@ def collated(model: VideoModel, items: Sequence[dict[str, Any]]) -> dict[str, Te
 
 
 def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation: the loss, always under the same noise, and the mean squared error of some predicted frames, of
+    """An evaluation: the loss, and the error of some predicted frames beside those of simpler guesses.
 
-    copies of the frame that is seen, and of frames predicted under another sample's instruction. Pixels in [0, 1].
-    Their names begin with the split: held_out_mse, or train_mse where nothing is held out.
+    The loss is always under the same noise. Errors are mean squared, of pixels in [0, 1]: of the predicted frames, of
+    copies of the frame that is seen, and of frames predicted under another sample's instruction.
+    Names begin with the split: held_out_mse, or train_mse where nothing is held out.
     """
     some = [items[place] for place in _places(len(items), PREDICTED_SAMPLES)]
     frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in some]))
@@ -204,7 +203,7 @@ def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, VideoModel)
-        total, device = 0.0, _of(model)
+        total, device = 0.0, _device_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             for first in range(0, len(items), EVALUATION_BATCH):
@@ -283,6 +282,14 @@ def _futures(config: VideoTrainConfig, datasets: Sequence[Dataset], split: str) 
     )
 
 
+def _held_out(config: VideoTrainConfig, datasets: Sequence[Dataset], training: FutureFrames) -> FutureFrames:
+    """What to evaluate on: the held-out episodes or, where there are none, those for training, decoded already."""
+    if config.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets):
+        return _futures(config, datasets, "held_out")
+    warn("no episode is held out: evaluating on the training episodes instead")
+    return training
+
+
 def _conclude(figures: dict[str, float], split: str) -> None:
     """The summary of the predictions, and a warning of what it shows."""
     error, copy = figures[f"{split}_mse"], figures[f"{split}_mse_copy"]
@@ -314,5 +321,5 @@ def _error(predicted_BFCHW: Tensor, frames_BTCHW: Tensor) -> float:
     return float((difference / 255).square().mean())
 
 
-def _of(model: VideoModel) -> torch.device:
+def _device_of(model: VideoModel) -> torch.device:
     return model.scale_F.device
