@@ -11,7 +11,8 @@ by: intervals cover goals alone. Tasks are not drawn: the intervals are about th
 Of 400 simulated studies (6 tasks, 50 goals, rates that differ between goals by 15 points and between seeds by 0, 4 or
 8 points), intervals held the true rate in 95%, 72%, 45% with 1 seed; 99%, 98%, 98% with 2; 99%, 97%, 95% with 3; 99%,
 98%, 97% with 5. Where seeds hardly differ they are wider than need be, and the first figure is near 100%.
-Differences fare alike. RESAMPLE
+Differences fare alike. Resampling the seeds, scaled by sqrt(S / (S - 1)), held 78% with 2 seeds and 86% with 3, at 8
+points.
 
     groups = compare(load_results([Path("runs/study")]))
     groups[0].cells["lapa"].versus["scratch"]        # Estimate(value=0.12, low=0.04, high=0.20)
