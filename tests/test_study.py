@@ -8,18 +8,26 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lapa import cli
 from lapa.config import to_dict
 from lapa.data.dataset import Dataset
+from lapa.data.labels import Labels
 from lapa.files import read_json
+from lapa.latent.model import lam_fingerprint
+from lapa.policy.acting import load_actor
 from lapa.stages import OutOfTimeError, Stage, run_stage
+from lapa.study import pack, unpack
 from lapa.study import run as study_run
 from lapa.study.collect import steps_of
+from lapa.study.pack import PackConfig
 from lapa.study.plan import Plan, Step, order
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
 from lapa.study.sizes import PRESETS, sizes_of
+from lapa.study.unpack import UnpackConfig
+from lapa.types import Observation
 
 CPU = sizes_of("cpu")
 
@@ -82,6 +90,19 @@ def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch
     assert (again / "results" / "in-domain-1-lapa-0.json").read_bytes() == before
     with pytest.raises(ValueError, match="another study"):
         study_run.run(replace(config, preset="cpu"))
+
+
+def test_a_packed_study_acts_again(study: Path, tmp_path: Path) -> None:
+    """UniPi's planner and labels know other weights by their fingerprints, which rounding would change."""
+    pack.run(PackConfig(study, tmp_path / "pack", weights=True))
+    unpack.run(UnpackConfig(tmp_path / "pack", tmp_path / "copy"))
+    plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
+    for arm in ("unipi", "lapa"):
+        before, after = (load_actor(plan.policy(arm).folder(root)) for root in (study, tmp_path / "copy"))
+        seen = [Observation({"front": np.zeros((64, 64, 3), np.uint8)}, "move up")]
+        np.testing.assert_allclose(before.infer(seen), after.infer(seen), atol=0.1)
+    fingerprint = Labels.open(plan.labels.folder(tmp_path / "copy")).manifest.lam_fingerprint
+    assert lam_fingerprint(plan.latent_action_model.folder(tmp_path / "copy")) == fingerprint
 
 
 def test_a_study_in_slices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -293,7 +293,7 @@ def test_the_preset_debug_says_first_that_it_says_nothing(tmp_path: Path, capsys
     made_up("scratch", preset="debug").save(tmp_path)
     run(ReportConfig((tmp_path,)))
     said = "preset debug: says nothing about the method"
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
     assert (tmp_path / "report" / "table.md").read_text().splitlines()[2] == f"**{said}**"
     text = (tmp_path / "report" / "report.html").read_text()
     assert text.index(said) < text.index("Demonstrations with")
@@ -305,6 +305,8 @@ def test_runs_of_different_code_are_told_apart(tmp_path: Path) -> None:
     (said,) = cautions(runs)
     assert "2 different states of the code" in said
     assert "c0de: in-domain-2-scratch-0, in-domain-2-lapa-0; f00d: in-domain-2-vpt-0" in said
+    (many,) = cautions([*runs, *(made_up("lapa", seed) for seed in (1, 2, 3, 4))])
+    assert "in-domain-2-lapa-2 and 2 others; f00d" in many
     assert ("code", "c0de; f00d") in provenance_table(runs).rows
 
 

@@ -86,10 +86,10 @@ def test_seeds_that_disagree_widen_the_interval_by_students_t() -> None:
     assert success_rates(played(alike)) == success_rates(played(apart)) == [0.5]
     assert interval(played(apart)) == (0.0, 1.0)  # within what a rate can be
     assert np.ptp(interval(played(alike))) <= 0.5
-    # Rates of 0.4, 0.5, 0.6 of the very same goals: 4.303 standard errors of 0.1 / sqrt(3) to each side, at the least.
-    apart = np.stack([np.arange(400) % 10 < number for number in (4, 5, 6)])[None, :, None]
+    # Rates of 0.4, 0.5, 0.6, of so many goals that these hardly count: 4.303 standard errors to each side.
+    apart = np.stack([np.arange(2000) % 10 < number for number in (4, 5, 6)])[None, :, None]
     low, high = interval(played(apart))
-    assert 0.5 - low == pytest.approx(4.303 * 0.1 / 3**0.5, rel=0.12) == high - 0.5
+    assert [0.5 - low, high - 0.5] == pytest.approx([4.303 * 0.1 / 3**0.5] * 2, rel=0.07)
 
 
 def test_with_few_seeds_intervals_cover_what_other_trainings_would_give() -> None:
@@ -225,11 +225,11 @@ def test_draws_without_a_gap_widen_its_interval_rather_than_drop_out() -> None:
     """A gap that is above zero only just: leaving its worst draws out would narrow the interval."""
     episodes = np.arange(60)[None, None, :]
     each = played(np.stack([episodes < 20, episodes % 2 == 0, (episodes >= 20) & (episodes < 56)]))
-    gap, draws_AD = gap_recovered(each), bootstrap(each)
-    whole_D, part_D = draws_AD[2] - draws_AD[0], draws_AD[1] - draws_AD[0]
-    above = whole_D > 0
-    assert 0 < (~above).sum() <= 50 and gap.low is not None and gap.high is not None
-    left = np.percentile(part_D[above] / whole_D[above], [2.5, 97.5])
+    gap, draws_AN = gap_recovered(each), bootstrap(each)
+    whole_N, part_N = draws_AN[2] - draws_AN[0], draws_AN[1] - draws_AN[0]
+    above = whole_N > 0
+    assert 0 < (~above).mean() <= 1 / 40 and gap.low is not None and gap.high is not None
+    left = np.percentile(part_N[above] / whole_N[above], [2.5, 97.5])
     assert gap.low < left[0] and gap.high > left[1] and np.isfinite([gap.low, gap.high]).all()
 
 

@@ -7,7 +7,8 @@
 PACK holds part-000, part-001, ... (together a tar file) and index.json, written last: sizes and SHA-256 of the parts,
 and what was left out and why. The same study gives the same bytes.
 
-Weights are carried as bfloat16, except those of latent action models: labels know their model by its exact weights.
+Weights are carried as bfloat16, except where something knows them by their fingerprint: latent action models, and the
+parts of UniPi's planner.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def write_tar(parts: Parts, study: Path, paths: list[Path], *, full: bool) -> in
                 member.mode = 0o644
                 member.size = os.fstat(file.fileno()).st_size
                 content: Any = file
-                if not full and path.suffix == ".safetensors" and not _is_latent_action_model(study / path):
+                if not full and path.suffix == ".safetensors" and not _is_fingerprinted(study / path):
                     with naming(study / path):
                         size = narrowed_size(file)
                     if size < member.size:
@@ -198,12 +199,15 @@ def write_tar(parts: Parts, study: Path, paths: list[Path], *, full: bool) -> in
     return num_narrowed
 
 
-def _is_latent_action_model(weights: Path) -> bool:
-    """Whether these are weights of a latent action model, whose config.json has the key `model`."""
-    # The second is for its vision tower, which lies in a folder inside.
+def _is_fingerprinted(weights: Path) -> bool:
+    """Whether something else knows these weights by their fingerprint.
+
+    So labels know a latent action model (its config.json has the key `model`), and UniPi's planner its parts.
+    """
+    # The second is for what lies in a folder inside: a vision tower, the planner's parts.
     found = [folder / "config.json" for folder in weights.parents[:2]]
     written = [read_json(path) for path in found if path.exists()]
-    return any(isinstance(values, dict) and "model" in values for values in written)
+    return any(isinstance(values, dict) and ("model" in values or values.get("kind") == "unipi") for values in written)
 
 
 def _is_training(path: Path, artifact: Path) -> bool:

@@ -72,13 +72,14 @@ class ReportConfig:
 class Findings:
     """What the report says. verdicts: sentences, by what `where` calls their group.
 
-    heard, unheard: groups on the goals whose wording the labelled episodes hold, and on those where they do not.
+    heard, unheard: groups on the goals whose wording the labelled episodes hold, and on the others; wording: of both.
     """
 
     results: tuple[ArmResult, ...]
     groups: tuple[Group, ...]
     heard: tuple[Group, ...]
     unheard: tuple[Group, ...]
+    wording: Table
     cautions: list[str]
     verdicts: dict[str, list[str]]
     missing: list[str]
@@ -106,8 +107,8 @@ def run(config: ReportConfig) -> None:
     for caution in found.cautions:
         say(caution)
     console.print(page.table_rich(main_table(found.groups)))
-    if (wording := wording_table(found.heard, found.unheard)).rows:
-        console.print(page.table_rich(wording))
+    if found.wording.rows:
+        console.print(page.table_rich(found.wording))
     for group in found.groups:
         say(f"{where(group)}:")
         for sentence in found.verdicts[where(group)]:
@@ -122,13 +123,14 @@ def findings(results: Sequence[ArmResult]) -> Findings:
     groups = tuple(group for group in compare(results) if group.cells)
     if not groups:
         raise ValueError(f"{results[0].folder}: no result holds a rollout; run `lapa study run` to its end")
-    heard = by_wording(results, heard=True)
+    heard, unheard = by_wording(results, heard=True), by_wording(results, heard=False)
     of_heard = {where(group): group for group in heard}
     return Findings(
         results=tuple(results),
         groups=groups,
         heard=heard,
-        unheard=by_wording(results, heard=False),
+        unheard=unheard,
+        wording=wording_table(heard, unheard),
         cautions=cautions(results),
         verdicts={where(group): verdicts(group, of_heard.get(where(group))) for group in groups},
         missing=missing(results, groups),
@@ -154,7 +156,7 @@ def draw(found: Findings, out: Path) -> dict[str, Path]:
     drawings = [
         (
             "success",
-            "Success by arm and split; the black lines are 95% intervals.",
+            "Success by arm and split; the black lines are 95% intervals (with one seed, over goals alone).",
             figures.success_by_split(found.groups),
         ),
         ("tasks", "Success by task, %.", figures.success_by_task(detailed)),
@@ -193,8 +195,8 @@ def as_markdown(found: Findings) -> str:
         *_verdicts_markdown(found),
         page.table_markdown(main_table(found.groups)),
     ]
-    if (wording := wording_table(found.heard, found.unheard)).rows:
-        parts += [f"### {wording.title}", WHY_WORDING, page.table_markdown(wording)]
+    if found.wording.rows:
+        parts += [f"### {found.wording.title}", WHY_WORDING, page.table_markdown(found.wording)]
     parts += [INTERVALS, "### What is missing", "\n".join(f"- {text}" for text in found.missing) or "Nothing."]
     for table in (*map(task_table, chosen(found.groups)), *_tables(found)):
         parts += [f"### {table.title}", page.table_markdown(table)]
@@ -233,8 +235,8 @@ def as_html(found: Findings, pictures: Mapping[str, Path]) -> str:
     for name, sentences in found.verdicts.items():
         parts += [page.heading(name, 3), page.bullets(sentences, "verdicts")]
     parts.append(page.table_html(main_table(found.groups)))
-    if (wording := wording_table(found.heard, found.unheard)).rows:
-        parts += [page.table_html(wording), page.paragraph(WHY_WORDING)]
+    if found.wording.rows:
+        parts += [page.table_html(found.wording), page.paragraph(WHY_WORDING)]
     parts.append(page.paragraph(INTERVALS))
     parts += [page.heading("What is missing"), page.bullets(found.missing or ["Nothing."])]
     parts += [page.heading("Figures"), *(page.picture(path, caption) for caption, path in pictures.items())]

@@ -8,18 +8,15 @@ how far the mean of a few trainings may lie from that of many: Student's t with 
 times the standard error that the seeds' rates show, the same draw for every arm. With one seed there is nothing to go
 by: intervals cover goals alone. Tasks are not drawn: the intervals are about these tasks.
 
-Of 400 simulated studies (6 tasks, 50 goals, rates that differ between goals by 15 points and between seeds by 0, 4 or
-8 points), intervals held the true rate in 95%, 72%, 45% with 1 seed; 99%, 98%, 98% with 2; 99%, 97%, 95% with 3; 99%,
-98%, 97% with 5. Where seeds hardly differ they are wider than need be, and the first figure is near 100%.
-Differences fare alike. Resampling the seeds, scaled by sqrt(S / (S - 1)), held 78% with 2 seeds and 86% with 3, at 8
-points.
+In 400 simulated studies (6 tasks, 50 goals; rates vary by 15 points between goals, by 0, 4 or 8 between seeds) the true
+rate was held by 95%, 72%, 45% with 1 seed; 99%, 99%, 99% with 2; 99%, 97%, 95% with 3; 99%, 97%, 96% with 5; the true
+difference about as often. Resampling seeds, scaled by sqrt(S / (S - 1)), held 78% with 2 and 86% with 3, at 8 points.
 
     groups = compare(load_results([Path("runs/study")]))
     groups[0].cells["lapa"].versus["scratch"]        # Estimate(value=0.12, low=0.04, high=0.20)
 
 Gap recovered is that of LAPA (Ye et al., https://arxiv.org/abs/2410.11758).
-
-Axes: A arms, S seeds, K tasks, E episodes, D draws of the bootstrap.
+Axes: A arms, S seeds, K tasks, E episodes, D draws of goals, N draws of goals and trainings.
 """
 
 from __future__ import annotations
@@ -33,7 +30,8 @@ from einops import rearrange
 
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split
 
-NUM_DRAWS = 2000
+NUM_DRAWS = 2000  # of goals
+TRAININGS = 8  # drawn with each of them: the tails of Student's t are long, and cost less than goals
 LEAST_GAP = 0.02  # of actionvla over scratch, from which a gap recovered is given although it may be chance
 LEAST_GOALS = 10  # a task, in the mean over tasks, from which there is an interval
 TOO_FEW = f"too few rollouts, under {LEAST_GOALS} goals a task"
@@ -201,28 +199,28 @@ def success_rates(played: Played) -> np.ndarray:
 
 
 def bootstrap(played: Played, num_draws: int = NUM_DRAWS, seed: int = 0) -> np.ndarray:
-    """Success rates of each arm with other goals and other trainings: [A, D]; they may lie outside 0 to 1.
+    """Success rates of each arm with other goals and other trainings: [A, N]; they may lie outside 0 to 1.
 
     The draws depend on the shape alone, so arms that played the same are drawn alike in separate calls too.
     """
     goals_K = played.present_SKE.any(axis=0).sum(axis=-1)
-    goals_DKE, students_DS = _drawn(len(played.present_SKE), tuple(map(int, goals_K)), num_draws, seed)
-    return _rates(played, goals_DKE) + _seed_shares(played) @ students_DS.T
+    goals_DKE, students_NS = _drawn(len(played.present_SKE), tuple(map(int, goals_K)), num_draws, seed)
+    return np.repeat(_rates(played, goals_DKE), TRAININGS, axis=1) + _seed_shares(played) @ students_NS.T
 
 
 @lru_cache(maxsize=4)
 def _drawn(num_seeds: int, goals: tuple[int, ...], num_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each draw took each goal of each task [D, K, E], and by what it multiplies each seed's share [D, S]."""
+    """How often each draw took each goal of each task [D, K, E], and by what each seed's share is multiplied [N, S]."""
     random = np.random.default_rng(seed)
     widest, goals_K1 = max(goals), np.array(goals)[:, None]
     goals_DKE = random.integers(0, np.broadcast_to(goals_K1, (num_draws, len(goals), widest)))
     kept_KE = np.arange(widest) < goals_K1
-    students_DS = np.zeros((num_draws, num_seeds))
+    students_NS = np.zeros((TRAININGS * num_draws, num_seeds))
     if num_seeds > 1:
         # Shares of S seeds have S - 1 degrees of freedom and, squared, add up to (S - 1) / S standard errors squared.
-        spread_D1 = random.chisquare(num_seeds - 1, size=(num_draws, 1))
-        students_DS = random.standard_normal((num_draws, num_seeds)) * np.sqrt(num_seeds / spread_D1)
-    return _counted(goals_DKE, kept_KE, widest), students_DS
+        spread_N1 = random.chisquare(num_seeds - 1, size=(len(students_NS), 1))
+        students_NS = random.standard_normal(students_NS.shape) * np.sqrt(num_seeds / spread_N1)
+    return _counted(goals_DKE, kept_KE, widest), students_NS
 
 
 def _seed_shares(played: Played) -> np.ndarray:
@@ -242,10 +240,9 @@ def _counted(drawn: np.ndarray, kept: np.ndarray, num: int) -> np.ndarray:
 
 def _rates(played: Played, goals_DKE: np.ndarray) -> np.ndarray:
     """[A, D]. A task is left out of a draw that holds none of its rollouts."""
-    num_seeds = len(played.present_SKE)
     both = np.concatenate([played.success_ASKE, played.present_SKE[None]])
     sums = rearrange(goals_DKE, "d k e -> k d e") @ rearrange(both, "a s k e -> k e (a s)")
-    sums_ADSK = rearrange(sums, "k d (a s) -> a d s k", s=num_seeds)
+    sums_ADSK = rearrange(sums, "k d (a s) -> a d s k", s=len(played.present_SKE))
     rates_ADSK, present_DSK = _divided(sums_ADSK[:-1], sums_ADSK[-1])
     rates_ADK, present_DK = _divided(rates_ADSK.sum(axis=2), present_DSK.sum(axis=1))
     return _divided(rates_ADK.sum(axis=-1), present_DK.sum(axis=-1))[0]
@@ -278,13 +275,13 @@ def gap_recovered(played: Played | None, *, num_draws: int = NUM_DRAWS, seed: in
     if whole.sign < 1:
         note = TOO_FEW if whole.low is None else "gap not above zero for certain"
         return Gap(value, note=note, num_seeds=whole.num_seeds)
-    scratch_D, arm_D, actionvla_D = bootstrap(played, num_draws, seed)
-    whole_D = actionvla_D - scratch_D
-    bounded_D = whole_D > 0
-    recovered_D = (arm_D - scratch_D) / np.where(bounded_D, whole_D, 1)
+    scratch_N, arm_N, actionvla_N = bootstrap(played, num_draws, seed)
+    whole_N = actionvla_N - scratch_N
+    bounded_N = whole_N > 0
+    recovered_N = (arm_N - scratch_N) / np.where(bounded_N, whole_N, 1)
     # These percentiles are draws, not points between two: at most one in forty is unbounded, so they are finite.
-    low = np.percentile(np.where(bounded_D, recovered_D, -np.inf), 2.5, method="higher")
-    high = np.percentile(np.where(bounded_D, recovered_D, np.inf), 97.5, method="lower")
+    low = np.percentile(np.where(bounded_N, recovered_N, -np.inf), 2.5, method="higher")
+    high = np.percentile(np.where(bounded_N, recovered_N, np.inf), 97.5, method="lower")
     return Gap(value, float(low), float(high), num_seeds=whole.num_seeds)
 
 

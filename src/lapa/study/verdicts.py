@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split
-from lapa.study.statistics import LEAST_GOALS, NUM_DRAWS, TOO_FEW, Estimate, Gap, Group
+from lapa.study.statistics import LEAST_GOALS, NUM_DRAWS, TOO_FEW, TRAININGS, Estimate, Gap, Group
 
 LEAST_SEEDS, LEAST_ROLLOUTS = 3, 50  # a task, of what is reported (the project's own bar)
+MAX_NAMES = 4  # of runs, in a sentence
 
 ARM_MEANINGS: dict[Arm, str] = {
     "scratch": "learns from the labelled robot episodes alone and sees no video.",
@@ -42,10 +43,11 @@ HEARD = "on goals whose wording the labelled episodes hold"
 
 
 INTERVALS = (
-    f"Intervals are 95% percentile intervals of {NUM_DRAWS} draws. A draw resamples the goals of each task, the same "
-    "for every arm (differences are paired), and adds how far the mean of a few trainings may lie from that of many, "
-    "by Student's t over the seeds: with few seeds intervals are wide, with two very wide. With one seed they cover "
-    "goals and no training at all, and are the narrower for it: what is said then is about these trainings only. "
+    f"Intervals are 95% percentile intervals of {NUM_DRAWS} draws of the goals of each task, the same for every arm "
+    f"(differences are paired); to each are added {TRAININGS} draws of how far the mean of a few trainings may lie "
+    "from that of many, by Student's t over the seeds: with few seeds intervals are wide, with two very wide. With one "
+    "seed they cover goals and no training at all, and are the narrower for it: what is said then is about these "
+    "trainings only. "
     f"Under {LEAST_GOALS} goals a task there is no interval. An interval from 0 to 0 says that no rollout succeeded, "
     "not that none could. The success rate is the mean over tasks of the mean over seeds. Gap recovered is (arm - "
     "scratch) / (actionvla - scratch): 0 is no better than without video, 1 is as good as with true actions; draws in "
@@ -205,7 +207,7 @@ def cautions(results: Sequence[ArmResult]) -> list[str]:
     for result in results:
         states.setdefault(str(result.provenance.get("code", "not noted")), []).append(result.name)
     if len(states) > 1:
-        each = "; ".join(f"{state}: {_list(names)}" for state, names in states.items())
+        each = "; ".join(f"{state}: {_first(names)}" for state, names in states.items())
         texts.append(f"the runs were made by {len(states)} different states of the code ({each})")
     return texts
 
@@ -259,6 +261,11 @@ def _missing_in(group: Group, results: Sequence[ArmResult]) -> list[str]:
     if len({number for numbers in played.values() for number in numbers}) > 1:
         texts.append("tasks were not played equally often; each task weighs the same in the success rate.")
     return texts
+
+
+def _first(names: Sequence[str]) -> str:
+    more = f" and {counted(len(names) - MAX_NAMES, 'other')}" if len(names) > MAX_NAMES else ""
+    return _list(names[:MAX_NAMES]) + more
 
 
 def _hundredths(share: float) -> float:
