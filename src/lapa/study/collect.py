@@ -74,7 +74,7 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         provenance={
             "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.split} "
             f"--demonstrations {plan.demonstrations} --out STUDY",
-            "code": _code(),
+            "code": ", ".join(sorted(_codes(study, every))),
             **{name: played[name] for name in PROVENANCE if name in played},
         },
         folder=study / FOLDER,
@@ -93,9 +93,9 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
 
 
 def note_seconds(study: Path, step: Step, seconds: float) -> None:
-    """Adds to the time that a step has taken; it may be made in several goes."""
+    """Adds to the time that a step has taken, and which code it was made by; it may be made in several goes."""
     with (study / SECONDS).open("a") as file:
-        file.write(json.dumps({"key": step.key, "seconds": round(seconds, 1)}) + "\n")
+        file.write(json.dumps({"key": step.key, "seconds": round(seconds, 1), "code": code_hash()}) + "\n")
 
 
 def rollout_strip(videos: Path) -> Image.Image:
@@ -155,8 +155,14 @@ def _inverse_r2(study: Path, plan: Plan) -> float | None:
     return float(np.mean(1 - ((said_NA - true_NA) ** 2).mean(0)[spread_A > 0] / spread_A[spread_A > 0]))
 
 
-def _code() -> str:
-    """A hash of the package's sources, by which to tell whether two results were made by the same code."""
+def _codes(study: Path, steps: list[Step]) -> set[str]:
+    """The states of the package's sources by which the steps were made."""
+    keys = {step.key for step in steps}
+    return {row["code"] for row in read_json_lines(study / SECONDS) if row["key"] in keys}
+
+
+def code_hash() -> str:
+    """A hash of the package's sources."""
     package = Path(lapa.__file__).parent
     return fingerprint(*sorted(package.rglob("*.py")))
 
