@@ -154,6 +154,10 @@ class Dataset:
             raise ValueError(f"{self.root}: has no actions; this needs a dataset with an `action` feature")
         return self._rows(ACTION, episode_index)
 
+    def all_actions(self) -> Float[np.ndarray, "N A"]:
+        """The actions of all episodes, one after another."""
+        return np.concatenate([self.actions(episode) for episode in range(len(self.lengths))])
+
     def states(self, episode_index: int) -> Float[np.ndarray, "T S"] | None:
         """An episode's proprioception, or None where the dataset has none."""
         return None if self.state_dim is None else self._rows(STATE, episode_index)
@@ -197,7 +201,7 @@ class Dataset:
         """The numbers of one data file, the last few kept."""
         if path not in self._tables:
             wanted = [name for name in (ACTION, STATE) if name in self.features]
-            table = _read_parquet(path, ["episode_index", *wanted])
+            table = read_parquet(path, ["episode_index", *wanted])
             arrays = {name: _matrix(table[name], self._width(name) or 0, f"{path}: {name}") for name in wanted}
             self._tables[path] = {"episode_index": table["episode_index"].to_numpy(), **arrays}
             if len(self._tables) > OPEN_TABLES:
@@ -226,7 +230,7 @@ def _read_info(root: Path) -> dict[str, Any]:
 
 
 def _read_tasks(path: Path) -> tuple[str, ...]:
-    table = _read_parquet(path)
+    table = read_parquet(path)
     # pandas calls an index without a name so.
     names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
     if not names or "task_index" not in table.column_names:
@@ -248,7 +252,7 @@ def _read_episodes(root: Path, video_keys: list[str]) -> dict[str, np.ndarray]:
         lacking = [name for name in wanted if name not in schema.names]
         if lacking:
             raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}; write the dataset again")
-        tables.append(_read_parquet(path, [*wanted, *(["source"] if "source" in schema.names else [])]))
+        tables.append(read_parquet(path, [*wanted, *(["source"] if "source" in schema.names else [])]))
     table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
     columns = {name: table[name].to_numpy() for name in wanted if name != "tasks"}
     columns["instruction"] = np.array([tasks[0] if tasks else "" for tasks in table["tasks"].to_pylist()], object)
@@ -259,7 +263,8 @@ def _read_episodes(root: Path, video_keys: list[str]) -> dict[str, np.ndarray]:
     return columns
 
 
-def _read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A table of a dataset. ValueError naming the file where it cannot be read."""
     try:
         return pq.ParquetFile(path).read(columns=columns)
     except (OSError, pa.ArrowException) as error:

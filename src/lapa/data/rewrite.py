@@ -28,7 +28,7 @@ import tyro
 from lapa import config as configs
 from lapa.console import finish, say
 from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import ACTION, EXTRA, INFO, JOURNAL, STATE, STATS, TASKS, Dataset
+from lapa.data.dataset import ACTION, EXTRA, INFO, JOURNAL, STATE, STATS, TASKS, Dataset, read_parquet
 from lapa.data.statistics import Moments
 from lapa.data.writer import FRAME_COLUMNS
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
@@ -181,7 +181,7 @@ def _write_data(
     """The data files, each under its old name, without the rows of episodes that are left out."""
     numbering = _Numbering()
     for path, episodes in _data_files(dataset):
-        table = _read(dataset.root / path, list(columns))
+        table = read_parquet(dataset.root / path, list(columns))
         owners_T = table["episode_index"].to_numpy()
         parts = []
         for episode in episodes:
@@ -227,7 +227,7 @@ def _write_episodes(
     totals = {name: Moments() for name in features}
     shapes: dict[str, Any] = {}
     for path in _episode_files(dataset):
-        table = _read(path)
+        table = read_parquet(path)
         kept = pc.is_in(table["episode_index"], pa.array(list(numbering.numbers), table["episode_index"].type))
         rows = [
             _episode_row(row, numbering, features) for row in table.filter(kept).sort_by("episode_index").to_pylist()
@@ -294,7 +294,7 @@ def _link_videos(dataset: Dataset, out: Path, episodes: Sequence[int]) -> None:
 def _data_files(dataset: Dataset) -> Iterator[tuple[str, list[int]]]:
     """The data files, relative to the dataset, each with its episodes in order."""
     names = ["episode_index", "data/chunk_index", "data/file_index"]
-    table = pa.concat_tables([_read(path, names) for path in _episode_files(dataset)]).sort_by("episode_index")
+    table = pa.concat_tables([read_parquet(path, names) for path in _episode_files(dataset)]).sort_by("episode_index")
     files: dict[str, list[int]] = {}
     for episode, chunk, number in zip(*(table[name].to_pylist() for name in names), strict=True):
         files.setdefault(dataset.info["data_path"].format(chunk_index=chunk, file_index=number), []).append(episode)
@@ -312,10 +312,3 @@ def _checked(actions_TA: np.ndarray, shape: tuple[int, int], episode: int) -> np
         frame = int(np.argmin(np.isfinite(actions_TA).all(axis=1)))
         raise ValueError(f"episode {episode}: actions are not finite at frame {frame}; leave the episode out")
     return np.ascontiguousarray(actions_TA, dtype=np.float32)
-
-
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    try:
-        return pq.ParquetFile(path).read(columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); write the dataset again") from None

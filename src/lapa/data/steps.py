@@ -90,7 +90,7 @@ class PolicySteps(torch.utils.data.Dataset):
         dataset = self.datasets[dataset_number]
         item: dict[str, Any] = {"index": index, "episode": episode, "dataset": dataset.name}
         if self.labels is not None:
-            item["codes_L"], item["has_codes"] = _codes_at(self.labels[dataset_number], episode, frame)
+            item["codes_L"], item["has_codes"] = codes_at(self.labels[dataset_number], episode, frame)
         if self.chunk is not None:
             item["actions_KA"], item["action_mask_K"] = self._chunk_at(dataset, episode, frame)
         if self.state:
@@ -155,7 +155,7 @@ class PolicySteps(torch.utils.data.Dataset):
         return {camera: augment(image_HWC, rng) for camera, image_HWC in images.items()}
 
 
-def _codes_at(labels: Labels, episode: int, frame: int) -> tuple[np.ndarray, bool]:
+def codes_at(labels: Labels, episode: int, frame: int) -> tuple[np.ndarray, bool]:
     """The codes of a frame, and whether it has any; zeros where it has none."""
     frames_T, codes_TL = labels.codes(episode)
     row = int(np.searchsorted(frames_T, frame))

@@ -230,7 +230,7 @@ def _actions_of(config: FinetuneConfig, datasets: Sequence[Dataset], actions_NA:
         return actions_NA
     others = [Dataset.open(path) for path in config.statistics]
     common_action_space([*others, *datasets])
-    return np.concatenate([other.actions(episode) for other in others for episode in range(len(other.lengths))])
+    return np.concatenate([other.all_actions() for other in others])
 
 
 def _fit(head: HeadKind, actions_NA: np.ndarray, binary: Sequence[bool], num_bins: int) -> ActionCodec:

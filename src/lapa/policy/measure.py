@@ -27,6 +27,7 @@ from lapa.config import unknown
 from lapa.console import console, finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
+from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
@@ -121,7 +122,7 @@ def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> di
                 true.append(actions_TA[np.minimum(steps_K, len(actions_TA) - 1)])
                 counted.append(steps_K < len(actions_TA))
             bar.update(line, advance=len(group))
-    mean_A = np.concatenate([dataset.actions(episode) for episode in range(len(dataset.lengths))]).mean(0)
+    mean_A = dataset.all_actions().mean(0)
     first = slice(config.steps)
     said_NKA, true_NKA, counted_NK = np.concatenate(said), np.stack(true), np.stack(counted)
     assert dataset.action_space is not None, "check_actor refuses a dataset without actions"
@@ -150,7 +151,7 @@ def measure_codes(
             codes_BL = model.predict_codes({name: value.to(device) for name, value in batch.items()})
             said.append(codes_BL.cpu().numpy())
             bar.update(line, advance=len(group))
-    true_NL = np.stack([_codes_at(labels, episode, frame) for episode, frame in places])
+    true_NL = np.stack([codes_at(labels, episode, frame)[0] for episode, frame in places])
     return code_figures(np.concatenate(said), true_NL)
 
 
@@ -281,11 +282,6 @@ def _observations(
             state = None if states_TS is None else states_TS[frame]
             seen.append(Observation(images, dataset.episodes[episode].instruction, state))
     return seen
-
-
-def _codes_at(labels: Labels, episode: int, frame: int) -> np.ndarray:
-    frames_T, codes_TL = labels.codes(episode)
-    return codes_TL[np.searchsorted(frames_T, frame)]
 
 
 def _text(value: float | None) -> str:

@@ -17,11 +17,11 @@ from lapa.data.dataset import Dataset
 from lapa.data.sources.metaworld_simulator import draw_instruction
 from lapa.data.video import decode_clip, probe
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines
+from lapa.policy.figures import action_figures
 from lapa.study.plan import Plan, Step, order
-from lapa.study.results import FOLDER, Arm, ArmResult, Curve, Rollout
+from lapa.study.results import FOLDER, SECONDS, Arm, ArmResult, Curve, Rollout
 from lapa.study.sizes import stage_presets
 
-SECONDS = "seconds.jsonl"
 # What a figure is called, and where the JSON file of which step has it.
 FIGURES = {
     "action error": {
@@ -59,6 +59,7 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     """Writes the arm's result and its pictures to STUDY/results, and returns it. All its steps are done."""
     steps = steps_of(plan, arm)
     every = list(order(*steps.values()))
+    spent = _spent(study, every)
     played = read_json(steps["rollouts"].folder(study) / "results.json")
     result = ArmResult(
         arm=arm,
@@ -70,11 +71,11 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         rollouts=_rollouts(study, plan, played["episodes"]),
         figures=_figures(study, plan, arm, steps),
         curves=tuple(_curves(study, every)),
-        seconds=_seconds(study, every),
+        seconds=_seconds(spent, every),
         provenance={
             "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.split} "
             f"--demonstrations {plan.demonstrations} --out STUDY",
-            "code": ", ".join(sorted(_codes(study, every))),
+            "code": ", ".join(sorted({row["code"] for row in spent})),
             **{name: played[name] for name in PROVENANCE if name in played},
         },
         folder=study / FOLDER,
@@ -148,17 +149,16 @@ def _inverse_r2(study: Path, plan: Plan) -> float | None:
     said, true = (Dataset.open(step.folder(study)) for step in (plan.pseudo_labelled, plan.videos))
     if said.lengths.tolist() != true.lengths.tolist():
         return None
-    said_NA, true_NA = (
-        np.concatenate([data.actions(episode) for episode in range(len(data.lengths))]) for data in (said, true)
-    )
-    spread_A = true_NA.var(0)
-    return float(np.mean(1 - ((said_NA - true_NA) ** 2).mean(0)[spread_A > 0] / spread_A[spread_A > 0]))
+    said_N1A, true_N1A = (data.all_actions()[:, None] for data in (said, true))
+    assert true.action_space is not None, "videos are recorded with actions"
+    counted_N1 = np.ones(true_N1A.shape[:2], bool)
+    return action_figures(said_N1A, true_N1A, counted_N1, true_N1A.mean((0, 1)), true.action_space)["r2"]
 
 
-def _codes(study: Path, steps: list[Step]) -> set[str]:
-    """The states of the package's sources by which the steps were made."""
+def _spent(study: Path, steps: list[Step]) -> list[dict[str, Any]]:
+    """What `note_seconds` noted of these steps."""
     keys = {step.key for step in steps}
-    return {row["code"] for row in read_json_lines(study / SECONDS) if row["key"] in keys}
+    return [row for row in read_json_lines(study / SECONDS) if row["key"] in keys]
 
 
 def code_hash() -> str:
@@ -197,8 +197,8 @@ def _evaluated(row: dict[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in row)
 
 
-def _seconds(study: Path, steps: list[Step]) -> dict[str, float]:
+def _seconds(spent: list[dict[str, Any]], steps: list[Step]) -> dict[str, float]:
     totals: dict[str, float] = {}
-    for row in read_json_lines(study / SECONDS):
+    for row in spent:
         totals[row["key"]] = totals.get(row["key"], 0.0) + row["seconds"]
     return {step.title: round(totals[step.key], 1) for step in steps if step.key in totals}

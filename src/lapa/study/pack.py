@@ -28,11 +28,9 @@ from lapa.data.dataset import INFO
 from lapa.files import atomic_path, claim_output, naming, read_json, write_json
 from lapa.study.bfloat import narrow, narrowed_size
 from lapa.study.plan import ARTIFACTS
-from lapa.study.results import FOLDER
+from lapa.study.results import FOLDER, SECONDS, SETTINGS
 
 INDEX, FORMAT = "index.json", 1
-# Beside results and artifacts: the study's settings, and how long its steps took.
-SETTINGS, SECONDS = "study.json", "seconds.jsonl"
 RESULT_SUFFIXES = (".json", ".png")
 # What a step writes last, by what it leaves; a folder of rollouts has a config.json from its beginning.
 FINISHED = (INFO, "manifest.json", "results.json", "measure.json", "probe.json", "config.json")

@@ -23,6 +23,8 @@ Split = Literal["in-domain", "cross-task", "cross-environment"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
 SPLITS: tuple[Split, ...] = typing.get_args(Split)
 FOLDER = "results"
+# Beside them: what the study was begun with, and how long its steps took, by which code.
+SETTINGS, SECONDS = "study.json", "seconds.jsonl"
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import tyro
 from lapa.console import finish, say, warn
 from lapa.files import atomic_path, naming, read_json
 from lapa.study.bfloat import BLOCK, widen
-from lapa.study.pack import FORMAT, INDEX, NARROWED, SECONDS, SETTINGS, BlockReader, is_finished
+from lapa.study.pack import FORMAT, INDEX, NARROWED, BlockReader, is_finished
 from lapa.study.plan import ARTIFACTS
-from lapa.study.results import FOLDER
+from lapa.study.results import FOLDER, SECONDS, SETTINGS
 
 
 @dataclass(frozen=True)
