@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from lapa.data.action_space import ActionSpace, common_action_space, read_action_space
-from lapa.data.dataset import EXTRA, INFO, Dataset
+from lapa.data.dataset import Dataset
 from lapa.data.info import summary
+from lapa.data.lerobot import EXTRA, INFO
 from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.writer import DatasetWriter
 

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from lapa.data.dataset import INFO, JOURNAL, Dataset
+from lapa.data.dataset import Dataset
 from lapa.data.info import InfoConfig, summary
 from lapa.data.info import run as run_info
+from lapa.data.lerobot import INFO, JOURNAL
 from lapa.data.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
 from lapa.data.sources.synthetic import run as run_synthetic
 from lapa.data.statistics import Moments
@@ -300,7 +301,7 @@ def test_damaged_tables_are_named(square: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"file-000\.parquet: cannot be read"):
         Dataset.open(root).actions(0)
     (root / "meta/tasks.parquet").unlink()
-    with pytest.raises(ValueError, match=r"tasks\.parquet: cannot be read \(no such file\)"):
+    with pytest.raises(ValueError, match=r"tasks\.parquet: no such file; write the dataset"):
         Dataset.open(root)
 
 

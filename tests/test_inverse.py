@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lapa.data import rewrite
 from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import EXTRA, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import EXTRA
 from lapa.data.rewrite import HideActionsConfig
 from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.writer import DatasetWriter

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapa.data.dataset import JOURNAL, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import JOURNAL
 from lapa.data.sources import metaworld, metaworld_simulator
 from lapa.data.sources.metaworld import FRAMES_AFTER_SUCCESS, MetaworldConfig, record
 from lapa.data.sources.metaworld_instructions import INSTRUCTIONS

@@ -11,7 +11,8 @@ import pytest
 
 from lapa.data import rewrite
 from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import EXTRA, INFO, JOURNAL, STATS, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS
 from lapa.data.rewrite import HideActionsConfig, claim_rewrite, rewrite_actions
 from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.video import encode_clip

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lapa.data import writer
-from lapa.data.dataset import INFO, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO
 from lapa.data.sources.rlds import RldsConfig, run
 from lapa.data.sources.tfrecord import masked_crc, parse_example, read_records
 

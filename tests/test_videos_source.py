@@ -18,7 +18,8 @@ import pytest
 from av.video.stream import VideoStream
 
 from lapa.data import writer
-from lapa.data.dataset import INFO, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO
 from lapa.data.sources import videos
 from lapa.data.sources.videos import VideosConfig, read_captions, resample, run
 from lapa.data.video import encode_clip

@@ -26,6 +26,10 @@ start with: lapa demo
 """
 
 
+# Options that may be given once with several values, or several times.
+REPEATABLE = ("--data", "--labels")
+
+
 @dataclass(frozen=True)
 class Verb:
     """A command: `module` holds the dataclass `config` and the function `run(config)`.
@@ -222,11 +226,29 @@ def parse(verb: Verb, options: Sequence[str]) -> Any:
         default = {"default": presets.named(verb.presets, preset_name(options))}
     return tyro.cli(
         config,
-        args=list(options),
+        args=gathered(options),
         prog=f"lapa {verb.name}",
         description=verb.help,
         **default,
     )
+
+
+def gathered(options: Sequence[str]) -> list[str]:
+    """The options, with what `--data A --data B` names several times named once: `--data A B`."""
+    others: list[str] = []
+    values: dict[str, list[str]] = {}
+    current = others
+    for option in options:
+        name, _, value = option.partition("=")
+        if name in REPEATABLE:
+            current = values.setdefault(name, [])
+            current += [value] if value else []
+        elif option.startswith("--"):
+            current = others
+            current.append(option)
+        else:
+            current.append(option)
+    return [*others, *(word for name, given in values.items() for word in (name, *given))]
 
 
 def preset_name(options: Sequence[str], default: str = "tiny") -> str:

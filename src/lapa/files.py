@@ -2,6 +2,9 @@
 
 Every artifact of the project is written through this module, so that a killed run or a full disk never
 leaves something half-written that reads as whole.
+
+Datasets and labels may lie wherever fsspec reaches: `as_path("s3://bucket/dataset")` has the methods of pathlib
+(universal-pathlib), and is annotated as `Path` here and elsewhere.
 """
 
 from __future__ import annotations
@@ -10,10 +13,66 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+# The pip packages of fsspec's commonest file systems, where they are not the name of the protocol.
+FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+
+
+def as_path(location: str | Path) -> Path:
+    """A folder or file, local or wherever a URL of fsspec points (`s3://`, `gs://`, `memory://`, `file://`).
+
+    ValueError where the URL's protocol is not known, or its package is not installed.
+    """
+    if not isinstance(location, str) or "://" not in location:
+        return location if not isinstance(location, str) else Path(location)
+    from upath import UPath
+
+    protocol, _, rest = location.partition("://")
+    if protocol in ("file", "local"):
+        return Path(rest)
+    try:
+        path = UPath(location)
+        _ = path.fs
+    except ImportError:
+        package = FILE_SYSTEMS.get(protocol, protocol)
+        raise ValueError(f"{location}: reading {protocol}:// needs another package: pip install {package}") from None
+    except ValueError as error:
+        raise ValueError(f"{location}: no such file system ({error})") from None
+    return cast(Path, path)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path is not one of this machine's own file system."""
+    return not isinstance(path, Path)
+
+
+@contextmanager
+def reading(path: Path, mend: str = "") -> Iterator[None]:
+    """What keeps from reading inside (no permission, no network) is raised as ValueError naming `path` and the mend."""
+    otherwise = f"; {mend}" if mend else ""
+    try:
+        yield
+    except PermissionError as error:
+        key = "log in to the store, or ask its owner" if is_remote(path) else "change its permissions"
+        raise ValueError(f"{path}: no permission to read it ({_told(error)}); {key}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file{otherwise}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({_told(error)}){otherwise}") from None
+
+
+def _told(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """Opens a file, local or remote, for reading bytes."""
+    return cast(BinaryIO, path.open("rb"))
 
 
 @contextmanager
@@ -23,7 +82,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     On any error the temporary file is removed and `path` is as it was before. The temporary name keeps the
     suffix, since writers (PyAV, safetensors) choose a format by it. A writer that cannot write raises as in `writing`.
     """
-    path = Path(path)
+    path = as_path(path)
+    if is_remote(path):
+        with _uploaded(path) as temporary:
+            yield temporary
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
@@ -34,6 +97,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _uploaded(path: Any) -> Iterator[Path]:
+    """A local file that becomes the remote `path` in one go: object stores have no renaming, and no half objects."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / path.name
+        with writing(path):
+            yield temporary
+            path.fs.makedirs(path.parent.path, exist_ok=True)
+            path.fs.put_file(str(temporary), path.path)
 
 
 @contextmanager
@@ -74,18 +148,16 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file; ValueError naming the file where it is absent or not JSON."""
-    path = Path(path)
+    path = as_path(path)
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        with reading(path):
+            return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file of one JSON value a line; a last line that a kill cut short is left out, as is no file."""
-    path = Path(path)
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -108,9 +180,9 @@ def claim_output(
     Raises ValueError where `out` holds anything and neither flag is given; with `resume`, where it is
     already complete there is nothing to do and the caller should return before calling this.
     """
-    out = Path(out)
-    for path in inputs:
-        if Path(path).resolve().is_relative_to(out.resolve()):
+    out = as_path(out)
+    for path in map(as_path, inputs):
+        if is_remote(path) == is_remote(out) and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out}: is or contains {path}, which this command reads; give another --out")
     if out.is_file():
         raise ValueError(f"{out}: is a file; --out must name a folder")
@@ -118,7 +190,7 @@ def claim_output(
         raise ValueError("--overwrite and --resume exclude each other; give one")
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
-            shutil.rmtree(out)
+            remove_folder(out)
         elif not resume:
             state = "already holds a finished result" if complete else "already exists and is not empty"
             go_on = "--resume to go on with it, --overwrite to start anew"
@@ -127,19 +199,31 @@ def claim_output(
     out.mkdir(parents=True, exist_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder, local or remote, with all that it holds."""
+    if is_remote(folder):
+        remote = cast(Any, folder)
+        remote.fs.rm(remote.path, recursive=True)
+    else:
+        shutil.rmtree(folder)
+
+
 def fingerprint(*paths: Path) -> str:
     """A short SHA-256 over the contents of the given files, in the given order (16 hex digits)."""
     digest = hashlib.sha256()
     for path in paths:
-        with Path(path).open("rb") as file:
+        with open_binary(as_path(path)) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
 
 
-def hub_folder(folder_or_hub_id: str | Path, patterns: Iterable[str], hint: str = "") -> Path:
-    """The folder itself where there is one, else the snapshot of a model on the hub, of the files that match.
+def hub_folder(
+    folder_or_hub_id: str | Path, patterns: Iterable[str] | None, hint: str = "", kind: str = "model"
+) -> Path:
+    """The folder itself where there is one, else the snapshot of a repository on the hub, of the files that match.
 
+    patterns: None for all files; kind: `model` or `dataset`.
     ValueError where it is neither; `hint` ends its message.
     """
     if Path(folder_or_hub_id).is_dir():
@@ -148,7 +232,10 @@ def hub_folder(folder_or_hub_id: str | Path, patterns: Iterable[str], hint: str 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=list(patterns)))
+        wanted = None if patterns is None else list(patterns)
+        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=wanted, repo_type=kind))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder_or_hub_id}: neither a folder here nor a model on the hub ({reason}){hint}") from None
+        raise ValueError(
+            f"{folder_or_hub_id}: neither a folder here nor a {kind} on the hub ({reason}){hint}"
+        ) from None

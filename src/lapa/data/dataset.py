@@ -1,47 +1,29 @@
-"""Datasets on disk, in the LeRobotDataset v3.0 layout; `lapa.data.writer` writes them.
+"""Datasets as every command reads them: episodes of pictures, an instruction, and perhaps actions and states.
 
-    meta/info.json                       what there is: fps, features, path templates
-    meta/tasks.parquet                   instruction (index) -> task_index
-    meta/episodes/chunk-*/file-*.parquet one row an episode: its instruction, length, and where it lies
-    data/chunk-*/file-*.parquet          one row a frame: action, observation.state, timestamp, indices
-    videos/KEY/chunk-*/file-*.mp4        pictures; several episodes may share a file
+    dataset = Dataset.open("data/clips")                       # a folder in the LeRobotDataset layout
+    dataset = Dataset.open("rlds:bridge_dataset/1.0.0")        # another source, in place (lapa.data.spec)
+    dataset.frames(episode_index, [0, 5])                      # uint8 [2, H, W, 3]
 
-Action-free video has no `action` feature. `lapa data info DATASET` shows what is inside.
-Axes: T time, H W image, C channel, A action dimensions, S state dimensions.
+Axes: T time, H W image, C channel, A action dimensions, S state dimensions, N frames of all episodes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
 from lapa.config import unknown
 from lapa.data.action_space import ActionSpace, read_action_space
-from lapa.data.video import decode_clip
-from lapa.files import fingerprint, read_json
 
-CODEBASE_VERSION = "v3.0"
-INFO = "meta/info.json"
-STATS = "meta/stats.json"
-TASKS = "meta/tasks.parquet"
-EXTRA = "meta/lapa.json"
-JOURNAL = "meta/journal.jsonl"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 CAMERA_PREFIX = "observation.images."
 ACTION, STATE = "action", "observation.state"
-# Parquet files whose numbers stay in memory; they are read episode by episode, mostly in order.
-OPEN_TABLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,60 +36,78 @@ class Episode:
     source: str = ""
 
 
-class Dataset:
-    """A dataset, opened for reading; use `Dataset.open(path)`.
+class Dataset(ABC):
+    """A dataset, opened for reading; use `Dataset.open(data)`.
 
     Only metadata is held in memory, as columns; pictures and numbers are read when asked for. May be pickled.
+
+    root, name: where it lies, and what it is called in figures, prompts and statistics.
+    fps: of all episodes; features: as in LeRobot's meta/info.json (`dtype`, `shape`, `names` of each).
+    lengths: frames of each episode, int64; num_frames: of all.
+    cameras: short names; action_dim, state_dim: None where there are none.
+    horizon: seconds between the frames of a pair, where it was given with the dataset (`--data PATH,horizon=2.4`).
+    weight: how often it is drawn in a mixture (lapa.data.mixture).
     """
 
-    def __init__(self, root: Path, info: dict[str, Any], columns: dict[str, np.ndarray], tasks: tuple[str, ...]):
-        self.root, self.info, self.tasks, self._columns = root, info, tasks, columns
-        self.name = root.name
-        self.fps = float(info["fps"])
-        self.features: dict[str, dict[str, Any]] = info["features"]
-        self._camera_keys = {_short(key): key for key in _video_keys(self.features)}
+    def __init__(
+        self,
+        root: Path,
+        name: str,
+        *,
+        fps: float,
+        features: dict[str, dict[str, Any]],
+        lengths: np.ndarray,
+        instructions: Iterable[str],
+        sources: Iterable[str],
+    ):
+        self.root, self.name, self.fps, self.features = root, name, fps, features
+        self.lengths = lengths
+        self._instructions, self._sources = instructions, sources
+        self.num_frames = int(lengths.sum())
+        self._camera_keys = {_short(key): key for key in picture_keys(features)}
         self.cameras = tuple(self._camera_keys)
         self.action_dim = self._width(ACTION)
         self.state_dim = self._width(STATE)
-        self.num_frames = int(columns["length"].sum())
-        self._tables: OrderedDict[Path, dict[str, np.ndarray]] = OrderedDict()
+        self.horizon: float | None = None
+        self.weight = 1.0
 
-    @classmethod
-    def open(cls, path: Path | str) -> Dataset:
-        """Opens a dataset folder. Raises ValueError naming the file, what is wrong with it, and the mend."""
-        root = Path(path)
-        info = _read_info(root)
-        tasks = _read_tasks(root / TASKS)
-        columns = _read_episodes(root, _video_keys(info["features"]))
-        if not len(columns["length"]):
-            raise ValueError(f"{root}: holds no episode; write it again")
-        return cls(root, info, columns, tasks)
+    @staticmethod
+    def open(data: Path | str) -> Dataset:
+        """Opens a dataset folder, or what a spec such as `rlds:PATH` names (lapa.data.spec).
+
+        Raises ValueError naming the file, what is wrong with it, and the mend.
+        """
+        # The readers are kinds of this class.
+        from lapa.data.opening import open_dataset
+
+        return open_dataset(data)
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies the dataset, as far as labels depend on it."""
+
+    @property
+    @abstractmethod
+    def extra(self) -> dict[str, Any]:
+        """What is noted about the dataset, such as how it was made."""
+
+    @abstractmethod
+    def _pictures(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+        """Pictures that exist, uint8 [T, H, W, 3]."""
+
+    @abstractmethod
+    def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
+        """The rows of an episode's feature, float32 [T, D], and the file they are in."""
 
     @cached_property
     def episodes(self) -> tuple[Episode, ...]:
         """All episodes, in order. Where an episode has several tasks, the first is its instruction."""
-        columns = self._columns
-        names = ("episode_index", "length", "instruction", "source")
+        rows = zip(self.lengths, self._instructions, self._sources, strict=True)
         return tuple(
-            Episode(int(index), int(length), str(instruction), str(source))
-            for index, length, instruction, source in zip(*(columns[name] for name in names), strict=True)
+            Episode(index, int(length), str(instruction), str(source))
+            for index, (length, instruction, source) in enumerate(rows)
         )
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Frames of each episode, int64."""
-        return self._columns["length"]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Identifies the dataset: a hash of its metadata files."""
-        files = [self.root / INFO, self.root / TASKS, *sorted(self.root.glob("meta/episodes/*/*.parquet"))]
-        return fingerprint(*files)
-
-    @cached_property
-    def extra(self) -> dict[str, Any]:
-        """What the command that wrote the dataset noted about it; empty for datasets from elsewhere."""
-        return read_json(self.root / EXTRA) if (self.root / EXTRA).exists() else {}
 
     @cached_property
     def action_space(self) -> ActionSpace | None:
@@ -117,10 +117,10 @@ class Dataset:
         """
         if self.action_dim is None:
             return None
-        return read_action_space(self.features[ACTION], self.extra, str(self.root / EXTRA))
+        return read_action_space(self.features[ACTION], self.extra, f"{self.root}/meta/lapa.json")
 
     def camera_feature(self, camera: str | None = None) -> dict[str, Any]:
-        """What meta/info.json says of a camera; None: the first."""
+        """What is known of a camera; None: the first."""
         return self.features[self._camera_key(camera)]
 
     def image_shape(self, camera: str | None = None) -> tuple[int, int]:
@@ -128,25 +128,16 @@ class Dataset:
         height, width = self.camera_feature(camera)["shape"][:2]
         return int(height), int(width)
 
-    def video_path(self, episode_index: int, camera: str | None = None) -> Path:
-        """The mp4 that holds an episode."""
-        key = self._camera_key(camera)
-        return self.root / self.info["video_path"].format(
-            video_key=key,
-            chunk_index=int(self._columns[f"videos/{key}/chunk_index"][episode_index]),
-            file_index=int(self._columns[f"videos/{key}/file_index"][episode_index]),
-        )
-
     def frames(
         self, episode_index: int, frame_indices: Sequence[int] | None = None, camera: str | None = None
     ) -> UInt8[np.ndarray, "T H W 3"]:
         """Pictures of an episode, RGB; None: all of them. camera None: the first. May repeat and go backwards."""
-        length = int(self._columns["length"][episode_index])
+        length = int(self.lengths[episode_index])
         indices = range(length) if frame_indices is None else [int(index) for index in frame_indices]
         if len(indices) and not 0 <= min(indices) <= max(indices) < length:
             raise ValueError(f"{self.name}: episode {episode_index} has frames 0 to {length - 1}, asked for {indices}")
-        start = float(self._columns[f"videos/{self._camera_key(camera)}/from_timestamp"][episode_index])
-        return decode_clip(self.video_path(episode_index, camera), indices, self.fps, start)
+        self._camera_key(camera)
+        return self._pictures(episode_index, indices, camera or self.cameras[0])
 
     def actions(self, episode_index: int) -> Float[np.ndarray, "T A"]:
         """An episode's actions, in the robot's own units. ValueError where the dataset has none or they are NaN."""
@@ -162,9 +153,6 @@ class Dataset:
         """An episode's proprioception, or None where the dataset has none."""
         return None if self.state_dim is None else self._rows(STATE, episode_index)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict()}
-
     def _width(self, feature: str) -> int | None:
         return int(np.prod(self.features[feature]["shape"])) if feature in self.features else None
 
@@ -176,114 +164,19 @@ class Dataset:
         return self._camera_keys[camera]
 
     def _rows(self, feature: str, episode_index: int) -> np.ndarray:
-        columns = self._columns
-        where = {
-            "chunk_index": int(columns["data/chunk_index"][episode_index]),
-            "file_index": int(columns["data/file_index"][episode_index]),
-        }
-        path = self.root / self.info["data_path"].format(**where)
-        table = self._table(path)
-        start = int(np.searchsorted(table["episode_index"], columns["episode_index"][episode_index]))
-        length = int(columns["length"][episode_index])
-        owners = table["episode_index"][start : start + length]
-        if len(owners) != length or (owners != columns["episode_index"][episode_index]).any():
-            raise ValueError(f"{path}: lacks rows of episode {episode_index}; write the dataset again")
-        rows_TD = table[feature][start : start + length]
+        rows_TD, file = self._numbers(feature, episode_index)
         if not np.isfinite(rows_TD).all():
             frame = int(np.argmin(np.isfinite(rows_TD).all(axis=1)))
             raise ValueError(
-                f"{path}: {feature} of episode {episode_index} is not finite at frame {frame}; "
+                f"{file}: {feature} of episode {episode_index} is not finite at frame {frame}; "
                 "correct it or leave the episode out"
             )
         return rows_TD
 
-    def _table(self, path: Path) -> dict[str, np.ndarray]:
-        """The numbers of one data file, the last few kept."""
-        if path not in self._tables:
-            wanted = [name for name in (ACTION, STATE) if name in self.features]
-            table = read_parquet(path, ["episode_index", *wanted])
-            arrays = {name: _matrix(table[name], self._width(name) or 0, f"{path}: {name}") for name in wanted}
-            self._tables[path] = {"episode_index": table["episode_index"].to_numpy(), **arrays}
-            if len(self._tables) > OPEN_TABLES:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(path)
-        return self._tables[path]
 
-
-def _read_info(root: Path) -> dict[str, Any]:
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such dataset folder; make one with `lapa data videos FOLDER --out {root}`")
-    if not (root / INFO).exists():
-        if (root / JOURNAL).exists():
-            raise ValueError(f"{root}: unfinished dataset; run the command that was writing it again with --resume")
-        raise ValueError(f"{root}: not a dataset (no {INFO}); `lapa data videos {root} --out DATASET` makes one")
-    info = read_json(root / INFO)
-    version = info.get("codebase_version")
-    if version != CODEBASE_VERSION:
-        raise ValueError(f"{root / INFO}: is LeRobotDataset {version}, {CODEBASE_VERSION} is read; convert it first")
-    lacking = [key for key in ("fps", "features", "data_path", "video_path") if not info.get(key)]
-    if lacking:
-        raise ValueError(f"{root / INFO}: lacks {', '.join(lacking)}; write the dataset again")
-    if not _video_keys(info["features"]):
-        raise ValueError(f"{root / INFO}: has no video feature; only datasets whose pictures are videos are read")
-    return info
-
-
-def _read_tasks(path: Path) -> tuple[str, ...]:
-    table = read_parquet(path)
-    # pandas calls an index without a name so.
-    names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
-    if not names or "task_index" not in table.column_names:
-        raise ValueError(f"{path}: needs the columns task and task_index; write the dataset again")
-    pairs = zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True)
-    return tuple(task for _, task in sorted(pairs))
-
-
-def _read_episodes(root: Path, video_keys: list[str]) -> dict[str, np.ndarray]:
-    """The metadata of all episodes as columns, without the statistics."""
-    wanted = ["episode_index", "length", "data/chunk_index", "data/file_index", "tasks"]
-    wanted += [f"videos/{key}/{name}" for key in video_keys for name in ("chunk_index", "file_index", "from_timestamp")]
-    paths = sorted(root.glob("meta/episodes/*/*.parquet"))
-    if not paths:
-        raise ValueError(f"{root / 'meta/episodes'}: holds no parquet file; write the dataset again")
-    tables = []
-    for path in paths:
-        schema = pq.read_schema(path)
-        lacking = [name for name in wanted if name not in schema.names]
-        if lacking:
-            raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}; write the dataset again")
-        tables.append(read_parquet(path, [*wanted, *(["source"] if "source" in schema.names else [])]))
-    table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
-    columns = {name: table[name].to_numpy() for name in wanted if name != "tasks"}
-    columns["instruction"] = np.array([tasks[0] if tasks else "" for tasks in table["tasks"].to_pylist()], object)
-    sources = table["source"].to_pylist() if "source" in table.column_names else [""] * len(table)
-    columns["source"] = np.array([source or "" for source in sources], object)
-    if (columns["episode_index"] != np.arange(len(table))).any():
-        raise ValueError(f"{root / 'meta/episodes'}: episode_index does not count from 0; write the dataset again")
-    return columns
-
-
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A table of a dataset. ValueError naming the file where it cannot be read."""
-    try:
-        return pq.ParquetFile(path).read(columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason}); write the dataset again") from None
-
-
-def _matrix(column: pa.ChunkedArray, width: int, source: str) -> np.ndarray:
-    """A parquet column as float32 [T, width]; a feature of width 1 may be stored as plain numbers."""
-    array = column.combine_chunks()
-    flat = array if pa.types.is_floating(array.type) or pa.types.is_integer(array.type) else array.flatten()
-    values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    if len(values) != len(array) * width:
-        raise ValueError(f"{source} is not {width} numbers wide in every row, as {INFO} says; write the dataset again")
-    return values.reshape(len(array), width)
-
-
-def _video_keys(features: dict[str, dict[str, Any]]) -> list[str]:
-    return [key for key, feature in features.items() if feature["dtype"] == "video"]
+def picture_keys(features: dict[str, dict[str, Any]]) -> list[str]:
+    """The features that are pictures."""
+    return [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
 
 
 def _short(key: str) -> str:

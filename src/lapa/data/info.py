@@ -29,7 +29,7 @@ CAPTION_HEIGHT = 14
 class InfoConfig:
     """Show what a dataset holds, and draw a contact sheet of it."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional]
     """The dataset's folder."""
     sheet: Path | None = None
     """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset."""

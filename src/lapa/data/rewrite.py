@@ -28,7 +28,8 @@ import tyro
 from lapa import config as configs
 from lapa.console import finish, say
 from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import ACTION, EXTRA, INFO, JOURNAL, STATE, STATS, TASKS, Dataset, read_parquet
+from lapa.data.dataset import ACTION, STATE, Dataset
+from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, read_parquet, require_folder
 from lapa.data.statistics import Moments
 from lapa.data.writer import FRAME_COLUMNS
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
@@ -40,7 +41,7 @@ NO_ACTIONS = "lapa data hide-actions"
 class HideActionsConfig:
     """Write a dataset of the same videos without actions and states."""
 
-    data: Annotated[Path, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional]
     """The dataset's folder."""
     out: Path
     """Folder of the dataset to write."""
@@ -52,7 +53,7 @@ class HideActionsConfig:
 
 def run(config: HideActionsConfig) -> None:
     """`lapa data hide-actions`. Raises ValueError where `out` is, contains or lies inside the dataset."""
-    dataset = Dataset.open(config.data)
+    dataset = require_folder(Dataset.open(config.data))
     note = {"made_by": NO_ACTIONS, "source_fingerprint": dataset.fingerprint}
     next_commands = [f"lapa latent train --data {config.out} --out LAM"]
     if config.resume and not config.overwrite and is_dataset(config.out):
@@ -71,7 +72,7 @@ def is_dataset(out: Path) -> bool:
 
 def claim_rewrite(
     out: Path,
-    dataset: Dataset,
+    dataset: LeRobotDataset,
     note: Mapping[str, Any],
     *,
     overwrite: bool,
@@ -94,14 +95,14 @@ def claim_rewrite(
 
 
 def rewrite_actions(
-    dataset: Dataset,
+    dataset: LeRobotDataset,
     out: Path,
     *,
     actions: Callable[[int], np.ndarray | None] | None,
     action_space: ActionSpace | None,
     keep_states: bool,
     note: Mapping[str, Any],
-) -> Dataset:
+) -> LeRobotDataset:
     """Writes the videos of `dataset` with these actions into `out`, which `claim_rewrite` has made ready.
 
     actions: those of an episode, [T, A] in the units of `action_space`, asked for once and in order; None leaves the
@@ -134,7 +135,7 @@ def rewrite_actions(
         info["splits"] = {"train": f"0:{num_episodes}"}
     write_json(out / INFO, info)
     (out / JOURNAL).unlink(missing_ok=True)
-    return Dataset.open(out)
+    return LeRobotDataset(out)
 
 
 class _Numbering:
@@ -160,7 +161,7 @@ class _Numbering:
             self.stats[episode][name] = moments.to_dict()
 
 
-def _features(dataset: Dataset, space: ActionSpace | None, kept: Sequence[str]) -> dict[str, Any]:
+def _features(dataset: LeRobotDataset, space: ActionSpace | None, kept: Sequence[str]) -> dict[str, Any]:
     """The features of the new dataset, as meta/info.json has them."""
     action = {ACTION: {"dtype": "float32", "shape": [space.action_dim], "names": list(space.names)}} if space else {}
     others = {
@@ -172,7 +173,7 @@ def _features(dataset: Dataset, space: ActionSpace | None, kept: Sequence[str]) 
 
 
 def _write_data(
-    dataset: Dataset,
+    dataset: LeRobotDataset,
     out: Path,
     actions: Callable[[int], np.ndarray | None] | None,
     space: ActionSpace | None,
@@ -221,7 +222,7 @@ def _renumbered(table: pa.Table, numbering: _Numbering, episode: int, actions_TA
 
 
 def _write_episodes(
-    dataset: Dataset, out: Path, numbering: _Numbering, features: Sequence[str]
+    dataset: LeRobotDataset, out: Path, numbering: _Numbering, features: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """The tables of episodes, under their old names; returns the statistics of the whole."""
     totals = {name: Moments() for name in features}
@@ -272,7 +273,7 @@ def _episode_row(row: Mapping[str, Any], numbering: _Numbering, features: Sequen
     return {**kept, **new}
 
 
-def _link_videos(dataset: Dataset, out: Path, episodes: Sequence[int]) -> None:
+def _link_videos(dataset: LeRobotDataset, out: Path, episodes: Sequence[int]) -> None:
     """Every video file that the episodes lie in, once."""
     paths = {dataset.video_path(episode, camera) for episode in episodes for camera in dataset.cameras}
     num_copied = 0
@@ -291,7 +292,7 @@ def _link_videos(dataset: Dataset, out: Path, episodes: Sequence[int]) -> None:
     say(f"videos: {len(paths) - num_copied} files linked, {num_copied} copied")
 
 
-def _data_files(dataset: Dataset) -> Iterator[tuple[str, list[int]]]:
+def _data_files(dataset: LeRobotDataset) -> Iterator[tuple[str, list[int]]]:
     """The data files, relative to the dataset, each with its episodes in order."""
     names = ["episode_index", "data/chunk_index", "data/file_index"]
     table = pa.concat_tables([read_parquet(path, names) for path in _episode_files(dataset)]).sort_by("episode_index")
@@ -301,7 +302,7 @@ def _data_files(dataset: Dataset) -> Iterator[tuple[str, list[int]]]:
     yield from files.items()
 
 
-def _episode_files(dataset: Dataset) -> list[Path]:
+def _episode_files(dataset: LeRobotDataset) -> list[Path]:
     return sorted(dataset.root.glob("meta/episodes/*/*.parquet"))
 
 

@@ -23,7 +23,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from lapa.files import atomic_path
+from lapa.files import atomic_path, is_remote, open_binary
 
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16
@@ -68,7 +68,7 @@ class ClipScan:
     """
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path = path
         self.num_frames = 0
         self.num_lost = 0
 
@@ -97,7 +97,7 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
     indices: in any order, repeats allowed. Several episodes may share a file; each has its own `start`.
     Raises ValueError naming the file where it cannot be read or ends before a frame asked for.
     """
-    clip = _open_clip(Path(path))
+    clip = _open_clip(path)
     wanted = sorted(set(indices))
     found: dict[int, np.ndarray] = {}
     try:
@@ -280,15 +280,16 @@ def _version(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    return status.st_mtime_ns, status.st_ino
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return status.st_mtime_ns, status.st_ino or status.st_size
 
 
 def _open(path: Path) -> InputContainer:
     try:
-        container = av.open(str(path), metadata_errors="ignore")
+        source = open_binary(path) if is_remote(path) else str(path)
+        container = av.open(source, "r", metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
-        reason = error.strerror or type(error).__name__
+        reason = error.strerror or str(error) or type(error).__name__
         raise ValueError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
     if not container.streams.video:
         container.close()

@@ -32,13 +32,13 @@ class Workers:
     A worker leaves Ctrl-C to its parent, and ends soon after the parent has, however that came about.
     """
 
-    def __init__(self, num: int):
-        """num: processes; 0 does the work in this one."""
-        self.num = num
+    def __init__(self, num: int, shared: tuple[Any, ...] = ()):
+        """num: processes; 0 does the work in this one. shared: arguments before each job's, sent to a process once."""
+        self.num, self._shared = num, shared
         # Spawned, not forked: the parent may hold threads of PyAV or torch, and OpenGL contexts do not survive a fork.
         self._executor = (
             ProcessPoolExecutor(
-                num, multiprocessing.get_context("spawn"), initializer=_settle_down, initargs=(os.getpid(),)
+                num, multiprocessing.get_context("spawn"), initializer=_settle_down, initargs=(os.getpid(), shared)
             )
             if num
             else None
@@ -52,17 +52,17 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
 
     def in_order(self, function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
-        """The results of `function(*job)` in the order of the jobs, which are taken a few at a time.
+        """The results of `function(*shared, *job)` in the order of the jobs, which are taken a few at a time.
 
         Raises what `function` raises; ValueError where a worker was killed.
         """
         if self._executor is None:
-            yield from (function(*job) for job in jobs)
+            yield from (function(*self._shared, *job) for job in jobs)
             return
         waiting: deque[Future[Result]] = deque()
         try:
             for job in jobs:
-                waiting.append(self._executor.submit(function, *job))
+                waiting.append(self._executor.submit(_call, function, job))
                 if len(waiting) >= self.num * AHEAD:
                     yield waiting.popleft().result()
             while waiting:
@@ -73,7 +73,17 @@ class Workers:
             ) from None
 
 
-def _settle_down(parent: int) -> None:
+# What the parent shares with this worker.
+_shared: tuple[Any, ...] = ()
+
+
+def _call(function: Callable[..., Result], job: tuple[Any, ...]) -> Result:
+    return function(*_shared, *job)
+
+
+def _settle_down(parent: int, shared: tuple[Any, ...]) -> None:
+    global _shared
+    _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,8 @@ from jaxtyping import Float, UInt8
 
 from lapa.console import say
 from lapa.data.action_space import ActionSpace, Control
-from lapa.data.dataset import (
-    ACTION,
-    CAMERA_PREFIX,
-    CODEBASE_VERSION,
-    DATA_PATH,
-    EPISODES_PATH,
-    EXTRA,
-    INFO,
-    JOURNAL,
-    STATE,
-    STATS,
-    TASKS,
-    VIDEO_PATH,
-    Dataset,
-)
+from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, Dataset
+from lapa.data.lerobot import CODEBASE_VERSION, DATA_PATH, EPISODES_PATH, EXTRA, INFO, JOURNAL, STATS, TASKS, VIDEO_PATH
 from lapa.data.statistics import Moments, PixelMoments
 from lapa.data.video import encode_clip, probe
 from lapa.files import atomic_path, write_json
@@ -68,7 +56,8 @@ class DatasetWriter:
     binary_actions, control: what is declared of the actions (lapa.data.action_space): the names of those that are
         switches, and whether the robot moves by the action or to it.
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
-    resume: go on after the last whole episode; `done_sources` says which sources those were.
+    resume: go on after the last whole episode; `done_sources` says which sources those were, `done_items` which items
+        are dealt with, and `notes` what was counted of them.
     Raises ValueError where `root` was begun with other settings.
     """
 
@@ -97,6 +86,8 @@ class DatasetWriter:
         self.extra_info = {**(extra_info or {}), **declared}
         self.num_episodes = 0
         self.done_sources: set[str] = set()
+        self.done_items: set[str] = set()
+        self.notes: Counter[str] = Counter()
         self._journal = self.root / JOURNAL
         for camera, (height, width) in self.cameras.items():
             if height % 2 or width % 2:
@@ -139,18 +130,32 @@ class DatasetWriter:
         instruction: str,
         *,
         pixel_stats: Mapping[str, dict[str, list[float]]],
+        actions: Float[np.ndarray, "T A"] | None = None,
+        states: Float[np.ndarray, "T S"] | None = None,
         source: str = "",
     ) -> int:
-        """Adds a video-only episode whose mp4 files (camera -> path, on the same file system) are ready; they move.
+        """Adds an episode whose mp4 files (camera -> path, on the same file system) are ready; they move.
 
-        pixel_stats: camera -> PixelMoments.to_dict() of its frames.
+        pixel_stats: camera -> PixelMoments.to_dict() of its frames. Otherwise as `add_episode`.
         """
-        rows = self._checked_rows({ACTION: None, STATE: None}, source)
+        rows = self._checked_rows({ACTION: actions, STATE: states}, source)
+        lengths = {**dict.fromkeys(files, length), **{name: len(values) for name, values in rows.items()}}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"episode {source}: lengths differ: {lengths}; all need one row a frame")
         for camera, path in files.items():
             target = self.video_path(camera, self.num_episodes)
             target.parent.mkdir(parents=True, exist_ok=True)
             Path(path).replace(target)
         return self._add(dict.fromkeys(files, length), rows, pixel_stats, instruction, source)
+
+    def close_item(self, item: str, notes: Sequence[str] = ()) -> None:
+        """Notes that `item` is dealt with: what of it was to become episodes has been added, or left out.
+
+        notes: what is to be counted of it; `notes` counts them over all runs, and `done_items` names the items.
+        """
+        self._append({"item": item, "notes": list(notes)}, sync=False)
+        self.done_items.add(item)
+        self.notes.update(notes)
 
     def video_path(self, camera: str, episode_index: int) -> Path:
         """Where an episode's mp4 lies."""
@@ -214,21 +219,29 @@ class DatasetWriter:
                     if record != settings:
                         raise ValueError(f"{self.root}: was begun with other settings; --overwrite to start anew")
                     continue
+                if "item" in record:
+                    self.done_items.add(record["item"])
+                    self.notes.update(record["notes"])
+                    continue
                 self.num_episodes += 1
                 self.done_sources.add(record["source"])
         os.truncate(self._journal, whole)
         if not whole:
             self._append(settings)
 
-    def _append(self, record: dict[str, Any]) -> None:
-        """Adds a line to the journal, or, where that fails (disk full), leaves it as it was."""
+    def _append(self, record: dict[str, Any], sync: bool = True) -> None:
+        """Adds a line to the journal, or, where that fails (disk full), leaves it as it was.
+
+        sync: wait until it is on the disk.
+        """
         line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         before = self._journal.stat().st_size
         try:
             with self._journal.open("ab") as file:
                 file.write(line)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
         except OSError:
             os.truncate(self._journal, before)
             raise
@@ -237,7 +250,9 @@ class DatasetWriter:
         with self._journal.open("rb") as lines:
             next(lines)
             for line in lines:
-                yield json.loads(line)
+                record = json.loads(line)
+                if "item" not in record:
+                    yield record
 
     def _add(
         self,

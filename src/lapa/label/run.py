@@ -27,7 +27,7 @@ from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, writ
 from lapa.data.pairs import horizon_frames
 from lapa.data.windows import decoded_windows, window_starts
 from lapa.engine.distributed import Processes, start
-from lapa.files import claim_output, write_json
+from lapa.files import as_path, claim_output, write_json
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 
 RUN = "run.json"
@@ -39,9 +39,9 @@ class LabelConfig:
 
     lam: Path
     """Folder of the latent action model, or its id on the hub."""
-    data: Path
+    data: str
     """Dataset to label."""
-    out: Path | None = None
+    out: str | None = None
     """Folder of the labels; by default DATASET/labels/FINGERPRINT_OF_THE_LAM."""
     camera: str | None = None
     """Which camera's pictures; by default the dataset's first."""
@@ -70,7 +70,7 @@ def run(config: LabelConfig) -> None:
         )
     horizon = horizon_frames(model.horizon, dataset.fps)
     fingerprint = lam_fingerprint(config.lam)
-    out = config.out or config.data / "labels" / fingerprint
+    out = as_path(config.out) if config.out else dataset.root / "labels" / fingerprint
     identity = {
         "lam_fingerprint": fingerprint,
         "dataset_fingerprint": dataset.fingerprint,
@@ -91,7 +91,7 @@ def run(config: LabelConfig) -> None:
     with start(config.device) as processes:
         if processes.is_main:
             complete = (out / MANIFEST).exists()
-            inputs = [config.lam, config.data]
+            inputs = [config.lam, dataset.root]
             claim_output(out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=inputs)
             shape = {**identity, "shard_episodes": config.shard_episodes}
             configs.require_same(out / RUN, shape)

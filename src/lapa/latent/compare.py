@@ -32,7 +32,7 @@ class CompareConfig:
 
     lams: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the latent action models, or their ids on the hub."""
-    data: Path
+    data: str
     """Dataset to measure on."""
     out: Path | None = None
     """Folder of compare.json; by default compare_DATASET here."""
@@ -57,7 +57,7 @@ def run(config: CompareConfig) -> None:
     dataset = Dataset.open(config.data)
     models = [LatentActionModel.from_pretrained(lam) for lam in config.lams]
     out = config.out or Path(f"compare_{dataset.name}")
-    inputs = [*config.lams, config.data]
+    inputs = [*config.lams, dataset.root]
     claim_output(
         out, complete=(out / "compare.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
     )

@@ -46,7 +46,7 @@ class ProbeConfig:
 
     lam: tyro.conf.Positional[Path]
     """Folder of the latent action model, or its id on the hub."""
-    data: Path
+    data: str
     """Dataset to measure on. Where it has actions, probes to them are fitted."""
     out: Path | None = None
     """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
@@ -133,7 +133,7 @@ def run(config: ProbeConfig) -> None:
     dataset = Dataset.open(config.data)
     # A model from the hub has no folder here to write into.
     out = config.out or (config.lam if config.lam.is_dir() else Path()) / f"probe_{dataset.name}"
-    inputs = [config.lam, config.data]
+    inputs = [config.lam, dataset.root]
     claim_output(
         out, complete=(out / "probe.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
     )

@@ -39,7 +39,7 @@ SMALLEST_ERROR = 1e-12
 class LatentTrainConfig:
     """Train a latent action model on one or more datasets. No actions are needed."""
 
-    data: tuple[Path, ...]
+    data: tuple[str, ...]
     """Datasets to learn from."""
     out: Path
     """Folder of the latent action model to write."""
@@ -70,7 +70,11 @@ def run(config: LatentTrainConfig) -> None:
     if is_main_process():
         complete = (config.out / CONFIG).exists()
         claim_output(
-            config.out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=config.data
+            config.out,
+            complete=complete,
+            overwrite=config.overwrite,
+            resume=config.resume,
+            inputs=[dataset.root for dataset in datasets],
         )
     pairs = pairs_config(config)
     training = FramePairs(datasets, pairs, split="train", seed=config.loop.seed)

@@ -48,7 +48,7 @@ class MeasureConfig:
 
     policy: Annotated[Path, tyro.conf.Positional]
     """Folder of a policy."""
-    data: Path
+    data: str
     """Dataset to measure on; with actions, or with --labels."""
     out: Path | None = None
     """Folder of measure.json; by default POLICY/measure_DATASET."""
@@ -94,7 +94,7 @@ def run(config: MeasureConfig) -> None:
         complete=(out / MEASURES).exists(),
         overwrite=config.overwrite,
         resumable=False,
-        inputs=[config.policy, config.data, *([config.labels] if config.labels else [])],
+        inputs=[config.policy, dataset.root, *([config.labels] if config.labels else [])],
     )
     figures: dict[str, Any] = {}
     if actor is not None:

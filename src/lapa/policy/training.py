@@ -44,7 +44,7 @@ def tiny_loop(steps: int) -> LoopConfig:
 class TrainingOptions:
     """What `lapa policy pretrain` and `lapa policy finetune` have in common."""
 
-    data: tuple[Path, ...]
+    data: tuple[str, ...]
     """Datasets to learn from."""
     out: Path
     """Folder of the policy to write."""
@@ -208,7 +208,11 @@ def train_policy(
             complete=is_policy(options.out),
             overwrite=options.overwrite,
             resume=options.resume,
-            inputs=[*options.data, *labels, *([options.policy] if options.policy else [])],
+            inputs=[
+                *(dataset.root for dataset in training.datasets),
+                *labels,
+                *([options.policy] if options.policy else []),
+            ],
         )
     evaluate = None if held_out is None else held_out_figures(parts.inputs, held_out)
     if held_out is None:

@@ -24,7 +24,7 @@ from typing import IO, Annotated, Any, cast
 import tyro
 
 from lapa.console import finish, say
-from lapa.data.dataset import INFO
+from lapa.data.lerobot import INFO
 from lapa.files import atomic_path, claim_output, naming, read_json, write_json
 from lapa.study.bfloat import narrow, narrowed_size
 from lapa.study.plan import ARTIFACTS

@@ -21,7 +21,8 @@ import numpy as np
 
 from lapa.config import require_same, to_dict
 from lapa.console import finish, progress, say, warn
-from lapa.data.dataset import INFO, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO
 from lapa.data.sources.metaworld_simulator import (
     ACTION_NAMES,
     FPS,

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lapa import files
 from lapa.console import finish, progress, say, warn
-from lapa.data.dataset import INFO
+from lapa.data.lerobot import INFO
 from lapa.data.sources.rlds_layout import KNOWN, Known, Layout, Shard, choose_layout, dimension_names, read_info
 from lapa.data.sources.tfrecord import Record, parse_example, read_records
 from lapa.data.transforms import resize_and_crop

@@ -18,7 +18,8 @@ from jaxtyping import Int64, UInt8
 
 from lapa import files
 from lapa.console import finish, progress
-from lapa.data.dataset import INFO, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO
 from lapa.data.sources.square import CAMERA, DIRECTIONS, Square, heading
 from lapa.data.writer import DatasetWriter, nothing_to_add
 

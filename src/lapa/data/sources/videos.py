@@ -25,7 +25,7 @@ import tyro
 
 from lapa import files
 from lapa.console import finish, progress, say, warn
-from lapa.data.dataset import INFO
+from lapa.data.lerobot import INFO
 from lapa.data.statistics import PixelMoments
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream, decode_clip, encode_clip, probe

@@ -43,7 +43,7 @@ EVALUATION_BATCH = 64
 class InverseTrainConfig:
     """Train an inverse dynamics model, which tells the robot's actions from pictures, on episodes with actions."""
 
-    data: tuple[Path, ...]
+    data: tuple[str, ...]
     """Datasets with actions to learn from."""
     out: Path
     """Folder of the model to write."""
@@ -100,7 +100,11 @@ def run(config: InverseTrainConfig) -> None:
     if is_main_process():
         complete = is_inverse(config.out)
         claim_output(
-            config.out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=config.data
+            config.out,
+            complete=complete,
+            overwrite=config.overwrite,
+            resume=config.resume,
+            inputs=[dataset.root for dataset in datasets],
         )
     outside = int(scale.count_outside(actions_NA).sum())
     say(f"actions: {scale.action_dim} dimensions, {outside} of {actions_NA.size} values lie outside and are clamped")

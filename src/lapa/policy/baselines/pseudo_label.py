@@ -25,7 +25,8 @@ from jaxtyping import Float
 
 from lapa import config as configs
 from lapa.console import finish, progress, say
-from lapa.data.dataset import EXTRA, Dataset
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import EXTRA, require_folder
 from lapa.data.pairs import horizon_frames
 from lapa.data.rewrite import claim_rewrite, is_dataset, rewrite_actions
 from lapa.data.windows import decoded_windows, window_starts
@@ -40,7 +41,7 @@ class PseudoLabelConfig:
 
     inverse: Path
     """Folder of the inverse dynamics model."""
-    data: Path
+    data: str
     """Dataset whose videos to label; actions and states that it may have are not read."""
     out: Path
     """Folder of the dataset to write."""
@@ -73,7 +74,7 @@ class SeesActions(Protocol):
 def run(config: PseudoLabelConfig) -> None:
     """`lapa baseline pseudo-label`. Raises ValueError on bad input, or where no episode is long enough for a pair."""
     next_commands = [f"lapa policy finetune --from-scratch --data {config.out} --out POLICY"]
-    model, dataset = InverseDynamics.from_pretrained(config.inverse), Dataset.open(config.data)
+    model, dataset = InverseDynamics.from_pretrained(config.inverse), require_folder(Dataset.open(config.data))
     camera = config.camera or model.camera
     if camera not in dataset.cameras:
         raise ValueError(

@@ -44,7 +44,7 @@ CELL, CAPTION, GAP = 128, 14, 2
 class VideoTrainConfig:
     """Train a video model to predict what follows a frame, given an instruction. No actions are needed."""
 
-    data: tuple[Path, ...]
+    data: tuple[str, ...]
     """Datasets to learn from."""
     out: Path
     """Folder of the video model to write."""
@@ -89,7 +89,7 @@ def run(config: VideoTrainConfig) -> None:
             complete=(config.out / CONFIG).exists(),
             overwrite=config.overwrite,
             resume=config.resume,
-            inputs=[*config.data, *([config.start] if config.start else [])],
+            inputs=[*(dataset.root for dataset in datasets), *([config.start] if config.start else [])],
         )
 
     def prepare(model: nn.Module) -> None:

@@ -1,0 +1,54 @@
+"""Opens whatever `--data` names: a dataset folder, here or on a store, or another source in place."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import LeRobotDataset
+from lapa.data.sources.source import Reading, SourceDataset
+from lapa.data.spec import DataSpec, typed, typed_options
+from lapa.files import as_path
+
+# Source -> the module and the dataclass of its reading options. `lapa data SOURCE` converts from the same.
+SOURCES = {
+    "rlds": ("lapa.data.sources.rlds", "RldsReading"),
+    "videos": ("lapa.data.sources.videos", "VideosReading"),
+    "frames": ("lapa.data.sources.frames", "FramesReading"),
+    "sthv2": ("lapa.data.sources.sthv2", "Sthv2Reading"),
+    "narrated": ("lapa.data.sources.narrated", "NarratedReading"),
+    "lerobot": ("lapa.data.sources.lerobot", "LeRobotReading"),
+    "lapa-jsonl": ("lapa.data.sources.lapa_jsonl", "LapaJsonlReading"),
+}
+
+
+def open_dataset(data: Path | str) -> Dataset:
+    """The dataset that a path or a spec names. ValueError naming what is wrong with it, and the mend."""
+    spec = DataSpec.parse(str(data), SOURCES)
+    options = dict(spec.options)
+    horizon = options.pop("horizon", None)
+    if spec.source is None:
+        if options:
+            raise ValueError(f"--data {data}: a dataset folder has no option {', '.join(options)}, only horizon")
+        dataset: Dataset = LeRobotDataset(as_path(spec.path), spec.name)
+    else:
+        reading = find_reading(spec.source)
+        dataset = open_source(typed_options(reading, spec.path, options, f"{spec.source}:{spec.path}"), spec.name)
+    if horizon is not None:
+        dataset.horizon = typed(float, horizon, f"--data {data}: horizon")
+        if dataset.horizon <= 0:
+            raise ValueError(f"--data {data}: the horizon must be above 0 seconds")
+    dataset.weight = 1.0 if spec.weight is None else spec.weight
+    return dataset
+
+
+def find_reading(source: str) -> type[Reading]:
+    """The dataclass of a source's reading options."""
+    module, name = SOURCES[source]
+    return getattr(importlib.import_module(module), name)
+
+
+def open_source(reading: Reading, name: str | None = None) -> Dataset:
+    """A source as a dataset, in place."""
+    return SourceDataset(reading.open(), name)

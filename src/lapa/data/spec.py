@@ -1,0 +1,109 @@
+"""What `--data` may say: a dataset, where it is, how it is read and how often it is drawn.
+
+    data/clips                                     a dataset folder
+    s3://bucket/clips                              the same, elsewhere (fsspec)
+    bridge=data/bridge:0.5                         by a name of its own, drawn half as often
+    rlds:bridge_dataset/1.0.0,camera=image_0       another source, in place, with options of its own
+    ego=narrated:videos,horizon=2.4:1.0            frame pairs 2.4 s apart
+
+`[NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]`. A path that exists as it is written is taken as that path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lapa.config import unknown
+
+NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(?=.)")
+WEIGHT = re.compile(r":([0-9.]+(?:e-?[0-9]+)?)$")
+OPTION = re.compile(r",([a-z][a-z_-]*)=([^,]*)")
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """One dataset of a command. source: None for a dataset folder; weight: None where none is given."""
+
+    path: str
+    source: str | None = None
+    name: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    weight: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, sources: Collection[str]) -> DataSpec:
+        """ValueError, with the form that is expected, where `text` cannot be read so."""
+        text = str(text)
+        if Path(text).exists():
+            return cls(text)
+        rest, name, weight = text, None, None
+        if match := NAME.match(rest):
+            name, rest = match[1], rest[match.end() :]
+        if not Path(rest).exists() and (match := WEIGHT.search(rest)):
+            weight, rest = _weight(match[1], text), rest[: match.start()]
+        source, _, after = rest.partition(":")
+        if source in sources and not after.startswith("//"):
+            rest = after
+        elif re.fullmatch(r"[a-z][a-z0-9-]+", source) and after and not after.startswith("//"):
+            raise ValueError(f"--data {text}: {unknown('source', source, sources)}")
+        else:
+            source = ""
+        options = {}
+        if not Path(rest).exists():
+            options = {key.replace("-", "_"): value for key, value in OPTION.findall(rest)}
+            rest = OPTION.sub("", rest)
+        if not rest:
+            raise ValueError(f"--data {text}: names no path; expected [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]")
+        return cls(rest, source or None, name, options, weight)
+
+
+def typed_options(cls: type[Options], path: str, options: Mapping[str, str], source: str) -> Options:
+    """A dataclass of reading options from the texts of a spec; its first field takes the path.
+
+    ValueError for an option that it does not have, or a value that is none of its type.
+    """
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in fields[1:]]
+    for key in options:
+        if key not in known:
+            raise unknown(f"option of {source}", key, known)
+    values = {key: typed(hints[key], text, f"{source},{key}={text}") for key, text in options.items()}
+    return cls(**{fields[0].name: typed(hints[fields[0].name], path, source), **values})
+
+
+def typed(hint: Any, text: str, source: str) -> Any:
+    """A text as a value of a type: text, a path, a number, a flag, or a `+`-separated tuple of them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return typed(next(option for option in arguments if option is not type(None)), text, source)
+    if origin is tuple:
+        return tuple(typed(arguments[0], part, source) for part in text.split("+"))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{source}: expected true or false")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{source}: {text!r} is no {getattr(hint, '__name__', hint)}") from None
+
+
+def _weight(number: str, text: str) -> float:
+    try:
+        weight = float(number)
+    except ValueError:
+        raise ValueError(f"--data {text}: {number!r} is no weight") from None
+    if not math.isfinite(weight) or weight <= 0:
+        raise ValueError(f"--data {text}: a weight must be above 0; leave the dataset out instead")
+    return weight
