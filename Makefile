@@ -1,8 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# LeRobot pins torch below what this project tests with, and needs Python 3.12: an environment of its own.
+PYTHON312 ?= python3.12
+LEROBOT := .venv-lerobot
+LEROBOT_VERSION := 0.6.1
 
-.PHONY: help setup demo study test test-slow lint format bench bench-latent clean
+.PHONY: help setup demo study test test-slow lint format bench bench-latent check-lerobot clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -11,6 +15,7 @@ help:
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
 	@echo '                (make bench-latent: the latent action model alone)'
+	@echo 'make check-lerobot   datasets go both ways between this project and LeRobot (its own environment: 5.6 GB)'
 
 setup: $(INSTALLED)
 
@@ -51,5 +56,17 @@ bench: setup
 bench-latent: setup
 	$(BIN)/python benchmarks/bench_latent.py
 
+$(LEROBOT)/installed-$(LEROBOT_VERSION):
+	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else 1)' || \
+	  { echo 'LeRobot $(LEROBOT_VERSION) needs Python 3.12 or newer. Run: make PYTHON312=/path/to/python3.12 check-lerobot' >&2; exit 1; }
+	$(PYTHON312) -m venv $(LEROBOT)
+	$(LEROBOT)/bin/python -m pip install --quiet --disable-pip-version-check 'lerobot[dataset]==$(LEROBOT_VERSION)'
+	@touch $@
+
+check-lerobot: setup $(LEROBOT)/installed-$(LEROBOT_VERSION)
+	$(BIN)/python benchmarks/check_lerobot.py write runs/check-lerobot
+	$(LEROBOT)/bin/python benchmarks/check_lerobot.py lerobot runs/check-lerobot
+	$(BIN)/python benchmarks/check_lerobot.py read runs/check-lerobot
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache

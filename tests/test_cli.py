@@ -84,3 +84,23 @@ def test_missing_dataset_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Pa
 )
 def test_preset_name(options: list[str], name: str) -> None:
     assert cli.preset_name(options) == name
+
+
+@pytest.mark.parametrize(
+    ("given", "gathered"),
+    [
+        (["--data", "a", "b", "--out", "o"], ["--out", "o", "--data", "a", "b"]),
+        (["--data", "a", "--seed", "1", "--data", "b:0.5"], ["--seed", "1", "--data", "a", "b:0.5"]),
+        (["--data=x=a", "--labels", "l", "--data=y=b"], ["--data", "x=a", "y=b", "--labels", "l"]),
+        (["LAM", "--overwrite"], ["LAM", "--overwrite"]),
+    ],
+)
+def test_an_option_given_several_times_has_all_its_values(given: list[str], gathered: list[str]) -> None:
+    assert cli.gathered(given) == gathered
+
+
+def test_repeated_datasets_reach_the_command(tmp_path: Path) -> None:
+    verb = cli.find_verb(["latent", "train"])
+    assert verb is not None
+    config = cli.parse(verb, ["--data", "one=a:2", "--steps", "3", "--data", "b", "--out", str(tmp_path)])
+    assert (config.data, config.loop.steps) == (("one=a:2", "b"), 3)

@@ -270,8 +270,8 @@ def test_what_is_wrong_with_a_folder_is_said(square: Dataset, tmp_path: Path) ->
     old = tmp_path / "old"
     shutil.copytree(square.root, old)
     info = json.loads((old / "meta/info.json").read_text())
-    (old / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v2.1"}))
-    with pytest.raises(ValueError, match=r"v2\.1, v3\.0 is read"):
+    (old / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v4.0"}))
+    with pytest.raises(ValueError, match=r"v4\.0, v3\.0, v2\.1, v2\.0 are read; update lapa"):
         Dataset.open(old)
     (old / "meta/info.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -1,9 +1,12 @@
 """Labels: complete, resumable after any kill, and refused where they do not belong."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lapa import config as configs
 from lapa.data.dataset import Dataset
-from lapa.data.labels import Labels
+from lapa.data.labels import EpisodeLabels, Labels, Manifest, shard_path, write_shard
 from lapa.data.sources.synthetic import write_synthetic_dataset
+from lapa.data.steps import PolicySteps
+from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
+from lapa.files import as_path, claim_output, read_json, write_json
 from lapa.label.run import LabelConfig, run
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 from lapa.presets import LATENT
@@ -132,13 +139,13 @@ def test_all_episodes_too_short_is_an_error(data: Path, tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from lapa.label import run as label
-write = label.write_shard
-def slow(path, episodes):
-    write(path, episodes)
+from lapa.label import run as label, shards
+write = shards.write_shard
+def slow(path, episodes, notes):
+    write(path, episodes, notes)
     print("shard", flush=True)
     time.sleep(60)
-label.write_shard = slow
+shards.write_shard = slow
 label.run(label.LabelConfig(lam=Path(sys.argv[1]), data=Path(sys.argv[2]), out=Path(sys.argv[3]), shard_episodes=1))
 """
 
@@ -165,7 +172,7 @@ def test_killed_and_restarted_no_row_is_lost_or_doubled(data: Path, lam: Path, t
 def test_a_full_disk_leaves_no_half_shard(
     data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(table: object, path: Path) -> None:
+    def full(table: object, path: Path, **options: object) -> None:
         path.write_bytes(b"PAR1 half")
         raise OSError(28, "No space left on device")
 
@@ -176,3 +183,180 @@ def test_a_full_disk_leaves_no_half_shard(
     monkeypatch.undo()
     run(LabelConfig(lam=lam, data=data, out=tmp_path / "labels", resume=True))
     assert Labels.open(tmp_path / "labels").manifest.num_rows == EPISODES * (FRAMES - HORIZON)
+
+
+def test_static_pairs_are_left_out_and_counted(lam: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first episode stands still in its first half, the second all the time."""
+    moving = np.random.default_rng(0).integers(0, 256, (FRAMES, 32, 32, 3), dtype=np.uint8)
+    half = moving.copy()
+    half[:6] = moving[0]
+    writer = DatasetWriter(tmp_path / "data", fps=10, cameras={"front": (32, 32)})
+    for frames_THWC in (half, np.repeat(moving[:1], FRAMES, axis=0), moving):
+        writer.add_episode({"front": frames_THWC}, "")
+    writer.finish()
+    run(LabelConfig(lam=lam, data=tmp_path / "data", out=tmp_path / "all", shard_episodes=2))
+    run(LabelConfig(lam=lam, data=tmp_path / "data", out=tmp_path / "moving", shard_episodes=2, min_motion=0.05))
+    wanted = [(0, frame) for frame in range(3, 9)] + [(2, frame) for frame in range(9)]
+    assert rows(tmp_path / "moving") == [row for row in rows(tmp_path / "all") if row[:2] in wanted]
+    manifest = Labels.open(tmp_path / "moving").manifest
+    assert (manifest.min_motion, manifest.static_pairs, manifest.num_rows) == (0.05, 3 + 9, 15)
+    assert (manifest.num_episodes, manifest.skipped_episodes) == (2, 0)
+    assert "12 of 27 pairs left out: less than 0.05 moves in them" in capfd.readouterr().err
+    with pytest.raises(ValueError, match=r"begun with other settings \(min_motion was 0\.05, is 0\.0\)"):
+        run(LabelConfig(lam=lam, data=tmp_path / "data", out=tmp_path / "moving", resume=True))
+    with pytest.raises(ValueError, match=r"no pair is left to label: 27 of 27 are static below --min-motion 2"):
+        run(LabelConfig(lam=lam, data=tmp_path / "data", out=tmp_path / "none", min_motion=2.0))
+
+
+def test_a_policy_takes_frames_without_labels(lam: Path, tmp_path: Path, data: Path) -> None:
+    run(LabelConfig(lam=lam, data=data, out=tmp_path / "labels", min_motion=0.02))
+    labels, dataset = Labels.open(tmp_path / "labels"), Dataset.open(data)
+    assert 0 < labels.manifest.static_pairs < labels.manifest.num_rows
+    steps = PolicySteps([dataset], 32, labels=[labels], split="all")
+    assert len(steps) == labels.manifest.num_rows and all(
+        item["has_codes"] for item in map(steps.__getitem__, range(9))
+    )
+
+
+@pytest.mark.parametrize("decoders", [0, 1])
+def test_a_damaged_video_stops_or_is_left_out(
+    data: Path, lam: Path, tmp_path: Path, decoders: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The fourth video is cut off in the middle, so that its first frames can be decoded."""
+    damaged = shutil.copytree(data, tmp_path / "damaged")
+    video = Dataset.open(damaged).video_path(3)  # type: ignore[attr-defined]
+    writer = DatasetWriter(tmp_path / "short", fps=10, cameras={"video": (32, 32)})
+    writer.add_episode({"video": Dataset.open(data).frames(3, range(8))}, "")
+    shutil.copy(writer.finish().video_path(0), video)
+    config = LabelConfig(lam=lam, data=damaged, out=tmp_path / "out", shard_episodes=1, batch_size=4, decoders=decoders)
+    with pytest.raises(ValueError, match=rf"{video.name}.*has no frame 8.*--skip-bad .*--resume"):
+        run(config)
+    assert len(list((tmp_path / "out").glob("episodes-*.parquet"))) == 3
+    run(replace(config, resume=True, skip_bad=True, decoders=0))
+    whole = tmp_path / "whole"
+    run(replace(config, data=data, out=whole, decoders=0))
+    assert rows(tmp_path / "out") == [row for row in rows(whole) if row[0] != 3]
+    manifest = Labels.open(tmp_path / "out").manifest
+    assert (manifest.bad_episodes, manifest.num_rows, manifest.num_episodes) == ((3,), 45, 5)
+    assert "1 episodes left out, since they cannot be read: 3" in capfd.readouterr().err
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_damaged_shards_are_made_again(
+    data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Shards that a dying disk has emptied, cut short or bent, or that lack rows, beside whole ones."""
+    config = LabelConfig(lam=lam, data=data, out=tmp_path / "out", shard_episodes=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lapa.label.run.make_manifest", interrupted)
+        run(config)
+    paths = sorted((tmp_path / "out").glob("episodes-*.parquet"))
+    contents = [path.read_bytes() for path in paths]
+    bent = bytearray(contents[2])
+    bent[40] ^= 4
+    for path, content in zip(paths, (b"", contents[1][:-200], bytes(bent)), strict=False):
+        path.write_bytes(content)
+    write_shard(paths[3], {3: EpisodeLabels(np.arange(4), np.zeros((4, 4), np.int64))})
+    run(replace(config, resume=True))
+    assert [path.read_bytes() for path in paths] == contents
+    told = capfd.readouterr().err
+    assert all(path.name in told for path in paths[:4]) and "2 of 6 shards are there already" in told
+    assert "accounts for 4 pairs where its episodes have 9" in told
+    assert Labels.open(tmp_path / "out").manifest.num_rows == EPISODES * (FRAMES - HORIZON)
+    paths[0].write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{paths[0].name}: damaged"):
+        Labels.open(tmp_path / "out")
+
+
+def test_labels_may_lie_on_a_store(data: Path, lam: Path, tmp_path: Path) -> None:
+    url = f"memory://{uuid.uuid4().hex}/labels"
+    run(LabelConfig(lam=lam, data=data, out=tmp_path / "here", shard_episodes=4, embeddings=True))
+    run(LabelConfig(lam=lam, data=data, out=url, shard_episodes=4, embeddings=True))
+    here, there = Labels.open(tmp_path / "here"), Labels.open(url)
+    assert here.manifest == there.manifest
+    for episode in range(EPISODES):
+        assert np.array_equal(here.codes(episode)[1], there.codes(episode)[1])
+        assert np.array_equal(here.embeddings(episode), there.embeddings(episode))
+    assert sorted(path.name for path in as_path(url).iterdir()) == sorted(
+        path.name for path in (tmp_path / "here").iterdir()
+    )
+    with pytest.raises(ValueError, match="already holds a finished result"):
+        run(LabelConfig(lam=lam, data=data, out=url, shard_episodes=4))
+    run(LabelConfig(lam=lam, data=data, out=url, shard_episodes=4, embeddings=True, resume=True))
+    run(LabelConfig(lam=lam, data=data, out=url, overwrite=True))
+    assert len(list(as_path(url).glob("episodes-*.parquet"))) == 1
+
+
+def test_outputs_on_a_store_are_claimed_as_on_disk() -> None:
+    root = as_path(f"memory://{uuid.uuid4().hex}")
+    out = root / "out"
+    claim_output(out, complete=False, inputs=[root / "input", Path("/out")])
+    claim_output(out, complete=False)
+    (out / "file").write_text("x")
+    for complete, mend in ((False, "--resume to go on with it"), (True, "--overwrite to replace it")):
+        with pytest.raises(ValueError, match=mend):
+            claim_output(out, complete=complete)
+    claim_output(out, complete=False, resume=True)
+    assert (out / "file").exists()
+    with pytest.raises(ValueError, match="is a file"):
+        claim_output(out / "file", complete=False)
+    for inside in (out, out / "file"):
+        with pytest.raises(ValueError, match="is or contains"):
+            claim_output(out, complete=False, overwrite=True, inputs=[inside])
+    claim_output(out, complete=False, overwrite=True, inputs=[root])
+    assert not (out / "file").exists()
+
+
+def test_a_dataset_in_place_needs_an_out(data: Path, lam: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for episode in range(2):
+        encode_clip(folder / f"{episode}.mp4", Dataset.open(data).frames(episode), 10)
+    in_place = f"videos:{folder},caption=a square"
+    with pytest.raises(ValueError, match=r"is read in place, and nothing is written into .*films; say with --out"):
+        run(LabelConfig(lam=lam, data=in_place))
+    run(LabelConfig(lam=lam, data=in_place, out=tmp_path / "labels"))
+    labels = Labels.open(tmp_path / "labels", dataset_fingerprint=Dataset.open(in_place).fingerprint)
+    assert labels.manifest.num_rows == 2 * (FRAMES - HORIZON)
+
+
+def test_a_dataset_may_have_its_own_horizon(data: Path, lam: Path, tmp_path: Path) -> None:
+    run(LabelConfig(lam=lam, data=f"{data},horizon=0.5", out=tmp_path / "given"))
+    # As its training wrote it down, for this dataset.
+    trained = shutil.copytree(lam, tmp_path / "trained")
+    config = read_json(trained / "config.json")
+    known = {Dataset.open(data).fingerprint: {"name": "videos", "horizon_seconds": 0.5}}
+    write_json(trained / "config.json", {**config, "datasets": known})
+    run(LabelConfig(lam=trained, data=data, out=tmp_path / "trained_on"))
+    given, trained_on = (Labels.open(tmp_path / name).manifest for name in ("given", "trained_on"))
+    assert given == trained_on and (given.horizon_seconds, given.horizon_frames) == (0.5, 5)
+    assert given.num_rows == EPISODES * (FRAMES - 5)
+    with pytest.raises(ValueError, match=r"begun with other settings \(horizon_seconds was 0\.5, is 0\.3"):
+        run(LabelConfig(lam=lam, data=data, out=tmp_path / "given", resume=True))
+
+
+def test_many_episodes_need_little_memory(tmp_path: Path) -> None:
+    """100,000 episodes of 40 labels would need a hundred times of what 1,000 do."""
+    rng, episodes = np.random.default_rng(0), {}
+    for episode in range(1000):
+        episodes[episode] = EpisodeLabels(np.arange(40), rng.integers(0, 8, (40, 4)))
+    write_shard(shard_path(tmp_path, 0, 999), episodes)
+    usage = [[1.0] * 8] * 4
+    manifest = Manifest("a", "b", "front", 0.3, 3, 4, 8, 40_000, 1000, 0, usage)
+    write_json(tmp_path / "manifest.json", configs.to_dict(manifest))
+    tracemalloc.start()
+    labels = Labels.open(tmp_path)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(labels.codes(999)[1], episodes[999].codes_TL) and not len(labels.codes(1000)[0])
+    # 16 bytes a label: 64 MB for 100,000 episodes.
+    assert kept < 16 * 40_000 + 200_000
+
+
+def test_nonsense_is_refused(data: Path, lam: Path, tmp_path: Path) -> None:
+    for name, value in (("batch_size", 0), ("shard_episodes", 0), ("decoders", -1), ("min_motion", -0.1)):
+        with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value}: must be at least"):
+            run(LabelConfig(lam=lam, data=data, out=tmp_path / "out", **{name: value}))

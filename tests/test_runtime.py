@@ -148,6 +148,18 @@ def test_weights_of_another_size_are_refused(folders, tmp_path):
         Policy.from_pretrained(folder)
 
 
+def test_a_policy_of_before_there_were_several_statistics_loads(folders, policy, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(folders / "acting", folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert written["policy"].pop("spaces") == []
+    (folder / "config.json").write_text(json.dumps(written))
+    again = Policy.from_pretrained(folder, device="cpu")
+    np.testing.assert_array_equal(again.infer(OBSERVATIONS), policy.infer(OBSERVATIONS))
+    with pytest.raises(ValueError, match=r"policy: has one set of statistics, .* leave out --statistics-key bridge"):
+        Policy.from_pretrained(folder, statistics_key="bridge")
+
+
 def test_a_full_disk_is_named_with_the_folder(folders, tmp_path):
     """A file-size limit stands for it; the tokenizers library raises a bare Exception then."""
     processor = load_policy(folders / "pretrained").processor

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -20,9 +23,12 @@ from av.video.stream import VideoStream
 from lapa.data import writer
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
-from lapa.data.sources import videos
-from lapa.data.sources.videos import VideosConfig, read_captions, resample, run
-from lapa.data.video import encode_clip
+from lapa.data.sources import films, items
+from lapa.data.sources.filters import resample
+from lapa.data.sources.source import SourceDataset
+from lapa.data.sources.videos import VideosConfig, read_captions, run
+from lapa.data.transforms import resize_and_crop
+from lapa.data.video import ClipScan, encode_clip
 from lapa.data.workers import AHEAD, Workers
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -52,7 +58,10 @@ def folder(tmp_path: Path) -> Path:
 
 def convert(folder: Path, **settings) -> Dataset:
     out = settings.pop("out", folder.parent / "dataset")
-    run(VideosConfig(folder, out, **{"size": 32, "workers": 1, "caption": "wait", **settings}))
+    settings = {"size": 32, "workers": 1, "caption": "wait", **settings}
+    if settings.get("captions"):
+        settings["captions"] = str(settings["captions"])
+    run(VideosConfig(str(folder), out=out, **settings))
     return Dataset.open(out)
 
 
@@ -159,7 +168,8 @@ def test_a_truncated_video_is_kept_as_far_as_it_goes(folder: Path, capsys: pytes
     assert 5 < length < 115
     told = capsys.readouterr().err
     assert f"{length} frames kept" in told
-    assert "damaged videos: 1; frames lost:" in told
+    assert "damaged, the readable part is kept: 1" in told
+    assert "frames lost in what is damaged: " in told
 
 
 def test_mixed_sizes_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -297,7 +307,7 @@ def test_a_full_disk_is_not_taken_for_a_dataset(folder: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(videos, "encode_clip", full)
+        patch.setattr(items, "encode_clip", full)
         with pytest.raises(OSError, match="No space"):
             convert(folder)
     assert not (out / INFO).exists()
@@ -312,3 +322,193 @@ def test_real_robot_videos(tmp_path: Path, name: str, fps: int, frames: int) -> 
     dataset = convert(tmp_path / name, captions=tmp_path / name / "captions.json", caption=None, size=64)
     assert (len(dataset.episodes), dataset.num_frames, dataset.fps) == (6, frames, fps)
     assert len(dataset.tasks) == 6
+
+
+def write_times(path: Path, times: list[float], size: tuple[int, int] = (48, 64), codec: str = "libx264") -> None:
+    """A clip with a frame at each time, as bright as the frame's number times 7 plus 20."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = cast(VideoStream, container.add_stream(codec, rate=1000, options={"g": "12", "bf": "2"}))
+        stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "yuv420p", Fraction(1, 1000)
+        for number, seconds in enumerate(times):
+            grey = np.full((*size, 3), 20 + 7 * number, np.uint8)
+            picture = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            picture.pts, picture.time_base = round(seconds * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def in_place(folder: Path, **options: object) -> Dataset:
+    told = "".join(f",{key}={value}" for key, value in {"caption": "wait", **options}.items())
+    return Dataset.open(f"videos:{folder}{told}")
+
+
+def numbers(frames_THWC: np.ndarray) -> list[int]:
+    """The frames' numbers, by their brightness."""
+    return np.round((frames_THWC.mean(axis=(1, 2, 3)) - 20) / 7).astype(int).tolist()
+
+
+def test_in_place_equals_the_converted_dataset(folder: Path) -> None:
+    write_clip(folder / "fast.webm", num=30, fps=30, codec="libvpx-vp9")
+    there, here = convert(folder, size=48), in_place(folder)
+    assert isinstance(here, SourceDataset)
+    assert (here.fps, here.cameras, here.action_dim) == (there.fps, there.cameras, None)
+    assert [(e.source, e.length, e.instruction) for e in here.episodes] == [
+        (e.source, e.length, e.instruction) for e in there.episodes
+    ]
+    for episode in range(4):
+        apart = resize_and_crop(here.frames(episode), 48).astype(int) - there.frames(episode)
+        assert np.abs(apart).mean() < 3
+    assert (here.frames(3, [7, 0, 7, 9]) == here.frames(3)[[7, 0, 7, 9]]).all()
+    assert here.fingerprint == in_place(folder).fingerprint
+    assert here.fingerprint != in_place(folder, fps=5).fingerprint
+    again = pickle.loads(pickle.dumps(here))
+    assert (again.frames(1, [3]) == here.frames(1, [3])).all()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_video_of_a_variable_rate_is_read_by_its_times(tmp_path: Path, suffix: str) -> None:
+    times = [0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.7, 0.8, 1.5, 1.6, 1.7, 1.8]
+    write_times(tmp_path / "clips" / f"a.{suffix}", times)
+    dataset = in_place(tmp_path / "clips", fps=10)
+    length = int(dataset.lengths[0])
+    assert abs(length - 19) <= 1
+    seen = numbers(dataset.frames(0))
+    nearest = [int(np.argmin(np.abs(np.array(times) - number / 10 + 1e-7))) for number in range(length)]
+    assert seen == nearest
+    there = convert(tmp_path / "clips", fps=10, size=48)
+    shared = min(length, int(there.lengths[0]))
+    assert numbers(there.frames(0))[:shared] == seen[:shared]
+    assert abs(int(there.lengths[0]) - length) <= 1
+
+
+@pytest.mark.parametrize(("fps", "length"), [(5, 15), (10, 30), (12, 36), (30, 89), (7.5, 22)])
+def test_single_frames_of_any_rate_are_the_nearest(tmp_path: Path, fps: float, length: int) -> None:
+    write_times(tmp_path / "clips" / "a.mp4", [number / 10 for number in range(30)])
+    dataset = in_place(tmp_path / "clips", fps=fps)
+    assert abs(int(dataset.lengths[0]) - length) <= 1
+    there = convert(tmp_path / "clips", fps=fps, size=48, out=tmp_path / "out")
+    assert dataset.lengths.tolist() == there.lengths.tolist()
+    expected = numbers(there.frames(0))
+    order = np.random.default_rng(0).permutation(int(dataset.lengths[0]))
+    assert [numbers(dataset.frames(0, [number]))[0] for number in order] == [expected[number] for number in order]
+
+
+def test_a_file_that_cannot_be_sought_is_read_from_its_beginning(tmp_path: Path) -> None:
+    for suffix, codec in (("gif", "gif"), ("ts", "libx264"), ("avi", "mpeg4")):
+        write_clip(tmp_path / suffix / f"a.{suffix}", num=20, codec=codec)
+        dataset = in_place(tmp_path / suffix)
+        assert abs(int(dataset.lengths[0]) - 20) <= 1
+        levels = [dataset.frames(0, [number]).mean() for number in (15, 2, 9)]
+        assert np.abs(np.array(levels) - (20 + 10 * np.array([15, 2, 9]))).max() < 8
+
+
+def test_a_truncated_video_read_in_place_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "clips" / "a.mkv"
+    write_clip(path, num=120, codec="libx264")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    dataset = in_place(tmp_path / "clips")
+    assert len(dataset.frames(0, [0, 3])) == 2
+    if dataset.lengths[0] == 120:
+        with pytest.raises(ValueError, match=r"a\.mkv: (ends at|cannot be decoded).*replace it"):
+            dataset.frames(0, [119])
+
+
+def test_names_with_spaces_and_unicode(tmp_path: Path) -> None:
+    folder = tmp_path / "my clips ü"
+    names = ["a b.mp4", "Σωκράτης/кошка 2.mp4", "Σωκράτης/кошка 10.mp4", "日本, =語.mp4"]
+    for name in names:
+        write_clip(folder / name)
+    (tmp_path / "c.json").write_text(json.dumps({name: f"watch {name}" for name in names}), encoding="utf-8")
+    dataset = convert(folder, captions=tmp_path / "c.json", caption=None)
+    assert {episode.source: episode.instruction for episode in dataset.episodes} == {n: f"watch {n}" for n in names}
+    assert [e.source for e in dataset.episodes].index(names[1]) < [e.source for e in dataset.episodes].index(names[2])
+    assert len(in_place(folder).frames(0)) == 8
+
+
+def test_links_are_followed_once_and_circles_end(folder: Path) -> None:
+    write_clip(folder.parent / "elsewhere" / "far.mp4")
+    (folder / "link").symlink_to(folder.parent / "elsewhere")
+    (folder.parent / "elsewhere" / "back").symlink_to(folder)
+    (folder / "deeper" / "self").symlink_to(folder / "deeper")
+    dataset = convert(folder)
+    assert [e.source for e in dataset.episodes] == ["clip2.mp4", "clip10.mp4", "deeper/clip1.avi", "link/far.mp4"]
+    (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
+    (folder / "round.mp4").symlink_to(folder / "round.mp4")
+    with pytest.raises(ValueError, match=r"gone\.mp4: .*\(and 1 more like it\)"):
+        convert(folder, overwrite=True)
+
+
+def test_empty_files_are_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "empty.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.mp4: .*empty, zero bytes.*--skip-bad"):
+        convert(folder)
+    assert not (folder.parent / "dataset").exists()
+    assert len(convert(folder, skip_bad=True).lengths) == 3
+    assert len(in_place(folder, skip_bad="true").lengths) == 3
+    assert "skipped in all (--skip-bad): 1" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"pipe\.mp4: is no regular file"):
+        convert(folder)
+    assert len(convert(folder, skip_bad=True).lengths) == 3
+
+
+def test_an_archive_is_not_unpacked(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "clips.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("../outside.mp4"))
+    with pytest.raises(ValueError, match=r"clips\.tar\.gz: is an archive; unpack it first"):
+        convert(tmp_path / "clips.tar.gz")
+    assert not (tmp_path.parent / "outside.mp4").exists()
+    with pytest.raises(ValueError, match="read from this machine's disk"):
+        Dataset.open("videos:memory://clips,caption=wait")
+
+
+def test_datasets_inside_the_folder_are_passed_over(folder: Path) -> None:
+    convert(folder, out=folder / "dataset")
+    assert len(convert(folder, out=folder.parent / "second").lengths) == 3
+
+
+def test_options_that_do_not_fit(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"--keep-encoding copies whole videos.*without --cut-shots"):
+        convert(folder, keep_encoding=True, cut_shots=True)
+    with pytest.raises(ValueError, match=r"--fps 0.*above 0"):
+        convert(folder, fps=0.0)
+    with pytest.raises(ValueError, match=r"unknown option of videos.*captoins.*captions"):
+        Dataset.open(f"videos:{folder},captoins=x.json")
+
+
+def test_joined_real_clips_are_cut_apart(tmp_path: Path) -> None:
+    if not (SHARED / "rt1_videos").is_dir():
+        pytest.skip("the shared sample data are not here")
+    paths = [sorted((SHARED / name).glob("*.mp4"))[0] for name in ("rt1_videos", "calvin_videos")]
+    clips = [[resize_and_crop(frame[None], 128)[0] for _, frame in ClipScan(path)] for path in paths]
+    (tmp_path / "clips").mkdir()
+    encode_clip(tmp_path / "clips" / "joined.mp4", [*clips[0], *clips[1]], 20.0)
+    dataset = convert(tmp_path / "clips", cut_shots=True)
+    assert dataset.lengths.tolist() == [len(clip) for clip in clips]
+    assert [e.source for e in dataset.episodes] == ["joined.mp4#0000", "joined.mp4#0001"]
+
+
+def test_headers_of_many_videos_are_kept_until_a_file_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(films, "WORTH_KEEPING", 3)
+    looked = []
+    probe = films.probe
+    monkeypatch.setattr(films, "probe", lambda path: looked.append(path.name) or probe(path))
+    first = in_place(folder)
+    assert sorted(looked) == ["clip1.avi", "clip10.mp4", "clip2.mp4"]
+    looked.clear()
+    assert in_place(folder).fingerprint == first.fingerprint
+    assert looked == []
+    write_clip(folder / "clip2.mp4", num=5)
+    assert in_place(folder).lengths.tolist() == [5, 8, 8]
+    (folder / "bad.mp4").write_text("no video")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"bad\.mp4: not a readable video"):
+            in_place(folder)

@@ -59,6 +59,36 @@ VERBS = (
         "RldsConfig",
     ),
     Verb(
+        "data lerobot",
+        "a LeRobot dataset, v2.1 or v3.0, a folder or on the hub -> a dataset",
+        "lapa.data.sources.lerobot",
+        "LeRobotConfig",
+    ),
+    Verb(
+        "data frames",
+        "folders of numbered pictures -> a dataset without actions",
+        "lapa.data.sources.frames",
+        "FramesConfig",
+    ),
+    Verb(
+        "data sthv2",
+        "Something-Something v2 -> a dataset without actions",
+        "lapa.data.sources.sthv2",
+        "Sthv2Config",
+    ),
+    Verb(
+        "data narrated",
+        "long videos with narrations (Ego4D, EPIC-KITCHENS) -> a dataset of clips without actions",
+        "lapa.data.sources.narrated",
+        "NarratedConfig",
+    ),
+    Verb(
+        "data lapa-jsonl",
+        "JSON lines of the released LAPA code -> a dataset, and its labels",
+        "lapa.data.sources.lapa_jsonl",
+        "LapaJsonlConfig",
+    ),
+    Verb(
         "data metaworld",
         "demonstrations rendered in Meta-World -> a dataset",
         "lapa.data.sources.metaworld",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lapa.files import read_json, write_json
+from lapa.files import as_path, read_json, write_json
 
 Config = TypeVar("Config")
 
@@ -59,14 +59,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
     return found
 
 
-def require_same(path: Path, now: Mapping[str, Any]) -> None:
+def require_same(path: Path, now: Mapping[str, Any], then: Mapping[str, Any] | None = None) -> None:
     """ValueError saying what changed where the JSON file `path` exists and differs from `now` in a key of `now`.
 
-    So a command goes on with `--resume` only under the settings it was begun with.
+    So a command goes on with `--resume` only under the settings it was begun with. then: what the file is taken to say.
     """
-    if not Path(path).exists():
+    if not as_path(path).exists():
         return
-    then = read_json(path)
+    then = read_json(path) if then is None else then
     changed = differences({key: then.get(key) for key in now}, now)
     if changed:
         raise ValueError(

@@ -38,9 +38,9 @@ def as_path(location: str | Path) -> Path:
     try:
         path = UPath(location)
         _ = path.fs
-    except ImportError:
-        package = FILE_SYSTEMS.get(protocol, protocol)
-        raise ValueError(f"{location}: reading {protocol}:// needs another package: pip install {package}") from None
+    except ImportError as error:
+        mend = f"pip install {FILE_SYSTEMS[protocol]}" if protocol in FILE_SYSTEMS else str(error)
+        raise ValueError(f"{location}: reading {protocol}:// needs another package: {mend}") from None
     except ValueError as error:
         raise ValueError(f"{location}: no such file system ({error})") from None
     return cast(Path, path)
@@ -73,6 +73,18 @@ def _told(error: Exception) -> str:
 def open_binary(path: Path) -> BinaryIO:
     """Opens a file, local or remote, for reading bytes."""
     return cast(BinaryIO, path.open("rb"))
+
+
+def what_instead(path: Path) -> str:
+    """What a file that cannot be read is in place of itself, in words; "" where that is not known."""
+    try:
+        with open_binary(as_path(path)) as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    if not head:
+        return "it is empty, zero bytes"
+    return "it is a pointer of Git LFS, run `git lfs pull`" if head.startswith(b"version https://git-lfs") else ""
 
 
 @contextmanager
@@ -170,7 +182,7 @@ def claim_output(
     overwrite: bool = False,
     resume: bool = False,
     resumable: bool = True,
-    inputs: Iterable[Path] = (),
+    inputs: Iterable[str | Path] = (),
 ) -> None:
     """Makes the folder `out` ready to be written, or says why not.
 

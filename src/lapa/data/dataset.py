@@ -10,14 +10,14 @@ Axes: T time, H W image, C channel, A action dimensions, S state dimensions, N f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from lapa.config import unknown
 from lapa.data.action_space import ActionSpace, read_action_space
@@ -47,7 +47,10 @@ class Dataset(ABC):
     cameras: short names; action_dim, state_dim: None where there are none.
     horizon: seconds between the frames of a pair, where it was given with the dataset (`--data PATH,horizon=2.4`).
     weight: how often it is drawn in a mixture (lapa.data.mixture).
+    coded: whether it has codes of an image tokeniser (`picture_codes`) in place of pictures.
     """
+
+    coded = False
 
     def __init__(
         self,
@@ -57,8 +60,8 @@ class Dataset(ABC):
         fps: float,
         features: dict[str, dict[str, Any]],
         lengths: np.ndarray,
-        instructions: Iterable[str],
-        sources: Iterable[str],
+        instructions: Sequence[str] | np.ndarray,
+        sources: Sequence[str] | np.ndarray,
     ):
         self.root, self.name, self.fps, self.features = root, name, fps, features
         self.lengths = lengths
@@ -139,6 +142,14 @@ class Dataset(ABC):
         self._camera_key(camera)
         return self._pictures(episode_index, indices, camera or self.cameras[0])
 
+    def picture_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
+        """The codes of pictures, of a dataset that is `coded`."""
+        raise ValueError(f"{self.root}: has pictures, and no codes of them")
+
+    def instruction(self, episode_index: int) -> str:
+        """What is asked for in an episode."""
+        return str(self._instructions[episode_index])
+
     def actions(self, episode_index: int) -> Float[np.ndarray, "T A"]:
         """An episode's actions, in the robot's own units. ValueError where the dataset has none or they are NaN."""
         if self.action_dim is None:
@@ -175,8 +186,14 @@ class Dataset(ABC):
 
 
 def picture_keys(features: dict[str, dict[str, Any]]) -> list[str]:
-    """The features that are pictures."""
-    return [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+    """The features that are pictures in colour; depth maps are none."""
+    return [key for key, feature in features.items() if feature["dtype"] in ("video", "image") and not _depth(feature)]
+
+
+def _depth(feature: dict[str, Any]) -> bool:
+    # LeRobot has used both places and both names.
+    details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    return bool(details.get("is_depth_map") or details.get("video.is_depth_map"))
 
 
 def _short(key: str) -> str:

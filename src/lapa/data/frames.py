@@ -6,9 +6,9 @@ Axes: T time, H W image, C channel.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,6 +18,10 @@ from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
 
 GIB = 2**30
+# Pictures of an episode decoded at once where they do not stay in memory.
+STRETCH = 256
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class Stream(NamedTuple):
@@ -71,16 +75,29 @@ class FrameStore:
             for camera in names
             for episode in chosen
         ]
-        # PyAV and Pillow let go of the interpreter lock while they work.
-        with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
-            task = bar.add_task("decoding", total=len(wanted), note="")
-            for (stream, episode), frames_THWC in zip(wanted, pool.map(self._whole, wanted), strict=True):
-                self._cache.setdefault(stream, {})[episode] = frames_THWC
-                bar.advance(task)
+        for (stream, episode), frames_THWC in zip(wanted, in_threads(self._whole, wanted, "decoding"), strict=True):
+            self._cache.setdefault(stream, {})[episode] = frames_THWC
+
+    def stretches(self, dataset: int, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "T size size 3"]]:
+        """All pictures of an episode, a few at a time: a long one needs no more memory than a short one."""
+        length = int(self.datasets[dataset].lengths[episode])
+        for first in range(0, length, STRETCH):
+            yield self.get(dataset, camera, episode, range(first, min(first + STRETCH, length)))
 
     def _whole(self, wanted: tuple[Stream, int]) -> np.ndarray:
         stream, episode = wanted
         return resize_and_crop(self.datasets[stream.dataset].frames(episode, None, stream.camera), self.size)
+
+
+def in_threads(function: Callable[[Job], Result], wanted: Sequence[Job], description: str) -> list[Result]:
+    """The results in order, with progress. PyAV and Pillow let go of the interpreter lock while they work."""
+    results = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
+        task = bar.add_task(description, total=len(wanted), note="")
+        for result in pool.map(function, wanted):
+            results.append(result)
+            bar.advance(task)
+    return results
 
 
 class EpisodeRows:
@@ -111,6 +128,10 @@ class EpisodeRows:
     def of_dataset(self, number: int) -> np.ndarray:
         """The episodes of one dataset that have items."""
         return self.episodes[self.datasets == number]
+
+    def num_items(self, number: int) -> int:
+        """How many items one dataset has."""
+        return int(np.diff(self.ends, prepend=0)[self.datasets == number].sum())
 
 
 def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) -> np.ndarray:

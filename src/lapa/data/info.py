@@ -13,11 +13,12 @@ from PIL import Image, ImageDraw
 from rich.markup import escape
 from rich.table import Table
 
-from lapa.console import console, finish
+from lapa.console import console, finish, say
 from lapa.data.action_space import KEY
 from lapa.data.dataset import Dataset
+from lapa.data.lerobot import LeRobotDataset
 from lapa.data.transforms import resize_and_crop
-from lapa.files import atomic_path
+from lapa.files import atomic_path, is_remote
 
 THUMBNAIL = 128
 SHEET_EPISODES, SHEET_TIMES = 8, 6
@@ -30,16 +31,21 @@ class InfoConfig:
     """Show what a dataset holds, and draw a contact sheet of it."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """The dataset's folder."""
+    """The dataset, as any command's --data names it (docs/1-data.md)."""
     sheet: Path | None = None
-    """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset."""
+    """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset's folder, or, of a source in place
+    and of a dataset elsewhere, NAME_contact_sheet.png here."""
 
 
 def run(config: InfoConfig) -> None:
     """`lapa data info`."""
     dataset = Dataset.open(config.data)
     console.print(summary(dataset))
-    sheet = config.sheet or dataset.root / "contact_sheet.png"
+    if dataset.coded:
+        say("no contact sheet: it has codes of pictures, and no pictures")
+        return
+    ours = isinstance(dataset, LeRobotDataset) and not is_remote(dataset.root)
+    sheet = config.sheet or (dataset.root / "contact_sheet.png" if ours else Path(f"{dataset.name}_contact_sheet.png"))
     with atomic_path(sheet) as temporary:
         contact_sheet(dataset).save(temporary)
     finish("contact sheet", sheet, [f"lapa latent train --data {config.data} --out LAM"])
@@ -56,7 +62,7 @@ def summary(dataset: Dataset) -> Table:
     table.add_row("frames", f"{dataset.num_frames} at {dataset.fps:g} fps ({seconds:.1f} s in all)")
     for camera in dataset.cameras:
         height, width = dataset.image_shape(camera)
-        table.add_row(f"camera {camera}", f"{width}x{height}, {_codec(dataset, camera)}")
+        table.add_row(f"camera {camera}", f"{width}x{height}{_codec(dataset, camera)}")
     table.add_row("action", _actions(dataset))
     table.add_row("state", _feature(dataset, "observation.state", "none"))
     counts = Counter(episode.instruction for episode in dataset.episodes)
@@ -65,7 +71,8 @@ def summary(dataset: Dataset) -> Table:
     if len(counts) > SHOWN_TASKS:
         table.add_row("", f"and {len(counts) - SHOWN_TASKS} more")
     sizes = {name: _megabytes(dataset.root / name) for name in ("videos", "data", "meta", "labels")}
-    table.add_row("on disk", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items() if size))
+    if any(sizes.values()):
+        table.add_row("on disk", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items() if size))
     table.add_row("fingerprint", dataset.fingerprint)
     if dataset.extra:
         table.add_row("made by", escape(_making(dataset.extra)))
@@ -90,9 +97,11 @@ def contact_sheet(dataset: Dataset, camera: str | None = None) -> Image.Image:
 
 
 def _codec(dataset: Dataset, camera: str) -> str:
+    """How a camera's pictures are encoded, where that is known."""
     feature = dataset.camera_feature(camera)
     # LeRobot has used both names for the details of a video.
-    return str((feature.get("info") or feature.get("video_info") or {}).get("video.codec", "unknown codec"))
+    codec = (feature.get("info") or feature.get("video_info") or {}).get("video.codec")
+    return f", {codec}" if codec else ""
 
 
 def _actions(dataset: Dataset) -> str:

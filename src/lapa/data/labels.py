@@ -2,13 +2,17 @@
 
 A labels folder holds `episodes-XXXXXX-YYYYYY.parquet` (one row a frame: episode_index, frame_index, codes, and
 where asked for, embedding) and `manifest.json`, written last. By default it lies beside the dataset it labels, in
-`DATASET/labels/LAM_FINGERPRINT`. Shards are whole or absent, so an interrupted run goes on with what is missing.
+`DATASET/labels/LAM_FINGERPRINT`. Shards are whole or absent, so an interrupted run goes on with what is missing; each
+notes in its schema how many pairs were left out of it and why, so that whoever reads it can tell it is complete.
+Folders may lie wherever fsspec reaches. Axes: T time, L latent action length, D width, N rows of all episodes.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +20,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapa import config as configs
-from lapa.files import atomic_path
+from lapa.files import as_path, atomic_path, open_binary, reading
 
 MANIFEST = "manifest.json"
+SHARDS = "episodes-*.parquet"
+# The columns that hold several numbers a row.
+LISTS = ("codes", "embedding")
+# Under which a shard's own schema keeps its notes.
+NOTES = b"lapa"
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What labels say of themselves.
 
-    code_usage: for each of the L positions, the share of rows that each code has.
+    code_usage: for each of the L positions, the share of rows that each code has. skipped_episodes: not longer than the
+    horizon. static_pairs: left out since less than min_motion moves in them. bad_episodes: could not be read.
     """
 
     lam_fingerprint: str
@@ -40,6 +50,18 @@ class Manifest:
     skipped_episodes: int
     code_usage: list[list[float]]
     embeddings: bool = False
+    precision: str = "fp32"
+    min_motion: float = 0.0
+    static_pairs: int = 0
+    bad_episodes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardNotes:
+    """What is not in a shard: pairs in which too little moves, and episodes that could not be read."""
+
+    static_pairs: int = 0
+    bad_episodes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,7 @@ def shard_path(folder: Path, first_episode: int, last_episode: int) -> Path:
     return folder / f"episodes-{first_episode:06d}-{last_episode:06d}.parquet"
 
 
-def write_shard(path: Path, episodes: dict[int, EpisodeLabels]) -> None:
+def write_shard(path: Path, episodes: dict[int, EpisodeLabels], notes: ShardNotes | None = None) -> None:
     """Writes one shard, atomically, sorted by episode and frame."""
     order = sorted(episodes)
     columns = {
@@ -67,27 +89,68 @@ def write_shard(path: Path, episodes: dict[int, EpisodeLabels]) -> None:
     table = pa.table({**columns, "codes": _fixed_lists(codes)})
     embeddings = [episodes[i].embeddings_TLD for i in order]
     if all(embedding is not None for embedding in embeddings):
-        flat = np.concatenate([e.reshape(len(e), -1).astype(np.float32) for e in embeddings if e is not None])
+        flat = np.concatenate(
+            [e.reshape(len(e), math.prod(e.shape[1:])).astype(np.float32) for e in embeddings if e is not None]
+        )
         table = table.append_column("embedding", _fixed_lists(flat))
+    if notes is not None:
+        table = table.replace_schema_metadata({NOTES: json.dumps(configs.to_dict(notes)).encode()})
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
+
+
+def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A shard, its checksums verified. ValueError naming the file where it is damaged."""
+    mend = "run `lapa label --resume`, which makes it again"
+    try:
+        with reading(path, mend), open_binary(path) as file:
+            table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]}); {mend}") from None
+    odd = {field.name for field in table.schema if (field.name in LISTS) != pa.types.is_fixed_size_list(field.type)}
+    if wrong := sorted(odd | (set(columns or ()) - set(table.column_names))):
+        raise ValueError(f"{path}: damaged (the columns {', '.join(wrong)}); {mend}")
+    return table
+
+
+def shard_notes(table: pa.Table) -> ShardNotes:
+    """What a shard says is not in it."""
+    return configs.from_dict(ShardNotes, json.loads((table.schema.metadata or {}).get(NOTES, b"{}")))
 
 
 class Labels:
-    """A finished labels folder, read whole (a row is a few integers)."""
+    """A finished labels folder. Codes are held in memory, as small integers; embeddings are read when asked for."""
 
-    def __init__(self, folder: Path, manifest: Manifest, table: pa.Table) -> None:
-        self.folder, self.manifest, self._table = folder, manifest, table
+    def __init__(self, folder: Path, manifest: Manifest, tables: Iterable[pa.Table]) -> None:
+        """tables: of the shards, in order, each read when the one before it is taken in."""
+        self.folder, self.manifest = folder, manifest
+        rows, length = manifest.num_rows, manifest.latent_length
+        small = np.int16 if manifest.codebook_size <= 2**15 else np.int32
+        self._codes_NL, self._frames_N = np.empty((rows, length), small), np.empty(rows, np.int32)
+        episodes_N, taken = np.empty(rows, np.int32), 0
+        for table in tables:
+            there = slice(taken, taken + len(table))
+            taken = there.stop
+            if taken <= rows:
+                self._codes_NL[there] = _from_fixed_lists(table["codes"])
+                self._frames_N[there] = table["frame_index"].to_numpy()
+                episodes_N[there] = table["episode_index"].to_numpy()
+        if taken != rows:
+            raise ValueError(f"{folder}: {taken} rows where {MANIFEST} says {rows}; run `lapa label --overwrite`")
+        # Rows are sorted by episode: episode i's begin at _starts[i].
+        last = int(episodes_N[-1]) if rows else -1
+        self._starts = np.searchsorted(episodes_N, np.arange(last + 2))
+        self._near: tuple[Path, np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def open(
-        cls, folder: Path, *, lam_fingerprint: str | None = None, dataset_fingerprint: str | None = None
+        cls, folder: str | Path, *, lam_fingerprint: str | None = None, dataset_fingerprint: str | None = None
     ) -> Labels:
         """Opens a labels folder.
 
         Raises ValueError naming the folder where it is unfinished, or where its fingerprints are not the given ones.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such labels folder; make one with `lapa label --lam LAM --data DATASET`")
         if not (folder / MANIFEST).exists():
@@ -102,43 +165,36 @@ class Labels:
             raise ValueError(
                 f"{folder}: labels another dataset, or an earlier state of this one; run `lapa label` again"
             )
-        table = pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("episodes-*.parquet")))
-        if len(table) != manifest.num_rows:
-            raise ValueError(
-                f"{folder}: {len(table)} rows where {MANIFEST} says {manifest.num_rows}; run `lapa label --overwrite`"
-            )
-        return cls(folder, manifest, table)
-
-    @cached_property
-    def _rows(self) -> dict[int, slice]:
-        """Episode index -> its rows in the table, which is sorted by episode."""
-        episodes = self._table["episode_index"].to_numpy()
-        indices, starts = np.unique(episodes, return_index=True)
-        ends = [*starts[1:], len(episodes)]
-        return {int(i): slice(int(a), int(b)) for i, a, b in zip(indices, starts, ends, strict=True)}
-
-    @cached_property
-    def _codes(self) -> np.ndarray:
-        return _from_fixed_lists(self._table["codes"]).astype(np.int64)
-
-    @cached_property
-    def _frames(self) -> np.ndarray:
-        return self._table["frame_index"].to_numpy()
-
-    @cached_property
-    def _embeddings(self) -> np.ndarray:
-        return _from_fixed_lists(self._table["embedding"])
+        columns = ["episode_index", "frame_index", "codes"]
+        return cls(folder, manifest, (read_shard(path, columns) for path in sorted(folder.glob(SHARDS))))
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """The labelled frames of an episode: (frame_indices_T, codes_TL), both int64; empty where it has none."""
-        rows = self._rows.get(episode_index, slice(0, 0))
-        return self._frames[rows], self._codes[rows]
+        rows = self._rows(episode_index)
+        return self._frames_N[rows].astype(np.int64), self._codes_NL[rows].astype(np.int64)
 
     def embeddings(self, episode_index: int) -> np.ndarray:
         """The continuous embeddings [T, L * D] of the same frames; ValueError where they were not asked for."""
-        if "embedding" not in self._table.column_names:
+        if not self.manifest.embeddings:
             raise ValueError(f"{self.folder}: holds no embeddings; label again with --embeddings")
-        return self._embeddings[self._rows.get(episode_index, slice(0, 0))]
+        for path in sorted(self.folder.glob(SHARDS)):
+            first, last = map(int, path.stem.split("-")[1:])
+            if first <= episode_index <= last:
+                episodes_N, embeddings_ND = self._embeddings_of(path)
+                return embeddings_ND[slice(*np.searchsorted(episodes_N, [episode_index, episode_index + 1]))]
+        raise ValueError(f"{self.folder}: holds nothing of episode {episode_index}")
+
+    def _rows(self, episode_index: int) -> slice:
+        if not 0 <= episode_index < len(self._starts) - 1:
+            return slice(0, 0)
+        return slice(int(self._starts[episode_index]), int(self._starts[episode_index + 1]))
+
+    def _embeddings_of(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """The episode of each row of a shard, and its embedding; the last shard read stays in memory."""
+        if self._near is None or self._near[0] != path:
+            table = read_shard(path, ["episode_index", "embedding"])
+            self._near = path, table["episode_index"].to_numpy(), _from_fixed_lists(table["embedding"])
+        return self._near[1:]
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import LeRobotDataset
-from lapa.data.sources.source import Reading, SourceDataset
+from lapa.data.sources.source import Reading
 from lapa.data.spec import DataSpec, typed, typed_options
 from lapa.files import as_path
 
@@ -37,8 +37,8 @@ def open_dataset(data: Path | str) -> Dataset:
         dataset = open_source(typed_options(reading, spec.path, options, f"{spec.source}:{spec.path}"), spec.name)
     if horizon is not None:
         dataset.horizon = typed(float, horizon, f"--data {data}: horizon")
-        if dataset.horizon <= 0:
-            raise ValueError(f"--data {data}: the horizon must be above 0 seconds")
+        if not 0 < dataset.horizon < float("inf"):
+            raise ValueError(f"--data {data}: the horizon must be above 0 seconds, got {horizon}")
     dataset.weight = 1.0 if spec.weight is None else spec.weight
     return dataset
 
@@ -51,4 +51,4 @@ def find_reading(source: str) -> type[Reading]:
 
 def open_source(reading: Reading, name: str | None = None) -> Dataset:
     """A source as a dataset, in place."""
-    return SourceDataset(reading.open(), name)
+    return reading.open().dataset(name)

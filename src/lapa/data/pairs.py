@@ -1,6 +1,7 @@
 """Pairs of frames (x_t, x_{t+h}): what the latent action model learns from.
 
-The horizon h is given in seconds and becomes frames by each dataset's own rate. A pair whose second frame lies past
+The horizon h is given in seconds, for all datasets or for one of them (`--data PATH,horizon=2.4`), and becomes frames
+by each dataset's own rate. A pair whose second frame lies past
 the episode's end does not exist (LAPA's released code repeats the last frame instead, which teaches "no change").
 Axes: T=2 frames of a pair, C channel, H W image, A action dimensions, P pairs of an episode.
 """
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from lapa.console import say, warn
 from lapa.data.dataset import Dataset
-from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
+from lapa.data.frames import STRETCH, EpisodeRows, FrameStore, draw, each_camera, in_threads, split_episodes
+from lapa.data.mixture import MixBy, Mixture
+from lapa.data.motion import motion_energy, thumbnails
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class PairsConfig:
     size: int = 256
     """Height and width in pixels: the short side is scaled to it, the centre cropped."""
     horizon: float = 0.6
-    """Seconds between the two frames (the paper: 0.6 for robots, 2.4 for human video)."""
+    """Seconds between the two frames (the paper: 0.6 for robots, 2.4 for human video), where a dataset has no own."""
     camera: str | None = None
     """Camera to read; each dataset's first where none is named."""
     held_out: float = 0.1
@@ -44,13 +47,23 @@ class PairsConfig:
     """Also read the frame halfway between the two."""
     action_share: float = 0.0
     """Share of the episodes with actions whose true actions are given along, at least one episode where above 0."""
+    mix_by: MixBy = "frames"
+    """What the datasets' shares of the draws are in proportion to, beside their weights (lapa.data.mixture)."""
+    min_motion: float = 0.0
+    """Leave out pairs that change less than this (lapa.data.motion), of the training split."""
+
+
+# Of a dataset's pairs at least this share is dropped before it is warned of.
+MANY_STILL = 0.5
 
 
 class FramePairs(torch.utils.data.Dataset):
     """All pairs of the datasets, one after another: dataset, episode, frame.
 
     Keys are an index or a draw `(index, number)`. split: 'train', 'held_out' or 'all', by episode, from the seed.
-    .horizon_frames: h of each dataset; .num_skipped: episodes too short for a pair, of each dataset.
+    .horizons, .horizon_frames: h of each dataset; .num_skipped: episodes too short for a pair, of each dataset.
+    .num_still: pairs left out for lack of motion, of each dataset.
+    .mixture: how often each dataset is drawn; .groups: the same, for lapa.engine.batches.
     .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
     Raises ValueError where no episode is long enough.
     """
@@ -62,8 +75,11 @@ class FramePairs(torch.utils.data.Dataset):
             raise ValueError(f"action_share is {config.action_share}; it must be a share from 0 to 1")
         if config.horizon <= 0:
             raise ValueError(f"horizon is {config.horizon} seconds; it must be above 0")
+        if not 0 <= config.min_motion < 1:
+            raise ValueError(f"min_motion is {config.min_motion}; it lies from 0 (keep all pairs) to below 1")
         self.datasets, self.config = tuple(datasets), config
-        self.horizon_frames = tuple(horizon_frames(config.horizon, dataset.fps) for dataset in datasets)
+        self.horizons = tuple(config.horizon if d.horizon is None else d.horizon for d in datasets)
+        self.horizon_frames = tuple(map(horizon_frames, self.horizons, [dataset.fps for dataset in datasets]))
         self.num_skipped = tuple(
             int((dataset.lengths <= horizon).sum())
             for dataset, horizon in zip(datasets, self.horizon_frames, strict=True)
@@ -76,16 +92,25 @@ class FramePairs(torch.utils.data.Dataset):
         if not len(self._rows):
             raise ValueError(
                 f"{', '.join(dataset.name for dataset in datasets)}: no episode of this split is longer than the "
-                f"horizon of {config.horizon:g} s; give a shorter horizon or longer videos"
+                f"horizon of {_told(self.horizons)}; give a shorter horizon or longer videos"
             )
         self._cameras = each_camera(datasets, None if config.camera is None else [config.camera])
         episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
         if config.middle and min(self.horizon_frames) < 2:
             raise ValueError(
-                f"a horizon of {config.horizon:g} s is a single frame, which has none halfway; give a longer horizon"
+                f"a horizon of {_told(self.horizons)} is a single frame, which has none halfway; give a longer horizon"
             )
         self._frames = FrameStore(datasets, self._cameras, episodes, config.size, config.cache_gib)
         self.in_memory = self._frames.in_memory
+        # The first frames of an episode's pairs, where some are left out.
+        self._moving: dict[tuple[int, int], np.ndarray] = {}
+        self.num_still = (0,) * len(datasets)
+        if config.min_motion and split == "train":
+            self._leave_out_still()
+            episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
+        num_items = [self._rows.num_items(number) for number in range(len(datasets))]
+        self.mixture = Mixture.of(datasets, num_items, [len(chosen) for chosen in episodes], config.mix_by)
+        self.groups = self.mixture.groups
         self.action_dim = self._common_action_dim() if config.action_share else 0
         self._actions = self._known_actions(episodes, seed) if config.action_share else {}
 
@@ -114,11 +139,15 @@ class FramePairs(torch.utils.data.Dataset):
 
     def location(self, index: int) -> tuple[int, int, int]:
         """(number of the dataset, episode, first frame) of a pair."""
-        return self._rows.locate(index)
+        number, episode, position = self._rows.locate(index)
+        moving = self._moving.get((number, episode))
+        return number, episode, position if moving is None else int(moving[position])
 
     def index_of(self, number: int, episode: int, frame: int) -> int:
-        """The index of the pair at this location."""
-        return self._rows.index_of(number, episode, frame)
+        """The index of the pair at this location, which must be one."""
+        moving = self._moving.get((number, episode))
+        position = frame if moving is None else int(np.flatnonzero(moving == frame)[0])
+        return self._rows.index_of(number, episode, position)
 
     def actions_between(self, index: int) -> Float[np.ndarray, "h A"]:
         """The robot's actions from the first frame up to, not including, the second."""
@@ -147,6 +176,41 @@ class FramePairs(torch.utils.data.Dataset):
         ]
         return EpisodeRows(chosen, counts)
 
+    def _leave_out_still(self) -> None:
+        """Drops the pairs that move less than is asked for, and says how many. ValueError where none is left."""
+        places = list(zip(self._rows.datasets.tolist(), self._rows.episodes.tolist(), strict=True))
+        most, kept, total = ([0.0] * len(self.datasets), [0] * len(self.datasets), [0] * len(self.datasets))
+        found = in_threads(self._motion, places, "looking for motion")
+        for (number, episode), (moving_P, num_pairs, largest) in zip(places, found, strict=True):
+            self._moving[number, episode] = moving_P
+            kept[number] += len(moving_P)
+            total[number] += num_pairs
+            most[number] = max(most[number], largest)
+        self.num_still = tuple(every - moving for every, moving in zip(total, kept, strict=True))
+        for dataset, still, every, largest in zip(self.datasets, self.num_still, total, most, strict=True):
+            if every and still == every:
+                raise ValueError(
+                    f"{dataset.root}: none of its {every} pairs changes by --min-motion {self.config.min_motion:g}, "
+                    f"{largest:.4f} at most; lower it, or leave the dataset out"
+                )
+            told = warn if still > MANY_STILL * every else say
+            told(f"{dataset.name}: {still} of {every} pairs ({still / max(1, every):.0%}) left out, nothing moves")
+        episodes = [self._rows.of_dataset(number) for number in range(len(self.datasets))]
+        counts = [
+            np.array([len(self._moving[number, int(episode)]) for episode in chosen], np.int64)
+            for number, chosen in enumerate(episodes)
+        ]
+        self._rows = EpisodeRows(episodes, counts)
+
+    def _motion(self, place: tuple[int, int]) -> tuple[np.ndarray, int, float]:
+        """Of an episode: the first frames of the pairs that move enough, how many pairs it has, the most that moves."""
+        (number, episode), horizon = place, self.horizon_frames[place[0]]
+        stretches = self._frames.stretches(number, self._cameras[number][0], episode)
+        small_THW = np.concatenate([thumbnails(frames_THWC) for frames_THWC in stretches])
+        firsts = range(0, len(small_THW) - horizon, STRETCH)
+        energy_P = np.concatenate([motion_energy(small_THW[f : f + STRETCH + horizon], horizon) for f in firsts])
+        return np.flatnonzero(energy_P >= self.config.min_motion).astype(np.int32), len(energy_P), float(energy_P.max())
+
     def _common_action_dim(self) -> int:
         known = [(dataset.root, dataset.action_dim) for dataset in self.datasets if dataset.action_dim is not None]
         dims = {dim for _, dim in known}
@@ -173,10 +237,11 @@ class FramePairs(torch.utils.data.Dataset):
         return known
 
     def _report_skipped(self) -> None:
-        for dataset, horizon, skipped in zip(self.datasets, self.horizon_frames, self.num_skipped, strict=True):
+        rows = zip(self.datasets, self.horizons, self.horizon_frames, self.num_skipped, strict=True)
+        for dataset, seconds, horizon, skipped in rows:
             if skipped == len(dataset.lengths):
                 raise ValueError(
-                    f"{dataset.root}: all {skipped} episodes are too short for a horizon of {self.config.horizon:g} s "
+                    f"{dataset.root}: all {skipped} episodes are too short for a horizon of {seconds:g} s "
                     f"({horizon} frames at {dataset.fps:g} fps); give a shorter horizon or longer videos"
                 )
             if skipped:
@@ -189,6 +254,10 @@ class FramePairs(torch.utils.data.Dataset):
 def horizon_frames(horizon: float, fps: float) -> int:
     """A horizon in seconds as frames, at least one."""
     return max(1, round(horizon * fps))
+
+
+def _told(horizons: Sequence[float]) -> str:
+    return ", ".join(f"{seconds:g} s" for seconds in sorted(set(horizons)))
 
 
 def collate_pairs(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

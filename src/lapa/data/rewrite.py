@@ -28,8 +28,9 @@ import tyro
 from lapa import config as configs
 from lapa.console import finish, say
 from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import ACTION, STATE, Dataset
-from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, read_parquet, require_folder
+from lapa.data.dataset import ACTION, STATE, Dataset, picture_keys
+from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, require_folder
+from lapa.data.parquet import read_parquet
 from lapa.data.statistics import Moments
 from lapa.data.writer import FRAME_COLUMNS
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
@@ -164,10 +165,11 @@ class _Numbering:
 def _features(dataset: LeRobotDataset, space: ActionSpace | None, kept: Sequence[str]) -> dict[str, Any]:
     """The features of the new dataset, as meta/info.json has them."""
     action = {ACTION: {"dtype": "float32", "shape": [space.action_dim], "names": list(space.names)}} if space else {}
+    pictures = picture_keys(dataset.features)
     others = {
         name: feature
         for name, feature in dataset.features.items()
-        if feature["dtype"] == "video" or name in kept or name in FRAME_COLUMNS
+        if name in pictures or name in kept or name in FRAME_COLUMNS
     }
     return {**action, **others}
 

@@ -25,7 +25,7 @@ from lapa.config import unknown
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(?=.)")
 WEIGHT = re.compile(r":([0-9.]+(?:e-?[0-9]+)?)$")
-OPTION = re.compile(r",([a-z][a-z_-]*)=([^,]*)")
+OPTION = re.compile(r",([a-z][a-z_-]*)=([^,]*)$")
 
 Options = TypeVar("Options")
 
@@ -44,24 +44,25 @@ class DataSpec:
     def parse(cls, text: str, sources: Collection[str]) -> DataSpec:
         """ValueError, with the form that is expected, where `text` cannot be read so."""
         text = str(text)
-        if Path(text).exists():
+        if _exists(text):
             return cls(text)
         rest, name, weight = text, None, None
         if match := NAME.match(rest):
             name, rest = match[1], rest[match.end() :]
-        if not Path(rest).exists() and (match := WEIGHT.search(rest)):
+        if not _exists(rest) and (match := WEIGHT.search(rest)):
             weight, rest = _weight(match[1], text), rest[: match.start()]
+        # The last first: a path may hold commas and colons, and is one as soon as it is there.
+        options: dict[str, str] = {}
         source, _, after = rest.partition(":")
-        if source in sources and not after.startswith("//"):
-            rest = after
-        elif re.fullmatch(r"[a-z][a-z0-9-]+", source) and after and not after.startswith("//"):
-            raise ValueError(f"--data {text}: {unknown('source', source, sources)}")
-        else:
+        known = source in sources and not after.startswith("//")
+        rest = after if known else rest
+        while not _exists(rest) and (match := OPTION.search(rest)):
+            options = {match[1].replace("-", "_"): match[2], **options}
+            rest = rest[: match.start()]
+        if not known:
+            if re.fullmatch(r"[a-z][a-z0-9-]+:(?!//).+", rest) and not _exists(rest):
+                raise ValueError(f"--data {text}: {unknown('source', source, sources)}")
             source = ""
-        options = {}
-        if not Path(rest).exists():
-            options = {key.replace("-", "_"): value for key, value in OPTION.findall(rest)}
-            rest = OPTION.sub("", rest)
         if not rest:
             raise ValueError(f"--data {text}: names no path; expected [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]")
         return cls(rest, source or None, name, options, weight)
@@ -89,6 +90,10 @@ def typed(hint: Any, text: str, source: str) -> Any:
         return typed(next(option for option in arguments if option is not type(None)), text, source)
     if origin is tuple:
         return tuple(typed(arguments[0], part, source) for part in text.split("+"))
+    if origin is typing.Literal:
+        if text not in arguments:
+            raise ValueError(f"{source}: {unknown('value', text, arguments)}")
+        return text
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{source}: expected true or false")
@@ -97,6 +102,14 @@ def typed(hint: Any, text: str, source: str) -> Any:
         return hint(text)
     except (TypeError, ValueError):
         raise ValueError(f"{source}: {text!r} is no {getattr(hint, '__name__', hint)}") from None
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    # A spec may be longer than any name of a file.
+    except OSError:
+        return False
 
 
 def _weight(number: str, text: str) -> float:

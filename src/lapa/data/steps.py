@@ -15,6 +15,7 @@ from lapa.console import warn
 from lapa.data.dataset import Dataset
 from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
 from lapa.data.labels import Labels
+from lapa.data.mixture import MixBy, Mixture
 from lapa.data.transforms import augment
 
 
@@ -26,6 +27,7 @@ class PolicySteps(torch.utils.data.Dataset):
     labels: one for each dataset; without `chunk`, frames that have none (the last of an episode) are not items.
     chunk: K future actions a frame; past the episode's end the last is repeated and masked out.
     state: whether items bring the robot's state.
+    .mixture: how often each dataset is drawn; .groups: the same, for lapa.engine.batches.
     .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
     """
 
@@ -43,6 +45,7 @@ class PolicySteps(torch.utils.data.Dataset):
         held_out: float = 0.1,
         cache_gib: float = 4.0,
         state: bool = False,
+        mix_by: MixBy = "frames",
     ):
         """cameras: all datasets must have them; None: each one's first.
 
@@ -73,16 +76,24 @@ class PolicySteps(torch.utils.data.Dataset):
             names = ", ".join(dataset.name for dataset in datasets)
             raise ValueError(f"{names}: no step is left to train on; label the dataset again with a shorter horizon")
         episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
-        self._frames = FrameStore(datasets, self.cameras, episodes, size, cache_gib)
+        coded = [dataset.name for dataset in datasets if dataset.coded]
+        if augment and coded:
+            warn(f"{', '.join(coded)}: has codes of pictures and no pictures, which are not augmented")
+        pictured = [chosen[:0] if data.coded else chosen for data, chosen in zip(datasets, episodes, strict=True)]
+        self._frames = FrameStore(datasets, self.cameras, pictured, size, cache_gib)
         self.in_memory = self._frames.in_memory
+        num_items = [self._rows.num_items(number) for number in range(len(datasets))]
+        self.mixture = Mixture.of(datasets, num_items, [len(chosen) for chosen in episodes], mix_by)
+        self.groups = self.mixture.groups
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
-        """{"images": {camera: uint8 [size, size, 3]}, "instruction", "dataset" (its name), "index", "episode"} and
+        """{"images": {camera: uint8 [size, size, 3], or int64 [N] of a dataset that is coded}, "instruction",
 
-        with labels "codes_L" int64 and "has_codes", False (and the codes 0) where the frame has no label;
+        "dataset" (its name), "index", "episode"} and with labels "codes_L" int64 and "has_codes", False (and the codes
+        0) where the frame has no label;
         with chunk "actions_KA" float32 and "action_mask_K" bool; with state "state_S" float32.
         """
         index, number = draw(key)
@@ -95,7 +106,7 @@ class PolicySteps(torch.utils.data.Dataset):
             item["actions_KA"], item["action_mask_K"] = self._chunk_at(dataset, episode, frame)
         if self.state:
             item["state_S"] = _states(dataset, episode)[frame]
-        item["instruction"] = dataset.episodes[episode].instruction
+        item["instruction"] = dataset.instruction(episode)
         item["images"] = self._images(dataset_number, episode, frame, number)
         return item
 
@@ -111,20 +122,21 @@ class PolicySteps(torch.utils.data.Dataset):
         number, episode, frame = self.location(index)
         return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
 
-    def actions(self) -> np.ndarray:
+    def actions(self, number: int | None = None) -> np.ndarray:
         """All actions of the episodes in this split, [N, A] float32: what action statistics are made from.
 
-        Like `states`, raises ValueError naming dataset, episode and frame where a number is not finite.
+        number: of one of the datasets only. Like `states`, raises ValueError naming dataset, episode and frame where a
+        number is not finite.
         """
-        return np.concatenate([dataset.actions(episode) for dataset, episode in self._episodes()])
+        return np.concatenate([dataset.actions(episode) for dataset, episode in self._episodes(number)])
 
-    def states(self) -> np.ndarray:
+    def states(self, number: int | None = None) -> np.ndarray:
         """All states of the episodes in this split, [N, S] float32. ValueError where a dataset has none."""
-        return np.concatenate([_states(dataset, episode) for dataset, episode in self._episodes()])
+        return np.concatenate([_states(dataset, episode) for dataset, episode in self._episodes(number)])
 
-    def _episodes(self) -> list[tuple[Dataset, int]]:
+    def _episodes(self, only: int | None) -> list[tuple[Dataset, int]]:
         rows = zip(self._rows.datasets, self._rows.episodes, strict=True)
-        return [(self.datasets[number], int(episode)) for number, episode in rows]
+        return [(self.datasets[number], int(episode)) for number, episode in rows if only in (None, number)]
 
     def _choose(self, split: str, held_out: float) -> EpisodeRows:
         """The steps of a split."""
@@ -148,6 +160,8 @@ class PolicySteps(torch.utils.data.Dataset):
 
     def _images(self, dataset_number: int, episode: int, frame: int, number: int) -> dict[str, np.ndarray]:
         cameras = self.cameras[dataset_number]
+        if self.datasets[dataset_number].coded:
+            return {camera: self.datasets[dataset_number].picture_codes(episode, [frame])[0] for camera in cameras}
         images = {camera: self._frames.get(dataset_number, camera, episode, [frame])[0] for camera in cameras}
         if not self.augment:
             return images

@@ -23,19 +23,24 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
-from lapa.files import atomic_path, is_remote, open_binary
+from lapa.files import atomic_path, is_remote, open_binary, reading, what_instead
 
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16
 # Seconds before a frame from which it is decoded, tried in turn.
 EARLIER = (0.0, 0.5, 5.0, 60.0)
+# The part by which a mean rate may differ from the rate of a constant one.
+VARIES = 0.01
 # Codecs that an mp4 holds and that players and LeRobot decode.
 MP4_CODECS = ("h264", "hevc", "av1", "vp9")
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video's header says. num_frames is None where the format does not tell."""
+    """What a video's header says. num_frames is None where the format does not tell.
+
+    constant: whether frames come at one rate; where they do not, `fps` is the mean, and num_frames was counted.
+    """
 
     width: int
     height: int
@@ -43,20 +48,35 @@ class VideoInfo:
     num_frames: int | None
     codec: str
     pix_fmt: str
+    constant: bool = True
 
 
 def probe(path: Path) -> VideoInfo:
     """Reads a video's header. Raises ValueError naming the file where it is not a video."""
     with _open(path) as container:
         stream = container.streams.video[0]
+        fps, num_frames = _rate(stream), _expected_frames(container, stream)
+        constant = not stream.base_rate or abs(fps / float(stream.base_rate) - 1) < VARIES
+        if not constant:
+            times = _packet_times(container, stream, path)
+            constant = len(times) < 2
+            num_frames, fps = len(times) or None, fps if constant else (len(times) - 1) / (times[-1] - times[0])
         return VideoInfo(
             width=stream.width,
             height=stream.height,
-            fps=_rate(stream),
-            num_frames=_expected_frames(container, stream),
+            fps=fps,
+            num_frames=num_frames,
             codec=stream.codec_context.name.removeprefix("lib").replace("dav1d", "av1"),
             pix_fmt=stream.codec_context.pix_fmt or "unknown",
+            constant=constant,
         )
+
+
+def frame_times(path: Path) -> list[float]:
+    """When each frame is shown, in seconds from the first, without decoding any. ValueError where it is no video."""
+    with _open(path) as container:
+        times = _packet_times(container, container.streams.video[0], path)
+        return [time - times[0] for time in times]
 
 
 class ClipScan:
@@ -77,7 +97,7 @@ class ClipScan:
         with _open(self.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            expected, rate, first = _expected_frames(container, stream), _rate(stream), None
+            length, rate, first, seconds = _length(container, stream), _rate(stream), None, 0.0
             for frame in _sound_frames(container, stream):
                 if frame is None:
                     damaged += 1
@@ -86,7 +106,14 @@ class ClipScan:
                 first = seconds if first is None else first
                 self.num_frames += 1
                 yield seconds - first, upright(frame, converter)
-        missing = 0 if expected is None else expected - self.num_frames
+            expected = stream.frames
+        if expected:
+            missing = expected - self.num_frames
+        elif length and self.num_frames > 1 and first is not None and seconds > first:
+            # Told in frames as far apart as those that came.
+            missing = round((length - (seconds - first)) / (seconds - first) * (self.num_frames - 1)) - 1
+        else:
+            missing = 0
         # Where only the duration is known, the count derived from it may be one too high.
         self.num_lost = max(missing, damaged) if damaged or missing > 1 else 0
 
@@ -97,13 +124,13 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
     indices: in any order, repeats allowed. Several episodes may share a file; each has its own `start`.
     Raises ValueError naming the file where it cannot be read or ends before a frame asked for.
     """
-    clip = _open_clip(path)
+    clip = open_clip(path)
     wanted = sorted(set(indices))
     found: dict[int, np.ndarray] = {}
     try:
         for index, frame in clip.at([start + index / fps for index in wanted], tolerance=0.5 / fps):
             found[wanted[index]] = upright(frame, clip.converter)
-    except (av.FFmpegError, EOFError) as error:
+    except (av.FFmpegError, OSError, EOFError) as error:
         raise ValueError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
     missing = [index for index in wanted if index not in found]
     if missing:
@@ -192,17 +219,35 @@ def exact_rate(fps: float) -> Fraction:
     return ntsc if abs(float(ntsc) - fps) < 5e-3 and fps % 1 else Fraction(fps).limit_denominator(1000)
 
 
-class _OpenClip:
+class OpenClip:
     """A container that stays open for random access."""
 
     def __init__(self, path: Path):
-        self.container = _open(path)
-        self.stream = self.container.streams.video[0]
-        # Threads that work on several frames at once would have to be filled anew after every seek.
-        self.stream.thread_type, self.stream.thread_count = "SLICE", 1
+        self.path = path
+        self._open()
         self.converter = VideoReformatter()
         self.position: float | None = None
         self.frames: Iterator[VideoFrame] = iter(())
+        self.start: float | None = None
+
+    def first_time(self) -> float:
+        """When the first frame is shown, in the file's own seconds."""
+        if self.start is None:
+            self.seek(0.0)
+            self.start = float(next(self.frames).time or 0.0)
+        return self.start
+
+    def seek(self, time: float, tolerance: float = 0.0) -> None:
+        """`frames` goes on at the last keyframe up to `time`, or from the beginning of files that cannot be sought."""
+        assert self.stream.time_base is not None
+        # A quarter of a frame later: seeking rounds down, and the frame itself may be a keyframe.
+        offset = int((time + tolerance / 2) / self.stream.time_base)
+        try:
+            self.container.seek(offset, stream=self.stream)
+        except av.FFmpegError:
+            self.container.close()
+            self._open()
+        self.frames = self.container.decode(self.stream)
 
     def at(self, times: Sequence[float], tolerance: float) -> Iterator[tuple[int, VideoFrame]]:
         """Yields (number in `times`, frame) for every time that has a frame within `tolerance` seconds."""
@@ -217,18 +262,17 @@ class _OpenClip:
             return self._decode_to(time, tolerance)
         # In an open GOP, the frames shown just before a keyframe need the keyframe before it.
         for seconds_before in EARLIER:
-            self._seek(max(0.0, time - seconds_before), tolerance)
+            self.seek(max(0.0, time - seconds_before), tolerance)
             frame = self._decode_to(time, tolerance)
             if frame is not None or self.position is None:
                 return frame
         return None
 
-    def _seek(self, time: float, tolerance: float) -> None:
-        assert self.stream.time_base is not None
-        # A quarter of a frame later: seeking rounds down, and the frame itself may be a keyframe.
-        offset = int((time + tolerance / 2) / self.stream.time_base)
-        self.container.seek(offset, stream=self.stream)
-        self.frames = self.container.decode(self.stream)
+    def _open(self) -> None:
+        self.container = _open(self.path)
+        self.stream = self.container.streams.video[0]
+        # Threads that work on several frames at once would have to be filled anew after every seek.
+        self.stream.thread_type, self.stream.thread_count = "SLICE", 1
 
     def _decode_to(self, time: float, tolerance: float) -> VideoFrame | None:
         """The frame at `time`; None where there is none, with `position` past it, or None at the end of the file."""
@@ -249,10 +293,10 @@ class _OpenClips(threading.local):
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.clips: OrderedDict[Path, tuple[tuple[int, int], _OpenClip]] = OrderedDict()
-        self.inherited: OrderedDict[Path, tuple[tuple[int, int], _OpenClip]] | None = None
+        self.clips: OrderedDict[Path, tuple[tuple[int, int], OpenClip]] = OrderedDict()
+        self.inherited: OrderedDict[Path, tuple[tuple[int, int], OpenClip]] | None = None
 
-    def of_this_process(self) -> OrderedDict[Path, tuple[tuple[int, int], _OpenClip]]:
+    def of_this_process(self) -> OrderedDict[Path, tuple[tuple[int, int], OpenClip]]:
         if self.process != os.getpid():
             self.inherited, self.clips, self.process = self.clips, OrderedDict(), os.getpid()
         return self.clips
@@ -261,13 +305,14 @@ class _OpenClips(threading.local):
 _open_clips = _OpenClips()
 
 
-def _open_clip(path: Path) -> _OpenClip:
+def open_clip(path: Path) -> OpenClip:
+    """The clip, opened for random access, or as this thread has left it open. ValueError where it is no video."""
     clips = _open_clips.of_this_process()
     version = _version(path)
     if path in clips and clips[path][0] == version:
         clips.move_to_end(path)
         return clips[path][1]
-    clips[path] = version, _OpenClip(path)
+    clips[path] = version, OpenClip(path)
     clips.move_to_end(path)
     while len(clips) > OPEN_CLIPS:
         _, (_, oldest) = clips.popitem(last=False)
@@ -277,19 +322,18 @@ def _open_clip(path: Path) -> _OpenClip:
 
 def _version(path: Path) -> tuple[int, int]:
     """Tells a file from the one that replaced it under the same name."""
-    try:
+    with reading(path, "write or download the dataset again"):
         status = path.stat()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     return status.st_mtime_ns, status.st_ino or status.st_size
 
 
 def _open(path: Path) -> InputContainer:
     try:
-        source = open_binary(path) if is_remote(path) else str(path)
+        with reading(path):
+            source = open_binary(path) if is_remote(path) else str(path)
         container = av.open(source, "r", metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
-        reason = error.strerror or str(error) or type(error).__name__
+        reason = what_instead(path) or error.strerror or str(error) or type(error).__name__
         raise ValueError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
     if not container.streams.video:
         container.close()
@@ -320,12 +364,27 @@ def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[Vi
 def _expected_frames(container: InputContainer, stream: VideoStream) -> int | None:
     if stream.frames:
         return stream.frames
+    length = _length(container, stream)
+    return None if length is None else round(length * _rate(stream))
+
+
+def _length(container: InputContainer, stream: VideoStream) -> float | None:
+    """Seconds, as the header says."""
     if stream.duration and stream.time_base:
-        return round(float(stream.duration * stream.time_base) * _rate(stream))
+        return float(stream.duration * stream.time_base)
     # A container's duration is that of its longest stream, which may be the sound.
     if container.duration and len(container.streams) == 1:
-        return round(container.duration / av.time_base * _rate(stream))
+        return container.duration / av.time_base
     return None
+
+
+def _packet_times(container: InputContainer, stream: VideoStream, path: Path) -> list[float]:
+    assert stream.time_base is not None
+    try:
+        packets = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: cannot be read to its end ({error}); replace it or take it out") from None
+    return sorted(float(time * stream.time_base) for time in packets if time is not None)
 
 
 def _rate(stream: VideoStream) -> float:

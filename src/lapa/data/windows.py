@@ -1,47 +1,183 @@
 """Whole episodes in windows of consecutive frames, for models that look at every pair of frames one horizon apart.
 
-Windows overlap by the horizon, so that each pair lies in one of them, and an hour of video needs no more memory than a
-minute. Axes: T time, H W image.
+    with Decoders(dataset, horizon=18, size=256, num=4) as decoders:
+        for window in decoders.windows(episodes):
+            window.frames_THWC     # from frame window.first on; the last `horizon` of them begin the next window
+
+Every frame is decoded once, by processes that work ahead of who looks at the pictures, or by a thread. The pictures lie
+in memory that all share and that is used in turn, so an hour of video needs no more of it than a minute.
+Axes: T time, H W image, C channel, P pairs of frames one horizon apart.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_uint8
+from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from lapa.data.dataset import Dataset
+from lapa.data.motion import motion_energy, thumbnails
 from lapa.data.transforms import resize_and_crop
+from lapa.data.workers import Workers
+from lapa.files import is_remote
 
-# Pairs of a window.
-WINDOW = 512
+# New frames of a window.
+WINDOW = 256
+# Bytes of pictures, as they are stored, that a decoder holds at once: of large ones, a window is decoded in pieces.
+PIECE = 64 << 20
+
+Job = tuple[int, int, int, int]
 
 
-def window_starts(length: int, horizon: int) -> range:
-    """The first frames of an episode's windows; one window even where the episode is too short for a pair."""
-    return range(0, max(1, length - horizon), WINDOW)
+@dataclass(frozen=True)
+class Window:
+    """Frames `first`, `first + 1`, ... of an episode: its pairs begin with all but the last `horizon` of them.
+
+    frames_THWC: only until the next window is asked for. energy_P: how much moves in each pair, where it was asked for.
+    error: why the episode cannot be read, and then there are no frames. seconds: that decoding took.
+    """
+
+    episode: int
+    first: int
+    frames_THWC: UInt8[np.ndarray, "T size size 3"]
+    energy_P: Float[np.ndarray, "P"] | None
+    seconds: float
+    error: str | None = None
 
 
-def decoded_windows(
+@dataclass(frozen=True)
+class _Decoded:
+    seconds: float
+    thumbnails_THW: np.ndarray | None = None
+    error: str | None = None
+
+
+class Decoders:
+    """Decoders of a dataset's episodes; use as a context manager.
+
+    num: processes; 0: a thread of this one. motion: measure how much moves in each pair.
+    Episodes without a pair have no window.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        horizon: int,
+        size: int,
+        camera: str | None = None,
+        num: int = 0,
+        motion: bool = False,
+    ) -> None:
+        # A file system in memory is this process's own.
+        self.num = 0 if is_remote(dataset.root) and getattr(dataset.root, "protocol", "") == "memory" else num
+        self._lengths, self._horizon, self._window = dataset.lengths, horizon, WINDOW
+        # One more than decoders, so that each has the next window to begin while its last one is looked at.
+        ahead = 2 * max(1, self.num) + 2
+        most = min(self._window, int(dataset.lengths.max()))
+        shape = (ahead, horizon + most, size, size, 3)
+        memory = multiprocessing.get_context("spawn").RawArray(c_uint8, prod(shape)) if self.num else None
+        buffer = np.zeros(shape, np.uint8) if memory is None else memory
+        self._slots = _slots(buffer, shape)
+        shared = (dataset, camera, buffer, shape, horizon, motion)
+        self._workers = Workers(
+            max(1, self.num),
+            shared,
+            threads=self.num == 0,
+            ahead=ahead,
+            mend="go on with --resume and fewer --decoders",
+        )
+
+    def __enter__(self) -> Decoders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.__exit__()
+
+    def count(self, episodes: Sequence[int]) -> int:
+        """How many windows these episodes have."""
+        return sum(1 for _ in self._jobs(episodes))
+
+    def windows(self, episodes: Sequence[int]) -> Iterator[Window]:
+        """The windows of the episodes, in order. All those of an episode that cannot be read have its error.
+
+        ValueError where a decoder was killed.
+        """
+        horizon, empty, before = self._horizon, self._slots[0, :0], -1
+        tail, small_tail, error = empty, None, None
+        decoded_windows = self._workers.in_order(_decode, self._jobs(episodes))
+        for (episode, start, stop, slot), decoded in zip(self._jobs(episodes), decoded_windows, strict=True):
+            if episode != before:
+                tail, small_tail, error, before = empty, None, None, episode
+            error = error or decoded.error
+            if error is not None:
+                yield Window(episode, start, empty, None, decoded.seconds, error)
+                continue
+            held = len(tail)
+            frames = self._slots[slot, horizon - held : horizon + stop - start]
+            frames[:held] = tail
+            energy, small = None, decoded.thumbnails_THW
+            if small is not None:
+                small = small if small_tail is None else np.concatenate([small_tail, small])
+                energy, small_tail = motion_energy(small, horizon), small[-horizon:]
+            yield Window(episode, start - held, frames, energy, decoded.seconds)
+            # Before the slot is decoded into again.
+            tail = frames[-horizon:].copy() if stop < self._lengths[episode] else empty
+
+    def _jobs(self, episodes: Sequence[int]) -> Iterator[Job]:
+        """(episode, first new frame, end, slot) of each window."""
+        number = 0
+        for episode in episodes:
+            length = int(self._lengths[episode])
+            for start in range(0, length if length > self._horizon else 0, self._window):
+                yield episode, start, min(start + self._window, length), number % len(self._slots)
+                number += 1
+
+
+def window_frames(
     dataset: Dataset, episodes: Sequence[int], horizon: int, camera: str | None, size: int
-) -> Iterator[UInt8[np.ndarray, "T size size 3"]]:
-    """The frames of each window of the episodes, in order; the next one is decoded while this one is looked at."""
+) -> Iterator[tuple[int, UInt8[np.ndarray, "T size size 3"]]]:
+    """(episode, frames) of each window of the episodes that have a pair. ValueError where one cannot be read."""
+    with Decoders(dataset, horizon=horizon, size=size, camera=camera) as decoders:
+        for window in decoders.windows(episodes):
+            if window.error is not None:
+                raise ValueError(window.error)
+            yield window.episode, window.frames_THWC
 
-    def decode(window: tuple[int, int]) -> np.ndarray:
-        episode, first = window
-        last = min(first + WINDOW + horizon, int(dataset.lengths[episode]))
-        return resize_and_crop(dataset.frames(episode, range(first, last), camera), size)
 
-    windows = [
-        (episode, first) for episode in episodes for first in window_starts(int(dataset.lengths[episode]), horizon)
-    ]
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(decode, windows[0]) if windows else None
-        for position in range(len(windows)):
-            assert following is not None
-            frames_THWC = following.result()
-            if position + 1 < len(windows):
-                following = pool.submit(decode, windows[position + 1])
-            yield frames_THWC
+def _decode(
+    dataset: Dataset,
+    camera: str | None,
+    buffer: Any,
+    shape: tuple[int, ...],
+    horizon: int,
+    motion: bool,
+    episode: int,
+    start: int,
+    stop: int,
+    slot: int,
+) -> _Decoded:
+    """What a decoder does: puts the frames start..stop where they belong."""
+    started, size = time.perf_counter(), shape[2]
+    room = _slots(buffer, shape)[slot, horizon:]
+    at_once = max(1, PIECE // (3 * prod(dataset.image_shape(camera))))
+    try:
+        for first in range(start, stop, at_once):
+            last = min(first + at_once, stop)
+            frames_THWC = dataset.frames(episode, range(first, last), camera)
+            room[first - start : last - start] = resize_and_crop(frames_THWC, size)
+    except ValueError as error:
+        return _Decoded(time.perf_counter() - started, error=str(error))
+    small = thumbnails(room[: stop - start]) if motion else None
+    return _Decoded(time.perf_counter() - started, small)
+
+
+def _slots(buffer: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(buffer, np.uint8).reshape(shape)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -32,17 +32,27 @@ class Workers:
     A worker leaves Ctrl-C to its parent, and ends soon after the parent has, however that came about.
     """
 
-    def __init__(self, num: int, shared: tuple[Any, ...] = ()):
-        """num: processes; 0 does the work in this one. shared: arguments before each job's, sent to a process once."""
-        self.num, self._shared = num, shared
-        # Spawned, not forked: the parent may hold threads of PyAV or torch, and OpenGL contexts do not survive a fork.
-        self._executor = (
-            ProcessPoolExecutor(
-                num, multiprocessing.get_context("spawn"), initializer=_settle_down, initargs=(os.getpid(), shared)
-            )
-            if num
-            else None
-        )
+    def __init__(
+        self,
+        num: int,
+        shared: tuple[Any, ...] = (),
+        *,
+        threads: bool = False,
+        ahead: int | None = None,
+        mend: str = "go on with --resume and fewer --workers",
+    ):
+        """num: processes, or threads of this one; 0 does the work when it is asked for.
+
+        shared: arguments before each job's, sent to a process once. ahead: jobs handed out and not yet fetched, by
+        default a few for each worker. mend: what to say where a worker was killed.
+        """
+        self.num, self._shared, self._mend = num, shared, mend
+        self.ahead = num * AHEAD if ahead is None else ahead
+        self._executor: Executor | None = None
+        if num and threads:
+            self._executor = ThreadPoolExecutor(num, initializer=_share, initargs=(shared,))
+        elif num:
+            self._executor = _processes(num, shared)
 
     def __enter__(self) -> Workers:
         return self
@@ -63,27 +73,37 @@ class Workers:
         try:
             for job in jobs:
                 waiting.append(self._executor.submit(_call, function, job))
-                if len(waiting) >= self.num * AHEAD:
+                if len(waiting) >= self.ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise ValueError(
-                "a worker process was killed, most likely for lack of memory; go on with --resume and fewer --workers"
-            ) from None
+            raise ValueError(f"a worker process was killed, most likely for lack of memory; {self._mend}") from None
+        finally:
+            # Left early, so that no job still works on what its result was to lie in.
+            wait([future for future in waiting if not future.cancel()])
 
 
-# What the parent shares with this worker.
-_shared: tuple[Any, ...] = ()
+def _processes(num: int, shared: tuple[Any, ...]) -> ProcessPoolExecutor:
+    # Spawned, not forked: the parent may hold threads of PyAV or torch, and OpenGL contexts do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num, context, initializer=_settle_down, initargs=(os.getpid(), shared))
+
+
+# What the parent shares with this worker, a process or a thread.
+_own = threading.local()
 
 
 def _call(function: Callable[..., Result], job: tuple[Any, ...]) -> Result:
-    return function(*_shared, *job)
+    return function(*_own.shared, *job)
+
+
+def _share(shared: tuple[Any, ...]) -> None:
+    _own.shared = shared
 
 
 def _settle_down(parent: int, shared: tuple[Any, ...]) -> None:
-    global _shared
-    _shared = shared
+    _share(shared)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 

@@ -148,12 +148,13 @@ class DatasetWriter:
             Path(path).replace(target)
         return self._add(dict.fromkeys(files, length), rows, pixel_stats, instruction, source)
 
-    def close_item(self, item: str, notes: Sequence[str] = ()) -> None:
+    def close_item(self, item: str, notes: Mapping[str, int] | None = None) -> None:
         """Notes that `item` is dealt with: what of it was to become episodes has been added, or left out.
 
         notes: what is to be counted of it; `notes` counts them over all runs, and `done_items` names the items.
         """
-        self._append({"item": item, "notes": list(notes)}, sync=False)
+        notes = notes or {}
+        self._append({"item": item, "notes": dict(notes)}, sync=False)
         self.done_items.add(item)
         self.notes.update(notes)
 
@@ -400,6 +401,8 @@ class _Tables:
 
     def __init__(self, root: Path, schema: pa.Schema):
         self.root, self.schema = root, schema
+        # A table of a few rows takes as much memory as one of a thousand, so they are merged now and then.
+        self.small: list[pa.Table] = []
         self.frames: list[pa.Table] = []
         self.rows: list[dict[str, Any]] = []
         self.num_rows = self.data_file = self.episode_file = 0
@@ -412,7 +415,9 @@ class _Tables:
         here = {"data/chunk_index": self.data_file // CHUNK_SIZE, "data/file_index": self.data_file % CHUNK_SIZE}
         meta = {"meta/episodes/chunk_index": self.episode_file // CHUNK_SIZE}
         meta["meta/episodes/file_index"] = self.episode_file % CHUNK_SIZE
-        self.frames.append(frames)
+        self.small.append(frames)
+        if len(self.small) >= EPISODES_PER_GROUP:
+            self._merge()
         self.rows.append({**row, **here, **meta})
         self.num_rows += len(frames)
 
@@ -420,7 +425,13 @@ class _Tables:
         self._write_frames()
         self._write_episodes()
 
+    def _merge(self) -> None:
+        if self.small:
+            self.frames.append(pa.concat_tables(self.small).combine_chunks())
+            self.small = []
+
     def _write_frames(self) -> None:
+        self._merge()
         path = DATA_PATH.format(chunk_index=self.data_file // CHUNK_SIZE, file_index=self.data_file % CHUNK_SIZE)
         with atomic_path(self.root / path) as temporary:
             pq.write_table(pa.concat_tables(self.frames), temporary)

@@ -1,15 +1,30 @@
-"""Batches in an order that is a function of the seed and the step, so that a resume needs only the step number."""
+"""Batches in an order that is a function of the seed and the step, so that a resume needs only the step number.
+
+A dataset of one piece is drawn in a fresh permutation each epoch. One that is a mixture says so by `groups`: how many
+of its samples, which follow each other, belong to each part, and the parts' weights. Then
+
+- of any first N draws, part i has exactly `count(i, N)`, the nearest whole number to its share of what the parts
+  before it leave; so however long the run is, no count strays from its share by more draws than half the parts;
+- within a block of 1024 draws the order of the parts is shuffled;
+- each part is gone through in permutations of its own.
+
+Which sample a draw is follows from its number alone: from neither the workers, the processes nor the batch size.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+# Draws among which the parts of a mixture are shuffled.
+BLOCK = 1024
 
 
 class Draw(NamedTuple):
@@ -22,8 +37,79 @@ class Draw(NamedTuple):
     number: int
 
 
+class Order(Protocol):
+    """Which sample each draw since training began is."""
+
+    def sample(self, number: int) -> int:
+        """Of the draw `number`, counted from 0."""
+
+
+class Permutations:
+    """All samples once an epoch, in a new order each."""
+
+    def __init__(self, num_samples: int, *seed: int) -> None:
+        self.num_samples, self._seed = num_samples, seed
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def sample(self, number: int) -> int:
+        return int(self._order(number // self.num_samples)[number % self.num_samples])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([*self._seed, epoch]).permutation(self.num_samples)
+
+
+class Mixed:
+    """Samples of several parts, in exact shares: see the module's docstring. Part i holds the samples that follow
+
+    those of the parts before it.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, float]], seed: int) -> None:
+        """groups: (number of samples, weight) of each part; an empty part, or one of weight 0, is never drawn."""
+        if any(weight < 0 for _, weight in groups):
+            raise ValueError(f"the parts of a mixture have weights {[weight for _, weight in groups]}; none is below 0")
+        weights = [Fraction(weight) if size else Fraction(0) for size, weight in groups]
+        left = [sum(weights[part:], Fraction(0)) for part in range(len(weights))]
+        if not left or not left[0]:
+            raise ValueError("no part of the mixture has both samples and a weight above 0")
+        self._ratios = [weight / rest if rest else Fraction(0) for weight, rest in zip(weights, left, strict=True)]
+        self._starts = np.cumsum([0, *(size for size, _ in groups)])
+        self._parts = [Permutations(max(1, size), seed, 1 + part) for part, (size, _) in enumerate(groups)]
+        self._seed = seed
+        self._block = lru_cache(maxsize=2)(self._shuffled)
+
+    def counts(self, num_draws: int) -> list[int]:
+        """How many of the first draws fall to each part."""
+        counts, rest = [], num_draws
+        for ratio in self._ratios:
+            counts.append((2 * rest * ratio.numerator + ratio.denominator) // (2 * ratio.denominator))
+            rest -= counts[-1]
+        return counts
+
+    def place(self, number: int) -> tuple[int, int]:
+        """The part of a draw, and how many draws of that part came before it."""
+        parts_N, before_N = self._block(number // BLOCK)
+        return int(parts_N[number % BLOCK]), int(before_N[number % BLOCK])
+
+    def sample(self, number: int) -> int:
+        part, before = self.place(number)
+        return int(self._starts[part]) + self._parts[part].sample(before)
+
+    def _shuffled(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The part of each draw of a block, and how many of that part were drawn before it."""
+        first, last = self.counts(block * BLOCK), self.counts((block + 1) * BLOCK)
+        parts_N = np.repeat(np.arange(len(first)), np.subtract(last, first))
+        parts_N = np.random.default_rng([self._seed, 0, block]).permutation(parts_N)
+        before_N = np.zeros(BLOCK, np.int64)
+        for part, count in enumerate(first):
+            before_N[parts_N == part] = count + np.arange(last[part] - count)
+        return parts_N, before_N
+
+
 class StepSampler(Sampler[list[Draw]]):
-    """Micro-batches of one process, from `first_step` on: a fresh permutation of the dataset each epoch.
+    """Micro-batches of one process, from `first_step` on: a fresh permutation of the dataset each epoch, or, with
+
+    `groups` of (number of samples, weight), the mixture of its parts.
 
     A step draws `batch_size` samples over all processes and accumulations; the process `rank` takes its share.
     So one process and many see the same samples at the same step.
@@ -40,6 +126,7 @@ class StepSampler(Sampler[list[Draw]]):
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        groups: Sequence[tuple[int, float]] | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError("the dataset has no samples to train on")
@@ -48,13 +135,12 @@ class StepSampler(Sampler[list[Draw]]):
                 f"batch size {batch_size} does not divide into {world} processes x {accumulate} accumulations; "
                 f"use a multiple of {accumulate * world}"
             )
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        if groups is not None and sum(size for size, _ in groups) != num_samples:
+            raise ValueError(f"the parts of the dataset have {groups} samples and weights, the dataset {num_samples}")
+        self.batch_size = batch_size
         self.first_step, self.last_step = first_step, last_step
         self.accumulate, self.rank, self.world = accumulate, rank, world
-        self._order = lru_cache(maxsize=2)(self._permutation)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        self._order: Order = Permutations(num_samples, seed) if groups is None else Mixed(groups, seed)
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulate
@@ -64,10 +150,7 @@ class StepSampler(Sampler[list[Draw]]):
         for step in range(self.first_step, self.last_step):
             for accumulation in range(self.accumulate):
                 first = step * self.batch_size + (accumulation * self.world + self.rank) * micro
-                yield [
-                    Draw(int(self._order(number // self.num_samples)[number % self.num_samples]), number)
-                    for number in range(first, first + micro)
-                ]
+                yield [Draw(self._order.sample(number), number) for number in range(first, first + micro)]
 
 
 def batch_loader(

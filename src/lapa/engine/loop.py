@@ -106,6 +106,7 @@ def train(
     """Trains `model` in place, keeping its state in `out/training`.
 
     prepare: data-dependent initialisation, on the device, only at the start of a new run.
+    dataset: may say `.groups`, the parts that it mixes (lapa.engine.batches), and `.in_memory`.
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
     with `shard` on all of them. With `shard`, the main process has the whole model in the end, on the CPU.
     Raises FloatingPointError naming the samples where the loss or its gradient is not finite; ValueError where a
@@ -149,6 +150,7 @@ def train(
         sampler = StepSampler(
             len(dataset), config.batch_size, seed=config.seed, first_step=first_step, last_step=last_step,
             accumulate=config.accumulate, rank=processes.rank, world=processes.world,
+            groups=getattr(dataset, "groups", None),
         )  # fmt: skip
         # Samples that are in memory already need no processes to read them.
         needs_workers = device.type == "cuda" and not getattr(dataset, "in_memory", False)

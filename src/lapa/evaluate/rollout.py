@@ -65,6 +65,8 @@ class EvaluateConfig:
     """Average what overlapping chunks say of a moment, the i-th oldest weighted exp(-ENSEMBLE * i): 0.01 is usual."""
     prompt_of: str | None = None
     """Whose prompt the policy reads, of the datasets it learned from; by default its own."""
+    statistics_key: str | None = None
+    """By which dataset's statistics the policy acts, where it learned from several with actions."""
     size: int | None = None
     """Height and width of rendered pictures; by default 128 in Meta-World."""
     videos: int = 4
@@ -167,7 +169,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infe
             raise ValueError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
         from lapa.policy.acting import load_actor
 
-        policy = load_actor(config.policy, dataset=config.prompt_of)
+        policy = load_actor(config.policy, config.statistics_key, dataset=config.prompt_of)
         _check_policy(config, kind, policy)
         cameras, infer, actor = policy.cameras, policy.infer, "policy"
         binary = policy.action_space.binary

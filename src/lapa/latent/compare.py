@@ -2,12 +2,14 @@
 
 lapa latent compare LAM1 LAM2 ... --data DATASET
 
-Each model sees the pairs at its own image size and horizon: the first frames are the same for all of them. The figures
+Each model sees the pairs at its own image size and its own horizon on this dataset (`--data PATH,horizon=SECONDS`: all
+at that one): the first frames are the same for all of them. The figures
 are those of `lapa latent probe` (docs/metrics.md).
 """
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
 from lapa.latent.figures import take_sample
-from lapa.latent.model import LatentActionModel
+from lapa.latent.model import LatentActionModel, horizon_for
 from lapa.latent.probe import NUM_PAIRS, pairs_of, probe, table_of
 
 
@@ -61,21 +63,24 @@ def run(config: CompareConfig) -> None:
     claim_output(
         out, complete=(out / "compare.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
     )
-    longest = max(models, key=lambda model: model.horizon)
-    pairs = pairs_of(longest, dataset, config.camera)
+    horizons = [horizon_for(lam, dataset, model) for lam, model in zip(config.lams, models, strict=True)]
+    longest = int(np.argmax(horizons))
+    pairs = pairs_of(models[longest], dataset, config.camera, horizons[longest])
     drawn = np.random.default_rng(config.seed).permutation(len(pairs))[: config.num_pairs]
     places = [pairs.location(int(index)) for index in drawn]
     figures: dict[str, dict[str, Any]] = {}
-    for name, model in zip(short_names(config.lams), models, strict=True):
-        say(f"{name}: {len(places)} pairs, {model.horizon:g} s apart, of {dataset.name}")
-        own = pairs_of(model, dataset, config.camera)
+    for name, model, horizon in zip(short_names(config.lams), models, horizons, strict=True):
+        say(f"{name}: {len(places)} pairs, {horizon:g} s apart, of {dataset.name}")
+        own = pairs_of(model, dataset, config.camera, horizon)
         sample = take_sample(own, [own.index_of(*place) for place in places], actions=True)
         figures[name] = probe(model.to(pick_device(config.device)).eval(), sample, seed=config.seed)
         model.cpu()
     console.print(table_of(figures, f"latent action models on {dataset.name}"))
-    result = {"models": figures, "config": configs.to_dict(config), **versions_and_hardware()}
+    apart = dict(zip(figures, horizons, strict=True))
+    result = {"models": figures, "horizon_seconds": apart, "config": configs.to_dict(config), **versions_and_hardware()}
     write_json(out / "compare.json", result)
-    finish("compare.json", out, [f"lapa latent probe {lam} --data {config.data}" for lam in config.lams])
+    probes = [shlex.join(["lapa", "latent", "probe", str(lam), "--data", str(config.data)]) for lam in config.lams]
+    finish("compare.json", out, probes)
 
 
 def short_names(lams: tuple[Path, ...]) -> list[str]:

@@ -39,9 +39,12 @@ from lapa.nn.transformer import Transformer
 from lapa.types import Losses
 
 if TYPE_CHECKING:
+    from lapa.data.dataset import Dataset
     from lapa.latent.features import VisionTower
 
 WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
+# What config.json says of the datasets that a model learned from: fingerprint -> name and horizon.
+DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
 SMALLEST_STD = 1e-6
 
@@ -360,6 +363,22 @@ def lam_fingerprint(folder_or_hub_id: str | Path) -> str:
             raise ValueError(f"{path}: no such file; the model was not saved to its end")
     identity = [*map(files.fingerprint, weights), json.dumps(configs.to_dict(config), sort_keys=True)]
     return hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
+
+
+def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentActionModel) -> float:
+    """Seconds between the frames of a pair that this saved model is to look at in a dataset.
+
+    Those given with the dataset (`--data PATH,horizon=2.4`), else those of its training on it, else the model's own.
+    """
+    if dataset.horizon is not None:
+        return dataset.horizon
+    path = files.hub_folder(folder_or_hub_id, SAVED) / CONFIG
+    known = files.read_json(path).get(DATASETS, {})
+    try:
+        seconds = known.get(dataset.fingerprint, {}).get(HORIZON)
+        return model.horizon if seconds is None else float(seconds)
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f'{path}: "{DATASETS}" must hold {{FINGERPRINT: {{"{HORIZON}": SECONDS}}}}') from None
 
 
 def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> VisionTower:

@@ -9,6 +9,7 @@ mean the same in another scene and (where the dataset has them) the true action 
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from lapa.latent.figures import (
     transfer,
     usage_figures,
 )
-from lapa.latent.model import LatentAction, LatentActionModel
+from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.pictures import probe_sheet
 from lapa.latent.truth import action_figures, information_figures, returned_action_r2, task_figures
 
@@ -137,26 +138,28 @@ def run(config: ProbeConfig) -> None:
     claim_output(
         out, complete=(out / "probe.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
     )
-    sample = draw_sample(pairs_of(model, dataset, config.camera), config.num_pairs, config.seed, actions=True)
-    say(f"{len(sample.frames_BTCHW)} pairs, {model.horizon:g} s apart, of {dataset.name}")
+    horizon = horizon_for(config.lam, dataset, model)
+    sample = draw_sample(pairs_of(model, dataset, config.camera, horizon), config.num_pairs, config.seed, actions=True)
+    say(f"{len(sample.frames_BTCHW)} pairs, {horizon:g} s apart, of {dataset.name}")
     encoded = encode(model, sample.frames_BTCHW)
     figures = probe(model, sample, encoded, config.seed)
     console.print(table_of({"value": figures}, "latent action model"))
     with atomic_path(out / "grid.png") as path:
         probe_sheet(model, sample, encoded, config.num_rows).save(path)
-    write_json(out / "probe.json", {**figures, "config": configs.to_dict(config), **versions_and_hardware()})
-    next_command = f"lapa label --lam {config.lam} --data {config.data}"
+    said = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
+    write_json(out / "probe.json", {**figures, **said})
+    next_command = shlex.join(["lapa", "label", "--lam", str(config.lam), "--data", str(config.data)])
     finish("probe.json and grid.png", out, [next_command] if model.discrete else [])
 
 
-def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None) -> FramePairs:
-    """All pairs of a dataset as the model wants them, with middle frames where the horizon has any.
+def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None, horizon: float) -> FramePairs:
+    """All pairs of a dataset, so many seconds apart, as the model wants them, with middle frames where there are any.
 
     Nothing is cached: a probe reads few of the pairs, each once.
     """
-    middle = horizon_frames(model.horizon, dataset.fps) >= 2
+    middle = horizon_frames(horizon, dataset.fps) >= 2
     size = model.config.image_size
-    config = PairsConfig(size=size, horizon=model.horizon, camera=camera, held_out=0.0, cache_gib=0.0, middle=middle)
+    config = PairsConfig(size=size, horizon=horizon, camera=camera, held_out=0.0, cache_gib=0.0, middle=middle)
     return FramePairs([dataset], config, split="all")
 
 

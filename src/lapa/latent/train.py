@@ -1,6 +1,7 @@
 """Stage 1: trains a latent action model on frame pairs of action-free video (LAPA, https://arxiv.org/abs/2410.11758).
 
 lapa latent train --preset tiny --data DATASET --out LAM
+lapa latent train --data bridge=A:1.0 --data ego=narrated:B,horizon=2.4:0.5 --mix-by equal --min-motion 0.01 --out LAM
 torchrun --nproc-per-node 8 -m lapa latent train --preset paper --data A B C --out LAM
 
 Axes: B batch, T time, C channel, H W image, L latent action length.
@@ -8,10 +9,11 @@ Axes: B batch, T time, C channel, H W image, L latent action length.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
+from lapa.data.mixture import MixBy
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
@@ -26,7 +29,7 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.figures import Sample, draw_sample, reconstruction_figures, usage_figures
-from lapa.latent.model import CONFIG, LatentActionModel
+from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
 
 INITIALISATION_PAIRS = 256
 EVALUATION_PAIRS = 512
@@ -40,7 +43,7 @@ class LatentTrainConfig:
     """Train a latent action model on one or more datasets. No actions are needed."""
 
     data: tuple[str, ...]
-    """Datasets to learn from."""
+    """Datasets to learn from: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT], of which horizon=SECONDS is a key."""
     out: Path
     """Folder of the latent action model to write."""
     preset: str = "tiny"
@@ -53,6 +56,10 @@ class LatentTrainConfig:
     """Share of the episodes kept for evaluation."""
     action_share: float = 0.0
     """Share of the episodes with actions whose true actions supervise the latent; 0 for none."""
+    mix_by: MixBy = "frames"
+    """Datasets are drawn in proportion to their weights times their frames (pairs), times their episodes, or alone."""
+    min_motion: float = 0.0
+    """Leave out training pairs that change less than this: 0.005 is noise, 0.05 an object of a fiftieth that moves."""
     cache_gib: float = 4.0
     """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
     overwrite: bool = False
@@ -78,6 +85,7 @@ def run(config: LatentTrainConfig) -> None:
         )
     pairs = pairs_config(config)
     training = FramePairs(datasets, pairs, split="train", seed=config.loop.seed)
+    training.mixture.tell(config.loop.steps * config.loop.batch_size)
     plain = replace(pairs, middle=False, action_share=0.0)
     held_out = FramePairs(datasets, plain, split="held_out", seed=config.loop.seed)
     evaluation = draw_sample(held_out, EVALUATION_PAIRS, seed=config.loop.seed)
@@ -116,7 +124,7 @@ def run(config: LatentTrainConfig) -> None:
     if result.finished and is_main_process():
         watch.conclude(result.metrics)
         write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
-        model.save_pretrained(config.out, configs.to_dict(config))
+        model.save_pretrained(config.out, {**configs.to_dict(config), **learned_from(training)})
         finish("latent action model", config.out, _next_commands(config))
 
 
@@ -130,7 +138,21 @@ def pairs_config(config: LatentTrainConfig) -> PairsConfig:
         cache_gib=config.cache_gib,
         middle=config.model.composition_weight > 0,
         action_share=config.action_share,
+        mix_by=config.mix_by,
+        min_motion=config.min_motion,
     )
+
+
+def learned_from(pairs: FramePairs) -> dict[str, Any]:
+    """What a model's config.json notes of its datasets, by fingerprint: `lapa.latent.model.horizon_for` reads it.
+
+    No horizon where one dataset was looked at with several.
+    """
+    noted: dict[str, dict[str, Any]] = {}
+    for dataset, seconds in zip(pairs.datasets, pairs.horizons, strict=True):
+        before = noted.get(dataset.fingerprint, {HORIZON: seconds})[HORIZON]
+        noted[dataset.fingerprint] = {"name": dataset.name, HORIZON: seconds if before == seconds else None}
+    return {DATASETS: noted}
 
 
 def evaluation_figures(model: LatentActionModel, sample: Sample) -> dict[str, float]:
@@ -197,8 +219,9 @@ class CollapseWatch:
 
 
 def _next_commands(config: LatentTrainConfig) -> list[str]:
-    label = f"lapa label --lam {config.out} --data {config.data[0]}"
+    lam, data = str(config.out), str(config.data[0])
+    label = shlex.join(["lapa", "label", "--lam", lam, "--data", data])
     return [
-        f"lapa latent probe {config.out} --data {config.data[0]}",
+        shlex.join(["lapa", "latent", "probe", lam, "--data", data]),
         *([] if config.model.quantizer == "continuous" else [label]),
     ]

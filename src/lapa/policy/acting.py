@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Float
 
 from lapa.data.action_space import ActionSpace
+from lapa.files import naming
 from lapa.policy.baselines.unipi import UniPi, is_unipi
 from lapa.policy.runtime import Policy
+from lapa.policy.statistics import require_key
 from lapa.types import Observation
 
 
@@ -48,9 +50,16 @@ class Actor(Protocol):
         """The next K actions for each observation, float32, in the robot's own units."""
 
 
-def load_actor(folder: Path | str, **options: Any) -> Actor:
+def load_actor(folder: Path | str, statistics_key: str | None = None, **options: Any) -> Actor:
     """The actor in a folder, of the kind that its config.json says.
 
-    options: `dataset` and `device`, as `Policy.from_pretrained` takes them. ValueError where nothing there can act.
+    statistics_key: as `Policy.from_pretrained` takes it; options: `dataset` and `device`, likewise. ValueError where
+    nothing there can act.
     """
-    return (UniPi if is_unipi(Path(folder)) else Policy).from_pretrained(folder, **options)
+    if is_unipi(Path(folder)):
+        with naming(Path(folder)):
+            require_key(statistics_key, [])
+        return UniPi.from_pretrained(folder, **options)
+    if statistics_key is not None:
+        options["statistics_key"] = statistics_key
+    return Policy.from_pretrained(folder, **options)

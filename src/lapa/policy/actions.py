@@ -106,14 +106,25 @@ class ActionBins:
         """How many values of each dimension lie outside the fitted range, and so are clamped by `encode`."""
         return count_outside(actions, self.low_A, self.high_A)
 
+    def clamp(self, bins: Int[np.ndarray, "*T A"]) -> Int[np.ndarray, "*T A"]:
+        """Bins with those that a dimension does not have, but another dataset's does, as the highest it has."""
+        return np.minimum(bins, self.counts_A - 1)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is saved, by name."""
+        return {name: getattr(self, field) for name, field in _fields().items()}
+
     def save(self, path: Path) -> None:
         """Writes the arrays as safetensors, atomically."""
-        save_arrays(path, {name: getattr(self, field) for name, field in _fields().items()})
+        save_arrays(path, self.arrays())
 
     @classmethod
-    def load(cls, path: Path) -> ActionBins:
-        """Reads what `save` wrote. ValueError naming the file where it is missing or something else."""
-        arrays = load_arrays(path, ARRAYS, "action bins")
+    def load(cls, path: Path, key: str | None = None) -> ActionBins:
+        """Reads what `save` wrote, or one of several that `lapa.policy.statistics` wrote.
+
+        ValueError naming the file where it is missing or something else.
+        """
+        arrays = load_arrays(path, ARRAYS, "action bins", key)
         return cls(**{field: arrays[name] for name, field in _fields().items()})
 
 
@@ -189,11 +200,14 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         save_file(dict(arrays), temporary)
 
 
-def load_arrays(path: Path, names: Sequence[str], what: str) -> dict[str, np.ndarray]:
-    """Reads what `save_arrays` wrote. ValueError naming the file where it is missing or lacks any of the names."""
+def load_arrays(path: Path, names: Sequence[str], what: str, key: str | None = None) -> dict[str, np.ndarray]:
+    """Reads what `save_arrays` wrote, of several sets those under KEY/.
+
+    ValueError naming the file where it is missing or lacks any of the names.
+    """
     try:
         arrays = load_file(path)
-        return {name: arrays[name] for name in names}
+        return {name: arrays[name if key is None else f"{key}/{name}"] for name in names}
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
     except (SafetensorError, KeyError) as error:

@@ -4,7 +4,7 @@ config.json         the policy's config and the run that made it; written last, 
 model/              the backbone's weights; of an `hf` or `lwm` backbone an ordinary folder of transformers
 processor/          an ordinary tokenizer of transformers, and an image processor where the backbone has one
 head.safetensors    the weights of the head `chunk` or `flow`
-actions.safetensors the bins or the scale of the robot's actions (after finetuning)
+actions.safetensors the bins or the scale of the robot's actions (after finetuning), of each dataset (policy.statistics)
 state.safetensors   the bins of the robot's state, where the policy is told it
 metrics.json        the last evaluation
 training/           checkpoints and metrics of the run, for --resume
@@ -12,7 +12,8 @@ training/           checkpoints and metrics of the run, for --resume
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from lapa.files import read_json, write_json
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import Processor, load_backbone
 from lapa.policy.backbones.base import load_weights, save_weights
-from lapa.policy.inputs import ActionCodec, PolicyInputs
+from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.scale import ActionScale
+from lapa.policy.statistics import ActionCodec, Statistics, most_bins, require_key, save_keyed
 
 CONFIG, HEAD, ACTIONS, STATES = "config.json", "head.safetensors", "actions.safetensors", "state.safetensors"
 MODEL, PROCESSOR = "model", "processor"
@@ -31,16 +33,44 @@ MODEL, PROCESSOR = "model", "processor"
 
 @dataclass(frozen=True)
 class PolicyParts:
-    """A policy in memory: the model, its processor and, after finetuning, what its actions and states are said in."""
+    """A policy in memory: the model, its processor and, after finetuning, what its actions and states are said in:
+
+    codec and states, or by_key where each dataset that it learned from has its own.
+    """
 
     model: LatentPolicy
     processor: Processor
     codec: ActionCodec | None = None
     states: ActionBins | None = None
+    by_key: Mapping[str, Statistics] = field(default_factory=dict)
 
     @property
     def inputs(self) -> PolicyInputs:
-        return PolicyInputs(self.model.config, self.processor, self.codec, self.states)
+        return PolicyInputs(self.model.config, self.processor, self.codec, self.states, self.by_key)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it knows robot actions."""
+        return bool(self.model.config.chunk)
+
+    def under(self, key: str | None) -> PolicyParts:
+        """The policy that acts by one of its sets of statistics; a policy that has but one is given no key.
+
+        ValueError listing the keys where the key is missing or not among them.
+        """
+        config = self.model.config
+        require_key(key, [item.key for item in config.spaces])
+        if key is None:
+            return self
+        chosen = self.by_key[key]
+        config = replace(
+            config,
+            spaces=(),
+            action_space=next(item.space for item in config.spaces if item.key == key),
+            action_bins=most_bins([chosen.codec]),
+            state_bins=most_bins([chosen.states]),
+        )
+        return PolicyParts(self.model.grown(config).eval(), self.processor, chosen.codec, chosen.states)
 
 
 def is_policy(folder: Path) -> bool:
@@ -63,6 +93,8 @@ def save_policy(
         parts.codec.save(folder / ACTIONS)
     if parts.states is not None:
         parts.states.save(folder / STATES)
+    save_keyed(folder / ACTIONS, {key: of.codec for key, of in parts.by_key.items()})
+    save_keyed(folder / STATES, {key: of.states for key, of in parts.by_key.items()})
     write_json(folder / "metrics.json", metrics or {})
     write_json(folder / CONFIG, {"policy": configs.to_dict(parts.model.config), "run": run})
 
@@ -94,8 +126,15 @@ def load_policy(folder: Path) -> PolicyParts:
     model = LatentPolicy(config, backbone)
     if model.head is not None:
         load_weights(model.head, folder / HEAD)
-    codec: ActionCodec | None = None
-    if config.chunk:
-        codec = (ActionBins if config.head == "bins" else ActionScale).load(folder / ACTIONS)
-    states = ActionBins.load(folder / STATES) if config.state_dim else None
-    return PolicyParts(model.eval(), processor, codec, states)
+    if not config.chunk:
+        return PolicyParts(model.eval(), processor)
+    if config.spaces:
+        by_key = {item.key: _load_statistics(config, folder, item.key) for item in config.spaces}
+        return PolicyParts(model.eval(), processor, by_key=by_key)
+    one = _load_statistics(config, folder)
+    return PolicyParts(model.eval(), processor, one.codec, one.states)
+
+
+def _load_statistics(config: PolicyConfig, folder: Path, key: str | None = None) -> Statistics:
+    codec: ActionCodec = (ActionBins if config.head == "bins" else ActionScale).load(folder / ACTIONS, key)
+    return Statistics(codec, ActionBins.load(folder / STATES, key) if config.state_dim else None)

@@ -4,34 +4,39 @@ LAPA (https://arxiv.org/abs/2410.11758), stage 3: the bin segment is new, everyt
 policy; the loss moves to the bin segment. `--from-scratch` is the paper's baseline: the same policy, untrained.
 
     lapa policy finetune --policy POLICY --data ROBOT_DATASET --out FINETUNED
+
+Of several datasets each has statistics of its own actions and states (bins or scale), under its name, and each sample
+is learned in its dataset's. They may differ in the names of the dimensions, in which are binary and in control, not in
+the number of dimensions. `lapa evaluate --statistics-key NAME` then says whose a robot acts by.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
 
 from lapa import config as configs
-from lapa.console import finish, say
-from lapa.data.action_space import common_action_space
+from lapa.config import unknown
+from lapa.console import finish, say, warn
+from lapa.data.action_space import ActionSpace, common_action_space
 from lapa.data.dataset import Dataset
+from lapa.data.mixture import require_names
 from lapa.data.steps import PolicySteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import HfConfig, LwmConfig, renew_backbone
-from lapa.policy.checkpoint import PolicyParts, is_policy
+from lapa.policy.checkpoint import PolicyParts, is_policy, read_config
 from lapa.policy.heads import FlowConfig, HeadKind
-from lapa.policy.inputs import ActionCodec
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.pretrain import open_labels
-from lapa.policy.scale import ActionScale
+from lapa.policy.statistics import ALL, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins
 from lapa.policy.training import (
     TrainingOptions,
     choose_cameras,
@@ -60,12 +65,14 @@ class FinetuneConfig(TrainingOptions):
     num_bins: int = 256
     """Bins of an action dimension, at most."""
     flow: FlowConfig = field(default_factory=FlowConfig)
-    statistics: tuple[Path, ...] = ()
-    """Datasets whose actions set the policy's bins or scale, where it has none yet; by default those of --data. For
-    training on guessed actions, or another robot's, before the robot's own."""
+    statistics: tuple[str, ...] = ()
+    """Datasets whose actions, together, set the policy's bins or scale, where it has none yet; by default those of
+    --data, each its own. For training on guessed actions, or another robot's, before the robot's own."""
+    pool_statistics: bool = False
+    """One set of statistics for all datasets together, and so no --statistics-key."""
     state: bool = False
     """Tell the policy the robot's state (`observation.state` of the datasets)."""
-    labels: tuple[Path, ...] = ()
+    labels: tuple[str, ...] = ()
     """Labels of the datasets, to go on learning latent actions beside the robot's (arXiv 2412.04445)."""
     latent_weight: float = 1.0
     """Weight of the loss of latent actions, where there are labels."""
@@ -74,9 +81,8 @@ class FinetuneConfig(TrainingOptions):
 
 def run(config: FinetuneConfig) -> None:
     """`lapa policy finetune`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [f"lapa evaluate {config.out} --env ENVIRONMENT --out RESULTS"]
     if config.resume and is_policy(config.out):
-        finish("policy, already finetuned", config.out, next_commands)
+        finish("policy, already finetuned", config.out, _next_commands(config, read_config(config.out)))
         return
     datasets = [Dataset.open(path) for path in config.data]
     labels = open_labels(config.labels, datasets) if config.labels else None
@@ -109,7 +115,12 @@ def run(config: FinetuneConfig) -> None:
         description="policy from scratch" if config.from_scratch else "policy",
     )
     if finished:
-        finish("policy", config.out, next_commands)
+        finish("policy", config.out, _next_commands(config, parts.model.config))
+
+
+def _next_commands(config: FinetuneConfig, policy: PolicyConfig) -> list[str]:
+    key = ["--statistics-key", policy.spaces[0].key] if policy.spaces else []
+    return [shlex.join(["lapa", "evaluate", str(config.out), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"])]
 
 
 def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> PolicyParts:
@@ -146,17 +157,25 @@ def _without_pretraining(pretrained: PolicyParts) -> PolicyParts:
     return PolicyParts(LatentPolicy(config, backbone), pretrained.processor)
 
 
+def _each_its_own(config: FinetuneConfig, datasets: Sequence[Dataset]) -> bool:
+    """Whether a policy that does not act yet gets statistics of each dataset."""
+    return len(datasets) > 1 and not config.pool_statistics and not config.statistics
+
+
 def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: Sequence[Dataset]) -> None:
     """ValueError where a policy that acts already is to act in another way, or on another robot, or latent actions are
 
-    asked of one that has none.
+    asked of one that has none; and where datasets that get statistics of their own have one name.
     """
     if config.labels and not policy.latent_length:
         raise ValueError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
     if policy.action_space is None:
+        if _each_its_own(config, datasets):
+            require_names(datasets)
         return
-    if config.statistics:
-        raise ValueError(f"--statistics: the policy {config.policy} has its own already; leave the option out")
+    for option, given in {"statistics": config.statistics, "pool-statistics": config.pool_statistics}.items():
+        if given:
+            raise ValueError(f"--{option}: the policy {config.policy} has its own already; leave the option out")
     mend = "; finetune a policy that was only pretrained"
     if (config.head, config.state) != (policy.head, bool(policy.state_dim)):
         raise ValueError(
@@ -167,21 +186,34 @@ def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: 
         raise ValueError(f"{config.policy}: has --num-bins {policy.vocabulary.bins} already{mend}")
     if policy.head == "flow" and (config.flow, config.chunk) != (policy.flow, policy.chunk):
         raise ValueError(f"{config.policy}: its flow head was made for --chunk {policy.chunk} and {policy.flow}{mend}")
-    space, found = policy.action_space, common_action_space(datasets)
-    if space.action_dim != found.action_dim:
-        raise ValueError(
-            f"{config.data[0]}: has actions of {found.action_dim} dimensions ({', '.join(found.names)}), the policy "
-            f"{config.policy} of {space.action_dim}{mend}"
-        )
-    if space.binary != found.binary or (space.control and found.control and space.control != found.control):
-        raise ValueError(
-            f"{config.data[0]}: declares its actions otherwise than the policy {config.policy} has them (binary "
-            f"dimensions, delta or absolute); correct its meta/lapa.json, or{mend[1:]}"
-        )
+    for dataset in datasets:
+        space, found = _known_space(policy, dataset, mend), common_action_space([dataset])
+        if space.action_dim != found.action_dim:
+            raise ValueError(
+                f"{dataset.root}: has actions of {found.action_dim} dimensions ({', '.join(found.names)}), the policy "
+                f"{config.policy} of {space.action_dim}{mend}"
+            )
+        if space.binary != found.binary or (space.control and found.control and space.control != found.control):
+            raise ValueError(
+                f"{dataset.root}: declares its actions otherwise than the policy {config.policy} has them (binary "
+                f"dimensions, delta or absolute); correct its meta/lapa.json, or{mend[1:]}"
+            )
     if policy.state_dim and any(dataset.state_dim != policy.state_dim for dataset in datasets):
         raise ValueError(
             f"{config.data[0]}: the policy {config.policy} is told {policy.state_dim} numbers of state{mend}"
         )
+
+
+def _known_space(policy: PolicyConfig, dataset: Dataset, mend: str) -> ActionSpace:
+    """What the actions of a dataset mean to a policy that acts already."""
+    assert policy.action_space is not None, "asked of a policy that acts"
+    known = {item.key: item.space for item in policy.spaces}
+    if known and dataset.name not in known:
+        raise ValueError(
+            f"{unknown('dataset with statistics', dataset.name, known)}; say with --data NAME={dataset.root} whose it "
+            f"is to take, or{mend[1:]}"
+        )
+    return known.get(dataset.name, policy.action_space)
 
 
 def _with_actions(
@@ -192,13 +224,13 @@ def _with_actions(
     cameras: tuple[str, ...],
 ) -> PolicyParts:
     """The starting policy with robot actions: statistics of the training actions, or kept where it already acts."""
-    before, space = start.model.config, common_action_space(datasets)
-    actions_NA = training.actions()
+    before = start.model.config
     # An imported policy may have rows for bins that were not released with it.
     num_bins = before.vocabulary.bins or config.num_bins
-    codec = start.codec or _fit(config.head, _actions_of(config, datasets, actions_NA), space.binary, num_bins)
-    states = start.states or (ActionBins.fit(training.states(), STATE_BINS) if config.state else None)
-    _say_statistics(codec, actions_NA)
+    sets, spaces = _statistics(config, start, training, num_bins)
+    alone = sets.get(ALL, Statistics())
+    for number, dataset in enumerate(datasets):
+        _say_statistics(dataset.name, sets.get(dataset.name, alone).codec, training.actions(number))
     vocabulary = before.vocabulary
     vocabulary = replace(
         vocabulary,
@@ -211,36 +243,59 @@ def _with_actions(
         vocabulary=vocabulary,
         cameras=cameras,
         prompts=choose_prompts(config, datasets, before.prompts).acting_as([dataset.name for dataset in datasets]),
-        state_bins=tuple(states.counts_A.tolist()) if states else (),
+        state_bins=most_bins(of.states for of in sets.values()),
         action_opening=start.processor.tags("bins")[0],
-        action_space=space,
+        action_space=next(iter(spaces.values())),
+        spaces=tuple(KeyedSpace(key, space) for key, space in spaces.items() if key != ALL),
         head=config.head,
-        action_bins=tuple(codec.counts_A.tolist()) if isinstance(codec, ActionBins) else (),
+        action_bins=most_bins(of.codec for of in sets.values()),
         flow=config.flow,
         chunk=config.chunk,
         latent_weight=config.latent_weight if config.labels else 0.0,
     )
     start.processor.grow(vocabulary)
-    return PolicyParts(start.model.grown(grown), start.processor, codec, states)
+    by_key = {} if ALL in sets else sets
+    return PolicyParts(start.model.grown(grown), start.processor, alone.codec, alone.states, by_key)
 
 
-def _actions_of(config: FinetuneConfig, datasets: Sequence[Dataset], actions_NA: np.ndarray) -> np.ndarray:
-    """The actions that statistics are made from: those of --statistics, else those that are learned from."""
+def _statistics(
+    config: FinetuneConfig, start: PolicyParts, training: PolicySteps, num_bins: int
+) -> tuple[dict[str, Statistics], dict[str, ActionSpace]]:
+    """What actions and states are said in, and what the actions mean: of each dataset, or under ALL for all of them."""
+    datasets = training.datasets
+    if start.by_key:
+        return dict(start.by_key), {item.key: item.space for item in start.model.config.spaces}
+    if start.codec is None and _each_its_own(config, datasets):
+        spaces = {dataset.name: common_action_space([dataset]) for dataset in datasets}
+        controls = {name: space.control for name, space in spaces.items() if space.control}
+        if len(set(controls.values())) > 1:
+            warn(f"datasets differ in control ({controls}): a robot acts as its --statistics-key does")
+        sets = {
+            dataset.name: Statistics(
+                fit_codec(config.head, training.actions(number), spaces[dataset.name].binary, num_bins),
+                ActionBins.fit(training.states(number), STATE_BINS) if config.state else None,
+            )
+            for number, dataset in enumerate(datasets)
+        }
+        return sets, spaces
+    space = common_action_space(datasets)
+    codec = start.codec or fit_codec(config.head, _pooled_actions(config, training), space.binary, num_bins)
+    states = start.states or (ActionBins.fit(training.states(), STATE_BINS) if config.state else None)
+    return {ALL: Statistics(codec, states)}, {ALL: space}
+
+
+def _pooled_actions(config: FinetuneConfig, training: PolicySteps) -> np.ndarray:
+    """The actions that one set of statistics is made from: those of --statistics, else those that are learned from."""
     if not config.statistics:
-        return actions_NA
+        return training.actions()
     others = [Dataset.open(path) for path in config.statistics]
-    common_action_space([*others, *datasets])
+    common_action_space([*others, *training.datasets])
     return np.concatenate([other.all_actions() for other in others])
 
 
-def _fit(head: HeadKind, actions_NA: np.ndarray, binary: Sequence[bool], num_bins: int) -> ActionCodec:
-    if head == "bins":
-        return ActionBins.fit(actions_NA, num_bins, binary)
-    return ActionScale.fit(actions_NA, binary)
-
-
-def _say_statistics(codec: ActionCodec, actions_NA: np.ndarray) -> None:
+def _say_statistics(name: str, codec: ActionCodec | None, actions_NA: np.ndarray) -> None:
+    assert codec is not None, "there are statistics by now"
     outside_A = codec.count_outside(actions_NA)
     how = f" of {', '.join(map(str, codec.counts_A))} bins" if isinstance(codec, ActionBins) else ""
     clamped = f"; {outside_A.sum()} of {actions_NA.size} values lie outside and are clamped" if outside_A.any() else ""
-    say(f"actions: {codec.action_dim} dimensions{how}{clamped}")
+    say(f"actions of {name}: {codec.action_dim} dimensions{how}{clamped}")

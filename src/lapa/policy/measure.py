@@ -12,6 +12,7 @@ L latent action length.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from lapa.data.labels import Labels
 from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
-from lapa.files import claim_output, write_json
+from lapa.files import claim_output, naming, write_json
 from lapa.policy.acting import Actor, load_actor
 from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.policy.figures import action_figures, code_figures
@@ -52,7 +53,7 @@ class MeasureConfig:
     """Dataset to measure on; with actions, or with --labels."""
     out: Path | None = None
     """Folder of measure.json; by default POLICY/measure_DATASET."""
-    labels: Path | None = None
+    labels: str | None = None
     """Labels of the dataset, to measure latent actions; all there is to measure of a policy that does not act yet."""
     samples: int = 512
     """Steps measured, spread evenly over all episodes."""
@@ -62,6 +63,8 @@ class MeasureConfig:
     """Which of the dataset's cameras fill the image slots; by default those of the same names, or the only one."""
     prompt_of: str | None = None
     """Whose prompt the policy reads, of the datasets it learned from; by default its own."""
+    statistics_key: str | None = None
+    """By which dataset's statistics the policy acts, where it learned from several with actions."""
     batch_size: int = 64
     """Observations answered at once."""
     device: str = "auto"
@@ -78,7 +81,7 @@ def run(config: MeasureConfig) -> None:
     labels = None
     if config.labels is not None:
         labels = Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
-    parts = load_policy(config.policy) if labels is not None else None
+    parts = _parts(config) if labels is not None else None
     actor = _actor(parts, config)
     places: list[Place] = []
     if actor is not None:
@@ -103,7 +106,9 @@ def run(config: MeasureConfig) -> None:
         figures |= measure_codes(parts, dataset, labels, places, config)
     console.print(table_of(figures, dataset.name))
     write_json(out / MEASURES, {**figures, "config": configs.to_dict(config), **versions_and_hardware()})
-    finish(MEASURES, out, [] if actor is None else [f"lapa evaluate {config.policy} --env ENVIRONMENT --out RESULTS"])
+    key = ["--statistics-key", config.statistics_key] if config.statistics_key else []
+    words = ["lapa", "evaluate", str(config.policy), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"]
+    finish(MEASURES, out, [] if actor is None else [shlex.join(words)])
 
 
 def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> dict[str, Any]:
@@ -208,13 +213,19 @@ def table_of(figures: dict[str, Any], name: str) -> Table:
 def _actor(parts: PolicyParts | None, config: MeasureConfig) -> Actor | None:
     """What acts: the policy that was loaded for its latent actions or else is loaded here; None if only pretrained."""
     if parts is None:
-        return load_actor(config.policy, device=config.device, dataset=config.prompt_of)
-    if parts.codec is None:
+        return load_actor(config.policy, config.statistics_key, device=config.device, dataset=config.prompt_of)
+    if not parts.acts:
         return None
     device = pick_device(config.device)
     # As `Policy.from_pretrained` has it, so that actions are the same with and without --labels.
     dtype = torch.bfloat16 if device.type == "cuda" else None
     return Policy(parts, device, config.prompt_of, dtype=dtype)
+
+
+def _parts(config: MeasureConfig) -> PolicyParts:
+    parts = load_policy(config.policy)
+    with naming(config.policy):
+        return parts.under(config.statistics_key)
 
 
 def _check_latent(parts: PolicyParts, labels: Labels, config: MeasureConfig) -> None:

@@ -38,6 +38,7 @@ from lapa.policy.backbones import Backbone, BackboneConfig, TinyConfig
 from lapa.policy.heads import ActionHead, FlowConfig, HeadKind, build_head
 from lapa.policy.lora import add_lora, has_lora, hold_old_rows, merge_lora, vocabulary_weights
 from lapa.policy.prompts import Prompts
+from lapa.policy.statistics import KeyedSpace
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.types import Losses
 
@@ -66,10 +67,12 @@ class PolicyConfig:
     action_opening: tuple[int, ...] = ()
     action_space: ActionSpace | None = None
     """What the robot's actions mean; none before finetuning."""
+    spaces: tuple[KeyedSpace, ...] = ()
+    """The same for each dataset that has statistics of its own, where a policy learned from several."""
     head: HeadKind = "bins"
     """How robot actions are said."""
     action_bins: tuple[int, ...] = ()
-    """Bins of each action dimension, for the head `bins`."""
+    """Bins of each action dimension, for the head `bins`; the most of any dataset where each has its own."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Sizes of the head `flow`."""
     chunk: int = 0

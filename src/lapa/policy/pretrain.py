@@ -8,6 +8,7 @@ instruction. The labels come from `lapa label`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,8 +42,8 @@ from lapa.policy.training import (
 class PretrainConfig(TrainingOptions):
     """Pretrain a policy on the latent actions of videos. No robot actions are needed."""
 
-    labels: tuple[Path, ...]
-    """The datasets' labels, one folder for each dataset, in the same order."""
+    labels: tuple[str, ...]
+    """The datasets' labels, one folder or URL for each dataset, in the same order."""
     lam_fingerprint: str | None = None
     """Refuse labels that another latent action model made."""
     text_weight: float | None = None
@@ -52,9 +53,8 @@ class PretrainConfig(TrainingOptions):
 
 def run(config: PretrainConfig) -> None:
     """`lapa policy pretrain`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [
-        f"lapa policy finetune --preset {config.preset} --policy {config.out} --data ROBOT_DATASET --out POLICY"
-    ]
+    start = ["lapa", "policy", "finetune", "--preset", config.preset, "--policy", str(config.out)]
+    next_commands = [shlex.join([*start, "--data", "ROBOT_DATASET", "--out", "POLICY"])]
     if config.resume and is_policy(config.out):
         finish("policy, already pretrained", config.out, next_commands)
         return
@@ -85,7 +85,7 @@ def run(config: PretrainConfig) -> None:
 
 
 def open_labels(
-    folders: Sequence[Path], datasets: Sequence[Dataset], lam_fingerprint: str | None = None
+    folders: Sequence[str | Path], datasets: Sequence[Dataset], lam_fingerprint: str | None = None
 ) -> list[Labels]:
     """The labels of each dataset. Raises ValueError where they are not of these datasets, or not of one LAM."""
     if len(folders) != len(datasets):

@@ -1,6 +1,6 @@
 """A trained policy that acts: observations in, robot actions out.
 
-    policy = Policy.from_pretrained("POLICY")
+    policy = Policy.from_pretrained("POLICY")                    # statistics_key="bridge" where it has several
     actions_BKA = policy.infer([Observation({"corner4": image_HWC}, "open the drawer")])
 
 Axes: B batch, H W image, K chunk, A action dimensions, S state dimensions.
@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from lapa.data.action_space import ActionSpace
 from lapa.engine.distributed import pick_device
+from lapa.files import naming
 from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.types import Observation
 
@@ -52,20 +53,24 @@ class Policy:
         device: str = "auto",
         dataset: str | None = None,
         *,
+        statistics_key: str | None = None,
         dtype: torch.dtype | None = None,
         compile: bool = False,
     ) -> Policy:
         """Loads a policy folder. ValueError where it is unfinished, or was pretrained and never finetuned.
 
+        statistics_key: the dataset whose statistics it acts by, where it learned from several.
         dtype: of the weights; by default as they were saved, and bfloat16 on a GPU, where policies are trained so.
         compile: decode through torch.compile, on a GPU as CUDA graphs; the first calls take long.
         """
         parts = load_policy(Path(folder))
-        if parts.codec is None:
+        if not parts.acts:
             raise ValueError(
                 f"{folder}: only pretrained, it knows no robot actions; "
                 f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
             )
+        with naming(Path(folder)):
+            parts = parts.under(statistics_key)
         where = pick_device(device)
         if dtype is None and where.type == "cuda":
             dtype = torch.bfloat16

@@ -86,14 +86,25 @@ class ActionScale:
         """How many values of each dimension lie beyond what becomes -1 and 1, and so are clamped by `encode`."""
         return count_outside(actions, self.low_A, self.high_A)
 
+    def clamp(self, scaled: Float[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
+        """As they are: `decode` takes any number."""
+        return scaled
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is saved, by name."""
+        return dict(zip(ARRAYS, (self.low_A, self.high_A, self.binary_A), strict=True))
+
     def save(self, path: Path) -> None:
         """Writes the arrays as safetensors, atomically."""
-        save_arrays(path, dict(zip(ARRAYS, (self.low_A, self.high_A, self.binary_A), strict=True)))
+        save_arrays(path, self.arrays())
 
     @classmethod
-    def load(cls, path: Path) -> ActionScale:
-        """Reads what `save` wrote. ValueError naming the file where it is missing or something else."""
-        return cls(*load_arrays(path, ARRAYS, "action scales").values())
+    def load(cls, path: Path, key: str | None = None) -> ActionScale:
+        """Reads what `save` wrote, or one of several that `lapa.policy.statistics` wrote.
+
+        ValueError naming the file where it is missing or something else.
+        """
+        return cls(*load_arrays(path, ARRAYS, "action scales", key).values())
 
     def _checked(self, values: np.ndarray) -> np.ndarray:
         """In double precision: then both ends come back exactly, and no span of float32 numbers overflows."""

@@ -5,8 +5,10 @@ Axes: B batch, K chunk, A action dimensions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
+from lapa.data.mixture import MixBy
 from lapa.data.steps import PolicySteps
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
@@ -45,7 +48,7 @@ class TrainingOptions:
     """What `lapa policy pretrain` and `lapa policy finetune` have in common."""
 
     data: tuple[str, ...]
-    """Datasets to learn from."""
+    """Datasets to learn from: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
     out: Path
     """Folder of the policy to write."""
     policy: Path | None = None
@@ -72,6 +75,8 @@ class TrainingOptions:
     """Train low-rank adapters in the language model's layers instead of these (needs lapa[lora]); 0: none."""
     augment: bool = False
     """Random crops and changed colours."""
+    mix_by: MixBy = "frames"
+    """Datasets are drawn in proportion to their weights times their frames, times their episodes, or alone."""
     held_out: float = 0.1
     """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
     cache_gib: float = 4.0
@@ -159,7 +164,7 @@ def choose_prompts(options: TrainingOptions, datasets: Sequence[Dataset], known:
 def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Sequence[Dataset]) -> tuple[str, ...]:
     """Which of the datasets' cameras fills each image slot: as told, or by name, or the only one for the only slot.
 
-    ValueError where that does not tell.
+    ValueError where that does not tell. Where each dataset has one camera, under another name, the slot keeps its own.
     """
     common = [name for name in datasets[0].cameras if all(name in dataset.cameras for dataset in datasets)]
     chosen = options.cameras
@@ -167,6 +172,8 @@ def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Seq
         chosen = policy.cameras
     if not chosen and len(common) == len(policy.cameras) == 1:
         chosen = tuple(common)
+    if not chosen and len(policy.cameras) == 1 and all(len(dataset.cameras) == 1 for dataset in datasets):
+        chosen = policy.cameras
     if not chosen:
         raise ValueError(
             f"{datasets[0].root}: has the cameras {', '.join(common)}, the policy was trained with "
@@ -193,7 +200,7 @@ def train_policy(
     held_out: PolicySteps | None,
     options: TrainingOptions,
     *,
-    labels: Sequence[Path],
+    labels: Sequence[str],
     run_config: dict[str, Any],
     description: str,
 ) -> bool:
@@ -217,6 +224,7 @@ def train_policy(
     evaluate = None if held_out is None else held_out_figures(parts.inputs, held_out)
     if held_out is None:
         say("no episode is held out: nothing is evaluated while training")
+    training.mixture.tell(options.loop.steps * options.loop.batch_size)
     result = train(
         parts.model,
         training,
@@ -237,11 +245,15 @@ def train_policy(
 def held_out_figures(inputs: PolicyInputs, steps: PolicySteps) -> Callable[[nn.Module], dict[str, float]]:
     """An evaluation on held-out steps: the loss and its parts given the true tokens before each, and for robot
 
-    actions `action_error`, the mean absolute difference of the decoded chunk, in the robot's units.
+    actions `action_error`, the mean absolute difference of the decoded chunk, in the robot's units; for each dataset,
+    as `action_error_NAME`, where each has statistics of its own.
     """
     chosen = np.unique(np.linspace(0, len(steps) - 1, EVALUATION_STEPS).round().astype(int))
     items = [steps[int(index)] for index in chosen]
-    groups = [items[first : first + EVALUATION_BATCH] for first in range(0, len(items), EVALUATION_BATCH)]
+    # Steps are ordered by dataset.
+    runs = [list(run) for _, run in groupby(items, lambda item: item["dataset"] if inputs.by_key else None)]
+    groups = [run[first : first + EVALUATION_BATCH] for run in runs for first in range(0, len(run), EVALUATION_BATCH)]
+    counts = Counter(item["dataset"] for item in items)
     batches = [inputs.collate(group) for group in groups]
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -250,8 +262,12 @@ def held_out_figures(inputs: PolicyInputs, steps: PolicySteps) -> Callable[[nn.M
         totals: dict[str, float] = {}
         for group, batch in zip(groups, batches, strict=True):
             figures = _figures(model, inputs, group, {name: value.to(device) for name, value in batch.items()})
+            dataset = group[0]["dataset"]
             for name, value in figures.items():
-                totals[name] = totals.get(name, 0.0) + value * len(group) / len(items)
+                total = len(items)
+                if name == "action_error" and inputs.by_key:
+                    name, total = f"{name}_{dataset}", counts[dataset]
+                totals[name] = totals.get(name, 0.0) + value * len(group) / total
         return {f"held_out_{name}": value for name, value in totals.items()}
 
     return evaluate
@@ -268,6 +284,9 @@ def open_steps(
     state: bool = False,
 ) -> tuple[PolicySteps, PolicySteps | None]:
     """The training steps, and the held-out ones where any episode is held out. What a step is: see `PolicySteps`."""
+    if cameras and not options.cameras and not all(name in dataset.cameras for name in cameras for dataset in datasets):
+        # As `choose_cameras` has it: the only camera of each.
+        cameras = None
 
     def steps(split: str) -> PolicySteps:
         return PolicySteps(
@@ -282,6 +301,7 @@ def open_steps(
             split=split,
             held_out=options.held_out,
             cache_gib=options.cache_gib,
+            mix_by=options.mix_by,
         )
 
     some_held_out = options.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets)
@@ -294,8 +314,7 @@ def _figures(
     losses = model(batch)
     figures = {"loss": float(losses.loss), **{name: float(value) for name, value in losses.parts.items()}}
     if "action_BKA" in batch:
-        assert inputs.codec is not None
-        decoded_BKA = inputs.codec.decode(model.predict_actions(batch).cpu().numpy())
+        decoded_BKA = inputs.decode(model.predict_actions(batch).cpu().numpy(), [item["dataset"] for item in items])
         true_BKA = np.stack([item["actions_KA"] for item in items])
         counted_BK = np.stack([item["action_mask_K"] for item in items])
         figures["action_error"] = float(np.abs(decoded_BKA - true_BKA).mean(-1)[counted_BK].mean())

@@ -1,268 +1,318 @@
-"""RLDS datasets, such as the TFDS folders of Open X-Embodiment, to a dataset, without TensorFlow.
+"""RLDS datasets, such as the TFDS folders of Open X-Embodiment, without TensorFlow: to convert, or to read in place.
 
     lapa data rlds bridge_dataset/1.0.0 --camera image_0 --out data/bridge
+    lapa latent train --data rlds:bridge_dataset/1.0.0,camera=image_0 --out lam
 
-A record of a TFRecord file is one episode. Interrupt it and go on with `--resume`.
+A record of a TFRecord file is one episode. What the files do not tell is in lapa.data.sources.rlds_table.
 Formats: https://github.com/google-research/rlds, https://www.tensorflow.org/datasets; datasets: arXiv 2310.08864.
-Axes: T time, H W image, C channel, A action dimensions, S state dimensions.
+Axes: T time, H W image, C channel, D numbers of a feature.
 """
 
 from __future__ import annotations
 
 import io
-from collections import Counter
+import threading
+import uuid
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from PIL import Image, UnidentifiedImageError
 
-from lapa import files
-from lapa.console import finish, progress, say, warn
-from lapa.data.lerobot import INFO
-from lapa.data.sources.rlds_layout import KNOWN, Known, Layout, Shard, choose_layout, dimension_names, read_info
-from lapa.data.sources.tfrecord import Record, parse_example, read_records
-from lapa.data.transforms import resize_and_crop
-from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
+from lapa.console import progress, warn
+from lapa.data.dataset import ACTION, STATE
+from lapa.data.sources import convert
+from lapa.data.sources.cache import cached, stamp
+from lapa.data.sources.convert import ConvertOptions
+from lapa.data.sources.items import BLANK
+from lapa.data.sources.rlds_layout import (
+    FEATURES_FILE,
+    INFO_FILE,
+    MEND,
+    STEPS,
+    choose_layout,
+    find_items,
+    present_shards,
+    read_info,
+)
+from lapa.data.sources.rlds_table import KNOWN, Known
+from lapa.data.sources.source import Clip, Item, Source, with_length
+from lapa.data.sources.tfrecord import parse_example, read_record
+from lapa.files import as_path
 
 FORMATS = ("JPEG", "PNG")
+# Bytes of records that stay parsed in each process, of all sources together (a mixture has dozens): frames of one
+# episode are mostly asked for together.
+KEPT_BYTES = 128 << 20
+NO_TEXT = "without instruction (--caption TEXT gives them one)"
+CHANGES = "the instruction changes, the first is taken"
 
 
 @dataclass(frozen=True)
-class RldsConfig:
-    """Turn an RLDS (TFDS) folder, such as one of Open X-Embodiment, into a dataset."""
+class RldsReading:
+    """How an RLDS folder is read."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder with features.json, dataset_info.json and the TFRecord files; mostly NAME/VERSION."""
-    out: Path
-    """Folder of the dataset to write."""
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder with features.json, dataset_info.json and the TFRecord files; mostly NAME/VERSION. May be a URL."""
     split: str = "train"
     """Split to read."""
     camera: tuple[str, ...] = ()
-    """Cameras to keep, by their names in the observation; by default all."""
+    """Cameras to read, by their names in the observation, the first first; by default all."""
     actions: bool = True
-    """Store actions and robot states; --no-actions leaves video and instruction only."""
+    """Read actions and robot states."""
     action_keys: tuple[str, ...] = ()
-    """Step features that make up the action, in order; by default `action`, or what is known of the dataset."""
+    """Step features that make up the action, in order; by default `action`, or what is known of the dataset. KEY is a
+    feature, KEY[6] or KEY[:6] some of its numbers, not:KEY[6] one less it; lapa.data.sources.rlds_table has all."""
     caption: str | None = None
     """One text for the episodes that have no instruction."""
     fps: float | None = None
     """Steps per second, which RLDS does not store; needed where it is not known of the dataset."""
-    size: int = 256
-    """Height and width of the pictures: the short side is scaled to it, the centre cropped. Even."""
-    limit: int | None = None
-    """Number of episodes to write; by default all."""
     skip_bad: bool = False
     """Leave out, and count, damaged records, episodes that do not fit features.json, and missing shards."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-    resume: bool = False
-    """Go on with what an interrupted run wrote."""
+
+    def open(self) -> RldsSource:
+        """Raises ValueError naming the file that is wrong and the mend."""
+        return RldsSource(self)
 
 
 @dataclass(frozen=True)
-class _Episode:
-    """A record, decoded. instructions: one a step."""
-
-    frames_THWC: dict[str, np.ndarray]
-    instructions: list[str]
-    actions_TA: np.ndarray | None
-    states_TS: np.ndarray | None
-
-
-@dataclass
-class _Tally:
-    """What did not go as the user may believe; shown at the end."""
-
-    skip_bad: bool
-    num_read: int = 0
-    skipped: int = 0
-    unlabelled: int = 0
-    changing: int = 0
-    all_blank: int = 0
-    blank: Counter[str] = field(default_factory=Counter)
-
-    def skip(self, problem: str, count: int = 1) -> None:
-        """Stops at the first problem, or with --skip-bad names it and counts the episodes lost."""
-        if not self.skip_bad:
-            raise ValueError(f"{problem}; download the file again, or give --skip-bad to leave out what is damaged")
-        warn(f"skipped: {problem}")
-        self.skipped += count
-
-    def report(self) -> None:
-        of_all = f"of {self.num_read} episodes"
-        if self.skipped:
-            warn(f"episodes skipped in all (--skip-bad): {self.skipped}")
-        for camera, count in sorted(self.blank.items()):
-            warn(f"camera {camera} shows one colour throughout in {count} {of_all}; --camera chooses others")
-        if self.all_blank:
-            warn(f"left out, because no camera shows anything: {self.all_blank} {of_all}")
-        if self.unlabelled:
-            warn(f"without instruction: {self.unlabelled} {of_all}; --caption TEXT gives them one")
-        if self.changing:
-            warn(f"the instruction changes, the first is taken: {self.changing} {of_all}")
+class RldsConfig(ConvertOptions, RldsReading):
+    """Turn an RLDS (TFDS) folder, such as one of Open X-Embodiment, into a dataset."""
 
 
 def run(config: RldsConfig) -> None:
     """`lapa data rlds`."""
-    complete = (config.out / INFO).exists()
-    if nothing_to_add(config.out, resume=config.resume, overwrite=config.overwrite):
-        return
-    require_even(config.size)
-    if config.limit is not None and config.limit < 1:
-        raise ValueError(f"--limit {config.limit}: must be at least 1")
-    name, shards = read_info(config.folder, config.split)
-    known = KNOWN.get(name, Known())
-    layout = choose_layout(config.folder, known, config.camera, config.actions, config.action_keys)
-    fps = known.fps if config.fps is None else config.fps
-    if fps is None or fps <= 0:
-        told = "is not known" if fps is None else f"cannot be {fps:g}"
-        raise ValueError(f"{config.folder}: the control rate of {name} {told}; give it as --fps")
-    tally = _Tally(config.skip_bad)
-    shards = _present(shards, tally)
-    files.claim_output(
-        config.out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=[config.folder]
-    )
-    say(f"reads {', '.join(layout.keys)}")
-    settings = {"split": config.split, "limit": config.limit, "caption": config.caption, "features": layout.keys}
-    writer = DatasetWriter(
-        config.out,
-        fps=fps,
-        cameras=dict.fromkeys(layout.cameras, (config.size, config.size)),
-        action_names=layout.action_names,
-        state_names=dimension_names(layout.states),
-        binary_actions=layout.binary_actions,
-        control=layout.control,
-        extra_info={"made_by": "lapa data rlds", "dataset": name, "version": config.folder.name, **settings},
-        resume=config.resume,
-    )
-    if writer.num_episodes:
-        say(f"resuming: {writer.num_episodes} episodes are done")
-    _convert_all(shards, layout, writer, config, tally)
-    tally.report()
-    if not writer.num_episodes:
-        raise ValueError(f"{config.folder}: none of its episodes can be used; choose another --camera or --split")
-    dataset = writer.finish()
-    what = f"dataset of {len(dataset.episodes)} episodes, {dataset.num_frames} frames at {fps:g} fps"
-    finish(what, config.out, [f"lapa data info {config.out}", f"lapa latent train --data {config.out} --out LAM"])
+    convert.run(config, config)
 
 
-def _present(shards: Sequence[Shard], tally: _Tally) -> list[Shard]:
-    """The shards that are there; the others are a problem."""
-    missing = [shard for shard in shards if not shard.path.is_file()]
-    if missing:
-        count = sum(shard.num_records for shard in missing)
-        problem = f"{missing[0].path}: missing; {len(missing)} of {len(shards)} shards are, with {count} episodes"
-        tally.skip(problem, count)
-    return [shard for shard in shards if shard not in missing]
+class ParsedRecords:
+    """The records that were asked for last, of all sources of this process: source and item -> features."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[tuple[str, str], tuple[int, dict[str, Any]]] = OrderedDict()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str]) -> dict[str, Any] | None:
+        with self._lock:
+            if key not in self._records:
+                return None
+            self._records.move_to_end(key)
+            return self._records[key][1]
+
+    def put(self, key: tuple[str, str], values: dict[str, Any], num_bytes: int) -> None:
+        """Keeps a record, and lets go of the oldest until `KEPT_BYTES` suffice; the latest one stays."""
+        with self._lock:
+            self._num_bytes += num_bytes - self._records.pop(key, (0, {}))[0]
+            self._records[key] = (num_bytes, values)
+            while len(self._records) > 1 and self._num_bytes > KEPT_BYTES:
+                self._num_bytes -= self._records.popitem(last=False)[1][0]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._records.clear()
+            self._num_bytes = 0
 
 
-def _convert_all(
-    shards: Sequence[Shard], layout: Layout, writer: DatasetWriter, config: RldsConfig, tally: _Tally
-) -> None:
-    total = sum(shard.num_records for shard in shards)
-    limit = total if config.limit is None else config.limit
-    with progress() as bar:
-        task = bar.add_task("converting", total=min(total, limit), note="")
-        for shard, record in _records(shards, tally):
-            if writer.num_episodes >= limit:
-                break
-            source = f"{shard.path.name}:{record.index}"
-            if source in writer.done_sources:
-                continue
-            try:
-                episode = _read_episode(record, layout, config.size)
-            except ValueError as error:
-                tally.skip(f"{shard.path}: record {record.index} at byte {record.offset}: {error}")
-                continue
-            _add(episode, source, writer, config.caption, tally)
-            bar.update(task, completed=writer.num_episodes)
+PARSED = ParsedRecords()
 
 
-def _records(shards: Sequence[Shard], tally: _Tally) -> Iterator[tuple[Shard, Record]]:
-    """All records; a shard that holds another number of them than it should is a problem."""
-    for shard in shards:
-        num_found = 0
-        for record in read_records(shard.path):
-            num_found += 1
-            yield shard, record
-        if num_found != shard.num_records:
-            problem = f"{shard.path}: {num_found} records found, dataset_info.json says {shard.num_records}"
-            tally.skip(problem, max(0, shard.num_records - num_found))
+class RldsSource(Source):
+    """An RLDS folder; an item is a record."""
 
+    kind = "rlds"
 
-def _add(episode: _Episode, source: str, writer: DatasetWriter, caption: str | None, tally: _Tally) -> None:
-    tally.num_read += 1
-    blank = [name for name, frames in episode.frames_THWC.items() if not np.ptp(frames, axis=(0, 1, 2)).any()]
-    tally.blank.update(blank)
-    if len(blank) == len(episode.frames_THWC):
-        tally.all_blank += 1
-        return
-    instruction = episode.instructions[0] if episode.instructions else ""
-    tally.changing += len(set(episode.instructions)) > 1
-    tally.unlabelled += not (instruction or caption)
-    writer.add_episode(
-        episode.frames_THWC,
-        instruction or caption or "",
-        actions=episode.actions_TA,
-        states=episode.states_TS,
-        source=source,
-    )
+    def __init__(self, reading: RldsReading):
+        self.reading, self.root = reading, as_path(reading.folder)
+        self.name, version, shards = read_info(self.root, reading.split)
+        known = KNOWN.get(self.name, Known())
+        self.fps = _rate(reading, known, self.name)
+        self._layout = layout = choose_layout(self.root, known, reading.camera, reading.actions, reading.action_keys)
+        self.action_space, self.state_names = layout.action_space, layout.state_names
+        self._shards = present_shards(shards, reading.skip_bad)
+        self.items = find_items(self._shards, reading.skip_bad)
+        self._token = uuid.uuid4().hex
+        self.cameras = {name: shape if all(shape) else self._look(name) for name, shape in layout.shapes.items()}
+        self.settings = {
+            "dataset": self.name,
+            "version": version,
+            "split": reading.split,
+            "caption": reading.caption,
+            "features": {ACTION: list(map(str, layout.actions)), STATE: list(map(str, layout.states))},
+        }
 
+    def file_of(self, item: Item) -> str:
+        shard, offset, _ = item.place
+        return f"{self.root / shard}: record {item.key.rsplit(':', 1)[-1]} at byte {offset}"
 
-def _read_episode(record: Record, layout: Layout, size: int) -> _Episode:
-    """Decodes a record. ValueError, which does not name it, where it is damaged or does not fit features.json."""
-    if record.error is not None:
-        raise ValueError(record.error)
-    values = parse_example(record.payload, layout.keys)
-    lacking = [key for key in layout.keys if key not in values]
-    if lacking:
-        raise ValueError(f"lacks {', '.join(lacking)}, which features.json names")
-    num_steps = len(values[next(iter(layout.cameras.values()))])
-    if not num_steps:
-        raise ValueError("has no step")
-    return _Episode(
-        {name: _pictures(values, key, num_steps, size) for name, key in layout.cameras.items()},
-        _texts(values[layout.instruction]) if layout.instruction else [],
-        _rows(values, layout.actions, num_steps) if layout.actions else None,
-        _rows(values, layout.states, num_steps) if layout.states else None,
-    )
+    def read(self, item: Item) -> Clip:
+        values, num_steps = self._values(item), self._num_steps(item)
+        numbers = self.numbers(item)
+        instruction, notes = self._told(item, values)
+        blank = self._blank(item, values)
+        notes += [f"camera {name} shows one colour throughout (--camera chooses others)" for name in blank]
 
+        def pictures(camera: str) -> Iterator[tuple[float, np.ndarray]]:
+            for step in range(num_steps):
+                yield step / self.fps, self._picture(item, values, camera, step)
 
-def _pictures(values: Mapping[str, Any], key: str, num_steps: int, size: int) -> np.ndarray:
-    if len(values[key]) != num_steps:
-        raise ValueError(f"{key} has {len(values[key])} pictures in an episode of {num_steps} steps")
-    frames = []
-    for step, encoded in enumerate(values[key]):
+        return Clip(
+            {camera: pictures(camera) for camera in self.cameras},
+            instruction,
+            numbers.get(ACTION),
+            numbers.get(STATE),
+            tuple(notes),
+        )
+
+    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+        values = self._values(item)
+        return np.stack([self._picture(item, values, camera, int(step)) for step in frame_indices])
+
+    def numbers(self, item: Item) -> Mapping[str, np.ndarray]:
+        values, num_steps = self._values(item), self._num_steps(item)
+        rows = {key: self._rows(item, values, key, width, num_steps) for key, width in self._layout.numbers.items()}
+        parts = {ACTION: self._layout.actions, STATE: self._layout.states}
+        return {
+            name: np.concatenate([part.of(rows, num_steps) for part in its_parts], axis=1)
+            for name, its_parts in parts.items()
+            if its_parts
+        }
+
+    def measured(self) -> Sequence[Item]:
+        """Instructions and lengths need a pass over all records, which is kept in the user's cache folder."""
+        files = [self.root / INFO_FILE, self.root / FEATURES_FILE, *(shard.path for shard in self._shards)]
+        options = [self.settings, self._layout.keys, self.reading.skip_bad]
+        found = cached("rlds", [options, [stamp(file) for file in files]], self._measure)
+        for problem in found["problems"]:
+            warn(f"left out: {problem}")
+        for note, count in found["notes"].items():
+            warn(f"{self.name}: {note}: {count}")
+        by_key = {item.key: item for item in self.items}
+        return [with_length(by_key[key], length, text) for key, length, text in found["episodes"]]
+
+    def _measure(self) -> dict[str, Any]:
+        episodes, problems = [], []
+        notes: Counter[str] = Counter()
+        with progress() as bar:
+            task = bar.add_task("looking through", total=len(self.items), note=self.name)
+            for item in self.items:
+                bar.advance(task)
+                try:
+                    clip = self.read(item)
+                except ValueError as error:
+                    if not self.reading.skip_bad:
+                        raise ValueError(f"{error}; {MEND}") from None
+                    problems.append(str(error))
+                    continue
+                notes.update(clip.notes)
+                if len(self._blank(item, self._values(item))) == len(self.cameras):
+                    notes[BLANK] += 1
+                    continue
+                episodes.append((item.key, self._num_steps(item), clip.instruction))
+        PARSED.clear()
+        return {"episodes": episodes, "notes": notes, "problems": problems}
+
+    def _values(self, item: Item) -> dict[str, Any]:
+        """The features of a record, parsed; the last few are kept."""
+        values = PARSED.get((self._token, item.key))
+        if values is not None:
+            return values
+        shard, offset, length = item.place
         try:
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                frames.append(resize_and_crop(np.asarray(image.convert("RGB"))[None], size)[0])
+            values = parse_example(read_record(self.root / shard, offset, length), self._layout.keys)
+        except ValueError as error:
+            raise self._wrong(item, error) from None
+        lacking = [key for key in self._layout.keys if key not in values]
+        if lacking:
+            raise self._wrong(item, f"lacks {', '.join(lacking)}, which features.json names")
+        values = {key.removeprefix(STEPS): value for key, value in values.items()}
+        PARSED.put((self._token, item.key), values, length)
+        return values
+
+    def _num_steps(self, item: Item) -> int:
+        """Steps of an episode: as many as its pictures."""
+        values = self._values(item)
+        counts = {key: len(values[key]) for key in self._layout.cameras.values()}
+        first = next(iter(counts.values()))
+        if not first:
+            raise self._wrong(item, "has no step")
+        for key, count in counts.items():
+            if count != first:
+                raise self._wrong(item, f"{STEPS}{key} has {count} pictures in an episode of {first} steps")
+        return first
+
+    def _picture(self, item: Item, values: Mapping[str, Any], camera: str, step: int) -> np.ndarray:
+        key = self._layout.cameras[camera]
+        try:
+            with Image.open(io.BytesIO(values[key][step]), formats=FORMATS) as image:
+                return np.asarray(image.convert("RGB"))
         # Pillow raises SyntaxError for a broken PNG; numbers where bytes should be are a TypeError.
         except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
             reason = "no JPEG or PNG" if isinstance(error, UnidentifiedImageError | TypeError) else error
-            raise ValueError(f"{key} cannot be decoded at step {step} ({reason})") from None
-    return np.stack(frames)
+            raise self._wrong(item, f"{STEPS}{key} cannot be decoded at step {step} ({reason})") from None
 
+    def _blank(self, item: Item, values: Mapping[str, Any]) -> list[str]:
+        """The cameras that show one colour throughout: the same bytes at every step, and these of one colour."""
+        blank = []
+        for camera, key in self._layout.cameras.items():
+            encoded = values[key]
+            if all(one == encoded[0] for one in encoded):
+                frame_HWC = self._picture(item, values, camera, 0)
+                if not np.ptp(frame_HWC, axis=(0, 1)).any():
+                    blank.append(camera)
+        return blank
 
-def _texts(encoded: Sequence[bytes]) -> list[str]:
-    try:
-        return [text.decode().strip() for text in encoded]
-    except (UnicodeDecodeError, AttributeError):
-        raise ValueError("its instruction is not UTF-8 text") from None
+    def _told(self, item: Item, values: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """The instruction, and what is to be noted of it."""
+        texts: list[str] = []
+        key = self._layout.instruction
+        if key and self._layout.spelled:
+            width, letters = self._layout.spelled, np.asarray(values[key])
+            if not np.issubdtype(letters.dtype, np.integer) or len(letters) % width:
+                raise self._wrong(item, f"{STEPS}{key} is not {width} characters a step")
+            texts = [_spelled(row) for row in letters.reshape(-1, width)]
+        elif key:
+            try:
+                texts = [text.decode().strip() for text in values[key]]
+            except (UnicodeDecodeError, AttributeError):
+                raise self._wrong(item, "its instruction is not UTF-8 text") from None
+        instruction = (texts[0] if texts else "") or self.reading.caption or ""
+        return instruction, [*([CHANGES] if len(set(texts)) > 1 else []), *([] if instruction else [NO_TEXT])]
 
-
-def _rows(values: Mapping[str, Any], widths: Mapping[str, int], num_steps: int) -> np.ndarray:
-    """The numbers of several features side by side, [T, their widths in all]."""
-    columns = []
-    for key, width in widths.items():
+    def _rows(self, item: Item, values: Mapping[str, Any], key: str, width: int, num_steps: int) -> np.ndarray:
+        """The numbers of a feature, [T, width]."""
         flat = values[key]
         if not isinstance(flat, np.ndarray) or len(flat) != num_steps * width:
-            raise ValueError(f"{key} is not {width} numbers in each of {num_steps} steps")
-        rows = flat.reshape(num_steps, width).astype(np.float32)
-        if not np.isfinite(rows).all():
-            raise ValueError(f"{key} is not finite at step {int(np.argmin(np.isfinite(rows).all(axis=1)))}")
-        columns.append(rows)
-    return np.concatenate(columns, axis=1)
+            raise self._wrong(item, f"{STEPS}{key} is not {width} numbers in each of {num_steps} steps")
+        rows_TD = flat.reshape(num_steps, width).astype(np.float32)
+        if not np.isfinite(rows_TD).all():
+            step = int(np.argmin(np.isfinite(rows_TD).all(axis=1)))
+            raise self._wrong(item, f"{STEPS}{key} is not finite at step {step}")
+        return rows_TD
+
+    def _look(self, camera: str) -> tuple[int, int]:
+        """The size of a camera's pictures, where features.json does not say it: that of the first one."""
+        if not self.items:
+            return 0, 0
+        height, width = self._picture(self.items[0], self._values(self.items[0]), camera, 0).shape[:2]
+        return height, width
+
+    def _wrong(self, item: Item, problem: object) -> ValueError:
+        return ValueError(f"{self.file_of(item)}: {problem}")
+
+
+def _rate(reading: RldsReading, known: Known, name: str) -> float:
+    fps = known.fps if reading.fps is None else reading.fps
+    if fps is None or not 0 < fps < float("inf"):
+        told = "is not known" if fps is None else f"cannot be {fps:g}"
+        raise ValueError(f"{reading.folder}: the control rate of {name} {told}; give it as --fps (or fps= with --data)")
+    return fps
+
+
+def _spelled(row: np.ndarray) -> str:
+    """Characters as numbers, filled up with zeros."""
+    letters = row[: int(np.argmin(row))] if (row == 0).any() else row
+    return "".join(chr(int(letter)) for letter in letters if 0 < letter < 0x110000).strip()

@@ -12,39 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from lapa.config import unknown
-from lapa.data.action_space import Control
+from lapa.console import say, warn
+from lapa.data.action_space import ActionSpace
+from lapa.data.sources.rlds_table import CONSTANTS, POSE, Known, Part, columns
+from lapa.data.sources.source import Item
+from lapa.data.sources.tfrecord import scan_records
 from lapa.files import read_json
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction", "natural_language_instruction")
 STATE = "observation/state"
+STEPS = "steps/"
+MEND = "download it again, or leave out what is damaged: --skip-bad, or skip_bad=true with --data"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-DELTA_POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the files of a dataset do not tell.
-
-    fps: its control rate; action_keys: the step features that make up its action; action_names: one a dimension.
-    binary_actions: the names of the switches among them; control: whether the robot moves by the action or to it.
-    """
-
-    fps: float | None = None
-    action_keys: tuple[str, ...] = ("action",)
-    action_names: tuple[str, ...] = ()
-    binary_actions: tuple[str, ...] = ()
-    control: Control | None = None
-
-
-RT1_ACTION = ("action/world_vector", "action/rotation_delta", "action/gripper_closedness_action")
-BRIDGE = Known(5, action_names=DELTA_POSE, binary_actions=("gripper",), control="delta")
-KNOWN = {
-    "bridge_dataset": BRIDGE,
-    "bridge_orig": BRIDGE,
-    # Its gripper says open, shut or as it is: three values.
-    "fractal20220817_data": Known(3, RT1_ACTION, DELTA_POSE, control="delta"),
-}
 
 
 @dataclass(frozen=True)
@@ -57,27 +37,36 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """Features to read, by their names in a record. cameras: name -> feature; actions, states: feature -> width.
+    """Features to read, by their names below `steps` in a record.
 
-    action_names: one a dimension, None without actions; binary_actions, control: what is known of them.
+    cameras: name -> feature; shapes: name -> (height, width), 0 where features.json does not say.
+    spelled: how many characters a step has where the instruction is numbers, one a character; else 0.
+    actions, states: what stands side by side (lapa.data.sources.rlds_table), empty without.
     """
 
     cameras: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
     instruction: str | None
-    actions: dict[str, int]
-    states: dict[str, int]
-    action_names: list[str] | None
-    binary_actions: tuple[str, ...] = ()
-    control: Control | None = None
+    spelled: int
+    actions: list[Part]
+    states: list[Part]
+    action_space: ActionSpace | None
+    state_names: tuple[str, ...] | None
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The features that actions and states are made of, and how many numbers a step of each has."""
+        return {part.key: part.width for part in (*self.actions, *self.states) if part.key not in CONSTANTS}
 
     @property
     def keys(self) -> list[str]:
-        """All of them."""
-        return [*self.cameras.values(), *([self.instruction] if self.instruction else []), *self.actions, *self.states]
+        """All features, by their names in a record."""
+        texts = [self.instruction] if self.instruction else []
+        return [STEPS + key for key in (*self.cameras.values(), *texts, *self.numbers)]
 
 
-def read_info(folder: Path, split: str) -> tuple[str, list[Shard]]:
-    """The dataset's name, and the shards of a split. Raises ValueError naming the file and the mend."""
+def read_info(folder: Path, split: str) -> tuple[str, str, list[Shard]]:
+    """The dataset's name and version, and the shards of a split. Raises ValueError naming the file and the mend."""
     path = folder / INFO_FILE
     if not path.is_file():
         inside = sorted(found.parent for found in folder.glob(f"*/{INFO_FILE}")) if folder.is_dir() else []
@@ -97,7 +86,44 @@ def read_info(folder: Path, split: str) -> tuple[str, list[Shard]]:
     fields = {"DATASET": name, "SPLIT": split, "FILEFORMAT": suffix}
     counts = splits[split]
     paths = [folder / _fill(templates[split], fields, index, len(counts)) for index in range(len(counts))]
-    return name, [Shard(path, count) for path, count in zip(paths, counts, strict=True)]
+    # A copy may lie in a folder of any name, and is the same dataset.
+    version = str(info.get("version") or folder.name)
+    return name, version, [Shard(path, count) for path, count in zip(paths, counts, strict=True)]
+
+
+def present_shards(shards: Sequence[Shard], skip_bad: bool) -> list[Shard]:
+    """The shards that are there; the others are a problem."""
+    missing = [shard for shard in shards if not shard.path.is_file()]
+    if missing:
+        count = sum(shard.num_records for shard in missing)
+        told = f"{missing[0].path}: missing; {len(missing)} of {len(shards)} shards are, with {count} episodes"
+        _problem(told, count, skip_bad)
+    return [shard for shard in shards if shard not in missing]
+
+
+def find_items(shards: Sequence[Shard], skip_bad: bool) -> list[Item]:
+    """All records that can be found; a shard with another number of them than it should have is a problem."""
+    items = []
+    for shard in shards:
+        problem, num_found = "", 0
+        for record in scan_records(shard.path):
+            if record.error is not None:
+                problem = f"{shard.path}: record {record.index} at byte {record.offset}: {record.error}"
+                continue
+            num_found += 1
+            name = shard.path.name
+            items.append(Item(f"{name}:{record.index}", (name, record.offset, record.length)))
+        if not problem and num_found != shard.num_records:
+            problem = f"{shard.path}: {num_found} records found, dataset_info.json says {shard.num_records}"
+        if problem:
+            _problem(problem, max(0, shard.num_records - num_found), skip_bad)
+    return items
+
+
+def _problem(told: str, count: int, skip_bad: bool) -> None:
+    if not skip_bad:
+        raise ValueError(f"{told}; {MEND}")
+    warn(f"left out: {told} (episodes skipped: {count})")
 
 
 def choose_layout(
@@ -109,42 +135,85 @@ def choose_layout(
     """
     features = _read_features(folder)
     # features.json has no order of its own, and the first camera is the one that other commands take.
-    images = {_camera(key): f"steps/{key}" for key in sorted(features) if _is_picture(features[key])}
+    known_first = {"observation/" + known.image: 0, "observation/" + known.wrist: 1} if known.image else {}
+    pictures = [key for key, node in features.items() if _is_picture(node)]
+    pictures.sort(key=lambda key: (known_first.get(key, 2), key))
+    images = {_camera(key): key for key in pictures}
     if not images:
         raise ValueError(f"{folder / FEATURES_FILE}: none of its step features is a colour picture; nothing to convert")
     for camera in cameras:
         if camera not in images:
             raise unknown("camera", camera, images)
-    texts = [key for key, node in features.items() if "text" in node or _dtype(node) in ("string", "object")]
-    instruction = next((f"steps/{key}" for key in (*INSTRUCTIONS, *texts) if key in texts), None)
+    chosen = {camera: images[camera] for camera in cameras or images}
     widths = {key: width for key, node in features.items() if (width := _width(node)) is not None}
-    action_keys = (action_keys or known.action_keys) if actions else ()
-    for key in action_keys:
-        if key not in widths:
-            raise ValueError(
-                f"{folder}: has no step feature {key!r} of plain numbers (there are {', '.join(widths)}); "
-                "name those that make up the action with --action-keys, or give --no-actions"
-            )
-    state_keys = [STATE] if actions and STATE in widths else []
-    action_widths = {f"steps/{key}": widths[key] for key in action_keys}
-    names = dimension_names(action_widths, known.action_names)
-    # Of other features than the known ones, or fewer or more numbers, nothing is known.
-    fits = tuple(action_keys) == known.action_keys and names == list(known.action_names)
+    texts = [key for key, node in features.items() if "text" in node or _dtype(node) in ("string", "object")]
+    spelled = widths.get(known.text, 0)
+    likely = (*INSTRUCTIONS, *texts)
+    instruction = known.text if spelled else next((key for key in (known.text, *likely) if key in texts), None)
+    action_parts, space = _actions(folder, features, widths, known, action_keys) if actions else ([], None)
+    state_parts = _states(widths, known) if actions else []
     return Layout(
-        {camera: images[camera] for camera in cameras or images},
+        chosen,
+        {camera: _size(features[key]) for camera, key in chosen.items()},
         instruction,
-        action_widths,
-        {f"steps/{key}": widths[key] for key in state_keys},
-        names,
-        known.binary_actions if fits else (),
-        known.control if fits else None,
+        spelled,
+        action_parts,
+        state_parts,
+        space,
+        tuple(_names(state_parts)) or None,
     )
 
 
-def dimension_names(widths: Mapping[str, int], known: Sequence[str] = ()) -> list[str] | None:
-    """One name a dimension of features side by side: the known ones if they are as many. None without features."""
-    names = [f"{key.rsplit('/', 1)[-1]}_{number}" for key, width in widths.items() for number in range(width)]
-    return (list(known) if len(known) == len(names) else names) if widths else None
+def _actions(
+    folder: Path,
+    features: Mapping[str, Mapping[str, Any]],
+    widths: Mapping[str, int],
+    known: Known,
+    action_keys: Sequence[str],
+) -> tuple[list[Part], ActionSpace]:
+    """What makes up the action: as told, as known of the dataset, or else the feature `action`."""
+    if not action_keys:
+        try:
+            parts = columns(known.action, widths)
+        except (KeyError, ValueError):
+            if known.action != Known.action:
+                say(f"{folder}: is not as it is known; its action is taken as it is there")
+        else:
+            if known.action == Known.action and known.control is None:
+                return parts, ActionSpace.named(_names(parts))
+            names = list(POSE) if sum(part.num for part in parts) == len(POSE) else _names(parts)
+            binary = ["gripper"] if known.binary and "gripper" in names else []
+            return parts, ActionSpace.named(names, binary, known.control)
+    try:
+        parts = columns(list(action_keys) or "action", widths)
+    except KeyError as error:
+        packed = features.get(error.args[0], {}).get("tensor", {}).get("encoding", "none")
+        why = f"; {error.args[0]} is packed ({packed})" if packed != "none" else ""
+        raise ValueError(
+            f"{folder}: has no step feature {error.args[0]!r} of plain numbers (there are {', '.join(widths)}){why}; "
+            "name those that make up the action with --action-keys, or give --no-actions"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{folder / FEATURES_FILE}: --action-keys {error}") from None
+    return parts, ActionSpace.named(_names(parts))
+
+
+def _states(widths: Mapping[str, int], known: Known) -> list[Part]:
+    for parts in (known.state, STATE):
+        try:
+            return columns(parts, widths)
+        except (KeyError, ValueError):
+            continue
+    return []
+
+
+def _names(parts: Sequence[Part]) -> list[str]:
+    """One name a number: the feature's (all of its path where two share a name), and its place there."""
+    places = [(part.key, part.start + number) for part in parts for number in range(part.num)]
+    short = [f"{key.rsplit('/', 1)[-1]}_{place}" for key, place in places]
+    whole = [f"{key.replace('/', '_')}_{place}" for key, place in places]
+    names = [one if short.count(one) == 1 else other for one, other in zip(short, whole, strict=True)]
+    return [name if names.count(name) == 1 else f"{name}_at_{position}" for position, name in enumerate(names)]
 
 
 def _fill(template: str, fields: Mapping[str, str], index: int, num: int) -> str:
@@ -187,6 +256,11 @@ def _dtype(node: Mapping[str, Any]) -> str:
 
 def _shape(content: Mapping[str, Any]) -> list[int]:
     return [int(size) for size in content.get("shape", {}).get("dimensions", [])]
+
+
+def _size(node: Mapping[str, Any]) -> tuple[int, int]:
+    height, width = _shape(node["image"])[:2]
+    return max(0, height), max(0, width)
 
 
 def _width(node: Mapping[str, Any]) -> int | None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,7 +45,8 @@ class Clip:
     """An item, read for conversion.
 
     frames: for each camera (seconds from the start, picture) in order, read as it is asked for; `lost` counts frames
-    that could not be, once they have been iterated. notes: what should be counted and told ("the instruction changes").
+    that could not be, once they have been iterated, and `damage` says why the first of them. notes: what should be
+    counted and told ("the instruction changes").
     actions, states: [T, D] float32 of as many rows as frames, or None.
     """
 
@@ -54,7 +55,8 @@ class Clip:
     actions: Float[np.ndarray, "T D"] | None = None
     states: Float[np.ndarray, "T D"] | None = None
     notes: tuple[str, ...] = ()
-    lost: int = field(default=0)
+    lost: int = 0
+    damage: str = ""
 
 
 class Reading(Protocol):
@@ -71,6 +73,7 @@ class Source(ABC):
     fps: frames a second of its episodes (videos of other rates are resampled); cameras: name -> (height, width).
     action_space, state_names: None without.
     settings: the options that decide what is read, as plain JSON values: noted in a converted dataset.
+    inputs: what is read beside the root, such as a table of captions.
     """
 
     kind: str
@@ -81,6 +84,7 @@ class Source(ABC):
     action_space: ActionSpace | None = None
     state_names: tuple[str, ...] | None = None
     settings: Mapping[str, Any]
+    inputs: Sequence[Path] = ()
     items: Sequence[Item]
 
     @abstractmethod
@@ -98,6 +102,10 @@ class Source(ABC):
     def measured(self) -> Sequence[Item]:
         """All items with instruction and length, for reading in place; may take a pass over the files."""
         return self.items
+
+    def dataset(self, name: str | None = None) -> Dataset:
+        """The source as a dataset, in place."""
+        return SourceDataset(self, name)
 
     def without_items(self) -> Source:
         """A copy for worker processes, which are told their items one by one."""

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from lapa.files import open_binary, reading
+
 LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
-FRAME_SIZE = LENGTH.size + 2 * CHECKSUM.size
+HEAD_SIZE = LENGTH.size + CHECKSUM.size
+FRAME_SIZE = HEAD_SIZE + CHECKSUM.size
+GZIP = b"\x1f\x8b\x08"
 # As tensorflow/core/lib/hash/crc32c.h: a checksum that covers other checksums must not look like one.
 MASK_DELTA = 0xA282EAD8
 NUMBERS = {"float_list": np.float32, "int64_list": np.int64}
@@ -27,10 +31,14 @@ NUMBERS = {"float_list": np.float32, "int64_list": np.int64}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record and the byte where it begins. Either `payload` is there, or `error` says what is wrong with it."""
+    """One record: its number, the byte where it begins, the bytes of its payload; `error` says what is wrong with it.
+
+    payload: empty where it was not read, or there is an error.
+    """
 
     index: int
     offset: int
+    length: int = 0
     payload: bytes = b""
     error: str | None = None
 
@@ -41,32 +49,70 @@ def masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, damaged ones with their error.
+def scan_records(path: Path) -> Iterator[Record]:
+    """Where the records of a file are, by their lengths alone; payloads are passed over, and not verified.
 
     Where a length is damaged, or the file ends within a record, what comes after cannot be found: that one is the last.
     """
-    size, offset, index = path.stat().st_size, 0, 0
-    with path.open("rb") as file:
-        while offset < size:
-            head = file.read(LENGTH.size + CHECKSUM.size)
-            if len(head) < LENGTH.size + CHECKSUM.size:
-                yield Record(index, offset, error="the file ends within it")
-                return
-            if masked_crc(head[: LENGTH.size]) != CHECKSUM.unpack_from(head, LENGTH.size)[0]:
-                yield Record(index, offset, error="CRC mismatch of its length, nothing after it can be read")
-                return
-            (length,) = LENGTH.unpack_from(head)
-            if offset + FRAME_SIZE + length > size:
-                yield Record(index, offset, error="the file ends within it")
-                return
-            payload, checksum = file.read(length), file.read(CHECKSUM.size)
-            if masked_crc(payload) == CHECKSUM.unpack(checksum)[0]:
-                yield Record(index, offset, payload)
-            else:
-                yield Record(index, offset, error="CRC mismatch")
-            offset += FRAME_SIZE + length
-            index += 1
+    with reading(path), open_binary(path) as file:
+        yield from _scan(file, path.stat().st_size)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file with their payloads, damaged ones with their error. The last one as in `scan_records`."""
+    with reading(path), open_binary(path) as file:
+        for record in _scan(file, path.stat().st_size):
+            if record.error is not None:
+                yield record
+                continue
+            try:
+                file.seek(record.offset)
+                yield replace(record, payload=_payload(file, record.length))
+            except ValueError as error:
+                yield replace(record, error=str(error))
+
+
+def read_record(path: Path, offset: int, length: int) -> bytes:
+    """The payload of the record that begins at a byte. ValueError, which does not name it, where it is damaged."""
+    with reading(path), open_binary(path) as file:
+        file.seek(offset)
+        return _payload(file, length)
+
+
+def _scan(file: BinaryIO, size: int) -> Iterator[Record]:
+    offset, index = 0, 0
+    while offset < size:
+        file.seek(offset)
+        head = file.read(HEAD_SIZE)
+        if offset == 0 and head.startswith(GZIP):
+            yield Record(index, offset, error="the file is compressed (gzip), which is not read; unpack it (gunzip)")
+            return
+        if len(head) < HEAD_SIZE:
+            yield Record(index, offset, error="the file ends within it")
+            return
+        if masked_crc(head[: LENGTH.size]) != CHECKSUM.unpack_from(head, LENGTH.size)[0]:
+            yield Record(index, offset, error="CRC mismatch of its length, nothing after it can be read")
+            return
+        (length,) = LENGTH.unpack_from(head)
+        if offset + FRAME_SIZE + length > size:
+            yield Record(index, offset, error="the file ends within it")
+            return
+        yield Record(index, offset, length)
+        offset += FRAME_SIZE + length
+        index += 1
+
+
+def _payload(file: BinaryIO, length: int) -> bytes:
+    """The verified payload of the record at which the file stands."""
+    framed = file.read(FRAME_SIZE + length)
+    head, payload = framed[: LENGTH.size], framed[HEAD_SIZE : -CHECKSUM.size]
+    if len(framed) < FRAME_SIZE + length:
+        raise ValueError("the file ends within it")
+    if LENGTH.unpack(head)[0] != length or masked_crc(head) != CHECKSUM.unpack_from(framed, LENGTH.size)[0]:
+        raise ValueError("another record begins here; the file has changed")
+    if masked_crc(payload) != CHECKSUM.unpack(framed[-CHECKSUM.size :])[0]:
+        raise ValueError("CRC mismatch")
+    return payload
 
 
 def parse_example(payload: bytes, keys: Iterable[str]) -> dict[str, Any]:

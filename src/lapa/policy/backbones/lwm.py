@@ -98,17 +98,28 @@ class LwmProcessor:
     def __call__(
         self, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        """`images_BVHWC` uint8, `tokens_BT` and `mask_BT`, left-padded; image code 0 holds the place of each code."""
+        """`images_BVHWC` uint8, `tokens_BT` and `mask_BT`, left-padded; image code 0 holds the place of each code.
+
+        A sample may have codes (int [N]) in place of pictures. Then `pictured_B` says whose pictures are yet to be
+        encoded, and `images_BVHWC` holds only these.
+        """
+        pictured = [all(image.ndim == 3 for image in one) for one in images]
         sequences = [self.tokens(prompt, len(one)) for one, prompt in zip(images, prompts, strict=True)]
+        for one, has_pictures, tokens in zip(images, pictured, sequences, strict=True):
+            if not has_pictures:
+                self._fill(tokens, one)
         longest = max(map(len, sequences))
         padding = self.tokenizer.pad_token_id
         padded = [[padding] * (longest - len(tokens)) + tokens for tokens in sequences]
         mask = [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in sequences]
-        return {
-            "images_BVHWC": square_images(images, self.config.image_size),
-            "tokens_BT": torch.tensor(padded),
-            "mask_BT": torch.tensor(mask),
-        }
+        batch = {"tokens_BT": torch.tensor(padded), "mask_BT": torch.tensor(mask)}
+        to_encode = [one for one, has_pictures in zip(images, pictured, strict=True) if has_pictures]
+        if len(to_encode) < len(images):
+            batch["pictured_B"] = torch.tensor(pictured)
+        if not to_encode:
+            side = self.config.image_size
+            return {**batch, "images_BVHWC": torch.zeros(0, len(images[0]), side, side, 3, dtype=torch.uint8)}
+        return {**batch, "images_BVHWC": square_images(to_encode, self.config.image_size)}
 
     def tokens(self, prompt: str, num_images: int) -> list[int]:
         """The sequence of one observation."""
@@ -133,6 +144,20 @@ class LwmProcessor:
     def save(self, folder: Path) -> None:
         """Writes the tokenizer, as transformers does."""
         save_tokenizer(self.tokenizer, folder)
+
+    def _fill(self, tokens: list[int], pictures: Sequence[Int[np.ndarray, "N"]]) -> None:
+        """Puts codes into their places. ValueError where they are not those of as many pictures of this tokeniser."""
+        vqgan = self.config.vqgan
+        for codes_N in pictures:
+            if codes_N.shape != (vqgan.num_tokens,) or not 0 <= codes_N.min() <= codes_N.max() < vqgan.num_embeddings:
+                raise ValueError(
+                    f"expected {vqgan.num_tokens} codes of a picture below {vqgan.num_embeddings}, got an array of "
+                    f"shape {codes_N.shape} up to {codes_N.max()}; they are those of another image tokeniser"
+                )
+        codes = iter(np.concatenate(pictures).tolist())
+        for place, token in enumerate(tokens):
+            if token == self.first_code:
+                tokens[place] += next(codes)
 
     def _text(self, text: str) -> list[int]:
         """Each piece of text by itself, as the model was trained: its first word has a space before it."""
@@ -167,6 +192,8 @@ class LwmBackbone(PrefixBackbone):
         codes_NHW = self.vqgan(rearrange(images_BVHWC, "b v h w c -> (b v) h w c"))
         last = self._first_code + self.config.vqgan.num_embeddings
         places_BP = (tokens_BP >= self._first_code) & (tokens_BP < last)
+        if "pictured_B" in batch:
+            places_BP &= batch["pictured_B"][:, None]
         return tokens_BP.masked_scatter(places_BP, (codes_NHW + self._first_code).to(tokens_BP.dtype))
 
     def prefix(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B P D"], Int[Tensor, "B P"]]:

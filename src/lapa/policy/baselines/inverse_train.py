@@ -24,6 +24,7 @@ from lapa.console import finish, is_main_process, say
 from lapa.data.action_space import ActionSpace, common_action_space
 from lapa.data.dataset import Dataset
 from lapa.data.frames import split_episodes
+from lapa.data.mixture import require_plain
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
@@ -92,6 +93,7 @@ def run(config: InverseTrainConfig) -> None:
     if config.loop.shard:
         raise ValueError("--shard: an inverse dynamics model is too small to be shared out; leave the option out")
     datasets = [Dataset.open(path) for path in config.data]
+    require_plain(datasets, "lapa baseline inverse", "--horizon-seconds")
     space = common_action_space(datasets)
     recording = _recording(config, datasets, space)
     training, held_out = _open_pairs(config, datasets, recording)

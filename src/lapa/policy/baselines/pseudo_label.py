@@ -15,7 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.lerobot import EXTRA, require_folder
 from lapa.data.pairs import horizon_frames
 from lapa.data.rewrite import claim_rewrite, is_dataset, rewrite_actions
-from lapa.data.windows import decoded_windows, window_starts
+from lapa.data.windows import window_frames
 from lapa.engine.distributed import pick_device
 from lapa.policy.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.policy.scale import ActionScale
@@ -109,16 +110,15 @@ def pseudo_actions(model: SeesActions, dataset: Dataset, camera: str, batch_size
     """Actions [T, A] float32, in the robot's units, of every episode that is long enough for a pair."""
     horizon = model.horizon_frames
     episodes = [int(episode) for episode in np.flatnonzero(dataset.lengths > horizon)]
-    windows = decoded_windows(dataset, episodes, horizon, camera, model.image_size)
+    windows = window_frames(dataset, episodes, horizon, camera, model.image_size)
     actions: dict[int, np.ndarray] = {}
     started, num_frames = time.monotonic(), 0
     with progress() as bar:
         task = bar.add_task("labelling", total=len(episodes), note="")
-        for episode in episodes:
-            length = int(dataset.lengths[episode])
-            said = [_predictions(model, next(windows), batch_size) for _ in window_starts(length, horizon)]
-            actions[episode] = merge_pairs(np.concatenate(list(chain(*said))), model.scale)
-            num_frames += length
+        for episode, of_episode in groupby(windows, key=itemgetter(0)):
+            said = [said_PKA for _, frames in of_episode for said_PKA in _predictions(model, frames, batch_size)]
+            actions[episode] = merge_pairs(np.concatenate(said), model.scale)
+            num_frames += int(dataset.lengths[episode])
             bar.update(task, advance=1, note=f"{num_frames / (time.monotonic() - started):.0f} frames/s")
     return actions
 

@@ -24,6 +24,7 @@ from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
+from lapa.data.mixture import require_plain
 from lapa.data.pairs import horizon_frames
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
@@ -78,6 +79,7 @@ def run(config: VideoTrainConfig) -> None:
         return
     require_diffusers()
     datasets = [Dataset.open(path) for path in config.data]
+    require_plain(datasets, "lapa baseline video", "--horizon-seconds")
     seed_everything(config.loop.seed)
     model = _starting_model(config, datasets)
     config = replace(config, model=model.config)

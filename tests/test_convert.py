@@ -1,0 +1,381 @@
+"""The converter that all sources share: order, resuming after a kill, filters, rates, and what is counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lapa.data import writer
+from lapa.data.action_space import ActionSpace, Control
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO, JOURNAL
+from lapa.data.sources import convert, items
+from lapa.data.sources.convert import ConvertOptions
+from lapa.data.sources.filters import in_time, resample, resample_rows
+from lapa.data.sources.source import Clip, Item, Source
+
+SIDE = 32
+
+
+def shade(level: float, side: int = SIDE) -> np.ndarray:
+    """A picture whose left half is brighter than its right half."""
+    frame = np.full((side, side, 3), level, np.uint8)
+    frame[:, : side // 2] += 20
+    return frame
+
+
+class MadeUp(Source):
+    """Items named by what they show: `move`, `still`, `black`, `cuts` (three shots), `bad`, `short`, ..."""
+
+    kind = "made-up"
+
+    def __init__(self, root: Path, names: Sequence[str], control: Control | None = None, actions: bool = False):
+        self.root, self.name, self.fps, self.settings = root, root.name, 10.0, {}
+        self.cameras = {"front": (SIDE, SIDE), "side": (SIDE, SIDE)}
+        self.items = [Item(name) for name in names]
+        if actions:
+            self.action_space = ActionSpace.named(("x", "gripper"), ("gripper",), control)
+            self.state_names = ("joint",)
+
+    def read(self, item: Item) -> Clip:
+        kind = item.key.split("-")[0]
+        trap = self.root / f"{item.key}.trap"
+        if trap.exists():
+            trap.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "bad":
+            raise ValueError(f"{self.file_of(item)}: is damaged")
+        length = {"short": 4, "cuts": 18}.get(kind, 12)
+        clip = Clip({}, f"show {kind}", notes=("noted",) if kind == "noted" else ())
+        if self.action_space is not None:
+            steps = np.arange(length, dtype=np.float32)
+            clip.actions, clip.states = np.stack([steps, steps % 2], axis=1), steps[:, None]
+            if kind == "nan":
+                clip.actions[7, 0] = np.nan
+            if kind == "fewer":
+                clip.actions = clip.actions[:-1]
+
+        def frames(camera: str) -> Iterator[tuple[float, np.ndarray]]:
+            for number in range(length - (kind == "uneven" and camera == "side")):
+                if kind == "lossy" and number == 5 and camera == "front":
+                    clip.lost += 1
+                    clip.damage = "picture 5: broken"
+                    continue
+                yield (-number if kind == "backwards" else number) / self.fps, _picture(kind, number, camera)
+
+        clip.frames = {camera: frames(camera) for camera in self.cameras}
+        return clip
+
+    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+        raise NotImplementedError
+
+
+def _picture(kind: str, number: int, camera: str) -> np.ndarray:
+    if kind == "black" or (kind == "dark" and camera == "front"):
+        return np.zeros((SIDE, SIDE, 3), np.uint8)
+    if kind == "tiny":
+        return shade(10 * number, 16)
+    if kind == "cuts":
+        picture = shade((30, 200, 90)[number // 6])
+        return picture[::-1] if number // 6 == 2 else picture
+    return shade(80 if kind == "still" else 10 * number)
+
+
+@dataclass(frozen=True)
+class MadeUpReading:
+    root: Path
+    names: tuple[str, ...]
+    control: Control | None = None
+    actions: bool = False
+
+    def open(self) -> Source:
+        return MadeUp(self.root, self.names, self.control, self.actions)
+
+
+def converted(tmp_path: Path, names: Sequence[str], out: str = "out", **settings: Any) -> Dataset:
+    reading = {name: settings.pop(name) for name in ("control",) if name in settings}
+    with_actions = settings.pop("with_actions", False)
+    root = tmp_path / "source"
+    root.mkdir(exist_ok=True)
+    options = ConvertOptions(out=tmp_path / out, **{"size": 16, "workers": 1, **settings})
+    convert.run(MadeUpReading(root, tuple(names), actions=with_actions, **reading), options)
+    return Dataset.open(tmp_path / out)
+
+
+def told(dataset: Dataset) -> list[tuple[str, int, str]]:
+    return [(episode.source, episode.length, episode.instruction) for episode in dataset.episodes]
+
+
+def same(one: Dataset, other: Dataset) -> bool:
+    """The same episodes, with the same pictures and metadata."""
+    assert one.fingerprint == other.fingerprint
+    frames = [
+        (one.frames(e, None, c) == other.frames(e, None, c)).all() for e in range(len(one.lengths)) for c in one.cameras
+    ]
+    return all(frames) and json.loads((one.root / "meta/stats.json").read_text()) == json.loads(
+        (other.root / "meta/stats.json").read_text()
+    )
+
+
+NAMES = ("move-1", "cuts-1", "still-1", "black-1", "move-2", "short-1", "cuts-2", "noted-1")
+FILTERS = {"cut_shots": True, "min_seconds": 0.4, "min_motion": 0.01}
+
+
+def test_items_become_episodes_in_order_whatever_the_workers(tmp_path: Path) -> None:
+    alone = converted(tmp_path, NAMES)
+    assert [row[0] for row in told(alone)] == [name for name in NAMES if name != "black-1"]
+    assert alone.cameras == ("front", "side")
+    assert same(alone, converted(tmp_path, NAMES, "many", workers=2))
+    assert not (alone.root / convert.INCOMING).exists()
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = (*NAMES, "bad-1", "lossy-1", "dark-1")
+    dataset = converted(tmp_path, names, skip_bad=True, min_seconds=0.5, min_motion=0.01)
+    kept = [row[0] for row in told(dataset)]
+    assert kept == ["move-1", "cuts-1", "move-2", "cuts-2", "noted-1", "lossy-1", "dark-1"]
+    printed = capsys.readouterr().err
+    for line in (
+        "left out, nothing moves: 1",
+        "left out, no camera shows anything: 1",
+        "left out, too short: 1",
+        "left out, damaged: 1",
+        "noted: 1",
+        "damaged, the readable part is kept: 1",
+        "frames lost in what is damaged: 1",
+        "picture 5: broken: damaged; 12 frames kept, 1 lost",
+        "bad-1: is damaged",
+    ):
+        assert line in printed, line
+    with pytest.raises(ValueError, match=r"bad-1: is damaged; .*--skip-bad"):
+        converted(tmp_path, names, "strict")
+
+
+def test_an_item_of_which_one_camera_shows_nothing_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert [row[0] for row in told(converted(tmp_path, ("dark-1", "black-1")))] == ["dark-1"]
+    assert "no camera shows anything: 1" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="none of its 1 items became an episode"):
+        converted(tmp_path, ("dark-1",), "front", camera=("front",))
+
+
+def test_shots_become_episodes_of_all_cameras(tmp_path: Path) -> None:
+    dataset = converted(tmp_path, ("cuts-1", "move-1"), cut_shots=True, with_actions=True, control="delta")
+    assert [row[:2] for row in told(dataset)] == [
+        ("cuts-1#0000", 6),
+        ("cuts-1#0001", 6),
+        ("cuts-1#0002", 6),
+        ("move-1", 12),
+    ]
+    assert dataset.actions(1)[:, 0].tolist() == [6, 7, 8, 9, 10, 11]
+    for camera in dataset.cameras:
+        assert abs(dataset.frames(1, [0], camera).mean() - 210) < 4
+    assert converted(tmp_path, ("cuts-1",), "whole").lengths.tolist() == [18]
+
+
+def test_pictures_that_are_too_small_are_those_of_the_item_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert [row[0] for row in told(converted(tmp_path, ("move-1", "tiny-1"), min_side=20))] == ["move-1"]
+    assert "pictures too small: 1" in capsys.readouterr().err
+    assert len(converted(tmp_path, ("move-1", "tiny-1"), "all", min_side=16).lengths) == 2
+
+
+@pytest.mark.parametrize("point", ["before", "moved", "added", "closed"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_kill_at_any_point_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, point: str, step: int
+) -> None:
+    whole = converted(tmp_path, NAMES, "whole", cut_shots=True)
+    counted = [line for line in capsys.readouterr().err.splitlines() if "left out" in line or "noted" in line]
+    assert counted == ["warning: left out, no camera shows anything: 1", "warning: noted: 1"]
+    kind = writer.DatasetWriter
+    calls = 0
+
+    def killing(patch: pytest.MonkeyPatch, name: str, after: bool) -> None:
+        original = getattr(kind, name)
+
+        def call(self: writer.DatasetWriter, *arguments: Any, **settings: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == step and not after:
+                raise KeyboardInterrupt
+            result = original(self, *arguments, **settings)
+            if calls == step and after:
+                raise KeyboardInterrupt
+            return result
+
+        patch.setattr(kind, name, call)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        name = {"before": "add_episode_files", "moved": "_add", "added": "_add", "closed": "close_item"}[point]
+        killing(patch, name, after=point in ("added", "closed"))
+        converted(tmp_path, NAMES, cut_shots=True)
+    with pytest.raises(ValueError, match="unfinished"):
+        Dataset.open(tmp_path / "out")
+    capsys.readouterr()
+    assert same(whole, converted(tmp_path, NAMES, cut_shots=True, resume=True))
+    printed = capsys.readouterr().err
+    assert all(line in printed for line in counted)
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    whole = converted(tmp_path, NAMES, "whole", **FILTERS)
+    (tmp_path / "source" / "move-2.trap").write_text("")
+    with pytest.raises(ValueError, match=r"worker process was killed.*--resume"):
+        converted(tmp_path, NAMES, workers=2, **FILTERS)
+    assert same(whole, converted(tmp_path, NAMES, resume=True, **FILTERS))
+
+
+def test_a_killed_command_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    whole = converted(tmp_path, NAMES, "whole", **FILTERS)
+    (tmp_path / "source" / "cuts-2.trap").write_text("")
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_convert\n"
+        "if __name__ == '__main__':\n"
+        f"    test_convert.converted(Path({str(tmp_path)!r}), {NAMES!r}, **{FILTERS!r})\n"
+    )
+    # One process reads and writes here: the trap kills all of the command.
+    ended = subprocess.run([sys.executable, script], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-500:]
+    assert len((tmp_path / "out" / JOURNAL).read_text().splitlines()) > 4
+    assert same(whole, converted(tmp_path, NAMES, resume=True, workers=2, **FILTERS))
+
+
+def test_a_line_that_a_kill_cut_short_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = converted(tmp_path, NAMES, "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer.DatasetWriter, "finish", _interrupt)
+        converted(tmp_path, NAMES)
+    journal = tmp_path / "out" / JOURNAL
+    lines = journal.read_bytes()
+    for cut in (len(lines) - 3, lines.index(b"\n", len(lines) // 2) + 10):
+        journal.write_bytes(lines[:cut])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(writer.DatasetWriter, "finish", _interrupt)
+            converted(tmp_path, NAMES, resume=True)
+        assert journal.read_bytes() == lines
+    assert same(whole, converted(tmp_path, NAMES, resume=True))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_no_dataset_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, calls = items.encode_clip, 0
+
+    def full(*arguments: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise OSError(28, "No space left on device")
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(items, "encode_clip", full)
+        converted(tmp_path, NAMES)
+    assert not (tmp_path / "out" / INFO).exists()
+    assert same(converted(tmp_path, NAMES, resume=True), converted(tmp_path, NAMES, "whole"))
+
+
+def test_a_resumed_command_needs_the_same_filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer.DatasetWriter, "finish", _interrupt)
+        converted(tmp_path, NAMES)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        converted(tmp_path, NAMES, resume=True, min_seconds=0.5)
+
+
+def test_actions_at_a_lower_rate(tmp_path: Path) -> None:
+    deltas = converted(tmp_path, ("move-1",), "delta", with_actions=True, control="delta", rate=5)
+    assert (deltas.fps, deltas.lengths.tolist()) == (5.0, [6])
+    assert deltas.actions(0).tolist() == [[1, 1], [5, 1], [9, 1], [13, 1], [17, 1], [21, 1]]
+    assert deltas.states(0)[:, 0].tolist() == [0, 2, 4, 6, 8, 10]
+    targets = converted(tmp_path, ("move-1",), "absolute", with_actions=True, control="absolute", rate=5)
+    assert targets.actions(0)[:, 0].tolist() == [1, 3, 5, 7, 9, 11]
+    with pytest.raises(ValueError, match=r"--rate 5: whether the actions .*--no-actions"):
+        converted(tmp_path, ("move-1",), "unknown", with_actions=True, rate=5)
+    assert converted(tmp_path, ("move-1",), "none", with_actions=True, rate=5, actions=False).action_dim is None
+    with pytest.raises(ValueError, match=r"--rate 20: .* has 10 frames a second"):
+        converted(tmp_path, ("move-1",), "more", rate=20)
+
+
+def test_the_sum_of_deltas_survives_any_rate() -> None:
+    space = ActionSpace.named(("x", "gripper"), ("gripper",), "delta")
+    rng = np.random.default_rng(0)
+    for length, rate in ((1, 3.0), (7, 3.0), (50, 9.9), (50, 4.0), (33, 10.0)):
+        rows = np.stack([rng.normal(size=length), rng.integers(0, 2, length)], axis=1).astype(np.float32)
+        slower = resample_rows(rows, 10.0, rate, space)
+        assert np.allclose(slower[:, 0].sum(), rows[:, 0].sum(), atol=1e-4)
+        assert set(slower[:, 1]) <= {0.0, 1.0}
+        frames = resample(((number / 10, np.array(number)) for number in range(length)), rate)
+        assert len(slower) == len(list(frames))
+
+
+def test_lengths_that_differ_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"uneven-1: camera side ends after 11 of 12 frames"):
+        converted(tmp_path, ("uneven-1",))
+    with pytest.raises(ValueError, match=r"fewer-1: action has 11 rows for 12 frames; they differ in length"):
+        converted(tmp_path, ("fewer-1",), "fewer", with_actions=True, control="delta")
+
+
+def test_numbers_and_times_that_are_wrong_are_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = {"with_actions": True, "control": "delta"}
+    with pytest.raises(ValueError, match=r"nan-1: action is not finite at frame 7; .*--skip-bad"):
+        converted(tmp_path, ("nan-1",), "nan", **settings)
+    with pytest.raises(ValueError, match=r"backwards-1: its timestamps go backwards at frame 1"):
+        converted(tmp_path, ("backwards-1",), "backwards", **settings)
+    kept = converted(tmp_path, ("nan-1", "backwards-1", "move-1"), skip_bad=True, **settings)
+    assert [row[0] for row in told(kept)] == ["move-1"]
+    assert "left out, damaged: 2" in capsys.readouterr().err
+
+
+def test_times_that_run_backwards_or_leap_are_named() -> None:
+    picture = shade(10)
+    assert len(list(in_time([(0.0, picture), (0.1, picture), (0.1, picture)], "a"))) == 3
+    for times, wrong in (
+        ([0.0, 0.2, 0.1], r"a: its timestamps go backwards at frame 2 \(from 0\.200 to 0\.100 s\)"),
+        ([0.0, 1e9], "a: its timestamps leap at frame 1"),
+        ([0.0, float("nan")], "a: its timestamps leap at frame 1"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            list(in_time([(seconds, picture) for seconds in times], "a"))
+
+
+def test_two_items_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"move-1: two items have this name"):
+        converted(tmp_path, ("move-1", "move-1"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"size": 15}, "--size 15: must be an even"),
+        ({"limit": 0}, "--limit 0"),
+        ({"min_seconds": -1}, "--min-seconds -1: cannot be below 0"),
+        ({"min_motion": float("nan")}, "--min-motion nan"),
+        ({"camera": ("frnt",)}, "unknown camera 'frnt'; did you mean 'front'"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, settings: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        converted(tmp_path, ("move-1",), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_counts_items(tmp_path: Path) -> None:
+    assert [row[0] for row in told(converted(tmp_path, NAMES, limit=2))] == ["move-1", "cuts-1"]

@@ -1,0 +1,435 @@
+"""LeRobot datasets: v2.1, pictures in tables, other names, the hub, conversion, and what damaged ones say."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from check_lerobot import LENGTHS, made_up, write_v21
+from PIL import Image
+
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO, require_folder
+from lapa.data.parquet import find_episodes
+from lapa.data.rewrite import HideActionsConfig
+from lapa.data.rewrite import run as hide_actions
+from lapa.data.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading, run
+from lapa.data.writer import DatasetWriter
+from lapa.files import read_json, write_json
+
+FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+DATA = "data/chunk-000/file-000.parquet"
+OLD_DATA = "data/chunk-000/episode_000001.parquet"
+
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    writer = DatasetWriter(
+        tmp_path_factory.mktemp("lerobot") / "robot",
+        fps=30,
+        cameras={"front": (64, 64), "wrist": (32, 64)},
+        action_names=["x", "y", "grip"],
+        state_names=["angle"],
+        binary_actions=["grip"],
+        control="delta",
+    )
+    for number in range(len(LENGTHS)):
+        frames, actions, states, task = made_up(number)
+        writer.add_episode(frames, task, actions=actions, states=states, source=f"made up {number}")
+    return writer.finish()
+
+
+@pytest.fixture(scope="module")
+def old(robot: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("old") / "Ein Ordner — 数据"
+    write_v21(robot, root)
+    return root
+
+
+def copied(root: Path, tmp_path: Path) -> Path:
+    shutil.copytree(root, tmp_path / "d")
+    return tmp_path / "d"
+
+
+def with_pictures_in_tables(robot: Dataset, root: Path, rows_per_group: int = 5) -> Path:
+    """The dataset as LeRobot writes it with `use_videos=False`: PNGs in the data file."""
+    shutil.copytree(robot.root, root)
+    shutil.rmtree(root / "videos")
+    table = pq.read_table(root / DATA)
+    for key, camera in ((FRONT, "front"), (WRIST, "wrist")):
+        frames = [frame for number in range(len(LENGTHS)) for frame in made_up(number)[0][camera]]
+        rows = [{"bytes": png(frame), "path": f"frame-{number:06d}.png"} for number, frame in enumerate(frames)]
+        table = table.append_column(key, pa.array(rows))
+    pq.write_table(table, root / DATA, row_group_size=rows_per_group)
+    info = read_json(root / INFO)
+    for key in (FRONT, WRIST):
+        info["features"][key] = {"dtype": "image", "shape": info["features"][key]["shape"], "names": None}
+    write_json(root / INFO, {**info, "video_path": None})
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    episodes = pq.read_table(path)
+    pq.write_table(episodes.drop_columns([name for name in episodes.column_names if name.startswith("videos/")]), path)
+    return root
+
+
+def png(frame_HWC: np.ndarray) -> bytes:
+    target = io.BytesIO()
+    Image.fromarray(frame_HWC).save(target, "PNG")
+    return target.getvalue()
+
+
+def change_rows(path: Path, column: str, change: Callable[[list[Any]], list[Any]]) -> None:
+    table = pq.read_table(path)
+    values = pa.array(change(table[column].to_pylist()), table.schema.field(column).type)
+    pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+
+
+def same(one: Dataset, other: Dataset) -> None:
+    assert [(episode.length, episode.instruction) for episode in one.episodes] == [
+        (episode.length, episode.instruction) for episode in other.episodes
+    ]
+    for episode in range(len(one.lengths)):
+        for camera in one.cameras:
+            assert np.array_equal(one.frames(episode, camera=camera), other.frames(episode, camera=camera))
+        assert np.array_equal(one.actions(episode), other.actions(episode))
+        assert np.array_equal(one.states(episode), other.states(episode))
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v2.0"])
+def test_old_versions_hold_what_the_new_one_does(robot: Dataset, old: Path, tmp_path: Path, version: str) -> None:
+    root = copied(old, tmp_path)
+    info = read_json(root / INFO)
+    write_json(root / INFO, {**info, "codebase_version": version, "chunks_size": 2})
+    for folder in ("data", f"videos/{FRONT}", f"videos/{WRIST}"):
+        camera = folder.removeprefix("videos/")
+        source = root / "data/chunk-000" if folder == "data" else root / "videos/chunk-000" / camera
+        target = root / "data/chunk-001" if folder == "data" else root / "videos/chunk-001" / camera
+        target.mkdir(parents=True)
+        for path in source.glob("episode_000002.*"):
+            path.rename(target / path.name)
+    dataset = Dataset.open(root)
+    same(robot, dataset)
+    assert dataset.tasks == robot.tasks
+    assert (dataset.fps, dataset.image_shape("wrist"), dataset.name) == (30.0, (32, 64), "d")
+    assert dataset.fingerprint == Dataset.open(f"lerobot:{root}").fingerprint != robot.fingerprint
+
+
+def test_pictures_in_tables_are_read_across_row_groups(robot: Dataset, tmp_path: Path) -> None:
+    dataset = Dataset.open(with_pictures_in_tables(robot, tmp_path / "d"))
+    for episode in (2, 0, 1):
+        frames = made_up(episode)[0]
+        for camera in ("front", "wrist"):
+            assert np.array_equal(dataset.frames(episode, camera=camera), frames[camera])
+    assert np.array_equal(dataset.frames(1, [30, 0, 7], "wrist"), made_up(1)[0]["wrist"][[30, 0, 7]])
+    assert np.array_equal(dataset.actions(1), robot.actions(1))
+
+
+def test_names_and_shapes_come_in_several_forms(robot: Dataset, tmp_path: Path) -> None:
+    root = copied(robot.root, tmp_path)
+    info = read_json(root / INFO)
+    features = info["features"]
+    features[WRIST] |= {"shape": [3, 32, 64], "names": ["channels", "height", "width"]}
+    features[FRONT] |= {"shape": [3, 64, 64], "names": None}
+    for names in ({"axes": ["a", "b", "c"]}, {"a": 0, "c": 2, "b": 1}, ["a", "b", "c"]):
+        features["action"]["names"] = names
+        write_json(root / INFO, info)
+        dataset = Dataset.open(f"lerobot:{root},control=absolute,binary=b+c")
+        assert (dataset.image_shape("wrist"), dataset.image_shape("front")) == ((32, 64), (64, 64))
+        assert dataset.action_space.names == ("a", "b", "c")
+        assert (dataset.action_space.control, dataset.action_space.binary) == ("absolute", (False, True, True))
+
+
+def test_depth_maps_are_no_cameras(robot: Dataset, tmp_path: Path) -> None:
+    root = copied(robot.root, tmp_path)
+    info = read_json(root / INFO)
+    info["features"][WRIST]["info"]["video.is_depth_map"] = True
+    write_json(root / INFO, info)
+    shutil.rmtree(root / "videos" / WRIST)
+    dataset = Dataset.open(root)
+    assert dataset.cameras == ("front",)
+    hide_actions(HideActionsConfig(data=str(root), out=tmp_path / "hidden"))
+    assert WRIST not in Dataset.open(tmp_path / "hidden").features
+
+
+def test_features_of_other_names_are_read_under_their_own(robot: Dataset, tmp_path: Path) -> None:
+    root = copied(robot.root, tmp_path)
+    info = read_json(root / INFO)
+    info["features"]["actions"] = info["features"].pop("action")
+    write_json(root / INFO, info)
+    table = pq.read_table(root / DATA)
+    names = ["actions" if name == "action" else name for name in table.column_names]
+    pq.write_table(table.rename_columns(names), root / DATA)
+    assert Dataset.open(root).action_dim is None
+    dataset = Dataset.open(f"lerobot:{root},action-key=actions,camera=wrist+front")
+    assert np.array_equal(dataset.actions(1), robot.actions(1))
+    assert dataset.cameras == ("wrist", "front")
+    assert np.array_equal(dataset.frames(0), robot.frames(0, camera="wrist"))
+    with pytest.raises(ValueError, match="did you mean 'actions'"):
+        Dataset.open(f"lerobot:{root},action_key=action_s")
+    with pytest.raises(ValueError, match="action needs numbers"):
+        Dataset.open(f"lerobot:{root},action_key={FRONT}")
+    with pytest.raises(ValueError, match="did you mean 'wrist'"):
+        Dataset.open(f"lerobot:{root},camera=wirst")
+    with pytest.raises(ValueError, match="without options"):
+        require_folder(dataset)
+
+
+def test_conversion_upgrades_and_scales(robot: Dataset, old: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (old / "meta/episodes.jsonl").read_text().splitlines()]
+    root = copied(old, tmp_path)
+    rows[1]["tasks"].append("another task")
+    (root / "meta/episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = LeRobotConfig(str(root), out=tmp_path / "new", size=32, camera=("wrist",), workers=1, control="delta")
+    run(config)
+    dataset = Dataset.open(tmp_path / "new")
+    assert dataset.info["codebase_version"] == "v3.0"
+    assert (dataset.cameras, dataset.image_shape()) == (("wrist",), (32, 32))
+    assert dataset.action_space.names == ("x", "y", "grip")
+    assert dataset.action_space.control == "delta"
+    assert dataset.extra["source_fingerprint"] == Dataset.open(root).fingerprint
+    assert [episode.instruction for episode in dataset.episodes] == [episode.instruction for episode in robot.episodes]
+    for episode in range(len(LENGTHS)):
+        assert np.array_equal(dataset.actions(episode), robot.actions(episode))
+        assert np.array_equal(dataset.states(episode), robot.states(episode))
+        expected = robot.frames(episode, camera="wrist")[:, :, 16:48]
+        assert np.abs(dataset.frames(episode).astype(int) - expected).mean() < 3
+    source = LeRobotReading(str(root)).open()
+    assert [source.read(item).notes for item in source.items] == [(), (SEVERAL_TASKS,), ()]
+
+
+def test_conversion_at_another_rate_needs_to_know_the_control(old: Path, tmp_path: Path) -> None:
+    settings = {"out": tmp_path / "new", "size": 32, "camera": ("front",), "workers": 1, "rate": 15.0}
+    with pytest.raises(ValueError, match="deltas or absolute is not known"):
+        run(LeRobotConfig(str(old), **settings))
+    run(LeRobotConfig(str(old), **settings, control="absolute"))
+    dataset = Dataset.open(tmp_path / "new")
+    assert dataset.fps == 15.0
+    # A target holds until the next tick, a state is what was measured at it.
+    assert np.array_equal(dataset.actions(1), made_up(1)[1][[*range(1, 31, 2), 30]])
+    assert np.array_equal(dataset.states(1), made_up(1)[2][::2])
+
+
+def test_damaged_episodes_are_left_out_and_counted(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = copied(old, tmp_path)
+    change_rows(root / OLD_DATA, "action", lambda rows: [[float("nan"), 0.0, 0.0], *rows[1:]])
+    settings = {"size": 32, "camera": ("front",), "workers": 1}
+    with pytest.raises(ValueError, match=r"episode_000001\.parquet: action of episode 1 is not finite at frame 0"):
+        run(LeRobotConfig(str(root), out=tmp_path / "a", **settings))
+    run(LeRobotConfig(str(root), out=tmp_path / "b", skip_bad=True, **settings))
+    assert len(Dataset.open(tmp_path / "b").lengths) == 2
+    assert re.search("left out, damaged.* 1", capsys.readouterr().err)
+    run(LeRobotConfig(str(root), out=tmp_path / "c", actions=False, **settings))
+    assert len(Dataset.open(tmp_path / "c").lengths) == 3
+
+
+def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs LeRobotDataset v3\.0, got v2\.1; `lapa data lerobot"):
+        hide_actions(HideActionsConfig(data=str(old), out=tmp_path / "out"))
+    pictures = with_pictures_in_tables(robot, tmp_path / "d")
+    with pytest.raises(ValueError, match="needs cameras whose pictures are videos; `lapa data lerobot"):
+        hide_actions(HideActionsConfig(data=str(pictures), out=tmp_path / "out"))
+    assert require_folder(Dataset.open(f"lerobot:{robot.root}")).root == robot.root
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"codebase_version": "v1.6"}, r"is LeRobotDataset v1\.6.*convert it with LeRobot's own scripts"),
+        ({"codebase_version": "v3.7"}, r"is LeRobotDataset v3\.7.*update lapa"),
+        ({"codebase_version": None}, "lacks codebase_version"),
+        ({"features": None}, "lacks features"),
+        ({"features": {"action": {"dtype": "float32"}}}, "feature action needs a dtype and a shape"),
+        ({"features": {"action": {"dtype": "float32", "shape": [1]}}}, "has no camera"),
+        ({"data_path": None}, "lacks data_path"),
+        ({"video_path": None}, "lacks video_path"),
+        ({"fps": None}, "lacks fps"),
+        ({"fps": "ten"}, "fps must be a number above 0, got 'ten'"),
+        ({"fps": -3}, "fps must be a number above 0"),
+        ({"data_path": "data/{episode}.parquet"}, "may name chunk_index, file_index"),
+    ],
+)
+def test_what_is_wrong_with_info_is_said(robot: Dataset, tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    (tmp_path / "meta").mkdir()
+    info = {key: value for key, value in {**robot.info, **change}.items() if value is not None}
+    write_json(tmp_path / INFO, info)
+    with pytest.raises(ValueError, match=rf"meta/info\.json: .*{told}"):
+        Dataset.open(tmp_path)
+
+
+def test_missing_videos_are_counted_when_opened(old: Path, robot: Dataset, tmp_path: Path) -> None:
+    root = copied(old, tmp_path)
+    for number in (1, 2):
+        (root / f"videos/chunk-000/{WRIST}/episode_{number:06d}.mp4").unlink()
+    with pytest.raises(ValueError, match=r"episode_000001\.mp4: no such file; 2 of 3 video files of .*wrist are"):
+        Dataset.open(root)
+    assert Dataset.open(f"lerobot:{root},camera=front").cameras == ("front",)
+    shutil.rmtree(root / "videos")
+    with pytest.raises(ValueError, match=r"3 of 3 video files"):
+        Dataset.open(root)
+    new = tmp_path / "new"
+    shutil.copytree(robot.root, new)
+    shutil.rmtree(new / "videos" / FRONT)
+    with pytest.raises(ValueError, match=r"3 of 3 video files of observation\.images\.front are missing; download"):
+        Dataset.open(new)
+
+
+def test_empty_files_and_pointers_of_git_lfs_are_told_apart(old: Path, tmp_path: Path) -> None:
+    root = copied(old, tmp_path)
+    video = root / f"videos/chunk-000/{FRONT}/episode_000001.mp4"
+    video.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"episode_000001\.mp4: not a readable video \(it is empty"):
+        Dataset.open(root).frames(1, [0])
+    video.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(ValueError, match=r"not a readable video .*run `git lfs pull`"):
+        Dataset.open(root).frames(1, [0])
+    (root / OLD_DATA).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"episode_000001\.parquet: cannot be read \(it is empty, zero bytes\)"):
+        Dataset.open(root).actions(1)
+    (root / OLD_DATA).unlink()
+    with pytest.raises(ValueError, match=r"episode_000001\.parquet: no such file"):
+        Dataset.open(root).actions(1)
+    assert len(Dataset.open(root).actions(0)) == LENGTHS[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("episodes", '{"episode_index": 0, "length": 9}\n{"episode', "line 2 is not JSON"),
+        ("episodes", '{"episode_index": 0, "length": "9"}\n', "line 1 lacks length"),
+        ("episodes", '{"episode_index": 1, "length": 9}\n', "does not count from 0"),
+        ("episodes", '{"episode_index": 0, "length": 0}\n', "episode 0 has length 0"),
+        ("episodes", "", "holds no episode"),
+        ("tasks", "[1]\n", "line 1 lacks task_index, task"),
+        ("tasks", None, "no such file"),
+    ],
+)
+def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str | None, told: str) -> None:
+    root = copied(old, tmp_path)
+    path = root / f"meta/{name}.jsonl"
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        Dataset.open(root)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda times: [*times[:5], times[3], *times[6:]], r"go backwards at frame 5 \(0\.100 s after 0\.133 s\)"),
+        (lambda times: [3 * time for time in times], r"do not match 30 fps \(frame 1 is at 0\.100 s, should be at 0"),
+        (lambda times: [time + 1 for time in times], r"do not match 30 fps \(frame 0 is at 1\.000 s"),
+        (lambda times: [float("nan")] * len(times), "go backwards"),
+    ],
+)
+def test_times_that_are_wrong_are_named(old: Path, tmp_path: Path, change: Callable, told: str) -> None:
+    root = copied(old, tmp_path)
+    change_rows(root / OLD_DATA, "timestamp", change)
+    dataset = Dataset.open(root)
+    for read in (dataset.actions, lambda episode: dataset.frames(episode, [0])):
+        with pytest.raises(ValueError, match=rf"episode_000001\.parquet: episode 1: timestamps {told}"):
+            read(1)
+        assert len(read(0))
+
+
+def test_episodes_are_found_as_row_by_row() -> None:
+    """The literal twin: each episode's rows are looked for one by one."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        lengths = rng.integers(1, 5, rng.integers(1, 6))
+        owners = np.repeat(
+            np.arange(len(lengths)), np.maximum(lengths + rng.choice([0, 0, 0, 0, -1, 1], len(lengths)), 0)
+        )
+        if rng.random() < 0.3 and len(owners):
+            owners = rng.permutation(owners) if rng.random() < 0.5 else owners[::-1]
+        seconds = np.concatenate(
+            [[0.0], *(np.arange((owners == owner).sum()) / 10 for owner in dict.fromkeys(owners))]
+        )[1:]
+        if rng.random() < 0.3 and len(seconds):
+            seconds[rng.integers(len(seconds))] += rng.choice([-0.2, 0.04, 0.2, np.nan])
+        episodes = np.arange(len(lengths))
+        firsts, flaws = find_episodes(owners, seconds, episodes, lengths, 10.0)
+        for episode, length in enumerate(lengths):
+            rows = [row for row in range(len(owners)) if owners[row] == episode]
+            good = rows == list(range(rows[0], rows[0] + length)) if rows else False
+            times = [seconds[row] for row in rows]
+            good = good and all(abs(time - place / 10) < 0.05 for place, time in enumerate(times))
+            good = good and all(before < after for before, after in itertools.pairwise(times))
+            assert good == (episode not in flaws), (owners, seconds, lengths, flaws)
+            assert not good or firsts[episode] == rows[0]
+
+
+def test_a_path_that_leads_in_a_circle_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="no such dataset folder"):
+        Dataset.open(tmp_path / "loop")
+
+
+def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, tmp_path: Path) -> None:
+    root = copied(old, tmp_path)
+    table = pq.read_table(root / OLD_DATA)
+    for rows, told in (
+        (table[:-2], r"lacks rows of episode 1 \(has 29 of 31\)"),
+        (pa.concat_tables([table, table[-1:]]), "has 32 rows of episode 1 of 31 frames"),
+        (table.drop_columns("observation.state"), r"lacks the columns observation\.state"),
+        (table.set_column(0, "action", pa.array(["x"] * 31)), "action holds string, expected numbers"),
+    ):
+        pq.write_table(rows, root / OLD_DATA)
+        with pytest.raises(ValueError, match=rf"episode_000001\.parquet: {told}"):
+            Dataset.open(root).actions(1)
+    new = tmp_path / "new"
+    shutil.copytree(robot.root, new)
+    shuffled = pq.read_table(new / DATA).take(list(range(46, -1, -1)))
+    pq.write_table(shuffled, new / DATA)
+    with pytest.raises(ValueError, match="timestamps go backwards"):
+        Dataset.open(new).frames(0)
+
+
+def test_damaged_pictures_in_tables_are_named(robot: Dataset, tmp_path: Path) -> None:
+    root = with_pictures_in_tables(robot, tmp_path / "d")
+    first = LENGTHS[0]
+    for picture, told in (
+        ({"bytes": None, "path": "x.png"}, "holds no picture in row 11"),
+        ({"bytes": png(np.zeros((64, 64, 3), np.uint8))[:60], "path": None}, r"cannot be decoded in row 11 \("),
+        ({"bytes": b"nothing", "path": None}, r"cannot be decoded in row 11 \(no PNG or JPEG\)"),
+        ({"bytes": png(np.zeros((8, 8, 3), np.uint8)), "path": None}, "differ in size"),
+    ):
+        change_rows(root / DATA, FRONT, lambda rows, it=picture: [*rows[: first + 2], it, *rows[first + 3 :]])
+        with pytest.raises(ValueError, match=rf"file-000\.parquet: .*{told}"):
+            Dataset.open(root).frames(1)
+        assert len(Dataset.open(root).frames(0)) == first
+
+
+def test_a_name_on_the_hub_without_network_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"made-up/nothing: neither a folder here nor a dataset on the hub \(.+\)"):
+        Dataset.open("lerobot:made-up/nothing")
+    with pytest.raises(ValueError, match="`lerobot:made-up/nothing` reads it from the hub"):
+        Dataset.open("made-up/nothing")
+    with pytest.raises(ValueError, match="no such dataset folder"):
+        Dataset.open("lerobot:./made-up")
+
+
+def test_a_name_on_the_hub_opens_its_snapshot(old: Path, robot: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, **settings: Any) -> str:
+        asked.append((name, settings["repo_type"]))
+        return str(old)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    dataset = Dataset.open("arm=lerobot:someone/arm:0.5")
+    assert asked == [("someone/arm", "dataset")]
+    assert (dataset.name, dataset.weight) == ("arm", 0.5)
+    assert Dataset.open("lerobot:someone/arm").name == "arm"
+    assert np.array_equal(dataset.actions(0), robot.actions(0))
