@@ -326,8 +326,13 @@ def test_many_episodes_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [round(dataset.frames(number, [1]).mean() / 40) for number in range(5)] == [0, 1, 2, 3, 4]
 
 
+def test_a_dataset_is_called_by_its_folder(square: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(square.root)
+    assert Dataset.open(".").name == square.name == square.root.name
+
+
 def test_info_draws_a_contact_sheet(square: Dataset, tmp_path: Path) -> None:
-    run_info(InfoConfig(square.root, sheet=tmp_path / "sheet.png"))
+    run_info(InfoConfig(str(square.root), sheet=tmp_path / "sheet.png"))
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 

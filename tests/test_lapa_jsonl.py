@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lapa.data import info
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.pairs import FramePairs, PairsConfig
@@ -325,7 +326,7 @@ def test_rows_read_as_they_were_written(rows: list[dict[str, Any]], listed: bool
 
 
 @given(content=st.one_of(st.binary(max_size=80), st.text(max_size=80).map(str.encode)), listed=st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_bytes_are_rows_or_a_value_error(content: bytes, listed: bool) -> None:
     path = as_path("memory://property/any")
     path.write_bytes(b"[" + content if listed else content)
@@ -345,7 +346,7 @@ KEYS = ("id", "image", "instruction", "vision", "delta", "fields", "raw_actions"
 
 
 @given(row=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_json_is_a_row_or_a_value_error(row: dict[str, Any]) -> None:
     try:
         found = parse_row(json.dumps(row).encode())
@@ -421,6 +422,15 @@ def test_other_backbones_refuse_codes(tmp_path: Path) -> None:
     data = f"lapa-jsonl:{path},picture_codes={CODES}"
     with pytest.raises(ValueError, match=r"the backbone tiny cannot read.*images=FOLDER"):
         pretrained(data, tmp_path / "out" / LABELS, tmp_path / "policy")
+
+
+def test_codes_are_described_and_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(3)])
+    info.run(info.InfoConfig(f"lapa-jsonl:{path},picture_codes={CODES}"))
+    assert "no contact sheet" in "".join(capsys.readouterr()) and not [*tmp_path.glob("*.png")]
 
 
 def test_codes_are_not_augmented(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -13,7 +13,7 @@ from lapa.policy.backbones import renew_backbone
 from lapa.policy.vocabulary import Vocabulary
 
 ALL = [(stage, name) for stage, named in presets.STAGES.items() for name in named]
-GIVEN: dict[str, Any] = {"data": (Path("data"),), "out": Path("out"), "labels": (Path("labels"),)}
+GIVEN: dict[str, Any] = {"data": ("data",), "out": Path("out"), "labels": ("labels",)}
 
 
 def filled(stage: str, name: str) -> Any:

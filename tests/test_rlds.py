@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
@@ -24,7 +25,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.opening import open_source
 from lapa.data.pairs import FramePairs, PairsConfig
-from lapa.data.sources import cache, rlds
+from lapa.data.sources import cache, rlds, tfrecord
 from lapa.data.sources.rlds import RldsConfig, RldsReading, run
 from lapa.data.sources.rlds_table import KNOWN, POSE, columns
 from lapa.data.sources.tfrecord import masked_crc, parse_example
@@ -339,10 +340,34 @@ def test_frames_of_an_episode_parse_its_record_once(tmp_path: Path, monkeypatch:
         assert clone.frames(4, [frame_index]).shape == (1, 32, 48, 3)
     clone.actions(4)
     assert len(parsed) == 1
-    monkeypatch.setattr(rlds, "KEPT_BYTES", 0)
+    monkeypatch.setattr(tfrecord, "KEPT_BYTES", 0)
     for number in (0, 1, 0):
         clone.frames(number, [0])
     assert len(parsed) == 4
+
+
+def test_the_datasets_of_a_mixture_share_the_memory_for_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = [opened(write_folder(tmp_path / str(number), [episode(number)], shards=1)) for number in range(4)]
+    size = shard_path(tmp_path / "0" / "made_up" / "1.0.0", shards=1).stat().st_size
+    monkeypatch.setattr(tfrecord, "KEPT_BYTES", 2 * size)
+    parsed: list[int] = []
+    monkeypatch.setattr(rlds, "parse_example", lambda *given: parsed.append(1) or parse_example(*given))
+    for order, expected in (((0, 1, 2, 3), 4), ((3, 2), 4), ((0,), 5)):
+        for number in order:
+            assert datasets[number].actions(0)[0, 0] == number
+        assert len(parsed) == expected
+
+
+def test_a_dataset_is_known_again_in_a_folder_of_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path)
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.chdir(folder)
+    assert len({opened(place).fingerprint for place in (folder, tmp_path / "copy", ".")}) == 1
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "version": "2.0.0"}))
+    assert opened(folder).fingerprint != opened(tmp_path / "copy").fingerprint
 
 
 def test_the_pass_over_the_records_is_kept_until_they_change(
@@ -365,6 +390,14 @@ def test_the_pass_over_the_records_is_kept_until_they_change(
     (tmp_path / "cache").chmod(0o500)
     monkeypatch.setattr(cache, "atomic_path", _refuse)
     assert len(opened(folder, caption="x").episodes) == 5
+
+
+def test_another_version_looks_through_the_records_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    for version, expected in (("1", 1), ("1", 1), ("2", 2)):
+        monkeypatch.setattr(cache, "__version__", version)
+        assert cache.cached("rlds", ["key"], lambda: made.append(1) or 7) == 7
+        assert len(made) == expected
 
 
 def _refuse(path: Path) -> Any:
@@ -528,6 +561,45 @@ def test_a_dataset_of_the_table_gets_the_common_action(tmp_path: Path, name: str
     space = dataset.action_space
     assert space is not None and space.names == POSE and space.control == known.control
     assert space.binary == (False,) * 6 + (known.binary is True,)
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ("action", ["action[0:7]"]),
+        ("action[-1] not:clip:action[-3:-1]", ["action[6:7]", "not:clip:action[4:6]"]),
+        ("euler:action[:4] zeros[2] ones", ["euler:action[0:4]", "zeros[0:2]", "ones[0:1]"]),
+        ("action[]", "expected a feature"),
+        ("action[-]", "expected a feature"),
+        ("zeros[:3]", "expected a feature"),
+        ("action[-9:3]", "action has 7 numbers"),
+        ("action[-8]", "action has 7 numbers"),
+        ("action[7]", "action has 7 numbers"),
+        ("action[3:2]", "action has 7 numbers"),
+        ("euler:action[:3]", "action has 7 numbers"),
+    ],
+)
+def test_parts_are_taken_as_they_are_written_or_refused(parts: str, expected: list[str] | str) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            columns(parts, {"action": 7})
+    else:
+        assert [str(part) for part in columns(parts, {"action": 7})] == expected
+
+
+def test_every_number_of_an_action_has_a_name_of_its_own(tmp_path: Path) -> None:
+    features, values = dict(FEATURES), episode(0)
+    for side in ("left", "right"):
+        features[side] = group(action=tensor("float32", 1))
+        values[f"steps/{side}/action"] = np.zeros(STEPS, np.float32)
+    folder = write_folder(tmp_path, [values], features, shards=1)
+    for keys, names in (
+        (("left/action", "right/action"), ("left_action_0", "right_action_0")),
+        (("action[1]", "not:action[1]"), ("action_1_at_0", "action_1_at_1")),
+        (("zeros", "action[0]"), ("zeros_0", "action_0")),
+    ):
+        space = opened(folder, action_keys=keys).action_space
+        assert space is not None and space.names == names
 
 
 def test_a_gripper_that_is_moved_is_open_or_shut() -> None:

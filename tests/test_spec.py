@@ -63,6 +63,11 @@ def test_paths_that_are_there_are_taken_as_they_are(tmp_path: Path, monkeypatch:
     assert parse(str(tmp_path / "run:2")) == DataSpec(str(tmp_path / "run:2"))
 
 
+def test_a_spec_may_be_longer_than_any_name_of_a_file() -> None:
+    caption = "pick " * 100
+    assert parse(f"rlds:b,caption={caption}:2") == DataSpec("b", "rlds", None, {"caption": caption}, 2.0)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

@@ -106,7 +106,8 @@ def write_folder(
         episodes[number * len(episodes) // shards : (number + 1) * len(episodes) // shards] for number in range(shards)
     ]
     split = {"name": "train", "shardLengths": [str(len(part)) for part in parts]}
-    (folder / "dataset_info.json").write_text(json.dumps({"name": name, "fileFormat": "tfrecord", "splits": [split]}))
+    info = {"name": name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": [split]}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
     for number, part in enumerate(parts):
         shard_path(folder, number, shards).write_bytes(b"".join(frame(encode_example(values)) for values in part))
     return folder

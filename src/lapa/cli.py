@@ -27,7 +27,7 @@ start with: lapa demo
 
 
 # Options that may be given once with several values, or several times.
-REPEATABLE = ("--data", "--labels")
+REPEATABLE = ("--data", "--labels", "--statistics")
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 from __future__ import annotations
 
 import io
-import threading
 import uuid
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -40,13 +39,10 @@ from lapa.data.sources.rlds_layout import (
 )
 from lapa.data.sources.rlds_table import KNOWN, Known
 from lapa.data.sources.source import Clip, Item, Source, with_length
-from lapa.data.sources.tfrecord import parse_example, read_record
+from lapa.data.sources.tfrecord import PARSED, parse_example, read_record
 from lapa.files import as_path
 
 FORMATS = ("JPEG", "PNG")
-# Bytes of records that stay parsed in each process, of all sources together (a mixture has dozens): frames of one
-# episode are mostly asked for together.
-KEPT_BYTES = 128 << 20
 NO_TEXT = "without instruction (--caption TEXT gives them one)"
 CHANGES = "the instruction changes, the first is taken"
 
@@ -88,38 +84,6 @@ def run(config: RldsConfig) -> None:
     convert.run(config, config)
 
 
-class ParsedRecords:
-    """The records that were asked for last, of all sources of this process: source and item -> features."""
-
-    def __init__(self) -> None:
-        self._records: OrderedDict[tuple[str, str], tuple[int, dict[str, Any]]] = OrderedDict()
-        self._num_bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[str, str]) -> dict[str, Any] | None:
-        with self._lock:
-            if key not in self._records:
-                return None
-            self._records.move_to_end(key)
-            return self._records[key][1]
-
-    def put(self, key: tuple[str, str], values: dict[str, Any], num_bytes: int) -> None:
-        """Keeps a record, and lets go of the oldest until `KEPT_BYTES` suffice; the latest one stays."""
-        with self._lock:
-            self._num_bytes += num_bytes - self._records.pop(key, (0, {}))[0]
-            self._records[key] = (num_bytes, values)
-            while len(self._records) > 1 and self._num_bytes > KEPT_BYTES:
-                self._num_bytes -= self._records.popitem(last=False)[1][0]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._records.clear()
-            self._num_bytes = 0
-
-
-PARSED = ParsedRecords()
-
-
 class RldsSource(Source):
     """An RLDS folder; an item is a record."""
 
@@ -150,10 +114,7 @@ class RldsSource(Source):
 
     def read(self, item: Item) -> Clip:
         values, num_steps = self._values(item), self._num_steps(item)
-        numbers = self.numbers(item)
-        instruction, notes = self._told(item, values)
-        blank = self._blank(item, values)
-        notes += [f"camera {name} shows one colour throughout (--camera chooses others)" for name in blank]
+        numbers, instruction, notes, _ = self._looked_at(item, values)
 
         def pictures(camera: str) -> Iterator[tuple[float, np.ndarray]]:
             for step in range(num_steps):
@@ -166,6 +127,16 @@ class RldsSource(Source):
             numbers.get(STATE),
             tuple(notes),
         )
+
+    def _looked_at(
+        self, item: Item, values: Mapping[str, Any]
+    ) -> tuple[Mapping[str, np.ndarray], str, list[str], list[str]]:
+        """What can be told without decoding its pictures: numbers, instruction, notes, and the cameras that are blank."""
+        numbers = self.numbers(item)
+        instruction, notes = self._told(item, values)
+        blank = self._blank(item, values)
+        notes += [f"camera {name} shows one colour throughout (--camera chooses others)" for name in blank]
+        return numbers, instruction, notes, blank
 
     def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         values = self._values(item)
@@ -201,17 +172,18 @@ class RldsSource(Source):
             for item in self.items:
                 bar.advance(task)
                 try:
-                    clip = self.read(item)
+                    _, instruction, its_notes, blank = self._looked_at(item, self._values(item))
+                    num_steps = self._num_steps(item)
                 except ValueError as error:
                     if not self.reading.skip_bad:
                         raise ValueError(f"{error}; {MEND}") from None
                     problems.append(str(error))
                     continue
-                notes.update(clip.notes)
-                if len(self._blank(item, self._values(item))) == len(self.cameras):
+                notes.update(its_notes)
+                if len(blank) == len(self.cameras):
                     notes[BLANK] += 1
                     continue
-                episodes.append((item.key, self._num_steps(item), clip.instruction))
+                episodes.append((item.key, num_steps, instruction))
         PARSED.clear()
         return {"episodes": episodes, "notes": notes, "problems": problems}
 

@@ -86,8 +86,8 @@ def read_info(folder: Path, split: str) -> tuple[str, str, list[Shard]]:
     fields = {"DATASET": name, "SPLIT": split, "FILEFORMAT": suffix}
     counts = splits[split]
     paths = [folder / _fill(templates[split], fields, index, len(counts)) for index in range(len(counts))]
-    # A copy may lie in a folder of any name, and is the same dataset.
-    version = str(info.get("version") or folder.name)
+    # Not the folder's name: a copy elsewhere is the same dataset.
+    version = str(info.get("version") or "")
     return name, version, [Shard(path, count) for path, count in zip(paths, counts, strict=True)]
 
 

@@ -6,8 +6,9 @@ Axes: T time, D numbers of a part.
 
     columns("action[:6] not:clip:action[6]", {"action": 7})     # what is read, and how
 
-Parts stand side by side, left to right. A part is a step feature, `KEY[a:b]` or `KEY[a]` some of its numbers (as
-Python counts, from the end below 0), `zeros[n]` or `ones[n]` what it does not have. Before it stands what is done to it, the innermost last:
+Parts stand side by side, left to right. A part is a step feature, `KEY[a:b]` or `KEY[a]` some of its numbers (counted
+from the end below 0), `zeros[n]` or `ones[n]` what it does not have. Before it stands what is done to it, the innermost
+last:
 
     not:     1 - x, where 1 is a closed gripper
     clip:    cut to 0..1

@@ -7,6 +7,8 @@ the payload. Formats: https://www.tensorflow.org/tutorials/load_data/tfrecord, t
 from __future__ import annotations
 
 import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,6 +29,9 @@ GZIP = b"\x1f\x8b\x08"
 # As tensorflow/core/lib/hash/crc32c.h: a checksum that covers other checksums must not look like one.
 MASK_DELTA = 0xA282EAD8
 NUMBERS = {"float_list": np.float32, "int64_list": np.int64}
+# Bytes of records that stay parsed in each process, of all sources together (a mixture has dozens): frames of one
+# episode are mostly asked for together.
+KEPT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,3 +166,35 @@ def _example_class() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
+
+
+class ParsedRecords:
+    """The parsed records that were asked for last, of all sources of this process, by source and item."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[tuple[str, str], tuple[int, dict[str, Any]]] = OrderedDict()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str]) -> dict[str, Any] | None:
+        with self._lock:
+            if key not in self._records:
+                return None
+            self._records.move_to_end(key)
+            return self._records[key][1]
+
+    def put(self, key: tuple[str, str], values: dict[str, Any], num_bytes: int) -> None:
+        """Keeps a record, and lets go of the oldest until `KEPT_BYTES` suffice; the latest one stays."""
+        with self._lock:
+            self._num_bytes += num_bytes - self._records.pop(key, (0, {}))[0]
+            self._records[key] = (num_bytes, values)
+            while len(self._records) > 1 and self._num_bytes > KEPT_BYTES:
+                self._num_bytes -= self._records.popitem(last=False)[1][0]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._records.clear()
+            self._num_bytes = 0
+
+
+PARSED = ParsedRecords()
