@@ -136,7 +136,7 @@ def test_items_become_episodes_in_order_whatever_the_workers(tmp_path: Path) -> 
     assert [row[0] for row in told(alone)] == [name for name in NAMES if name != "black-1"]
     assert alone.cameras == ("front", "side")
     assert same(alone, converted(tmp_path, NAMES, "many", workers=2))
-    assert not (alone.root / convert.INCOMING).exists()
+    assert not any(alone.root.glob(f"{convert.INCOMING}*"))
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -252,6 +252,47 @@ def test_a_killed_command_loses_and_doubles_nothing(tmp_path: Path) -> None:
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-500:]
     assert len((tmp_path / "out" / JOURNAL).read_text().splitlines()) > 4
     assert same(whole, converted(tmp_path, NAMES, resume=True, workers=2, **FILTERS))
+
+
+def test_a_worker_that_outlives_its_killed_command_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = converted(tmp_path, NAMES, "whole")
+    orphaned = []
+
+    def noting(*arguments: Any) -> items.Converted:
+        orphaned.append(arguments[-1])
+        return items.convert_item(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert, "convert_item", noting)
+        patch.setattr(writer.DatasetWriter, "close_item", _interrupt)
+        converted(tmp_path, NAMES)
+
+    def late(*arguments: Any) -> items.Converted:
+        made = items.convert_item(*arguments)
+        for video in (tmp_path / "out").glob(".incoming*/*.mp4"):
+            other = orphaned[0].parent / video.name
+            other.parent.mkdir(exist_ok=True)
+            other.write_bytes(b"of another item")
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "convert_item", late)
+        resumed = converted(tmp_path, NAMES, resume=True)
+    assert same(whole, resumed)
+    assert not any(resumed.root.glob(".incoming*"))
+
+
+def test_a_table_that_a_kill_left_half_written_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer.DatasetWriter, "finish", _interrupt)
+        converted(tmp_path, NAMES)
+    leftover = tmp_path / "out/data/chunk-000/.file-000.77.partial.parquet"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"PAR1")
+    dataset = converted(tmp_path, NAMES, resume=True)
+    assert [path.name for path in dataset.root.glob("data/*/*")] == ["file-000.parquet"]
 
 
 def test_a_line_that_a_kill_cut_short_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +416,13 @@ def test_options_that_make_no_sense(tmp_path: Path, settings: dict[str, Any], wr
     with pytest.raises(ValueError, match=wrong):
         converted(tmp_path, ("move-1",), **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_becomes_an_episode_the_folder_stays_free(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of its 1 items became an episode"):
+        converted(tmp_path, ("black-1",))
+    assert not any((tmp_path / "out").iterdir())
+    assert len(converted(tmp_path, ("move-1",)).lengths) == 1
 
 
 def test_a_limit_counts_items(tmp_path: Path) -> None:

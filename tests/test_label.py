@@ -356,6 +356,22 @@ def test_many_episodes_need_little_memory(tmp_path: Path) -> None:
     assert kept < 16 * 40_000 + 200_000
 
 
+def test_labels_of_more_than_a_million_episodes_are_in_order(tmp_path: Path) -> None:
+    """As text, the number of episode 1,000,000 comes before that of 999,998."""
+    for first in (999_998, 1_000_000):
+        made = {
+            episode: EpisodeLabels(np.arange(2), np.full((2, 1), episode % 7), np.full((2, 3), episode))
+            for episode in (first, first + 1)
+        }
+        write_shard(shard_path(tmp_path, first, first + 1), made)
+    manifest = Manifest("a", "b", "front", 0.3, 3, 1, 8, 8, 4, 0, [[1.0] * 8], embeddings=True)
+    write_json(tmp_path / "manifest.json", configs.to_dict(manifest))
+    labels = Labels.open(tmp_path)
+    for episode in range(999_998, 1_000_002):
+        assert labels.codes(episode)[1].ravel().tolist() == [episode % 7] * 2
+        assert (labels.embeddings(episode) == episode).all()
+
+
 def test_nonsense_is_refused(data: Path, lam: Path, tmp_path: Path) -> None:
     for name, value in (("batch_size", 0), ("shard_episodes", 0), ("decoders", -1), ("min_motion", -0.1)):
         with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value}: must be at least"):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from lapa.engine.distributed import pick_device
 from lapa.label import ray_engine, shards
 from lapa.label.ray_engine import LabelActor
 from lapa.label.run import LabelConfig, choose_decoders, make_plan, run
-from lapa.label.shards import Clocks, Shard
+from lapa.label.shards import Clocks, Labeller, Shard
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
 
@@ -89,8 +90,8 @@ def test_decoding_in_processes_and_more_threads_change_no_bit(
     assert files(tmp_path / "out") == whole
 
 
-@pytest.mark.parametrize("num", [0, 2])
-@pytest.mark.parametrize("horizon", [1, 3, 9])
+# Processes take seconds to start.
+@pytest.mark.parametrize(("num", "horizon"), [(0, 1), (0, 3), (0, 9), (2, 9)])
 def test_windows_hold_each_pair_once_and_the_frames_of_the_dataset(
     data: Path, num: int, horizon: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,34 +130,30 @@ def test_a_killed_decoder_is_told_and_the_run_goes_on_from_there(
     assert files(tmp_path / "out") == whole
 
 
-def test_ray_writes_the_same_files_bit_for_bit(
-    ray: Any, data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes], capfd: pytest.CaptureFixture[str]
-) -> None:
-    run(options(data, lam, tmp_path / "out", engine="ray", num_cpus=0.5, num_workers=2))
-    assert files(tmp_path / "out") == whole
-    printed = capfd.readouterr()
-    assert "2 workers of Ray, each with 0.5 CPU cores" in printed.err and "pairs/s of each stage" in printed.err
-    assert "Execution plan" not in printed.err + printed.out
-
-
 class DyingActor(LabelActor):
     """Is killed twice: amid its first shard, with a half written file, and after the last, before it can tell."""
 
-    def _make(self, shard: Shard) -> None:
+    def _make(self, shard: Shard, labeller: Labeller) -> None:
         folder = shard.path.parent.parent
         if shard.first == 0 and not (folder / "amid").exists():
             (folder / "amid").touch()
-            for _ in self.labeller.label([shard]):
+            for _ in labeller.label([shard]):
                 (shard.path.parent / f".{shard.path.stem}.{os.getpid()}.partial.parquet").write_bytes(b"PAR1")
                 os.kill(os.getpid(), signal.SIGKILL)
-        super()._make(shard)
+        super()._make(shard, labeller)
         if shard.first == 4 and not (folder / "after").exists():
             (folder / "after").write_text(str(shard.path.stat().st_mtime_ns))
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_actor_loses_nothing_and_doubles_nothing(
-    ray: Any, data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+def test_ray_writes_the_same_files_and_a_killed_actor_loses_nothing_and_doubles_nothing(
+    ray: Any,
+    data: Path,
+    lam: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(ray_engine, "LabelActor", DyingActor)
@@ -166,29 +163,94 @@ def test_a_killed_actor_loses_nothing_and_doubles_nothing(
     assert (tmp_path / "amid").exists()
     written = (tmp_path / "out" / "episodes-000004-000005.parquet").stat().st_mtime_ns
     assert (tmp_path / "after").read_text() == str(written)
+    printed = capfd.readouterr()
+    assert "1 workers of Ray, each with 0.5 CPU cores" in printed.err and "pairs/s of each stage" in printed.err
+    assert "Execution plan" not in printed.err + printed.out
+
+
+class Killed(BaseException):
+    """Ends an actor as SIGKILL would, but for the test."""
+
+
+@pytest.mark.parametrize("stage", ["_begin", "_make"])
+def test_an_actor_counts_how_often_it_was_killed(
+    data: Path, lam: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(data, lam, tmp_path / "out")
+    rows = {"path": [str(tmp_path / "episodes-000002-000003.parquet")], "first": [2], "last": [3]}
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    def new_actor() -> LabelActor:
+        return LabelActor(config, make_plan(config).identity, str(tmp_path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelActor, stage, killed)
+        for _ in range(ray_engine.RETRIES):
+            with pytest.raises(Killed):
+                new_actor()(rows)
+    monkeypatch.chdir(tmp_path)
+    assert not new_actor()(rows)["error"][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["episodes-000002-000003.parquet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelActor, stage, killed)
+        for _ in range(ray_engine.RETRIES + 1):
+            with pytest.raises(Killed):
+                new_actor()(rows)
+    assert "was killed 4 times" in new_actor()(rows)["error"][0]
 
 
 class PoisonedActor(LabelActor):
     """Is killed by a shard each time."""
 
-    def _make(self, shard: Shard) -> None:
+    def _make(self, shard: Shard, labeller: Labeller) -> None:
         if shard.first == 2:
-            self.labeller.label = lambda shards: os.kill(os.getpid(), signal.SIGKILL)
-        super()._make(shard)
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._make(shard, labeller)
+
+
+class StillbornActor(LabelActor):
+    """Is killed each time that it opens the dataset and the model."""
+
+    def _begin(self) -> Labeller:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super()._begin()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("actor", "shard"), [(PoisonedActor, "2-000003"), (StillbornActor, "0-000001")])
 def test_a_shard_that_kills_its_worker_every_time_ends_the_run(
-    ray: Any, data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    ray: Any,
+    data: Path,
+    lam: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    actor: type[LabelActor],
+    shard: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     config = options(data, lam, tmp_path / "out", engine="ray", num_cpus=0.5, num_workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(ray_engine, "LabelActor", PoisonedActor)
-        with pytest.raises(ValueError, match=r"episodes-000002-000003.*was killed 4 times.*go on with --resume"):
+        patch.setattr(ray_engine, "LabelActor", actor)
+        with pytest.raises(ValueError, match=rf"episodes-00000{shard}.*was killed 4 times.*go on with --resume"):
             run(config)
     run(replace(config, engine="local", resume=True))
     assert files(tmp_path / "out") == whole
+
+
+def test_what_ray_gives_up_on_is_one_line() -> None:
+    exceptions = pytest.importorskip("ray.exceptions")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"episodes": 2}
+        raise exceptions.RaySystemError("connection to the head is lost")
+
+    found = ray_engine._rows(SimpleNamespace(exceptions=exceptions), SimpleNamespace(iter_rows=rows))
+    assert next(found) == {"episodes": 2}
+    with pytest.raises(ValueError, match=r"Ray gave up \(.*connection to the head is lost.*\); .*--resume"):
+        next(found)
 
 
 def with_an_empty_video(data: Path, folder: Path) -> tuple[Path, str]:
@@ -243,6 +305,14 @@ def test_workers_that_do_not_fit_the_cluster_are_refused(data: Path, lam: Path, 
     assert pool(replace(config, device="cpu"), {"CPU": 16.0, "GPU": 2.0}, num_shards=3) == (3, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"3 workers of 1 CPUs each do not fit a cluster that has 2; give fewer"):
         pool(replace(config, num_workers=3), {"CPU": 2.0}, num_shards=9)
+    for given, has, message in (
+        ({"device": "cuda"}, {"CPU": 2.0}, r"1 workers of 1 GPUs each .* has 0; give --device cpu"),
+        ({"device": "cpu", "num_gpus": 1.0}, {"CPU": 2.0, "GPU": 1.0}, "--device cpu and --num-gpus 1 contradict"),
+        ({"device": "cuda", "num_gpus": 0.0}, {"CPU": 2.0, "GPU": 1.0}, "--device cuda and --num-gpus 0 contradict"),
+        ({"device": "gpu"}, {"CPU": 2.0}, "unknown device 'gpu'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pool(replace(config, **given), has, num_shards=1)
     with pytest.raises(ValueError, match="memory of this process"):
         run(replace(config, out="memory://labels"))
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
 from lapa.data.dataset import Dataset
@@ -14,6 +17,7 @@ from lapa.data.frames import split_episodes
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.data.sources.synthetic import DIRECTIONS, SyntheticPairs, moving_squares, write_synthetic_dataset
 from lapa.data.writer import DatasetWriter
+from lapa.engine.batches import StepSampler, batch_loader
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +176,28 @@ def test_what_cannot_come_along_is_said(square: Dataset, fast: Dataset) -> None:
             FramePairs([square], PairsConfig(size=32, action_share=share))
     with pytest.raises(ValueError, match="is a single frame, which has none halfway"):
         FramePairs([square], PairsConfig(size=32, horizon=0.1, middle=True))
+
+
+class Store(AsyncFileSystemWrapper):
+    """This machine's files as an asynchronous file system, as those of s3 and gs are: it stops working in a fork."""
+
+    protocol = "store"
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(LocalFileSystem(), asynchronous=False)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("store://")
+
+
+@pytest.mark.filterwarnings("ignore:UPath 'store' filesystem")
+def test_workers_read_a_store_whose_connections_do_not_survive_a_fork(square: Dataset) -> None:
+    fsspec.register_implementation("store", Store, clobber=True)
+    pairs = FramePairs([Dataset.open(f"store://{square.root}")], PairsConfig(size=32, cache_gib=0.0), "all")
+    read = []
+    for workers in (0, 1):
+        sampler = StepSampler(len(pairs), 4, seed=0, first_step=0, last_step=2)
+        loader = batch_loader(pairs, collate_pairs, sampler, workers=workers, pin_memory=False)
+        read.append(torch.cat([batch["frames_BTCHW"] for batch in loader]))
+    assert torch.equal(*read)

@@ -13,7 +13,7 @@ from lapa.data.steps import PolicySteps
 from lapa.data.writer import DatasetWriter
 from lapa.evaluate.rollout import EvaluateConfig, evaluate
 from lapa.files import read_json
-from lapa.policy import finetune, measure, pretrain
+from lapa.policy import finetune, measure, pretrain, training
 from lapa.policy.actions import ActionBins
 from lapa.policy.checkpoint import load_policy
 from lapa.policy.finetune import FinetuneConfig
@@ -119,6 +119,67 @@ def test_samples_are_said_in_the_statistics_of_their_dataset(two_robots, tmp_pat
         assert (vocabulary.codes("bins", batch["action_BKA"][row]).numpy() == actions_KA).all()
         state_S = of.states.encode(dataset.states(episode)[frame])
         assert (vocabulary.codes("state", batch["state_BS"][row]).numpy() == state_S).all()
+
+
+def test_a_small_dataset_is_looked_at_beside_a_large_one_and_figures_go_by_the_shares(
+    two_robots, tmp_path, monkeypatch
+):
+    wide = Dataset.open(two_robots / "wide")
+    writer = DatasetWriter(tmp_path / "long", fps=10, cameras={"top": (64, 64)}, action_names=["reach", "grip"])
+    frames_THWC, actions_TA = np.tile(wide.frames(0), (61, 1, 1, 1)), np.tile(wide.actions(0), (61, 1))
+    writer.add_episode({"top": frames_THWC}, "move up", actions=actions_TA)
+    writer.finish()
+    data = (f"big={tmp_path / 'long'}:3", f"small={two_robots / 'narrow'}:1")
+    config = robots_config(two_robots, tmp_path / "out", data=data, state=False, loop=loop(1))
+    finetune.run(config)
+    parts = load_policy(config.out)
+
+    def steps_of(*specs):
+        return PolicySteps([Dataset.open(spec) for spec in specs], 32, chunk=2, mix_by="equal")
+
+    @torch.no_grad()
+    def figures_of(*specs):
+        return training.held_out_figures(parts.inputs, steps_of(*specs))(parts.model)
+
+    monkeypatch.setattr(training, "EVALUATION_STEPS", 6)
+    monkeypatch.setattr(training, "LEAST_STEPS", 1)
+    both = figures_of(*data)
+    assert training.evaluated_steps(steps_of(*data)) == [(0.75, [0, 304, 609]), (0.25, [610, 630, 649])]
+    monkeypatch.setattr(training, "EVALUATION_STEPS", 3)
+    big, small = (figures_of(spec) for spec in data)
+    assert both["held_out_loss"] == pytest.approx(0.75 * big["held_out_loss"] + 0.25 * small["held_out_loss"], rel=1e-4)
+    for name, alone in {"big": big, "small": small}.items():
+        assert both[f"held_out_action_error_{name}"] == alone[f"held_out_action_error_{name}"]
+
+
+def test_a_robot_reads_the_prompt_of_its_statistics_key(two_robots, tmp_path):
+    config = robots_config(
+        two_robots, tmp_path / "out", loop=loop(1), prompts=("big=openvla", "small=Do {instruction}")
+    )
+    finetune.run(config)
+    for key, options, prompt in (
+        ("small", {}, "Do it"),
+        ("small", {"dataset": "big"}, "In: What action should the robot take to it?\nOut:"),
+        ("big", {}, "In: What action should the robot take to it?\nOut:"),
+    ):
+        policy = Policy.from_pretrained(config.out, device="cpu", statistics_key=key, **options)
+        assert policy.inputs.config.prompts.text("it", policy.dataset) == prompt
+
+
+def test_datasets_without_a_common_camera_are_refused_with_the_mend(two_robots, tmp_path):
+    """Where they have several each; where each has one, there is no doubt."""
+    robot = Dataset.open(two_robots / "wide")
+    folders = []
+    for name in ("a", "b"):
+        cameras = {f"{name}{number}": (64, 64) for number in range(2)}
+        writer = DatasetWriter(tmp_path / name, fps=10, cameras=cameras, action_names=["reach", "grip"])
+        writer.add_episode(dict.fromkeys(cameras, robot.frames(0)), "move up", actions=robot.actions(0))
+        folders.append(writer.finish().root)
+    config = robots_config(two_robots, tmp_path / "out", data=tuple(map(str, folders)), state=False, loop=loop(1))
+    with pytest.raises(ValueError, match=r"no camera in common \(a: a0, a1; b: b0, b1\).*camera=NAME"):
+        finetune.run(config)
+    single = tuple(f"lerobot:{folder},camera={folder.name}0" for folder in folders)
+    finetune.run(replace(config, data=single))
 
 
 def test_a_mixture_of_robots_resumes_exactly(two_robots, tmp_path):

@@ -9,10 +9,11 @@ import av
 import numpy as np
 import pytest
 
-from lapa.data import video
+from lapa.data import random_access
+from lapa.data.random_access import decode_clip
 from lapa.data.sources.synthetic import moving_squares
 from lapa.data.transforms import augment, resize_and_crop
-from lapa.data.video import ClipScan, copy_stream, decode_clip, encode_clip, exact_rate, probe
+from lapa.data.video import ClipScan, copy_stream, encode_clip, exact_rate, probe
 
 
 def numbered_frames(num: int, size: int = 32) -> np.ndarray:
@@ -46,6 +47,11 @@ def test_ntsc_rates_are_exact() -> None:
     assert str(exact_rate(12.5)) == "25/2"
 
 
+@pytest.mark.parametrize("fps", [14.99, 23.98, 29.973, 7.0004])
+def test_a_frame_of_a_long_film_at_an_odd_rate_is_found_at_its_time(fps: float) -> None:
+    assert abs(20_000 / exact_rate(fps) - 20_000 / fps) < 0.1 / fps
+
+
 def test_a_part_of_a_shared_file_is_read_from_its_start(tmp_path: Path) -> None:
     encode_clip(tmp_path / "a.mp4", numbered_frames(20), 10.0)
     whole = decode_clip(tmp_path / "a.mp4", range(20), 10.0)
@@ -66,10 +72,10 @@ def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_only_a_few_containers_stay_open(tmp_path: Path) -> None:
-    for number in range(video.OPEN_CLIPS + 3):
+    for number in range(random_access.OPEN_CLIPS + 3):
         encode_clip(tmp_path / f"{number}.mp4", numbered_frames(2), 10.0)
         decode_clip(tmp_path / f"{number}.mp4", [1], 10.0)
-    assert len(video._open_clips.clips) == video.OPEN_CLIPS
+    assert len(random_access._open_clips.clips) == random_access.OPEN_CLIPS
 
 
 def test_a_forked_process_reads_beside_its_parent(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_folder_becomes_a_dataset_in_natural_order(folder: Path) -> None:
     assert dataset.action_dim is None
     levels = dataset.frames(1).mean(axis=(1, 2, 3))
     assert np.abs(levels - (20 + 200 * np.arange(8) / 8)).max() < 8
-    assert not (dataset.root / ".incoming").exists()
+    assert not any(dataset.root.glob(".incoming*"))
 
 
 def test_workers_do_not_change_the_dataset(folder: Path) -> None:
@@ -109,15 +109,30 @@ def test_bad_captions_are_named(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("name,text\na.mp4,push\n")
     (tmp_path / "c.json").write_text('{"a.mp4": 3}')
     (tmp_path / "d.txt").write_text("push")
+    (tmp_path / "f.csv").write_bytes("file,text\na.mp4,caf\u00e9\n".encode("latin-1"))
+    (tmp_path / "f.jsonl").write_bytes('{"file": "a.mp4", "text": "caf\u00e9"}\n'.encode("latin-1"))
     for name, told in (
         ("a.jsonl", "line 2 is not valid JSON"),
         ("b.csv", "entry 1 needs `file`"),
         ("c.json", "'a.mp4' is not text"),
         ("d.txt", "not .txt"),
         ("e.json", "no such captions file"),
+        ("f.csv", "save it as UTF-8"),
+        ("f.jsonl", "save it as UTF-8"),
     ):
         with pytest.raises(ValueError, match=rf"{name}: .*{told}"):
             read_captions(tmp_path / name)
+
+
+def test_of_several_captions_the_first_counts_and_an_empty_one_is_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [("clip2.mp4", " "), ("clip2.mp4", "push\u2028on"), ("./clip2.mp4", "pull"), ("clip10.mp4", "lift")]
+    text = "\n\n".join(json.dumps({"file": name, "text": text}, ensure_ascii=False) for name, text in rows)
+    (tmp_path / "c.jsonl").write_text(text)
+    dataset = convert(folder, captions=tmp_path / "c.jsonl", caption="other")
+    assert [episode.instruction for episode in dataset.episodes] == ["push\u2028on", "lift", "other"]
+    assert "further captions of a video that has one, not used: 1" in capsys.readouterr().err
 
 
 def test_a_caption_for_a_missing_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -297,7 +312,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(folder: Path, monkeypatc
     with pytest.raises(ValueError, match="--resume"):
         convert(folder, out=out)
     assert convert(folder, out=out, resume=True).fingerprint == whole.fingerprint
-    assert not (out / ".incoming").exists()
+    assert not any(out.glob(".incoming*"))
 
 
 def test_a_full_disk_is_not_taken_for_a_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +430,21 @@ def test_a_truncated_video_read_in_place_is_named(tmp_path: Path) -> None:
             dataset.frames(0, [119])
 
 
+def test_a_video_without_a_frame_is_left_out_in_place_on_request(folder: Path) -> None:
+    path = folder / "blind.webm"
+    with av.open(str(path), "w", options={"live": "1"}) as container:
+        stream = cast(VideoStream, container.add_stream("libvpx-vp9", rate=10))
+        stream.height, stream.width = 48, 64
+        packets = [*stream.encode(av.VideoFrame(64, 48, "yuv420p")), *stream.encode(None)]
+        container.mux(packets)
+        picture = bytes(packets[0])
+    assert path.read_bytes().count(picture) == 1
+    path.write_bytes(path.read_bytes().replace(picture, bytes(len(picture))))
+    with pytest.raises(ValueError, match=r"blind\.webm: no frame of it can be decoded.*skip_bad=true"):
+        in_place(folder)
+    assert len(in_place(folder, skip_bad=True).lengths) == 3
+
+
 def test_names_with_spaces_and_unicode(tmp_path: Path) -> None:
     folder = tmp_path / "my clips ü"
     names = ["a b.mp4", "Σωκράτης/кошка 2.mp4", "Σωκράτης/кошка 10.mp4", "日本, =語.mp4"]
@@ -475,8 +505,11 @@ def test_datasets_inside_the_folder_are_passed_over(folder: Path) -> None:
 def test_options_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"--keep-encoding copies whole videos.*without --cut-shots"):
         convert(folder, keep_encoding=True, cut_shots=True)
-    with pytest.raises(ValueError, match=r"--fps 0.*above 0"):
-        convert(folder, fps=0.0)
+    with pytest.raises(ValueError, match=r"--keep-encoding copies whole videos.*without --min-side"):
+        convert(folder, keep_encoding=True, min_side=10)
+    for fps in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"--fps (0|inf|nan).*above 0"):
+            convert(folder, fps=fps)
     with pytest.raises(ValueError, match=r"unknown option of videos.*captoins.*captions"):
         Dataset.open(f"videos:{folder},captoins=x.json")
 

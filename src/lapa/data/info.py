@@ -31,7 +31,7 @@ class InfoConfig:
     """Show what a dataset holds, and draw a contact sheet of it."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """The dataset, as any command's --data names it (docs/1-data.md)."""
+    """The dataset. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
     sheet: Path | None = None
     """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset's folder, or, of a source in place
     and of a dataset elsewhere, NAME_contact_sheet.png here."""

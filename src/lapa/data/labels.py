@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,12 @@ class EpisodeLabels:
 def shard_path(folder: Path, first_episode: int, last_episode: int) -> Path:
     """The shard that holds the episodes first..last (inclusive)."""
     return folder / f"episodes-{first_episode:06d}-{last_episode:06d}.parquet"
+
+
+def shard_episodes(path: Path) -> tuple[int, int]:
+    """The first and last episode of a shard, by its name."""
+    first, last = map(int, path.stem.split("-")[1:])
+    return first, last
 
 
 def write_shard(path: Path, episodes: dict[int, EpisodeLabels], notes: ShardNotes | None = None) -> None:
@@ -166,7 +173,8 @@ class Labels:
                 f"{folder}: labels another dataset, or an earlier state of this one; run `lapa label` again"
             )
         columns = ["episode_index", "frame_index", "codes"]
-        return cls(folder, manifest, (read_shard(path, columns) for path in sorted(folder.glob(SHARDS))))
+        paths = sorted(folder.glob(SHARDS), key=shard_episodes)
+        return cls(folder, manifest, (read_shard(path, columns) for path in paths))
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """The labelled frames of an episode: (frame_indices_T, codes_TL), both int64; empty where it has none."""
@@ -177,12 +185,15 @@ class Labels:
         """The continuous embeddings [T, L * D] of the same frames; ValueError where they were not asked for."""
         if not self.manifest.embeddings:
             raise ValueError(f"{self.folder}: holds no embeddings; label again with --embeddings")
-        for path in sorted(self.folder.glob(SHARDS)):
-            first, last = map(int, path.stem.split("-")[1:])
+        for (first, last), path in self._shards.items():
             if first <= episode_index <= last:
                 episodes_N, embeddings_ND = self._embeddings_of(path)
                 return embeddings_ND[slice(*np.searchsorted(episodes_N, [episode_index, episode_index + 1]))]
         raise ValueError(f"{self.folder}: holds nothing of episode {episode_index}")
+
+    @cached_property
+    def _shards(self) -> dict[tuple[int, int], Path]:
+        return {shard_episodes(path): path for path in self.folder.glob(SHARDS)}
 
     def _rows(self, episode_index: int) -> slice:
         if not 0 <= episode_index < len(self._starts) - 1:

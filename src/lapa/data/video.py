@@ -1,16 +1,13 @@
-"""Video files in and out, through PyAV: read a whole clip, fetch single frames by time, encode with short GOPs.
+"""Video files in and out, through PyAV: what a header says, reading from end to end, encoding with short GOPs, copying.
 
-A clip written here has a keyframe every second frame (g=2), so that a random frame costs one seek and at most
-two decoded pictures; `python benchmarks/bench_data.py` measures what that is worth.
+A clip written here has a keyframe every second frame (g=2), so that a random frame (lapa.data.random_access) costs one
+seek and at most two decoded pictures; `python benchmarks/bench_data.py` measures what that is worth.
 Axes: T time, H W image, C channel.
 """
 
 from __future__ import annotations
 
-import os
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,10 +22,6 @@ from jaxtyping import UInt8
 
 from lapa.files import atomic_path, is_remote, open_binary, reading, what_instead
 
-# Containers kept open by each thread; opening one costs about as much as fetching a frame.
-OPEN_CLIPS = 16
-# Seconds before a frame from which it is decoded, tried in turn.
-EARLIER = (0.0, 0.5, 5.0, 60.0)
 # The part by which a mean rate may differ from the rate of a constant one.
 VARIES = 0.01
 # Codecs that an mp4 holds and that players and LeRobot decode.
@@ -53,7 +46,7 @@ class VideoInfo:
 
 def probe(path: Path) -> VideoInfo:
     """Reads a video's header. Raises ValueError naming the file where it is not a video."""
-    with _open(path) as container:
+    with open_video(path) as container:
         stream = container.streams.video[0]
         fps, num_frames = _rate(stream), _expected_frames(container, stream)
         constant = not stream.base_rate or abs(fps / float(stream.base_rate) - 1) < VARIES
@@ -74,7 +67,7 @@ def probe(path: Path) -> VideoInfo:
 
 def frame_times(path: Path) -> list[float]:
     """When each frame is shown, in seconds from the first, without decoding any. ValueError where it is no video."""
-    with _open(path) as container:
+    with open_video(path) as container:
         times = _packet_times(container, container.streams.video[0], path)
         return [time - times[0] for time in times]
 
@@ -94,7 +87,7 @@ class ClipScan:
 
     def __iter__(self) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
         self.num_frames, damaged, converter = 0, 0, VideoReformatter()
-        with _open(self.path) as container:
+        with open_video(self.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             length, rate, first, seconds = _length(container, stream), _rate(stream), None, 0.0
@@ -116,29 +109,6 @@ class ClipScan:
             missing = 0
         # Where only the duration is known, the count derived from it may be one too high.
         self.num_lost = max(missing, damaged) if damaged or missing > 1 else 0
-
-
-def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0.0) -> UInt8[np.ndarray, "T H W 3"]:
-    """Fetches frames by position: number i is the one shown at `start + i / fps` seconds of the file.
-
-    indices: in any order, repeats allowed. Several episodes may share a file; each has its own `start`.
-    Raises ValueError naming the file where it cannot be read or ends before a frame asked for.
-    """
-    clip = open_clip(path)
-    wanted = sorted(set(indices))
-    found: dict[int, np.ndarray] = {}
-    try:
-        for index, frame in clip.at([start + index / fps for index in wanted], tolerance=0.5 / fps):
-            found[wanted[index]] = upright(frame, clip.converter)
-    except (av.FFmpegError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
-    missing = [index for index in wanted if index not in found]
-    if missing:
-        raise ValueError(
-            f"{path}: has no frame {missing[0]} ({start + missing[0] / fps:.3f} s at {fps:g} fps); "
-            "the video is shorter than the dataset says, write the dataset again"
-        )
-    return np.stack([found[index] for index in indices])
 
 
 def encode_clip(
@@ -177,7 +147,7 @@ def copy_stream(source: Path, target: Path, fps: float) -> int:
     Frame i of the copy is at exactly `i / fps` seconds, wherever `source` began and however its times were rounded.
     Returns the number of frames. Raises ValueError where frames lack times or share one.
     """
-    with _open(source) as reading:
+    with open_video(source) as reading:
         packet_times = [packet.pts for packet in reading.demux(reading.streams.video[0]) if packet.size]
     times = [time for time in packet_times if time is not None]
     if len(set(times)) != len(packet_times):
@@ -188,7 +158,7 @@ def copy_stream(source: Path, target: Path, fps: float) -> int:
     delay = max(place - when for place, when in enumerate(shown)) if shown else 0
     rate = exact_rate(fps)
     with (
-        _open(source) as reading,
+        open_video(source) as reading,
         atomic_path(Path(target)) as temporary,
         av.open(str(temporary), "w", format="mp4") as writing,
     ):
@@ -203,131 +173,8 @@ def copy_stream(source: Path, target: Path, fps: float) -> int:
     return len(shown)
 
 
-def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
-    """A decoded picture as RGB, turned as the file's display matrix says (phones film sideways).
-
-    converter: kept for all frames of a clip; setting up a new one takes longer than decoding a frame.
-    """
-    frame_HWC = converter.reformat(frame, format="rgb24").to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
-
-
-def exact_rate(fps: float) -> Fraction:
-    """Frames per second as the fraction that is meant: 29.97 is 30000/1001."""
-    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
-    return ntsc if abs(float(ntsc) - fps) < 5e-3 and fps % 1 else Fraction(fps).limit_denominator(1000)
-
-
-class OpenClip:
-    """A container that stays open for random access."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._open()
-        self.converter = VideoReformatter()
-        self.position: float | None = None
-        self.frames: Iterator[VideoFrame] = iter(())
-        self.start: float | None = None
-
-    def first_time(self) -> float:
-        """When the first frame is shown, in the file's own seconds."""
-        if self.start is None:
-            self.seek(0.0)
-            self.start = float(next(self.frames).time or 0.0)
-        return self.start
-
-    def seek(self, time: float, tolerance: float = 0.0) -> None:
-        """`frames` goes on at the last keyframe up to `time`, or from the beginning of files that cannot be sought."""
-        assert self.stream.time_base is not None
-        # A quarter of a frame later: seeking rounds down, and the frame itself may be a keyframe.
-        offset = int((time + tolerance / 2) / self.stream.time_base)
-        try:
-            self.container.seek(offset, stream=self.stream)
-        except av.FFmpegError:
-            self.container.close()
-            self._open()
-        self.frames = self.container.decode(self.stream)
-
-    def at(self, times: Sequence[float], tolerance: float) -> Iterator[tuple[int, VideoFrame]]:
-        """Yields (number in `times`, frame) for every time that has a frame within `tolerance` seconds."""
-        for number, time in enumerate(times):
-            frame = self._frame_at(time, tolerance)
-            if frame is not None:
-                yield number, frame
-
-    def _frame_at(self, time: float, tolerance: float) -> VideoFrame | None:
-        # Just ahead, decoding on is cheaper than a seek.
-        if self.position is not None and self.position < time < self.position + 5 * tolerance:
-            return self._decode_to(time, tolerance)
-        # In an open GOP, the frames shown just before a keyframe need the keyframe before it.
-        for seconds_before in EARLIER:
-            self.seek(max(0.0, time - seconds_before), tolerance)
-            frame = self._decode_to(time, tolerance)
-            if frame is not None or self.position is None:
-                return frame
-        return None
-
-    def _open(self) -> None:
-        self.container = _open(self.path)
-        self.stream = self.container.streams.video[0]
-        # Threads that work on several frames at once would have to be filled anew after every seek.
-        self.stream.thread_type, self.stream.thread_count = "SLICE", 1
-
-    def _decode_to(self, time: float, tolerance: float) -> VideoFrame | None:
-        """The frame at `time`; None where there is none, with `position` past it, or None at the end of the file."""
-        for frame in self.frames:
-            self.position = float(frame.time or 0.0)
-            if self.position > time - tolerance:
-                return frame if self.position < time + tolerance else None
-        self.position = None
-        return None
-
-
-class _OpenClips(threading.local):
-    """The containers this thread holds open, the least recently used one first.
-
-    A forked worker must not share file positions with its parent, hence the process id; nor may it close what it
-    inherited, since that would wait for the parent's threads: `inherited` keeps it alive unused.
-    """
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.clips: OrderedDict[Path, tuple[tuple[int, int], OpenClip]] = OrderedDict()
-        self.inherited: OrderedDict[Path, tuple[tuple[int, int], OpenClip]] | None = None
-
-    def of_this_process(self) -> OrderedDict[Path, tuple[tuple[int, int], OpenClip]]:
-        if self.process != os.getpid():
-            self.inherited, self.clips, self.process = self.clips, OrderedDict(), os.getpid()
-        return self.clips
-
-
-_open_clips = _OpenClips()
-
-
-def open_clip(path: Path) -> OpenClip:
-    """The clip, opened for random access, or as this thread has left it open. ValueError where it is no video."""
-    clips = _open_clips.of_this_process()
-    version = _version(path)
-    if path in clips and clips[path][0] == version:
-        clips.move_to_end(path)
-        return clips[path][1]
-    clips[path] = version, OpenClip(path)
-    clips.move_to_end(path)
-    while len(clips) > OPEN_CLIPS:
-        _, (_, oldest) = clips.popitem(last=False)
-        oldest.container.close()
-    return clips[path][1]
-
-
-def _version(path: Path) -> tuple[int, int]:
-    """Tells a file from the one that replaced it under the same name."""
-    with reading(path, "write or download the dataset again"):
-        status = path.stat()
-    return status.st_mtime_ns, status.st_ino or status.st_size
-
-
-def _open(path: Path) -> InputContainer:
+def open_video(path: Path) -> InputContainer:
+    """The file, opened; ValueError naming it where it holds no video."""
     try:
         with reading(path):
             source = open_binary(path) if is_remote(path) else str(path)
@@ -339,6 +186,26 @@ def _open(path: Path) -> InputContainer:
         container.close()
         raise ValueError(f"{path}: holds no video stream; replace it or take it out")
     return container
+
+
+def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
+    """A decoded picture as RGB, turned as the file's display matrix says (phones film sideways).
+
+    converter: kept for all frames of a clip; setting up a new one takes longer than decoding a frame.
+    """
+    frame_HWC = converter.reformat(frame, format="rgb24").to_ndarray()
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
+
+
+def exact_rate(fps: float) -> Fraction:
+    """Frames per second as the fraction that is meant: 29.97 is 30000/1001.
+
+    Frames are looked for at `number / fps`, so what is merely near such a rate must not be taken for it: 14.99 for
+    15000/1001 would be a frame off after two minutes.
+    """
+    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
+    return ntsc if abs(float(ntsc) - fps) < 1e-4 and fps % 1 else Fraction(fps).limit_denominator(10_000)
 
 
 def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:

@@ -158,6 +158,11 @@ class DatasetWriter:
         self.done_items.add(item)
         self.notes.update(notes)
 
+    def discard(self) -> None:
+        """Takes the journal back, where there is no episode: the folder is as if nothing had been begun."""
+        self._journal.unlink()
+        self._journal.parent.rmdir()
+
     def video_path(self, camera: str, episode_index: int) -> Path:
         """Where an episode's mp4 lies."""
         return self.root / VIDEO_PATH.format(
@@ -227,6 +232,9 @@ class DatasetWriter:
                 self.num_episodes += 1
                 self.done_sources.add(record["source"])
         os.truncate(self._journal, whole)
+        # What a kill left half-written keeps its suffix, and a reader that lists the tables would take it for one.
+        for leftover in self.root.glob("*/**/.*.partial*"):
+            leftover.unlink()
         if not whole:
             self._append(settings)
 

@@ -13,7 +13,9 @@ Which sample a draw is follows from its number alone: from neither the workers, 
 
 from __future__ import annotations
 
+import pickle
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -171,11 +173,16 @@ def batch_loader(
         prefetch_factor=4 if workers else None,
         # Workers draw nothing from torch's global generator, and a resumed run must find it as it was left.
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_begin_worker,
     )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the loop still wants its workers for the step it finishes."""
+def _begin_worker(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the loop still wants its workers for the step it finishes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Connections to a store (upath is imported for those alone) do not survive a fork; a copy by pickle has none yet.
+    info = torch.utils.data.get_worker_info()
+    assert info is not None, "called in a worker"
+    if "upath" in sys.modules and not getattr(info.dataset, "in_memory", False):
+        vars(info.dataset).update(pickle.loads(pickle.dumps(vars(info.dataset))))

@@ -64,7 +64,7 @@ class EvaluateConfig:
     ensemble: float | None = None
     """Average what overlapping chunks say of a moment, the i-th oldest weighted exp(-ENSEMBLE * i): 0.01 is usual."""
     prompt_of: str | None = None
-    """Whose prompt the policy reads, of the datasets it learned from; by default its own."""
+    """Whose prompt the policy reads, of the datasets it learned from; by default --statistics-key's, or its own."""
     statistics_key: str | None = None
     """By which dataset's statistics the policy acts, where it learned from several with actions."""
     size: int | None = None

@@ -27,67 +27,74 @@ from lapa.label.shards import Clocks, Labeller, Shard, read_complete
 
 # Times that a shard is done again after its worker was killed.
 RETRIES = 3
-# The name of an empty file beside a shard while an attempt is made at it.
-ATTEMPT = ".{}.attempt-"
 # Bytes of Ray's object store where a cluster is started for this run: only the numbers of shards travel.
 OBJECT_STORE = 128 << 20
 
 
 class LabelActor:
-    """What a worker holds: the plan of the run, opened there, and a model."""
+    """What a worker holds: the plan of the run, opened there with the first shard, and a model."""
 
     def __init__(self, config: LabelConfig, identity: dict[str, Any], folder: str) -> None:
         """folder: that the command runs in, against which its paths are meant."""
+        self.config, self.identity, self.folder = config, identity, folder
+        self.labeller: Labeller | None = None
         self.error = ""
-        try:
-            if Path(folder).is_dir():
-                os.chdir(folder)
-            plan = make_plan(config)
-            changed = differences(identity, plan.identity)
-            if changed:
-                raise ValueError(f"this machine has another model or dataset under these names: {'; '.join(changed)}")
-        except (ValueError, OSError) as error:
-            self.error = f"a worker could not begin: {error}"
-            return
-        self.labeller = Labeller(plan.model, plan.work, pick_device(config.device), _decoders(config))
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         """Makes the shard that a row names. What goes wrong is told, not raised: Ray would wrap it."""
         shard = Shard(as_path(str(rows["path"][0])), int(rows["first"][0]), int(rows["last"][0]))
         clocks = Clocks()
         if not self.error:
-            self.labeller.clocks = clocks
             try:
-                self._make(shard)
+                self._attempt(shard, clocks)
             except (ValueError, OSError) as error:
                 self.error = str(error)
         told = {"episodes": len(shard.episodes), "error": self.error, **vars(clocks)}
         return {name: [value] for name, value in told.items()}
 
-    def _make(self, shard: Shard) -> None:
+    def _attempt(self, shard: Shard, clocks: Clocks) -> None:
+        """Makes a shard, counting what ended without a word: Ray does what a killed worker was at again, for ever."""
+        attempts = _attempts(shard.path)
+        killed = sum(attempt.exists() for attempt in attempts)
+        if killed > RETRIES:
+            raise ValueError(
+                f"{shard.path.name}: its worker was killed {killed} times, perhaps for lack of memory; what is "
+                "finished is kept, go on with --resume and fewer workers or smaller batches"
+            )
+        attempts[killed].touch()
+        # Only now, so that a worker that is killed by the model it loads is counted too.
+        self.labeller = self.labeller or self._begin()
+        self.labeller.clocks = clocks
+        self._make(shard, self.labeller)
+        for attempt in attempts[: killed + 1]:
+            attempt.unlink(missing_ok=True)
+
+    def _begin(self) -> Labeller:
+        try:
+            if Path(self.folder).is_dir():
+                os.chdir(self.folder)
+            plan = make_plan(self.config)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"a worker could not begin: {error}") from None
+        changed = differences(self.identity, plan.identity)
+        if changed:
+            raise ValueError(f"a worker has another model or dataset under these names: {'; '.join(changed)}")
+        return Labeller(plan.model, plan.work, pick_device(self.config.device), _decoders(self.config))
+
+    def _make(self, shard: Shard, labeller: Labeller) -> None:
         if shard.path.exists():
             try:
-                read_complete(shard, self.labeller.work)
+                read_complete(shard, labeller.work)
                 return  # By a worker that was killed before it could tell.
             except ValueError:
                 pass
-        attempts = _attempts(shard.path)
-        if len(attempts) > RETRIES:
-            raise ValueError(
-                f"{shard.path.name}: its worker was killed {len(attempts)} times, perhaps for lack of memory; what is "
-                "finished is kept, go on with --resume and fewer workers or smaller batches"
-            )
-        attempts.append(shard.path.with_name(f"{ATTEMPT.format(shard.path.stem)}{len(attempts)}"))
-        attempts[-1].touch()
-        for _ in self.labeller.label([shard]):
+        for _ in labeller.label([shard]):
             pass
-        for attempt in attempts:
-            attempt.unlink()
 
 
 def _attempts(path: Path) -> list[Path]:
-    """What attempts at a shard have left behind: Ray does what a killed worker was at again, however often."""
-    return sorted(path.parent.glob(f"{ATTEMPT.format(path.stem)}*"))
+    """The files that as many attempts at a shard leave as there may be."""
+    return [path.with_name(f".{path.stem}.attempt-{number}") for number in range(RETRIES + 1)]
 
 
 def label_with_ray(
@@ -111,7 +118,7 @@ def label_with_ray(
             num_gpus=gpus,
         )
         num_done = 0
-        for row in results.iter_rows():
+        for row in _rows(ray, results):
             if row["error"]:
                 raise ValueError(row["error"])
             num_done += row.pop("episodes")
@@ -120,6 +127,15 @@ def label_with_ray(
             yield num_done
         if clocks.num_pairs:
             say(clocks.told(_decoders(config), size))
+
+
+def _rows(ray: Any, results: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a Ray Dataset. ValueError where Ray gives up: the cluster is lost, or a worker raised."""
+    try:
+        yield from results.iter_rows()
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ValueError(f"Ray gave up ({reason[0]}); what is finished is kept, go on with --resume") from error
 
 
 @contextmanager
@@ -147,7 +163,9 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
         else:
             ray.init(config.ray_address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if config.ray_address is None:
+            raise ValueError(f"no cluster of Ray can be started on this machine ({reason})") from None
         raise ValueError(f"--ray-address {config.ray_address}: no cluster of Ray answers there ({reason})") from None
     try:
         yield ray
@@ -168,14 +186,25 @@ def _everywhere(path: Path) -> str:
 def _pool(config: LabelConfig, has: dict[str, float], num_shards: int) -> tuple[int, float, float]:
     """Number of workers, and the CPU cores and GPUs of each. ValueError where the cluster has not that much."""
     there = {"CPU": has.get("CPU", 0.0), "GPU": has.get("GPU", 0.0)}
-    wants_gpu = config.device != "cpu" and there["GPU"] > 0
+    wants_gpu = _wants_gpu(config, there["GPU"] > 0)
     wanted = {"CPU": config.num_cpus, "GPU": float(wants_gpu) if config.num_gpus is None else config.num_gpus}
     room = [there[kind] / amount for kind, amount in wanted.items() if amount > 0]
     size = config.num_workers or min(num_shards, max(1, int(min(room, default=1))))
     for kind, amount in wanted.items():
         if amount < 0 or amount * size > there[kind] + 1e-6:
+            mend = f"give fewer --num-workers, or --num-{kind.lower()}s of each below one"
             raise ValueError(
                 f"{size} workers of {amount:g} {kind}s each do not fit a cluster that has {there[kind]:g}; "
-                f"give fewer --num-workers, or --num-{kind.lower()}s of each below one"
+                f"{mend if there[kind] else 'give --device cpu'}"
             )
     return size, wanted["CPU"], wanted["GPU"]
+
+
+def _wants_gpu(config: LabelConfig, any_there: bool) -> bool:
+    """Whether workers are to have GPUs. ValueError where the options do not go together."""
+    kind, num = config.device.partition(":")[0], config.num_gpus
+    if kind not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"unknown device {config.device!r}; use auto, cpu or cuda")
+    if num is not None and kind != "auto" and (num > 0) != (kind == "cuda"):
+        raise ValueError(f"--device {config.device} and --num-gpus {num:g} contradict each other; give one of them")
+    return kind == "cuda" or (kind == "auto" and any_there)

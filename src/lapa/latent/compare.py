@@ -35,7 +35,7 @@ class CompareConfig:
     lams: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the latent action models, or their ids on the hub."""
     data: str
-    """Dataset to measure on."""
+    """Dataset to measure on. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
     out: Path | None = None
     """Folder of compare.json; by default compare_DATASET here."""
     num_pairs: int = NUM_PAIRS

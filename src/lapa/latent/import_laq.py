@@ -9,6 +9,7 @@ LAPA (https://arxiv.org/abs/2410.11758), https://github.com/LatentActionPretrain
 from __future__ import annotations
 
 import pickle
+import shlex
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def run(config: ImportLaqConfig) -> None:
     write_json(config.out / "metrics.json", {})
     model.save_pretrained(config.out, configs.to_dict(config))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    next_commands = [f"lapa latent probe {config.out} --data DATASET", f"lapa label --lam {config.out} --data DATASET"]
+    lam = shlex.quote(str(config.out))
+    next_commands = [f"lapa latent probe {lam} --data DATASET", f"lapa label --lam {lam} --data DATASET"]
     finish(f"latent action model of {parameters:,} parameters", config.out, next_commands)
 
 

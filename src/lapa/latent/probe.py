@@ -48,7 +48,10 @@ class ProbeConfig:
     lam: tyro.conf.Positional[Path]
     """Folder of the latent action model, or its id on the hub."""
     data: str
-    """Dataset to measure on. Where it has actions, probes to them are fitted."""
+    """Dataset to measure on. Where it has actions, probes to them are fitted.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
     out: Path | None = None
     """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
     num_pairs: int = NUM_PAIRS

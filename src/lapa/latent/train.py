@@ -43,7 +43,10 @@ class LatentTrainConfig:
     """Train a latent action model on one or more datasets. No actions are needed."""
 
     data: tuple[str, ...]
-    """Datasets to learn from: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT], of which horizon=SECONDS is a key."""
+    """Datasets to learn from; horizon=SECONDS is a key.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
     out: Path
     """Folder of the latent action model to write."""
     preset: str = "tiny"

@@ -54,9 +54,9 @@ class PolicyParts:
         return bool(self.model.config.chunk)
 
     def under(self, key: str | None) -> PolicyParts:
-        """The policy that acts by one of its sets of statistics; a policy that has but one is given no key.
+        """The policy that acts by one of its sets of statistics, and reads the prompt of that dataset.
 
-        ValueError listing the keys where the key is missing or not among them.
+        A policy that has but one set is given no key. ValueError listing the keys where it is missing or none of them.
         """
         config = self.model.config
         require_key(key, [item.key for item in config.spaces])
@@ -66,6 +66,7 @@ class PolicyParts:
         config = replace(
             config,
             spaces=(),
+            prompts=replace(config.prompts, default=config.prompts.template(key)),
             action_space=next(item.space for item in config.spaces if item.key == key),
             action_bins=most_bins([chosen.codec]),
             state_bins=most_bins([chosen.states]),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,6 +310,7 @@ def _what(vocabulary: Vocabulary) -> str:
 
 
 def _next_commands(config: ImportLapaConfig, vocabulary: Vocabulary) -> Sequence[str]:
-    finetune = f"lapa policy finetune --preset paper --policy {config.out} --data ROBOT_DATASET --out POLICY"
-    pretrain = f"lapa policy pretrain --preset paper --policy {config.out} --data DATASET --labels LABELS --out POLICY"
+    policy = shlex.quote(str(config.out))
+    finetune = f"lapa policy finetune --preset paper --policy {policy} --data ROBOT_DATASET --out POLICY"
+    pretrain = f"lapa policy pretrain --preset paper --policy {policy} --data DATASET --labels LABELS --out POLICY"
     return [finetune] if vocabulary.latent else [pretrain]

@@ -50,7 +50,10 @@ class MeasureConfig:
     policy: Annotated[Path, tyro.conf.Positional]
     """Folder of a policy."""
     data: str
-    """Dataset to measure on; with actions, or with --labels."""
+    """Dataset to measure on; with actions, or with --labels.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
     out: Path | None = None
     """Folder of measure.json; by default POLICY/measure_DATASET."""
     labels: str | None = None
@@ -62,7 +65,7 @@ class MeasureConfig:
     cameras: tuple[str, ...] = ()
     """Which of the dataset's cameras fill the image slots; by default those of the same names, or the only one."""
     prompt_of: str | None = None
-    """Whose prompt the policy reads, of the datasets it learned from; by default its own."""
+    """Whose prompt the policy reads, of the datasets it learned from; by default --statistics-key's, or its own."""
     statistics_key: str | None = None
     """By which dataset's statistics the policy acts, where it learned from several with actions."""
     batch_size: int = 64

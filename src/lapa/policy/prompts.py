@@ -64,8 +64,8 @@ class Prompts:
         templates = {self.template(dataset) for dataset in datasets}
         if len(templates) > 1:
             warn(
-                "several prompts are learned: a robot at work reads the default one, unless it is said whose "
-                "(`lapa evaluate --prompt-of DATASET`)"
+                "several prompts are learned: a robot at work reads that of its --statistics-key, or else the default "
+                "one, unless it is said whose (`lapa evaluate --prompt-of DATASET`)"
             )
             return self
         return replace(self, default=templates.pop()) if templates else self

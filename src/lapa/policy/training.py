@@ -5,10 +5,8 @@ Axes: B batch, K chunk, A action dimensions.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,8 +30,9 @@ from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
 
-# Held-out steps that an evaluation looks at, spread evenly over the held-out episodes.
+# Held-out steps that an evaluation looks at, spread evenly over the held-out episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
+LEAST_STEPS = 32
 EVALUATION_BATCH = 64
 HF = "hf:"
 
@@ -48,7 +47,7 @@ class TrainingOptions:
     """What `lapa policy pretrain` and `lapa policy finetune` have in common."""
 
     data: tuple[str, ...]
-    """Datasets to learn from: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    """Datasets to learn from. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
     out: Path
     """Folder of the policy to write."""
     policy: Path | None = None
@@ -174,6 +173,12 @@ def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Seq
         chosen = tuple(common)
     if not chosen and len(policy.cameras) == 1 and all(len(dataset.cameras) == 1 for dataset in datasets):
         chosen = policy.cameras
+    if not chosen and not common:
+        found = "; ".join(f"{dataset.name}: {', '.join(dataset.cameras)}" for dataset in datasets)
+        raise ValueError(
+            f"the datasets have no camera in common ({found}); read one of each in place, as in "
+            "--data SOURCE:PATH,camera=NAME (docs/1-data.md)"
+        )
     if not chosen:
         raise ValueError(
             f"{datasets[0].root}: has the cameras {', '.join(common)}, the policy was trained with "
@@ -246,31 +251,47 @@ def held_out_figures(inputs: PolicyInputs, steps: PolicySteps) -> Callable[[nn.M
     """An evaluation on held-out steps: the loss and its parts given the true tokens before each, and for robot
 
     actions `action_error`, the mean absolute difference of the decoded chunk, in the robot's units; for each dataset,
-    as `action_error_NAME`, where each has statistics of its own.
+    as `action_error_NAME`, where each has statistics of its own. The others are means over the datasets, each by its
+    share of the draws.
     """
-    chosen = np.unique(np.linspace(0, len(steps) - 1, EVALUATION_STEPS).round().astype(int))
-    items = [steps[int(index)] for index in chosen]
-    # Steps are ordered by dataset.
-    runs = [list(run) for _, run in groupby(items, lambda item: item["dataset"] if inputs.by_key else None)]
-    groups = [run[first : first + EVALUATION_BATCH] for run in runs for first in range(0, len(run), EVALUATION_BATCH)]
-    counts = Counter(item["dataset"] for item in items)
-    batches = [inputs.collate(group) for group in groups]
+    parts = [(share, [steps[index] for index in chosen]) for share, chosen in evaluated_steps(steps)]
+    groups = [
+        (share, len(items), items[first : first + EVALUATION_BATCH])
+        for share, items in parts
+        for first in range(0, len(items), EVALUATION_BATCH)
+    ]
+    batches = [inputs.collate(group) for _, _, group in groups]
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, LatentPolicy)
         device = next(model.parameters()).device
         totals: dict[str, float] = {}
-        for group, batch in zip(groups, batches, strict=True):
+        for (share, num_items, group), batch in zip(groups, batches, strict=True):
             figures = _figures(model, inputs, group, {name: value.to(device) for name, value in batch.items()})
-            dataset = group[0]["dataset"]
             for name, value in figures.items():
-                total = len(items)
-                if name == "action_error" and inputs.by_key:
-                    name, total = f"{name}_{dataset}", counts[dataset]
-                totals[name] = totals.get(name, 0.0) + value * len(group) / total
+                by_dataset = name == "action_error" and inputs.by_key
+                key = f"{name}_{group[0]['dataset']}" if by_dataset else name
+                weight = len(group) / num_items * (1.0 if by_dataset else share)
+                totals[key] = totals.get(key, 0.0) + value * weight
         return {f"held_out_{name}": value for name, value in totals.items()}
 
     return evaluate
+
+
+def evaluated_steps(steps: PolicySteps) -> list[tuple[float, list[int]]]:
+    """Of each dataset that has steps its share of the draws, and steps at even distances, as many of one as of another.
+
+    So a small dataset beside a large one is looked at, too.
+    """
+    drawn = [part for part in steps.mixture.parts if part.num_items]
+    most = max(EVALUATION_STEPS // len(drawn), LEAST_STEPS)
+    chosen, first = [], 0
+    for part, share in zip(steps.mixture.parts, steps.mixture.shares, strict=True):
+        if part.num_items:
+            spread = np.linspace(first, first + part.num_items - 1, most).round().astype(int)
+            chosen.append((share, np.unique(spread).tolist()))
+        first += part.num_items
+    return chosen
 
 
 def open_steps(

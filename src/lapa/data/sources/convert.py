@@ -9,6 +9,8 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,10 @@ from lapa.data.sources.items import KEYFRAME_INTERVAL, Converted, convert_item
 from lapa.data.sources.source import Item, Reading, Source
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
-from lapa.files import as_path, claim_output, is_remote, remove_folder
+from lapa.files import as_path, claim_output, is_remote
 
-INCOMING = ".incoming"
+# How the folder begins in which videos wait to be added.
+INCOMING = ".incoming-"
 # What is counted, as the journal and the summary call it.
 DAMAGED, KEPT = "left out, damaged", "damaged, the readable part is kept"
 LOST = "frames lost in what is damaged"
@@ -102,6 +105,7 @@ def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> N
     for note, count in sorted(writer.notes.items()):
         warn(f"{note}: {count}")
     if not writer.num_episodes:
+        writer.discard()
         raise ValueError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
     dataset = writer.finish()
     what = f"dataset of {len(dataset.lengths)} episodes, {dataset.num_frames} frames at {fps:g} fps"
@@ -124,7 +128,7 @@ def _open_writer(
         else (),
         control=space.control if space else None,
         keyframe_interval=KEYFRAME_INTERVAL,
-        extra_info={"made_by": f"lapa data {source.kind}", **source.settings, **_filters(options)},
+        extra_info={"made_by": f"lapa data {source.kind}", **source.settings, **_filters(options, copied)},
         resume=options.resume,
     )
 
@@ -168,10 +172,10 @@ def _choose_rate(source: Source, options: ConvertOptions) -> float:
     return rate
 
 
-def _filters(options: ConvertOptions) -> dict[str, Any]:
+def _filters(options: ConvertOptions, copied: bool) -> dict[str, Any]:
     """The options that decide what of the source is in the dataset: a resumed run must have the same."""
-    names = ("camera", "actions", "size", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "limit")
-    values = {name: getattr(options, name) for name in names}
+    names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "limit")
+    values = {name: getattr(options, name) for name in (*names, *(() if copied else ("size",)))}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
 
 
@@ -184,19 +188,23 @@ def _convert_all(
     options: ConvertOptions,
     work: Job,
 ) -> None:
-    incoming = options.out / INCOMING
-    if incoming.exists():
-        remove_folder(incoming)
+    _remove_incoming(options.out)
+    # Of its own for each run: workers of a killed one may go on for a moment.
+    incoming = Path(tempfile.mkdtemp(prefix=INCOMING, dir=options.out))
     jobs = ((item, incoming / str(number)) for number, item in enumerate(items))
-    num_workers = options.workers or os.cpu_count() or 1
+    num_workers = min(options.workers or os.cpu_count() or 1, len(items))
     shared = (source.without_items(), cameras, fps, options)
     with progress() as bar, Workers(num_workers if num_workers > 1 else 0, shared) as workers:
         task = bar.add_task("converting", total=len(items), note="")
         for number, made in enumerate(workers.in_order(work, jobs)):
             _add(source, items[number], made, writer, options.skip_bad)
             bar.advance(task)
-    if incoming.exists():
-        remove_folder(incoming)
+    _remove_incoming(options.out)
+
+
+def _remove_incoming(out: Path) -> None:
+    for folder in out.glob(f"{INCOMING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _add(source: Source, item: Item, made: Converted, writer: DatasetWriter, skip_bad: bool) -> None:

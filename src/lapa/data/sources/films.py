@@ -17,11 +17,12 @@ import numpy as np
 from av.video.frame import VideoFrame
 from jaxtyping import UInt8
 
+from lapa.data.random_access import EARLIER, OpenClip, open_clip
 from lapa.data.sources.cache import cached, stamp
 from lapa.data.sources.filters import TIE, in_time, resample
 from lapa.data.sources.finding import judge, look_through
 from lapa.data.sources.source import Clip, Item, Source, with_length
-from lapa.data.video import EARLIER, ClipScan, OpenClip, VideoInfo, frame_times, open_clip, probe, upright
+from lapa.data.video import ClipScan, VideoInfo, frame_times, probe, upright
 
 # Files; looking at fewer headers takes less than a second or two.
 WORTH_KEEPING = 500

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +44,12 @@ def require_folder(folder: Path | str, what: str) -> Path:
             told = "is an archive; unpack it first"
         raise ValueError(f"{folder}: {told}; name a folder with {what}")
     return root
+
+
+def require_rate(fps: float | None) -> None:
+    """Raises ValueError for an --fps that is no rate; None is left to the source."""
+    if fps is not None and not 0 < fps < inf:
+        raise ValueError(f"--fps {fps}: must be above 0, and finite")
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:

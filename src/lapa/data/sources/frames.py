@@ -27,7 +27,7 @@ from lapa.console import say, warn
 from lapa.data.sources import convert
 from lapa.data.sources.convert import ConvertOptions
 from lapa.data.sources.films import CAMERA
-from lapa.data.sources.finding import judge, natural, require_folder, walk
+from lapa.data.sources.finding import judge, natural, require_folder, require_rate, walk
 from lapa.data.sources.source import Clip, Item, Source
 from lapa.data.sources.videos import find_captions
 from lapa.files import reading as reading_file
@@ -126,8 +126,7 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _open(reading: FramesReading) -> FramesSource:
-    if not reading.fps > 0:
-        raise ValueError(f"--fps {reading.fps}: must be above 0")
+    require_rate(reading.fps)
     source = FramesSource()
     source.root = require_folder(reading.folder, "folders of pictures")
     source.name, source.fps = source.root.resolve().name, reading.fps

@@ -27,7 +27,7 @@ from lapa.console import warn
 from lapa.data.sources import convert
 from lapa.data.sources.convert import ConvertOptions
 from lapa.data.sources.films import CAMERA, TIE, count_frames, frames_near, pictures_near, read_headers
-from lapa.data.sources.finding import find_films, judge, most_common, natural, unambiguous
+from lapa.data.sources.finding import find_films, judge, most_common, natural, require_rate, unambiguous
 from lapa.data.sources.source import Clip, Item, Source
 from lapa.data.video import VideoInfo
 
@@ -118,8 +118,7 @@ def seconds(text: str) -> float:
 def _open(reading: NarratedReading) -> NarratedSource:
     if reading.narrations is None:
         raise ValueError(f"{reading.folder}: no narrations; give a CSV of video, start, stop, text as --narrations")
-    if reading.fps is not None and not reading.fps > 0:
-        raise ValueError(f"--fps {reading.fps}: must be above 0")
+    require_rate(reading.fps)
     table = Path(reading.narrations)
     root, names = find_films(reading.folder)
     films, twice = unambiguous(names)
@@ -130,7 +129,7 @@ def _open(reading: NarratedReading) -> NarratedSource:
             raise ValueError(f"{table}: {video} may be {twice[video]}; write the folder before it")
     missing = [video for video in asked if video not in films]
     if missing:
-        lost = sum(row.video in missing for row in rows)
+        lost = sum(row.video not in films for row in rows)
         warn(f"videos missing: {len(missing)} of the {len(asked)} that {table} names ({missing[0]}, ...); rows: {lost}")
     used = sorted({films[video] for video in asked if video in films}, key=natural)
     if not used:

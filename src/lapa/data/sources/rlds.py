@@ -44,6 +44,7 @@ from lapa.files import as_path
 
 FORMATS = ("JPEG", "PNG")
 NO_TEXT = "without instruction (--caption TEXT gives them one)"
+LEAVE_OUT = "mend or replace it, or convert with `lapa data rlds --skip-bad`, which leaves the episode out"
 CHANGES = "the instruction changes, the first is taken"
 
 
@@ -131,7 +132,7 @@ class RldsSource(Source):
     def _looked_at(
         self, item: Item, values: Mapping[str, Any]
     ) -> tuple[Mapping[str, np.ndarray], str, list[str], list[str]]:
-        """What can be told without decoding its pictures: numbers, instruction, notes, and the cameras that are blank."""
+        """What is told without decoding all pictures: numbers, instruction, notes, and the cameras that are blank."""
         numbers = self.numbers(item)
         instruction, notes = self._told(item, values)
         blank = self._blank(item, values)
@@ -139,8 +140,11 @@ class RldsSource(Source):
         return numbers, instruction, notes, blank
 
     def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
-        values = self._values(item)
-        return np.stack([self._picture(item, values, camera, int(step)) for step in frame_indices])
+        try:
+            values = self._values(item)
+            return np.stack([self._picture(item, values, camera, int(step)) for step in frame_indices])
+        except ValueError as error:
+            raise ValueError(f"{error}; {LEAVE_OUT}") from None
 
     def numbers(self, item: Item) -> Mapping[str, np.ndarray]:
         values, num_steps = self._values(item), self._num_steps(item)

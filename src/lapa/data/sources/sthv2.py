@@ -20,7 +20,7 @@ from lapa.console import warn
 from lapa.data.sources import convert
 from lapa.data.sources.convert import ConvertOptions
 from lapa.data.sources.films import CAMERA, FilmSource
-from lapa.data.sources.finding import find_films, natural, unambiguous
+from lapa.data.sources.finding import find_films, natural, require_rate, unambiguous
 from lapa.data.sources.source import Item, Source
 from lapa.data.video import probe
 from lapa.files import read_json
@@ -70,8 +70,7 @@ def run(config: Sthv2Config) -> None:
 
 
 def _open(reading: Sthv2Reading) -> Sthv2Source:
-    if not reading.fps > 0:
-        raise ValueError(f"--fps {reading.fps}: must be above 0")
+    require_rate(reading.fps)
     root, names = find_films(reading.folder)
     labels = Path(reading.labels) if reading.labels is not None else _find_labels(root, reading.split)
     texts = read_labels(labels, reading.text)

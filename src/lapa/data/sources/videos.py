@@ -24,14 +24,15 @@ import tyro
 
 from lapa import files
 from lapa.console import say, warn
+from lapa.data.random_access import decode_clip
 from lapa.data.sources import convert
 from lapa.data.sources.convert import ConvertOptions
 from lapa.data.sources.films import CAMERA, FilmSource, quick_count, read_headers
-from lapa.data.sources.finding import by_short_name, find_films, judge, most_common
+from lapa.data.sources.finding import by_short_name, find_films, judge, most_common, require_rate
 from lapa.data.sources.items import Converted, Part
 from lapa.data.sources.source import Item, Source
 from lapa.data.statistics import PixelMoments
-from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream, decode_clip
+from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream
 
 CAPTION_COLUMNS = ("text", "caption", "instruction")
 
@@ -76,7 +77,7 @@ class VideosSource(FilmSource):
 
 def run(config: VideosConfig) -> None:
     """`lapa data videos`."""
-    given = [name for name in ("rate", "cut_shots", "min_seconds", "min_motion") if getattr(config, name)]
+    given = [name for name in ("rate", "cut_shots", "min_seconds", "min_side", "min_motion") if getattr(config, name)]
     if config.keep_encoding and given:
         raise ValueError(
             f"--keep-encoding copies whole videos; run without it, or without --{given[0].replace('_', '-')}"
@@ -86,8 +87,7 @@ def run(config: VideosConfig) -> None:
 
 def open_videos(reading: VideosReading, keep_encoding: bool = False) -> VideosSource:
     """Lists the videos with their captions and headers; what is wrong is said before anything is written."""
-    if reading.fps is not None and not reading.fps > 0:
-        raise ValueError(f"--fps {reading.fps}: must be above 0")
+    require_rate(reading.fps)
     root, names = find_films(reading.folder)
     instructions, skipped = find_captions(reading, names)
     captioned = [name for name in names if name in instructions]
@@ -104,6 +104,7 @@ def open_videos(reading: VideosReading, keep_encoding: bool = False) -> VideosSo
     if not items:
         raise ValueError(f"{root}: no video of it can be used")
     source = VideosSource()
+    source.skip_bad = reading.skip_bad
     source.root, source.name = root, root.resolve().name
     source.fps = _choose_fps(root, infos, reading.fps, keep_encoding)
     source.cameras = {CAMERA: _choose_shape(root, [name for name, _ in items], infos, keep_encoding)}
@@ -122,8 +123,8 @@ def open_videos(reading: VideosReading, keep_encoding: bool = False) -> VideosSo
     return source
 
 
-def read_captions(path: Path) -> dict[str, str]:
-    """Captions by file name, from JSON, JSONL or CSV. Raises ValueError naming the file and the line."""
+def read_captions(path: Path) -> list[tuple[str, str]]:
+    """(file name, caption) in order, from JSON, JSONL or CSV. Raises ValueError naming the file and the line."""
     suffix = path.suffix.lower()
     if not path.is_file():
         raise ValueError(f"{path}: no such captions file")
@@ -133,14 +134,18 @@ def read_captions(path: Path) -> dict[str, str]:
             wrong = next((name for name, text in captions.items() if not isinstance(text, str)), None)
             if wrong is not None:
                 raise ValueError(f'{path}: the caption of {wrong!r} is not text; expected {{"file": "text"}}')
-            return dict(captions)
+            return list(captions.items())
         return _caption_rows(path, captions if isinstance(captions, list) else [captions])
-    if suffix in (".jsonl", ".ndjson"):
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        return _caption_rows(path, (_json_line(path, number, line) for number, line in enumerate(lines, 1)))
-    if suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as table:
-            return _caption_rows(path, csv.DictReader(table))
+    try:
+        if suffix in (".jsonl", ".ndjson"):
+            # Not splitlines: a caption may hold what Unicode takes for the end of a line.
+            lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+            return _caption_rows(path, (_json_line(path, number, line) for number, line in lines if line.strip()))
+        if suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as table:
+                return _caption_rows(path, csv.DictReader(table))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
     raise ValueError(f"{path}: captions are .json, .jsonl or .csv, not {suffix or 'a file without a suffix'}")
 
 
@@ -148,20 +153,26 @@ def find_captions(reading: Any, names: Sequence[str], what: str = "video") -> tu
     """The text of each name that has one, and how many problems were skipped.
 
     reading: has `folder`, `captions`, `caption` and `skip_bad`. A caption may name a file with its folders or without,
-    if that is unique. ValueError for names without caption and captions without file, unless `skip_bad`.
+    if that is unique; of several the first counts, and an empty one is none. ValueError for names without caption and
+    captions without file, unless `skip_bad`.
     """
     if reading.captions is None and reading.caption is None:
         raise ValueError(f'{reading.folder}: no captions; give --captions FILE, or --caption "what the {what}s show"')
     found = dict.fromkeys(names, reading.caption) if reading.caption is not None else {}
     if reading.captions is None:
         return found, 0
-    known, missing = by_short_name(names), []
-    for key, text in read_captions(Path(reading.captions)).items():
+    known, missing, told, again = by_short_name(names), [], set(), 0
+    for key, text in read_captions(Path(reading.captions)):
         name = known.get(key.removeprefix("./"))
         if name is None:
             missing.append(f"{reading.captions}: has a caption for {key}, which is not in {reading.folder}")
-        else:
+        elif name in told:
+            again += 1
+        elif text.strip():
             found[name] = text.strip()
+            told.add(name)
+    if again:
+        warn(f"{reading.captions}: further captions of a {what} that has one, not used: {again}")
     skipped = judge(missing, f"add the {what}, or take the entry out, or give --skip-bad", reading.skip_bad)
     bare = [f"{reading.folder}/{name}: has no caption in {reading.captions}" for name in names if name not in found]
     mend = "add one, or give --caption TEXT for those without, or --skip-bad to leave them out"
@@ -190,6 +201,8 @@ def _choose_shape(root: Path, names: Sequence[str], infos: Sequence[VideoInfo], 
         if keep_encoding:
             raise ValueError(f"{root}: mixed picture sizes ({told}); run without --keep-encoding")
         say(f"{len(shapes)} different picture sizes ({told}); all are scaled and cropped to one when they are used")
+    if keep_encoding and (shape[0] % 2 or shape[1] % 2):
+        raise ValueError(f"{root}: pictures of {shape[1]}x{shape[0]}, an odd size; run without --keep-encoding")
     for name, info in zip(names, infos, strict=True):
         if keep_encoding and info.codec not in MP4_CODECS:
             raise ValueError(
@@ -247,13 +260,13 @@ def _copy_checked(source: Path, target: Path, fps: float, checksums: list[int]) 
     return None if same else "its copy shows other frames"
 
 
-def _caption_rows(path: Path, rows: Iterable[Any]) -> dict[str, str]:
-    captions = {}
+def _caption_rows(path: Path, rows: Iterable[Any]) -> list[tuple[str, str]]:
+    captions = []
     for number, row in enumerate(rows, 1):
         column = next((name for name in CAPTION_COLUMNS if isinstance(row, Mapping) and row.get(name)), None)
         if column is None or not row.get("file"):
             raise ValueError(f"{path}: entry {number} needs `file` and one of {', '.join(CAPTION_COLUMNS)}")
-        captions[str(row["file"])] = str(row[column])
+        captions.append((str(row["file"]), str(row[column])))
     return captions
 
 

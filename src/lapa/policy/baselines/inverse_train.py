@@ -7,6 +7,7 @@ Axes: B batch, N pairs, T=2 frames of a pair, C channel, H W image, K steps betw
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +46,10 @@ class InverseTrainConfig:
     """Train an inverse dynamics model, which tells the robot's actions from pictures, on episodes with actions."""
 
     data: tuple[str, ...]
-    """Datasets with actions to learn from."""
+    """Datasets with actions to learn from.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
     out: Path
     """Folder of the model to write."""
     preset: str = "tiny"
@@ -86,7 +90,7 @@ class InversePairs(torch.utils.data.Dataset):
 
 def run(config: InverseTrainConfig) -> None:
     """`lapa baseline inverse`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [f"lapa baseline pseudo-label --inverse {config.out} --data VIDEOS --out DATASET"]
+    next_commands = [f"lapa baseline pseudo-label --inverse {shlex.quote(str(config.out))} --data VIDEOS --out DATASET"]
     if config.resume and is_inverse(config.out):
         finish("inverse dynamics model, already complete", config.out, next_commands)
         return

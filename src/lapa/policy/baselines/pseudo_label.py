@@ -12,6 +12,7 @@ Axes: T time, P pairs of an episode, C channel, H W image, K steps between the f
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,10 @@ class PseudoLabelConfig:
     inverse: Path
     """Folder of the inverse dynamics model."""
     data: str
-    """Dataset whose videos to label; actions and states that it may have are not read."""
+    """Dataset whose videos to label; actions and states that it may have are not read.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
     out: Path
     """Folder of the dataset to write."""
     camera: str | None = None
@@ -74,7 +78,7 @@ class SeesActions(Protocol):
 
 def run(config: PseudoLabelConfig) -> None:
     """`lapa baseline pseudo-label`. Raises ValueError on bad input, or where no episode is long enough for a pair."""
-    next_commands = [f"lapa policy finetune --from-scratch --data {config.out} --out POLICY"]
+    next_commands = [f"lapa policy finetune --from-scratch --data {shlex.quote(str(config.out))} --out POLICY"]
     model, dataset = InverseDynamics.from_pretrained(config.inverse), require_folder(Dataset.open(config.data))
     camera = config.camera or model.camera
     if camera not in dataset.cameras:

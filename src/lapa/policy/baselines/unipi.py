@@ -14,6 +14,7 @@ Axes: B batch, F future frames, T=1+F frames, C channel, H W image, K chunk, A a
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def run(config: UniPiConfig) -> None:
         shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png"))
     parts = video_fingerprint(config.out / VIDEO), inverse_fingerprint(config.out / INVERSE)
     configs.save(Acting(config.sampling_steps, config.guidance, config.seed, *parts), config.out / CONFIG)
-    finish("policy", config.out, [f"lapa evaluate {config.out} --env ENVIRONMENT --out RESULTS"])
+    finish("policy", config.out, [f"lapa evaluate {shlex.quote(str(config.out))} --env ENVIRONMENT --out RESULTS"])
 
 
 def is_unipi(folder: Path) -> bool:

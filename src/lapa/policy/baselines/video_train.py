@@ -8,6 +8,7 @@ Axes: B batch, T=1+F frames (the one that is seen and the F that follow), C chan
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ class VideoTrainConfig:
     """Train a video model to predict what follows a frame, given an instruction. No actions are needed."""
 
     data: tuple[str, ...]
-    """Datasets to learn from."""
+    """Datasets to learn from. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
     out: Path
     """Folder of the video model to write."""
     start: Path | None = None
@@ -73,7 +74,7 @@ class VideoTrainConfig:
 
 def run(config: VideoTrainConfig) -> None:
     """`lapa baseline video`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [f"lapa baseline unipi --video {config.out} --inverse INVERSE --out POLICY"]
+    next_commands = [f"lapa baseline unipi --video {shlex.quote(str(config.out))} --inverse INVERSE --out POLICY"]
     if config.resume and (config.out / CONFIG).exists():
         finish("video model, already complete", config.out, next_commands)
         return
