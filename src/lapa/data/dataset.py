@@ -86,6 +86,11 @@ class Dataset(ABC):
         return open_dataset(data)
 
     @property
+    def in_place(self) -> bool:
+        """Whether this is somebody else's data, in whose folder nothing is written."""
+        return False
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """Identifies the dataset, as far as labels depend on it."""

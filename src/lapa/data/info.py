@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from rich.table import Table
 from lapa.console import console, finish, say
 from lapa.data.action_space import KEY
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import LeRobotDataset
 from lapa.data.transforms import resize_and_crop
 from lapa.files import atomic_path, is_remote
 
@@ -44,11 +44,11 @@ def run(config: InfoConfig) -> None:
     if dataset.coded:
         say("no contact sheet: it has codes of pictures, and no pictures")
         return
-    ours = isinstance(dataset, LeRobotDataset) and not is_remote(dataset.root)
+    ours = not (dataset.in_place or is_remote(dataset.root))
     sheet = config.sheet or (dataset.root / "contact_sheet.png" if ours else Path(f"{dataset.name}_contact_sheet.png"))
     with atomic_path(sheet) as temporary:
         contact_sheet(dataset).save(temporary)
-    finish("contact sheet", sheet, [f"lapa latent train --data {config.data} --out LAM"])
+    finish("contact sheet", sheet, [f"lapa latent train --data {shlex.quote(config.data)} --out LAM"])
 
 
 def summary(dataset: Dataset) -> Table:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def run(config: HideActionsConfig) -> None:
     """`lapa data hide-actions`. Raises ValueError where `out` is, contains or lies inside the dataset."""
     dataset = require_folder(Dataset.open(config.data))
     note = {"made_by": NO_ACTIONS, "source_fingerprint": dataset.fingerprint}
-    next_commands = [f"lapa latent train --data {config.out} --out LAM"]
+    next_commands = [f"lapa latent train --data {shlex.quote(str(config.out))} --out LAM"]
     if config.resume and not config.overwrite and is_dataset(config.out):
         configs.require_same(config.out / EXTRA, note)
         finish("dataset without actions, already complete", config.out, next_commands)

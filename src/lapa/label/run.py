@@ -26,7 +26,6 @@ from lapa import config as configs
 from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, Manifest
-from lapa.data.lerobot import LeRobotDataset
 from lapa.data.pairs import horizon_frames
 from lapa.engine.distributed import Processes, start
 from lapa.files import as_path, claim_output, is_remote, write_json
@@ -190,7 +189,7 @@ def _require_sense(config: LabelConfig) -> None:
 
 
 def _choose_out(config: LabelConfig, dataset: Dataset, fingerprint: str) -> Path:
-    if config.out is None and not isinstance(dataset, LeRobotDataset):
+    if config.out is None and dataset.in_place:
         raise ValueError(
             f"{config.data}: is read in place, and nothing is written into {dataset.root}; say with --out where its "
             "labels go"

@@ -128,7 +128,7 @@ def run(config: LatentTrainConfig) -> None:
         watch.conclude(result.metrics)
         write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
         model.save_pretrained(config.out, {**configs.to_dict(config), **learned_from(training)})
-        finish("latent action model", config.out, _next_commands(config))
+        finish("latent action model", config.out, _next_commands(config, datasets[0].in_place))
 
 
 def pairs_config(config: LatentTrainConfig) -> PairsConfig:
@@ -221,9 +221,10 @@ class CollapseWatch:
             warn(f"{sign}; {advice or self._advice}")
 
 
-def _next_commands(config: LatentTrainConfig) -> list[str]:
-    lam, data = str(config.out), str(config.data[0])
-    label = shlex.join(["lapa", "label", "--lam", lam, "--data", data])
+def _next_commands(config: LatentTrainConfig, in_place: bool = False) -> list[str]:
+    """in_place: whether the first dataset is, and labels have no folder of their own there."""
+    lam, data = str(config.out), config.data[0]
+    label = shlex.join(["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)])
     return [
         shlex.join(["lapa", "latent", "probe", lam, "--data", data]),
         *([] if config.model.quantizer == "continuous" else [label]),

@@ -9,6 +9,7 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -109,7 +110,8 @@ def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> N
         raise ValueError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
     dataset = writer.finish()
     what = f"dataset of {len(dataset.lengths)} episodes, {dataset.num_frames} frames at {fps:g} fps"
-    finish(what, out, [f"lapa data info {out}", f"lapa latent train --data {out} --out LAM"])
+    folder = shlex.quote(str(out))
+    finish(what, out, [f"lapa data info {folder}", f"lapa latent train --data {folder} --out LAM"])
 
 
 def _open_writer(

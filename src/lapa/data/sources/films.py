@@ -122,9 +122,10 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def quick_count(info: VideoInfo, fps: float) -> int | None:
-    """How many frames at `fps` a video gives, as `resample` counts, up to the middle of the last frame.
+    """How many frames at `fps` a video gives, up to the middle of the last frame, by its header alone.
 
-    None where the header does not tell.
+    As `resample` counts, but one more where a header declares a constant rate that the frames do not keep. None where
+    the header does not tell.
     """
     if not info.constant or info.num_frames is None:
         return None

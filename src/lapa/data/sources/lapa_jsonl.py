@@ -13,6 +13,7 @@ Formats: lapa.data.sources.lapa_rows. Axes: T time, H W image, N codes of a pict
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +94,8 @@ def run(config: LapaJsonlConfig) -> None:
         say(f"{config.file}: has codes and no pictures; its labels are written, the rows are read in place")
         claim_output(config.out, complete=False, overwrite=config.overwrite, inputs=[source.root])
         written = write_labels(source, source.dataset(), labels, config)
-        command = f"lapa policy pretrain --policy LWM_POLICY --data {_spec(config)} --labels {labels} --out POLICY"
-        finish(f"labels of {written} rows", labels, [command])
+        words = ["lapa", "policy", "pretrain", "--policy", "LWM_POLICY", "--data", _spec(config)]
+        finish(f"labels of {written} rows", labels, [shlex.join([*words, "--labels", str(labels), "--out", "POLICY"])])
         return
     convert.run(config, config)
     if not source.latent_length or (labels / MANIFEST).exists():
@@ -103,7 +104,8 @@ def run(config: LapaJsonlConfig) -> None:
         warn("labels are not written: with --rate or --cut-shots, frames are not those of the rows")
         return
     written = write_labels(source, Dataset.open(config.out), labels, config)
-    finish(f"labels of {written} rows", labels, [f"lapa policy pretrain --data {config.out} --labels {labels}"])
+    words = ["lapa", "policy", "pretrain", "--data", str(config.out), "--labels", str(labels), "--out", "POLICY"]
+    finish(f"labels of {written} rows", labels, [shlex.join(words)])
 
 
 def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config: LapaJsonlConfig) -> int:

@@ -136,6 +136,10 @@ class SourceDataset(Dataset):
             sources=[item.key for item in self._items],
         )
 
+    @property
+    def in_place(self) -> bool:
+        return True
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the source's settings and of its items' names, lengths and instructions."""
