@@ -9,11 +9,14 @@ import tracemalloc
 import uuid
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lapa import config as configs
 from lapa.data.dataset import Dataset
@@ -288,6 +291,54 @@ def test_labels_may_lie_on_a_store(data: Path, lam: Path, tmp_path: Path) -> Non
     run(LabelConfig(lam=lam, data=data, out=url, shard_episodes=4, embeddings=True, resume=True))
     run(LabelConfig(lam=lam, data=data, out=url, overwrite=True))
     assert len(list(as_path(url).glob("episodes-*.parquet"))) == 1
+
+
+class Remembering(MemoryFileSystem):
+    """A store whose client remembers listings, as those of s3 and gs do; others write to it without its knowledge."""
+
+    protocol = "remembering"
+    root_marker = ""
+
+    def ls(self, path: str, detail: bool = True, **_: object) -> list[Any]:
+        path = self._strip_protocol(path)
+        if path not in self.dircache:
+            self.dircache[path] = super().ls(path, detail=True)
+        return [entry if detail else entry["name"] for entry in self.dircache[path]]
+
+    def find(self, path: str, *given: Any, **more: Any) -> Any:
+        self.ls(path)
+        return super().find(path, *given, **more)
+
+    def info(self, path: str, **_: object) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        parent = self._parent(path)
+        if parent in self.dircache and all(entry["name"] != path for entry in self.dircache[parent]):
+            raise FileNotFoundError(path)
+        return super().info(path)
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+    def put_file(self, lpath: str, rpath: str, **_: object) -> None:
+        """Shards come from other machines."""
+        MemoryFileSystem().put_file(lpath, rpath)
+        if not rpath.endswith(".parquet"):
+            self.invalidate_cache()
+
+    def _open(self, path: str, mode: str = "rb", **_: object) -> Any:
+        self.info(path)
+        return super()._open(path, mode)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("remembering://", "memory://"))
+
+
+def test_what_other_machines_have_written_to_a_store_is_seen(data: Path, lam: Path) -> None:
+    fsspec.register_implementation("remembering", Remembering, clobber=True)
+    url = f"remembering://{uuid.uuid4().hex}/labels"
+    run(LabelConfig(lam=lam, data=data, out=url, shard_episodes=4))
+    assert Labels.open(url).manifest.num_rows == EPISODES * (FRAMES - HORIZON)
 
 
 def test_outputs_on_a_store_are_claimed_as_on_disk() -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.compute as pc
 
 from lapa.console import say, warn
 from lapa.data.labels import SHARDS, Manifest, shard_notes, shard_path
+from lapa.files import is_remote
 from lapa.label.shards import Shard, Work, read_complete
 from lapa.latent.config import LatentModelConfig
 
@@ -70,6 +71,12 @@ def make_manifest(shards: Sequence[Shard], work: Work, model: LatentModelConfig,
         static_pairs=static,
         bad_episodes=tuple(bad),
     )
+
+
+def forget_listing(out: Path) -> None:
+    """Before what other processes have written is read: clients of stores see no more than they listed."""
+    if is_remote(out):
+        cast(Any, out).fs.invalidate_cache()
 
 
 def tell_left_out(manifest: Manifest) -> None:

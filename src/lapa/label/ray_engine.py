@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -134,8 +135,12 @@ def _rows(ray: Any, results: Any) -> Iterator[dict[str, Any]]:
     try:
         yield from results.iter_rows()
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise ValueError(f"Ray gave up ({reason[0]}); what is finished is kept, go on with --resume") from error
+        # Tracebacks and advice surround the line that says what was raised.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        named = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
+        raise ValueError(
+            f"Ray gave up ({[*lines, *named][-1]}); what is finished is kept, go on with --resume"
+        ) from error
 
 
 @contextmanager

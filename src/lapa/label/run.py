@@ -29,7 +29,7 @@ from lapa.data.labels import MANIFEST, Manifest
 from lapa.data.pairs import horizon_frames
 from lapa.engine.distributed import Processes, start
 from lapa.files import as_path, claim_output, is_remote, write_json
-from lapa.label.folder import clear_up, make_manifest, make_shards, missing_shards, tell_left_out
+from lapa.label.folder import clear_up, forget_listing, make_manifest, make_shards, missing_shards, tell_left_out
 from lapa.label.shards import Clocks, Labeller, Shard, Work
 from lapa.latent.model import LatentActionModel, horizon_for, lam_fingerprint
 
@@ -127,6 +127,7 @@ def run(config: LabelConfig) -> None:
         _follow(config, plan, missing, processes)
         _wait_for_all(processes)
         if processes.is_main:
+            forget_listing(out)
             manifest = make_manifest(shards, work, plan.model.config, plan.identity)
             clear_up(out)
             write_json(out / MANIFEST, configs.to_dict(manifest))
