@@ -220,7 +220,9 @@ def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_hori
     probe.run(ProbeConfig(config.out, specs(root, "")[1], tmp_path / "probe", num_pairs=8, device="cpu"))
     assert read_json(tmp_path / "probe" / "probe.json")["horizon_seconds"] == 0.2
     lines = [line for line in capsys.readouterr().err.splitlines() if "next: lapa label" in line]
-    assert shlex.split(lines[-1])[-1] == specs(root, "")[1], "quoted, for a path with a space"
+    words = shlex.split(lines[-1])
+    assert words[words.index("--data") + 1] == specs(root, "")[1], "quoted, for a path with a space"
+    assert words[-2:] == ["--out", "LABELS"], "labels of a source in place have no folder there"
     unknown = write_synthetic_dataset(tmp_path / "other", episodes=1, frames=3, size=32)
     assert horizon_for(config.out, unknown, lam) == lam.horizon
     write_json(config.out / "config.json", {**read_json(config.out / "config.json"), "datasets": ["x"]})

@@ -48,7 +48,7 @@ def run(config: InfoConfig) -> None:
     sheet = config.sheet or (dataset.root / "contact_sheet.png" if ours else Path(f"{dataset.name}_contact_sheet.png"))
     with atomic_path(sheet) as temporary:
         contact_sheet(dataset).save(temporary)
-    finish("contact sheet", sheet, [f"lapa latent train --data {shlex.quote(config.data)} --out LAM"])
+    finish("contact sheet", sheet, [f"lapa latent train --data {shlex.quote(str(config.data))} --out LAM"])
 
 
 def summary(dataset: Dataset) -> Table:

@@ -152,7 +152,7 @@ def run(config: ProbeConfig) -> None:
     said = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
     write_json(out / "probe.json", {**figures, **said})
     elsewhere = ["--out", "LABELS"] if dataset.in_place else []
-    next_command = shlex.join(["lapa", "label", "--lam", str(config.lam), "--data", config.data, *elsewhere])
+    next_command = shlex.join(["lapa", "label", "--lam", str(config.lam), "--data", str(config.data), *elsewhere])
     finish("probe.json and grid.png", out, [next_command] if model.discrete else [])
 
 

@@ -223,7 +223,7 @@ class CollapseWatch:
 
 def _next_commands(config: LatentTrainConfig, in_place: bool = False) -> list[str]:
     """in_place: whether the first dataset is, and labels have no folder of their own there."""
-    lam, data = str(config.out), config.data[0]
+    lam, data = str(config.out), str(config.data[0])
     label = shlex.join(["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)])
     return [
         shlex.join(["lapa", "latent", "probe", lam, "--data", data]),
