@@ -148,6 +148,8 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
     """Ray, connected: to the cluster that the caller or `ray_address` names, else to one that ends with this block."""
     # Ray reads these when it is imported: it reports home, and tells on the console of each worker that ends.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's workers run at a low priority (nice 15) unless told otherwise; here they do the command's own work.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
