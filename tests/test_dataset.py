@@ -315,8 +315,9 @@ def test_wrong_names_are_corrected(square: Dataset) -> None:
 
 def test_many_episodes_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lapa.data.writer.CHUNK_SIZE", 2)
-    monkeypatch.setattr("lapa.data.writer.ROWS_PER_FILE", 5)
-    monkeypatch.setattr("lapa.data.writer.EPISODES_PER_GROUP", 2)
+    monkeypatch.setattr("lapa.data.writer_tables.CHUNK_SIZE", 2)
+    monkeypatch.setattr("lapa.data.writer_tables.ROWS_PER_FILE", 5)
+    monkeypatch.setattr("lapa.data.writer_tables.EPISODES_PER_GROUP", 2)
     writing = writer(tmp_path / "d")
     for number in range(5):
         writing.add_episode({"front": grey(3, 40 * number)}, "task", actions=np.full((3, 2), number))

@@ -33,7 +33,7 @@ from lapa.data.dataset import ACTION, STATE, Dataset, picture_keys
 from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, require_folder
 from lapa.data.parquet import read_parquet
 from lapa.data.statistics import Moments
-from lapa.data.writer import FRAME_COLUMNS
+from lapa.data.writer_tables import FRAME_COLUMNS
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
 
 NO_ACTIONS = "lapa data hide-actions"
