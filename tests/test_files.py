@@ -108,3 +108,10 @@ def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
     a, b, c = (files.fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
     assert len(a) == 16
+
+
+def test_a_url_is_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"s3:/bucket/out: this is written to this machine's disk; give a folder"):
+        files.claim_output(Path("s3://bucket/out"), complete=False)
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,13 +24,19 @@ from typing import Any, BinaryIO, cast
 FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
 
+# A URL, as pathlib leaves it.
+URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
+
+
 def as_path(location: str | Path) -> Path:
     """A folder or file, local or wherever a URL of fsspec points (`s3://`, `gs://`, `memory://`, `file://`).
 
     ValueError where the URL's protocol is not known, or its package is not installed.
     """
-    if not isinstance(location, str) or "://" not in location:
-        return location if not isinstance(location, str) else Path(location)
+    if not isinstance(location, str):
+        return location
+    if "://" not in location:
+        return Path(location)
     from upath import UPath
 
     protocol, _, rest = location.partition("://")
@@ -196,6 +203,9 @@ def claim_output(
     for path in map(as_path, inputs):
         if is_remote(path) == is_remote(out) and path.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out}: is or contains {path}, which this command reads; give another --out")
+    # pathlib makes `s3:/bucket` of `s3://bucket`.
+    if isinstance(out, Path) and URL.match(str(out)):
+        raise ValueError(f"{out}: this is written to this machine's disk; give a folder, and copy it in the end")
     if out.is_file():
         raise ValueError(f"{out}: is a file; --out must name a folder")
     if overwrite and resume:

@@ -33,20 +33,15 @@ def open_dataset(data: Path | str) -> Dataset:
             raise ValueError(f"--data {data}: a dataset folder has no option {', '.join(options)}, only horizon")
         dataset: Dataset = LeRobotDataset(as_path(spec.path), spec.name)
     else:
-        reading = find_reading(spec.source)
-        dataset = open_source(typed_options(reading, spec.path, options, f"{spec.source}:{spec.path}"), spec.name)
+        module, reading = SOURCES[spec.source]
+        kind: type[Reading] = getattr(importlib.import_module(module), reading)
+        dataset = open_source(typed_options(kind, spec.path, options, f"{spec.source}:{spec.path}"), spec.name)
     if horizon is not None:
         dataset.horizon = typed(float, horizon, f"--data {data}: horizon")
         if not 0 < dataset.horizon < float("inf"):
             raise ValueError(f"--data {data}: the horizon must be above 0 seconds, got {horizon}")
     dataset.weight = 1.0 if spec.weight is None else spec.weight
     return dataset
-
-
-def find_reading(source: str) -> type[Reading]:
-    """The dataclass of a source's reading options."""
-    module, name = SOURCES[source]
-    return getattr(importlib.import_module(module), name)
 
 
 def open_source(reading: Reading, name: str | None = None) -> Dataset:

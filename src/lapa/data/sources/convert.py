@@ -25,7 +25,7 @@ from lapa.data.sources.items import KEYFRAME_INTERVAL, Converted, convert_item
 from lapa.data.sources.source import Item, Reading, Source
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
-from lapa.files import as_path, claim_output, is_remote
+from lapa.files import claim_output
 
 # How the folder begins in which videos wait to be added.
 INCOMING = ".incoming-"
@@ -82,8 +82,6 @@ def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> N
     out = options.out
     if nothing_to_add(out, resume=options.resume, overwrite=options.overwrite):
         return
-    if is_remote(as_path(str(out))) or "://" in str(out):
-        raise ValueError(f"{out}: datasets are written to this machine's disk; give a folder, and copy it in the end")
     _require_sense(options)
     source = reading.open()
     say(f"{source.kind}: {len(source.items)} items in {source.root}")
