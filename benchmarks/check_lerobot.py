@@ -28,20 +28,12 @@ OURS = ("video", "robot", "hidden", "upgraded")
 THEIRS = ("videos", "pictures")
 
 
-def write(folder: Path) -> None:
-    """Datasets of this project: video only, a robot with two cameras, the latter without actions, and from v2.1."""
-    from lapa.data.dataset import Dataset
-    from lapa.data.rewrite import HideActionsConfig
-    from lapa.data.rewrite import run as hide_actions
-    from lapa.data.sources.lerobot import LeRobotConfig
-    from lapa.data.sources.lerobot import run as convert
-    from lapa.data.sources.synthetic import write_synthetic_dataset
+def write_robot(folder: Path) -> Any:
+    """A dataset of this project, of a made-up robot: two cameras, actions and states."""
     from lapa.data.writer import DatasetWriter
 
-    shutil.rmtree(folder, ignore_errors=True)
-    write_synthetic_dataset(folder / "video", 3, frames=10, size=SIDE, fps=FPS)
     writer = DatasetWriter(
-        folder / "robot",
+        folder,
         fps=FPS,
         cameras={"front": (SIDE, SIDE), "wrist": (SIDE // 2, SIDE)},
         action_names=["x", "y", "grip"],
@@ -52,7 +44,21 @@ def write(folder: Path) -> None:
     for number in range(len(LENGTHS)):
         frames, actions, states, task = made_up(number)
         writer.add_episode(frames, task, actions=actions, states=states, source=f"made up {number}")
-    robot = writer.finish()
+    return writer.finish()
+
+
+def write(folder: Path) -> None:
+    """Datasets of this project: video only, a robot with two cameras, the latter without actions, and from v2.1."""
+    from lapa.data.dataset import Dataset
+    from lapa.data.rewrite import HideActionsConfig
+    from lapa.data.rewrite import run as hide_actions
+    from lapa.data.sources.lerobot import LeRobotConfig
+    from lapa.data.sources.lerobot import run as convert
+    from lapa.data.sources.synthetic import write_synthetic_dataset
+
+    shutil.rmtree(folder, ignore_errors=True)
+    write_synthetic_dataset(folder / "video", 3, frames=10, size=SIDE, fps=FPS)
+    robot = write_robot(folder / "robot")
     hide_actions(HideActionsConfig(data=str(folder / "robot"), out=folder / "hidden"))
     write_v21(robot, folder / "v21")
     convert(LeRobotConfig(str(folder / "v21"), out=folder / "upgraded", size=32, workers=1))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from check_lerobot import LENGTHS, made_up, write_v21
+from check_lerobot import LENGTHS, made_up, write_robot, write_v21
 from PIL import Image
 
 from lapa.data.dataset import Dataset
@@ -24,7 +24,6 @@ from lapa.data.parquet import find_episodes
 from lapa.data.rewrite import HideActionsConfig
 from lapa.data.rewrite import run as hide_actions
 from lapa.data.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading, run
-from lapa.data.writer import DatasetWriter
 from lapa.files import read_json, write_json
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -34,19 +33,7 @@ OLD_DATA = "data/chunk-000/episode_000001.parquet"
 
 @pytest.fixture(scope="module")
 def robot(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    writer = DatasetWriter(
-        tmp_path_factory.mktemp("lerobot") / "robot",
-        fps=30,
-        cameras={"front": (64, 64), "wrist": (32, 64)},
-        action_names=["x", "y", "grip"],
-        state_names=["angle"],
-        binary_actions=["grip"],
-        control="delta",
-    )
-    for number in range(len(LENGTHS)):
-        frames, actions, states, task = made_up(number)
-        writer.add_episode(frames, task, actions=actions, states=states, source=f"made up {number}")
-    return writer.finish()
+    return write_robot(tmp_path_factory.mktemp("lerobot") / "robot")
 
 
 @pytest.fixture(scope="module")
