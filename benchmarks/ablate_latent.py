@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from lapa.config import unknown
 from lapa.data.pairs import collate_pairs
-from lapa.data.sources.synthetic import SyntheticPairs
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import read_json, write_json
@@ -34,6 +33,7 @@ from lapa.latent.figures import Sample, encode, reconstruction_figures, usage_fi
 from lapa.latent.model import LatentActionModel
 from lapa.latent.regression import linear_accuracy, mutual_information
 from lapa.presets import LATENT
+from lapa.sources.synthetic import SyntheticPairs
 
 TINY = LATENT["tiny"]
 PAIRS, TEST_PAIRS, INITIALISATION_PAIRS = 4096, 2048, 256

@@ -36,9 +36,9 @@ print(len(dataset.lengths), time.perf_counter() - start)
 LINK = """
 import os, sys
 from pathlib import Path
-from lapa.data.sources import convert
-from lapa.data.sources.items import Converted, Part
-from lapa.data.sources.videos import VideosReading
+from lapa.data import convert
+from lapa.data.items import Converted, Part
+from lapa.sources.videos import VideosReading
 
 def link(source, cameras, fps, options, item, target):
     video = target.with_name(target.name + ".mp4")

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import ClipScan
 from lapa.data.writer import DatasetWriter
+from lapa.sources.synthetic import write_synthetic_dataset
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from lapa import presets
 from lapa.engine.distributed import pick_device
 from lapa.engine.optim import OptimConfig, build_optimizer
 from lapa.latent.model import LatentActionModel, LatentModelConfig
-from lapa.latent.released import PUBLISHED_CONFIG, released_config
+from lapa.released.laq import PUBLISHED_CONFIG, released_config
 
 MINI = {
     "dim": 64,

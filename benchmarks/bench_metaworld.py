@@ -20,8 +20,8 @@ from pathlib import Path
 
 from lapa.console import say
 from lapa.data.dataset import Dataset
-from lapa.data.sources.metaworld import MetaworldConfig, run
-from lapa.data.sources.metaworld_simulator import Simulator, check_installation
+from lapa.envs.metaworld.record import MetaworldConfig, run
+from lapa.envs.metaworld.simulator import Simulator, check_installation
 
 TASK, SIZE, SECONDS = "door-open", 128, 6.0
 

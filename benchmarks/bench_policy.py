@@ -46,7 +46,6 @@ from lapa.files import write_json
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import BackboneConfig, LwmConfig, TinyConfig, renew_backbone
 from lapa.policy.backbones.base import PrefixBackbone
-from lapa.policy.backbones.lwm import LwmBackbone, LwmProcessor
 from lapa.policy.backbones.tiny import TinyProcessor
 from lapa.policy.checkpoint import PolicyParts
 from lapa.policy.heads import HeadKind
@@ -56,7 +55,8 @@ from lapa.policy.runtime import Policy
 from lapa.policy.scale import ActionScale
 from lapa.policy.tokenizer import train_tokenizer
 from lapa.policy.vocabulary import Vocabulary
-from lapa.policy.vqgan import VQGAN
+from lapa.released.lwm import LwmBackbone, LwmProcessor
+from lapa.released.vqgan import VQGAN
 from lapa.types import Observation
 
 SIZES: dict[str, BackboneConfig] = {

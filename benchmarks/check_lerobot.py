@@ -52,9 +52,9 @@ def write(folder: Path) -> None:
     from lapa.data.dataset import Dataset
     from lapa.data.rewrite import HideActionsConfig
     from lapa.data.rewrite import run as hide_actions
-    from lapa.data.sources.lerobot import LeRobotConfig
-    from lapa.data.sources.lerobot import run as convert
-    from lapa.data.sources.synthetic import write_synthetic_dataset
+    from lapa.sources.lerobot import LeRobotConfig
+    from lapa.sources.lerobot import run as convert
+    from lapa.sources.synthetic import write_synthetic_dataset
 
     shutil.rmtree(folder, ignore_errors=True)
     write_synthetic_dataset(folder / "video", 3, frames=10, size=SIDE, fps=FPS)

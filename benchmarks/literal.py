@@ -21,7 +21,7 @@ from torch import Tensor, einsum, nn
 
 
 class LiteralModel(nn.Module):
-    """Built from the published config (the keys of lapa.latent.released.PUBLISHED_CONFIG)."""
+    """Built from the published config (the keys of lapa.released.laq.PUBLISHED_CONFIG)."""
 
     def __init__(self, config: Mapping[str, int]):
         super().__init__()

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapa.policy.backbones.lwm import LwmBackbone
 from lapa.policy.backbones.tiny import TinyBackbone
 from lapa.policy.model import Field, LatentPolicy
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
+from lapa.released.lwm import LwmBackbone
 
 
 class LiteralPolicy(nn.Module):

@@ -13,8 +13,8 @@ from lapa.data.action_space import ActionSpace, common_action_space, read_action
 from lapa.data.dataset import Dataset
 from lapa.data.info import summary
 from lapa.data.lerobot import EXTRA, INFO
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.writer import DatasetWriter
+from lapa.sources.synthetic import write_synthetic_dataset
 
 
 def arm(root: Path, names: tuple[str, ...] | None = ("x", "gripper"), **declared) -> Dataset:

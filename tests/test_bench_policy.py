@@ -8,7 +8,7 @@ import torch
 from literal_policy import LiteralPolicy
 
 from lapa.policy.backbones import LwmConfig
-from lapa.policy.vqgan import VQGANConfig
+from lapa.released.vqgan import VQGANConfig
 
 CPU = torch.device("cpu")
 SMALL_LWM = LwmConfig(

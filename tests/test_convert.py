@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapa.data import writer
+from lapa.data import convert, items, writer
 from lapa.data.action_space import ActionSpace, Control
+from lapa.data.convert import ConvertOptions
 from lapa.data.dataset import Dataset
+from lapa.data.filters import in_time, resample, resample_rows
 from lapa.data.lerobot import INFO, JOURNAL
-from lapa.data.sources import convert, items
-from lapa.data.sources.convert import ConvertOptions
-from lapa.data.sources.filters import in_time, resample, resample_rows
-from lapa.data.sources.source import Clip, Item, Source
+from lapa.data.source import Clip, Item, Source
 
 SIDE = 32
 

@@ -20,11 +20,11 @@ from lapa.data.dataset import Dataset
 from lapa.data.info import InfoConfig, summary
 from lapa.data.info import run as run_info
 from lapa.data.lerobot import INFO, JOURNAL
-from lapa.data.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
-from lapa.data.sources.synthetic import run as run_synthetic
 from lapa.data.statistics import Moments
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
+from lapa.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
+from lapa.sources.synthetic import run as run_synthetic
 
 
 @pytest.fixture(scope="module")

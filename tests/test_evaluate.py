@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapa.data.sources.metaworld_simulator import Simulator, check_installation, episode_seed
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.video import probe
+from lapa.envs.metaworld.simulator import Simulator, check_installation, episode_seed
+from lapa.envs.registry import ENVIRONMENTS, make
+from lapa.envs.synthetic import DIRECTIONS
 from lapa.evaluate import rollout
-from lapa.evaluate.environments import ENVIRONMENTS, make
 from lapa.evaluate.episodes import Job, Setup, play_all
 from lapa.evaluate.rollout import EvaluateConfig, evaluate, wilson_interval
-from lapa.evaluate.synthetic import DIRECTIONS
 from lapa.policy.execution import TemporalEnsemble
+from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
 
 SQUARES = Setup(

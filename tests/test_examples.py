@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lapa.data.dataset import Dataset
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
+from lapa.sources.synthetic import write_synthetic_dataset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lapa.data.dataset import Dataset
-from lapa.data.sources.frames import FramesConfig, run
+from lapa.sources.frames import FramesConfig, run
 
 
 def write_pictures(

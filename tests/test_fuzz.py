@@ -20,10 +20,11 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, write_shard
 from lapa.data.labels import shard_path as labels_shard
 from lapa.data.opening import open_source
-from lapa.data.sources import lapa_jsonl, rlds
-from lapa.data.sources.lapa_jsonl import LapaJsonlReading
-from lapa.data.sources.rlds import RldsReading
-from lapa.data.sources.synthetic import write_synthetic_dataset
+from lapa.sources import lapa_jsonl
+from lapa.sources.lapa_jsonl import LapaJsonlReading
+from lapa.sources.rlds import source as rlds
+from lapa.sources.rlds.source import RldsReading
+from lapa.sources.synthetic import write_synthetic_dataset
 from tfds_files import episode, shard_path, write_folder
 
 SECONDS = 20

@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lapa.latent import import_laq
-from lapa.latent.import_laq import ImportLaqConfig
 from lapa.latent.model import LatentActionModel
-from lapa.policy import import_lapa, released
 from lapa.policy.checkpoint import is_policy, load_policy
-from lapa.policy.import_lapa import ImportLapaConfig, llama_tokenizer
 from lapa.policy.prompts import PROMPTS
-from lapa.policy.released import from_released
+from lapa.released import import_laq
+from lapa.released import lapa7b as import_lapa
+from lapa.released import llama as released
+from lapa.released.import_laq import ImportLaqConfig
+from lapa.released.lapa7b import ImportLapaConfig, llama_tokenizer
+from lapa.released.llama import from_released
 from released_files import IMAGE_CODES, arrays, golden, write_flax, write_stream, write_tokenizer
 
 TEXT_ROWS = 300

@@ -9,28 +9,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapa.data import rewrite
-from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import Dataset
-from lapa.data.lerobot import EXTRA
-from lapa.data.rewrite import HideActionsConfig
-from lapa.data.sources.synthetic import write_synthetic_dataset
-from lapa.data.writer import DatasetWriter
-from lapa.engine.loop import LoopConfig
-from lapa.engine.optim import OptimConfig
-from lapa.files import read_json, write_json
-from lapa.nn.vision import residual_tower, tower_grid
-from lapa.policy.baselines import inverse_train, pseudo_label
-from lapa.policy.baselines.inverse import (
+from lapa.baselines import inverse_train, pseudo_label
+from lapa.baselines.inverse import (
     InverseConfig,
     InverseDynamics,
     Recording,
     augmented,
     inverse_fingerprint,
 )
-from lapa.policy.baselines.inverse_train import InverseTrainConfig, held_out_figures
-from lapa.policy.baselines.pseudo_label import PseudoLabelConfig, merge_pairs, pseudo_actions
+from lapa.baselines.inverse_train import InverseTrainConfig, held_out_figures
+from lapa.baselines.pseudo_label import PseudoLabelConfig, merge_pairs, pseudo_actions
+from lapa.data import rewrite
+from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import EXTRA
+from lapa.data.rewrite import HideActionsConfig
+from lapa.data.writer import DatasetWriter
+from lapa.engine.loop import LoopConfig
+from lapa.engine.optim import OptimConfig
+from lapa.files import read_json, write_json
+from lapa.nn.vision import residual_tower, tower_grid
 from lapa.policy.scale import ActionScale
+from lapa.sources.synthetic import write_synthetic_dataset
 
 SMALL = InverseConfig(image_size=32, horizon_seconds=0.3, vision_widths=(16, 32), vision_depth=1, width=64)
 SPACE = ActionSpace.named(["x", "grip"], ["grip"], "delta")

@@ -21,7 +21,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.labels import EpisodeLabels, Labels, Manifest, shard_path, write_shard
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.steps import PolicySteps
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
@@ -29,6 +28,7 @@ from lapa.files import as_path, claim_output, read_json, write_json
 from lapa.label.run import LabelConfig, run
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 from lapa.presets import LATENT
+from lapa.sources.synthetic import write_synthetic_dataset
 
 EPISODES, FRAMES, HORIZON = 6, 12, 3
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from lapa.data.dataset import Dataset
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.windows import Decoders
 from lapa.engine.distributed import pick_device
 from lapa.label import ray_engine, shards
@@ -26,6 +25,7 @@ from lapa.label.run import LabelConfig, choose_decoders, make_plan, run
 from lapa.label.shards import Clocks, Labeller, Shard
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
+from lapa.sources.synthetic import write_synthetic_dataset
 
 EPISODES, FRAMES = 6, 12
 

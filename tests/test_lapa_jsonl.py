@@ -17,17 +17,17 @@ from lapa.data import info
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.pairs import FramePairs, PairsConfig
-from lapa.data.sources.lapa_jsonl import LABELS, LapaJsonlConfig, LapaJsonlReading, run
-from lapa.data.sources.lapa_rows import find_rows, parse_row, task_in_words
 from lapa.data.steps import PolicySteps
 from lapa.engine.loop import LoopConfig
 from lapa.files import as_path, read_json_lines
 from lapa.policy import pretrain
-from lapa.policy.backbones import lwm
 from lapa.policy.checkpoint import PolicyParts, load_policy, save_policy
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.pretrain import PretrainConfig
-from lapa.policy.vqgan import VQGANConfig
+from lapa.released import lwm
+from lapa.released.vqgan import VQGANConfig
+from lapa.sources.lapa_jsonl import LABELS, LapaJsonlConfig, LapaJsonlReading, run
+from lapa.sources.lapa_rows import find_rows, parse_row, task_in_words
 
 SIDE = 16
 SMALL = lwm.LwmConfig(

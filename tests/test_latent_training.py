@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from lapa.cli import main
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.files import read_json
 from lapa.latent import train as training
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.model import LatentActionModel
 from lapa.latent.quantizers import EMA_DECAY
 from lapa.presets import LATENT
+from lapa.sources.synthetic import write_synthetic_dataset
 
 DEBUG = LATENT["debug"]
 

@@ -23,8 +23,8 @@ from lapa.data.lerobot import INFO, require_folder
 from lapa.data.parquet import find_episodes
 from lapa.data.rewrite import HideActionsConfig
 from lapa.data.rewrite import run as hide_actions
-from lapa.data.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading, run
 from lapa.files import read_json, write_json
+from lapa.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading, run
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 DATA = "data/chunk-000/file-000.parquet"

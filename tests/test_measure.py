@@ -15,7 +15,6 @@ from lapa import config as configs
 from lapa.data.action_space import ActionSpace
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.policy import measure
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import TinyConfig, create_backbone
@@ -24,6 +23,7 @@ from lapa.policy.figures import action_figures, code_figures
 from lapa.policy.measure import MeasureConfig, measure_actions
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import Policy
+from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
 
 SPACE = ActionSpace(("right", "gripper"), (False, False), "delta")

@@ -12,10 +12,12 @@ import pytest
 
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import JOURNAL
-from lapa.data.sources import metaworld, metaworld_simulator
-from lapa.data.sources.metaworld import FRAMES_AFTER_SUCCESS, MetaworldConfig, record
-from lapa.data.sources.metaworld_instructions import INSTRUCTIONS
-from lapa.data.sources.metaworld_simulator import (
+from lapa.data.writer import DatasetWriter
+from lapa.envs.metaworld import record as metaworld
+from lapa.envs.metaworld import simulator as metaworld_simulator
+from lapa.envs.metaworld.instructions import INSTRUCTIONS
+from lapa.envs.metaworld.record import FRAMES_AFTER_SUCCESS, MetaworldConfig, record
+from lapa.envs.metaworld.simulator import (
     FPS,
     SUITES,
     Simulator,
@@ -24,7 +26,6 @@ from lapa.data.sources.metaworld_simulator import (
     episode_seed,
     parse_tasks,
 )
-from lapa.data.writer import DatasetWriter
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from lapa.data.dataset import Dataset
 from lapa.data.mixture import Mixture, require_names, require_plain
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
-from lapa.data.sources.synthetic import moving_squares, write_synthetic_dataset
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import BLOCK, Draw, Mixed, StepSampler, batch_loader
@@ -24,6 +23,7 @@ from lapa.latent import train as training
 from lapa.latent.model import LatentActionModel, horizon_for
 from lapa.latent.probe import ProbeConfig
 from lapa.presets import LATENT
+from lapa.sources.synthetic import moving_squares, write_synthetic_dataset
 
 DEBUG = LATENT["debug"]
 GROUPS = ((50, 50.0), (7, 3.5), (0, 9.0), (400, 0.02), (1000, 21.0))

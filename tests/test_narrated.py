@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lapa.data.dataset import Dataset
-from lapa.data.sources import films
-from lapa.data.sources.narrated import NarratedConfig, run, seconds
+from lapa.sources import films
+from lapa.sources.narrated import NarratedConfig, run, seconds
 from test_videos_source import numbers, write_clip, write_times
 
 

@@ -8,7 +8,6 @@ import torch
 
 from lapa.data.dataset import Dataset
 from lapa.data.frames import split_episodes
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.steps import PolicySteps
 from lapa.data.writer import DatasetWriter
 from lapa.evaluate.rollout import EvaluateConfig, evaluate
@@ -19,6 +18,7 @@ from lapa.policy.checkpoint import load_policy
 from lapa.policy.finetune import FinetuneConfig
 from lapa.policy.measure import MeasureConfig
 from lapa.policy.runtime import Policy
+from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
 from test_policy_training import finetune_config, loop, pretrain_config, weights, write_labels, write_robot
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapa.data.sources.synthetic import write_synthetic_dataset
-from lapa.policy.backbones import lwm
 from lapa.policy.checkpoint import PolicyParts, save_policy
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.vqgan import VQGANConfig
+from lapa.released import lwm
+from lapa.released.vqgan import VQGANConfig
+from lapa.sources.synthetic import write_synthetic_dataset
 from test_policy_training import write_labels
 from vlms import make_vlm
 

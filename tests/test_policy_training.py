@@ -13,7 +13,6 @@ from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.frames import split_episodes
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
-from lapa.data.sources.synthetic import DIRECTIONS, write_synthetic_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig
@@ -25,6 +24,7 @@ from lapa.policy.finetune import FinetuneConfig
 from lapa.policy.heads import FlowConfig
 from lapa.policy.pretrain import PretrainConfig
 from lapa.policy.runtime import Policy
+from lapa.sources.synthetic import DIRECTIONS, write_synthetic_dataset
 from lapa.types import Observation
 from vlms import make_vlm
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lapa.cli import main
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.video import ClipScan
 from lapa.files import read_json
 from lapa.latent.figures import Sample, draw_sample, encode, other_episodes, usage_figures
@@ -23,6 +22,7 @@ from lapa.latent.pictures import code_grid, probe_sheet
 from lapa.latent.probe import probe
 from lapa.latent.show import parse_codes
 from lapa.presets import LATENT
+from lapa.sources.synthetic import write_synthetic_dataset
 
 DEBUG = LATENT["debug"]
 SIZE, REACH = 32, 8

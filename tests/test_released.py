@@ -12,7 +12,7 @@ from literal import LiteralModel
 from safetensors.torch import load_file
 
 from lapa.latent.model import LatentActionModel
-from lapa.latent.released import (
+from lapa.released.laq import (
     PUBLISHED_CONFIG,
     from_released,
     released_config,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.policy import released
-from lapa.policy.backbones import lwm
-from lapa.policy.backbones.lwm import LwmBackbone, LwmConfig, LwmProcessor
-from lapa.policy.released import TABLES, from_released, pairs_to_halves
 from lapa.policy.vocabulary import Vocabulary
-from lapa.policy.vqgan import VQGANConfig
+from lapa.released import llama as released
+from lapa.released import lwm
+from lapa.released.llama import TABLES, from_released, pairs_to_halves
+from lapa.released.lwm import LwmBackbone, LwmConfig, LwmProcessor
+from lapa.released.vqgan import VQGANConfig
 from released_files import IMAGE_CODES, VISION_ROWS, golden
 
 FACTS, TENSORS, PARAMS = golden("vla_delta")

@@ -21,9 +21,9 @@ from upath.registry import register_implementation
 
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import require_folder
-from lapa.data.sources.lerobot import LeRobotConfig, run
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.files import as_path, is_remote
+from lapa.sources.lerobot import LeRobotConfig, run
+from lapa.sources.synthetic import write_synthetic_dataset
 
 
 class DeniedFileSystem(MemoryFileSystem):

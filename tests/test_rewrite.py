@@ -14,9 +14,9 @@ from lapa.data.action_space import ActionSpace
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS
 from lapa.data.rewrite import HideActionsConfig, claim_rewrite, rewrite_actions
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.video import encode_clip
 from lapa.files import read_json
+from lapa.sources.synthetic import write_synthetic_dataset
 
 SPACE = ActionSpace.named(["x", "grip"], ["grip"], "delta")
 

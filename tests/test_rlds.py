@@ -25,12 +25,14 @@ from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.opening import open_source
 from lapa.data.pairs import FramePairs, PairsConfig
-from lapa.data.sources import cache, rlds, tfrecord
-from lapa.data.sources.rlds import RldsConfig, RldsReading, run
-from lapa.data.sources.rlds_table import KNOWN, POSE, columns
-from lapa.data.sources.tfrecord import masked_crc, parse_example
 from lapa.data.transforms import resize_and_crop
 from lapa.files import as_path
+from lapa.sources import cache
+from lapa.sources.rlds import source as rlds
+from lapa.sources.rlds import tfrecord
+from lapa.sources.rlds.source import RldsConfig, RldsReading, run
+from lapa.sources.rlds.table import KNOWN, POSE, columns
+from lapa.sources.rlds.tfrecord import masked_crc, parse_example
 from tfds_files import (
     FEATURES,
     STEPS,

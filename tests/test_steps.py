@@ -14,10 +14,10 @@ from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.frames import split_episodes
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.data.steps import PolicySteps
 from lapa.data.transforms import augment
 from lapa.data.writer import DatasetWriter
+from lapa.sources.synthetic import write_synthetic_dataset
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lapa.data.dataset import Dataset
-from lapa.data.sources.sthv2 import Sthv2Config, read_labels, run
+from lapa.sources.sthv2 import Sthv2Config, read_labels, run
 from test_videos_source import write_clip
 
 LABELS = [

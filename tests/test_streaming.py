@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.policy import streaming
-from lapa.policy.streaming import open_checkpoint, require_floats, require_shapes
+from lapa.released import checkpoints as streaming
+from lapa.released.checkpoints import open_checkpoint, require_floats, require_shapes
 from released_files import arrays, leaf, write_flax, write_stream
 
 TENSORS = {

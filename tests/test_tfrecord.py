@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapa.data.sources.tfrecord import masked_crc, parse_example, read_record, read_records, scan_records
 from lapa.files import as_path
+from lapa.sources.rlds.tfrecord import masked_crc, parse_example, read_record, read_records, scan_records
 from tfds_files import encode_example, frame
 
 

@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lapa import presets
+from lapa.baselines import unipi, video_train
+from lapa.baselines.inverse import InverseConfig, InverseDynamics, Recording
+from lapa.baselines.unipi import UniPi, UniPiConfig
+from lapa.baselines.video import VideoConfig, VideoModel
+from lapa.baselines.video_train import VideoTrainConfig
 from lapa.data.action_space import ActionSpace
-from lapa.data.sources.square import DIRECTIONS
-from lapa.data.sources.synthetic import write_synthetic_dataset
 from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig
 from lapa.evaluate.rollout import EvaluateConfig, evaluate
 from lapa.files import read_json
 from lapa.policy.acting import load_actor
-from lapa.policy.baselines import unipi, video_train
-from lapa.policy.baselines.inverse import InverseConfig, InverseDynamics, Recording
-from lapa.policy.baselines.unipi import UniPi, UniPiConfig
-from lapa.policy.baselines.video import VideoConfig, VideoModel
-from lapa.policy.baselines.video_train import VideoTrainConfig
 from lapa.policy.scale import ActionScale
 from lapa.policy.tokenizer import train_tokenizer
+from lapa.sources.square import DIRECTIONS
+from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
 
 SMALL = VideoConfig(image_size=32, widths=(32, 64), text_width=32, horizon_seconds=0.3)

@@ -11,9 +11,9 @@ import pytest
 
 from lapa.data import random_access
 from lapa.data.random_access import decode_clip
-from lapa.data.sources.synthetic import moving_squares
 from lapa.data.transforms import augment, resize_and_crop
 from lapa.data.video import ClipScan, copy_stream, encode_clip, exact_rate, probe
+from lapa.sources.synthetic import moving_squares
 
 
 def numbered_frames(num: int, size: int = 32) -> np.ndarray:

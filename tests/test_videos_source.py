@@ -20,16 +20,16 @@ import numpy as np
 import pytest
 from av.video.stream import VideoStream
 
-from lapa.data import writer
+from lapa.data import items, writer
 from lapa.data.dataset import Dataset
+from lapa.data.filters import resample
 from lapa.data.lerobot import INFO
-from lapa.data.sources import films, items
-from lapa.data.sources.filters import resample
-from lapa.data.sources.source import SourceDataset
-from lapa.data.sources.videos import VideosConfig, read_captions, run
+from lapa.data.source import SourceDataset
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import ClipScan, encode_clip
 from lapa.data.workers import AHEAD, Workers
+from lapa.sources import films
+from lapa.sources.videos import VideosConfig, read_captions, run
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lapa import config as configs
-from lapa.policy.vqgan import VQGAN, VQGANConfig, from_released, released_shapes
+from lapa.released.vqgan import VQGAN, VQGANConfig, from_released, released_shapes
 from released_files import golden
 
 FACTS, TENSORS, PARAMS = golden("vqgan_small")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lapa.data.sources.tfrecord import masked_crc
+from lapa.sources.rlds.tfrecord import masked_crc
 
 STEPS = 6
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import tyro
 
+from lapa.baselines.inverse import InverseConfig
+from lapa.baselines.inverse_train import InverseTrainConfig
+from lapa.baselines.video import VideoConfig
+from lapa.baselines.video_train import VideoTrainConfig
 from lapa.config import unknown
 from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig
 from lapa.latent.model import LatentModelConfig
 from lapa.latent.train import LatentTrainConfig
 from lapa.policy.backbones import TinyConfig
-from lapa.policy.baselines.inverse import InverseConfig
-from lapa.policy.baselines.inverse_train import InverseTrainConfig
-from lapa.policy.baselines.video import VideoConfig
-from lapa.policy.baselines.video_train import VideoTrainConfig
 from lapa.policy.finetune import FinetuneConfig
 from lapa.policy.pretrain import PretrainConfig
 

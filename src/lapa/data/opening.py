@@ -7,19 +7,19 @@ from pathlib import Path
 
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import LeRobotDataset
-from lapa.data.sources.source import Reading
+from lapa.data.source import Reading
 from lapa.data.spec import DataSpec, typed, typed_options
 from lapa.files import as_path
 
 # Source -> the module and the dataclass of its reading options. `lapa data SOURCE` converts from the same.
 SOURCES = {
-    "rlds": ("lapa.data.sources.rlds", "RldsReading"),
-    "videos": ("lapa.data.sources.videos", "VideosReading"),
-    "frames": ("lapa.data.sources.frames", "FramesReading"),
-    "sthv2": ("lapa.data.sources.sthv2", "Sthv2Reading"),
-    "narrated": ("lapa.data.sources.narrated", "NarratedReading"),
-    "lerobot": ("lapa.data.sources.lerobot", "LeRobotReading"),
-    "lapa-jsonl": ("lapa.data.sources.lapa_jsonl", "LapaJsonlReading"),
+    "rlds": ("lapa.sources.rlds.source", "RldsReading"),
+    "videos": ("lapa.sources.videos", "VideosReading"),
+    "frames": ("lapa.sources.frames", "FramesReading"),
+    "sthv2": ("lapa.sources.sthv2", "Sthv2Reading"),
+    "narrated": ("lapa.sources.narrated", "NarratedReading"),
+    "lerobot": ("lapa.sources.lerobot", "LeRobotReading"),
+    "lapa-jsonl": ("lapa.sources.lapa_jsonl", "LapaJsonlReading"),
 }
 
 

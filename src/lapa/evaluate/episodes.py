@@ -21,8 +21,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from lapa.data.sources.metaworld_simulator import episode_seed
-from lapa.evaluate.environments import Environment, kind_of, make
+from lapa.envs.metaworld.simulator import episode_seed
+from lapa.envs.registry import Environment, kind_of, make
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
 from lapa.types import Observation
 

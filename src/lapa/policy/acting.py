@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
+from lapa.baselines.unipi import UniPi, is_unipi
 from lapa.data.action_space import ActionSpace
 from lapa.files import naming
-from lapa.policy.baselines.unipi import UniPi, is_unipi
 from lapa.policy.runtime import Policy
 from lapa.policy.statistics import require_key
 from lapa.types import Observation

@@ -15,8 +15,8 @@ import lapa
 from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.random_access import decode_clip
-from lapa.data.sources.metaworld_simulator import draw_instruction
 from lapa.data.video import probe
+from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines
 from lapa.policy.figures import action_figures
 from lapa.study.plan import Plan, Step, order

@@ -17,9 +17,9 @@ from typing import Any
 
 from lapa.policy.backbones.base import Backbone, Memory, Processor, Tags
 from lapa.policy.backbones.hf import HfConfig
-from lapa.policy.backbones.lwm import LwmConfig
 from lapa.policy.backbones.tiny import TinyConfig
 from lapa.policy.vocabulary import Vocabulary
+from lapa.released.lwm import LwmConfig
 
 BackboneConfig = TinyConfig | HfConfig | LwmConfig
 

@@ -1,0 +1,328 @@
+"""Trains the video model of the baseline UniPi (https://arxiv.org/abs/2302.00111) on videos without actions.
+
+lapa baseline video --data VIDEOS --out VIDEO
+lapa baseline video --data ROBOT_DATASET --start VIDEO --out FINETUNED
+
+Axes: B batch, T=1+F frames (the one that is seen and the F that follow), C channel, H W image.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from lapa import config as configs
+from lapa.baselines.video import CONFIG, HORIZON_TOLERANCE, VideoConfig, VideoModel, require_diffusers
+from lapa.console import finish, is_main_process, say, warn
+from lapa.data.dataset import Dataset
+from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
+from lapa.data.mixture import require_plain
+from lapa.data.pairs import horizon_frames
+from lapa.engine.checkpoint import seed_everything
+from lapa.engine.loop import LoopConfig, train
+from lapa.engine.metrics import versions_and_hardware
+from lapa.engine.optim import OptimConfig
+from lapa.files import atomic_path, claim_output, write_json
+from lapa.policy.tokenizer import train_tokenizer
+
+INITIALISATION_SAMPLES = 256
+# Held-out samples for the loss, those of them that are predicted, and those of these that are drawn.
+EVALUATION_SAMPLES, PREDICTED_SAMPLES, DRAWN_SAMPLES = 256, 32, 8
+EVALUATION_BATCH = 32
+CELL, CAPTION, GAP = 128, 14, 2
+
+
+@dataclass(frozen=True)
+class VideoTrainConfig:
+    """Train a video model to predict what follows a frame, given an instruction. No actions are needed."""
+
+    data: tuple[str, ...]
+    """Datasets to learn from. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    out: Path
+    """Folder of the video model to write."""
+    start: Path | None = None
+    """A trained video model to go on from, with its sizes and horizon."""
+    preset: str = "tiny"
+    """debug, tiny or base: the values that the other options start from."""
+    model: Annotated[VideoConfig, tyro.conf.arg(name="")] = field(default_factory=VideoConfig)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: LoopConfig(
+            steps=3000, batch_size=16, optim=OptimConfig(lr=1e-3, weight_decay=0.01), ema_decay=0.995, eval_every=1000
+        )
+    )
+    camera: str | None = None
+    """Which camera's pictures; by default each dataset's first."""
+    held_out: float = 0.1
+    """Share of the episodes kept for evaluation."""
+    cache_gib: float = 4.0
+    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
+    overwrite: bool = False
+    """Replace what `out` holds."""
+    resume: bool = False
+    """Go on with the run that `out` holds."""
+
+
+def run(config: VideoTrainConfig) -> None:
+    """`lapa baseline video`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
+    next_commands = [f"lapa baseline unipi --video {shlex.quote(str(config.out))} --inverse INVERSE --out POLICY"]
+    if config.resume and (config.out / CONFIG).exists():
+        finish("video model, already complete", config.out, next_commands)
+        return
+    require_diffusers()
+    datasets = [Dataset.open(path) for path in config.data]
+    require_plain(datasets, "lapa baseline video", "--horizon-seconds")
+    seed_everything(config.loop.seed)
+    model = _starting_model(config, datasets)
+    config = replace(config, model=model.config)
+    training = _futures(config, datasets, "train")
+    held_out = _held_out(config, datasets, training)
+    if is_main_process():
+        claim_output(
+            config.out,
+            complete=(config.out / CONFIG).exists(),
+            overwrite=config.overwrite,
+            resume=config.resume,
+            inputs=[*(dataset.root for dataset in datasets), *([config.start] if config.start else [])],
+        )
+
+    def prepare(model: nn.Module) -> None:
+        assert isinstance(model, VideoModel)
+        # A model that goes on keeps the scale that its weights know.
+        if config.start is None:
+            first = collated(model, _spread(training, INITIALISATION_SAMPLES))
+            model.standardise(first["frames_BTCHW"].to(_device_of(model)))
+
+    run_config = {
+        **configs.to_dict(config),
+        "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
+    }
+    result = train(
+        model,
+        training,
+        lambda items: collated(model, items),
+        config.loop,
+        config.out,
+        run_config=run_config,
+        description="video model",
+        resume=config.resume,
+        prepare=prepare,
+        evaluate=prediction_figures(_spread(held_out, EVALUATION_SAMPLES), held_out.split),
+    )
+    if result.finished and is_main_process():
+        _conclude(result.metrics, held_out.split)
+        write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
+        with atomic_path(config.out / "samples.png") as temporary:
+            samples_sheet(model, _spread(held_out, DRAWN_SAMPLES)).save(temporary)
+        model.save_pretrained(config.out, run_config, camera=training.camera)
+        finish("video model", config.out, next_commands)
+
+
+class FutureFrames(torch.utils.data.Dataset):
+    """Every frame of the datasets with the F that follow, each a horizon after the last.
+
+    Past an episode's end its last frame stays: what follows the goal is the goal, and so the model plans to it.
+    Keys are an index or a draw `(index, number)`. split: 'train' or 'held_out', by episode, from the seed.
+    .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        model: VideoConfig,
+        camera: str | None,
+        *,
+        split: str,
+        held_out: float,
+        seed: int,
+        cache_gib: float,
+    ):
+        self.datasets, self.num_frames = tuple(datasets), model.num_frames
+        self.horizon_frames = tuple(horizon_frames(model.horizon_seconds, dataset.fps) for dataset in datasets)
+        self.split, self._rows = split, self._choose(split, held_out, seed)
+        self._cameras = each_camera(datasets, None if camera is None else [camera])
+        self.camera = self._cameras[0][0]
+        episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
+        self._frames = FrameStore(datasets, self._cameras, episodes, model.image_size, cache_gib)
+        self.in_memory = self._frames.in_memory
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
+        """{"frames_TCHW": uint8 [1 + F, 3, size, size], "instruction", "index"}."""
+        index, _ = draw(key)
+        number, episode, frame = self._rows.locate(index)
+        dataset = self.datasets[number]
+        wanted_T = frame + self.horizon_frames[number] * np.arange(1 + self.num_frames)
+        wanted_T = np.minimum(wanted_T, dataset.lengths[episode] - 1)
+        frames_THWC = self._frames.get(number, self._cameras[number][0], episode, wanted_T.tolist())
+        return {
+            "frames_TCHW": np.ascontiguousarray(rearrange(frames_THWC, "t h w c -> t c h w")),
+            "instruction": dataset.episodes[episode].instruction,
+            "index": index,
+        }
+
+    def describe(self, index: int) -> str:
+        """Where a sample comes from, in words."""
+        number, episode, frame = self._rows.locate(index)
+        return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
+
+    def _choose(self, split: str, held_out: float, seed: int) -> EpisodeRows:
+        chosen = [
+            split_episodes(len(dataset.lengths), held_out, seed + number, split)
+            for number, dataset in enumerate(self.datasets)
+        ]
+        return EpisodeRows(chosen, [d.lengths[episodes] for d, episodes in zip(self.datasets, chosen, strict=True)])
+
+
+def collated(model: VideoModel, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Items of FutureFrames as the model's batch."""
+    frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in items]))
+    index_B = torch.tensor([item["index"] for item in items], dtype=torch.int64)
+    return {"frames_BTCHW": frames_BTCHW, "index": index_B, **model.words([item["instruction"] for item in items])}
+
+
+def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[[nn.Module], dict[str, float]]:
+    """An evaluation: the loss, and the error of some predicted frames beside those of simpler guesses.
+
+    The loss is always under the same noise. Errors are mean squared, of pixels in [0, 1]: of the predicted frames, of
+    copies of the frame that is seen, and of frames predicted under another sample's instruction.
+    Names begin with the split: held_out_mse, or train_mse where nothing is held out.
+    """
+    some = [items[place] for place in _places(len(items), PREDICTED_SAMPLES)]
+    frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in some]))
+    words = [item["instruction"] for item in some]
+    others = _other_words(words)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, VideoModel)
+        total, device = 0.0, _device_of(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for first in range(0, len(items), EVALUATION_BATCH):
+                group = items[first : first + EVALUATION_BATCH]
+                batch = {name: value.to(device) for name, value in collated(model, group).items()}
+                total += float(model(batch).loss) * len(group)
+        figures = {
+            "loss": total / len(items),
+            "mse": _error(model.sample(frames_BTCHW[:, 0], words), frames_BTCHW),
+            "mse_copy": _error(frames_BTCHW[:, :1], frames_BTCHW),
+        }
+        if others is not None:
+            figures["mse_other_instruction"] = _error(model.sample(frames_BTCHW[:, 0], others), frames_BTCHW)
+        return {f"{split}_{name}": value for name, value in figures.items()}
+
+    return evaluate
+
+
+def samples_sheet(model: VideoModel, items: Sequence[dict[str, Any]]) -> Image.Image:
+    """A row for each sample under its instruction: the frame that is seen, the predicted ones, the true ones."""
+    frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in items]))
+    predicted_BFCHW = model.sample(frames_BTCHW[:, 0], [item["instruction"] for item in items]).cpu()
+    count, row_height = model.config.num_frames, CELL + CAPTION + GAP
+    picture = Image.new("RGB", ((1 + 2 * count) * (CELL + GAP), CAPTION + len(items) * row_height), "white")
+    drawing = ImageDraw.Draw(picture)
+    titles = ["seen", *(f"predicted +{n}" for n in range(1, count + 1)), *(f"true +{n}" for n in range(1, count + 1))]
+    for column, title in enumerate(titles):
+        drawing.text((column * (CELL + GAP) + 2, 1), title, fill="gray")
+    for row, (item, seen_TCHW, predicted_FCHW) in enumerate(zip(items, frames_BTCHW, predicted_BFCHW, strict=True)):
+        top = CAPTION + row * row_height
+        drawing.text((2, top + 1), item["instruction"], fill="black")
+        cells_NCHW = torch.cat([seen_TCHW[:1], predicted_FCHW, seen_TCHW[1:]])
+        for column, cell_HWC in enumerate(rearrange(cells_NCHW, "n c h w -> n h w c").numpy()):
+            cell = Image.fromarray(cell_HWC).resize((CELL, CELL), Image.Resampling.NEAREST)
+            picture.paste(cell, (column * (CELL + GAP), top + CAPTION))
+    return picture
+
+
+def _starting_model(config: VideoTrainConfig, datasets: Sequence[Dataset]) -> VideoModel:
+    """A new model, its horizon as the datasets' frame rates round it, or the one to go on from."""
+    if config.start is None:
+        horizon = _common_horizon(datasets, config.model.horizon_seconds)
+        instructions = [episode.instruction for dataset in datasets for episode in dataset.episodes]
+        return VideoModel(replace(config.model, horizon_seconds=horizon), train_tokenizer(instructions))
+    model = VideoModel.from_pretrained(config.start)
+    horizon, own = _common_horizon(datasets, model.config.horizon_seconds), model.config.horizon_seconds
+    if abs(horizon - own) > HORIZON_TOLERANCE * own:
+        raise ValueError(
+            f"{datasets[0].root}: at {datasets[0].fps:g} fps its frames are {horizon:.3g} s apart where the video "
+            f"model {config.start} predicts {own:.3g} s ahead; give videos of a higher frame rate"
+        )
+    say(f"going on from {config.start}: its sizes and its horizon of {own:.3g} s")
+    return model
+
+
+def _common_horizon(datasets: Sequence[Dataset], seconds: float) -> float:
+    """The horizon in whole frames of the datasets, in seconds. ValueError where their rates round it far apart."""
+    rounded = {dataset.name: horizon_frames(seconds, dataset.fps) / dataset.fps for dataset in datasets}
+    if max(rounded.values()) - min(rounded.values()) > HORIZON_TOLERANCE * seconds:
+        told = ", ".join(f"{name} {value:.3g} s" for name, value in rounded.items())
+        raise ValueError(
+            f"a horizon of {seconds:g} s in whole frames is {told}; give one with --horizon-seconds that all can keep"
+        )
+    return next(iter(rounded.values()))
+
+
+def _futures(config: VideoTrainConfig, datasets: Sequence[Dataset], split: str) -> FutureFrames:
+    return FutureFrames(
+        datasets,
+        config.model,
+        config.camera,
+        split=split,
+        held_out=config.held_out,
+        seed=config.loop.seed,
+        cache_gib=config.cache_gib,
+    )
+
+
+def _held_out(config: VideoTrainConfig, datasets: Sequence[Dataset], training: FutureFrames) -> FutureFrames:
+    """What to evaluate on: the held-out episodes or, where there are none, those for training, decoded already."""
+    if config.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets):
+        return _futures(config, datasets, "held_out")
+    warn("no episode is held out: evaluating on the training episodes instead")
+    return training
+
+
+def _conclude(figures: dict[str, float], split: str) -> None:
+    """The summary of the predictions, and a warning of what it shows."""
+    error, copy = figures[f"{split}_mse"], figures[f"{split}_mse_copy"]
+    whose = "held-out" if split == "held_out" else "training"
+    say(f"frames of {whose} episodes: error {error:.5f}, copying the frame that is seen {copy:.5f}")
+    if error >= copy:
+        warn("predicted frames are worse than copies of the one that is seen; train for longer")
+
+
+def _places(count: int, most: int) -> list[int]:
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
+
+
+def _spread(samples: FutureFrames, most: int) -> list[dict[str, Any]]:
+    """At most so many samples, spread evenly over the episodes."""
+    return [samples[place] for place in _places(len(samples), most)]
+
+
+def _other_words(words: Sequence[str]) -> list[str] | None:
+    """For each instruction the next one that differs; None where all are the same."""
+    if len(set(words)) == 1:
+        return None
+    count = len(words)
+    return [next(w for w in (words[(n + k) % count] for k in range(count)) if w != words[n]) for n in range(count)]
+
+
+def _error(predicted_BFCHW: Tensor, frames_BTCHW: Tensor) -> float:
+    difference = predicted_BFCHW.cpu().float() - frames_BTCHW[:, 1:].float()
+    return float((difference / 255).square().mean())
+
+
+def _device_of(model: VideoModel) -> torch.device:
+    return model.scale_F.device

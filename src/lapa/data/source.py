@@ -1,0 +1,179 @@
+"""What a source is: somebody else's data, seen as episodes, to convert (lapa.data.convert) or to read in place.
+
+A source has `Reading` options (a dataclass that says how to read it, also what `--data SOURCE:PATH,key=value` may say)
+and opens as a `Source`: a list of items, most often files, each of which is an episode or holds what becomes episodes.
+Opening looks at names and metadata only. Sources are sent to worker processes, so they pickle and hold no open file.
+Axes: T time, H W image, C channel, D numbers of a feature.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What becomes one episode (or, cut into shots, several).
+
+    key: names it within the source for good; a resumed conversion and the dataset's `source` column go by it.
+    place: what the source needs to find it: plain values.
+    instruction, length (frames): where they are known without reading it; else "" and None.
+    """
+
+    key: str
+    place: tuple[Any, ...] = ()
+    instruction: str = ""
+    length: int | None = None
+
+
+@dataclass
+class Clip:
+    """An item, read for conversion.
+
+    frames: for each camera (seconds from the start, picture) in order, read as it is asked for; `lost` counts frames
+    that could not be, once they have been iterated, and `damage` says why the first of them. notes: what should be
+    counted and told ("the instruction changes").
+    actions, states: [T, D] float32 of as many rows as frames, or None.
+    """
+
+    frames: Mapping[str, Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]]]
+    instruction: str
+    actions: Float[np.ndarray, "T D"] | None = None
+    states: Float[np.ndarray, "T D"] | None = None
+    notes: tuple[str, ...] = ()
+    lost: int = 0
+    damage: str = ""
+
+
+class Reading(Protocol):
+    """Reading options of a source: a frozen dataclass whose first field is the path."""
+
+    def open(self) -> Source:
+        """Raises ValueError naming the file that is wrong and the mend."""
+
+
+class Source(ABC):
+    """Episodes of a folder, in a fixed order.
+
+    kind: the source's name on the command line; root: where it lies; name: what a dataset made of it is called.
+    fps: frames a second of its episodes (videos of other rates are resampled); cameras: name -> (height, width).
+    action_space, state_names: None without.
+    settings: the options that decide what is read, as plain JSON values: noted in a converted dataset.
+    inputs: what is read beside the root, such as a table of captions.
+    """
+
+    kind: str
+    root: Path
+    name: str
+    fps: float
+    cameras: Mapping[str, tuple[int, int]]
+    action_space: ActionSpace | None = None
+    state_names: tuple[str, ...] | None = None
+    settings: Mapping[str, Any]
+    inputs: Sequence[Path] = ()
+    items: Sequence[Item]
+
+    @abstractmethod
+    def read(self, item: Item) -> Clip:
+        """All of an item. ValueError naming file and place where it is damaged."""
+
+    @abstractmethod
+    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
+        """Single pictures, which exist, at `fps`; in any order, repeats allowed. ValueError as `read`."""
+
+    def numbers(self, item: Item) -> Mapping[str, Float[np.ndarray, "T D"]]:
+        """The rows of `action` and `observation.state`, those of them that there are."""
+        return {}
+
+    def measured(self) -> Sequence[Item]:
+        """All items with instruction and length, for reading in place; may take a pass over the files."""
+        return self.items
+
+    def dataset(self, name: str | None = None) -> Dataset:
+        """The source as a dataset, in place."""
+        return SourceDataset(self, name)
+
+    def without_items(self) -> Source:
+        """A copy for worker processes, which are told their items one by one."""
+        light = copy.copy(self)
+        light.items = ()
+        return light
+
+    def file_of(self, item: Item) -> str:
+        """Where an item is, for messages."""
+        return f"{self.root}: {item.key}"
+
+
+class SourceDataset(Dataset):
+    """A source read in place, without a converted copy. Labels and checkpoints know it by its items and settings."""
+
+    def __init__(self, source: Source, name: str | None = None):
+        self.source = source
+        self._items = source.measured()
+        if not self._items:
+            raise ValueError(f"{source.root}: holds no episode")
+        super().__init__(
+            source.root,
+            name or source.name,
+            fps=float(source.fps),
+            features=_features(source),
+            lengths=np.array([item.length for item in self._items], np.int64),
+            instructions=[item.instruction for item in self._items],
+            sources=[item.key for item in self._items],
+        )
+
+    @property
+    def in_place(self) -> bool:
+        return True
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the source's settings and of its items' names, lengths and instructions."""
+        digest = hashlib.sha256(json.dumps([self.source.kind, self.fps, dict(self.source.settings)]).encode())
+        for item in self._items:
+            digest.update(json.dumps([item.key, item.length, item.instruction]).encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """How it is read, and what is known of its actions."""
+        declared = self.source.action_space.declared() if self.source.action_space else {}
+        return {"made_by": f"{self.source.kind}, in place", **self.source.settings, **declared}
+
+    def _pictures(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+        return self.source.pictures(self._items[episode_index], frame_indices, camera)
+
+    def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
+        item = self._items[episode_index]
+        return self.source.numbers(item)[feature], self.source.file_of(item)
+
+
+def with_length(item: Item, length: int, instruction: str | None = None) -> Item:
+    """The item, measured."""
+    return replace(item, length=length, instruction=item.instruction if instruction is None else instruction)
+
+
+def _features(source: Source) -> dict[str, dict[str, Any]]:
+    """The source's features as LeRobot's meta/info.json would describe them."""
+    features: dict[str, dict[str, Any]] = {}
+    names = {ACTION: source.action_space.names if source.action_space else None, STATE: source.state_names}
+    for feature, its_names in names.items():
+        if its_names is not None:
+            features[feature] = {"dtype": "float32", "shape": [len(its_names)], "names": list(its_names)}
+    for camera, (height, width) in source.cameras.items():
+        features[CAMERA_PREFIX + camera] = {"dtype": "video", "shape": [height, width, 3]}
+    return features

@@ -1,0 +1,247 @@
+"""Demonstrations from Meta-World's scripted experts, written as a dataset; only successful episodes are kept.
+
+    lapa data metaworld --tasks mt10 --episodes 50 --seed 0 --no-actions --out data/videos
+    lapa data metaworld --tasks door-open,window-open --episodes 5 --seed 1 --out data/robot
+
+The control rate is 80 Hz and an expert needs 40 to 120 steps, about one second: a horizon of 0.1 to 0.2 seconds
+(8 to 16 frames) suits these episodes; the paper's 0.6 seconds would span half of one.
+The dataset depends on tasks, episodes, seed and the picture's settings, not on the number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lapa.config import require_same, to_dict
+from lapa.console import finish, progress, say, warn
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO
+from lapa.data.workers import Workers
+from lapa.data.writer import DatasetWriter
+from lapa.envs.metaworld.simulator import (
+    ACTION_NAMES,
+    FPS,
+    MAX_STEPS,
+    STATE_NAMES,
+    Simulator,
+    check_cameras,
+    check_installation,
+    episode_seed,
+    parse_tasks,
+)
+from lapa.files import claim_output, write_json
+
+# Frames kept after success: enough to see the result, too few to teach standing still.
+FRAMES_AFTER_SUCCESS = 5
+BEGUN = "meta/metaworld.json"
+# Settings that leave the dataset as it is.
+RUN_ONLY = ("out", "workers", "overwrite", "resume")
+
+
+@dataclass(frozen=True)
+class MetaworldConfig:
+    """Demonstrations by Meta-World's scripted experts."""
+
+    out: Path
+    """Folder for the dataset."""
+    tasks: str = "mt10"
+    """mt10, mt50, or task names parted by commas."""
+    episodes: int = 10
+    """Successful episodes of each task."""
+    seed: int = 0
+    """Draws goals, object positions and phrasing; other seeds give other episodes."""
+    actions: bool = True
+    """Store actions and robot states; --no-actions leaves video and instruction only."""
+    size: int = 128
+    """Height and width of the pictures in pixels."""
+    cameras: tuple[str, ...] = ("corner4",)
+    """Camera views to record."""
+    look: int | None = None
+    """Other colours and textures, drawn from this number; by default as Meta-World has them."""
+    noise: float = 0.0
+    """Standard deviation of noise on the expert's motion; the noisy action is executed and stored."""
+    max_steps: int = 250
+    """An episode that has not succeeded by then is dropped."""
+    workers: int | None = None
+    """Simulator processes; by default one for each CPU core."""
+    overwrite: bool = False
+    """Replace what lies at --out."""
+    resume: bool = False
+    """Go on with an unfinished dataset."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One successful episode: row t holds what was seen before action t."""
+
+    frames_THWC: dict[str, np.ndarray]
+    states_TS: np.ndarray
+    actions_TA: np.ndarray
+    instruction: str
+
+
+def run(config: MetaworldConfig) -> None:
+    """Records the dataset at `config.out`. Raises ValueError on a user's mistake, before any work is done."""
+    tasks = parse_tasks(config.tasks)
+    _check(config)
+    if config.resume and (config.out / INFO).exists():
+        require_same(config.out / BEGUN, _settings(config))
+        say(f"{config.out} is complete")
+        return
+    check_installation()
+    claim_output(config.out, complete=(config.out / INFO).exists(), overwrite=config.overwrite, resume=config.resume)
+    require_same(config.out / BEGUN, _settings(config))
+    write_json(config.out / BEGUN, _settings(config))
+    writer = DatasetWriter(
+        config.out,
+        fps=FPS,
+        cameras=dict.fromkeys(config.cameras, (config.size, config.size)),
+        action_names=ACTION_NAMES if config.actions else None,
+        state_names=STATE_NAMES if config.actions else None,
+        # The gripper's number is the effort with which it closes, anywhere from -1 to 1.
+        control="delta",
+        robot_type="metaworld-sawyer",
+        extra_info={"made_by": "lapa data metaworld", **_noted(config)},
+        resume=config.resume,
+    )
+    dropped = _record_all(config, tasks, writer)
+    dataset = writer.finish()
+    _report(dropped, dataset, config)
+
+
+def record(simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: int = MAX_STEPS) -> Demonstration | None:
+    """Lets the expert play the episode of `seed`; None where it has not succeeded within `max_steps`."""
+    rng = np.random.default_rng([seed, 2])
+    frames: dict[str, list[np.ndarray]] = {camera: [] for camera in simulator.cameras}
+    states, actions = [], []
+    simulator.reset(seed)
+    left = None
+    for _ in range(max_steps):
+        action = simulator.expert_action()
+        action[:3] += noise * rng.standard_normal(3)
+        action = np.clip(action, -1, 1)
+        for camera, picture in simulator.render().items():
+            frames[camera].append(picture)
+        states.append(simulator.state)
+        actions.append(action)
+        if simulator.step(action) and left is None:
+            left = FRAMES_AFTER_SUCCESS + 1
+        if left is not None:
+            left -= 1
+            if left == 0:
+                break
+    if left is None:
+        return None
+    pictures = {camera: np.stack(images) for camera, images in frames.items()}
+    return Demonstration(pictures, np.stack(states), np.stack(actions), simulator.instruction)
+
+
+def _record_all(config: MetaworldConfig, tasks: tuple[str, ...], writer: DatasetWriter) -> Counter[str]:
+    """Fills the writer with `config.episodes` of each task, in an order that only the config decides."""
+    dropped: Counter[str] = Counter()
+    tried = dict.fromkeys(tasks, 0)
+    kept = dict.fromkeys(tasks, 0)
+    most = 2 * config.episodes + 10
+    num_frames, begun = 0, time.monotonic()
+    with progress() as bar, Workers(config.workers or os.cpu_count() or 1) as workers:
+        line = bar.add_task("episodes", total=config.episodes * len(tasks), note="")
+        # The first round tries what is asked for; each later one replaces what the round before dropped.
+        while attempts := _next_attempts(config.episodes, kept, tried, most):
+            done = [f"{task}/{episode}" in writer.done_sources for task, episode in attempts]
+            new = [attempt for attempt, have in zip(attempts, done, strict=True) if not have]
+            demonstrations = workers.in_order(_attempt, ((config, *attempt) for attempt in new))
+            for (task, episode), have in zip(attempts, done, strict=True):
+                demonstration = None if have else next(demonstrations)
+                if demonstration is not None:
+                    _write(writer, demonstration, f"{task}/{episode}", config.actions)
+                    num_frames += len(demonstration.states_TS)
+                elif not have:
+                    dropped[task] += 1
+                    continue
+                kept[task] += 1
+                rate = num_frames / (time.monotonic() - begun)
+                bar.update(line, advance=1, note=f"{task}, {rate:.0f} frames/s")
+    for task in tasks:
+        if kept[task] < config.episodes:
+            warn(
+                f"{task}: {kept[task]} of {config.episodes} episodes; the expert failed {dropped[task]} times, given up"
+            )
+    say(f"{num_frames} frames in {time.monotonic() - begun:.0f} s")
+    return dropped
+
+
+def _next_attempts(wanted: int, kept: dict[str, int], tried: dict[str, int], most: int) -> list[tuple[str, int]]:
+    """The (task, episode number) pairs still to try, which are then counted as tried."""
+    attempts = []
+    for task, have in kept.items():
+        stop = min(tried[task] + wanted - have, most)
+        attempts += [(task, episode) for episode in range(tried[task], stop)]
+        tried[task] = stop
+    return attempts
+
+
+def _write(writer: DatasetWriter, demonstration: Demonstration, source: str, actions: bool) -> None:
+    writer.add_episode(
+        demonstration.frames_THWC,
+        demonstration.instruction,
+        actions=demonstration.actions_TA if actions else None,
+        states=demonstration.states_TS if actions else None,
+        source=source,
+    )
+
+
+_simulator: Simulator | None = None
+
+
+def _attempt(config: MetaworldConfig, task: str, episode: int) -> Demonstration | None:
+    """Runs in a worker, which keeps its simulator until another task comes."""
+    global _simulator
+    if _simulator is None or _simulator.task != task:
+        if _simulator is not None:
+            _simulator.close()
+        _simulator = Simulator(task, size=config.size, cameras=config.cameras, look=config.look)
+    seed = episode_seed(config.seed, "demonstration", task, episode)
+    return record(_simulator, seed, noise=config.noise, max_steps=config.max_steps)
+
+
+def _check(config: MetaworldConfig) -> None:
+    check_cameras(config.cameras)
+    if config.episodes < 1:
+        raise ValueError(f"--episodes must be at least 1, got {config.episodes}")
+    if config.size < 16 or config.size % 2:
+        raise ValueError(f"--size must be even and at least 16, got {config.size}")
+    if not 1 <= config.max_steps <= MAX_STEPS:
+        raise ValueError(f"--max-steps must lie in 1 to {MAX_STEPS} (Meta-World's own limit), got {config.max_steps}")
+    if config.look is not None and config.look < 0:
+        raise ValueError(f"--look must not be negative, got {config.look}")
+    if config.noise < 0:
+        raise ValueError(f"--noise must not be negative, got {config.noise:g}")
+    if config.workers is not None and config.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {config.workers}")
+
+
+def _settings(config: MetaworldConfig) -> dict[str, Any]:
+    """What the dataset depends on."""
+    return {name: value for name, value in to_dict(config).items() if name not in RUN_ONLY}
+
+
+def _noted(config: MetaworldConfig) -> dict[str, Any]:
+    """The settings as the dataset notes them: no look where it has none, like a dataset begun before there were any."""
+    return {name: value for name, value in _settings(config).items() if name != "look" or value is not None}
+
+
+def _report(dropped: Counter[str], dataset: Dataset, config: MetaworldConfig) -> None:
+    if dropped:
+        counts = ", ".join(f"{task} {count}" for task, count in dropped.items())
+        say(f"dropped {dropped.total()} failed episodes: {counts}")
+    length = dataset.num_frames / len(dataset.episodes)
+    say(f"{len(dataset.episodes)} episodes of {length:.0f} frames on average ({length / FPS:.1f} s at {FPS:.0f} fps)")
+    after = f"lapa latent train --data {config.out} --preset tiny --horizon-seconds 0.2 --out runs/lam"
+    finish("dataset", config.out, [f"lapa data info {config.out}", after])

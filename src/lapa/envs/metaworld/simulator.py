@@ -1,0 +1,271 @@
+"""A Meta-World task (v3) as a simulator that renders fast without a screen and repeats itself exactly for a seed.
+
+Meta-World: Yu et al., CoRL 2019, arXiv 1910.10897; version 3 of the `metaworld` package, with its scripted experts.
+
+Pictures come from a `mujoco.Renderer` through EGL, without multisampling, shadows and reflections: several times
+the speed of the environment's own `render()` on a CPU (benchmarks/bench_metaworld.py). A process owns one OpenGL
+context at a time (OSMesa returns garbage when two live), shared by all simulators of the same task and look.
+
+    python benchmarks/bench_metaworld.py
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lapa.config import unknown
+from lapa.envs.metaworld.instructions import INSTRUCTIONS
+from lapa.envs.metaworld.look import change_look
+
+TASKS = tuple(INSTRUCTIONS)
+SUITES = {
+    "mt10": (
+        "reach",
+        "push",
+        "pick-place",
+        "door-open",
+        "drawer-open",
+        "drawer-close",
+        "button-press-topdown",
+        "peg-insert-side",
+        "window-open",
+        "window-close",
+    ),
+    "mt50": TASKS,
+}
+
+ACTION_NAMES = ("dx", "dy", "dz", "gripper")
+STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening")
+CAMERAS = ("corner", "corner2", "corner3", "corner4", "topview", "behindGripper", "gripperPOV")
+UPSIDE_DOWN = frozenset({"corner", "corner2", "corner3", "corner4"})
+
+# Frames come and actions go at the control rate: 5 physics steps of 2.5 ms.
+FPS = 80.0
+# The environment itself refuses to go on after so many steps.
+MAX_STEPS = 500
+
+# Episodes for training and for evaluation never share a seed, whatever seed the user gives to either.
+PURPOSES = {"demonstration": 0, "evaluation": 1}
+
+DEBIAN_PACKAGES = "libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
+
+_PROBE = """
+import mujoco
+ball = "<mujoco><worldbody><light pos='0 0 3'/><geom size='.5' rgba='1 0 0 1'/></worldbody></mujoco>"
+model = mujoco.MjModel.from_xml_string(ball)
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+renderer = mujoco.Renderer(model, 32, 32)
+renderer.update_scene(data)
+picture = renderer.render()
+renderer.close()
+raise SystemExit(0 if picture.std() > 1 else "the picture is blank")
+"""
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """'mt10', 'mt50' or names parted by commas, with or without '-v3' -> task names, each once, in that order."""
+    names: list[str] = []
+    for word in filter(None, (word.strip().lower() for word in text.split(","))):
+        name = word.removesuffix("-v3")
+        if name not in SUITES and name not in INSTRUCTIONS:
+            raise unknown("Meta-World task", word, [*SUITES, *TASKS])
+        names.extend(SUITES.get(name, (name,)))
+    if not names:
+        raise ValueError("no task given; name Meta-World tasks parted by commas, or mt10, or mt50")
+    return tuple(dict.fromkeys(names))
+
+
+def check_cameras(cameras: Sequence[str]) -> None:
+    """Raises ValueError on a camera that Meta-World does not have."""
+    if not cameras:
+        raise ValueError("no camera given; corner4 sees most of the table")
+    for camera in cameras:
+        if camera not in CAMERAS:
+            raise unknown("camera", camera, CAMERAS)
+
+
+def check_installation() -> None:
+    """Raises ValueError, with the mend, where Meta-World is missing or pictures cannot be rendered.
+
+    Renders one picture in a process of its own, so that a driver that crashes takes nothing with it.
+    """
+    missing = [name for name in ("metaworld", "mujoco", "packaging") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'Meta-World needs {", ".join(missing)}; install it: pip install "lapa[metaworld]"')
+    _choose_backend()
+    backend = os.environ.get("MUJOCO_GL", "the default backend")
+    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    if probe.returncode != 0:
+        lines = probe.stderr.strip().splitlines()
+        reason = lines[-1] if lines else f"exit status {probe.returncode}"
+        raise ValueError(
+            f"MuJoCo cannot render without a screen through {backend} ({reason}); "
+            f"on Debian or Ubuntu: apt-get install {DEBIAN_PACKAGES}"
+        )
+
+
+def episode_seed(seed: int, purpose: str, task: str, episode: int) -> int:
+    """The seed of one episode (a 63-bit integer): the same for every policy, worker count and choice of tasks."""
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    entropy = [seed, PURPOSES[purpose], zlib.crc32(task.encode()), episode]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+def draw_instruction(task: str, seed: int) -> str:
+    """One paraphrase of the task, drawn by the episode's seed."""
+    phrases = INSTRUCTIONS[task]
+    return phrases[np.random.default_rng([seed, 1]).integers(len(phrases))]
+
+
+class Simulator:
+    """One Meta-World task. Positions of objects and goal are drawn at `reset` from its seed alone.
+
+    The shape of things: an action is float32 [4] (ACTION_NAMES, clipped to [-1, 1]; one unit moves the hand by
+    1 cm a step), the state float32 [4] (STATE_NAMES: metres, opening in [0, 1]), a picture uint8 [size, size, 3].
+    look: draws other colours, textures and lights, under which everything moves as before; None: as Meta-World is.
+    """
+
+    def __init__(
+        self, task: str, *, size: int = 128, cameras: Sequence[str] = ("corner4",), look: int | None = None
+    ) -> None:
+        if task not in INSTRUCTIONS:
+            raise unknown("Meta-World task", task, TASKS)
+        check_cameras(cameras)
+        self.task, self.size, self.cameras, self.look = task, size, tuple(cameras), look
+        self._environment = _make_environment(task, size)
+        if look is not None:
+            change_look(self._environment.model, look)
+        self._expert: Any = None
+        self._observation: np.ndarray | None = None
+        self.instruction = ""
+
+    @property
+    def state(self) -> np.ndarray:
+        """Position of the hand and opening of the gripper, float32 [4]."""
+        assert self._observation is not None, "reset comes first"
+        return self._observation[:4].astype(np.float32)
+
+    def reset(self, seed: int) -> None:
+        """Begins the episode that belongs to `seed`."""
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self._environment.seed(seed)
+        self._observation, _ = self._environment.reset()
+        experts: dict[str, Any] = dict(ENV_POLICY_MAP)
+        self._expert = experts[f"{self.task}-v3"]()
+        self.instruction = draw_instruction(self.task, seed)
+        self._forward()
+
+    def step(self, action: np.ndarray) -> bool:
+        """Executes one action; returns whether the task stands solved after it."""
+        self._observation, _, _, _, info = self._environment.step(np.clip(action, -1, 1))
+        return bool(info["success"])
+
+    def expert_action(self) -> np.ndarray:
+        """What the scripted expert would do now, float32 [4] in [-1, 1]."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Constant.s. may be too high")
+            action = self._expert.get_action(self._observation)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def render(self) -> dict[str, np.ndarray]:
+        """What each camera sees now, upright."""
+        return {camera: _renderer.picture(self, camera) for camera in self.cameras}
+
+    def close(self) -> None:
+        """Frees the environment, and the process's OpenGL context if it was made for this task."""
+        _renderer.release(self.task)
+        self._environment.close()
+
+    def _forward(self) -> None:
+        # Some tasks move the goal's marker last of all in their reset; the picture needs it now.
+        import mujoco
+
+        mujoco.mj_forward(self._environment.model, self._environment.data)
+
+
+class _Renderer:
+    """The process's one `mujoco.Renderer`, remade when another task, size or look asks for it.
+
+    Any simulator of the same task and look can use it: meshes and textures are in the OpenGL context, while positions
+    come from the simulator's own model (objects are placed by writing to it) and data.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[str, int, int | None] | None = None
+        self._live: Any = None
+
+    def picture(self, simulator: Simulator, camera: str) -> np.ndarray:
+        import mujoco
+
+        model, data = simulator._environment.model, simulator._environment.data
+        self._prepare(simulator, model)
+        view = mujoco.MjvCamera()
+        view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        view.fixedcamid = model.camera(camera).id
+        every = mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), None, view, every, self._live.scene)
+        picture = self._live.render()
+        return np.ascontiguousarray(picture[::-1, ::-1]) if camera in UPSIDE_DOWN else picture
+
+    def release(self, task: str | None = None) -> None:
+        if self._live is not None and (task is None or (self._key is not None and self._key[0] == task)):
+            self._live.close()
+            self._key, self._live = None, None
+
+    def _prepare(self, simulator: Simulator, model: Any) -> None:
+        import mujoco
+
+        key = (simulator.task, simulator.size, simulator.look)
+        if self._key == key:
+            return
+        self.release()
+        self._live = mujoco.Renderer(model, height=simulator.size, width=simulator.size)
+        self._live.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self._live.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._key = key
+        # Registered after EGL's own farewell, hence run before it: a context must go before its display.
+        atexit.unregister(self.release)
+        atexit.register(self.release)
+
+
+_renderer = _Renderer()
+
+
+def _choose_backend() -> None:
+    """MuJoCo reads MUJOCO_GL once, when it is imported: EGL on Linux, unless the user chose otherwise."""
+    if sys.platform != "linux" or "MUJOCO_GL" in os.environ:
+        return
+    if "mujoco" in sys.modules:
+        raise ValueError("mujoco was imported before its backend was chosen; set MUJOCO_GL=egl before importing it")
+    os.environ["MUJOCO_GL"] = "egl"
+
+
+def _make_environment(task: str, size: int) -> Any:
+    """The task's environment, with its goal observable (the expert looks at it) and drawn anew at every reset."""
+    _choose_backend()
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+    environment = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
+    environment._partially_observable = False
+    environment._freeze_rand_vec = False
+    environment.seeded_rand_vec = True
+    environment._set_task_called = True
+    # Cached when it was made, without a goal.
+    del environment.sawyer_observation_space
+    visual = environment.model.vis
+    visual.quality.offsamples = 0
+    visual.global_.offwidth = visual.global_.offheight = size
+    return environment

@@ -1,0 +1,157 @@
+"""The published latent action model's weights (laq_openx.pt of LAPA) under our names, and back.
+
+    from lapa.released.laq import from_released
+    model = from_released(torch.load("laq_openx.pt", weights_only=True), PUBLISHED_CONFIG)
+
+Code and weights: https://github.com/LatentActionPretraining/LAPA (arXiv 2410.11758). Every name is accounted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lapa.config import unknown
+from lapa.latent.model import LatentActionModel, LatentModelConfig
+
+PUBLISHED_CONFIG = {
+    "dim": 1024,
+    "quant_dim": 32,
+    "codebook_size": 8,
+    "image_size": 256,
+    "patch_size": 32,
+    "spatial_depth": 8,
+    "temporal_depth": 8,
+    "dim_head": 64,
+    "heads": 16,
+    "code_seq_len": 4,
+}
+PUBLISHED_HORIZON_SECONDS = 0.6
+
+MODEL_NAMES = {
+    "to_patch_emb_first_frame.1.weight": "patch_embedding.pixel_norm.weight",
+    "to_patch_emb_first_frame.1.bias": "patch_embedding.pixel_norm.bias",
+    "to_patch_emb_first_frame.2.weight": "patch_embedding.project.weight",
+    "to_patch_emb_first_frame.2.bias": "patch_embedding.project.bias",
+    "to_patch_emb_first_frame.3.weight": "patch_embedding.norm.weight",
+    "to_patch_emb_first_frame.3.bias": "patch_embedding.norm.bias",
+    "spatial_rel_pos_bias.net.0.0.weight": "position_bias.net.0.weight",
+    "spatial_rel_pos_bias.net.0.0.bias": "position_bias.net.0.bias",
+    "spatial_rel_pos_bias.net.1.0.weight": "position_bias.net.2.weight",
+    "spatial_rel_pos_bias.net.1.0.bias": "position_bias.net.2.bias",
+    "spatial_rel_pos_bias.net.2.weight": "position_bias.net.4.weight",
+    "spatial_rel_pos_bias.net.2.bias": "position_bias.net.4.bias",
+    "vq.project_in.weight": "to_latents.project.weight",
+    "vq.project_in.bias": "to_latents.project.bias",
+    "vq.cnn_encoder.0.weight": "to_latents.shrink.weight",
+    "vq.cnn_encoder.0.bias": "to_latents.shrink.bias",
+    "vq.cnn_encoder.2.weight": "to_latents.gather.weight",
+    "vq.cnn_encoder.2.bias": "to_latents.gather.bias",
+    "vq.codebooks": "quantizer.codebook_KD",
+    "vq.project_out.weight": "from_latents.weight",
+    "vq.project_out.bias": "from_latents.bias",
+    "to_pixels_first_frame.0.weight": "to_pixels.project.weight",
+    "to_pixels_first_frame.0.bias": "to_pixels.project.bias",
+}
+TRANSFORMER_NAMES = {
+    "enc_spatial_transformer": "spatial_encoder",
+    "enc_temporal_transformer": "temporal_encoder",
+    "dec_spatial_transformer": "decoder",
+}
+ATTENTION_NAMES = {
+    "norm.gamma": "query_norm.weight",
+    "context_norm.gamma": "context_norm.weight",
+    "to_q.weight": "to_queries.weight",
+    "to_kv.weight": "to_keys_values.weight",
+    "q_scale": "query_scale",
+    "k_scale": "key_scale",
+    "null_kv": "null_keys_values",
+    "to_out.weight": "to_out.weight",
+}
+BLOCK_NAMES = {
+    "0.dsconv.weight": "positions.weight",
+    "0.dsconv.bias": "positions.bias",
+    **{f"1.{released}": f"attention.{ours}" for released, ours in ATTENTION_NAMES.items()},
+    **{f"2.{released}": f"cross_attention.{ours}" for released, ours in ATTENTION_NAMES.items()},
+    "3.0.weight": "feed_forward.norm.weight",
+    "3.0.bias": "feed_forward.norm.bias",
+    "3.1.weight": "feed_forward.up.weight",
+    "3.4.weight": "feed_forward.down.weight",
+}
+
+
+def released_config(published: Mapping[str, Any]) -> LatentModelConfig:
+    """Our config for a published one (the keys of PUBLISHED_CONFIG). ValueError on unknown or missing keys."""
+    for key in published:
+        if key not in PUBLISHED_CONFIG:
+            raise unknown("key of the published config", key, PUBLISHED_CONFIG)
+    if missing := sorted(PUBLISHED_CONFIG.keys() - published.keys()):
+        raise ValueError(f"the published config needs the keys {', '.join(missing)}")
+    sizes: dict[str, Any] = dict(published)
+    return LatentModelConfig(
+        latent_length=sizes.pop("code_seq_len"),
+        layout="released",
+        horizon_seconds=PUBLISHED_HORIZON_SECONDS,
+        **sizes,
+    )
+
+
+def released_names(model: LatentActionModel) -> dict[str, str]:
+    """Released name -> our name, for every released tensor that holds something."""
+    names = dict(MODEL_NAMES)
+    ours = model.state_dict().keys()
+    for released, own in TRANSFORMER_NAMES.items():
+        names[f"{released}.norm_out.gamma"] = f"{own}.norm.weight"
+        for layer in range(len(getattr(model, own).blocks)):
+            for theirs, inner in BLOCK_NAMES.items():
+                if (name := f"{own}.blocks.{layer}.{inner}") in ours:
+                    names[f"{released}.layers.{layer}.{theirs}"] = name
+    return names
+
+
+def released_constants(model: LatentActionModel) -> dict[str, tuple[int, ...]]:
+    """Released name -> shape, for every released tensor that holds nothing: zero offsets of norms, empty nulls."""
+    config = model.config
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in released_names(model):
+        if name.endswith(".gamma"):
+            shapes[name.removesuffix("gamma") + "beta"] = (config.dim,)
+        if name.endswith(".1.to_q.weight"):
+            shapes[name.removesuffix("to_q.weight") + "null_kv"] = (config.heads, 0, config.dim_head)
+    return shapes
+
+
+def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[str, Any]) -> LatentActionModel:
+    """The model with the released weights, in evaluation mode.
+
+    Raises ValueError listing every released name that is missing, left over, of another shape, or (a norm's
+    offset, which the released code holds at zero) not zero.
+    """
+    model = LatentActionModel(released_config(published_config))
+    own, names, constants = model.state_dict(), released_names(model), released_constants(model)
+    shapes = {name: tuple(own[ours].shape) for name, ours in names.items()} | constants
+    complaints = [f"{name}: missing" for name in shapes if name not in state_dict]
+    for name, tensor in state_dict.items():
+        if name not in shapes:
+            complaints.append(f"{name}: not a name of the released model")
+        elif tuple(tensor.shape) != shapes[name]:
+            complaints.append(f"{name}: shape {tuple(tensor.shape)}, expected {shapes[name]}")
+        elif name in constants and tensor.any():
+            complaints.append(f"{name}: expected zeros")
+    if complaints:
+        raise ValueError("released weights do not fit the published config:\n  " + "\n  ".join(complaints))
+    model.load_state_dict({**own, **{ours: state_dict[name] for name, ours in names.items()}})
+    return model.eval()
+
+
+def to_released(model: LatentActionModel) -> dict[str, Tensor]:
+    """The weights under the released names: the inverse of `from_released`."""
+    if model.config.layout != "released":
+        raise ValueError('only a model of layout "released" has weights that the released code can read')
+    own = model.state_dict()
+    held = {name: own[ours].clone() for name, ours in released_names(model).items()}
+    reference = next(iter(held.values()))
+    empty = {name: reference.new_zeros(shape) for name, shape in released_constants(model).items()}
+    return held | empty

@@ -1,0 +1,292 @@
+"""The image tokeniser of the released policy: a VQGAN that turns a picture into a grid of codes, and back.
+
+Large World Model (https://arxiv.org/abs/2402.08268), as LAPA uses it (https://arxiv.org/abs/2410.11758): residual
+blocks without attention, the nearest of 8192 codes for each 16 x 16 pixels. It is frozen and runs in float32: a code
+is an argmin, and a picture's codes are not to depend on the precision that the policy trains in.
+
+    vqgan = from_released(open_checkpoint(Path("vqgan")), VQGANConfig())      # 146,244,675 parameters
+    codes_Bhw = vqgan.encode(images_BHWC)      # uint8 of side 256 -> 16 x 16 codes in [0, 8192)
+
+Axes: B batch, H W image, h w grid of codes, C channels, K codes, D width of a code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lapa import config as configs
+from lapa.files import atomic_path
+from lapa.released.checkpoints import require_shapes, shapes_of
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+NORM_GROUPS, NORM_EPS = 32, 1e-6
+
+
+@dataclass(frozen=True)
+class VQGANConfig:
+    """Sizes of the image tokeniser; the defaults are the published ones."""
+
+    resolution: int = 256
+    """Side of the square picture, in pixels."""
+    hidden_channels: int = 128
+    """Channels at full resolution."""
+    channel_mult: tuple[int, ...] = (1, 2, 2, 4, 6)
+    """Channels of each level, as multiples of `hidden_channels`; each level after the first halves the picture."""
+    num_res_blocks: int = 2
+    """Residual blocks of an encoder level; the decoder has one more."""
+    z_channels: int = 64
+    """Channels between the encoder and the codes."""
+    quantized_embed_dim: int = 64
+    """Width of a code."""
+    num_embeddings: int = 8192
+    """How many codes there are."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.resolution, self.hidden_channels, *self.channel_mult, self.num_res_blocks, self.z_channels)
+        if min(*sizes, self.quantized_embed_dim, self.num_embeddings) < 1:
+            raise ValueError(f"the sizes of an image tokeniser are at least 1, got {configs.to_dict(self)}")
+        if self.hidden_channels % NORM_GROUPS:
+            raise ValueError(f"hidden_channels {self.hidden_channels} is no multiple of {NORM_GROUPS}")
+        if not self.channel_mult or self.resolution % 2 ** (len(self.channel_mult) - 1):
+            raise ValueError(
+                f"resolution {self.resolution} cannot be halved {len(self.channel_mult) - 1} times (channel_mult)"
+            )
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(self.hidden_channels * multiple for multiple in self.channel_mult)
+
+    @property
+    def grid(self) -> int:
+        """Side of the square grid of codes."""
+        return self.resolution // 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes of one picture."""
+        return self.grid**2
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.norm_0 = nn.GroupNorm(NORM_GROUPS, channels_in, NORM_EPS)
+        self.conv_0 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm_1 = nn.GroupNorm(NORM_GROUPS, channels, NORM_EPS)
+        self.conv_1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_2 = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv_0(F.silu(self.norm_0(x)))
+        hidden = self.conv_1(F.silu(self.norm_1(hidden)))
+        return hidden + (x if self.conv_2 is None else self.conv_2(x))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then the change to the next one, if there is one."""
+
+    def __init__(self, channels_in: int, channels: int, num_blocks: int, resample: str | None) -> None:
+        super().__init__()
+        widths = [channels_in] + [channels] * num_blocks
+        self.blocks = nn.ModuleList(ResidualBlock(*pair) for pair in pairwise(widths))
+        self.resample = resample
+        stride, padding = (2, 0) if resample == "down" else (1, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride, padding) if resample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        if self.conv is None:
+            return x
+        if self.resample == "down":
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        widths = (config.hidden_channels, *config.channels)
+        last = len(config.channels) - 1
+        self.conv_in = nn.Conv2d(3, config.hidden_channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(widths[i], widths[i + 1], config.num_res_blocks, "down" if i < last else None)
+            for i in range(last + 1)
+        )
+        self.middle = nn.ModuleList(ResidualBlock(widths[-1], widths[-1]) for _ in range(2))
+        self.norm = nn.GroupNorm(NORM_GROUPS, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        x = self.conv_in(pixels)
+        for layer in (*self.levels, *self.middle):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        widths = tuple(reversed((*config.channels, config.channels[-1])))
+        last = len(config.channels) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.middle = nn.ModuleList(ResidualBlock(widths[0], widths[0]) for _ in range(2))
+        self.levels = nn.ModuleList(
+            Level(widths[i], widths[i + 1], config.num_res_blocks + 1, "up" if i < last else None)
+            for i in range(last + 1)
+        )
+        self.norm = nn.GroupNorm(NORM_GROUPS, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        x = self.conv_in(latents)
+        for layer in (*self.middle, *self.levels):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm(x)))
+
+
+class VQGAN(nn.Module):
+    """The frozen image tokeniser. Nothing here learns: parameters take no gradient."""
+
+    # In bf16 the codes would change.
+    keeps_precision = True
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.to_code = nn.Conv2d(config.z_channels, config.quantized_embed_dim, 1)
+        self.from_code = nn.Conv2d(config.quantized_embed_dim, config.z_channels, 1)
+        self.codebook_KD = nn.Parameter(torch.empty(config.num_embeddings, config.quantized_embed_dim))
+        nn.init.uniform_(self.codebook_KD, -1 / config.num_embeddings, 1 / config.num_embeddings)
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Int[Tensor, "B h w"]:
+        """`encode`, for what hooks into a module's call, as sharding does."""
+        return self.encode(images_BHWC)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQGAN:
+        """Moves to other devices, and stays in float32 whatever a policy is cast to."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype != tensor.dtype else result
+
+        super()._apply(moved, recurse)
+        return self
+
+    @torch.no_grad()
+    def latents(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B h w D"]:
+        """What the codes stand for, before the nearest one is chosen. ValueError for pictures of another size."""
+        side = self.config.resolution
+        if tuple(images_BHWC.shape[1:]) != (side, side, 3):
+            raise ValueError(f"the image tokeniser takes pictures of {side} x {side} x 3, got {images_BHWC.shape[1:]}")
+        # A permuted NHWC tensor already lies in memory as channels_last.
+        pixels = images_BHWC.permute(0, 3, 1, 2).to(self.codebook_KD.dtype) / 127.5 - 1
+        with torch.autocast(images_BHWC.device.type, enabled=False):
+            return self.to_code(self.encoder(pixels)).permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def encode(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Int[Tensor, "B h w"]:
+        """The code of each cell of the grid, row by row from the top left."""
+        z_BhwD, codebook_KD = self.latents(images_BHWC).float(), self.codebook_KD.float()
+        flat_ND = rearrange(z_BhwD, "b h w d -> (b h w) d")
+        # |z|^2 is the same for every code, so it does not change which one is nearest.
+        with torch.autocast(images_BHWC.device.type, enabled=False):
+            distances_NK = torch.addmm(codebook_KD.square().sum(1), flat_ND, codebook_KD.T, alpha=-2)
+        return distances_NK.argmin(1).view(z_BhwD.shape[:3])
+
+    @torch.no_grad()
+    def decode(self, codes_Bhw: Int[Tensor, "B h w"]) -> Float[Tensor, "B H W 3"]:
+        """The picture that the codes say, in [-1, 1]."""
+        code_BDhw = self.codebook_KD[codes_Bhw].permute(0, 3, 1, 2)
+        return self.decoder(self.from_code(code_BDhw)).permute(0, 2, 3, 1).clamp(-1, 1)
+
+    def save(self, folder: Path) -> None:
+        """Writes model.safetensors, then config.json."""
+        with atomic_path(Path(folder) / WEIGHTS) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
+        configs.save(self.config, Path(folder) / CONFIG)
+
+    @classmethod
+    def load(cls, folder: Path) -> VQGAN:
+        """What `save` wrote. ValueError naming the file that is missing or does not fit."""
+        config = configs.load(VQGANConfig, Path(folder) / CONFIG)
+        path = Path(folder) / WEIGHTS
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            model.load_state_dict(load_file(path), assign=True)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing; the policy folder is incomplete, import it again") from None
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path}: does not fit {CONFIG} beside it ({str(error).splitlines()[0]})") from error
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model.requires_grad_(False).eval()
+
+
+RELEASED_PARTS = {
+    "conv_in": "Conv_0",
+    "conv_out": "Conv_1",
+    "norm": "GroupNorm_0",
+    "to_code": "quant_conv",
+    "from_code": "post_quant_conv",
+}
+
+
+def released_name(own: str) -> str:
+    """Our name of a parameter -> the released (Flax) one, with slashes."""
+    if own == "codebook_KD":
+        return "quantize/embeddings"
+    *path, kind = own.split(".")
+    level = "DownsamplingBlock" if path[0] == "encoder" else "UpsamplingBlock"
+    sampling = "Downsample" if path[0] == "encoder" else "Upsample"
+    name = "/".join(RELEASED_PARTS.get(part, part) for part in path)
+    name = re.sub(r"levels/(\d+)/conv\b", rf"levels/\1/{sampling}_0/Conv_0", name)
+    name = re.sub(r"levels/(\d+)", rf"{level}_\1", name)
+    name = re.sub(r"middle/(\d+)", r"MidBlock_0/ResnetBlock_\1", name)
+    name = re.sub(r"blocks/(\d+)", r"ResnetBlock_\1", name)
+    name = re.sub(r"\bnorm_", "GroupNorm_", re.sub(r"\bconv_", "Conv_", name))
+    if kind == "weight":
+        kind = "scale" if "GroupNorm" in name.rsplit("/", 1)[-1] else "kernel"
+    return f"{name}/{kind}"
+
+
+def released_shapes(config: VQGANConfig) -> dict[str, tuple[int, ...]]:
+    """Released name -> released shape (convolutions HWIO) of every parameter."""
+    with torch.device("meta"):
+        own = VQGAN(config).state_dict()
+    return {released_name(name): _released_shape(tensor) for name, tensor in own.items()}
+
+
+def from_released(params: Mapping[str, Any], config: VQGANConfig) -> VQGAN:
+    """The tokeniser with the released weights (arrays or tensors), in evaluation mode.
+
+    Raises ValueError listing every name that is missing, left over or of another shape.
+    """
+    require_shapes("the image tokeniser", shapes_of(params), released_shapes(config))
+    model = VQGAN(config)
+    for name, own in model.state_dict().items():
+        theirs = torch.as_tensor(params[released_name(name)])
+        own.copy_(theirs.permute(3, 2, 0, 1) if theirs.ndim == 4 else theirs)
+    return model.eval()
+
+
+def _released_shape(tensor: Tensor) -> tuple[int, ...]:
+    shape = tuple(tensor.shape)
+    return (shape[2], shape[3], shape[1], shape[0]) if len(shape) == 4 else shape

@@ -1,0 +1,163 @@
+"""Made-up video with a known answer: a square that moves in one of eight directions over a noisy ground.
+
+The `debug` preset and the tests run on it. `lapa data synthetic --out DATASET` writes it as a dataset.
+Axes: N pairs, T time, C channel, H W image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Int64, UInt8
+
+from lapa import files
+from lapa.console import finish, progress
+from lapa.data.dataset import Dataset
+from lapa.data.lerobot import INFO
+from lapa.data.writer import DatasetWriter, nothing_to_add
+from lapa.sources.square import CAMERA, DIRECTIONS, Square, heading
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """Write a small made-up dataset: a square that moves in one of eight directions."""
+
+    out: Path
+    """Folder of the dataset to write."""
+    episodes: int = 32
+    """Number of episodes; their directions take turns."""
+    frames: int = 24
+    """Frames of each episode."""
+    size: int = 64
+    """Height and width in pixels (even)."""
+    fps: float = 10.0
+    """Frames per second."""
+    actions: bool = False
+    """Write the true velocity (pixels a frame: right, down) as `action`, and the position as `observation.state`."""
+    seed: int = 0
+    """Seed of positions, colours and noise."""
+    overwrite: bool = False
+    """Replace what `out` holds."""
+    resume: bool = False
+    """Go on with what an interrupted run wrote."""
+
+
+def run(config: SyntheticConfig) -> None:
+    """`lapa data synthetic`."""
+    complete = (config.out / INFO).exists()
+    if nothing_to_add(config.out, resume=config.resume, overwrite=config.overwrite):
+        return
+    files.claim_output(config.out, complete=complete, overwrite=config.overwrite, resume=config.resume)
+    dataset = write_synthetic_dataset(
+        config.out,
+        config.episodes,
+        config.frames,
+        config.size,
+        config.fps,
+        config.actions,
+        config.seed,
+        resume=config.resume,
+    )
+    what = f"dataset of {len(dataset.episodes)} made-up episodes, {dataset.num_frames} frames"
+    finish(what, config.out, [f"lapa data info {config.out}"])
+
+
+def moving_squares(
+    num: int, seed: int = 0, size: int = 64
+) -> tuple[UInt8[np.ndarray, "N 2 3 size size"], Int64[np.ndarray, "N"]]:
+    """`num` pairs of frames between which the square moves by an eighth of the picture, and their directions 0..7."""
+    rng = np.random.default_rng(seed)
+    directions_N = rng.integers(0, len(DIRECTIONS), num)
+    pairs = [_clip(rng, int(direction), 2, size, size / 8)[0] for direction in directions_N]
+    frames_NTHWC = np.stack(pairs) if pairs else np.zeros((0, 2, size, size, 3), np.uint8)
+    return np.ascontiguousarray(rearrange(frames_NTHWC, "n t h w c -> n t c h w")), directions_N
+
+
+class SyntheticPairs(torch.utils.data.Dataset):
+    """Pairs of moving squares in memory, with the interface of lapa.data.pairs.FramePairs.
+
+    `.directions_N` holds the true direction of each pair.
+    """
+
+    in_memory = True
+
+    def __init__(self, num: int = 256, seed: int = 0, size: int = 64):
+        self.frames_NTCHW, self.directions_N = moving_squares(num, seed, size)
+
+    def __len__(self) -> int:
+        return len(self.frames_NTCHW)
+
+    def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
+        index = int(key) if isinstance(key, int | np.integer) else int(key[0])
+        return {"frames_TCHW": self.frames_NTCHW[index], "index": index, "episode": index}
+
+    def describe(self, index: int) -> str:
+        """Where a pair comes from, in words."""
+        return f"made-up pair {index}, moving {DIRECTIONS[self.directions_N[index]]}"
+
+
+def write_synthetic_dataset(
+    root: Path,
+    episodes: int = 8,
+    frames: int = 20,
+    size: int = 64,
+    fps: float = 10.0,
+    actions: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+) -> Dataset:
+    """Writes a dataset of moving squares, one direction an episode, with the instruction "move up-left" or the like.
+
+    actions: adds the velocity in pixels a frame (right, down) as `action`, the centre in pixels as the state.
+    """
+    names = ["right", "down"] if actions else None
+    rng = np.random.default_rng(seed)
+    writer = DatasetWriter(
+        root,
+        fps=fps,
+        cameras={CAMERA: (size, size)},
+        action_names=names,
+        state_names=names,
+        control="delta",
+        robot_type="square",
+        extra_info={"made_by": "lapa data synthetic", "episodes": episodes, "frames": frames, "seed": seed},
+        resume=resume,
+    )
+    with progress() as bar:
+        task = bar.add_task("writing", total=episodes, note="")
+        for number in range(episodes):
+            direction = number % len(DIRECTIONS)
+            # The whole way must fit into the picture.
+            travel = rng.uniform(0.5, 0.7) * size
+            frames_THWC, centres_T2 = _clip(rng, direction, frames, size, travel)
+            source = f"{DIRECTIONS[direction]}/{number}"
+            bar.advance(task)
+            # Drawn all the same: the episodes after it come from the same generator.
+            if source in writer.done_sources:
+                continue
+            velocity = np.diff(centres_T2, axis=0)
+            velocity = np.concatenate([velocity, velocity[-1:]]) if len(velocity) else np.zeros_like(centres_T2)
+            writer.add_episode(
+                {CAMERA: frames_THWC},
+                f"move {DIRECTIONS[direction]}",
+                actions=velocity if actions else None,
+                states=centres_T2 if actions else None,
+                source=source,
+            )
+    return writer.finish()
+
+
+def _clip(
+    rng: np.random.Generator, direction: int, num_frames: int, size: int, travel: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """A square moving `travel` pixels in all: frames [T, H, W, C] and its centres (right, down) [T, 2]."""
+    way = heading(direction) * travel
+    square = Square(rng, size, way)
+    centres_T2 = (square.start + np.linspace(0, 1, num_frames)[:, None] * way).astype(np.float32)
+    return np.stack([square.picture(centre) for centre in centres_T2]), centres_T2
