@@ -15,6 +15,7 @@ from typing import Any
 
 from lapa import __version__
 from lapa.config import unknown
+from lapa.types import UserError
 
 USAGE = """\
 lapa {version}: from videos without action labels to a robot policy (arXiv 2410.11758)
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = _dispatch(arguments)
     except KeyboardInterrupt:
         status = 130
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         if os.environ.get("LAPA_TRACEBACK"):
             raise
         print(f"lapa: error: {error}", file=sys.stderr)
@@ -224,7 +225,7 @@ def _dispatch(arguments: list[str]) -> int:
         known = [v for v in VERBS if not group or v.name.split()[0] == group[0]]
         if not known or (not asked_for_help and len(arguments) > 1):
             wanted = " ".join(word for word in arguments[:2] if not word.startswith("-"))
-            raise ValueError(f"{unknown('command', wanted, [v.name for v in VERBS])}; see `lapa --help`")
+            raise UserError(f"{unknown('command', wanted, [v.name for v in VERBS])}; see `lapa --help`")
         print(usage(known), end="")
         return 0
     module = importlib.import_module(verb.module)
@@ -244,7 +245,7 @@ def find_verb(arguments: Sequence[str]) -> Verb | None:
 def parse(verb: Verb, options: Sequence[str]) -> Any:
     """The verb's config from its options, starting from the preset that `--preset` names, if it has presets.
 
-    Raises ValueError on an unknown preset; tyro ends the process with status 2 on unknown or missing options.
+    Raises UserError on an unknown preset; tyro ends the process with status 2 on unknown or missing options.
     """
     import tyro
 

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lapa.files import as_path, read_json, write_json
+from lapa.types import UserError
 
 Config = TypeVar("Config")
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not known, with the nearest known one: `raise unknown("preset", "tinny", ...)`."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+    return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -32,18 +33,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "config") -> Config:
-    """The inverse of `to_dict`. Raises ValueError naming `source` on unknown or missing keys and wrong types."""
+    """The inverse of `to_dict`. Raises UserError naming `source` on unknown or missing keys and wrong types."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{source}: expected an object for {cls.__name__}, got {type(values).__name__}")
+        raise UserError(f"{source}: expected an object for {cls.__name__}, got {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise ValueError(f"{source}: {unknown(f'key of {cls.__name__}', key, fields)}")
+            raise UserError(f"{source}: {unknown(f'key of {cls.__name__}', key, fields)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise ValueError(f"{source}: {cls.__name__} needs the key {name!r}")
+            raise UserError(f"{source}: {cls.__name__} needs the key {name!r}")
     return cls(**{key: _typed(hints[key], value, f"{source}: {key}") for key, value in values.items()})
 
 
@@ -60,7 +61,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
 
 
 def require_same(path: Path, now: Mapping[str, Any], then: Mapping[str, Any] | None = None) -> None:
-    """ValueError saying what changed where the JSON file `path` exists and differs from `now` in a key of `now`.
+    """UserError saying what changed where the JSON file `path` exists and differs from `now` in a key of `now`.
 
     So a command goes on with `--resume` only under the settings it was begun with. then: what the file is taken to say.
     """
@@ -69,7 +70,7 @@ def require_same(path: Path, now: Mapping[str, Any], then: Mapping[str, Any] | N
     then = read_json(path) if then is None else then
     changed = differences({key: then.get(key) for key in now}, now)
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{path}: begun with other settings ({'; '.join(changed)}); use --overwrite to start anew, or another --out"
         )
 
@@ -80,7 +81,7 @@ def save(config: Any, path: Path) -> None:
 
 
 def load(cls: type[Config], path: Path) -> Config:
-    """Reads what `save` wrote. Raises ValueError naming the file."""
+    """Reads what `save` wrote. Raises UserError naming the file."""
     return from_dict(cls, read_json(path), source=str(path))
 
 
@@ -110,7 +111,7 @@ def _typed(hint: Any, value: Any, source: str) -> Any:
         return _typed(options[0], value, source) if len(options) == 1 else value
     if origin is typing.Literal:
         if value not in typing.get_args(hint):
-            raise ValueError(f"{source}: {unknown('value', str(value), map(str, typing.get_args(hint)))}")
+            raise UserError(f"{source}: {unknown('value', str(value), map(str, typing.get_args(hint)))}")
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
@@ -123,7 +124,7 @@ def _typed(hint: Any, value: Any, source: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint in (bool, int, float, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise ValueError(f"{source}: expected {hint.__name__}, got {value!r}")
+        raise UserError(f"{source}: expected {hint.__name__}, got {value!r}")
     return value
 
 

@@ -50,7 +50,7 @@ class DemoConfig:
 
 
 def run(config: DemoConfig) -> None:
-    """`lapa demo`. Raises ValueError where `out` holds another demo or a stage fails."""
+    """`lapa demo`. Raises UserError where `out` holds another demo or a stage fails."""
     out = config.out
     claim_output(out, complete=(out / RESULTS).exists(), overwrite=config.overwrite, resume=config.resume)
     _require_same_settings(config)

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from lapa.types import UserError
+
 # The pip packages of fsspec's commonest file systems, where they are not the name of the protocol.
 FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
@@ -31,7 +33,7 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 def as_path(location: str | Path) -> Path:
     """A folder or file, local or wherever a URL of fsspec points (`s3://`, `gs://`, `memory://`, `file://`).
 
-    ValueError where the URL's protocol is not known, or its package is not installed.
+    UserError where the URL's protocol is not known, or its package is not installed.
     """
     if not isinstance(location, str):
         return location
@@ -47,9 +49,9 @@ def as_path(location: str | Path) -> Path:
         _ = path.fs
     except ImportError as error:
         mend = f"pip install {FILE_SYSTEMS[protocol]}" if protocol in FILE_SYSTEMS else str(error)
-        raise ValueError(f"{location}: reading {protocol}:// needs another package: {mend}") from None
+        raise UserError(f"{location}: reading {protocol}:// needs another package: {mend}") from None
     except ValueError as error:
-        raise ValueError(f"{location}: no such file system ({error})") from None
+        raise UserError(f"{location}: no such file system ({error})") from None
     return cast(Path, path)
 
 
@@ -60,17 +62,17 @@ def is_remote(path: Path) -> bool:
 
 @contextmanager
 def reading(path: Path, mend: str = "") -> Iterator[None]:
-    """What keeps from reading inside (no permission, no network) is raised as ValueError naming `path` and the mend."""
+    """What keeps from reading inside (no permission, no network) is raised as UserError naming `path` and the mend."""
     otherwise = f"; {mend}" if mend else ""
     try:
         yield
     except PermissionError as error:
         key = "log in to the store, or ask its owner" if is_remote(path) else "change its permissions"
-        raise ValueError(f"{path}: no permission to read it ({_told(error)}); {key}") from None
+        raise UserError(f"{path}: no permission to read it ({_told(error)}); {key}") from None
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file{otherwise}") from None
+        raise UserError(f"{path}: no such file{otherwise}") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({_told(error)}){otherwise}") from None
+        raise UserError(f"{path}: cannot be read ({_told(error)}){otherwise}") from None
 
 
 def _told(error: Exception) -> str:
@@ -152,27 +154,27 @@ def _is_failed_write(error: Exception) -> bool:
 
 @contextmanager
 def naming(path: Path | None) -> Iterator[None]:
-    """A ValueError inside is raised again with the file that it is about before it."""
+    """A UserError inside is raised again with the file that it is about before it."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically. NaN and infinity are refused (ValueError)."""
+    """Writes `value` as indented JSON, atomically. NaN and infinity are refused (UserError)."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; ValueError naming the file where it is absent or not JSON."""
+    """Reads a JSON file; UserError naming the file where it is absent or not JSON."""
     path = as_path(path)
     try:
         with reading(path):
             return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -196,20 +198,20 @@ def claim_output(
     complete: whether `out` already holds the finished artifact (the caller knows how to tell).
     resumable: whether the command has a --resume to name.
     inputs: what the command reads; `out` may lie inside one of them, and may neither be nor contain one.
-    Raises ValueError where `out` holds anything and neither flag is given; with `resume`, where it is
+    Raises UserError where `out` holds anything and neither flag is given; with `resume`, where it is
     already complete there is nothing to do and the caller should return before calling this.
     """
     out = as_path(out)
     for path in map(as_path, inputs):
         if is_remote(path) == is_remote(out) and path.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"{out}: is or contains {path}, which this command reads; give another --out")
+            raise UserError(f"{out}: is or contains {path}, which this command reads; give another --out")
     # pathlib makes `s3:/bucket` of `s3://bucket`.
     if isinstance(out, Path) and URL.match(str(out)):
-        raise ValueError(f"{out}: this is written to this machine's disk; give a folder, and copy it in the end")
+        raise UserError(f"{out}: this is written to this machine's disk; give a folder, and copy it in the end")
     if out.is_file():
-        raise ValueError(f"{out}: is a file; --out must name a folder")
+        raise UserError(f"{out}: is a file; --out must name a folder")
     if overwrite and resume:
-        raise ValueError("--overwrite and --resume exclude each other; give one")
+        raise UserError("--overwrite and --resume exclude each other; give one")
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
             remove_folder(out)
@@ -217,7 +219,7 @@ def claim_output(
             state = "already holds a finished result" if complete else "already exists and is not empty"
             go_on = "--resume to go on with it, --overwrite to start anew"
             mend = go_on if resumable and not complete else "--overwrite to replace it"
-            raise ValueError(f"{out}: {state}; give another --out, or {mend}")
+            raise UserError(f"{out}: {state}; give another --out, or {mend}")
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -246,7 +248,7 @@ def hub_folder(
     """The folder itself where there is one, else the snapshot of a repository on the hub, of the files that match.
 
     patterns: None for all files; kind: `model` or `dataset`.
-    ValueError where it is neither; `hint` ends its message.
+    UserError where it is neither; `hint` ends its message.
     """
     if Path(folder_or_hub_id).is_dir():
         return Path(folder_or_hub_id)
@@ -258,6 +260,4 @@ def hub_folder(
         return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=wanted, repo_type=kind))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{folder_or_hub_id}: neither a folder here nor a {kind} on the hub ({reason}){hint}"
-        ) from None
+        raise UserError(f"{folder_or_hub_id}: neither a folder here nor a {kind} on the hub ({reason}){hint}") from None

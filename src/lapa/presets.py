@@ -269,7 +269,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def named(stage: str, name: str) -> Any:
-    """The config of a stage by its preset's name. Raises ValueError with the nearest known name."""
+    """The config of a stage by its preset's name. Raises UserError with the nearest known name."""
     presets = STAGES[stage]
     if name not in presets:
         raise unknown("preset", name, presets)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa.console import say
+from lapa.types import UserError
 
 # What a stage has, to write its checkpoint, once it is told to stop.
 GRACE_SECONDS = 120.0
@@ -35,7 +36,7 @@ def run_stage(stage: Stage, seconds: float | None = None, hold: Sequence[int] = 
 
     Ctrl-C reaches the stage too, and SIGTERM is passed on: it checkpoints and leaves, and then so does the caller, by
     KeyboardInterrupt. seconds: the same after so many seconds, by OutOfTimeError. hold: open files that the stage holds
-    too, so that a lock on them outlives a caller that is killed. ValueError where the stage fails.
+    too, so that a lock on them outlives a caller that is killed. UserError where the stage fails.
     """
     started = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command], pass_fds=hold)
@@ -64,7 +65,7 @@ def run_stage(stage: Stage, seconds: float | None = None, hold: Sequence[int] = 
     if out_of_time and not stage.artifact.exists():
         raise OutOfTimeError(stage.title)
     if status and not out_of_time:
-        raise ValueError(f"the stage {stage.title!r} failed (see above); mend it and run the same command again")
+        raise UserError(f"the stage {stage.title!r} failed (see above); mend it and run the same command again")
     return round(time.monotonic() - started, 1)
 
 

@@ -35,7 +35,7 @@ from lapa.data.action_space import ActionSpace
 from lapa.files import atomic_path, fingerprint, read_json, write_json
 from lapa.nn.vision import residual_tower, tower_grid
 from lapa.policy.scale import ActionScale
-from lapa.types import Losses
+from lapa.types import Losses, UserError
 
 CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
 # Augmentation: the largest shift as a part of the side, and how far brightness and each colour may change.
@@ -66,9 +66,9 @@ class InverseConfig:
 
     def __post_init__(self) -> None:
         if not self.grid:
-            raise ValueError(f"image size {self.image_size} must be above 0")
+            raise UserError(f"image size {self.image_size} must be above 0")
         if self.horizon_seconds <= 0:
-            raise ValueError(f"horizon is {self.horizon_seconds} seconds; it must be above 0")
+            raise UserError(f"horizon is {self.horizon_seconds} seconds; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ class InverseDynamics(nn.Module):
     def predict(self, frames_BTCHW: UInt8[np.ndarray | Tensor, "B 2 3 H W"]) -> Float[np.ndarray, "B K A"]:
         """The actions between the two pictures of each pair, float32, in the robot's units.
 
-        The pictures are of side `image_size`, on any device. ValueError where they are not, or not uint8.
+        The pictures are of side `image_size`, on any device. UserError where they are not, or not uint8.
         """
         frames = torch.as_tensor(frames_BTCHW)
         expected = (2, 3, self.image_size, self.image_size)
         if frames.dtype != torch.uint8 or frames.ndim != 5 or tuple(frames.shape[1:]) != expected:
-            raise ValueError(
+            raise UserError(
                 f"frame pairs must be uint8 of shape [B, {', '.join(map(str, expected))}], "
                 f"got {frames.dtype} {list(frames.shape)}"
             )
@@ -168,7 +168,7 @@ class InverseDynamics(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> InverseDynamics:
-        """A saved model, on the CPU, in evaluation mode. ValueError naming the file where anything is amiss."""
+        """A saved model, on the CPU, in evaluation mode. UserError naming the file where anything is amiss."""
         folder = Path(folder)
         config, recording = _read_config(folder)
         _require_files(folder)
@@ -176,7 +176,7 @@ class InverseDynamics(nn.Module):
         try:
             model.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder / WEIGHTS}: not the weights that {CONFIG} beside it describes "
                 f"({str(error).splitlines()[0]}); train it again"
             ) from None
@@ -222,15 +222,13 @@ def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C 
 
 def _read_config(folder: Path) -> tuple[InverseConfig, Recording]:
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; train an inverse dynamics model with `lapa baseline inverse`")
+        raise UserError(f"{folder}: no such folder; train an inverse dynamics model with `lapa baseline inverse`")
     if not is_inverse(folder):
-        raise ValueError(
-            f"{folder}: unfinished or not an inverse dynamics model (no {CONFIG}); finish it with --resume"
-        )
+        raise UserError(f"{folder}: unfinished or not an inverse dynamics model (no {CONFIG}); finish it with --resume")
     values = read_json(folder / CONFIG)
     model = values.get("inverse_dynamics") if isinstance(values, dict) else None
     if not isinstance(model, dict) or set(model) != {"sizes", "recording"}:
-        raise ValueError(f"{folder / CONFIG}: not the config of an inverse dynamics model; give another folder")
+        raise UserError(f"{folder / CONFIG}: not the config of an inverse dynamics model; give another folder")
     source = str(folder / CONFIG)
     return (
         configs.from_dict(InverseConfig, model["sizes"], source),
@@ -241,4 +239,4 @@ def _read_config(folder: Path) -> tuple[InverseConfig, Recording]:
 def _require_files(folder: Path) -> None:
     for name in (WEIGHTS, ACTIONS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name}: no such file; train the inverse dynamics model again")
+            raise UserError(f"{folder / name}: no such file; train the inverse dynamics model again")

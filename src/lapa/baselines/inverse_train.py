@@ -35,6 +35,7 @@ from lapa.files import claim_output
 from lapa.policy.figures import action_figures
 from lapa.policy.scale import ActionScale
 from lapa.policy.training import tiny_loop
+from lapa.types import UserError
 
 # Held-out pairs that an evaluation looks at, spread evenly over the held-out episodes.
 EVALUATION_PAIRS = 512
@@ -89,13 +90,13 @@ class InversePairs(torch.utils.data.Dataset):
 
 
 def run(config: InverseTrainConfig) -> None:
-    """`lapa baseline inverse`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
+    """`lapa baseline inverse`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     next_commands = [f"lapa baseline pseudo-label --inverse {shlex.quote(str(config.out))} --data VIDEOS --out DATASET"]
     if config.resume and is_inverse(config.out):
         finish("inverse dynamics model, already complete", config.out, next_commands)
         return
     if config.loop.shard:
-        raise ValueError("--shard: an inverse dynamics model is too small to be shared out; leave the option out")
+        raise UserError("--shard: an inverse dynamics model is too small to be shared out; leave the option out")
     datasets = [Dataset.open(path) for path in config.data]
     require_plain(datasets, "lapa baseline inverse", "--horizon-seconds")
     space = common_action_space(datasets)
@@ -160,12 +161,12 @@ def held_out_figures(pairs: FramePairs) -> Callable[[nn.Module], dict[str, float
 
 
 def _recording(config: InverseTrainConfig, datasets: Sequence[Dataset], space: ActionSpace) -> Recording:
-    """ValueError where the horizon is not of as many frames in all datasets."""
+    """UserError where the horizon is not of as many frames in all datasets."""
     seconds = config.model.horizon_seconds
     frames = [horizon_frames(seconds, dataset.fps) for dataset in datasets]
     for dataset, count in zip(datasets, frames, strict=True):
         if count != frames[0]:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.root}: {seconds:g} s are {count} frames at {dataset.fps:g} fps, in {datasets[0].root} "
                 f"{frames[0]} at {datasets[0].fps:g} fps; train on datasets of one rate"
             )

@@ -35,6 +35,7 @@ from lapa.data.rewrite import claim_rewrite, is_dataset, rewrite_actions
 from lapa.data.windows import window_frames
 from lapa.engine.distributed import pick_device
 from lapa.policy.scale import ActionScale
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ class SeesActions(Protocol):
 
 
 def run(config: PseudoLabelConfig) -> None:
-    """`lapa baseline pseudo-label`. Raises ValueError on bad input, or where no episode is long enough for a pair."""
+    """`lapa baseline pseudo-label`. Raises UserError on bad input, or where no episode is long enough for a pair."""
     next_commands = [f"lapa policy finetune --from-scratch --data {shlex.quote(str(config.out))} --out POLICY"]
     model, dataset = InverseDynamics.from_pretrained(config.inverse), require_folder(Dataset.open(config.data))
     camera = config.camera or model.camera
     if camera not in dataset.cameras:
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: has no camera {camera!r}, which {config.inverse} learned from; "
             f"say with --camera which takes its place ({', '.join(dataset.cameras)})"
         )
@@ -155,17 +156,17 @@ def _predictions(model: SeesActions, frames_THWC: np.ndarray, batch_size: int) -
 
 
 def _require_pairs(model: InverseDynamics, dataset: Dataset, folder: Path) -> None:
-    """ValueError where the pairs are of another length than the model knows, or there is none."""
+    """UserError where the pairs are of another length than the model knows, or there is none."""
     horizon = model.horizon_frames
     seconds = model.config.horizon_seconds
     there = horizon_frames(seconds, dataset.fps)
     if there != horizon:
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: {seconds:g} s are {there} frames at {dataset.fps:g} fps, {folder} looks {horizon} frames "
             f"ahead at {model.fps:g} fps; label videos of its rate, or train it on such"
         )
     if not (dataset.lengths > horizon).any():
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: all {len(dataset.lengths)} episodes are too short for pairs {horizon} frames apart; "
             "train an inverse dynamics model with a shorter --horizon-seconds"
         )

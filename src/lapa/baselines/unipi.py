@@ -34,7 +34,7 @@ from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import pick_device
 from lapa.files import claim_output, fingerprint, read_json
 from lapa.policy.runtime import check_observation
-from lapa.types import Observation
+from lapa.types import Observation, UserError
 
 KIND, VIDEO, INVERSE = "unipi", "video", "inverse"
 
@@ -72,9 +72,9 @@ class Acting:
 
 
 def run(config: UniPiConfig) -> None:
-    """`lapa baseline unipi`. ValueError where the two do not fit together."""
+    """`lapa baseline unipi`. UserError where the two do not fit together."""
     if config.sampling_steps < 1:
-        raise ValueError(f"--sampling-steps must be at least 1, got {config.sampling_steps}")
+        raise UserError(f"--sampling-steps must be at least 1, got {config.sampling_steps}")
     video, inverse = VideoModel.from_pretrained(config.video), InverseDynamics.from_pretrained(config.inverse)
     require_fit(video, inverse, config.video, config.inverse)
     learned_from = read_json(config.video / CONFIG)["camera"]
@@ -109,16 +109,16 @@ def video_fingerprint(folder: Path) -> str:
 
 
 def require_fit(video: VideoModel, inverse: InverseDynamics, video_name: object, inverse_name: object) -> None:
-    """ValueError where the inverse dynamics model does not know what is between two of the video model's frames."""
+    """UserError where the inverse dynamics model does not know what is between two of the video model's frames."""
     ahead, between = video.config.horizon_seconds, inverse.horizon_frames / inverse.fps
     if abs(ahead - between) > HORIZON_TOLERANCE * between:
-        raise ValueError(
+        raise UserError(
             f"{video_name}: its frames are {ahead:.3g} s apart, those of {inverse_name} {between:.3g} s "
             f"({inverse.horizon_frames} frames at {inverse.fps:g} fps); train one of them again with the other's "
             "--horizon-seconds"
         )
     if video.config.image_size != inverse.image_size:
-        raise ValueError(
+        raise UserError(
             f"{video_name}: predicts pictures of {video.config.image_size} px, {inverse_name} sees "
             f"{inverse.image_size} px; train one of them again with the other's --image-size"
         )
@@ -136,15 +136,15 @@ class UniPi:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str = "auto", dataset: str | None = None) -> UniPi:
-        """Loads a joined policy. ValueError where a part is missing, was changed, or does not fit the other.
+        """Loads a joined policy. UserError where a part is missing, was changed, or does not fit the other.
 
         dataset: whose prompt is read; a video model reads bare instructions, so that there is none to choose.
         """
         folder = Path(folder)
         if not is_unipi(folder):
-            raise ValueError(f"{folder}: no joined policy; make one with `lapa baseline unipi`")
+            raise UserError(f"{folder}: no joined policy; make one with `lapa baseline unipi`")
         if dataset is not None:
-            raise ValueError(f"{folder}: reads bare instructions, not the prompt of {dataset}; leave out --prompt-of")
+            raise UserError(f"{folder}: reads bare instructions, not the prompt of {dataset}; leave out --prompt-of")
         acting = configs.load(Acting, folder / CONFIG)
         video, inverse = VideoModel.from_pretrained(folder / VIDEO), InverseDynamics.from_pretrained(folder / INVERSE)
         _require_unchanged(folder, acting)
@@ -173,7 +173,7 @@ class UniPi:
     def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
         """The next K actions for each observation, float32, in the robot's own units.
 
-        Deterministic; what an observation is answered does not depend on the others, up to rounding. Raises ValueError
+        Deterministic; what an observation is answered does not depend on the others, up to rounding. Raises UserError
         for a missing camera and for an image that is not uint8 RGB.
         """
         if not observations:
@@ -205,7 +205,7 @@ def _require_unchanged(folder: Path, acting: Acting) -> None:
     then = {VIDEO: acting.video_fingerprint, INVERSE: acting.inverse_fingerprint}
     for name, joined in then.items():
         if now[name] != joined:
-            raise ValueError(
+            raise UserError(
                 f"{folder / name}: changed since it was joined (its fingerprint is {now[name]}, {CONFIG} says "
                 f"{joined}); join the two models again with `lapa baseline unipi`"
             )

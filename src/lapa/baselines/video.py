@@ -31,7 +31,7 @@ from lapa import config as configs
 from lapa.files import read_json, write_json
 from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer
-from lapa.types import Losses
+from lapa.types import Losses, UserError
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 NOISE_LEVELS = 1000
@@ -67,14 +67,14 @@ class VideoConfig:
     def __post_init__(self) -> None:
         stride = self.patch_size * 2 ** (len(self.widths) - 1)
         if self.image_size % stride:
-            raise ValueError(f"image size {self.image_size} is not a multiple of the video model's stride {stride}")
+            raise UserError(f"image size {self.image_size} is not a multiple of the video model's stride {stride}")
         if self.text_width % self.heads or self.widths[-1] % self.heads or any(w % GROUPS for w in self.widths):
-            raise ValueError(
+            raise UserError(
                 f"widths {self.widths} must be multiples of {GROUPS}, the last of them and the text's width "
                 f"{self.text_width} multiples of the {self.heads} heads"
             )
         if self.num_frames < 1 or self.horizon_seconds <= 0:
-            raise ValueError(f"{self.num_frames} frames {self.horizon_seconds:g} s apart: both must be above 0")
+            raise UserError(f"{self.num_frames} frames {self.horizon_seconds:g} s apart: both must be above 0")
 
 
 class VideoModel(nn.Module):
@@ -92,7 +92,7 @@ class VideoModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> VideoModel:
-        """Reads a folder that `lapa baseline video` wrote. ValueError naming what is missing or does not fit."""
+        """Reads a folder that `lapa baseline video` wrote. UserError naming what is missing or does not fit."""
         folder = Path(folder)
         config = read_video_config(folder)
         model = cls(config, load_tokenizer(folder / TOKENIZER))
@@ -228,13 +228,13 @@ class TextEncoder(nn.Module):
 
 
 def read_video_config(folder: Path) -> VideoConfig:
-    """The config of a video model's folder. ValueError naming what is missing or unfinished."""
+    """The config of a video model's folder. UserError naming what is missing or unfinished."""
     path = Path(folder) / CONFIG
     if not path.exists():
-        raise ValueError(f"{folder}: no finished video model (no {CONFIG}); train one with `lapa baseline video`")
+        raise UserError(f"{folder}: no finished video model (no {CONFIG}); train one with `lapa baseline video`")
     written = read_json(path)
     if not isinstance(written, dict) or "video" not in written:
-        raise ValueError(f"{path}: not the config of a video model (no key 'video')")
+        raise UserError(f"{path}: not the config of a video model (no key 'video')")
     return configs.from_dict(VideoConfig, written["video"], source=str(path))
 
 
@@ -282,11 +282,11 @@ def _unet(config: VideoConfig) -> Any:
 
 
 def require_diffusers() -> Any:
-    """The library. ValueError saying how to install it where it is missing."""
+    """The library. UserError saying how to install it where it is missing."""
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f'a video model needs diffusers ({error}); install it with: pip install "lapa[study]"'
         ) from None
     return diffusers

@@ -34,6 +34,7 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.engine.optim import OptimConfig
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.policy.tokenizer import train_tokenizer
+from lapa.types import UserError
 
 INITIALISATION_SAMPLES = 256
 # Held-out samples for the loss, those of them that are predicted, and those of these that are drawn.
@@ -73,7 +74,7 @@ class VideoTrainConfig:
 
 
 def run(config: VideoTrainConfig) -> None:
-    """`lapa baseline video`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
+    """`lapa baseline video`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     next_commands = [f"lapa baseline unipi --video {shlex.quote(str(config.out))} --inverse INVERSE --out POLICY"]
     if config.resume and (config.out / CONFIG).exists():
         finish("video model, already complete", config.out, next_commands)
@@ -254,7 +255,7 @@ def _starting_model(config: VideoTrainConfig, datasets: Sequence[Dataset]) -> Vi
     model = VideoModel.from_pretrained(config.start)
     horizon, own = _common_horizon(datasets, model.config.horizon_seconds), model.config.horizon_seconds
     if abs(horizon - own) > HORIZON_TOLERANCE * own:
-        raise ValueError(
+        raise UserError(
             f"{datasets[0].root}: at {datasets[0].fps:g} fps its frames are {horizon:.3g} s apart where the video "
             f"model {config.start} predicts {own:.3g} s ahead; give videos of a higher frame rate"
         )
@@ -263,11 +264,11 @@ def _starting_model(config: VideoTrainConfig, datasets: Sequence[Dataset]) -> Vi
 
 
 def _common_horizon(datasets: Sequence[Dataset], seconds: float) -> float:
-    """The horizon in whole frames of the datasets, in seconds. ValueError where their rates round it far apart."""
+    """The horizon in whole frames of the datasets, in seconds. UserError where their rates round it far apart."""
     rounded = {dataset.name: horizon_frames(seconds, dataset.fps) / dataset.fps for dataset in datasets}
     if max(rounded.values()) - min(rounded.values()) > HORIZON_TOLERANCE * seconds:
         told = ", ".join(f"{name} {value:.3g} s" for name, value in rounded.items())
-        raise ValueError(
+        raise UserError(
             f"a horizon of {seconds:g} s in whole frames is {told}; give one with --horizon-seconds that all can keep"
         )
     return next(iter(rounded.values()))

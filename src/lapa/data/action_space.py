@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lapa.config import unknown
+from lapa.types import UserError
 
 if TYPE_CHECKING:
     from lapa.data.dataset import Dataset
@@ -38,7 +39,7 @@ class ActionSpace:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.binary):
-            raise ValueError(f"{len(self.names)} action names and {len(self.binary)} flags of binary dimensions")
+            raise UserError(f"{len(self.names)} action names and {len(self.binary)} flags of binary dimensions")
         if self.control not in (*CONTROLS, None):
             raise unknown("control", str(self.control), CONTROLS)
 
@@ -48,7 +49,7 @@ class ActionSpace:
 
     @classmethod
     def named(cls, names: Sequence[str], binary: Sequence[str] = (), control: Control | None = None) -> ActionSpace:
-        """binary: the names of the binary dimensions. ValueError for a name that is not there."""
+        """binary: the names of the binary dimensions. UserError for a name that is not there."""
         for name in binary:
             if name not in names:
                 raise unknown("binary action dimension", str(name), names)
@@ -63,53 +64,53 @@ class ActionSpace:
 def read_action_space(feature: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> ActionSpace:
     """The action space of a dataset, given its `action` feature and what meta/lapa.json (`source`) holds.
 
-    Raises ValueError naming `source` where what it declares does not fit the feature.
+    Raises UserError naming `source` where what it declares does not fit the feature.
     """
     names = _names(feature)
     declared = extra.get(KEY, {})
     if not isinstance(declared, Mapping) or not set(declared) <= {"binary", "control"}:
-        raise ValueError(f'{source}: {KEY} must be like {{"binary": ["gripper"], "control": "delta"}}, got {declared}')
+        raise UserError(f'{source}: {KEY} must be like {{"binary": ["gripper"], "control": "delta"}}, got {declared}')
     binary = declared.get("binary") or []
     if not isinstance(binary, list):
-        raise ValueError(f"{source}: `binary` must be a list of names of action dimensions, got {binary!r}")
+        raise UserError(f"{source}: `binary` must be a list of names of action dimensions, got {binary!r}")
     try:
         return ActionSpace.named(names, binary, declared.get("control"))
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
 
 
 def common_action_space(datasets: Sequence[Dataset]) -> ActionSpace:
     """The action space of datasets that are to be learned together; the names are the first's.
 
-    Raises ValueError where one has no actions, or they differ in the number of dimensions, in which of them are
+    Raises UserError where one has no actions, or they differ in the number of dimensions, in which of them are
     binary, or in control (undeclared control goes with any).
     """
     if not datasets:
-        raise ValueError("no dataset was given to take the action space of")
+        raise UserError("no dataset was given to take the action space of")
     first = datasets[0]
     spaces = [_space(dataset) for dataset in datasets]
     for dataset, space in zip(datasets, spaces, strict=True):
         if space.action_dim != spaces[0].action_dim:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.root}: has actions of {space.action_dim} dimensions ({', '.join(space.names)}), "
                 f"{first.root} of {spaces[0].action_dim} ({', '.join(spaces[0].names)}); "
                 "finetune on datasets of one robot"
             )
         if space.binary != spaces[0].binary:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.root}: declares {_switches(space)} binary, {first.root} {_switches(spaces[0])}; "
                 f'correct "{KEY}": {{"binary": [...]}} in the meta/lapa.json of one of them'
             )
     controls = {space.control: dataset.root for dataset, space in zip(datasets, spaces, strict=True) if space.control}
     if len(controls) > 1:
         told = ", ".join(f"{root} {control}" for control, root in controls.items())
-        raise ValueError(f"datasets differ in control: {told}; finetune on those of one kind")
+        raise UserError(f"datasets differ in control: {told}; finetune on those of one kind")
     return ActionSpace(spaces[0].names, spaces[0].binary, next(iter(controls), None))
 
 
 def _space(dataset: Dataset) -> ActionSpace:
     if dataset.action_space is None:
-        raise ValueError(f"{dataset.root}: has no actions; finetuning needs a dataset with an `action` feature")
+        raise UserError(f"{dataset.root}: has no actions; finetuning needs a dataset with an `action` feature")
     return dataset.action_space
 
 

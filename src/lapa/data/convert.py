@@ -26,6 +26,7 @@ from lapa.data.source import Item, Reading, Source
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
 from lapa.files import claim_output
+from lapa.types import UserError
 
 # How the folder begins in which videos wait to be added.
 INCOMING = ".incoming-"
@@ -75,7 +76,7 @@ Job = Callable[[Any, list[str], float, Any, Item, Path], Converted]
 
 
 def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> None:
-    """`lapa data SOURCE`: converts, and says what was left out and what comes next. Raises ValueError on bad input.
+    """`lapa data SOURCE`: converts, and says what was left out and what comes next. Raises UserError on bad input.
 
     copy: done with each item in place of encoding it anew; the pictures keep the source's own size.
     """
@@ -105,7 +106,7 @@ def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> N
         warn(f"{note}: {count}")
     if not writer.num_episodes:
         writer.discard()
-        raise ValueError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
+        raise UserError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
     dataset = writer.finish()
     what = f"dataset of {len(dataset.lengths)} episodes, {dataset.num_frames} frames at {fps:g} fps"
     folder = shlex.quote(str(out))
@@ -138,17 +139,17 @@ def _require_own_names(source: Source, items: Sequence[Item]) -> None:
     seen: set[str] = set()
     for item in items:
         if item.key in seen:
-            raise ValueError(f"{source.file_of(item)}: two items have this name; rename or take out one")
+            raise UserError(f"{source.file_of(item)}: two items have this name; rename or take out one")
         seen.add(item.key)
 
 
 def _require_sense(options: ConvertOptions) -> None:
     require_even(options.size)
     if options.limit is not None and options.limit < 1:
-        raise ValueError(f"--limit {options.limit}: must be at least 1")
+        raise UserError(f"--limit {options.limit}: must be at least 1")
     for name in ("min_seconds", "min_side", "min_motion", "workers"):
         if not getattr(options, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: cannot be below 0")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: cannot be below 0")
 
 
 def _choose_cameras(source: Source, options: ConvertOptions) -> list[str]:
@@ -159,13 +160,13 @@ def _choose_cameras(source: Source, options: ConvertOptions) -> list[str]:
 
 
 def _choose_rate(source: Source, options: ConvertOptions) -> float:
-    """The dataset's frames a second. ValueError where actions cannot follow."""
+    """The dataset's frames a second. UserError where actions cannot follow."""
     rate = source.fps if options.rate is None else options.rate
     if not 0 < rate <= source.fps:
-        raise ValueError(f"--rate {rate:g}: {source.root} has {source.fps:g} frames a second, and none can be made up")
+        raise UserError(f"--rate {rate:g}: {source.root} has {source.fps:g} frames a second, and none can be made up")
     space = source.action_space if options.actions else None
     if rate != source.fps and space is not None and space.control is None:
-        raise ValueError(
+        raise UserError(
             f"--rate {rate:g}: whether the actions of {source.root} are deltas or absolute is not known, so they "
             "cannot be taken at another rate; give --no-actions"
         )
@@ -208,11 +209,11 @@ def _remove_incoming(out: Path) -> None:
 
 
 def _add(source: Source, item: Item, made: Converted, writer: DatasetWriter, skip_bad: bool) -> None:
-    """Adds what became of an item to the dataset and its journal. ValueError where it is damaged, unless skip_bad."""
+    """Adds what became of an item to the dataset and its journal. UserError where it is damaged, unless skip_bad."""
     notes = Counter(made.notes)
     if made.error is not None:
         if not skip_bad:
-            raise ValueError(f"{made.error}; mend or replace it, or give --skip-bad to leave out what is damaged")
+            raise UserError(f"{made.error}; mend or replace it, or give --skip-bad to leave out what is damaged")
         warn(f"left out: {made.error}")
         notes[DAMAGED] += 1
     if made.lost:

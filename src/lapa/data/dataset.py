@@ -21,6 +21,7 @@ from jaxtyping import Float, Int, UInt8
 
 from lapa.config import unknown
 from lapa.data.action_space import ActionSpace, read_action_space
+from lapa.types import UserError
 
 CAMERA_PREFIX = "observation.images."
 ACTION, STATE = "action", "observation.state"
@@ -78,7 +79,7 @@ class Dataset(ABC):
     def open(data: Path | str) -> Dataset:
         """Opens a dataset folder, or what a spec such as `rlds:PATH` names (lapa.data.spec).
 
-        Raises ValueError naming the file, what is wrong with it, and the mend.
+        Raises UserError naming the file, what is wrong with it, and the mend.
         """
         # The readers are kinds of this class.
         from lapa.data.opening import open_dataset
@@ -121,7 +122,7 @@ class Dataset(ABC):
     def action_space(self) -> ActionSpace | None:
         """What the numbers of an action are; None where the dataset has no actions.
 
-        ValueError naming meta/lapa.json where what it declares does not fit them.
+        UserError naming meta/lapa.json where what it declares does not fit them.
         """
         if self.action_dim is None:
             return None
@@ -143,22 +144,22 @@ class Dataset(ABC):
         length = int(self.lengths[episode_index])
         indices = range(length) if frame_indices is None else [int(index) for index in frame_indices]
         if len(indices) and not 0 <= min(indices) <= max(indices) < length:
-            raise ValueError(f"{self.name}: episode {episode_index} has frames 0 to {length - 1}, asked for {indices}")
+            raise UserError(f"{self.name}: episode {episode_index} has frames 0 to {length - 1}, asked for {indices}")
         self._camera_key(camera)
         return self._pictures(episode_index, indices, camera or self.cameras[0])
 
     def picture_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
         """The codes of pictures, of a dataset that is `coded`."""
-        raise ValueError(f"{self.root}: has pictures, and no codes of them")
+        raise UserError(f"{self.root}: has pictures, and no codes of them")
 
     def instruction(self, episode_index: int) -> str:
         """What is asked for in an episode."""
         return str(self._instructions[episode_index])
 
     def actions(self, episode_index: int) -> Float[np.ndarray, "T A"]:
-        """An episode's actions, in the robot's own units. ValueError where the dataset has none or they are NaN."""
+        """An episode's actions, in the robot's own units. UserError where the dataset has none or they are NaN."""
         if self.action_dim is None:
-            raise ValueError(f"{self.root}: has no actions; this needs a dataset with an `action` feature")
+            raise UserError(f"{self.root}: has no actions; this needs a dataset with an `action` feature")
         return self._rows(ACTION, episode_index)
 
     def all_actions(self) -> Float[np.ndarray, "N A"]:
@@ -176,14 +177,14 @@ class Dataset(ABC):
         if camera is None:
             return next(iter(self._camera_keys.values()))
         if camera not in self._camera_keys:
-            raise ValueError(f"{self.root}: {unknown('camera', camera, self.cameras)}")
+            raise UserError(f"{self.root}: {unknown('camera', camera, self.cameras)}")
         return self._camera_keys[camera]
 
     def _rows(self, feature: str, episode_index: int) -> np.ndarray:
         rows_TD, file = self._numbers(feature, episode_index)
         if not np.isfinite(rows_TD).all():
             frame = int(np.argmin(np.isfinite(rows_TD).all(axis=1)))
-            raise ValueError(
+            raise UserError(
                 f"{file}: {feature} of episode {episode_index} is not finite at frame {frame}; "
                 "correct it or leave the episode out"
             )

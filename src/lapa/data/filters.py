@@ -14,6 +14,7 @@ import numpy as np
 from lapa.data.action_space import ActionSpace
 from lapa.data.motion import shot_numbers, thumbnail
 from lapa.data.transforms import resize_and_crop
+from lapa.types import UserError
 
 # Seconds; a tick this close to the middle between two frames takes the later one, however the sum is rounded.
 TIE = 1e-6
@@ -22,15 +23,13 @@ LONGEST_GAP = 60.0
 
 
 def in_time(timed_frames: Iterable[tuple[float, np.ndarray]], where: str) -> Iterator[tuple[float, np.ndarray]]:
-    """The frames (seconds, picture) as they are. ValueError naming `where` for times that run backwards or leap."""
+    """The frames (seconds, picture) as they are. UserError naming `where` for times that run backwards or leap."""
     before = None
     for number, (seconds, frame) in enumerate(timed_frames):
         # A comparison that NaN fails, too.
         if before is not None and not before - TIE <= seconds <= before + LONGEST_GAP:
             wrong = "go backwards" if seconds < before else "leap"
-            raise ValueError(
-                f"{where}: its timestamps {wrong} at frame {number} (from {before:.3f} to {seconds:.3f} s)"
-            )
+            raise UserError(f"{where}: its timestamps {wrong} at frame {number} (from {before:.3f} to {seconds:.3f} s)")
         before = seconds
         yield seconds, frame
 

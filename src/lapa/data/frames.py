@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from lapa.console import progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
+from lapa.types import UserError
 
 GIB = 2**30
 # Pictures of an episode decoded at once where they do not stay in memory.
@@ -142,9 +143,9 @@ def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) ->
     if split == "all":
         return np.arange(num_episodes)
     if split not in ("train", "held_out"):
-        raise ValueError(f"split {split!r} is not known; it is 'train', 'held_out' or 'all'")
+        raise UserError(f"split {split!r} is not known; it is 'train', 'held_out' or 'all'")
     if not 0 <= held_out < 1:
-        raise ValueError(f"held_out is {held_out}; it is a fraction of the episodes, from 0 to below 1")
+        raise UserError(f"held_out is {held_out}; it is a fraction of the episodes, from 0 to below 1")
     num_held_out = 0 if num_episodes < 2 or held_out == 0 else max(1, round(held_out * num_episodes))
     order = np.random.default_rng(seed).permutation(num_episodes)
     return np.sort(order[:num_held_out] if split == "held_out" else order[num_held_out:])

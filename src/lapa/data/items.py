@@ -20,6 +20,7 @@ from lapa.data.motion import MotionMeter
 from lapa.data.source import Clip, Item, Source
 from lapa.data.statistics import PixelMoments
 from lapa.data.video import encode_clip
+from lapa.types import UserError
 
 if TYPE_CHECKING:
     from lapa.data.convert import ConvertOptions
@@ -71,7 +72,7 @@ def convert_item(
             timed = in_time(clip.frames[camera], where)
             first = next(timed, None)
             if first is None:
-                raise ValueError(f"{where}: no frame of it can be decoded")
+                raise UserError(f"{where}: no frame of it can be decoded")
             small |= min(first[1].shape[:2]) < options.min_side
             streams[camera] = resample(chain([first], timed), fps)
         if small:
@@ -130,13 +131,13 @@ def _encode(
                 found = _write(shot, camera, chain([begins], frames), _video(target, number, camera), fps)
             found += sum(1 for _ in frames)
             if found != length:
-                raise ValueError(f"{where}: camera {camera} ends after {shot.start + found} of {total} frames")
+                raise UserError(f"{where}: camera {camera} ends after {shot.start + found} of {total} frames")
         if next(film, None) is not None:
-            raise ValueError(f"{where}: camera {camera} goes on after {total} frames, where camera {first} ends")
+            raise UserError(f"{where}: camera {camera} goes on after {total} frames, where camera {first} ends")
     rows = _rows(source, clip, where, fps, options)
     for name, values in rows.items():
         if len(values) != total:
-            raise ValueError(f"{where}: {name} has {len(values)} rows for {total} frames; they differ in length")
+            raise UserError(f"{where}: {name} has {len(values)} rows for {total} frames; they differ in length")
     parts = []
     for number, shot in enumerate(shots):
         if shot.reason is None and not any(pixels.shows for pixels in shot.pixels.values()):
@@ -175,14 +176,14 @@ def _video(target: Path, shot: int, camera: str) -> Path:
 
 
 def _rows(source: Source, clip: Clip, where: str, fps: float, options: ConvertOptions) -> dict[str, np.ndarray]:
-    """Actions and states at the dataset's rate, those that there are. ValueError where one is not finite."""
+    """Actions and states at the dataset's rate, those that there are. UserError where one is not finite."""
     rows = {}
     for name, values, space in ((ACTION, clip.actions, source.action_space), (STATE, clip.states, None)):
         if not options.actions or values is None:
             continue
         finite = np.isfinite(values).all(axis=1)
         if not finite.all():
-            raise ValueError(f"{where}: {name} is not finite at frame {int(np.argmin(finite))}")
+            raise UserError(f"{where}: {name} is not finite at frame {int(np.argmin(finite))}")
         rows[name] = values if fps == source.fps else resample_rows(values, source.fps, fps, space)
     return rows
 

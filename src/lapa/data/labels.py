@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from lapa import config as configs
 from lapa.files import as_path, atomic_path, open_binary, reading
+from lapa.types import UserError
 
 MANIFEST = "manifest.json"
 SHARDS = "episodes-*.parquet"
@@ -107,16 +108,16 @@ def write_shard(path: Path, episodes: dict[int, EpisodeLabels], notes: ShardNote
 
 
 def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A shard, its checksums verified. ValueError naming the file where it is damaged."""
+    """A shard, its checksums verified. UserError naming the file where it is damaged."""
     mend = "run `lapa label --resume`, which makes it again"
     try:
         with reading(path, mend), open_binary(path) as file:
             table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: damaged ({str(error).splitlines()[0]}); {mend}") from None
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); {mend}") from None
     odd = {field.name for field in table.schema if (field.name in LISTS) != pa.types.is_fixed_size_list(field.type)}
     if wrong := sorted(odd | (set(columns or ()) - set(table.column_names))):
-        raise ValueError(f"{path}: damaged (the columns {', '.join(wrong)}); {mend}")
+        raise UserError(f"{path}: damaged (the columns {', '.join(wrong)}); {mend}")
     return table
 
 
@@ -143,7 +144,7 @@ class Labels:
                 self._frames_N[there] = table["frame_index"].to_numpy()
                 episodes_N[there] = table["episode_index"].to_numpy()
         if taken != rows:
-            raise ValueError(f"{folder}: {taken} rows where {MANIFEST} says {rows}; run `lapa label --overwrite`")
+            raise UserError(f"{folder}: {taken} rows where {MANIFEST} says {rows}; run `lapa label --overwrite`")
         # Rows are sorted by episode: episode i's begin at _starts[i].
         last = int(episodes_N[-1]) if rows else -1
         self._starts = np.searchsorted(episodes_N, np.arange(last + 2))
@@ -155,21 +156,21 @@ class Labels:
     ) -> Labels:
         """Opens a labels folder.
 
-        Raises ValueError naming the folder where it is unfinished, or where its fingerprints are not the given ones.
+        Raises UserError naming the folder where it is unfinished, or where its fingerprints are not the given ones.
         """
         folder = as_path(folder)
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such labels folder; make one with `lapa label --lam LAM --data DATASET`")
+            raise UserError(f"{folder}: no such labels folder; make one with `lapa label --lam LAM --data DATASET`")
         if not (folder / MANIFEST).exists():
-            raise ValueError(f"{folder}: unfinished or not a labels folder (no {MANIFEST}); run `lapa label --resume`")
+            raise UserError(f"{folder}: unfinished or not a labels folder (no {MANIFEST}); run `lapa label --resume`")
         manifest = configs.load(Manifest, folder / MANIFEST)
         if lam_fingerprint is not None and manifest.lam_fingerprint != lam_fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: made by the latent action model {manifest.lam_fingerprint}, not by {lam_fingerprint}; "
                 "label the dataset again with this model"
             )
         if dataset_fingerprint is not None and manifest.dataset_fingerprint != dataset_fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: labels another dataset, or an earlier state of this one; run `lapa label` again"
             )
         columns = ["episode_index", "frame_index", "codes"]
@@ -182,14 +183,14 @@ class Labels:
         return self._frames_N[rows].astype(np.int64), self._codes_NL[rows].astype(np.int64)
 
     def embeddings(self, episode_index: int) -> np.ndarray:
-        """The continuous embeddings [T, L * D] of the same frames; ValueError where they were not asked for."""
+        """The continuous embeddings [T, L * D] of the same frames; UserError where they were not asked for."""
         if not self.manifest.embeddings:
-            raise ValueError(f"{self.folder}: holds no embeddings; label again with --embeddings")
+            raise UserError(f"{self.folder}: holds no embeddings; label again with --embeddings")
         for (first, last), path in self._shards.items():
             if first <= episode_index <= last:
                 episodes_N, embeddings_ND = self._embeddings_of(path)
                 return embeddings_ND[slice(*np.searchsorted(episodes_N, [episode_index, episode_index + 1]))]
-        raise ValueError(f"{self.folder}: holds nothing of episode {episode_index}")
+        raise UserError(f"{self.folder}: holds nothing of episode {episode_index}")
 
     @cached_property
     def _shards(self) -> dict[tuple[int, int], Path]:

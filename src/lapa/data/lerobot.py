@@ -40,6 +40,7 @@ from lapa.data.lerobot_layout import (
 from lapa.data.parquet import AGAIN, StoredPictures, column_names, find_episodes, matrix, read_parquet
 from lapa.data.random_access import decode_clip
 from lapa.files import fingerprint, is_remote, read_json
+from lapa.types import UserError
 
 __all__ = [
     "CODEBASE_VERSION",
@@ -67,7 +68,7 @@ OPEN_TABLES = 8
 
 
 class LeRobotDataset(Dataset):
-    """A dataset folder; `LeRobotDataset(root)` raises ValueError naming the file, what is wrong with it, and the mend.
+    """A dataset folder; `LeRobotDataset(root)` raises UserError naming the file, what is wrong with it, and the mend.
 
     .info: meta/info.json; .version: its codebase_version; .tasks: the instructions by task_index.
     .num_tasks: how many tasks each episode has, of which the first is its instruction.
@@ -172,7 +173,7 @@ class LeRobotDataset(Dataset):
         return {name: int(self._columns[f"{kind}/{name}"][episode_index]) for name in ("chunk_index", "file_index")}
 
     def _span(self, episode_index: int) -> slice:
-        """An episode's rows in its data file, which is looked through once. ValueError where something is wrong."""
+        """An episode's rows in its data file, which is looked through once. UserError where something is wrong."""
         if self._first_rows[episode_index] < 0:
             path = self.data_path(episode_index)
             timed = ["timestamp"] if "timestamp" in column_names(path) else []
@@ -183,7 +184,7 @@ class LeRobotDataset(Dataset):
             self._first_rows[episodes], flaws = find_episodes(owners, seconds, episodes, lengths, self.fps)
             self._flaws |= {episode: f"{path}: {flaw}" for episode, flaw in flaws.items()}
         if episode_index in self._flaws:
-            raise ValueError(self._flaws[episode_index])
+            raise UserError(self._flaws[episode_index])
         first = int(self._first_rows[episode_index])
         return slice(first, first + int(self.lengths[episode_index]))
 
@@ -202,7 +203,7 @@ class LeRobotDataset(Dataset):
             table = read_parquet(path, list(wanted.values()))
             lacking = [stored for stored in wanted.values() if stored not in table.column_names]
             if lacking:
-                raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
+                raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
             self._tables[path] = {
                 name: matrix(table[stored], self._width(name) or 0, f"{path}: {stored}")
                 for name, stored in wanted.items()
@@ -213,7 +214,7 @@ class LeRobotDataset(Dataset):
         return self._tables[path]
 
     def _require_videos(self) -> None:
-        """ValueError naming the first and the number of those video files that are not there."""
+        """UserError naming the first and the number of those video files that are not there."""
         for key in video_keys(self.features):
             if key not in self._camera_keys.values():
                 continue
@@ -229,28 +230,28 @@ class LeRobotDataset(Dataset):
 
 
 def require_folder(dataset: Dataset) -> LeRobotDataset:
-    """The dataset, which must be a v3.0 folder on this machine, of videos. ValueError, with the mend, where not."""
+    """The dataset, which must be a v3.0 folder on this machine, of videos. UserError, with the mend, where not."""
     mend = f"`lapa data lerobot {dataset.root} --out DATASET` makes such a one"
     if not isinstance(dataset, LeRobotDataset) or is_remote(dataset.root):
-        raise ValueError(f"{dataset.root}: this needs a dataset folder on this machine; convert or copy it first")
+        raise UserError(f"{dataset.root}: this needs a dataset folder on this machine; convert or copy it first")
     if dataset.legacy:
-        raise ValueError(f"{dataset.root}: this needs LeRobotDataset {CODEBASE_VERSION}, got {dataset.version}; {mend}")
+        raise UserError(f"{dataset.root}: this needs LeRobotDataset {CODEBASE_VERSION}, got {dataset.version}; {mend}")
     if dataset._stored != {ACTION: ACTION, STATE: STATE} or len(dataset.cameras) < len(picture_keys(dataset.features)):
-        raise ValueError(f"{dataset.root}: this needs the dataset as it is, without options; {mend}")
+        raise UserError(f"{dataset.root}: this needs the dataset as it is, without options; {mend}")
     if len(video_keys(dataset.features)) < len(dataset.cameras):
-        raise ValueError(f"{dataset.root}: this needs cameras whose pictures are videos; {mend}")
+        raise UserError(f"{dataset.root}: this needs cameras whose pictures are videos; {mend}")
     return dataset
 
 
 def _features(features: dict[str, Any], stored: Mapping[str, str], source: str) -> dict[str, Any]:
-    """The features, with those that are stored under other names under their own. ValueError naming `source`."""
+    """The features, with those that are stored under other names under their own. UserError naming `source`."""
     renamed = dict(features)
     for name, column in stored.items():
         if column == name:
             continue
         if column not in features:
-            raise ValueError(f"{source}: {unknown('feature', column, features)}")
+            raise UserError(f"{source}: {unknown('feature', column, features)}")
         if features[column]["dtype"] in ("video", "image", "string"):
-            raise ValueError(f"{source}: {column} is {features[column]['dtype']}; {name} needs numbers")
+            raise UserError(f"{source}: {column} is {features[column]['dtype']}; {name} needs numbers")
         renamed[name] = features[column]
     return renamed

@@ -23,6 +23,7 @@ import pyarrow as pa
 from lapa.data.dataset import picture_keys
 from lapa.data.parquet import AGAIN, column_names, read_parquet
 from lapa.files import is_remote, read_json, reading
+from lapa.types import UserError
 
 CODEBASE_VERSION = "v3.0"
 # One file an episode.
@@ -35,7 +36,7 @@ LEGACY_EPISODES = "meta/episodes.jsonl"
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """meta/info.json of a dataset. ValueError saying what `root` is instead, or what is wrong with the file."""
+    """meta/info.json of a dataset. UserError saying what `root` is instead, or what is wrong with the file."""
     if is_remote(root):
         with reading(root / INFO, "a dataset folder holds one; correct the path"):
             (root / INFO).stat()
@@ -43,22 +44,22 @@ def read_info(root: Path) -> dict[str, Any]:
         _require_folder(root)
     info = read_json(root / INFO)
     if not isinstance(info, dict):
-        raise ValueError(f"{root / INFO}: expected an object; {AGAIN}")
+        raise UserError(f"{root / INFO}: expected an object; {AGAIN}")
     version = info.get("codebase_version")
     if version is None:
-        raise ValueError(f"{root / INFO}: lacks codebase_version; {AGAIN}")
+        raise UserError(f"{root / INFO}: lacks codebase_version; {AGAIN}")
     if version not in (CODEBASE_VERSION, *LEGACY_VERSIONS):
         known = ", ".join((CODEBASE_VERSION, *LEGACY_VERSIONS))
         mend = "convert it with LeRobot's own scripts" if str(version) < "v2.0" else "update lapa"
-        raise ValueError(f"{root / INFO}: is LeRobotDataset {version}, {known} are read; {mend}")
+        raise UserError(f"{root / INFO}: is LeRobotDataset {version}, {known} are read; {mend}")
     _check_features(root, info)
     needed = ["fps", "data_path"]
     needed += ["video_path"] if video_keys(info["features"]) else []
     lacking = [key for key in needed if not info.get(key)]
     if lacking:
-        raise ValueError(f"{root / INFO}: lacks {', '.join(lacking)}; {AGAIN}")
+        raise UserError(f"{root / INFO}: lacks {', '.join(lacking)}; {AGAIN}")
     if not isinstance(info["fps"], int | float) or info["fps"] <= 0:
-        raise ValueError(f"{root / INFO}: fps must be a number above 0, got {info['fps']!r}")
+        raise UserError(f"{root / INFO}: fps must be a number above 0, got {info['fps']!r}")
     _check_templates(root, info)
     return info
 
@@ -73,7 +74,7 @@ def read_tasks(root: Path, version: str) -> tuple[str, ...]:
     # pandas calls an index without a name so.
     names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
     if not names or "task_index" not in table.column_names:
-        raise ValueError(f"{path}: needs the columns task and task_index; {AGAIN}")
+        raise UserError(f"{path}: needs the columns task and task_index; {AGAIN}")
     pairs = zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True)
     return tuple(task for _, task in sorted(pairs))
 
@@ -91,12 +92,12 @@ def read_episodes(root: Path, version: str, video_keys: Sequence[str]) -> dict[s
     columns["num_tasks"] = np.array([len(its) for its in tasks], np.int64)
     columns["instruction"] = np.array([str(its[0]) if len(its) else "" for its in tasks], object)
     if not len(columns["length"]):
-        raise ValueError(f"{root}: holds no episode; write it again")
+        raise UserError(f"{root}: holds no episode; write it again")
     if (columns.pop("episode_index") != np.arange(len(tasks))).any():
-        raise ValueError(f"{where}: episode_index does not count from 0; {AGAIN}")
+        raise UserError(f"{where}: episode_index does not count from 0; {AGAIN}")
     if columns["length"].min() < 1:
         episode = int(columns["length"].argmin())
-        raise ValueError(f"{where}: episode {episode} has length {columns['length'][episode]}; {AGAIN}")
+        raise UserError(f"{where}: episode {episode} has length {columns['length'][episode]}; {AGAIN}")
     return columns
 
 
@@ -108,7 +109,7 @@ def metadata_files(root: Path, version: str) -> list[Path]:
 
 
 def require_files(root: Path, files: Sequence[str], what: str, mend: str) -> None:
-    """ValueError naming the first and the number of those files below `root` that are not there.
+    """UserError naming the first and the number of those files below `root` that are not there.
 
     Each folder is listed once, which is much faster than asking for every file.
     """
@@ -117,7 +118,7 @@ def require_files(root: Path, files: Sequence[str], what: str, mend: str) -> Non
     missing = [file for file, (folder, _, name) in zip(files, places, strict=True) if name not in present[folder]]
     if missing:
         told = f"{len(missing)} of {len(files)} {what} are missing"
-        raise ValueError(f"{root / missing[0]}: no such file; {told}; {mend}")
+        raise UserError(f"{root / missing[0]}: no such file; {told}; {mend}")
 
 
 def video_keys(features: dict[str, dict[str, Any]]) -> list[str]:
@@ -129,22 +130,22 @@ def _require_folder(root: Path) -> None:
     if not root.is_dir():
         hub = f"; `lerobot:{root}` reads it from the hub" if len(root.parts) == 2 and not root.is_absolute() else ""
         make = f"make one with `lapa data videos FOLDER --out {root}`"
-        raise ValueError(f"{root}: no such dataset folder; {make}{hub}")
+        raise UserError(f"{root}: no such dataset folder; {make}{hub}")
     if not (root / INFO).exists():
         if (root / JOURNAL).exists():
-            raise ValueError(f"{root}: unfinished dataset; run the command that was writing it again with --resume")
-        raise ValueError(f"{root}: not a dataset (no {INFO}); `lapa data videos {root} --out DATASET` makes one")
+            raise UserError(f"{root}: unfinished dataset; run the command that was writing it again with --resume")
+        raise UserError(f"{root}: not a dataset (no {INFO}); `lapa data videos {root} --out DATASET` makes one")
 
 
 def _check_features(root: Path, info: dict[str, Any]) -> None:
     features = info.get("features")
     if not isinstance(features, dict) or not features:
-        raise ValueError(f"{root / INFO}: lacks features; {AGAIN}")
+        raise UserError(f"{root / INFO}: lacks features; {AGAIN}")
     for name, feature in features.items():
         if not isinstance(feature, dict) or not feature.get("dtype") or not isinstance(feature.get("shape"), list):
-            raise ValueError(f"{root / INFO}: feature {name} needs a dtype and a shape, got {feature}; {AGAIN}")
+            raise UserError(f"{root / INFO}: feature {name} needs a dtype and a shape, got {feature}; {AGAIN}")
     if not picture_keys(features):
-        raise ValueError(f"{root / INFO}: has no camera (no feature of dtype video or image); lapa learns from video")
+        raise UserError(f"{root / INFO}: has no camera (no feature of dtype video or image); lapa learns from video")
 
 
 def _check_templates(root: Path, info: dict[str, Any]) -> None:
@@ -155,7 +156,7 @@ def _check_templates(root: Path, info: dict[str, Any]) -> None:
             (info.get(key) or "").format(video_key="", **dict.fromkeys(fields, 0))
         except (KeyError, IndexError, ValueError) as error:
             told = f"may name {', '.join(fields)}"
-            raise ValueError(f"{root / INFO}: {key} is {info[key]!r}; it {told} (got {error}); {AGAIN}") from None
+            raise UserError(f"{root / INFO}: {key} is {info[key]!r}; it {told} (got {error}); {AGAIN}") from None
 
 
 def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, Any]:
         names = column_names(path)
         lacking = [name for name in wanted if name not in names]
         if lacking:
-            raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
+            raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
         tables.append(read_parquet(path, [*wanted, *(["source"] if "source" in names else [])]))
     table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
     columns: dict[str, Any] = {name: table[name].to_numpy() for name in wanted if name != "tasks"}
@@ -190,7 +191,7 @@ def _episode_files(root: Path) -> list[Path]:
     with reading(root / "meta/episodes", AGAIN):
         paths = sorted(root.glob("meta/episodes/*/*.parquet"))
     if not paths:
-        raise ValueError(f"{root / 'meta/episodes'}: holds no parquet file; {AGAIN}")
+        raise UserError(f"{root / 'meta/episodes'}: holds no parquet file; {AGAIN}")
     return paths
 
 
@@ -200,17 +201,17 @@ def _json_lines(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]:
         with reading(path, AGAIN):
             lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}); {AGAIN}") from None
+        raise UserError(f"{path}: not UTF-8 text ({error}); {AGAIN}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error}); {AGAIN}") from None
+            raise UserError(f"{path}: line {number} is not JSON ({error}); {AGAIN}") from None
         lacking = [key for key, kind in keys.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
         if lacking:
-            raise ValueError(f"{path}: line {number} lacks {', '.join(lacking)}; {AGAIN}")
+            raise UserError(f"{path}: line {number} lacks {', '.join(lacking)}; {AGAIN}")
         rows.append(row)
     return rows
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from lapa.console import console, warn
 from lapa.data.dataset import Dataset
+from lapa.types import UserError
 
 MixBy = Literal["frames", "episodes", "equal"]
 
@@ -86,24 +87,24 @@ class Mixture:
 
 
 def require_plain(datasets: Sequence[Dataset], command: str, horizon_option: str) -> None:
-    """ValueError where a dataset has a weight or a horizon of its own, which `command` would not look at."""
+    """UserError where a dataset has a weight or a horizon of its own, which `command` would not look at."""
     for dataset in datasets:
         if dataset.weight != 1:
-            raise ValueError(f"{dataset.root}: `{command}` draws all frames alike; leave out the weight")
+            raise UserError(f"{dataset.root}: `{command}` draws all frames alike; leave out the weight")
         if dataset.horizon is not None:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.root}: `{command}` has one horizon for all datasets; leave out `,horizon=`, and give it as "
                 f"{horizon_option}"
             )
 
 
 def require_names(datasets: Sequence[Dataset]) -> None:
-    """ValueError where two datasets have one name, or one has none."""
+    """UserError where two datasets have one name, or one has none."""
     names = [dataset.name for dataset in datasets]
     for dataset in datasets:
         if not dataset.name or names.count(dataset.name) > 1:
             found = f"has the name {dataset.name!r} of another one" if dataset.name else "has no name"
-            raise ValueError(
+            raise UserError(
                 f"{dataset.root}: {found}, and each has statistics of its own by its name; name them as in "
                 f"--data NAME={dataset.root}"
             )

@@ -10,6 +10,7 @@ from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Reading
 from lapa.data.spec import DataSpec, typed, typed_options
 from lapa.files import as_path
+from lapa.types import UserError
 
 # Source -> the module and the dataclass of its reading options. `lapa data SOURCE` converts from the same.
 SOURCES = {
@@ -24,13 +25,13 @@ SOURCES = {
 
 
 def open_dataset(data: Path | str) -> Dataset:
-    """The dataset that a path or a spec names. ValueError naming what is wrong with it, and the mend."""
+    """The dataset that a path or a spec names. UserError naming what is wrong with it, and the mend."""
     spec = DataSpec.parse(str(data), SOURCES)
     options = dict(spec.options)
     horizon = options.pop("horizon", None)
     if spec.source is None:
         if options:
-            raise ValueError(f"--data {data}: a dataset folder has no option {', '.join(options)}, only horizon")
+            raise UserError(f"--data {data}: a dataset folder has no option {', '.join(options)}, only horizon")
         dataset: Dataset = LeRobotDataset(as_path(spec.path), spec.name)
     else:
         module, reading = SOURCES[spec.source]
@@ -39,7 +40,7 @@ def open_dataset(data: Path | str) -> Dataset:
     if horizon is not None:
         dataset.horizon = typed(float, horizon, f"--data {data}: horizon")
         if not 0 < dataset.horizon < float("inf"):
-            raise ValueError(f"--data {data}: the horizon must be above 0 seconds, got {horizon}")
+            raise UserError(f"--data {data}: the horizon must be above 0 seconds, got {horizon}")
     dataset.weight = 1.0 if spec.weight is None else spec.weight
     return dataset
 

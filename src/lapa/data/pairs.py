@@ -24,6 +24,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.frames import STRETCH, EpisodeRows, FrameStore, draw, each_camera, in_threads, split_episodes
 from lapa.data.mixture import MixBy, Mixture
 from lapa.data.motion import motion_energy, thumbnails
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,18 @@ class FramePairs(torch.utils.data.Dataset):
     .num_still: pairs left out for lack of motion, of each dataset.
     .mixture: how often each dataset is drawn; .groups: the same, for lapa.engine.batches.
     .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
-    Raises ValueError where no episode is long enough.
+    Raises UserError where no episode is long enough.
     """
 
     def __init__(self, datasets: Sequence[Dataset], config: PairsConfig, split: str = "train", seed: int = 0):
         if not datasets:
-            raise ValueError("no dataset was given to take frame pairs from")
+            raise UserError("no dataset was given to take frame pairs from")
         if not 0 <= config.action_share <= 1:
-            raise ValueError(f"action_share is {config.action_share}; it must be a share from 0 to 1")
+            raise UserError(f"action_share is {config.action_share}; it must be a share from 0 to 1")
         if config.horizon <= 0:
-            raise ValueError(f"horizon is {config.horizon} seconds; it must be above 0")
+            raise UserError(f"horizon is {config.horizon} seconds; it must be above 0")
         if not 0 <= config.min_motion < 1:
-            raise ValueError(f"min_motion is {config.min_motion}; it lies from 0 (keep all pairs) to below 1")
+            raise UserError(f"min_motion is {config.min_motion}; it lies from 0 (keep all pairs) to below 1")
         self.datasets, self.config = tuple(datasets), config
         self.horizons = tuple(config.horizon if d.horizon is None else d.horizon for d in datasets)
         self.horizon_frames = tuple(map(horizon_frames, self.horizons, [dataset.fps for dataset in datasets]))
@@ -90,14 +91,14 @@ class FramePairs(torch.utils.data.Dataset):
             warn("no episode can be held out (too few, or too short): evaluating on the training episodes instead")
             self._rows = self._choose("train", seed)
         if not len(self._rows):
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(dataset.name for dataset in datasets)}: no episode of this split is longer than the "
                 f"horizon of {_told(self.horizons)}; give a shorter horizon or longer videos"
             )
         self._cameras = each_camera(datasets, None if config.camera is None else [config.camera])
         episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
         if config.middle and min(self.horizon_frames) < 2:
-            raise ValueError(
+            raise UserError(
                 f"a horizon of {_told(self.horizons)} is a single frame, which has none halfway; give a longer horizon"
             )
         self._frames = FrameStore(datasets, self._cameras, episodes, config.size, config.cache_gib)
@@ -177,7 +178,7 @@ class FramePairs(torch.utils.data.Dataset):
         return EpisodeRows(chosen, counts)
 
     def _leave_out_still(self) -> None:
-        """Drops the pairs that move less than is asked for, and says how many. ValueError where none is left."""
+        """Drops the pairs that move less than is asked for, and says how many. UserError where none is left."""
         places = list(zip(self._rows.datasets.tolist(), self._rows.episodes.tolist(), strict=True))
         most, kept, total = ([0.0] * len(self.datasets), [0] * len(self.datasets), [0] * len(self.datasets))
         found = in_threads(self._motion, places, "looking for motion")
@@ -189,7 +190,7 @@ class FramePairs(torch.utils.data.Dataset):
         self.num_still = tuple(every - moving for every, moving in zip(total, kept, strict=True))
         for dataset, still, every, largest in zip(self.datasets, self.num_still, total, most, strict=True):
             if every and still == every:
-                raise ValueError(
+                raise UserError(
                     f"{dataset.root}: none of its {every} pairs changes by --min-motion {self.config.min_motion:g}, "
                     f"{largest:.4f} at most; lower it, or leave the dataset out"
                 )
@@ -216,7 +217,7 @@ class FramePairs(torch.utils.data.Dataset):
         dims = {dim for _, dim in known}
         if len(dims) != 1:
             found = ", ".join(f"{root}: {dim}" for root, dim in known) or "none has actions"
-            raise ValueError(
+            raise UserError(
                 f"action_share {self.config.action_share:g} needs datasets whose actions have one width ({found}); "
                 "leave it at 0, or leave out the datasets that differ"
             )
@@ -240,7 +241,7 @@ class FramePairs(torch.utils.data.Dataset):
         rows = zip(self.datasets, self.horizons, self.horizon_frames, self.num_skipped, strict=True)
         for dataset, seconds, horizon, skipped in rows:
             if skipped == len(dataset.lengths):
-                raise ValueError(
+                raise UserError(
                     f"{dataset.root}: all {skipped} episodes are too short for a horizon of {seconds:g} s "
                     f"({horizon} frames at {dataset.fps:g} fps); give a shorter horizon or longer videos"
                 )

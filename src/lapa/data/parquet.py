@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from lapa.files import open_binary, reading, what_instead
+from lapa.types import UserError
 
 AGAIN = "write the dataset again"
 # Row groups of pictures that stay in memory; LeRobot writes one an episode, and an item has a picture a camera.
@@ -25,7 +26,7 @@ OPEN_GROUPS = 4
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A table of a dataset. ValueError naming the file where it cannot be read."""
+    """A table of a dataset. UserError naming the file where it cannot be read."""
     try:
         with reading(path, AGAIN), open_binary(path) as file:
             return pq.ParquetFile(file).read(columns=columns)
@@ -34,7 +35,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a table. ValueError as `read_parquet`."""
+    """The columns of a table. UserError as `read_parquet`."""
     try:
         with reading(path, AGAIN), open_binary(path) as file:
             return pq.read_schema(file).names
@@ -43,7 +44,7 @@ def column_names(path: Path) -> list[str]:
 
 
 def matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray, "T D"]:
-    """A column as rows of `width` numbers; one number a row may be stored plainly. ValueError naming `source`."""
+    """A column as rows of `width` numbers; one number a row may be stored plainly. UserError naming `source`."""
     flat = column.combine_chunks()
     num_rows = len(flat)
     if isinstance(flat, pa.ExtensionArray):
@@ -51,10 +52,10 @@ def matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray
     while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
         flat = flat.flatten()
     if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type) or pa.types.is_boolean(flat.type)):
-        raise ValueError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
+        raise UserError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
     values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     if len(values) != num_rows * width:
-        raise ValueError(f"{source} is not {width} numbers wide in every row, as meta/info.json says; {AGAIN}")
+        raise UserError(f"{source} is not {width} numbers wide in every row, as meta/info.json says; {AGAIN}")
     return values.reshape(num_rows, width)
 
 
@@ -119,7 +120,7 @@ class StoredPictures:
         return {"_starts": {}, "_groups": OrderedDict()}
 
     def get(self, path: Path, column: str, rows: Sequence[int]) -> UInt8[np.ndarray, "T H W 3"]:
-        """The pictures of rows that exist. ValueError naming file and row where one cannot be decoded."""
+        """The pictures of rows that exist. UserError naming file and row where one cannot be decoded."""
         if path not in self._starts:
             try:
                 with reading(path, AGAIN), open_binary(path) as file:
@@ -135,13 +136,13 @@ class StoredPictures:
             value = self._group(path, group, column)[int(row - starts[group])].as_py()
             encoded = value.get("bytes") if isinstance(value, dict) else value
             if not encoded:
-                raise ValueError(f"{path}: {column} holds no picture in row {row}; {AGAIN}")
+                raise UserError(f"{path}: {column} holds no picture in row {row}; {AGAIN}")
             try:
                 pictures.append(decode_picture(encoded))
             except ValueError as error:
-                raise ValueError(f"{path}: {column} cannot be decoded in row {row} ({error}); {AGAIN}") from None
+                raise UserError(f"{path}: {column} cannot be decoded in row {row} ({error}); {AGAIN}") from None
         if len({picture_HWC.shape for picture_HWC in pictures}) > 1:
-            raise ValueError(f"{path}: pictures of {column} differ in size between rows {rows[0]} and {rows[-1]}")
+            raise UserError(f"{path}: pictures of {column} differ in size between rows {rows[0]} and {rows[-1]}")
         return np.stack(pictures)
 
     def _group(self, path: Path, group: int, column: str) -> pa.ChunkedArray:
@@ -159,17 +160,17 @@ class StoredPictures:
 
 
 def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """A PNG or JPEG as RGB. ValueError where it is none, or damaged."""
+    """A PNG or JPEG as RGB. UserError where it is none, or damaged."""
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError:
-        raise ValueError("no PNG or JPEG") from None
+        raise UserError("no PNG or JPEG") from None
     # Pillow raises SyntaxError for a broken PNG.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
+def _unreadable(path: Path, error: Exception) -> UserError:
     told = what_instead(path) or str(error).splitlines()[0]
-    return ValueError(f"{path}: cannot be read ({told}); {AGAIN}")
+    return UserError(f"{path}: cannot be read ({told}); {AGAIN}")

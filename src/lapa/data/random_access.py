@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 
 from lapa.data.video import open_video, upright
 from lapa.files import reading
+from lapa.types import UserError
 
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16
@@ -32,7 +33,7 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
     """Fetches frames by position: number i is the one shown at `start + i / fps` seconds of the file.
 
     indices: in any order, repeats allowed. Several episodes may share a file; each has its own `start`.
-    Raises ValueError naming the file where it cannot be read or ends before a frame asked for.
+    Raises UserError naming the file where it cannot be read or ends before a frame asked for.
     """
     clip = open_clip(path)
     wanted = sorted(set(indices))
@@ -41,10 +42,10 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
         for index, frame in clip.at([start + index / fps for index in wanted], tolerance=0.5 / fps):
             found[wanted[index]] = upright(frame, clip.converter)
     except (av.FFmpegError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
+        raise UserError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
     missing = [index for index in wanted if index not in found]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{path}: has no frame {missing[0]} ({start + missing[0] / fps:.3f} s at {fps:g} fps); "
             "the video is shorter than the dataset says, write the dataset again"
         )
@@ -138,7 +139,7 @@ _open_clips = _OpenClips()
 
 
 def open_clip(path: Path) -> OpenClip:
-    """The clip, opened for random access, or as this thread has left it open. ValueError where it is no video."""
+    """The clip, opened for random access, or as this thread has left it open. UserError where it is no video."""
     clips = _open_clips.of_this_process()
     version = _version(path)
     if path in clips and clips[path][0] == version:

@@ -35,6 +35,7 @@ from lapa.data.parquet import read_parquet
 from lapa.data.statistics import Moments
 from lapa.data.writer_tables import FRAME_COLUMNS
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
+from lapa.types import UserError
 
 NO_ACTIONS = "lapa data hide-actions"
 
@@ -54,7 +55,7 @@ class HideActionsConfig:
 
 
 def run(config: HideActionsConfig) -> None:
-    """`lapa data hide-actions`. Raises ValueError where `out` is, contains or lies inside the dataset."""
+    """`lapa data hide-actions`. Raises UserError where `out` is, contains or lies inside the dataset."""
     dataset = require_folder(Dataset.open(config.data))
     note = {"made_by": NO_ACTIONS, "source_fingerprint": dataset.fingerprint}
     next_commands = [f"lapa latent train --data {shlex.quote(str(config.out))} --out LAM"]
@@ -81,17 +82,17 @@ def claim_rewrite(
     resume: bool,
     inputs: Sequence[Path] = (),
 ) -> None:
-    """Makes `out` ready for `rewrite_actions` under this note, or raises ValueError saying why not.
+    """Makes `out` ready for `rewrite_actions` under this note, or raises UserError saying why not.
 
     A finished dataset that is to be resumed must have been accepted before; an unfinished one is begun again.
     inputs: what the command reads besides the dataset.
     """
     if out.resolve().is_relative_to(dataset.root.resolve()):
-        raise ValueError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
+        raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
     inputs = [dataset.root, *inputs]
     claim_output(out, complete=is_dataset(out), overwrite=overwrite, resume=resume, inputs=inputs)
     if (begun := read_json_lines(out / JOURNAL)) and begun[0] != note:
-        raise ValueError(f"{out}: was begun with other settings; --overwrite to start anew")
+        raise UserError(f"{out}: was begun with other settings; --overwrite to start anew")
     with atomic_path(out / JOURNAL) as temporary:
         temporary.write_text(json.dumps(note, ensure_ascii=False) + "\n")
 
@@ -109,10 +110,10 @@ def rewrite_actions(
 
     actions: those of an episode, [T, A] in the units of `action_space`, asked for once and in order; None leaves the
     episode out, which is counted and said. Without `actions` the dataset has none. note: goes into meta/lapa.json.
-    Raises ValueError where actions do not fit, or every episode is left out.
+    Raises UserError where actions do not fit, or every episode is left out.
     """
     if (actions is None) != (action_space is None):
-        raise ValueError("actions need an action space that says what they are, and it needs them")
+        raise UserError("actions need an action space that says what they are, and it needs them")
     kept_features = [STATE] if keep_states and STATE in dataset.features else []
     features = _features(dataset, action_space, kept_features)
     left_out = [name for name in dataset.features if name not in features]
@@ -121,7 +122,7 @@ def rewrite_actions(
     numbering = _write_data(dataset, out, actions, action_space, [*kept_features, *FRAME_COLUMNS])
     num_episodes, num_lost = len(numbering.stats), len(dataset.lengths) - len(numbering.stats)
     if not num_episodes:
-        raise ValueError(f"{dataset.root}: every one of its {num_lost} episodes is left out; nothing is left to write")
+        raise UserError(f"{dataset.root}: every one of its {num_lost} episodes is left out; nothing is left to write")
     if num_lost:
         say(f"{num_lost} of {len(dataset.lengths)} episodes left out: they have no actions")
     _link_videos(dataset, out, sorted(numbering.stats))
@@ -192,7 +193,7 @@ def _write_data(
             rows = np.flatnonzero(owners_T == episode)
             length = int(dataset.lengths[episode])
             if len(rows) != length:
-                raise ValueError(f"{dataset.root / path}: lacks rows of episode {episode}; write the dataset again")
+                raise UserError(f"{dataset.root / path}: lacks rows of episode {episode}; write the dataset again")
             actions_TA = None if actions is None else actions(episode)
             if actions is not None and actions_TA is None:
                 continue
@@ -287,7 +288,7 @@ def _link_videos(dataset: LeRobotDataset, out: Path, episodes: Sequence[int]) ->
         try:
             os.link(path.resolve(), target)
         except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; write the dataset again") from None
+            raise UserError(f"{path}: no such file; write the dataset again") from None
         except OSError:
             with atomic_path(target) as temporary:
                 shutil.copyfile(path, temporary)
@@ -311,8 +312,8 @@ def _episode_files(dataset: LeRobotDataset) -> list[Path]:
 
 def _checked(actions_TA: np.ndarray, shape: tuple[int, int], episode: int) -> np.ndarray:
     if actions_TA.shape != shape:
-        raise ValueError(f"episode {episode}: actions are {actions_TA.shape}, expected {shape}: one row a frame")
+        raise UserError(f"episode {episode}: actions are {actions_TA.shape}, expected {shape}: one row a frame")
     if not np.isfinite(actions_TA).all():
         frame = int(np.argmin(np.isfinite(actions_TA).all(axis=1)))
-        raise ValueError(f"episode {episode}: actions are not finite at frame {frame}; leave the episode out")
+        raise UserError(f"episode {episode}: actions are not finite at frame {frame}; leave the episode out")
     return np.ascontiguousarray(actions_TA, dtype=np.float32)

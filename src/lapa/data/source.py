@@ -23,6 +23,7 @@ from jaxtyping import Float, UInt8
 
 from lapa.data.action_space import ActionSpace
 from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, Dataset
+from lapa.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Reading(Protocol):
     """Reading options of a source: a frozen dataclass whose first field is the path."""
 
     def open(self) -> Source:
-        """Raises ValueError naming the file that is wrong and the mend."""
+        """Raises UserError naming the file that is wrong and the mend."""
 
 
 class Source(ABC):
@@ -89,11 +90,11 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, item: Item) -> Clip:
-        """All of an item. ValueError naming file and place where it is damaged."""
+        """All of an item. UserError naming file and place where it is damaged."""
 
     @abstractmethod
     def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
-        """Single pictures, which exist, at `fps`; in any order, repeats allowed. ValueError as `read`."""
+        """Single pictures, which exist, at `fps`; in any order, repeats allowed. UserError as `read`."""
 
     def numbers(self, item: Item) -> Mapping[str, Float[np.ndarray, "T D"]]:
         """The rows of `action` and `observation.state`, those of them that there are."""
@@ -125,7 +126,7 @@ class SourceDataset(Dataset):
         self.source = source
         self._items = source.measured()
         if not self._items:
-            raise ValueError(f"{source.root}: holds no episode")
+            raise UserError(f"{source.root}: holds no episode")
         super().__init__(
             source.root,
             name or source.name,

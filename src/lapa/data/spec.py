@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lapa.config import unknown
+from lapa.types import UserError
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(?=.)")
 WEIGHT = re.compile(r":([0-9.]+(?:e-?[0-9]+)?)$")
@@ -42,7 +43,7 @@ class DataSpec:
 
     @classmethod
     def parse(cls, text: str, sources: Collection[str]) -> DataSpec:
-        """ValueError, with the form that is expected, where `text` cannot be read so."""
+        """UserError, with the form that is expected, where `text` cannot be read so."""
         text = str(text)
         if _exists(text):
             return cls(text)
@@ -61,17 +62,17 @@ class DataSpec:
             rest = rest[: match.start()]
         if not known:
             if re.fullmatch(r"[a-z][a-z0-9-]+:(?!//).+", rest) and not _exists(rest):
-                raise ValueError(f"--data {text}: {unknown('source', source, sources)}")
+                raise UserError(f"--data {text}: {unknown('source', source, sources)}")
             source = ""
         if not rest:
-            raise ValueError(f"--data {text}: names no path; expected [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]")
+            raise UserError(f"--data {text}: names no path; expected [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]")
         return cls(rest, source or None, name, options, weight)
 
 
 def typed_options(cls: type[Options], path: str, options: Mapping[str, str], source: str) -> Options:
     """A dataclass of reading options from the texts of a spec; its first field takes the path.
 
-    ValueError for an option that it does not have, or a value that is none of its type.
+    UserError for an option that it does not have, or a value that is none of its type.
     """
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
@@ -92,16 +93,16 @@ def typed(hint: Any, text: str, source: str) -> Any:
         return tuple(typed(arguments[0], part, source) for part in text.split("+"))
     if origin is typing.Literal:
         if text not in arguments:
-            raise ValueError(f"{source}: {unknown('value', text, arguments)}")
+            raise UserError(f"{source}: {unknown('value', text, arguments)}")
         return text
     if hint is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{source}: expected true or false")
+            raise UserError(f"{source}: expected true or false")
         return text.lower() == "true"
     try:
         return hint(text)
     except (TypeError, ValueError):
-        raise ValueError(f"{source}: {text!r} is no {getattr(hint, '__name__', hint)}") from None
+        raise UserError(f"{source}: {text!r} is no {getattr(hint, '__name__', hint)}") from None
 
 
 def _exists(text: str) -> bool:
@@ -116,7 +117,7 @@ def _weight(number: str, text: str) -> float:
     try:
         weight = float(number)
     except ValueError:
-        raise ValueError(f"--data {text}: {number!r} is no weight") from None
+        raise UserError(f"--data {text}: {number!r} is no weight") from None
     if not math.isfinite(weight) or weight <= 0:
-        raise ValueError(f"--data {text}: a weight must be above 0; leave the dataset out instead")
+        raise UserError(f"--data {text}: a weight must be above 0; leave the dataset out instead")
     return weight

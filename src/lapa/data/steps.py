@@ -17,6 +17,7 @@ from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_e
 from lapa.data.labels import Labels
 from lapa.data.mixture import MixBy, Mixture
 from lapa.data.transforms import augment
+from lapa.types import UserError
 
 
 class PolicySteps(torch.utils.data.Dataset):
@@ -50,18 +51,18 @@ class PolicySteps(torch.utils.data.Dataset):
         """cameras: all datasets must have them; None: each one's first.
 
         cache_gib: pictures are kept in memory where those of this split take at most this much; training and held-out
-        steps have it each. Raises ValueError where no step is left, and where a dataset lacks the actions or the state
+        steps have it each. Raises UserError where no step is left, and where a dataset lacks the actions or the state
         asked for or has others than the first in width.
         """
         if not datasets:
-            raise ValueError("no dataset was given to take steps from")
+            raise UserError("no dataset was given to take steps from")
         if labels is None and chunk is None:
-            raise ValueError("nothing to learn: give labels (latent actions), chunk (robot actions), or both")
+            raise UserError("nothing to learn: give labels (latent actions), chunk (robot actions), or both")
         if labels is not None and len(labels) != len(datasets):
-            raise ValueError(f"{len(datasets)} datasets need as many labels, got {len(labels)}")
+            raise UserError(f"{len(datasets)} datasets need as many labels, got {len(labels)}")
         if chunk is not None:
             if chunk < 1:
-                raise ValueError(f"chunk is {chunk}; a policy predicts at least one action")
+                raise UserError(f"chunk is {chunk}; a policy predicts at least one action")
             _check_width(datasets, "actions", "action", [dataset.action_dim for dataset in datasets])
         if state:
             _check_width(datasets, "state", "observation.state", [dataset.state_dim for dataset in datasets])
@@ -74,7 +75,7 @@ class PolicySteps(torch.utils.data.Dataset):
             self._rows = self._choose("train", held_out)
         if not len(self._rows):
             names = ", ".join(dataset.name for dataset in datasets)
-            raise ValueError(f"{names}: no step is left to train on; label the dataset again with a shorter horizon")
+            raise UserError(f"{names}: no step is left to train on; label the dataset again with a shorter horizon")
         episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
         coded = [dataset.name for dataset in datasets if dataset.coded]
         if augment and coded:
@@ -125,13 +126,13 @@ class PolicySteps(torch.utils.data.Dataset):
     def actions(self, number: int | None = None) -> np.ndarray:
         """All actions of the episodes in this split, [N, A] float32: what action statistics are made from.
 
-        number: of one of the datasets only. Like `states`, raises ValueError naming dataset, episode and frame where a
+        number: of one of the datasets only. Like `states`, raises UserError naming dataset, episode and frame where a
         number is not finite.
         """
         return np.concatenate([dataset.actions(episode) for dataset, episode in self._episodes(number)])
 
     def states(self, number: int | None = None) -> np.ndarray:
-        """All states of the episodes in this split, [N, S] float32. ValueError where a dataset has none."""
+        """All states of the episodes in this split, [N, S] float32. UserError where a dataset has none."""
         return np.concatenate([_states(dataset, episode) for dataset, episode in self._episodes(number)])
 
     def _episodes(self, only: int | None) -> list[tuple[Dataset, int]]:
@@ -186,14 +187,14 @@ def _states(dataset: Dataset, episode: int) -> np.ndarray:
 
 
 def _check_width(datasets: Sequence[Dataset], what: str, feature: str, widths: Sequence[int | None]) -> None:
-    """ValueError where a dataset lacks a feature, or datasets differ in its width."""
+    """UserError where a dataset lacks a feature, or datasets differ in its width."""
     for dataset, width in zip(datasets, widths, strict=True):
         if width is None:
             raise _lacks(dataset, what, feature)
     if len(set(widths)) > 1:
         named = {dataset.name: width for dataset, width in zip(datasets, widths, strict=True)}
-        raise ValueError(f"datasets differ in the width of their {what}: {named}; learn from those of one robot")
+        raise UserError(f"datasets differ in the width of their {what}: {named}; learn from those of one robot")
 
 
-def _lacks(dataset: Dataset, what: str, feature: str) -> ValueError:
-    return ValueError(f"{dataset.root}: has no {what}; this needs a dataset with the feature `{feature}`")
+def _lacks(dataset: Dataset, what: str, feature: str) -> UserError:
+    return UserError(f"{dataset.root}: has no {what}; this needs a dataset with the feature `{feature}`")

@@ -21,6 +21,7 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
 from lapa.files import atomic_path, is_remote, open_binary, reading, what_instead
+from lapa.types import UserError
 
 # The part by which a mean rate may differ from the rate of a constant one.
 VARIES = 0.01
@@ -45,7 +46,7 @@ class VideoInfo:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Reads a video's header. Raises ValueError naming the file where it is not a video."""
+    """Reads a video's header. Raises UserError naming the file where it is not a video."""
     with open_video(path) as container:
         stream = container.streams.video[0]
         fps, num_frames = _rate(stream), _expected_frames(container, stream)
@@ -66,7 +67,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def frame_times(path: Path) -> list[float]:
-    """When each frame is shown, in seconds from the first, without decoding any. ValueError where it is no video."""
+    """When each frame is shown, in seconds from the first, without decoding any. UserError where it is no video."""
     with open_video(path) as container:
         times = _packet_times(container, container.streams.video[0], path)
         return [time - times[0] for time in times]
@@ -116,7 +117,7 @@ def encode_clip(
 ) -> int:
     """Writes frames as an H.264 mp4, atomically; returns their number. Height and width must be even.
 
-    Raises ValueError where no frame comes or a shape is wrong; OSError (disk full) leaves nothing behind.
+    Raises UserError where no frame comes or a shape is wrong; OSError (disk full) leaves nothing behind.
     """
     rate = exact_rate(fps)
     # B-frames would make a frame wait for its successor; CRF 18 is visually lossless; `fastdecode` (no arithmetic
@@ -130,13 +131,13 @@ def encode_clip(
             if num_frames == 0:
                 stream.height, stream.width = _even_shape(frame_HWC, path)
             elif frame_HWC.shape[:2] != (stream.height, stream.width):
-                raise ValueError(f"{path}: frame {num_frames} has another size than the first")
+                raise UserError(f"{path}: frame {num_frames} has another size than the first")
             picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             picture.pts, picture.time_base = num_frames, 1 / rate
             container.mux(stream.encode(picture))
             num_frames += 1
         if num_frames == 0:
-            raise ValueError(f"{path}: there is no frame to write; an episode needs at least one")
+            raise UserError(f"{path}: there is no frame to write; an episode needs at least one")
         container.mux(stream.encode(None))
     return num_frames
 
@@ -145,13 +146,13 @@ def copy_stream(source: Path, target: Path, fps: float) -> int:
     """Copies the video stream of `source`, whose rate must be constant, into an mp4 without re-encoding.
 
     Frame i of the copy is at exactly `i / fps` seconds, wherever `source` began and however its times were rounded.
-    Returns the number of frames. Raises ValueError where frames lack times or share one.
+    Returns the number of frames. Raises UserError where frames lack times or share one.
     """
     with open_video(source) as reading:
         packet_times = [packet.pts for packet in reading.demux(reading.streams.video[0]) if packet.size]
     times = [time for time in packet_times if time is not None]
     if len(set(times)) != len(packet_times):
-        raise ValueError(f"{source}: has frames without times of their own")
+        raise UserError(f"{source}: has frames without times of their own")
     # In the order of decoding, which packets are stored in, the place of each in the order of showing.
     shown = np.argsort(np.argsort(times)).tolist()
     # A frame is decoded no later than shown: B-frames, stored after the frame that follows them, move decoding forward.
@@ -174,17 +175,17 @@ def copy_stream(source: Path, target: Path, fps: float) -> int:
 
 
 def open_video(path: Path) -> InputContainer:
-    """The file, opened; ValueError naming it where it holds no video."""
+    """The file, opened; UserError naming it where it holds no video."""
     try:
         with reading(path):
             source = open_binary(path) if is_remote(path) else str(path)
         container = av.open(source, "r", metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
         reason = what_instead(path) or error.strerror or str(error) or type(error).__name__
-        raise ValueError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
+        raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
     if not container.streams.video:
         container.close()
-        raise ValueError(f"{path}: holds no video stream; replace it or take it out")
+        raise UserError(f"{path}: holds no video stream; replace it or take it out")
     return container
 
 
@@ -250,7 +251,7 @@ def _packet_times(container: InputContainer, stream: VideoStream, path: Path) ->
     try:
         packets = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
     except av.FFmpegError as error:
-        raise ValueError(f"{path}: cannot be read to its end ({error}); replace it or take it out") from None
+        raise UserError(f"{path}: cannot be read to its end ({error}); replace it or take it out") from None
     return sorted(float(time * stream.time_base) for time in packets if time is not None)
 
 
@@ -261,8 +262,8 @@ def _rate(stream: VideoStream) -> float:
 
 def _even_shape(frame_HWC: np.ndarray, path: Path) -> tuple[int, int]:
     if frame_HWC.ndim != 3 or frame_HWC.shape[2] != 3 or frame_HWC.dtype != np.uint8:
-        raise ValueError(f"{path}: frames must be uint8 (H, W, 3), got {frame_HWC.dtype} {frame_HWC.shape}")
+        raise UserError(f"{path}: frames must be uint8 (H, W, 3), got {frame_HWC.dtype} {frame_HWC.shape}")
     height, width = frame_HWC.shape[:2]
     if height % 2 or width % 2:
-        raise ValueError(f"{path}: frames are {width}x{height}; H.264 needs an even width and height")
+        raise UserError(f"{path}: frames are {width}x{height}; H.264 needs an even width and height")
     return height, width

@@ -27,6 +27,7 @@ from lapa.data.motion import motion_energy, thumbnails
 from lapa.data.transforms import resize_and_crop
 from lapa.data.workers import Workers
 from lapa.files import is_remote
+from lapa.types import UserError
 
 # New frames of a window.
 WINDOW = 256
@@ -108,7 +109,7 @@ class Decoders:
     def windows(self, episodes: Sequence[int]) -> Iterator[Window]:
         """The windows of the episodes, in order. All those of an episode that cannot be read have its error.
 
-        ValueError where a decoder was killed.
+        UserError where a decoder was killed.
         """
         horizon, empty, before = self._horizon, self._slots[0, :0], -1
         tail, small_tail, error = empty, None, None
@@ -144,11 +145,11 @@ class Decoders:
 def window_frames(
     dataset: Dataset, episodes: Sequence[int], horizon: int, camera: str | None, size: int
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "T size size 3"]]]:
-    """(episode, frames) of each window of the episodes that have a pair. ValueError where one cannot be read."""
+    """(episode, frames) of each window of the episodes that have a pair. UserError where one cannot be read."""
     with Decoders(dataset, horizon=horizon, size=size, camera=camera) as decoders:
         for window in decoders.windows(episodes):
             if window.error is not None:
-                raise ValueError(window.error)
+                raise UserError(window.error)
             yield window.episode, window.frames_THWC
 
 

@@ -18,6 +18,8 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from lapa.types import UserError
+
 Result = TypeVar("Result")
 
 # Jobs handed out and not yet fetched, for each worker: what is done early waits in the parent's memory.
@@ -64,7 +66,7 @@ class Workers:
     def in_order(self, function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
         """The results of `function(*shared, *job)` in the order of the jobs, which are taken a few at a time.
 
-        Raises what `function` raises; ValueError where a worker was killed.
+        Raises what `function` raises; UserError where a worker was killed.
         """
         if self._executor is None:
             yield from (function(*self._shared, *job) for job in jobs)
@@ -78,7 +80,7 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise ValueError(f"a worker process was killed, most likely for lack of memory; {self._mend}") from None
+            raise UserError(f"a worker process was killed, most likely for lack of memory; {self._mend}") from None
         finally:
             # Left early, so that no job still works on what its result was to lie in.
             wait([future for future in waiting if not future.cancel()])

@@ -27,6 +27,7 @@ from lapa.data.statistics import Moments, PixelMoments
 from lapa.data.video import encode_clip, probe
 from lapa.data.writer_tables import CHUNK_SIZE, FRAME_COLUMNS, Tables, frame_stats, shaped, write_tasks
 from lapa.files import write_json
+from lapa.types import UserError
 
 
 def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -38,9 +39,9 @@ def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
 
 
 def require_even(size: int) -> None:
-    """H.264 takes even sizes only. Raises ValueError for another --size."""
+    """H.264 takes even sizes only. Raises UserError for another --size."""
     if size < 2 or size % 2:
-        raise ValueError(f"--size {size}: must be an even number of pixels")
+        raise UserError(f"--size {size}: must be an even number of pixels")
 
 
 class DatasetWriter:
@@ -53,7 +54,7 @@ class DatasetWriter:
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
     resume: go on after the last whole episode; `done_sources` says which sources those were, `done_items` which items
         are dealt with, and `notes` what was counted of them.
-    Raises ValueError where `root` was begun with other settings.
+    Raises UserError where `root` was begun with other settings.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class DatasetWriter:
         self._journal = self.root / JOURNAL
         for camera, (height, width) in self.cameras.items():
             if height % 2 or width % 2:
-                raise ValueError(f"{root}: camera {camera} is {width}x{height}; width and height must be even")
+                raise UserError(f"{root}: camera {camera} is {width}x{height}; width and height must be even")
         self._begin(resume)
 
     def add_episode(
@@ -101,11 +102,11 @@ class DatasetWriter:
         """Writes an episode and returns its index.
 
         frames: for every camera an array or any iterable of pictures; all of one length, as actions and states are.
-        Raises ValueError (nothing is added) where shapes do not fit or numbers are not finite.
+        Raises UserError (nothing is added) where shapes do not fit or numbers are not finite.
         """
         rows = self._checked_rows({ACTION: actions, STATE: states}, source)
         if set(frames) != set(self.cameras):
-            raise ValueError(
+            raise UserError(
                 f"episode {source or self.num_episodes}: has cameras {sorted(frames)}, not {sorted(self.cameras)}"
             )
         lengths, pixels = {}, {}
@@ -136,7 +137,7 @@ class DatasetWriter:
         rows = self._checked_rows({ACTION: actions, STATE: states}, source)
         lengths = {**dict.fromkeys(files, length), **{name: len(values) for name, values in rows.items()}}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"episode {source}: lengths differ: {lengths}; all need one row a frame")
+            raise UserError(f"episode {source}: lengths differ: {lengths}; all need one row a frame")
         for camera, path in files.items():
             target = self.video_path(camera, self.num_episodes)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +168,9 @@ class DatasetWriter:
         )
 
     def finish(self) -> Dataset:
-        """Writes the tables, meta/info.json last, and opens the dataset. ValueError where there is no episode."""
+        """Writes the tables, meta/info.json last, and opens the dataset. UserError where there is no episode."""
         if not self.num_episodes:
-            raise ValueError(f"{self.root}: no episode was written; there is nothing to finish")
+            raise UserError(f"{self.root}: no episode was written; there is nothing to finish")
         tasks: dict[str, int] = {}
         totals = {name: Moments() for name in (*self._image_keys(), *self.widths, *FRAME_COLUMNS)}
         tables = Tables(self.root, self._data_schema())
@@ -203,7 +204,7 @@ class DatasetWriter:
             "extra_info": self.extra_info,
         }
         if (self.root / INFO).exists():
-            raise ValueError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
+            raise UserError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
         if not (resume and self._journal.exists() and self._journal.stat().st_size):
             self._journal.parent.mkdir(parents=True, exist_ok=True)
             self._journal.write_bytes(b"")
@@ -218,7 +219,7 @@ class DatasetWriter:
                 record = json.loads(line)
                 if number == 0:
                     if record != settings:
-                        raise ValueError(f"{self.root}: was begun with other settings; --overwrite to start anew")
+                        raise UserError(f"{self.root}: was begun with other settings; --overwrite to start anew")
                     continue
                 if "item" in record:
                     self.done_items.add(record["item"])
@@ -268,7 +269,7 @@ class DatasetWriter:
     ) -> int:
         counts = {**lengths, **{name: len(values) for name, values in rows.items()}}
         if len(set(counts.values())) != 1:
-            raise ValueError(
+            raise UserError(
                 f"episode {source or self.num_episodes}: lengths differ: {counts}; all need one row a frame"
             )
         stats = {CAMERA_PREFIX + camera: values for camera, values in pixel_stats.items()}
@@ -288,22 +289,22 @@ class DatasetWriter:
             where, width = f"episode {source or self.num_episodes}: {name}", self.widths.get(name)
             if (values is None) != (width is None):
                 told = "missing" if values is None else "given, though the dataset was begun without it"
-                raise ValueError(f"{where} is {told}; every episode of a dataset has the same features")
+                raise UserError(f"{where} is {told}; every episode of a dataset has the same features")
             if values is None:
                 continue
             array = np.asarray(values, dtype=np.float32)
             if array.ndim != 2 or array.shape[1] != width:
-                raise ValueError(f"{where} has shape {array.shape}, expected (frames, {width}): one column a name")
+                raise UserError(f"{where} has shape {array.shape}, expected (frames, {width}): one column a name")
             if not np.isfinite(array).all():
                 frame = int(np.argmin(np.isfinite(array).all(axis=1)))
-                raise ValueError(f"{where} is not finite at frame {frame}; correct it or leave the episode out")
+                raise UserError(f"{where} is not finite at frame {frame}; correct it or leave the episode out")
             checked[name] = array
         return checked
 
     def _checked_frames(self, frames: Iterable[np.ndarray], camera: str, source: str) -> Iterator[np.ndarray]:
         for number, frame_HWC in enumerate(frames):
             if frame_HWC.shape != (*self.cameras[camera], 3) or frame_HWC.dtype != np.uint8:
-                raise ValueError(
+                raise UserError(
                     f"episode {source or self.num_episodes}: frame {number} of {camera} is {frame_HWC.dtype} "
                     f"{frame_HWC.shape}, expected uint8 {(*self.cameras[camera], 3)}"
                 )

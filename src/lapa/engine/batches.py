@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lapa.types import UserError
+
 # Draws among which the parts of a mixture are shuffled.
 BLOCK = 1024
 
@@ -69,11 +71,11 @@ class Mixed:
     def __init__(self, groups: Sequence[tuple[int, float]], seed: int) -> None:
         """groups: (number of samples, weight) of each part; an empty part, or one of weight 0, is never drawn."""
         if any(weight < 0 for _, weight in groups):
-            raise ValueError(f"the parts of a mixture have weights {[weight for _, weight in groups]}; none is below 0")
+            raise UserError(f"the parts of a mixture have weights {[weight for _, weight in groups]}; none is below 0")
         weights = [Fraction(weight) if size else Fraction(0) for size, weight in groups]
         left = [sum(weights[part:], Fraction(0)) for part in range(len(weights))]
         if not left or not left[0]:
-            raise ValueError("no part of the mixture has both samples and a weight above 0")
+            raise UserError("no part of the mixture has both samples and a weight above 0")
         self._ratios = [weight / rest if rest else Fraction(0) for weight, rest in zip(weights, left, strict=True)]
         self._starts = np.cumsum([0, *(size for size, _ in groups)])
         self._parts = [Permutations(max(1, size), seed, 1 + part) for part, (size, _) in enumerate(groups)]
@@ -131,14 +133,14 @@ class StepSampler(Sampler[list[Draw]]):
         groups: Sequence[tuple[int, float]] | None = None,
     ) -> None:
         if num_samples < 1:
-            raise ValueError("the dataset has no samples to train on")
+            raise UserError("the dataset has no samples to train on")
         if batch_size % (accumulate * world):
-            raise ValueError(
+            raise UserError(
                 f"batch size {batch_size} does not divide into {world} processes x {accumulate} accumulations; "
                 f"use a multiple of {accumulate * world}"
             )
         if groups is not None and sum(size for size, _ in groups) != num_samples:
-            raise ValueError(f"the parts of the dataset have {groups} samples and weights, the dataset {num_samples}")
+            raise UserError(f"the parts of the dataset have {groups} samples and weights, the dataset {num_samples}")
         self.batch_size = batch_size
         self.first_step, self.last_step = first_step, last_step
         self.accumulate, self.rank, self.world = accumulate, rank, world

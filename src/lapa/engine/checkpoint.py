@@ -14,6 +14,7 @@ from torch import nn
 from lapa.config import differences
 from lapa.console import say
 from lapa.files import atomic_path
+from lapa.types import UserError
 
 # What may differ between a run and its resume without changing a single sample or update.
 VOLATILE_KEYS = frozenset(
@@ -28,10 +29,10 @@ SINGLE, SHARDED = "checkpoint.pt", "checkpoint/latest.json"
 
 
 def resumable(folder: Path, *, shard: bool) -> bool:
-    """Whether there is a checkpoint to go on from. ValueError where it is of the other kind, sharded or not."""
+    """Whether there is a checkpoint to go on from. UserError where it is of the other kind, sharded or not."""
     name, other = (SHARDED, SINGLE) if shard else (SINGLE, SHARDED)
     if (folder / other).exists():
-        raise ValueError(
+        raise UserError(
             f"{folder / other}: was written {'without' if shard else 'with'} --shard; resume with the same options, "
             "or use --overwrite to start anew"
         )
@@ -68,12 +69,12 @@ def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1)
     Each process gets its own random state back. With another number of processes than before there is none for each:
     they are then seeded anew, by step and rank, which the run is told.
 
-    Raises ValueError naming the file where it is unreadable, or was written under another config.
+    Raises UserError naming the file where it is unreadable, or was written under another config.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); use --overwrite to start anew"
         ) from error
     require_same_run(path, state["run_config"], run.run_config)
@@ -87,10 +88,10 @@ def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1)
 
 
 def require_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """ValueError naming the checkpoint and what changed, where its run was another than this one."""
+    """UserError naming the checkpoint and what changed, where its run was another than this one."""
     changed = differences(then, lasting(now))
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{path}: was written under another config ({'; '.join(changed[:4])}); "
             "resume with the same options, or use --overwrite to start anew"
         )

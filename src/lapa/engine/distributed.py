@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lapa.types import UserError
+
 # How long processes wait for one another: evaluation, and the last shard of labels, are the work of one.
 PATIENCE = timedelta(hours=2)
 
@@ -85,16 +87,16 @@ class Processes:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the process's own GPU if there is one, else the CPU. ValueError for a device that is not here."""
+    """`auto` is the process's own GPU if there is one, else the CPU. UserError for a device that is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError(f"device {name!r} asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
+            raise UserError(f"device {name!r} asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

@@ -41,7 +41,7 @@ from lapa.engine.memory import GIB, explained_out_of_memory, require_memory, tra
 from lapa.engine.metrics import MetricLog
 from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from lapa.engine.sharding import gather, load_sharded, prepare_moments, reshard, save_sharded, shard
-from lapa.types import Losses
+from lapa.types import Losses, UserError
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def train(
     dataset: may say `.groups`, the parts that it mixes (lapa.engine.batches), and `.in_memory`.
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
     with `shard` on all of them. With `shard`, the main process has the whole model in the end, on the CPU.
-    Raises FloatingPointError naming the samples where the loss or its gradient is not finite; ValueError where a
+    Raises FloatingPointError naming the samples where the loss or its gradient is not finite; UserError where a
     checkpoint does not fit, or memory does not suffice; KeyboardInterrupt after a signal, once the checkpoint is
     written.
     """
@@ -296,7 +296,7 @@ def _require_sense(config: LoopConfig) -> None:
     }
     for what, asked in excluded.items():
         if asked:
-            raise ValueError(f"{what}: leave out one of them")
+            raise UserError(f"{what}: leave out one of them")
 
 
 def _uses_half(config: LoopConfig, device: torch.device) -> bool:
@@ -318,7 +318,7 @@ def _cast(model: nn.Module, weights: str) -> None:
 
 def _checkpoint_activations(model: nn.Module) -> None:
     if not hasattr(model, "checkpoint_activations"):
-        raise ValueError(f"--gradient-checkpointing: {type(model).__name__} cannot do it; leave the option out")
+        raise UserError(f"--gradient-checkpointing: {type(model).__name__} cannot do it; leave the option out")
     model.checkpoint_activations()  # type: ignore[operator]
 
 

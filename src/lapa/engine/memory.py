@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from lapa.types import UserError
+
 GIB = 2**30
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 # Two moments a parameter: as wide as the weight, or a byte each and a float for every 256 of them.
@@ -64,14 +66,14 @@ def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
 def require_memory(
     needed: int, device: torch.device, what: str, mend: Sequence[str], *, available: int | None = None
 ) -> None:
-    """ValueError where `what` needs more than there is, with both figures and what helps.
+    """UserError where `what` needs more than there is, with both figures and what helps.
 
     available: by default `available_bytes(device)`.
     """
     free = available_bytes(device) if available is None else available
     if needed <= free:
         return
-    raise ValueError(
+    raise UserError(
         f"{what} needs {needed / GIB:.1f} GiB of memory, and {device} has {free / GIB:.1f} GiB free; "
         f"try {', '.join(mend[:-1])}{' or ' if len(mend) > 1 else ''}{mend[-1]}"
     )
@@ -79,12 +81,12 @@ def require_memory(
 
 @contextmanager
 def explained_out_of_memory(mend: Sequence[str]) -> Iterator[None]:
-    """A GPU whose memory runs out in this block is a ValueError that says what helps."""
+    """A GPU whose memory runs out in this block is a UserError that says what helps."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        raise ValueError(f"the memory of the GPU ran out ({reason}); try {', '.join(mend)}") from error
+        raise UserError(f"the memory of the GPU ran out ({reason}); try {', '.join(mend)}") from error
 
 
 def _machine_bytes(root: Path) -> list[int]:

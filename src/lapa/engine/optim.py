@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lapa.console import warn
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require a gradient. ValueError where there is none, or torchao is absent.
+    """AdamW over the parameters that require a gradient. UserError where there is none, or torchao is absent.
 
     Besides gains and biases, weight decay leaves alone what `model.undecayed()` names, where the model has it.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ValueError("nothing to train: every parameter is frozen")
+        raise UserError("nothing to train: every parameter is frozen")
     kept = {id(p) for p in getattr(model, "undecayed", list)()}
     decays = [p.ndim >= 2 and id(p) not in kept for p in trained]
     groups = [
@@ -81,7 +82,7 @@ def _adamw_8bit() -> Any:
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f'--optimizer adamw8bit needs torchao ({error}); install it with: pip install "lapa[8bit]"'
         ) from None
     return AdamW8bit

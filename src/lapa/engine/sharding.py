@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from lapa.engine.checkpoint import RunState, lasting, require_same_run, restore_random_states
 from lapa.engine.distributed import Processes
 from lapa.files import read_json, write_json
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def shard(
     be on the CPU: units go to the device one by one.
     half: a unit is gathered in bf16, weights stay as they are, gradients are added up in fp32. What is computed in
     which precision is left to autocast, as without sharding.
-    Raises ValueError for a parameter that is a single number without an axis, which cannot be shared out.
+    Raises UserError for a parameter that is a single number without an axis, which cannot be shared out.
     """
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if scalars:
-        raise ValueError(f"cannot shard the parameter {scalars[0]!r}, which has no axis; give it the shape [1]")
+        raise UserError(f"cannot shard the parameter {scalars[0]!r}, which has no axis; give it the shape [1]")
     before = {module: _plain(module) for module in model.modules()}
     for parameter in model.parameters():
         # FSDP2 takes no other layout, such as the channels_last of convolutions.
@@ -148,7 +149,7 @@ def load_sharded(path: Path, run: RunState, *, rank: int, world: int) -> int:
     try:
         dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path.parent / latest["folder"])
     except (CheckpointException, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a readable checkpoint ({_reason(error)}); use --overwrite to start anew"
         ) from error
     set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=moments)

@@ -45,8 +45,8 @@ class Environment(Protocol):
 class EnvironmentKind:
     """A family of tasks, and what can be known about it before one is made.
 
-    make: (task, size, cameras) -> Environment; parse_tasks: the user's text -> task names, ValueError on a typo;
-    check_machine: raises ValueError where the machine cannot run it. known_cameras: all there are; cameras: those that
+    make: (task, size, cameras) -> Environment; parse_tasks: the user's text -> task names, UserError on a typo;
+    check_machine: raises UserError where the machine cannot run it. known_cameras: all there are; cameras: those that
     are seen by default. state_dim: width of the state that observations bring, that of its datasets too.
     action_limit: random actions are uniform in [-limit, limit]; in_process: too light for processes of its own.
     """
@@ -113,7 +113,7 @@ ENVIRONMENTS = {
 
 
 def kind_of(name: str) -> EnvironmentKind:
-    """The kind registered under a name; ValueError with the nearest name on a typo."""
+    """The kind registered under a name; UserError with the nearest name on a typo."""
     if name not in ENVIRONMENTS:
         raise unknown("environment", name, ENVIRONMENTS)
     return ENVIRONMENTS[name]

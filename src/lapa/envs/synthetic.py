@@ -15,7 +15,7 @@ import numpy as np
 
 from lapa.config import unknown
 from lapa.sources.square import DIRECTIONS, Square, heading
-from lapa.types import Observation
+from lapa.types import Observation, UserError
 
 # In pixels of the 64 px picture, on each axis.
 LONGEST_STEP = 4.0
@@ -30,7 +30,7 @@ def parse_tasks(text: str) -> tuple[str, ...]:
         if name != "all" and name not in DIRECTIONS:
             raise unknown("direction", name, ["all", *DIRECTIONS])
     if not names:
-        raise ValueError("no task given; name directions parted by commas, or all")
+        raise UserError("no task given; name directions parted by commas, or all")
     return tuple(dict.fromkeys(DIRECTIONS if "all" in names else names))
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from lapa.envs.metaworld.simulator import episode_seed
 from lapa.envs.registry import Environment, kind_of, make
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
-from lapa.types import Observation
+from lapa.types import Observation, UserError
 
 # Recorded videos show about this many frames a second of the environment's own time.
 VIDEO_FPS = 20
@@ -113,7 +113,7 @@ def play_all(setup: Setup, jobs: Sequence[Job], infer: Infer | None, workers: in
             observations = [observation for part in rounds for observation in part.observations]
             actions_BKA = infer(observations) if infer is not None and observations else np.zeros((0, 0, 0))
             if not np.isfinite(actions_BKA).all():
-                raise ValueError("the policy gave actions that are not finite; its checkpoint is damaged")
+                raise UserError("the policy gave actions that are not finite; its checkpoint is damaged")
             playing, first = [], 0
             for player, part in zip(active, rounds, strict=True):
                 if not part.over:
@@ -262,7 +262,7 @@ class _Worker:
             message = self._connection.recv()
         except EOFError:
             self._process.join()
-            raise ValueError(
+            raise UserError(
                 f"a simulator process died (exit code {self._process.exitcode}), perhaps for lack of memory; "
                 "go on with --resume and a smaller --parallel"
             ) from None

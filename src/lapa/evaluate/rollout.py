@@ -31,6 +31,7 @@ from lapa.data.video import encode_clip
 from lapa.envs.registry import EnvironmentKind, kind_of
 from lapa.evaluate.episodes import VIDEO_FPS, Infer, Job, Outcome, Setup, play_all
 from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
+from lapa.types import UserError
 
 if TYPE_CHECKING:
     from lapa.policy.acting import Actor
@@ -92,7 +93,7 @@ def run(config: EvaluateConfig) -> None:
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Plays the episodes and returns what it writes to results.json. ValueError on a user's mistake, before any work.
+    """Plays the episodes and returns what it writes to results.json. UserError on a user's mistake, before any work.
 
     Keys: tasks (task -> successes, episodes, success_rate, interval, mean_steps), overall (the same), episodes,
     config, and the versions and hardware of lapa.engine.metrics.versions_and_hardware.
@@ -136,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """The Wilson score interval of a success rate; z = 1.96 gives 95%. (0, 1) where there was no trial."""
     if not 0 <= successes <= trials:
-        raise ValueError(f"expected 0 <= successes <= trials, got {successes} of {trials}")
+        raise UserError(f"expected 0 <= successes <= trials, got {successes} of {trials}")
     if trials == 0:
         return 0.0, 1.0
     rate, square = successes / trials, z * z
@@ -166,7 +167,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infe
     binary: tuple[bool, ...] = ()
     if config.policy not in BASELINES:
         if not Path(config.policy).is_dir():
-            raise ValueError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
+            raise UserError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
         from lapa.policy.acting import load_actor
 
         policy = load_actor(config.policy, config.statistics_key, dataset=config.prompt_of)
@@ -190,7 +191,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[Setup, Infe
 
 
 def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Actor) -> None:
-    """ValueError saying all in which the policy does not fit the environment, or that its chunks are too short."""
+    """UserError saying all in which the policy does not fit the environment, or that its chunks are too short."""
     unfit = []
     lacking = [camera for camera in policy.cameras if camera not in kind.known_cameras]
     if lacking:
@@ -200,11 +201,11 @@ def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Actor) 
     if policy.state_dim not in (0, kind.state_dim):
         unfit.append(f"is told a state of {policy.state_dim} dimensions, {config.env} has {kind.state_dim}")
     if unfit:
-        raise ValueError(f"{config.policy}: {'; '.join(unfit)}; finetune it on episodes from {config.env}")
+        raise UserError(f"{config.policy}: {'; '.join(unfit)}; finetune it on episodes from {config.env}")
     if config.steps_per_call is not None and config.steps_per_call > policy.chunk:
-        raise ValueError(f"--steps-per-call {config.steps_per_call} is more than the policy's chunk of {policy.chunk}")
+        raise UserError(f"--steps-per-call {config.steps_per_call} is more than the policy's chunk of {policy.chunk}")
     if config.ensemble is not None and (config.steps_per_call or 1) >= policy.chunk:
-        raise ValueError(
+        raise UserError(
             f"--ensemble: a chunk of {policy.chunk} ends before the policy is asked again, there is nothing to "
             "average; give a smaller --steps-per-call, or a policy with a longer chunk"
         )
@@ -303,15 +304,15 @@ def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
     for name, minimum in least.items():
         value = getattr(config, name)
         if value is not None and value < minimum:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
     if config.max_steps is not None and config.max_steps > kind.longest:
-        raise ValueError(f"--max-steps must be at most {kind.longest} in {config.env}, got {config.max_steps}")
+        raise UserError(f"--max-steps must be at most {kind.longest} in {config.env}, got {config.max_steps}")
     if config.ensemble is not None and not math.isfinite(config.ensemble):
-        raise ValueError(f"--ensemble must be a finite number, got {config.ensemble}")
+        raise UserError(f"--ensemble must be a finite number, got {config.ensemble}")
     if config.ensemble is not None and config.policy in BASELINES:
-        raise ValueError(f"--ensemble averages a policy's chunks, and {config.policy} predicts none; leave it out")
+        raise UserError(f"--ensemble averages a policy's chunks, and {config.policy} predicts none; leave it out")
     if config.size is not None and config.size % 2:
-        raise ValueError(f"--size must be even, got {config.size}")
+        raise UserError(f"--size must be even, got {config.size}")
 
 
 def _identity(config: EvaluateConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lapa.data.labels import SHARDS, Manifest, shard_notes, shard_path
 from lapa.files import is_remote
 from lapa.label.shards import Shard, Work, read_complete
 from lapa.latent.config import LatentModelConfig
+from lapa.types import UserError
 
 
 def make_shards(out: Path, num_episodes: int, size: int) -> list[Shard]:
@@ -41,7 +42,7 @@ def missing_shards(shards: Sequence[Shard], out: Path, work: Work) -> list[Shard
 
 
 def make_manifest(shards: Sequence[Shard], work: Work, model: LatentModelConfig, identity: dict[str, Any]) -> Manifest:
-    """Counts what the shards hold, reading them one by one. ValueError where one is not whole, or none has a row."""
+    """Counts what the shards hold, reading them one by one. UserError where one is not whole, or none has a row."""
     lengths, length, size = work.dataset.lengths, model.latent_length, model.codebook_size
     counts_LK, num_rows, num_episodes, static, bad = np.zeros((length, size), np.int64), 0, 0, 0, list[int]()
     for shard in shards:
@@ -55,7 +56,7 @@ def make_manifest(shards: Sequence[Shard], work: Work, model: LatentModelConfig,
         static += notes.static_pairs
         bad += notes.bad_episodes
     if not num_rows:
-        raise ValueError(
+        raise UserError(
             f"{work.dataset.root}: no pair is left to label: {static} of {work.num_pairs(range(len(lengths)))} are "
             f"static below --min-motion {work.min_motion:g}, {len(bad)} episodes cannot be read"
         )

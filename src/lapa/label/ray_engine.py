@@ -25,6 +25,7 @@ from lapa.engine.distributed import pick_device
 from lapa.files import as_path, is_remote
 from lapa.label.run import LabelConfig, make_plan
 from lapa.label.shards import Clocks, Labeller, Shard, read_complete
+from lapa.types import UserError
 
 # Times that a shard is done again after its worker was killed.
 RETRIES = 3
@@ -58,7 +59,7 @@ class LabelActor:
         attempts = _attempts(shard.path)
         killed = sum(attempt.exists() for attempt in attempts)
         if killed > RETRIES:
-            raise ValueError(
+            raise UserError(
                 f"{shard.path.name}: its worker was killed {killed} times, perhaps for lack of memory; what is "
                 "finished is kept, go on with --resume and fewer workers or smaller batches"
             )
@@ -76,10 +77,10 @@ class LabelActor:
                 os.chdir(self.folder)
             plan = make_plan(self.config)
         except (ValueError, OSError) as error:
-            raise ValueError(f"a worker could not begin: {error}") from None
+            raise UserError(f"a worker could not begin: {error}") from None
         changed = differences(self.identity, plan.identity)
         if changed:
-            raise ValueError(f"a worker has another model or dataset under these names: {'; '.join(changed)}")
+            raise UserError(f"a worker has another model or dataset under these names: {'; '.join(changed)}")
         return Labeller(plan.model, plan.work, pick_device(self.config.device), _decoders(self.config))
 
     def _make(self, shard: Shard, labeller: Labeller) -> None:
@@ -101,7 +102,7 @@ def _attempts(path: Path) -> list[Path]:
 def label_with_ray(
     config: LabelConfig, identity: dict[str, Any], shards: Sequence[Shard], clocks: Clocks
 ) -> Iterator[int]:
-    """Makes the shards; yields how many episodes are done. ValueError where a worker cannot go on."""
+    """Makes the shards; yields how many episodes are done. UserError where a worker cannot go on."""
     if not shards:
         return
     with _cluster(config) as ray:
@@ -121,7 +122,7 @@ def label_with_ray(
         num_done = 0
         for row in _rows(ray, results):
             if row["error"]:
-                raise ValueError(row["error"])
+                raise UserError(row["error"])
             num_done += row.pop("episodes")
             del row["error"]
             clocks.add(Clocks(**row))
@@ -131,14 +132,14 @@ def label_with_ray(
 
 
 def _rows(ray: Any, results: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a Ray Dataset. ValueError where Ray gives up: the cluster is lost, or a worker raised."""
+    """The rows of a Ray Dataset. UserError where Ray gives up: the cluster is lost, or a worker raised."""
     try:
         yield from results.iter_rows()
     except ray.exceptions.RayError as error:
         # Tracebacks and advice surround the line that says what was raised.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         named = [line for line in lines if re.match(r"\w*(Error|Exception)\b", line)]
-        raise ValueError(
+        raise UserError(
             f"Ray gave up ({[*lines, *named][-1]}); what is finished is kept, go on with --resume"
         ) from error
 
@@ -155,7 +156,7 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError:
-        raise ValueError('--engine ray needs Ray: pip install "lapa[ray]"') from None
+        raise UserError('--engine ray needs Ray: pip install "lapa[ray]"') from None
     for handler in logging.getLogger("ray.data").handlers:
         if "File" not in type(handler).__name__:
             handler.setLevel(logging.ERROR)
@@ -172,8 +173,8 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if config.ray_address is None:
-            raise ValueError(f"no cluster of Ray can be started on this machine ({reason})") from None
-        raise ValueError(f"--ray-address {config.ray_address}: no cluster of Ray answers there ({reason})") from None
+            raise UserError(f"no cluster of Ray can be started on this machine ({reason})") from None
+        raise UserError(f"--ray-address {config.ray_address}: no cluster of Ray answers there ({reason})") from None
     try:
         yield ray
     finally:
@@ -191,7 +192,7 @@ def _everywhere(path: Path) -> str:
 
 
 def _pool(config: LabelConfig, has: dict[str, float], num_shards: int) -> tuple[int, float, float]:
-    """Number of workers, and the CPU cores and GPUs of each. ValueError where the cluster has not that much."""
+    """Number of workers, and the CPU cores and GPUs of each. UserError where the cluster has not that much."""
     there = {"CPU": has.get("CPU", 0.0), "GPU": has.get("GPU", 0.0)}
     wants_gpu = _wants_gpu(config, there["GPU"] > 0)
     wanted = {"CPU": config.num_cpus, "GPU": float(wants_gpu) if config.num_gpus is None else config.num_gpus}
@@ -200,7 +201,7 @@ def _pool(config: LabelConfig, has: dict[str, float], num_shards: int) -> tuple[
     for kind, amount in wanted.items():
         if amount < 0 or amount * size > there[kind] + 1e-6:
             mend = f"give fewer --num-workers, or --num-{kind.lower()}s of each below one"
-            raise ValueError(
+            raise UserError(
                 f"{size} workers of {amount:g} {kind}s each do not fit a cluster that has {there[kind]:g}; "
                 f"{mend if there[kind] else 'give --device cpu'}"
             )
@@ -208,10 +209,10 @@ def _pool(config: LabelConfig, has: dict[str, float], num_shards: int) -> tuple[
 
 
 def _wants_gpu(config: LabelConfig, any_there: bool) -> bool:
-    """Whether workers are to have GPUs. ValueError where the options do not go together."""
+    """Whether workers are to have GPUs. UserError where the options do not go together."""
     kind, num = config.device.partition(":")[0], config.num_gpus
     if kind not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"unknown device {config.device!r}; use auto, cpu or cuda")
+        raise UserError(f"unknown device {config.device!r}; use auto, cpu or cuda")
     if num is not None and kind != "auto" and (num > 0) != (kind == "cuda"):
-        raise ValueError(f"--device {config.device} and --num-gpus {num:g} contradict each other; give one of them")
+        raise UserError(f"--device {config.device} and --num-gpus {num:g} contradict each other; give one of them")
     return kind == "cuda" or (kind == "auto" and any_there)

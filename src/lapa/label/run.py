@@ -32,6 +32,7 @@ from lapa.files import as_path, claim_output, is_remote, write_json
 from lapa.label.folder import clear_up, forget_listing, make_manifest, make_shards, missing_shards, tell_left_out
 from lapa.label.shards import Clocks, Labeller, Shard, Work
 from lapa.latent.model import LatentActionModel, horizon_for, lam_fingerprint
+from lapa.types import UserError
 
 RUN = "run.json"
 # Below so many frames, other processes take longer to start than they save.
@@ -98,7 +99,7 @@ class Plan:
 
 
 def run(config: LabelConfig) -> None:
-    """`lapa label`. Raises ValueError on bad input, or where no episode is longer than the horizon."""
+    """`lapa label`. Raises UserError on bad input, or where no episode is longer than the horizon."""
     _require_sense(config)
     plan = make_plan(config)
     dataset, work = plan.work.dataset, plan.work
@@ -110,7 +111,7 @@ def run(config: LabelConfig) -> None:
         return
     with start("cpu" if config.engine == "ray" else config.device) as processes:
         if config.engine == "ray" and processes.world > 1:
-            raise ValueError("--engine ray starts its workers itself; run it without torchrun")
+            raise UserError("--engine ray starts its workers itself; run it without torchrun")
         shards = make_shards(out, len(dataset.lengths), config.shard_episodes)
         missing: list[Shard] = []
         if processes.is_main:
@@ -137,11 +138,11 @@ def run(config: LabelConfig) -> None:
 
 
 def make_plan(config: LabelConfig) -> Plan:
-    """Opens the dataset and the model. ValueError where they do not go together."""
+    """Opens the dataset and the model. UserError where they do not go together."""
     dataset = Dataset.open(config.data)
     model = LatentActionModel.from_pretrained(config.lam)
     if not model.discrete:
-        raise ValueError(
+        raise UserError(
             f"{config.lam}: a continuous latent action model, which has no codes to label with; "
             "train one with --quantizer fsq"
         )
@@ -149,7 +150,7 @@ def make_plan(config: LabelConfig) -> Plan:
     seconds = horizon_for(config.lam, dataset, model)
     horizon, camera = horizon_frames(seconds, dataset.fps), config.camera or dataset.cameras[0]
     if not (dataset.lengths > horizon).any():
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: all {len(dataset.lengths)} episodes are too short for the model's horizon of "
             f"{seconds:g} s ({horizon} frames at {dataset.fps:g} fps); give a shorter one (--data {config.data},"
             "horizon=SECONDS), or train a model with a shorter one"
@@ -186,18 +187,18 @@ def _require_sense(config: LabelConfig) -> None:
     ):
         value = getattr(config, name)
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def _choose_out(config: LabelConfig, dataset: Dataset, fingerprint: str) -> Path:
     if config.out is None and dataset.in_place:
-        raise ValueError(
+        raise UserError(
             f"{config.data}: is read in place, and nothing is written into {dataset.root}; say with --out where its "
             "labels go"
         )
     out = as_path(config.out) if config.out else dataset.root / "labels" / fingerprint
     if config.engine == "ray" and is_remote(out) and getattr(out, "protocol", "") == "memory":
-        raise ValueError(f"{out}: is the memory of this process, which Ray's workers do not share; give another --out")
+        raise UserError(f"{out}: is the memory of this process, which Ray's workers do not share; give another --out")
     return out
 
 

@@ -25,6 +25,7 @@ from lapa.data.windows import Decoders, Window
 from lapa.engine.memory import explained_out_of_memory
 from lapa.label.encoder import Encoder
 from lapa.latent.model import LatentActionModel
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Labeller:
     def label(self, shards: Sequence[Shard]) -> Iterator[int]:
         """Makes the shards, in order, all of them on disk in the end; yields how many episodes are encoded.
 
-        ValueError where an episode cannot be read (unless skip_bad), where a decoder was killed, or the GPU's memory
+        UserError where an episode cannot be read (unless skip_bad), where a decoder was killed, or the GPU's memory
         ran out; shards that were encoded before are written.
         """
         started = time.perf_counter()
@@ -172,7 +173,7 @@ class Labeller:
         self.clocks.decoding += window.seconds
         if window.error is not None:
             if not self.work.skip_bad:
-                raise ValueError(
+                raise UserError(
                     f"{window.error}; mend or replace it, or give --skip-bad to leave the episode out; "
                     "what is finished is kept, go on with --resume"
                 )
@@ -221,13 +222,13 @@ class Labeller:
 
 
 def read_complete(shard: Shard, work: Work) -> pa.Table:
-    """The shard, read. ValueError naming the file where it is damaged or does not account for all of its pairs."""
+    """The shard, read. UserError naming the file where it is damaged or does not account for all of its pairs."""
     table = read_shard(shard.path)
     notes = shard_notes(table)
     there = len(table) + notes.static_pairs + work.num_pairs(notes.bad_episodes)
     expected = work.num_pairs(shard.episodes)
     if there != expected:
-        raise ValueError(
+        raise UserError(
             f"{shard.path}: accounts for {there} pairs where its episodes have {expected}; "
             "run `lapa label --resume`, which makes it again"
         )

@@ -20,6 +20,8 @@ from einops import rearrange, reduce
 from jaxtyping import UInt8
 from torch import Tensor
 
+from lapa.types import UserError
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -40,7 +42,7 @@ class AugmentConfig:
         for field in fields(self):
             strength = getattr(self, field.name)
             if not 0 <= strength < 1:
-                raise ValueError(f"{field.name} {strength} must lie in [0, 1); 0 leaves the change out")
+                raise UserError(f"{field.name} {strength} must lie in [0, 1); 0 leaves the change out")
 
 
 def augment_pairs(
@@ -51,10 +53,10 @@ def augment_pairs(
     """One crop and one colour change for each pair, the same on all its frames, drawn anew for every pair.
 
     Runs where the frames are. The draws come from `generator`, by default torch's global one of the frames' device,
-    whose state a checkpoint keeps. Raises ValueError where frames are not uint8 of this shape.
+    whose state a checkpoint keeps. Raises UserError where frames are not uint8 of this shape.
     """
     if frames_BTCHW.dtype != torch.uint8 or frames_BTCHW.ndim != 5 or frames_BTCHW.shape[2] != 3:
-        raise ValueError(
+        raise UserError(
             f"frames must be uint8 of shape [B, T, 3, H, W], got {frames_BTCHW.dtype} {list(frames_BTCHW.shape)}"
         )
     config = config or AugmentConfig()

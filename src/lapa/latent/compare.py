@@ -26,6 +26,7 @@ from lapa.files import claim_output, write_json
 from lapa.latent.figures import take_sample
 from lapa.latent.model import LatentActionModel, horizon_for
 from lapa.latent.probe import NUM_PAIRS, pairs_of, probe, table_of
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class CompareConfig:
 
 
 def run(config: CompareConfig) -> None:
-    """`lapa latent compare`. Raises ValueError on bad input."""
+    """`lapa latent compare`. Raises UserError on bad input."""
     if len(set(config.lams)) < max(2, len(config.lams)):
-        raise ValueError("give two or more different latent action models to compare, as LAM1 LAM2")
+        raise UserError("give two or more different latent action models to compare, as LAM1 LAM2")
     if config.num_pairs < 1:
-        raise ValueError("--num-pairs must be at least 1")
+        raise UserError("--num-pairs must be at least 1")
     dataset = Dataset.open(config.data)
     models = [LatentActionModel.from_pretrained(lam) for lam in config.lams]
     out = config.out or Path(f"compare_{dataset.name}")

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lapa.types import UserError
+
 LARGEST_LEVELS = 16
 FACTORS = range(8, 1, -1)
 
@@ -77,35 +79,33 @@ class LatentModelConfig:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"patch_size {self.patch_size} does not divide image_size {self.image_size}; choose one that does"
             )
         if self.latent_length < 1 or self.codebook_size < 2 or min(self.levels) < 2:
-            raise ValueError(
+            raise UserError(
                 f"latent_length {self.latent_length} of codebook_size {self.codebook_size} says nothing; "
                 "give at least 1 code of at least 2 values, and fsq_levels of at least 2"
             )
         if self.fsq_levels is not None and self.quantizer != "fsq":
-            raise ValueError(f"fsq_levels are given, but the quantizer is {self.quantizer}; add --quantizer fsq")
+            raise UserError(f"fsq_levels are given, but the quantizer is {self.quantizer}; add --quantizer fsq")
         if (product := math.prod(self.levels)) != self.codebook_size:
-            raise ValueError(
-                f"fsq_levels {self.levels} make {product} codes, but codebook_size is {self.codebook_size}"
-            )
+            raise UserError(f"fsq_levels {self.levels} make {product} codes, but codebook_size is {self.codebook_size}")
         if max(self.latent_shape) > self.grid:
             rows, columns = self.latent_shape
-            raise ValueError(
+            raise UserError(
                 f"latent_length {self.latent_length} is laid out as {rows} x {columns} codes, which does not fit the "
                 f"{self.grid} x {self.grid} patches; choose another length or a smaller patch_size"
             )
         if self.uses_features and self.vision_tower is None:
-            raise ValueError(
+            raise UserError(
                 f"inputs={self.inputs}, targets={self.targets} need a vision tower: give --vision-tower, "
                 "such as facebook/dinov2-small or a folder"
             )
         if self.vision_tower is not None and not self.uses_features:
-            raise ValueError("--vision-tower is given but not used: add --inputs features or --targets features")
+            raise UserError("--vision-tower is given but not used: add --inputs features or --targets features")
         if self.layout == "released" and (self.uses_features or not self.patch_norm):
-            raise ValueError(
+            raise UserError(
                 "the released layout has pixels only, normed patch by patch; leave --layout clean for anything else"
             )
 

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from lapa import files
 from lapa.console import warn
+from lapa.types import UserError
 
 NORMALISATION = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,10 +52,10 @@ class VisionTower(nn.Module):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ):
-        """mean, std: of each channel, pixels in [0, 1]. Raises ValueError where the model has no square patch grid."""
+        """mean, std: of each channel, pixels in [0, 1]. Raises UserError where the model has no square patch grid."""
         super().__init__()
         if grid < 1:
-            raise ValueError(f"grid {grid} must be at least 1 patch on a side")
+            raise UserError(f"grid {grid} must be at least 1 patch on a side")
         self.grid, self.mean, self.std = grid, mean, std
         self.patch_size = _square_patch(model)
         # In a tuple, where nn.Module does not look for submodules.
@@ -79,9 +80,9 @@ class VisionTower(nn.Module):
         pixels_NCHW: in [0, 1], of any square size; they are resized to `grid` patches on a side. No gradient flows.
         """
         if pixels_NCHW.ndim != 4 or pixels_NCHW.shape[1] != 3 or pixels_NCHW.shape[2] != pixels_NCHW.shape[3]:
-            raise ValueError(f"pixels must be square images [N, 3, H, H], got {list(pixels_NCHW.shape)}")
+            raise UserError(f"pixels must be square images [N, 3, H, H], got {list(pixels_NCHW.shape)}")
         if not pixels_NCHW.is_floating_point():
-            raise ValueError(f"pixels must be floats in [0, 1], got {pixels_NCHW.dtype}; divide them by 255")
+            raise UserError(f"pixels must be floats in [0, 1], got {pixels_NCHW.dtype}; divide them by 255")
         size = self.grid * self.patch_size
         with torch.no_grad():
             pixels = pixels_NCHW.float()
@@ -89,7 +90,7 @@ class VisionTower(nn.Module):
                 pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
             tokens_NSD = self._tokens((pixels - self.mean_C11) / self.std_C11)
             if tokens_NSD.shape[1] != self._num_prefix + self.grid**2:
-                raise ValueError(
+                raise UserError(
                     f"{self.model.config.model_type}: {tokens_NSD.shape[1]} tokens for {self.grid} x {self.grid} "
                     "patches; it has no plain patch grid, choose a DINOv2, DINOv3 ViT or SigLIP model"
                 )
@@ -115,9 +116,7 @@ class VisionTower(nn.Module):
         with torch.no_grad():
             tokens = self._tokens(torch.zeros(1, 3, side, side, device=self.model.device))
         if tokens.ndim != 3 or tokens.shape[1] < 4:
-            raise ValueError(
-                f"{self.model.config.model_type} has no token for each patch (2 x 2: {list(tokens.shape)})"
-            )
+            raise UserError(f"{self.model.config.model_type} has no token for each patch (2 x 2: {list(tokens.shape)})")
         return tokens.shape[1] - 4
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTower:
@@ -141,7 +140,7 @@ class VisionTower(nn.Module):
         """The vision tower of a model on the hub or in a folder, in float32 on the CPU.
 
         Of a two-tower model (SigLIP) only the vision tower is loaded. ImageNet's mean and std are taken, with a
-        warning, where the model comes without. Raises ValueError naming the model where it is not to be found, not
+        warning, where the model comes without. Raises UserError naming the model where it is not to be found, not
         whole, no vision model, or without a square patch grid.
         """
         gated = "; if it is gated (DINOv3), accept its licence there and run `hf auth login`"
@@ -151,7 +150,7 @@ class VisionTower(nn.Module):
         try:
             return cls(model, grid, mean, std)
         except (ValueError, RuntimeError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{name_or_folder}: not usable as a vision tower ({error}); choose a DINOv2, DINOv3 ViT or SigLIP model"
             ) from error
 
@@ -166,17 +165,17 @@ def _load_model(folder: Path, name: str | Path) -> PreTrainedModel:
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"{name}: not a model that transformers can load ({reason}); it needs config.json and model.safetensors"
         ) from error
     if model.main_input_name != "pixel_values":
-        raise ValueError(
+        raise UserError(
             f"{name}: a {config.model_type} model, which reads {model.main_input_name}, not images; "
             "choose a DINOv2, DINOv3 ViT or SigLIP model"
         )
     # Some checkpoints come without the pooling head, which patch features do not pass through.
     if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
-        raise ValueError(
+        raise UserError(
             f"{name}: has no weights for {len(missing)} parameters of its {config.model_type} ({missing[0]}, ...); "
             "give the model that the vision tower comes from, or download it again"
         )
@@ -194,7 +193,7 @@ def _normalisation(folder: Path, name: str | Path) -> tuple[tuple[float, ...], t
     except (KeyError, TypeError, ValueError):
         mean = std = ()
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"{folder / NORMALISATION}: needs image_mean and image_std, three numbers each, std above 0")
+        raise UserError(f"{folder / NORMALISATION}: needs image_mean and image_std, three numbers each, std above 0")
     return mean, std
 
 
@@ -203,7 +202,7 @@ def _square_patch(model: PreTrainedModel) -> int:
     size = getattr(model.config, "patch_size", None)
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(side := sides.pop(), int):
-        raise ValueError(f"{model.config.model_type} has no square patches (patch_size {size})")
+        raise UserError(f"{model.config.model_type} has no square patches (patch_size {size})")
     return side
 
 

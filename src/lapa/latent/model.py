@@ -36,7 +36,7 @@ from lapa.latent.losses import batch_usage, known_actions_error, relative_error
 from lapa.latent.quantizers import NO_CODES, build_quantizer
 from lapa.nn.patches import PatchEmbedding, PatchPixels, PatchSummary, PositionBias, sinusoids
 from lapa.nn.transformer import Transformer
-from lapa.types import Losses
+from lapa.types import Losses, UserError
 
 if TYPE_CHECKING:
     from lapa.data.dataset import Dataset
@@ -178,7 +178,7 @@ class LatentActionModel(nn.Module):
             added["reversal"] = (config.reversal_weight, relative_error(reversed_BLD, -z_BLD))
         if config.composition_weight:
             if middle_BCHW is None:
-                raise ValueError("the composition loss needs the frame halfway: give pairs with middle=True")
+                raise UserError("the composition loss needs the frame halfway: give pairs with middle=True")
             halves_BLD = self._latents(tokens[:, [0, 2]], bias) + self._latents(tokens[:, [2, 1]], bias)
             added["composition"] = (config.composition_weight, relative_error(halves_BLD, z_BLD))
         if config.action_dim and actions_BA is not None:
@@ -200,20 +200,20 @@ class LatentActionModel(nn.Module):
         return LatentAction(quantized.codes_BL, z_BLD, quantized.quantized_BLD)
 
     def codes(self, frames_BTCHW: UInt8[Tensor, "B 2 C H W"]) -> Int64[Tensor, "B L"]:
-        """The codes between the two frames. ValueError for a continuous model."""
+        """The codes between the two frames. UserError for a continuous model."""
         codes_BL = self.encode(frames_BTCHW).codes_BL
         if codes_BL is None:
-            raise ValueError(NO_CODES)
+            raise UserError(NO_CODES)
         return codes_BL
 
     @torch.no_grad()
     def embed(self, codes_BL: Int64[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """What the decoder is given for these codes. ValueError for codes that the model does not have."""
+        """What the decoder is given for these codes. UserError for codes that the model does not have."""
         expected = (len(codes_BL), self.config.latent_length)
         if tuple(codes_BL.shape) != expected:
-            raise ValueError(f"codes must be of shape {list(expected)}, got {list(codes_BL.shape)}")
+            raise UserError(f"codes must be of shape {list(expected)}, got {list(codes_BL.shape)}")
         if codes_BL.numel() and not 0 <= int(codes_BL.min()) <= int(codes_BL.max()) < self.config.codebook_size:
-            raise ValueError(
+            raise UserError(
                 f"codes must lie in [0, {self.config.codebook_size}), got "
                 f"{int(codes_BL.min())} to {int(codes_BL.max())}"
             )
@@ -233,9 +233,9 @@ class LatentActionModel(nn.Module):
     def decode(self, frame_BCHW: UInt8[Tensor, "B C H W"], codes_BL: Int64[Tensor, "B L"]) -> Float[Tensor, "B C H W"]:
         """The second frame that these codes predict from this first one; pixels in [0, 1], not clamped."""
         if not self.predicts_pixels:
-            raise ValueError("this model predicts features, not pixels; train one with --targets pixels or both")
+            raise UserError("this model predicts features, not pixels; train one with --targets pixels or both")
         if len(codes_BL) != len(frame_BCHW):
-            raise ValueError(f"got {len(frame_BCHW)} frames and {len(codes_BL)} latent actions; give as many")
+            raise UserError(f"got {len(frame_BCHW)} frames and {len(codes_BL)} latent actions; give as many")
         return self.predict(frame_BCHW, self.embed(codes_BL))
 
     def reconstruct(
@@ -269,7 +269,7 @@ class LatentActionModel(nn.Module):
     def _view(self, frames_BTCHW: Tensor) -> View:
         size = self.config.image_size
         if frames_BTCHW.dtype != torch.uint8 or tuple(frames_BTCHW.shape[2:]) != (3, size, size):
-            raise ValueError(
+            raise UserError(
                 f"frames must be uint8 of shape [B, T, 3, {size}, {size}], got {frames_BTCHW.dtype} "
                 f"{list(frames_BTCHW.shape)}; resize them to the model's image_size"
             )
@@ -338,18 +338,16 @@ class LatentActionModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> LatentActionModel:
-        """A saved model, on the CPU, in evaluation mode. ValueError naming the file where anything is amiss."""
+        """A saved model, on the CPU, in evaluation mode. UserError naming the file where anything is amiss."""
         folder = files.hub_folder(folder_or_hub_id, SAVED)
         config = _read_config(folder)
         model = cls(config, _load_tower(folder / TOWER, config) if config.uses_features else None)
         try:
             model.load_state_dict(load_file(folder / WEIGHTS))
         except FileNotFoundError:
-            raise ValueError(f"{folder / WEIGHTS}: no such file; the model was not saved to its end") from None
+            raise UserError(f"{folder / WEIGHTS}: no such file; the model was not saved to its end") from None
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(
-                f"{folder / WEIGHTS}: not the weights that {CONFIG} beside it describes: {error}"
-            ) from None
+            raise UserError(f"{folder / WEIGHTS}: not the weights that {CONFIG} beside it describes: {error}") from None
         return model.eval()
 
 
@@ -360,7 +358,7 @@ def lam_fingerprint(folder_or_hub_id: str | Path) -> str:
     weights = [folder / WEIGHTS] + [folder / TOWER / WEIGHTS] * config.uses_features
     for path in weights:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file; the model was not saved to its end")
+            raise UserError(f"{path}: no such file; the model was not saved to its end")
     identity = [*map(files.fingerprint, weights), json.dumps(configs.to_dict(config), sort_keys=True)]
     return hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
 
@@ -378,7 +376,7 @@ def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentAct
         seconds = known.get(dataset.fingerprint, {}).get(HORIZON)
         return model.horizon if seconds is None else float(seconds)
     except (AttributeError, TypeError, ValueError):
-        raise ValueError(f'{path}: "{DATASETS}" must hold {{FINGERPRINT: {{"{HORIZON}": SECONDS}}}}') from None
+        raise UserError(f'{path}: "{DATASETS}" must hold {{FINGERPRINT: {{"{HORIZON}": SECONDS}}}}') from None
 
 
 def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> VisionTower:
@@ -391,5 +389,5 @@ def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> Vision
 def _read_config(folder: Path) -> LatentModelConfig:
     values = files.read_json(folder / CONFIG)
     if not isinstance(values, dict) or "model" not in values:
-        raise ValueError(f'{folder / CONFIG}: has no "model"; this is not the folder of a latent action model')
+        raise UserError(f'{folder / CONFIG}: has no "model"; this is not the folder of a latent action model')
     return configs.from_dict(LatentModelConfig, values["model"], source=str(folder / CONFIG))

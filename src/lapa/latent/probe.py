@@ -37,6 +37,7 @@ from lapa.latent.figures import (
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.pictures import probe_sheet
 from lapa.latent.truth import action_figures, information_figures, returned_action_r2, task_figures
+from lapa.types import UserError
 
 NUM_PAIRS = 4000
 
@@ -130,9 +131,9 @@ ROWS = (
 
 
 def run(config: ProbeConfig) -> None:
-    """`lapa latent probe`. Raises ValueError on bad input."""
+    """`lapa latent probe`. Raises UserError on bad input."""
     if min(config.num_pairs, config.num_rows) < 1:
-        raise ValueError("--num-pairs and --num-rows must be at least 1")
+        raise UserError("--num-pairs and --num-rows must be at least 1")
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()
     dataset = Dataset.open(config.data)
     # A model from the hub has no folder here to write into.

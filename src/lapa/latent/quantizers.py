@@ -21,6 +21,7 @@ from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.quantizer import Quantized, Quantizer, Standardize, same_everywhere, sum_everywhere
+from lapa.types import UserError
 
 REPLACE_EVERY = 64  # training forwards
 DEAD_SHARE = 0.02  # of the uses a code would have if all were used equally
@@ -176,7 +177,7 @@ class Continuous(Quantizer):
         return Quantized(self.moments(z_BLD).chunk(2, dim=-1)[0], None)
 
     def embed(self, codes_BL: Tensor) -> Tensor:
-        raise ValueError(NO_CODES)
+        raise UserError(NO_CODES)
 
 
 def build_quantizer(config: LatentModelConfig) -> Quantizer:

@@ -26,6 +26,7 @@ from lapa.files import atomic_path, claim_output
 from lapa.latent.figures import device_of
 from lapa.latent.model import LatentActionModel
 from lapa.latent.pictures import decode_each, sheet
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,19 @@ class ShowConfig:
 
 
 def run(config: ShowConfig) -> None:
-    """`lapa latent show`. Raises ValueError on bad input."""
+    """`lapa latent show`. Raises UserError on bad input."""
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()
     if not model.discrete:
-        raise ValueError(f"{config.lam}: has continuous latent actions and no codes; `lapa latent probe` draws those")
+        raise UserError(f"{config.lam}: has continuous latent actions and no codes; `lapa latent probe` draws those")
     if not model.predicts_pixels:
-        raise ValueError(f"{config.lam}: predicts features and no pixels; there is no picture to show")
+        raise UserError(f"{config.lam}: predicts features and no pixels; there is no picture to show")
     if config.max_codes < 1:
-        raise ValueError(f"max_codes is {config.max_codes}; it must be at least 1")
+        raise UserError(f"max_codes is {config.max_codes}; it must be at least 1")
     length, num_codes = model.config.latent_length, model.config.codebook_size
     neutral = ",".join([str(num_codes // 2)] * length)
     base_L = parse_codes((config.codes or neutral,), length, num_codes)
     if len(base_L) != 1:
-        raise ValueError(f"--codes {config.codes} holds {len(base_L)} latent actions; give one, of {length} codes")
+        raise UserError(f"--codes {config.codes} holds {len(base_L)} latent actions; give one, of {length} codes")
     steps_SL = parse_codes(config.rollout, length, num_codes)
     frame_CHW = read_image(config.image, model.config.image_size)
     out = config.out or (config.lam if config.lam.is_dir() else Path()) / f"show_{config.image.stem}"
@@ -109,29 +110,29 @@ def roll_out(
 
 
 def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Tensor, "S L"]:
-    """Latent actions from texts such as 3,1,4,1, each of one or more. ValueError on a wrong number or range."""
+    """Latent actions from texts such as 3,1,4,1, each of one or more. UserError on a wrong number or range."""
     actions = []
     for text in texts:
         try:
             codes = [int(code) for code in text.split(",")]
         except ValueError:
-            raise ValueError(f"{text!r}: codes are whole numbers with commas between, such as 3,1,4,1") from None
+            raise UserError(f"{text!r}: codes are whole numbers with commas between, such as 3,1,4,1") from None
         if len(codes) % length:
-            raise ValueError(f"{text}: {len(codes)} codes; a latent action of this model has {length}")
+            raise UserError(f"{text}: {len(codes)} codes; a latent action of this model has {length}")
         if not 0 <= min(codes) <= max(codes) < num_codes:
-            raise ValueError(f"{text}: codes of this model lie in 0 to {num_codes - 1}")
+            raise UserError(f"{text}: codes of this model lie in 0 to {num_codes - 1}")
         actions.append(torch.tensor(codes).reshape(-1, length))
     return torch.cat(actions) if actions else torch.zeros(0, length, dtype=torch.int64)
 
 
 def read_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
-    """A picture file as the model sees it. ValueError naming the file where there is none or it is no picture."""
+    """A picture file as the model sees it. UserError naming the file where there is none or it is no picture."""
     try:
         with Image.open(path) as picture:
             pixels_HWC = np.asarray(picture.convert("RGB"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; --image must name a picture") from None
+        raise UserError(f"{path}: no such file; --image must name a picture") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error}); give a PNG or JPEG file") from None
+        raise UserError(f"{path}: not a readable picture ({error}); give a PNG or JPEG file") from None
     pixels_HWC = resize_and_crop(pixels_HWC[None], size)[0]
     return torch.from_numpy(np.ascontiguousarray(rearrange(pixels_HWC, "h w c -> c h w")))

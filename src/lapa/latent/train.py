@@ -72,7 +72,7 @@ class LatentTrainConfig:
 
 
 def run(config: LatentTrainConfig) -> None:
-    """`lapa latent train`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
+    """`lapa latent train`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     if config.resume and (config.out / CONFIG).exists():
         finish("latent action model, already complete", config.out, _next_commands(config))
         return

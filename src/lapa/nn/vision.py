@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
+from lapa.types import UserError
+
 # The stem halves the image twice, each further stage once.
 STEM_STRIDE = 4
 
@@ -40,10 +42,10 @@ def residual_tower(widths: Sequence[int], depth: int, *, in_channels: int = 3) -
 
 
 def tower_grid(image_size: int, widths: Sequence[int]) -> int:
-    """Side of the grid of features that a tower of these widths gives. ValueError where its stride does not divide."""
+    """Side of the grid of features that a tower of these widths gives. UserError where its stride does not divide."""
     stride = STEM_STRIDE * 2 ** (len(widths) - 1)
     if image_size % stride:
-        raise ValueError(f"image size {image_size} is not a multiple of the vision tower's stride {stride}")
+        raise UserError(f"image size {image_size} is not a multiple of the vision tower's stride {stride}")
     return image_size // stride
 
 

@@ -53,7 +53,7 @@ class Actor(Protocol):
 def load_actor(folder: Path | str, statistics_key: str | None = None, **options: Any) -> Actor:
     """The actor in a folder, of the kind that its config.json says.
 
-    statistics_key: as `Policy.from_pretrained` takes it; options: `dataset` and `device`, likewise. ValueError where
+    statistics_key: as `Policy.from_pretrained` takes it; options: `dataset` and `device`, likewise. UserError where
     nothing there can act.
     """
     if is_unipi(Path(folder)):

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lapa.files import atomic_path
+from lapa.types import UserError
 
 ARRAYS = ("edges", "centres", "counts", "low", "high")
 # A binary dimension may pass through other values on its way from one to the other, as a gripper that takes a moment
@@ -57,12 +58,12 @@ class ActionBins:
     def fit(cls, actions_TA: Float[np.ndarray, "T A"], num_bins: int = 256, binary: Sequence[bool] = ()) -> ActionBins:
         """Bins for the given actions, at most `num_bins` a dimension, two for a binary one.
 
-        binary: one flag a dimension, as the dataset declares them; none given: none is. ValueError for NaN, no
+        binary: one flag a dimension, as the dataset declares them; none given: none is. UserError for NaN, no
         actions, and a dimension that is declared binary and is not.
         """
         actions_TA, binary = checked_actions(actions_TA, binary)
         if num_bins < 2:
-            raise ValueError(f"an action dimension needs at least 2 bins, got {num_bins}")
+            raise UserError(f"an action dimension needs at least 2 bins, got {num_bins}")
         plain_TA = actions_TA.copy()
         for dimension in np.flatnonzero(binary):
             low, high = two_values(actions_TA[:, dimension], int(dimension))
@@ -83,7 +84,7 @@ class ActionBins:
         return len(self.counts_A)
 
     def encode(self, actions: Float[np.ndarray, "*T A"]) -> Int[np.ndarray, "*T A"]:
-        """The bin of each action; outside the range of the data, the edge bin. ValueError for NaN or wrong width."""
+        """The bin of each action; outside the range of the data, the edge bin. UserError for NaN or wrong width."""
         actions = np.asarray(actions, dtype=np.float32)
         require_width(actions, self.action_dim)
         require_finite(actions)
@@ -91,13 +92,13 @@ class ActionBins:
         return np.stack(bins, axis=-1).astype(np.int64)
 
     def decode(self, bins: Int[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
-        """Bins as actions in the robot's units, float32. ValueError for a bin that its dimension does not have."""
+        """Bins as actions in the robot's units, float32. UserError for a bin that its dimension does not have."""
         bins = np.asarray(bins)
         require_width(bins, self.action_dim)
         for dimension, count in enumerate(self.counts_A):
             column = bins[..., dimension]
             if column.size and not (column.min() >= 0 and column.max() < count):
-                raise ValueError(
+                raise UserError(
                     f"action dimension {dimension} has bins 0 to {count - 1}, got {column.min()} to {column.max()}"
                 )
         return self.centres_AN[np.arange(self.action_dim), bins]
@@ -122,7 +123,7 @@ class ActionBins:
     def load(cls, path: Path, key: str | None = None) -> ActionBins:
         """Reads what `save` wrote, or one of several that `lapa.policy.statistics` wrote.
 
-        ValueError naming the file where it is missing or something else.
+        UserError naming the file where it is missing or something else.
         """
         arrays = load_arrays(path, ARRAYS, "action bins", key)
         return cls(**{field: arrays[name] for name, field in _fields().items()})
@@ -135,12 +136,12 @@ def _fields() -> dict[str, str]:
 def checked_actions(
     actions_TA: Float[np.ndarray, "T A"], binary: Sequence[bool]
 ) -> tuple[Float[np.ndarray, "T A"], tuple[bool, ...]]:
-    """Actions to take statistics of, as float32, and one flag a dimension. ValueError where they are of no use."""
+    """Actions to take statistics of, as float32, and one flag a dimension. UserError where they are of no use."""
     actions_TA = np.asarray(actions_TA, dtype=np.float32)
     if actions_TA.ndim != 2 or 0 in actions_TA.shape:
-        raise ValueError(f"actions to take statistics of must be [T, A], at least one row, got {actions_TA.shape}")
+        raise UserError(f"actions to take statistics of must be [T, A], at least one row, got {actions_TA.shape}")
     if len(binary) not in (0, actions_TA.shape[1]):
-        raise ValueError(f"{len(binary)} dimensions are declared binary or not, the actions have {actions_TA.shape[1]}")
+        raise UserError(f"{len(binary)} dimensions are declared binary or not, the actions have {actions_TA.shape[1]}")
     require_finite(actions_TA)
     return actions_TA, tuple(map(bool, binary)) or (False,) * actions_TA.shape[1]
 
@@ -148,7 +149,7 @@ def checked_actions(
 def two_values(values_T: Float[np.ndarray, "T"], dimension: int) -> tuple[float, float]:
     """The lower and the higher value of a binary dimension; both the same where the data hold only one.
 
-    ValueError naming the dimension where its values are not of two kinds (see BINARY_TOLERANCE).
+    UserError naming the dimension where its values are not of two kinds (see BINARY_TOLERANCE).
     """
     is_high_T = values_T >= middle(values_T.min(), values_T.max())
     low, high = (float(np.median(values_T[kind])) if kind.any() else None for kind in (~is_high_T, is_high_T))
@@ -159,7 +160,7 @@ def two_values(values_T: Float[np.ndarray, "T"], dimension: int) -> tuple[float,
         distinct = np.unique(values_T)
         shown = ", ".join(f"{value:g}" for value in distinct[:SHOWN_VALUES])
         more = f" and {len(distinct) - SHOWN_VALUES} more" if len(distinct) > SHOWN_VALUES else ""
-        raise ValueError(
+        raise UserError(
             f"action dimension {dimension} is declared binary, but {stray_T.mean():.0%} of its values lie away from "
             f"{low:g} and {high:g} (it takes {shown}{more}); take it out of `binary` in the dataset's meta/lapa.json"
         )
@@ -174,24 +175,24 @@ def middle(low: float, high: float) -> float:
 def count_outside(
     actions: Float[np.ndarray, "*T A"], low_A: Float[np.ndarray, "A"], high_A: Float[np.ndarray, "A"]
 ) -> Int[np.ndarray, "A"]:
-    """How many values of each dimension lie outside a range. ValueError for wrong width."""
+    """How many values of each dimension lie outside a range. UserError for wrong width."""
     actions = np.asarray(actions, dtype=np.float32)
     require_width(actions, len(low_A))
     return ((actions < low_A) | (actions > high_A)).reshape(-1, len(low_A)).sum(0)
 
 
 def require_width(actions: np.ndarray, action_dim: int) -> None:
-    """ValueError for actions of another number of dimensions."""
+    """UserError for actions of another number of dimensions."""
     if actions.ndim < 1 or actions.shape[-1] != action_dim:
-        raise ValueError(f"expected actions of {action_dim} dimensions, got an array of shape {actions.shape}")
+        raise UserError(f"expected actions of {action_dim} dimensions, got an array of shape {actions.shape}")
 
 
 def require_finite(actions: np.ndarray) -> None:
-    """ValueError naming the first value that is NaN or infinite."""
+    """UserError naming the first value that is NaN or infinite."""
     broken = ~np.isfinite(actions).reshape(-1, actions.shape[-1])
     if broken.any():
         row, dimension = (int(i) for i in np.argwhere(broken)[0])
-        raise ValueError(f"actions are not finite: row {row}, dimension {dimension} (and {broken.sum() - 1} more)")
+        raise UserError(f"actions are not finite: row {row}, dimension {dimension} (and {broken.sum() - 1} more)")
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -203,15 +204,15 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def load_arrays(path: Path, names: Sequence[str], what: str, key: str | None = None) -> dict[str, np.ndarray]:
     """Reads what `save_arrays` wrote, of several sets those under KEY/.
 
-    ValueError naming the file where it is missing or lacks any of the names.
+    UserError naming the file where it is missing or lacks any of the names.
     """
     try:
         arrays = load_file(path)
         return {name: arrays[name if key is None else f"{key}/{name}"] for name in names}
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
+        raise UserError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: not a file of {what} ({error}); finetune the policy again") from None
+        raise UserError(f"{path}: not a file of {what} ({error}); finetune the policy again") from None
 
 
 def _fit_dimension(values_T: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:

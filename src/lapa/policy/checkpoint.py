@@ -26,6 +26,7 @@ from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.scale import ActionScale
 from lapa.policy.statistics import ActionCodec, Statistics, most_bins, require_key, save_keyed
+from lapa.types import UserError
 
 CONFIG, HEAD, ACTIONS, STATES = "config.json", "head.safetensors", "actions.safetensors", "state.safetensors"
 MODEL, PROCESSOR = "model", "processor"
@@ -56,7 +57,7 @@ class PolicyParts:
     def under(self, key: str | None) -> PolicyParts:
         """The policy that acts by one of its sets of statistics, and reads the prompt of that dataset.
 
-        A policy that has but one set is given no key. ValueError listing the keys where it is missing or none of them.
+        A policy that has but one set is given no key. UserError listing the keys where it is missing or none of them.
         """
         config = self.model.config
         require_key(key, [item.key for item in config.spaces])
@@ -101,20 +102,20 @@ def save_policy(
 
 
 def read_config(folder: Path) -> PolicyConfig:
-    """The config of a policy folder. Raises ValueError naming what is missing or unfinished."""
+    """The config of a policy folder. Raises UserError naming what is missing or unfinished."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such policy folder; make one with `lapa policy pretrain` or `finetune`")
+        raise UserError(f"{folder}: no such policy folder; make one with `lapa policy pretrain` or `finetune`")
     if not is_policy(folder):
-        raise ValueError(f"{folder}: unfinished or not a policy (no {CONFIG}); finish its training with --resume")
+        raise UserError(f"{folder}: unfinished or not a policy (no {CONFIG}); finish its training with --resume")
     written = read_json(folder / CONFIG)
     if not isinstance(written, dict) or "policy" not in written:
-        raise ValueError(f"{folder / CONFIG}: not the config of a policy (no key 'policy')")
+        raise UserError(f"{folder / CONFIG}: not the config of a policy (no key 'policy')")
     return configs.from_dict(PolicyConfig, written["policy"], source=str(folder / CONFIG))
 
 
 def load_policy(folder: Path) -> PolicyParts:
-    """Reads a policy folder, on the CPU. Raises ValueError naming what is missing, unfinished or does not fit."""
+    """Reads a policy folder, on the CPU. Raises UserError naming what is missing, unfinished or does not fit."""
     folder = Path(folder)
     config = read_config(folder)
     backbone, processor = load_backbone(

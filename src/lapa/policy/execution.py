@@ -18,6 +18,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
+from lapa.types import UserError
+
 Ask = Callable[[], Float[np.ndarray, "K A"]]
 
 
@@ -40,7 +42,7 @@ class RecedingHorizon:
 
     def __init__(self, execute: int | None = None) -> None:
         if execute is not None and execute < 1:
-            raise ValueError(f"execute is {execute}; at least one action of a chunk is executed")
+            raise UserError(f"execute is {execute}; at least one action of a chunk is executed")
         self._execute = execute
         self.reset()
 
@@ -55,7 +57,7 @@ class RecedingHorizon:
         if self.due:
             chunk_KA = _chunk(ask())
             if self._execute is not None and self._execute > len(chunk_KA):
-                raise ValueError(f"cannot execute {self._execute} actions of a chunk of {len(chunk_KA)}")
+                raise UserError(f"cannot execute {self._execute} actions of a chunk of {len(chunk_KA)}")
             self._chunk_KA, self._step = chunk_KA[: self._execute], 0
         self._step += 1
         return self._chunk_KA[self._step - 1]
@@ -72,9 +74,9 @@ class TemporalEnsemble:
 
     def __init__(self, decay: float, every: int = 1, binary: Sequence[bool] = ()) -> None:
         if not np.isfinite(decay):
-            raise ValueError(f"the ensemble's decay is {decay}; it is a finite number (0.01 is usual)")
+            raise UserError(f"the ensemble's decay is {decay}; it is a finite number (0.01 is usual)")
         if every < 1:
-            raise ValueError(f"every is {every}; the policy is asked every so many steps, at least 1")
+            raise UserError(f"every is {every}; the policy is asked every so many steps, at least 1")
         self._decay, self._every = decay, every
         self._binary_A = np.array(binary, bool)
         self.reset()
@@ -92,7 +94,7 @@ class TemporalEnsemble:
         if self.due:
             chunk_KA = _chunk(ask())
             if len(chunk_KA) < self._every:
-                raise ValueError(f"a chunk of {len(chunk_KA)} actions does not last for {self._every} steps")
+                raise UserError(f"a chunk of {len(chunk_KA)} actions does not last for {self._every} steps")
             self._chunks.append((self._step, chunk_KA))
         self._chunks = [(begun, chunk) for begun, chunk in self._chunks if self._step - begun < len(chunk)]
         predictions_PA = np.stack([chunk[self._step - begun] for begun, chunk in self._chunks])
@@ -113,5 +115,5 @@ class TemporalEnsemble:
 
 def _chunk(chunk_KA: np.ndarray) -> np.ndarray:
     if chunk_KA.ndim != 2 or not len(chunk_KA):
-        raise ValueError(f"expected a chunk of actions [K, A] with at least one, got the shape {list(chunk_KA.shape)}")
+        raise UserError(f"expected a chunk of actions [K, A] with at least one, got the shape {list(chunk_KA.shape)}")
     return chunk_KA

@@ -48,6 +48,7 @@ from lapa.policy.training import (
     tiny_loop,
     train_policy,
 )
+from lapa.types import UserError
 
 STATE_BINS = 256
 
@@ -80,7 +81,7 @@ class FinetuneConfig(TrainingOptions):
 
 
 def run(config: FinetuneConfig) -> None:
-    """`lapa policy finetune`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
+    """`lapa policy finetune`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     if config.resume and is_policy(config.out):
         finish("policy, already finetuned", config.out, _next_commands(config, read_config(config.out)))
         return
@@ -128,7 +129,7 @@ def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Pol
     seed_everything(config.loop.seed)
     if config.policy is None:
         if not config.from_scratch:
-            raise ValueError("give the pretrained policy to start from with --policy, or ask for --from-scratch")
+            raise UserError("give the pretrained policy to start from with --policy, or ask for --from-scratch")
         return new_policy(config, datasets, {})
     pretrained = load_start(config, config.policy)
     return _without_pretraining(pretrained) if config.from_scratch else pretrained
@@ -138,12 +139,12 @@ def _without_pretraining(pretrained: PolicyParts) -> PolicyParts:
     """The policy as it was before it learned any action; it reads what the pretrained one reads."""
     before = pretrained.model.config
     if isinstance(before.backbone, HfConfig) and before.chunk:
-        raise ValueError(
+        raise UserError(
             "--from-scratch: this policy's tokenizer knows its actions already; give the policy that it was finetuned "
             "from as --policy, or the model itself as --backbone"
         )
     if isinstance(before.backbone, LwmConfig):
-        raise ValueError(
+        raise UserError(
             "--from-scratch: an imported model cannot forget its pretraining; give LWM-Chat-1M, imported, as --policy"
         )
     config = PolicyConfig(
@@ -163,43 +164,43 @@ def _each_its_own(config: FinetuneConfig, datasets: Sequence[Dataset]) -> bool:
 
 
 def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: Sequence[Dataset]) -> None:
-    """ValueError where a policy that acts already is to act in another way, or on another robot, or latent actions are
+    """UserError where a policy that acts already is to act in another way, or on another robot, or latent actions are
 
     asked of one that has none; and where datasets that get statistics of their own have one name.
     """
     if config.labels and not policy.latent_length:
-        raise ValueError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
+        raise UserError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
     if policy.action_space is None:
         if _each_its_own(config, datasets):
             require_names(datasets)
         return
     for option, given in {"statistics": config.statistics, "pool-statistics": config.pool_statistics}.items():
         if given:
-            raise ValueError(f"--{option}: the policy {config.policy} has its own already; leave the option out")
+            raise UserError(f"--{option}: the policy {config.policy} has its own already; leave the option out")
     mend = "; finetune a policy that was only pretrained"
     if (config.head, config.state) != (policy.head, bool(policy.state_dim)):
-        raise ValueError(
+        raise UserError(
             f"{config.policy}: acts by --head {policy.head} {'with' if policy.state_dim else 'without'} the robot's "
             f"state; go on with the same --head and --state, or{mend[1:]}"
         )
     if policy.head == "bins" and config.num_bins != policy.vocabulary.bins:
-        raise ValueError(f"{config.policy}: has --num-bins {policy.vocabulary.bins} already{mend}")
+        raise UserError(f"{config.policy}: has --num-bins {policy.vocabulary.bins} already{mend}")
     if policy.head == "flow" and (config.flow, config.chunk) != (policy.flow, policy.chunk):
-        raise ValueError(f"{config.policy}: its flow head was made for --chunk {policy.chunk} and {policy.flow}{mend}")
+        raise UserError(f"{config.policy}: its flow head was made for --chunk {policy.chunk} and {policy.flow}{mend}")
     for dataset in datasets:
         space, found = _known_space(policy, dataset, mend), common_action_space([dataset])
         if space.action_dim != found.action_dim:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.root}: has actions of {found.action_dim} dimensions ({', '.join(found.names)}), the policy "
                 f"{config.policy} of {space.action_dim}{mend}"
             )
         if space.binary != found.binary or (space.control and found.control and space.control != found.control):
-            raise ValueError(
+            raise UserError(
                 f"{dataset.root}: declares its actions otherwise than the policy {config.policy} has them (binary "
                 f"dimensions, delta or absolute); correct its meta/lapa.json, or{mend[1:]}"
             )
     if policy.state_dim and any(dataset.state_dim != policy.state_dim for dataset in datasets):
-        raise ValueError(
+        raise UserError(
             f"{config.data[0]}: the policy {config.policy} is told {policy.state_dim} numbers of state{mend}"
         )
 
@@ -209,7 +210,7 @@ def _known_space(policy: PolicyConfig, dataset: Dataset, mend: str) -> ActionSpa
     assert policy.action_space is not None, "asked of a policy that acts"
     known = {item.key: item.space for item in policy.spaces}
     if known and dataset.name not in known:
-        raise ValueError(
+        raise UserError(
             f"{unknown('dataset with statistics', dataset.name, known)}; say with --data NAME={dataset.root} whose it "
             f"is to take, or{mend[1:]}"
         )

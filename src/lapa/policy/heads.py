@@ -28,6 +28,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lapa.types import UserError
+
 HeadKind = Literal["bins", "chunk", "flow"]
 # pi0 draws the flow's time as LAST_TIME (1 - u), u ~ Beta(1.5, 1): more of it where there is most noise, none at the
 # very end.
@@ -53,9 +55,9 @@ class FlowConfig:
     def __post_init__(self) -> None:
         for name in ("width", "layers", "heads", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"the flow head's {name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"the flow head's {name} must be at least 1, got {getattr(self, name)}")
         if self.width % (2 * self.heads):
-            raise ValueError(f"the flow head's width {self.width} must be a multiple of twice its {self.heads} heads")
+            raise UserError(f"the flow head's width {self.width} must be a multiple of twice its {self.heads} heads")
 
 
 class ActionHead(nn.Module, ABC):

@@ -17,6 +17,7 @@ from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import Processor
 from lapa.policy.model import PolicyConfig
 from lapa.policy.statistics import ActionCodec, Statistics
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PolicyInputs:
         is told it. datasets: whose prompt each sample gets; by default the policy's own.
         """
         if self.config.backbone.kind != "lwm" and any(image.ndim == 1 for one in images for image in one):
-            raise ValueError(
+            raise UserError(
                 "the data hold codes of pictures in place of pictures, which a policy with the backbone "
                 f"{self.config.backbone.kind} cannot read; take one with the backbone lwm (`lapa import lapa-7b`), or "
                 "give the pictures: images=FOLDER with --data lapa-jsonl:FILE"
@@ -65,7 +66,7 @@ class PolicyInputs:
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Items of `PolicySteps` as a training batch: what is observed, and what is to be said.
 
-        Raises ValueError for a code that the vocabulary lacks, and for actions of the wrong width or not finite.
+        Raises UserError for a code that the vocabulary lacks, and for actions of the wrong width or not finite.
         """
         batch = self.observed(
             [list(item["images"].values()) for item in items],

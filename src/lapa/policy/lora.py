@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from lapa.types import UserError
+
 
 def add_lora(
     language: PreTrainedModel,
@@ -32,19 +34,19 @@ def add_lora(
 
     What the model gives is the same as before, until it is trained. Left to train are the adapters and the `new_rows`
     of embedding and head; what else is to learn (a projection of image tokens), the caller unfreezes afterwards.
-    alpha: adapters are scaled by alpha / rank; None: by 1. Raises ValueError where peft is missing or a value is
+    alpha: adapters are scaled by alpha / rank; None: by 1. Raises UserError where peft is missing or a value is
     impossible.
     """
     if rank < 1:
-        raise ValueError(f"the LoRA rank is {rank}; it is at least 1 (8 to 64 are usual)")
+        raise UserError(f"the LoRA rank is {rank}; it is at least 1 (8 to 64 are usual)")
     if alpha is not None and alpha <= 0:
-        raise ValueError(f"the LoRA alpha is {alpha}; it is above 0 (once or twice the rank are usual)")
+        raise UserError(f"the LoRA alpha is {alpha}; it is above 0 (once or twice the rank are usual)")
     if not 0 <= dropout < 1:
-        raise ValueError(f"the LoRA dropout is {dropout}; it is a share, from 0 to below 1")
+        raise UserError(f"the LoRA dropout is {dropout}; it is a share, from 0 to below 1")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError(f'LoRA needs peft ({error}); install it: pip install "lapa[lora]"') from None
+        raise UserError(f'LoRA needs peft ({error}); install it: pip install "lapa[lora]"') from None
     assert not has_lora(language), "adapters are added once"
     decoder = language.get_decoder()
     linears = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}

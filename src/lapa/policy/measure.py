@@ -37,7 +37,7 @@ from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.policy.figures import action_figures, code_figures
 from lapa.policy.runtime import Policy
 from lapa.policy.training import require_same_codes
-from lapa.types import Observation
+from lapa.types import Observation, UserError
 
 MEASURES = "measure.json"
 Place = tuple[int, int]
@@ -77,9 +77,9 @@ class MeasureConfig:
 
 
 def run(config: MeasureConfig) -> None:
-    """`lapa policy measure`. Raises ValueError on bad input, before anything is measured."""
+    """`lapa policy measure`. Raises UserError on bad input, before anything is measured."""
     if min(config.samples, config.batch_size) < 1 or (config.steps is not None and config.steps < 1):
-        raise ValueError("--samples, --batch-size and --steps must be at least 1")
+        raise UserError("--samples, --batch-size and --steps must be at least 1")
     dataset = Dataset.open(config.data)
     labels = None
     if config.labels is not None:
@@ -164,23 +164,23 @@ def measure_codes(
 
 
 def check_actor(actor: Actor, dataset: Dataset, steps: int | None = None) -> None:
-    """ValueError saying in what an actor does not fit a dataset, or that its chunks are shorter than `steps`."""
+    """UserError saying in what an actor does not fit a dataset, or that its chunks are shorter than `steps`."""
     if dataset.action_dim is None:
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: has no actions to compare with; give robot episodes, or --labels for latent actions"
         )
     if actor.action_dim != dataset.action_dim:
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: has actions of {dataset.action_dim} dimensions, the policy says {actor.action_dim}; "
             "give episodes of its robot"
         )
     if actor.state_dim not in (0, dataset.state_dim):
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: has a state of {dataset.state_dim or 0} dimensions, the policy is told "
             f"{actor.state_dim}; give episodes of its robot"
         )
     if steps is not None and steps > actor.chunk:
-        raise ValueError(f"--steps {steps}: the policy says chunks of {actor.chunk} actions; give at most that")
+        raise UserError(f"--steps {steps}: the policy says chunks of {actor.chunk} actions; give at most that")
 
 
 def table_of(figures: dict[str, Any], name: str) -> Table:
@@ -234,17 +234,17 @@ def _parts(config: MeasureConfig) -> PolicyParts:
 def _check_latent(parts: PolicyParts, labels: Labels, config: MeasureConfig) -> None:
     policy = parts.model.config
     if not policy.latent_length:
-        raise ValueError(f"{config.policy}: has no latent actions to hold against --labels; leave them out")
+        raise UserError(f"{config.policy}: has no latent actions to hold against --labels; leave them out")
     require_same_codes(policy, labels.manifest, config.policy)
     if config.prompt_of is not None:
         policy.prompts.require(config.prompt_of)
 
 
 def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig) -> list[Place]:
-    """The labelled frames to measure. ValueError where there is none."""
+    """The labelled frames to measure. UserError where there is none."""
     places = _spread([labels.codes(episode)[0] for episode in range(len(dataset.lengths))], config.samples)
     if not places:
-        raise ValueError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
+        raise UserError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
     return places
 
 
@@ -258,7 +258,7 @@ def _slots(slots: Sequence[str], dataset: Dataset, chosen: Sequence[str]) -> dic
     if not chosen and len(slots) == len(dataset.cameras) == 1:
         chosen = dataset.cameras
     if len(chosen) != len(slots):
-        raise ValueError(
+        raise UserError(
             f"{dataset.root}: has the cameras {', '.join(dataset.cameras)}, the policy sees {', '.join(slots)}; "
             "say with --cameras which fill their places, one each"
         )

@@ -40,7 +40,7 @@ from lapa.policy.lora import add_lora, has_lora, hold_old_rows, merge_lora, voca
 from lapa.policy.prompts import Prompts
 from lapa.policy.statistics import KeyedSpace
 from lapa.policy.vocabulary import Segment, Vocabulary
-from lapa.types import Losses
+from lapa.types import Losses, UserError
 
 LossAndParts = tuple[Float[Tensor, ""], dict[str, Tensor]]
 
@@ -84,23 +84,23 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         if not all(self.cameras) or not self.cameras or len(set(self.cameras)) != len(self.cameras):
-            raise ValueError(f"a policy needs at least one camera, each named once, got {self.cameras}")
+            raise UserError(f"a policy needs at least one camera, each named once, got {self.cameras}")
         if self.latent_length < 0 or bool(self.latent_length) != bool(self.vocabulary.latent):
-            raise ValueError("latent length and codebook size come together, or neither")
+            raise UserError("latent length and codebook size come together, or neither")
         if bool(self.chunk) != (self.action_space is not None):
-            raise ValueError("chunk and action space come together, or neither")
+            raise UserError("chunk and action space come together, or neither")
         if self.chunk and self.head == "bins":
             _require_rows("action", self.action_bins, self.action_dim, self.vocabulary.bins)
         if self.state_bins:
             _require_rows("state", self.state_bins, len(self.state_bins), self.vocabulary.state)
         if self.chunk and self.head == "chunk" and self.vocabulary.query < self.chunk:
-            raise ValueError(f"a chunk of {self.chunk} needs as many query rows, got {self.vocabulary.query}")
+            raise UserError(f"a chunk of {self.chunk} needs as many query rows, got {self.vocabulary.query}")
         if not 0 <= self.text_weight < 1:
-            raise ValueError(f"the weight of the text lies in [0, 1), got {self.text_weight}")
+            raise UserError(f"the weight of the text lies in [0, 1), got {self.text_weight}")
         if self.text_weight and not (self.latent_opening or self.latent_closing):
-            raise ValueError("--text-weight is for backbones that put text around a latent action (lwm); leave it out")
+            raise UserError("--text-weight is for backbones that put text around a latent action (lwm); leave it out")
         if self.latent_weight < 0:
-            raise ValueError(f"the weight of latent actions is at least 0, got {self.latent_weight}")
+            raise UserError(f"the weight of latent actions is at least 0, got {self.latent_weight}")
 
     @property
     def action_dim(self) -> int:
@@ -149,18 +149,18 @@ class LatentPolicy(nn.Module):
 
     @property
     def latent_field(self) -> Field:
-        """ValueError where the policy never learned latent actions."""
+        """UserError where the policy never learned latent actions."""
         config = self.config
         if not config.latent_length:
-            raise ValueError("this policy has no latent actions: it was trained on robot actions from scratch")
+            raise UserError("this policy has no latent actions: it was trained on robot actions from scratch")
         sizes_F = (config.vocabulary.latent,) * config.latent_length
         return Field("latent", sizes_F, config.latent_opening, config.latent_closing)
 
     @property
     def action_field(self) -> Field:
-        """ValueError where the policy has not been finetuned."""
+        """UserError where the policy has not been finetuned."""
         if not self.config.chunk:
-            raise ValueError("this policy was only pretrained and knows no robot actions: run `lapa policy finetune`")
+            raise UserError("this policy was only pretrained and knows no robot actions: run `lapa policy finetune`")
         return Field("bins", self.config.action_bins * self.config.chunk, self.config.action_opening)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Losses:
@@ -351,7 +351,7 @@ class LatentPolicy(nn.Module):
 
 def _require_rows(what: str, bins: tuple[int, ...], dimensions: int, rows: int) -> None:
     if len(bins) != dimensions or not 1 <= min(bins, default=0) <= max(bins, default=0) <= rows:
-        raise ValueError(f"{what} bins {bins} of {dimensions} dimensions do not fit the {rows} rows of their segment")
+        raise UserError(f"{what} bins {bins} of {dimensions} dimensions do not fit the {rows} rows of their segment")
 
 
 def _impossible(target: Field, rows: range, device: torch.device) -> Bool[Tensor, "F R"]:

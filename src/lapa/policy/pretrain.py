@@ -36,6 +36,7 @@ from lapa.policy.training import (
     tiny_loop,
     train_policy,
 )
+from lapa.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class PretrainConfig(TrainingOptions):
 
 
 def run(config: PretrainConfig) -> None:
-    """`lapa policy pretrain`. Raises ValueError on bad input, FloatingPointError on a loss that is not finite."""
+    """`lapa policy pretrain`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     start = ["lapa", "policy", "finetune", "--preset", config.preset, "--policy", str(config.out)]
     next_commands = [shlex.join([*start, "--data", "ROBOT_DATASET", "--out", "POLICY"])]
     if config.resume and is_policy(config.out):
@@ -87,9 +88,9 @@ def run(config: PretrainConfig) -> None:
 def open_labels(
     folders: Sequence[str | Path], datasets: Sequence[Dataset], lam_fingerprint: str | None = None
 ) -> list[Labels]:
-    """The labels of each dataset. Raises ValueError where they are not of these datasets, or not of one LAM."""
+    """The labels of each dataset. Raises UserError where they are not of these datasets, or not of one LAM."""
     if len(folders) != len(datasets):
-        raise ValueError(
+        raise UserError(
             f"{len(datasets)} datasets need as many --labels folders, in the same order; got {len(folders)}"
         )
     labels = [
@@ -98,7 +99,7 @@ def open_labels(
     ]
     for folder, other in zip(folders, labels, strict=True):
         if other.manifest.lam_fingerprint != labels[0].manifest.lam_fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: made by the latent action model {other.manifest.lam_fingerprint}, but {folders[0]} by "
                 f"{labels[0].manifest.lam_fingerprint}; label all datasets with one model"
             )
@@ -114,7 +115,7 @@ def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manife
     parts = load_start(config, config.policy)
     policy = parts.model.config
     if policy.chunk:
-        raise ValueError(f"{config.policy}: has robot actions already; pretrain a policy that does not act yet")
+        raise UserError(f"{config.policy}: has robot actions already; pretrain a policy that does not act yet")
     require_same_codes(policy, manifest, config.policy)
     grown = replace(
         policy,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from lapa.config import unknown
 from lapa.console import warn
+from lapa.types import UserError
 
 PLACE = "{instruction}"
 PROMPTS = {
@@ -35,17 +36,17 @@ class Prompts:
         names = [name for name, _ in self.by_dataset]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"the dataset {name!r} has {names.count(name)} prompts; give it one")
+                raise UserError(f"the dataset {name!r} has {names.count(name)} prompts; give it one")
         for template in (self.default, *(template for _, template in self.by_dataset)):
             if PLACE not in template:
-                raise ValueError(f"the prompt {template!r} lacks {PLACE}, the place of the task's words")
+                raise UserError(f"the prompt {template!r} lacks {PLACE}, the place of the task's words")
 
     def template(self, dataset: str | None = None) -> str:
         """The template of a dataset; the default one where it has none of its own."""
         return dict(self.by_dataset).get(dataset or "", self.default)
 
     def require(self, dataset: str) -> None:
-        """ValueError for a dataset that has no prompt of its own."""
+        """UserError for a dataset that has no prompt of its own."""
         known = [name for name, _ in self.by_dataset]
         if dataset not in known:
             raise unknown("dataset with a prompt of its own", dataset, known)
@@ -74,14 +75,14 @@ class Prompts:
 def parse_prompts(default: str, pairs: Sequence[str] = (), datasets: Sequence[str] | None = None) -> Prompts:
     """What the options `--prompt NAME_OR_TEMPLATE` and `--prompts DATASET=NAME_OR_TEMPLATE ...` mean.
 
-    datasets: the names that may be given a prompt of their own; None: any. Raises ValueError on an unknown name, a
+    datasets: the names that may be given a prompt of their own; None: any. Raises UserError on an unknown name, a
     template without `{instruction}`, and a dataset that is not among them or is given twice.
     """
     by_dataset = []
     for pair in pairs:
         name, equals, prompt = pair.partition("=")
         if not equals or not name:
-            raise ValueError(f"--prompts takes DATASET=PROMPT, got {pair!r}; --prompt sets the one for all datasets")
+            raise UserError(f"--prompts takes DATASET=PROMPT, got {pair!r}; --prompt sets the one for all datasets")
         if datasets is not None and name not in datasets:
             raise unknown("dataset in --prompts", name, datasets)
         by_dataset.append((name, _template(prompt)))

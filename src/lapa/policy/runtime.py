@@ -19,7 +19,7 @@ from lapa.data.action_space import ActionSpace
 from lapa.engine.distributed import pick_device
 from lapa.files import naming
 from lapa.policy.checkpoint import PolicyParts, load_policy
-from lapa.types import Observation
+from lapa.types import Observation, UserError
 
 
 class Policy:
@@ -57,7 +57,7 @@ class Policy:
         dtype: torch.dtype | None = None,
         compile: bool = False,
     ) -> Policy:
-        """Loads a policy folder. ValueError where it is unfinished, or was pretrained and never finetuned.
+        """Loads a policy folder. UserError where it is unfinished, or was pretrained and never finetuned.
 
         statistics_key: the dataset whose statistics it acts by, where it learned from several.
         dtype: of the weights; by default as they were saved, and bfloat16 on a GPU, where policies are trained so.
@@ -65,7 +65,7 @@ class Policy:
         """
         parts = load_policy(Path(folder))
         if not parts.acts:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: only pretrained, it knows no robot actions; "
                 f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
             )
@@ -105,7 +105,7 @@ class Policy:
     def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
         """The next K actions for each observation, float32, in the robot's own units.
 
-        Raises ValueError for a missing camera, an image that is not uint8 RGB, and a state that is missing, of
+        Raises UserError for a missing camera, an image that is not uint8 RGB, and a state that is missing, of
         another width or not finite.
         """
         if not observations:
@@ -124,30 +124,30 @@ class Policy:
 
 
 def check_observation(observation: Observation, number: int, cameras: Sequence[str], state_dim: int) -> None:
-    """ValueError saying what is wrong with the `number`-th observation.
+    """UserError saying what is wrong with the `number`-th observation.
 
     cameras, state_dim: what the policy sees, and how many numbers of state it is told.
     """
     missing = [camera for camera in cameras if camera not in observation.images]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"observation {number} lacks the camera{'s' * (len(missing) > 1)} {', '.join(missing)} "
             f"(it brings {', '.join(observation.images) or 'none'}); this policy sees {', '.join(cameras)}"
         )
     for camera in cameras:
         image = np.asarray(observation.images[camera])
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise ValueError(
+            raise UserError(
                 f"observation {number}, camera {camera}: expected a uint8 image [H, W, 3], "
                 f"got {image.dtype} {list(image.shape)}"
             )
     if not isinstance(observation.instruction, str):
-        raise ValueError(f"observation {number}: its instruction is {observation.instruction!r}; give text, or ''")
+        raise UserError(f"observation {number}: its instruction is {observation.instruction!r}; give text, or ''")
     state = observation.state
     if state is not None and not np.issubdtype(np.asarray(state).dtype, np.number):
-        raise ValueError(f"observation {number}: its state is {np.asarray(state).dtype}, not numbers")
+        raise UserError(f"observation {number}: its state is {np.asarray(state).dtype}, not numbers")
     if state is not None and not np.isfinite(state).all():
-        raise ValueError(f"observation {number}: its state is not finite; mend the sensor's reading")
+        raise UserError(f"observation {number}: its state is not finite; mend the sensor's reading")
     if state_dim and (state is None or np.shape(state) != (state_dim,)):
         brought = "no state" if state is None else f"a state of shape {np.shape(state)}"
-        raise ValueError(f"observation {number} brings {brought}; this policy is told {state_dim} numbers")
+        raise UserError(f"observation {number} brings {brought}; this policy is told {state_dim} numbers")

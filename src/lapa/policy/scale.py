@@ -51,7 +51,7 @@ class ActionScale:
     def fit(cls, actions_TA: Float[np.ndarray, "T A"], binary: Sequence[bool] = ()) -> ActionScale:
         """The scale of the given actions.
 
-        binary: one flag a dimension, as the dataset declares them; none given: none is. ValueError for NaN, no
+        binary: one flag a dimension, as the dataset declares them; none given: none is. UserError for NaN, no
         actions, and a dimension that is declared binary and is not.
         """
         actions_TA, binary = checked_actions(actions_TA, binary)
@@ -67,7 +67,7 @@ class ActionScale:
         return len(self.low_A)
 
     def encode(self, actions: Float[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
-        """Actions as numbers in [-1, 1], float32. ValueError for NaN or wrong width."""
+        """Actions as numbers in [-1, 1], float32. UserError for NaN or wrong width."""
         actions = self._checked(actions)
         low_A, span_A = self.low_A.astype(np.float64), self._span_A
         scaled = np.where(span_A > 0, 2 * (actions - low_A) / np.where(span_A > 0, span_A, 1) - 1, 0)
@@ -75,7 +75,7 @@ class ActionScale:
         return np.where(self.binary_A, sides, np.clip(scaled, -1, 1)).astype(np.float32)
 
     def decode(self, scaled: Float[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
-        """Numbers as actions in the robot's units, float32; beyond [-1, 1] clamped. ValueError for NaN, wrong width."""
+        """Numbers as actions in the robot's units, float32; beyond [-1, 1] clamped. UserError for NaN, wrong width."""
         scaled = self._checked(scaled)
         share = (np.clip(scaled, -1, 1) + 1) / 2
         actions = (1 - share) * self.low_A + share * self.high_A
@@ -102,7 +102,7 @@ class ActionScale:
     def load(cls, path: Path, key: str | None = None) -> ActionScale:
         """Reads what `save` wrote, or one of several that `lapa.policy.statistics` wrote.
 
-        ValueError naming the file where it is missing or something else.
+        UserError naming the file where it is missing or something else.
         """
         return cls(*load_arrays(path, ARRAYS, "action scales", key).values())
 

@@ -23,6 +23,7 @@ from lapa.data.action_space import ActionSpace
 from lapa.policy.actions import ActionBins, save_arrays
 from lapa.policy.heads import HeadKind
 from lapa.policy.scale import ActionScale
+from lapa.types import UserError
 
 ActionCodec = ActionBins | ActionScale
 # In place of a dataset's name, where one set is for all of them.
@@ -48,7 +49,7 @@ class Statistics:
 def fit_codec(
     head: HeadKind, actions_NA: Float[np.ndarray, "N A"], binary: Sequence[bool], num_bins: int
 ) -> ActionCodec:
-    """What a head says these actions in. ValueError for actions that are of no use to it."""
+    """What a head says these actions in. UserError for actions that are of no use to it."""
     return ActionBins.fit(actions_NA, num_bins, binary) if head == "bins" else ActionScale.fit(actions_NA, binary)
 
 
@@ -66,10 +67,10 @@ def most_bins(sets: Iterable[ActionCodec | None]) -> tuple[int, ...]:
 
 
 def require_key(key: str | None, known: list[str]) -> None:
-    """ValueError where the statistics of `known`, none where a policy has one set, leave open or lack what is asked."""
+    """UserError where the statistics of `known`, none where a policy has one set, leave open or lack what is asked."""
     if not known and key is not None:
-        raise ValueError(f"has one set of statistics, for all that it learned from; leave out --statistics-key {key}")
+        raise UserError(f"has one set of statistics, for all that it learned from; leave out --statistics-key {key}")
     if known and key is None:
-        raise ValueError(f"has statistics of several datasets; say with --statistics-key whose: {', '.join(known)}")
+        raise UserError(f"has statistics of several datasets; say with --statistics-key whose: {', '.join(known)}")
     if known and key not in known:
         raise unknown("--statistics-key", str(key), known)

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lapa.files import writing
+from lapa.types import UserError
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 
@@ -59,7 +60,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Reads a saved tokenizer. ValueError naming the folder where there is none."""
+    """Reads a saved tokenizer. UserError naming the folder where there is none."""
     if not (folder / "tokenizer.json").exists():
-        raise ValueError(f"{folder}: no tokenizer.json; the policy folder is incomplete, train it again")
+        raise UserError(f"{folder}: no tokenizer.json; the policy folder is incomplete, train it again")
     return PreTrainedTokenizerFast.from_pretrained(folder)

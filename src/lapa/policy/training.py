@@ -29,6 +29,7 @@ from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy, save_pol
 from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
+from lapa.types import UserError
 
 # Held-out steps that an evaluation looks at, spread evenly over the held-out episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
@@ -86,18 +87,18 @@ class TrainingOptions:
     """Go on with the run that `out` holds."""
 
     def backbone_config(self) -> BackboneConfig:
-        """ValueError for a backbone that is not known."""
+        """UserError for a backbone that is not known."""
         if self.backbone == "tiny":
             return self.tiny
         if self.backbone.startswith(HF) and self.backbone != HF:
             source = self.backbone.removeprefix(HF)
             return HfConfig(source=source, image_size=self.hf_image_size or native_image_size(source))
         if self.backbone == "lwm":
-            raise ValueError(
+            raise UserError(
                 "the backbone lwm has no weights of its own: import LWM-Chat-1M or LAPA-7B with `lapa import lapa-7b`, "
                 "and give the folder with --policy"
             )
-        raise ValueError(
+        raise UserError(
             f"--backbone {self.backbone!r}: expected tiny, or hf:FOLDER or hf:HUB_ID of an image-text model; a policy "
             "folder goes to --policy"
         )
@@ -120,10 +121,10 @@ def new_policy(
 def load_start(options: TrainingOptions, folder: Path) -> PolicyParts:
     """The policy to start from. Its backbone is its own, whatever --backbone or the preset say, which the user is told.
 
-    ValueError where the output would take its place.
+    UserError where the output would take its place.
     """
     if folder.resolve() == options.out.resolve():
-        raise ValueError(f"{options.out}: is the policy to start from; give another --out")
+        raise UserError(f"{options.out}: is the policy to start from; give another --out")
     parts = load_policy(folder)
     backbone = parts.model.config.backbone
     own = f"{HF}{backbone.source}" if isinstance(backbone, HfConfig) else backbone.kind
@@ -138,15 +139,15 @@ def instructions(datasets: Sequence[Dataset], prompts: Prompts) -> list[str]:
 
 
 def require_same_codes(policy: PolicyConfig, manifest: Manifest, folder: Path | None) -> None:
-    """ValueError where the labels are not of the latent actions that the policy has learned, if it has any."""
+    """UserError where the labels are not of the latent actions that the policy has learned, if it has any."""
     known, wanted = (policy.vocabulary.latent, policy.latent_length), (manifest.codebook_size, manifest.latent_length)
     if known not in ((0, 0), wanted):
-        raise ValueError(
+        raise UserError(
             f"{folder}: says latent actions of {known[1]} tokens out of {known[0]}, the labels hold {wanted[1]} "
             f"out of {wanted[0]}; label the data with the latent action model that the policy was pretrained on"
         )
     if policy.lam_fingerprint not in ("", manifest.lam_fingerprint):
-        raise ValueError(
+        raise UserError(
             f"{folder}: learned the latent actions of the model {policy.lam_fingerprint}, the labels were made by "
             f"{manifest.lam_fingerprint}, whose codes mean something else; label the data with the former"
         )
@@ -163,7 +164,7 @@ def choose_prompts(options: TrainingOptions, datasets: Sequence[Dataset], known:
 def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Sequence[Dataset]) -> tuple[str, ...]:
     """Which of the datasets' cameras fills each image slot: as told, or by name, or the only one for the only slot.
 
-    ValueError where that does not tell. Where each dataset has one camera, under another name, the slot keeps its own.
+    UserError where that does not tell. Where each dataset has one camera, under another name, the slot keeps its own.
     """
     common = [name for name in datasets[0].cameras if all(name in dataset.cameras for dataset in datasets)]
     chosen = options.cameras
@@ -175,17 +176,17 @@ def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Seq
         chosen = policy.cameras
     if not chosen and not common:
         found = "; ".join(f"{dataset.name}: {', '.join(dataset.cameras)}" for dataset in datasets)
-        raise ValueError(
+        raise UserError(
             f"the datasets have no camera in common ({found}); read one of each in place, as in "
             "--data SOURCE:PATH,camera=NAME (docs/1-data.md)"
         )
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"{datasets[0].root}: has the cameras {', '.join(common)}, the policy was trained with "
             f"{', '.join(policy.cameras)}; say with --cameras which take their place"
         )
     if len(chosen) != len(policy.cameras):
-        raise ValueError(
+        raise UserError(
             f"the policy has {len(policy.cameras)} image slots ({', '.join(policy.cameras)}), got the cameras "
             f"{', '.join(chosen)}; give as many --cameras"
         )

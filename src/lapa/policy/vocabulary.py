@@ -19,6 +19,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 import torch
 
+from lapa.types import UserError
+
 Segment = Literal["text", "vision", "latent", "bins", "state", "query"]
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)
 
@@ -38,7 +40,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if self.text < 1 or min(self._sizes.values()) < 0:
-            raise ValueError(f"a vocabulary needs text rows and no negative sizes, got {self}")
+            raise UserError(f"a vocabulary needs text rows and no negative sizes, got {self}")
 
     @property
     def size(self) -> int:
@@ -50,12 +52,12 @@ class Vocabulary:
         return range(first, first + self._sizes[segment])
 
     def tokens(self, segment: Segment, codes: Integers) -> Integers:
-        """Codes of a segment as tokens. Raises ValueError for a code that the segment does not have."""
+        """Codes of a segment as tokens. Raises UserError for a code that the segment does not have."""
         self._require(segment, codes, range(len(self.rows(segment))), "codes")
         return codes + self.rows(segment).start
 
     def codes(self, segment: Segment, tokens: Integers) -> Integers:
-        """The inverse of `tokens`. Raises ValueError for a token of another segment."""
+        """The inverse of `tokens`. Raises UserError for a token of another segment."""
         self._require(segment, tokens, self.rows(segment), "tokens")
         return tokens - self.rows(segment).start
 
@@ -66,7 +68,7 @@ class Vocabulary:
     def _require(self, segment: Segment, values: Integers, allowed: range, what: str) -> None:
         count = int(np.prod(values.shape))
         if count and not (allowed.start <= int(values.min()) and int(values.max()) < allowed.stop):
-            raise ValueError(
+            raise UserError(
                 f"{what} of the {segment} segment lie in [{allowed.start}, {allowed.stop}), "
                 f"got {int(values.min())} to {int(values.max())}"
             )

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lapa.released.pickled import read_pickled, reading
+from lapa.types import UserError
 
 DTYPES = {
     "float32": torch.float32,
@@ -109,24 +110,24 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def open_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The index of a released file. ValueError naming the file where it is absent, truncated or of no such kind."""
+    """The index of a released file. UserError naming the file where it is absent, truncated or of no such kind."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; name a file that the authors of LAPA or LWM released")
+        raise UserError(f"{path}: no such file; name a file that the authors of LAPA or LWM released")
     with reading(path, "not a checkpoint of the released format"), path.open("rb") as file:
         first = file.read(2)
         if len(first) == 2 and first[0] == 0x80 and 2 <= first[1] <= 5:
             return flatten(read_pickled(path))
         scanner = _Scanner(file, path)
         if scanner.size == 0:
-            raise ValueError(f"{path}: truncated: the file is empty")
+            raise UserError(f"{path}: truncated: the file is empty")
         file.seek(0)
         if first[0] == 0x92:
             return _index_stream(scanner)
         if first[0] & 0xF0 == 0x80 or first[0] in (0xDE, 0xDF):
             flat = flatten(scanner.value())
             return StoredTensors(path, {name: _stored(leaf, scanner, name) for name, leaf in flat.items()})
-    raise ValueError(f"{path}: neither a streaming checkpoint, nor a msgpack file of Flax, nor a pickled map of arrays")
+    raise UserError(f"{path}: neither a streaming checkpoint, nor a msgpack file of Flax, nor a pickled map of arrays")
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -137,7 +138,7 @@ def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def require_shapes(what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError listing every tensor that is missing, left over or of another shape."""
+    """UserError listing every tensor that is missing, left over or of another shape."""
     complaints = [f"{name}: missing, expected shape {shape}" for name, shape in expected.items() if name not in given]
     for name, shape in given.items():
         if name not in expected:
@@ -145,15 +146,15 @@ def require_shapes(what: str, given: Mapping[str, tuple[int, ...]], expected: Ma
         elif shape != expected[name]:
             complaints.append(f"{name}: shape {shape}, expected {expected[name]}")
     if complaints:
-        raise ValueError(f"the weights do not fit {what}:\n  " + "\n  ".join(complaints))
+        raise UserError(f"the weights do not fit {what}:\n  " + "\n  ".join(complaints))
 
 
 def require_floats(params: Mapping[str, Any]) -> None:
-    """ValueError listing every tensor or array that is not of floating-point numbers; none in a file is read."""
+    """UserError listing every tensor or array that is not of floating-point numbers; none in a file is read."""
     dtypes = params.dtypes if isinstance(params, StoredTensors) else {name: each.dtype for name, each in params.items()}
     wrong = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not dtype.is_floating_point]
     if wrong:
-        raise ValueError("expected weights of floating-point numbers:\n  " + "\n  ".join(wrong))
+        raise UserError("expected weights of floating-point numbers:\n  " + "\n  ".join(wrong))
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _index_stream(scanner: _Scanner) -> StoredTensors:
             raise scanner.malformed("expected a record of a name and a tensor")
         key = tuple(map(str, record[0]))
         if key in found:
-            raise ValueError(f"{scanner.path}: {'/'.join(key)} is there twice")
+            raise UserError(f"{scanner.path}: {'/'.join(key)} is there twice")
         found[key] = record[1]
     # A train state holds its weights under `params` beside `opt_state` and `step`; saved alone, they have no prefix,
     # or as many `params` as the authors' nesting gave them.
@@ -202,17 +203,17 @@ def _stored(leaf: Any, scanner: _Scanner, name: str) -> Stored:
         shape, dtype, span = scanner.inside(leaf)
         dtype = scanner.text(dtype) if isinstance(dtype, Span) else dtype
         if dtype not in DTYPES:
-            raise ValueError(f"{scanner.path}: {name} is of dtype {dtype}, which this reader does not know")
+            raise UserError(f"{scanner.path}: {name} is of dtype {dtype}, which this reader does not know")
         if not isinstance(span, Span):
             raise TypeError(f"{name} has no bytes")
         stored = Stored(tuple(shape), DTYPES[dtype], (span,))
     else:
-        raise ValueError(f"{scanner.path}: {name} is no tensor, but {type(leaf).__name__}")
+        raise UserError(f"{scanner.path}: {name} is no tensor, but {type(leaf).__name__}")
     if not all(type(size) is int and size >= 0 for size in stored.shape):
         raise TypeError(f"{name} has the shape {stored.shape}")
     held, needed = sum(piece.length for piece in stored.pieces), math.prod(stored.shape) * stored.dtype.itemsize
     if held != needed:
-        raise ValueError(f"{scanner.path}: {name} has {held:,} bytes, but its shape {stored.shape} needs {needed:,}")
+        raise UserError(f"{scanner.path}: {name} has {held:,} bytes, but its shape {stored.shape} needs {needed:,}")
     return stored
 
 
@@ -227,7 +228,7 @@ def _read_into(file: BinaryIO, pieces: tuple[Span, ...], skip: int, raw: Tensor)
         count = min(piece.length - skip, len(view) - filled)
         file.seek(piece.start + skip)
         if file.readinto(view[filled : filled + count]) != count:  # type: ignore[attr-defined]
-            raise ValueError(f"{file.name}: became shorter while it was read")
+            raise UserError(f"{file.name}: became shorter while it was read")
         filled, skip = filled + count, 0
         if filled == len(view):
             return
@@ -244,8 +245,8 @@ class _Scanner:
     def position(self) -> int:
         return self._file.tell()
 
-    def malformed(self, why: str) -> ValueError:
-        return ValueError(f"{self.path}: not a checkpoint of the released format (byte {self.position:,}: {why})")
+    def malformed(self, why: str) -> UserError:
+        return UserError(f"{self.path}: not a checkpoint of the released format (byte {self.position:,}: {why})")
 
     def inside(self, span: Span) -> Any:
         """The msgpack value that the skipped bytes hold; the position stays."""
@@ -324,7 +325,5 @@ class _Scanner:
         self._file.seek(start + length)
         return Span(start, length, extension)
 
-    def _truncated(self, missing: int) -> ValueError:
-        return ValueError(
-            f"{self.path}: truncated: {missing:,} bytes or more are missing at its end; download it again"
-        )
+    def _truncated(self, missing: int) -> UserError:
+        return UserError(f"{self.path}: truncated: {missing:,} bytes or more are missing at its end; download it again")

@@ -25,6 +25,7 @@ from lapa.console import finish
 from lapa.files import claim_output, naming, read_json, write_json
 from lapa.latent.model import CONFIG
 from lapa.released.laq import PUBLISHED_CONFIG, from_released, released_config
+from lapa.types import UserError
 
 # What torch makes of a file that is not whole, or not its own.
 UNREADABLE = (
@@ -48,10 +49,10 @@ class ImportLaqConfig:
 
 
 def run(config: ImportLaqConfig) -> None:
-    """`lapa import laq`. Raises ValueError on a file that is missing, truncated or does not fit."""
+    """`lapa import laq`. Raises UserError on a file that is missing, truncated or does not fit."""
     published = PUBLISHED_CONFIG if config.sizes is None else read_json(config.sizes)
     if not isinstance(published, dict):
-        raise ValueError(f"{config.sizes}: expected an object with the sizes of a released model")
+        raise UserError(f"{config.sizes}: expected an object with the sizes of a released model")
     require_sizes(published, config.sizes)
     weights = read_weights(config.weights)
     with naming(config.weights):
@@ -67,36 +68,36 @@ def run(config: ImportLaqConfig) -> None:
 
 
 def require_sizes(published: Mapping[str, Any], path: Path | None) -> None:
-    """ValueError naming the file where a size is none, or no model of these sizes can be."""
+    """UserError naming the file where a size is none, or no model of these sizes can be."""
     with naming(path):
         for key, value in published.items():
             if key in PUBLISHED_CONFIG and (type(value) is not int or value < 1):
-                raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
+                raise UserError(f"{key} must be a whole number of at least 1, got {value!r}")
         released_config(published)
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a file of torch, without running any code in it.
 
-    ValueError naming the file where that fails, or where a tensor is not of finite floating-point numbers.
+    UserError naming the file where that fails, or where a tensor is not of finite floating-point numbers.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; name the released laq_openx.pt")
+        raise UserError(f"{path}: no such file; name the released laq_openx.pt")
     try:
         weights: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE:
         # Torch's own text advises to run what is in the file.
-        raise ValueError(
+        raise UserError(
             f"{path}: truncated, or not a file of tensors alone; nothing in it was run; download it again, or name "
             "the released laq_openx.pt"
         ) from None
     if not isinstance(weights, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
     ):
-        raise ValueError(f"{path}: not a state dict; expected names and tensors")
+        raise UserError(f"{path}: not a state dict; expected names and tensors")
     complaints = [f"{name}: {fault}" for name, tensor in weights.items() if (fault := _fault(tensor))]
     if complaints:
-        raise ValueError(f"{path}: expected finite floating-point numbers:\n  " + "\n  ".join(complaints))
+        raise UserError(f"{path}: expected finite floating-point numbers:\n  " + "\n  ".join(complaints))
     return weights
 
 

@@ -36,6 +36,7 @@ from lapa.released.checkpoints import StoredTensors, open_checkpoint, require_fl
 from lapa.released.lwm import VQGAN_FOLDER, LwmConfig, LwmProcessor
 from lapa.released.pickled import reading
 from lapa.released.vqgan import VQGANConfig
+from lapa.types import UserError
 
 SHARD_BYTES = 5 << 30
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,7 +74,7 @@ class ImportLapaConfig:
 
 
 def run(config: ImportLapaConfig) -> None:
-    """`lapa import lapa-7b`. Raises ValueError on a file that is missing, truncated or does not fit."""
+    """`lapa import lapa-7b`. Raises UserError on a file that is missing, truncated or does not fit."""
     sizes, image_sizes = read_sizes(config.sizes)
     with naming(config.sizes):
         backbone = lwm_config(sizes, image_sizes)
@@ -89,14 +90,14 @@ def run(config: ImportLapaConfig) -> None:
         require_floats(images)
     tokenizer = llama_tokenizer(config.tokenizer)
     if len(tokenizer) != vocabulary.text:
-        raise ValueError(
+        raise UserError(
             f"{config.tokenizer}: {len(tokenizer)} pieces, but {config.params} has {vocabulary.text} of text"
         )
     processor = LwmProcessor(tokenizer, backbone, vocabulary.rows("vision").start)
     policy = policy_config(config, backbone, vocabulary, processor)
     dtype = TORCH_DTYPES.get(config.dtype) or params[released.FINAL_NORM].dtype
     if dtype not in SAFETENSORS_DTYPES:
-        raise ValueError(f"{config.params}: of {dtype}; give --dtype bf16 or fp32")
+        raise UserError(f"{config.params}: of {dtype}; give --dtype bf16 or fp32")
     llama = released.released_llama(sizes, vocabulary)
     shapes = released.llama_shapes(llama)
     tokeniser = vqgan.from_released(images, image_sizes)
@@ -123,7 +124,7 @@ def read_sizes(path: Path | None) -> tuple[dict[str, Any], VQGANConfig]:
         return published, VQGANConfig()
     values = read_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected an object with the sizes of a released model")
+        raise UserError(f"{path}: expected an object with the sizes of a released model")
     with reading(path, "no sizes of a released model"):
         images = configs.from_dict(VQGANConfig, values.pop("vqgan", {}), source=f"{path}: vqgan")
         return {**published, **released.checked_config(values)}, images
@@ -151,7 +152,7 @@ def policy_config(
 ) -> PolicyConfig:
     """The policy that a checkpoint is: with the paper's prompt, and latent actions where it has them."""
     if vocabulary.latent and config.latent_length < 1:
-        raise ValueError(f"--latent-length is at least 1 for {config.params}, which has latent actions")
+        raise UserError(f"--latent-length is at least 1 for {config.params}, which has latent actions")
     opening, closing = processor.tags("latent") if vocabulary.latent else ((), ())
     return PolicyConfig(
         vocabulary=vocabulary,
@@ -169,24 +170,24 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """A sentencepiece model, as Llama has one, as an ordinary tokenizer of transformers.
 
     As in the authors' code, text is split at `<s>` and `</s>`, the spaces beside them go, and each piece of text
-    begins with a space. Raises ValueError where the file cannot be read, or where the result would not give the
+    begins with a space. Raises UserError where the file cannot be read, or where the result would not give the
     same tokens (Llama's is byte-pair encoding without normalisation).
     """
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        raise ValueError(
+        raise UserError(
             'reading a tokenizer.model needs sentencepiece; install it: pip install "lapa[import]"'
         ) from None
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; name the released tokenizer.model")
+        raise UserError(f"{path}: no such file; name the released tokenizer.model")
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
-        raise ValueError(f"{path}: not a model of sentencepiece; name the released tokenizer.model") from None
+        raise UserError(f"{path}: not a model of sentencepiece; name the released tokenizer.model") from None
     numbers = pieces.unk_id(), pieces.bos_id(), pieces.eos_id()
     if min(numbers) < 0:
-        raise ValueError(f"{path}: not a tokenizer of Llama's kind: it lacks a token for unknown, beginning or end")
+        raise UserError(f"{path}: not a tokenizer of Llama's kind: it lacks a token for unknown, beginning or end")
     special = [pieces.id_to_piece(number) for number in numbers]
     tokenizer = Tokenizer(
         models.BPE(*_pieces_and_merges(pieces), unk_token=special[0], fuse_unk=True, byte_fallback=True)
@@ -197,7 +198,7 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     )
     for text in PROBES:
         if tokenizer.encode(text, add_special_tokens=False).ids != pieces.encode(text):
-            raise ValueError(f"{path}: not a tokenizer of Llama's kind: {text!r} would become other tokens")
+            raise UserError(f"{path}: not a tokenizer of Llama's kind: {text!r} would become other tokens")
     unknown, begin, end = (
         AddedToken(text, lstrip=True, rstrip=True, normalized=False, special=True) for text in special
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lapa.config import unknown
 from lapa.latent.model import LatentActionModel, LatentModelConfig
+from lapa.types import UserError
 
 PUBLISHED_CONFIG = {
     "dim": 1024,
@@ -83,12 +84,12 @@ BLOCK_NAMES = {
 
 
 def released_config(published: Mapping[str, Any]) -> LatentModelConfig:
-    """Our config for a published one (the keys of PUBLISHED_CONFIG). ValueError on unknown or missing keys."""
+    """Our config for a published one (the keys of PUBLISHED_CONFIG). UserError on unknown or missing keys."""
     for key in published:
         if key not in PUBLISHED_CONFIG:
             raise unknown("key of the published config", key, PUBLISHED_CONFIG)
     if missing := sorted(PUBLISHED_CONFIG.keys() - published.keys()):
-        raise ValueError(f"the published config needs the keys {', '.join(missing)}")
+        raise UserError(f"the published config needs the keys {', '.join(missing)}")
     sizes: dict[str, Any] = dict(published)
     return LatentModelConfig(
         latent_length=sizes.pop("code_seq_len"),
@@ -126,7 +127,7 @@ def released_constants(model: LatentActionModel) -> dict[str, tuple[int, ...]]:
 def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[str, Any]) -> LatentActionModel:
     """The model with the released weights, in evaluation mode.
 
-    Raises ValueError listing every released name that is missing, left over, of another shape, or (a norm's
+    Raises UserError listing every released name that is missing, left over, of another shape, or (a norm's
     offset, which the released code holds at zero) not zero.
     """
     model = LatentActionModel(released_config(published_config))
@@ -141,7 +142,7 @@ def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[st
         elif name in constants and tensor.any():
             complaints.append(f"{name}: expected zeros")
     if complaints:
-        raise ValueError("released weights do not fit the published config:\n  " + "\n  ".join(complaints))
+        raise UserError("released weights do not fit the published config:\n  " + "\n  ".join(complaints))
     model.load_state_dict({**own, **{ours: state_dict[name] for name, ours in names.items()}})
     return model.eval()
 
@@ -149,7 +150,7 @@ def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[st
 def to_released(model: LatentActionModel) -> dict[str, Tensor]:
     """The weights under the released names: the inverse of `from_released`."""
     if model.config.layout != "released":
-        raise ValueError('only a model of layout "released" has weights that the released code can read')
+        raise UserError('only a model of layout "released" has weights that the released code can read')
     own = model.state_dict()
     held = {name: own[ours].clone() for name, ours in released_names(model).items()}
     reference = next(iter(held.values()))

@@ -39,6 +39,7 @@ from lapa.policy.backbones.base import positions
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.released.checkpoints import StoredTensors, require_shapes, shapes_of
 from lapa.released.lwm import llama_config
+from lapa.types import UserError
 
 PUBLISHED: dict[str, Any] = {
     "vocab_size": 32000,
@@ -97,15 +98,15 @@ PADDING = 0
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that say what the model is. ValueError on unknown, missing or impossible ones, and a tied vocabulary."""
+    """The keys that say what the model is. UserError on unknown, missing or impossible ones, and a tied vocabulary."""
     if config.get("tie_word_embeddings"):
-        raise ValueError("the released config ties heads to embeddings; the released models do not")
+        raise UserError("the released config ties heads to embeddings; the released models do not")
     kept = {key: value for key, value in config.items() if not key.startswith(OF_THE_RUN)}
     for key in kept:
         if key not in PUBLISHED:
             raise unknown("key of the released config", key, PUBLISHED)
     if missing := [key for key in REQUIRED if key not in kept]:
-        raise ValueError(f"the released config needs the keys {', '.join(missing)}")
+        raise UserError(f"the released config needs the keys {', '.join(missing)}")
     for key, value in kept.items():
         if key in REAL:
             fits, expected = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
@@ -113,7 +114,7 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
             least = 0 if key in ("eof_token", "eov_token", *OPTIONAL_SIZES) else 1
             fits, expected = type(value) is int and value >= least, f"a whole number of at least {least}"
         if not fits:
-            raise ValueError(f"{key} of the released config must be {expected}, got {value!r}")
+            raise UserError(f"{key} of the released config must be {expected}, got {value!r}")
     return kept
 
 
@@ -169,7 +170,7 @@ def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(params: Mapping[str, Any], config: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a checkpoint. ValueError listing every tensor that is missing, extra or misshapen."""
+    """The vocabulary of a checkpoint. UserError listing every tensor that is missing, extra or misshapen."""
     shapes = shapes_of(params)
     stacked = any(name.startswith(f"{STACKED}/") for name in shapes) or not any(
         name.startswith("transformer/h/") for name in shapes
@@ -312,7 +313,7 @@ class ReleasedPolicy(nn.Module):
             if mask_BT is not None and bool(mask_BT.any()):
                 known = self.vocabulary.rows(segment)  # type: ignore[arg-type]
                 if not len(known):
-                    raise ValueError(f"this checkpoint has no {segment} segment, but the mask marks tokens of it")
+                    raise UserError(f"this checkpoint has no {segment} segment, but the mask marks tokens of it")
                 rows = torch.where(mask_BT.bool(), tokens_BT.long() + known.start, rows)
         return rows
 
@@ -320,7 +321,7 @@ class ReleasedPolicy(nn.Module):
 def from_released(params: Mapping[str, Any], config: Mapping[str, Any], *, layout: Layout = "fixed") -> ReleasedPolicy:
     """The policy with the released weights (arrays or tensors under the released names), in evaluation mode.
 
-    config: the released model's (keys of PUBLISHED). Raises ValueError on unknown or missing keys, and one that lists
+    config: the released model's (keys of PUBLISHED). Raises UserError on unknown or missing keys, and one that lists
     every tensor that is missing, left over or of another shape.
     """
     config = checked_config(config)

@@ -35,6 +35,7 @@ from lapa.policy.backbones.tiny import square_images
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.released.vqgan import VQGAN, VQGANConfig
+from lapa.types import UserError
 
 VQGAN_FOLDER = "vqgan"
 VISION_TAGS = "<vision>", "</vision>"
@@ -73,10 +74,10 @@ class LwmConfig:
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} does not divide into {self.heads} heads of an even width")
+            raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even width")
         ends = self.end_of_frame, self.end_of_vision
         if not self.vqgan.num_embeddings <= min(ends) < max(ends) < self.vision_rows:
-            raise ValueError(
+            raise UserError(
                 f"end of frame {ends[0]} and end of vision {ends[1]} must be two codes after the "
                 f"{self.vqgan.num_embeddings} of the image tokeniser, within {self.vision_rows} rows"
             )
@@ -146,11 +147,11 @@ class LwmProcessor:
         save_tokenizer(self.tokenizer, folder)
 
     def _fill(self, tokens: list[int], pictures: Sequence[Int[np.ndarray, "N"]]) -> None:
-        """Puts codes into their places. ValueError where they are not those of as many pictures of this tokeniser."""
+        """Puts codes into their places. UserError where they are not those of as many pictures of this tokeniser."""
         vqgan = self.config.vqgan
         for codes_N in pictures:
             if codes_N.shape != (vqgan.num_tokens,) or not 0 <= codes_N.min() <= codes_N.max() < vqgan.num_embeddings:
-                raise ValueError(
+                raise UserError(
                     f"expected {vqgan.num_tokens} codes of a picture below {vqgan.num_embeddings}, got an array of "
                     f"shape {codes_N.shape} up to {codes_N.max()}; they are those of another image tokeniser"
                 )
@@ -234,23 +235,23 @@ def renew(config: LwmConfig, vocabulary: Vocabulary, num_cameras: int) -> LwmBac
 def load(
     config: LwmConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[LwmBackbone, LwmProcessor]:
-    """What `save` wrote, in the precision that it was saved in. ValueError naming what is missing or does not fit."""
+    """What `save` wrote, in the precision that it was saved in. UserError naming what is missing or does not fit."""
     require_room(model, str(model))
     try:
         loaded: Any = LlamaForCausalLM.from_pretrained(
             model, dtype="auto", local_files_only=True, output_loading_info=True
         )
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{model}: no complete Llama of transformers ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{model}: no complete Llama of transformers ({str(error).splitlines()[0]})") from None
     language, loading = loaded
     if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]}):
-        raise ValueError(f"{model}: weights missing, left over or misshapen: {', '.join(map(str, wrong))}")
+        raise UserError(f"{model}: weights missing, left over or misshapen: {', '.join(map(str, wrong))}")
     rows = language.get_input_embeddings().weight.shape[0]
     if rows < vocabulary.size:
-        raise ValueError(f"{model}: {rows} rows, but the policy's vocabulary has {vocabulary.size}")
+        raise UserError(f"{model}: {rows} rows, but the policy's vocabulary has {vocabulary.size}")
     vqgan = VQGAN.load(model / VQGAN_FOLDER)
     if vqgan.config != config.vqgan:
-        raise ValueError(f"{model / VQGAN_FOLDER}: another image tokeniser than the policy's config says")
+        raise UserError(f"{model / VQGAN_FOLDER}: another image tokeniser than the policy's config says")
     first_code = vocabulary.rows("vision").start
     backbone = LwmBackbone(config, language, vqgan, first_code)
     return backbone, LwmProcessor(load_tokenizer(processor), config, first_code)

@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from lapa.types import UserError
+
 # What a name in the file stands for; versions of NumPy, JAX and Flax differ in where it lives, not in what it does.
 NAMES = {
     "numpy.core.multiarray _reconstruct": "empty array",
@@ -49,13 +51,13 @@ NUMBERS = re.compile(r"[biuf][0-9]{1,2}")
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever a malformed file raises inside is a ValueError that names the file and says `what` it is."""
+    """Whatever a malformed file raises inside is a UserError that names the file and says `what` it is."""
     try:
         yield
     except MALFORMED as error:
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise
-        raise ValueError(f"{path}: {what} ({str(error) or type(error).__name__})") from None
+        raise UserError(f"{path}: {what} ({str(error) or type(error).__name__})") from None
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class _Mark:
 def read_pickled(path: Path) -> dict[str, Any]:
     """The maps of the file, with tensors at their leaves.
 
-    Raises ValueError naming the file where it is truncated, or holds anything but maps of arrays.
+    Raises UserError naming the file where it is truncated, or holds anything but maps of arrays.
     """
     reader = _Reader(path)
     with reading(path, "a pickle, but no map of arrays"):
@@ -112,7 +114,7 @@ def _instructions(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
             yield opcode.name, argument
     except ValueError as error:
         if any(sign in str(error) for sign in TRUNCATED):
-            raise ValueError(f"{path}: truncated: the pickle ends before its end; download it again") from None
+            raise UserError(f"{path}: truncated: the pickle ends before its end; download it again") from None
         raise
 
 
@@ -176,8 +178,8 @@ class _Reader:
         del self.stack[position:]
         return items
 
-    def _refused(self, why: str) -> ValueError:
-        return ValueError(
+    def _refused(self, why: str) -> UserError:
+        return UserError(
             f"{self.path}: a pickle that {why}, so it is not only a map of arrays; pickles are read as data and never "
             "run. Where you trust the file, load it where it was made and save its arrays with flax.serialization"
         )
@@ -229,9 +231,9 @@ def _tensors(value: Any, path: Path, seen: set[int]) -> Any:
     if isinstance(value, dict):
         if id(value) in seen:
             # It may hold itself, or double at each of many levels.
-            raise ValueError(f"{path}: a pickle with the same map in two places, as no map of arrays has")
+            raise UserError(f"{path}: a pickle with the same map in two places, as no map of arrays has")
         seen.add(id(value))
         return {key: _tensors(item, path, seen) for key, item in value.items()}
     if isinstance(value, Array) and value.tensor is not None:
         return value.tensor
-    raise ValueError(f"{path}: a pickle with {type(value).__name__} where an array was expected")
+    raise UserError(f"{path}: a pickle with {type(value).__name__} where an array was expected")

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from lapa import config as configs
 from lapa.files import atomic_path
 from lapa.released.checkpoints import require_shapes, shapes_of
+from lapa.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NORM_GROUPS, NORM_EPS = 32, 1e-6
@@ -57,11 +58,11 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         sizes = (self.resolution, self.hidden_channels, *self.channel_mult, self.num_res_blocks, self.z_channels)
         if min(*sizes, self.quantized_embed_dim, self.num_embeddings) < 1:
-            raise ValueError(f"the sizes of an image tokeniser are at least 1, got {configs.to_dict(self)}")
+            raise UserError(f"the sizes of an image tokeniser are at least 1, got {configs.to_dict(self)}")
         if self.hidden_channels % NORM_GROUPS:
-            raise ValueError(f"hidden_channels {self.hidden_channels} is no multiple of {NORM_GROUPS}")
+            raise UserError(f"hidden_channels {self.hidden_channels} is no multiple of {NORM_GROUPS}")
         if not self.channel_mult or self.resolution % 2 ** (len(self.channel_mult) - 1):
-            raise ValueError(
+            raise UserError(
                 f"resolution {self.resolution} cannot be halved {len(self.channel_mult) - 1} times (channel_mult)"
             )
 
@@ -192,10 +193,10 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def latents(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B h w D"]:
-        """What the codes stand for, before the nearest one is chosen. ValueError for pictures of another size."""
+        """What the codes stand for, before the nearest one is chosen. UserError for pictures of another size."""
         side = self.config.resolution
         if tuple(images_BHWC.shape[1:]) != (side, side, 3):
-            raise ValueError(f"the image tokeniser takes pictures of {side} x {side} x 3, got {images_BHWC.shape[1:]}")
+            raise UserError(f"the image tokeniser takes pictures of {side} x {side} x 3, got {images_BHWC.shape[1:]}")
         # A permuted NHWC tensor already lies in memory as channels_last.
         pixels = images_BHWC.permute(0, 3, 1, 2).to(self.codebook_KD.dtype) / 127.5 - 1
         with torch.autocast(images_BHWC.device.type, enabled=False):
@@ -225,7 +226,7 @@ class VQGAN(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> VQGAN:
-        """What `save` wrote. ValueError naming the file that is missing or does not fit."""
+        """What `save` wrote. UserError naming the file that is missing or does not fit."""
         config = configs.load(VQGANConfig, Path(folder) / CONFIG)
         path = Path(folder) / WEIGHTS
         with torch.device("meta"):
@@ -233,9 +234,9 @@ class VQGAN(nn.Module):
         try:
             model.load_state_dict(load_file(path), assign=True)
         except FileNotFoundError:
-            raise ValueError(f"{path}: missing; the policy folder is incomplete, import it again") from None
+            raise UserError(f"{path}: missing; the policy folder is incomplete, import it again") from None
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path}: does not fit {CONFIG} beside it ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{path}: does not fit {CONFIG} beside it ({str(error).splitlines()[0]})") from error
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.requires_grad_(False).eval()
 
@@ -277,7 +278,7 @@ def released_shapes(config: VQGANConfig) -> dict[str, tuple[int, ...]]:
 def from_released(params: Mapping[str, Any], config: VQGANConfig) -> VQGAN:
     """The tokeniser with the released weights (arrays or tensors), in evaluation mode.
 
-    Raises ValueError listing every name that is missing, left over or of another shape.
+    Raises UserError listing every name that is missing, left over or of another shape.
     """
     require_shapes("the image tokeniser", shapes_of(params), released_shapes(config))
     model = VQGAN(config)

@@ -23,6 +23,7 @@ from lapa.data.source import Clip, Item, Source, with_length
 from lapa.data.video import ClipScan, VideoInfo, frame_times, probe, upright
 from lapa.sources.cache import cached, stamp
 from lapa.sources.finding import judge, look_through
+from lapa.types import UserError
 
 # Files; looking at fewer headers takes less than a second or two.
 WORTH_KEEPING = 500
@@ -64,10 +65,10 @@ class FilmSource(Source):
         """All items with their lengths; see `count_frames`."""
 
         unknown = [item.key for item in self.items if item.length is None]
-        lengths: dict[str, int | ValueError] = {}
+        lengths: dict[str, int | UserError] = {}
         infos: dict[str, VideoInfo] = {}
         for name, info in read_headers(self.root, unknown):
-            if isinstance(info, ValueError):
+            if isinstance(info, UserError):
                 lengths[name] = info
             elif (length := quick_count(info, self.fps)) is not None:
                 lengths[name] = length
@@ -78,7 +79,7 @@ class FilmSource(Source):
         measured, broken = [], []
         for item in self.items:
             found = lengths[item.key] if item.length is None else item.length
-            if isinstance(found, ValueError):
+            if isinstance(found, UserError):
                 broken.append(str(found))
             else:
                 measured.append(with_length(item, found))
@@ -89,12 +90,12 @@ class FilmSource(Source):
         return pictures_near(self.film(item), [index / self.fps for index in frame_indices])
 
 
-def read_headers(root: Path, names: Sequence[str]) -> Iterator[tuple[str, VideoInfo | ValueError]]:
+def read_headers(root: Path, names: Sequence[str]) -> Iterator[tuple[str, VideoInfo | UserError]]:
     """Each video with what its header says, or why it cannot be read. Many headers are kept for the next time."""
 
     def look() -> list[list[Any] | None]:
         found = look_through(lambda name: _header(root / name), names)
-        return [None if isinstance(info, ValueError) else list(astuple(info)) for _, info in found]
+        return [None if isinstance(info, UserError) else list(astuple(info)) for _, info in found]
 
     if len(names) < WORTH_KEEPING:
         yield from look_through(lambda name: _header(root / name), names)
@@ -110,7 +111,7 @@ def read_headers(root: Path, names: Sequence[str]) -> Iterator[tuple[str, VideoI
 def _header(path: Path) -> VideoInfo:
     # A pipe would be waited for without end.
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no regular file; take it out")
+        raise UserError(f"{path}: is no regular file; take it out")
     return probe(path)
 
 
@@ -135,7 +136,7 @@ def quick_count(info: VideoInfo, fps: float) -> int | None:
 def count_frames(path: Path, info: VideoInfo, fps: float) -> int:
     """As `quick_count`, by the packets' times where the rate varies, and by reading where nothing else helps.
 
-    ValueError where there is no frame.
+    UserError where there is no frame.
     """
     quick = quick_count(info, fps)
     if quick is not None:
@@ -143,14 +144,14 @@ def count_frames(path: Path, info: VideoInfo, fps: float) -> int:
     times = [seconds for seconds, _ in ClipScan(path)] if info.constant else frame_times(path)
     number = sum(1 for _ in resample(in_time(((seconds, UNSEEN) for seconds in times), str(path)), fps))
     if not number:
-        raise ValueError(f"{path}: no frame of it can be decoded; replace it or take it out")
+        raise UserError(f"{path}: no frame of it can be decoded; replace it or take it out")
     return number
 
 
 def frames_near(path: Path, times: Sequence[float]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """The frame shown nearest to each time, in seconds from the first frame on; times must not go backwards.
 
-    Leaps to the first time instead of reading up to it. ValueError naming the file where it cannot be decoded, or ends
+    Leaps to the first time instead of reading up to it. UserError naming the file where it cannot be decoded, or ends
     more than a frame or two before a time.
     """
     clip = open_clip(path)
@@ -166,13 +167,13 @@ def frames_near(path: Path, times: Sequence[float]) -> Iterator[UInt8[np.ndarray
             while after is not None and _time(after) <= time:
                 before, after = after, next_frame(clip)
             if after is None and time > _time(before) + _duration(before) + late:
-                raise ValueError(
+                raise UserError(
                     f"{path}: ends at {_time(before) - first:.3f} s, before {seconds:.3f} s; it is damaged, replace it"
                 )
             nearer = before if after is None or time < (_time(before) + _time(after)) / 2 - TIE else after
             yield upright(nearer, clip.converter)
     except (av.FFmpegError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error}); replace it or take it out") from None
+        raise UserError(f"{path}: cannot be decoded ({error}); replace it or take it out") from None
     finally:
         # Whoever reads on has to leap: the frames taken here are gone.
         clip.position = None

@@ -17,6 +17,7 @@ from typing import TypeVar
 from lapa.console import progress, say, warn
 from lapa.data.lerobot import INFO, JOURNAL
 from lapa.files import as_path, is_remote
+from lapa.types import UserError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -34,22 +35,22 @@ def find_files(folder: Path | str, what: str) -> tuple[Path, list[str]]:
 
 
 def require_folder(folder: Path | str, what: str) -> Path:
-    """The folder. ValueError where it is none, or not on this machine; `what` says what it should hold."""
+    """The folder. UserError where it is none, or not on this machine; `what` says what it should hold."""
     root = as_path(folder)
     if is_remote(root):
-        raise ValueError(f"{folder}: {what} are read from this machine's disk; copy or mount it first")
+        raise UserError(f"{folder}: {what} are read from this machine's disk; copy or mount it first")
     if not root.is_dir():
         told = "is a file" if root.exists() else "no such folder"
         if root.exists() and root.suffix.lower() in ARCHIVES:
             told = "is an archive; unpack it first"
-        raise ValueError(f"{folder}: {told}; name a folder with {what}")
+        raise UserError(f"{folder}: {told}; name a folder with {what}")
     return root
 
 
 def require_rate(fps: float | None) -> None:
-    """Raises ValueError for an --fps that is no rate; None is left to the source."""
+    """Raises UserError for an --fps that is no rate; None is left to the source."""
     if fps is not None and not 0 < fps < inf:
-        raise ValueError(f"--fps {fps}: must be above 0, and finite")
+        raise UserError(f"--fps {fps}: must be above 0, and finite")
 
 
 def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
@@ -70,7 +71,7 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         folders[:] = sorted((name for name in folders if not name.startswith(".")), key=natural)
         for name in (*folders, *found):
             if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
-                raise ValueError(f"{here}: the name of {name!r} is not UTF-8; rename it")
+                raise UserError(f"{here}: the name of {name!r} is not UTF-8; rename it")
         yield "" if here == root else here.relative_to(root).as_posix(), [n for n in found if not n.startswith(".")]
 
 
@@ -79,13 +80,13 @@ def natural(name: str) -> tuple[str, str]:
     return re.sub(r"[0-9]+", lambda number: number[0].zfill(20), name.lower()), name
 
 
-def look_through(function: Callable[[str], Found], names: Sequence[str]) -> Iterator[tuple[str, Found | ValueError]]:
+def look_through(function: Callable[[str], Found], names: Sequence[str]) -> Iterator[tuple[str, Found | UserError]]:
     """Each name with what `function` finds out about it, or why it cannot, in order; many at a time."""
 
-    def look(name: str) -> Found | ValueError:
+    def look(name: str) -> Found | UserError:
         try:
             return function(name)
-        except ValueError as error:
+        except UserError as error:
             return error
 
     if not names:
@@ -106,17 +107,17 @@ def judge(problems: Sequence[str], mend: str, skip_bad: bool) -> int:
         return 0
     more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
     if not skip_bad:
-        raise ValueError(f"{problems[0]}{more}; {mend}")
+        raise UserError(f"{problems[0]}{more}; {mend}")
     warn(f"skipped: {problems[0]}{more}")
     return len(problems)
 
 
 def find_films(folder: Path | str) -> tuple[Path, list[str]]:
-    """A folder, and the videos in it and in the folders inside. ValueError where it holds none."""
+    """A folder, and the videos in it and in the folders inside. UserError where it holds none."""
     root, found = find_files(folder, "videos")
     videos = [name for name in found if name.lower().endswith(SUFFIXES)]
     if not videos:
-        raise ValueError(f"{folder}: holds no video (other files: {len(found)}); looked for {', '.join(SUFFIXES)}")
+        raise UserError(f"{folder}: holds no video (other files: {len(found)}); looked for {', '.join(SUFFIXES)}")
     if len(found) > len(videos):
         num = len(found) - len(videos)
         say(f"left aside: {num} {'file' if num == 1 else 'files'} without the suffix of a video")
@@ -155,4 +156,4 @@ def most_common(values: Sequence[Found]) -> Found:
 
 
 def _refuse(error: OSError) -> None:
-    raise ValueError(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions or take it out")
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions or take it out")

@@ -31,6 +31,7 @@ from lapa.files import reading as reading_file
 from lapa.sources.films import CAMERA
 from lapa.sources.finding import judge, natural, require_folder, require_rate, walk
 from lapa.sources.videos import find_captions
+from lapa.types import UserError
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
 NUMBER = re.compile(r"([0-9]+)[^0-9]*$")
@@ -54,7 +55,7 @@ class FramesReading:
     """Leave out, and count, clips whose numbers are no order, clips without caption and captions without clip."""
 
     def open(self) -> Source:
-        """Lists all folders. ValueError naming the file that is wrong and the mend."""
+        """Lists all folders. UserError naming the file that is wrong and the mend."""
         return _open(self)
 
 
@@ -93,7 +94,7 @@ class FramesSource(Source):
         frames = [read_picture(paths[index]) for index in frame_indices]
         for index, frame_HWC in zip(frame_indices, frames, strict=True):
             if frame_HWC.shape != frames[0].shape:
-                raise ValueError(
+                raise UserError(
                     f"{paths[index]}: is of another size than {paths[frame_indices[0]].name}; "
                     "`lapa data frames` scales them to one"
                 )
@@ -105,7 +106,7 @@ class FramesSource(Source):
         with reading_file(folder):
             pictures = sorted((path.name for path in folder.iterdir() if _is_picture(path.name)), key=_order)
         if len(pictures) < first + length:
-            raise ValueError(f"{folder}: holds {len(pictures)} pictures, {first + length} when the command began")
+            raise UserError(f"{folder}: holds {len(pictures)} pictures, {first + length} when the command began")
         return [folder / picture for picture in pictures[first : first + length]]
 
 
@@ -115,14 +116,14 @@ def run(config: FramesConfig) -> None:
 
 
 def read_picture(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture file as RGB. ValueError naming it where it cannot be decoded."""
+    """A picture file as RGB. UserError naming it where it cannot be decoded."""
     try:
         with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
             return np.asarray(image.convert("RGB"))
     # Pillow raises SyntaxError for a broken PNG.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         told = "empty, zero bytes" if path.exists() and not path.stat().st_size else f"no picture ({error})"
-        raise ValueError(f"{path}: {told}; replace it or take it out") from None
+        raise UserError(f"{path}: {told}; replace it or take it out") from None
 
 
 def _open(reading: FramesReading) -> FramesSource:
@@ -154,7 +155,7 @@ def _open(reading: FramesReading) -> FramesSource:
         done = {"cut": "cut there", "close": "joined as if nothing were missing", "leave-out": "left out"}
         warn(f"clips with gaps in their numbers, {done[reading.gaps]}: {with_gaps}; missing pictures: {missing}")
     if not items:
-        raise ValueError(f"{source.root}: no clip of it can be used")
+        raise UserError(f"{source.root}: no clip of it can be used")
     source.items = items
     source.cameras = {CAMERA: _first_size(source)}
     source.inputs = () if reading.captions is None else (Path(reading.captions),)
@@ -186,7 +187,7 @@ def _list_folders(root: Path) -> dict[str, _Folder]:
         if pictures:
             folders[folder or "."] = _look_at(sorted(map(_number, pictures)))
     if not folders:
-        raise ValueError(f"{root}: no folder of it holds numbered pictures ({', '.join(FORMATS)})")
+        raise UserError(f"{root}: no folder of it holds numbered pictures ({', '.join(FORMATS)})")
     if aside:
         say(f"left aside: {aside} files that are no pictures with a number in their names")
     return folders
@@ -215,7 +216,7 @@ def _first_size(source: FramesSource) -> tuple[int, int]:
                 return read_picture(path).shape[:2]
             except ValueError:
                 continue
-    raise ValueError(f"{source.root}: none of its pictures can be decoded")
+    raise UserError(f"{source.root}: none of its pictures can be decoded")
 
 
 def _is_picture(name: str) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from lapa.console import progress
 from lapa.data.source import Item
 from lapa.sources.lapa_rows import Row, find_rows, parse_row
+from lapa.types import UserError
 
 MEND = "mend the row, or leave out what is malformed: --skip-bad, or skip_bad=true with --data"
 
@@ -58,7 +59,7 @@ def look_through(path: Path, *, pictured: bool, picture_codes: int, skip_bad: bo
     """One pass over the rows: what all of them are like, and which of them are an episode. Plain JSON values.
 
     pictured: whether pictures are read even where there are codes; picture_codes, skip_bad: as in `LapaJsonlReading`.
-    ValueError naming the row that is malformed or not like the first one.
+    UserError naming the row that is malformed or not like the first one.
     """
     problems: list[str] = []
     first: Row | None = None
@@ -78,7 +79,7 @@ def look_through(path: Path, *, pictured: bool, picture_codes: int, skip_bad: bo
                 _require_alike(row, first or row, picture_codes if coded else 0, latent_length)
             except ValueError as error:
                 if not skip_bad:
-                    raise ValueError(f"{path}: row {number} {error}; {MEND}") from None
+                    raise UserError(f"{path}: row {number} {error}; {MEND}") from None
                 problems.append(f"{path}: row {number} {error}")
                 continue
             first = first or row
@@ -130,18 +131,18 @@ def _group(
 
 
 def _require_alike(row: Row, first: Row, picture_codes: int, latent_length: int) -> None:
-    """ValueError where a row is not like the first one. picture_codes: of one picture; 0 where pictures are read."""
+    """UserError where a row is not like the first one. picture_codes: of one picture; 0 where pictures are read."""
     if picture_codes:
         num = len(row.vision_N or ())
         if not num or num % picture_codes:
-            raise ValueError(f"has {num} codes in `vision`, which is no multiple of {picture_codes}")
+            raise UserError(f"has {num} codes in `vision`, which is no multiple of {picture_codes}")
     elif not row.image:
-        raise ValueError("has neither `vision` nor `image`" if row is first else "lacks `image`, which the first has")
+        raise UserError("has neither `vision` nor `image`" if row is first else "lacks `image`, which the first has")
     if row.delta_L is not None and latent_length not in (0, len(row.delta_L)):
-        raise ValueError(f"has {len(row.delta_L)} codes in `delta`, the others {latent_length}")
+        raise UserError(f"has {len(row.delta_L)} codes in `delta`, the others {latent_length}")
     for name, ours, its in (
         ("raw_actions", row.actions_A, first.actions_A),
         ("states", row.states_S, first.states_S),
     ):
         if (0 if ours is None else len(ours)) != (0 if its is None else len(its)):
-            raise ValueError(f"has other `{name}` than the first row")
+            raise UserError(f"has other `{name}` than the first row")

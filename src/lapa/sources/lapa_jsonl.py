@@ -38,6 +38,7 @@ from lapa.sources.cache import cached, stamp
 from lapa.sources.lapa_index import RowEpisodes, look_through
 from lapa.sources.lapa_rows import Row, existing, read_row
 from lapa.sources.rlds.table import POSE
+from lapa.types import UserError
 
 CAMERA = "image"
 LABELS = Path("labels", "released")
@@ -65,7 +66,7 @@ class LapaJsonlReading:
     """Leave out, and count, malformed rows."""
 
     def open(self) -> LapaJsonlSource:
-        """Raises ValueError naming the file and the row that is wrong, and the mend."""
+        """Raises UserError naming the file and the row that is wrong, and the mend."""
         return LapaJsonlSource(self)
 
 
@@ -87,7 +88,7 @@ def run(config: LapaJsonlConfig) -> None:
     labels = config.out / LABELS
     if source.coded:
         if not source.latent_length:
-            raise ValueError(f"{config.file}: has codes of pictures, and no `delta` to label them with; give --images")
+            raise UserError(f"{config.file}: has codes of pictures, and no `delta` to label them with; give --images")
         if (labels / MANIFEST).exists() and config.resume and not config.overwrite:
             say(f"{labels}: already complete")
             return
@@ -111,7 +112,7 @@ def run(config: LapaJsonlConfig) -> None:
 def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config: LapaJsonlConfig) -> int:
     """The rows' latent actions as labels of a dataset of the same rows, in place or converted. How many rows.
 
-    ValueError naming the row whose latent action is outside the codebook.
+    UserError naming the row whose latent action is outside the codebook.
     """
     if folder.exists():
         remove_folder(folder)
@@ -125,7 +126,7 @@ def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config
     num_labelled = 0
     for episode, item in enumerate(items):
         if len(item.place) != dataset.lengths[episode]:
-            raise ValueError(f"{source.file_of(item)}: {len(item.place)} rows, but {dataset.lengths[episode]} frames")
+            raise UserError(f"{source.file_of(item)}: {len(item.place)} rows, but {dataset.lengths[episode]} frames")
         labels = _labels_of(source, item, config.codebook_size)
         if len(labels.frame_indices_T):
             shard[episode] = labels
@@ -162,7 +163,7 @@ def _labels_of(source: LapaJsonlSource, item: Item, codebook_size: int) -> Episo
         if delta_L is None:
             continue
         if max(delta_L) >= codebook_size:
-            raise ValueError(
+            raise UserError(
                 f"{source.root}: row {item.place[index][0]}: `delta` holds {max(delta_L)}, but there are "
                 f"{codebook_size} codes; give --codebook-size"
             )
@@ -182,7 +183,7 @@ class LapaJsonlSource(Source):
     def __init__(self, options: LapaJsonlReading):
         self.options, self.root = options, as_path(options.file)
         if not 0 < options.fps < float("inf") or options.picture_codes < 1:
-            raise ValueError(f"{options.file}: fps {options.fps:g} and picture_codes must be above 0")
+            raise UserError(f"{options.file}: fps {options.fps:g} and picture_codes must be above 0")
         self.name, self.fps = self.root.stem, options.fps
         pictured, codes = options.images is not None, options.picture_codes
         found = cached(
@@ -196,7 +197,7 @@ class LapaJsonlSource(Source):
             if count:
                 warn(f"{self.name}: {note}: {count}")
         if not found["episodes"]:
-            raise ValueError(f"{self.root}: holds no row that can be read")
+            raise UserError(f"{self.root}: holds no row that can be read")
         self.coded, self.latent_length = bool(found["coded"]), int(found["latent_length"])
         self.items = RowEpisodes(found["episodes"], found["places"], found["names"], found["instructions"])
         width = found["action_dim"] if options.actions else 0
@@ -227,7 +228,7 @@ class LapaJsonlSource(Source):
         frames = [self._picture(item, int(index)) for index in frame_indices]
         sizes = {frame_HWC.shape[:2] for frame_HWC in frames}
         if len(sizes) > 1:
-            raise ValueError(f"{self.file_of(item)}: its pictures differ in size ({sizes}); convert it first")
+            raise UserError(f"{self.file_of(item)}: its pictures differ in size ({sizes}); convert it first")
         return np.stack(frames)
 
     def codes(self, item: Item, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
@@ -252,7 +253,7 @@ class LapaJsonlSource(Source):
         try:
             return read_row(self.root, offset, length)
         except ValueError as error:
-            raise ValueError(f"{self.root}: row {number} {error}") from None
+            raise UserError(f"{self.root}: row {number} {error}") from None
 
     def _picture(self, item: Item, index: int) -> np.ndarray:
         path = self.images / self.row(item, index).image
@@ -263,10 +264,10 @@ class LapaJsonlSource(Source):
             with Image.open(io.BytesIO(content)) as image:
                 return np.asarray(image.convert("RGB"))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         # Pillow raises SyntaxError for a broken PNG.
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{where}: {path}: cannot be decoded ({error})") from None
+            raise UserError(f"{where}: {path}: cannot be decoded ({error})") from None
 
 
 class CodedDataset(SourceDataset):
@@ -279,7 +280,7 @@ class CodedDataset(SourceDataset):
         return self.source.codes(self._items[episode_index], frame_indices)
 
     def _pictures(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
-        raise ValueError(
+        raise UserError(
             f"{self.root}: has codes of pictures and no pictures, which `lapa policy pretrain` and `finetune` with an "
             "`lwm` policy read; give --images (images= with --data) where there are pictures"
         )

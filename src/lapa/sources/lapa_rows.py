@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lapa.files import open_binary, reading
+from lapa.types import UserError
 
 # What the released code puts around the task in words; policies put it there again (`--prompt paper`).
 ROLES = re.compile(r"(?:<s>\s*)*(?:You are a helpful assistant\.)?\s*(?:USER:)?(.*?)(?:ASSISTANT:)?\s*", re.DOTALL)
@@ -52,17 +53,17 @@ class Row:
 
 
 def existing(path: Path) -> Path:
-    """The path, which must be a file. ValueError, with the mend, where it is none."""
+    """The path, which must be a file. UserError, with the mend, where it is none."""
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise ValueError(f"{path}: {what}; name a JSONL file, or a JSON list, of the released LAPA code")
+        raise UserError(f"{path}: {what}; name a JSONL file, or a JSON list, of the released LAPA code")
     return path
 
 
 def find_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line or number in the list, first byte, content) of each row of a JSONL file or a JSON list.
 
-    ValueError where the list is no JSON: what comes after that place cannot be found.
+    UserError where the list is no JSON: what comes after that place cannot be found.
     """
     with reading(path), open_binary(path) as file:
         head = file.read(64).lstrip()
@@ -78,24 +79,24 @@ def find_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def read_row(path: Path, offset: int, length: int) -> Row:
-    """The row at a place in the file. ValueError, which does not name it, where it is malformed."""
+    """The row at a place in the file. UserError, which does not name it, where it is malformed."""
     with reading(path), open_binary(path) as file:
         file.seek(offset)
         return parse_row(file.read(length))
 
 
 def parse_row(content: bytes) -> Row:
-    """A row of either file. ValueError, which does not name it, where it is malformed."""
+    """A row of either file. UserError, which does not name it, where it is malformed."""
     try:
         row = json.loads(content.decode())
     except UnicodeDecodeError:
-        raise ValueError("is not UTF-8 text") from None
+        raise UserError("is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON ({error.msg} at character {error.pos})") from None
+        raise UserError(f"is not valid JSON ({error.msg} at character {error.pos})") from None
     except (RecursionError, ValueError):
-        raise ValueError("is not valid JSON (nested too deeply, or a number of thousands of digits)") from None
+        raise UserError("is not valid JSON (nested too deeply, or a number of thousands of digits)") from None
     if not isinstance(row, dict):
-        raise ValueError(f"is not a JSON object, but {type(row).__name__}")
+        raise UserError(f"is not a JSON object, but {type(row).__name__}")
     if "conversations" in row:
         row = {**row, **_of_conversation(row["conversations"])}
     _require_fields(row)
@@ -126,7 +127,7 @@ def _list_rows(content: bytes, path: Path) -> Iterator[tuple[int, int, bytes]]:
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text") from None
+        raise UserError(f"{path}: is not UTF-8 text") from None
     decoder, ascii_only = json.JSONDecoder(), text.isascii()
     position = text.index("[") + 1
     # Bytes before `counted` characters.
@@ -138,7 +139,7 @@ def _list_rows(content: bytes, path: Path) -> Iterator[tuple[int, int, bytes]]:
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
-            raise ValueError(f"{path}: row {number}, at character {position}, is not valid JSON") from None
+            raise UserError(f"{path}: row {number}, at character {position}, is not valid JSON") from None
         offset = position if ascii_only else offset + len(text[counted:position].encode())
         counted = position
         yield number, offset, text[position:end].encode()
@@ -146,10 +147,10 @@ def _list_rows(content: bytes, path: Path) -> Iterator[tuple[int, int, bytes]]:
         if text[position : position + 1] == "]":
             break
         if text[position : position + 1] != ",":
-            raise ValueError(f"{path}: expected a comma or ] after row {number}, at character {position}")
+            raise UserError(f"{path}: expected a comma or ] after row {number}, at character {position}")
         position += 1
     if text[position + 1 :].strip():
-        raise ValueError(f"{path}: goes on after the end of its list, at character {position + 1}")
+        raise UserError(f"{path}: goes on after the end of its list, at character {position + 1}")
 
 
 def _after_space(text: str, position: int) -> int:
@@ -164,7 +165,7 @@ def _of_conversation(conversation: Any) -> dict[str, Any]:
         said, done = conversation[0]["value"], conversation[1]
         return {"instruction": said, **{key: done[key] for key in ("raw_actions", "states") if key in done}}
     except (TypeError, KeyError, IndexError):
-        raise ValueError("`conversations` must be the words of a person and the actions of the robot") from None
+        raise UserError("`conversations` must be the words of a person and the actions of the robot") from None
 
 
 def _require_fields(row: Mapping[str, Any]) -> None:
@@ -172,10 +173,10 @@ def _require_fields(row: Mapping[str, Any]) -> None:
     fields = row.get("fields", "")
     for choice in fields if isinstance(fields, list) else [fields]:
         if not isinstance(choice, str):
-            raise ValueError(f"`fields` must be text such as '[instruction],[vision],delta', got {choice!r}")
+            raise UserError(f"`fields` must be text such as '[instruction],[vision],delta', got {choice!r}")
         for field in filter(None, (part.strip().strip("[]") for part in choice.replace("+", ",").split(","))):
             if field not in row and field not in CONTROLS:
-                raise ValueError(f"`fields` names {field}, which the row lacks")
+                raise UserError(f"`fields` names {field}, which the row lacks")
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
@@ -183,7 +184,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     if key == "id" and isinstance(value, int):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"`{key}` is not text")
+        raise UserError(f"`{key}` is not text")
     return value
 
 
@@ -193,7 +194,7 @@ def _whole_numbers(row: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     if values is None:
         return None
     if not isinstance(values, list) or not values:
-        raise ValueError(f"`{key}` is not a list of codes")
+        raise UserError(f"`{key}` is not a list of codes")
     # Hundreds of codes in each of millions of rows: looked at one by one only where they are not all text of digits.
     if set(map(type, values)) == {str}:
         digits, lengths = "".join(values), set(map(len, values))
@@ -203,7 +204,7 @@ def _whole_numbers(row: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     for value in values:
         number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
         if type(number) is not int or not 0 <= number < LARGEST:
-            raise ValueError(f"`{key}` holds {str(value)[:20]!r}, which is no code")
+            raise UserError(f"`{key}` holds {str(value)[:20]!r}, which is no code")
         codes.append(number)
     return tuple(codes)
 
@@ -212,13 +213,13 @@ def _numbers(values: Any, key: str) -> np.ndarray | None:
     if values is None:
         return None
     if not isinstance(values, list) or not values or any(type(value) not in (int, float) for value in values):
-        raise ValueError(f"`{key}` is not a list of numbers")
+        raise UserError(f"`{key}` is not a list of numbers")
     try:
         numbers = np.array(values, np.float64)
     except OverflowError:
         numbers = np.array([np.inf])
     if not (np.abs(numbers) <= np.finfo(np.float32).max).all():
-        raise ValueError(f"`{key}` holds a number that is not finite")
+        raise UserError(f"`{key}` holds a number that is not finite")
     return numbers.astype(np.float32)
 
 
@@ -227,7 +228,7 @@ def _numbers_by_name(states: Any) -> list[tuple[str, float]] | None:
     if states is None:
         return None
     if not isinstance(states, dict) or not states:
-        raise ValueError("`states` is not an object of numbers")
+        raise UserError("`states` is not an object of numbers")
     found = []
     for name, value in states.items():
         numbers = _numbers(value if isinstance(value, list) else [value], f"states {name}")

@@ -53,7 +53,7 @@ class LeRobotReading:
     """Names of the action dimensions that are switches, such as a gripper that opens or shuts."""
 
     def open(self) -> LeRobotSource:
-        """ValueError naming the file that is wrong, or why the hub does not give it."""
+        """UserError naming the file that is wrong, or why the hub does not give it."""
         return LeRobotSource(self)
 
 
@@ -115,7 +115,7 @@ class LeRobotSource(Source):
         return self.open_dataset.frames(int(item.place[0]), frame_indices, camera)
 
     def numbers(self, item: Item) -> Mapping[str, np.ndarray]:
-        """Actions and states, those of them that there are. ValueError where they are not finite."""
+        """Actions and states, those of them that there are. UserError where they are not finite."""
         episode, numbers = int(item.place[0]), {}
         if self.open_dataset.action_dim is not None:
             numbers[ACTION] = self.open_dataset.actions(episode)
@@ -152,7 +152,7 @@ def _renamed(reading: LeRobotReading) -> dict[str, str]:
 
 
 def _folder(path: str) -> Path:
-    """The folder, or the hub's copy of it. ValueError where there is neither."""
+    """The folder, or the hub's copy of it. UserError where there is neither."""
     # Whatever could not be a name on the hub is a path.
     if "://" in path or Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return as_path(path)

@@ -30,6 +30,7 @@ from lapa.data.source import Clip, Item, Source
 from lapa.data.video import VideoInfo
 from lapa.sources.films import CAMERA, TIE, count_frames, frames_near, pictures_near, read_headers
 from lapa.sources.finding import find_films, judge, most_common, natural, require_rate, unambiguous
+from lapa.types import UserError
 
 COLUMNS = {
     "video": ("video", "video_id", "video_uid", "video_name", "file"),
@@ -53,7 +54,7 @@ class NarratedReading:
     """Leave out, and count, rows whose times are wrong and videos that cannot be read."""
 
     def open(self) -> Source:
-        """Reads the table and the headers of its videos. ValueError naming the row that is wrong and the mend."""
+        """Reads the table and the headers of its videos. UserError naming the row that is wrong and the mend."""
         return _open(self)
 
 
@@ -102,7 +103,7 @@ def run(config: NarratedConfig) -> None:
 
 
 def seconds(text: str) -> float:
-    """Seconds from `12.5`, `1:02.5` or `00:01:02.500`. ValueError where it is none of these, negative or not finite."""
+    """Seconds from `12.5`, `1:02.5` or `00:01:02.500`. UserError where it is none of these, negative or not finite."""
     try:
         parts = [float(part) for part in text.strip().split(":")]
     except ValueError:
@@ -111,13 +112,13 @@ def seconds(text: str) -> float:
     for part in parts:
         value = value * 60 + part
     if len(parts) > 3 or not isfinite(value) or any(part < 0 for part in parts) or any(p >= 60 for p in parts[1:]):
-        raise ValueError(f"{text!r} is no time; expected seconds or H:MM:SS")
+        raise UserError(f"{text!r} is no time; expected seconds or H:MM:SS")
     return value
 
 
 def _open(reading: NarratedReading) -> NarratedSource:
     if reading.narrations is None:
-        raise ValueError(f"{reading.folder}: no narrations; give a CSV of video, start, stop, text as --narrations")
+        raise UserError(f"{reading.folder}: no narrations; give a CSV of video, start, stop, text as --narrations")
     require_rate(reading.fps)
     table = Path(reading.narrations)
     root, names = find_films(reading.folder)
@@ -126,24 +127,24 @@ def _open(reading: NarratedReading) -> NarratedSource:
     asked = dict.fromkeys(row.video for row in rows)
     for video in asked:
         if video in twice:
-            raise ValueError(f"{table}: {video} may be {twice[video]}; write the folder before it")
+            raise UserError(f"{table}: {video} may be {twice[video]}; write the folder before it")
     missing = [video for video in asked if video not in films]
     if missing:
         lost = sum(row.video not in films for row in rows)
         warn(f"videos missing: {len(missing)} of the {len(asked)} that {table} names ({missing[0]}, ...); rows: {lost}")
     used = sorted({films[video] for video in asked if video in films}, key=natural)
     if not used:
-        raise ValueError(f"{root}: holds none of the {len(asked)} videos that {table} names; give their folder")
+        raise UserError(f"{root}: holds none of the {len(asked)} videos that {table} names; give their folder")
     headers: dict[str, VideoInfo] = {}
     broken = []
     for name, info in read_headers(root, used):
-        if isinstance(info, ValueError):
+        if isinstance(info, UserError):
             broken.append(str(info))
         else:
             headers[name] = info
     skipped = judge(broken, "--skip-bad leaves such videos out, with their rows", reading.skip_bad)
     if not headers:
-        raise ValueError(f"{root}: no video of it can be used")
+        raise UserError(f"{root}: no video of it can be used")
     source = NarratedSource()
     source.root, source.name = root, root.resolve().name
     source.fps = reading.fps or most_common([round(info.fps, 3) for info in headers.values()])
@@ -156,7 +157,7 @@ def _open(reading: NarratedReading) -> NarratedSource:
     if skipped:
         warn(f"rows and videos skipped in all (--skip-bad): {skipped}")
     if not source.items:
-        raise ValueError(f"{table}: none of its rows can be used")
+        raise UserError(f"{table}: none of its rows can be used")
     return source
 
 
@@ -191,7 +192,7 @@ def _duration(path: Path, info: VideoInfo) -> float:
 def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
     """The rows of a table of narrations, and what is wrong with those that are none."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such table of narrations")
+        raise UserError(f"{path}: no such table of narrations")
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
         try:
@@ -200,7 +201,7 @@ def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
             for what, known in COLUMNS.items():
                 column = next((names[name] for name in known if name in names), None)
                 if column is None:
-                    raise ValueError(f"{path}: has no column for the {what} (known: {', '.join(known)})")
+                    raise UserError(f"{path}: has no column for the {what} (known: {', '.join(known)})")
                 columns[what] = column
             rows, wrong = [], []
             for entry in table:
@@ -209,17 +210,17 @@ def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
                 except ValueError as error:
                     wrong.append(f"{path}: line {table.line_num}: {error}")
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: line {table.line_num + 1}: cannot be read ({error})") from None
+            raise UserError(f"{path}: line {table.line_num + 1}: cannot be read ({error})") from None
     if not rows and not wrong:
-        raise ValueError(f"{path}: holds no row")
+        raise UserError(f"{path}: holds no row")
     return rows, wrong
 
 
 def _row(entry: Mapping[str, str | None], columns: Mapping[str, str], line: int) -> _Row:
     video, start, stop, text = (str(entry[columns[what]] or "").strip() for what in ("video", "start", "stop", "text"))
     if not video or not text:
-        raise ValueError(f"has no {'text' if video else 'video'}")
+        raise UserError(f"has no {'text' if video else 'video'}")
     first, last = seconds(start), seconds(stop)
     if last <= first:
-        raise ValueError(f"stops at {stop}, which is not after its start at {start}")
+        raise UserError(f"stops at {stop}, which is not after its start at {start}")
     return _Row(line, video, first, last, text)

@@ -24,6 +24,7 @@ from lapa.data.video import probe
 from lapa.files import read_json
 from lapa.sources.films import CAMERA, FilmSource
 from lapa.sources.finding import find_films, natural, require_rate, unambiguous
+from lapa.types import UserError
 
 # Names that the labels have been published under, in the folder of the videos, beside it, or in `labels`.
 LABELS = ("{split}.json", "something-something-v2-{split}.json")
@@ -49,7 +50,7 @@ class Sthv2Reading:
     """Leave out, and count, films that cannot be read; otherwise the first stops the command."""
 
     def open(self) -> Source:
-        """Reads the labels and the names of the films. ValueError naming the file that is wrong and the mend."""
+        """Reads the labels and the names of the films. UserError naming the file that is wrong and the mend."""
         return _open(self)
 
 
@@ -81,7 +82,7 @@ def _open(reading: Sthv2Reading) -> Sthv2Source:
         if film in films
     ]
     if not items:
-        raise ValueError(f"{root}: holds none of the {len(texts)} films that {labels} names; give their folder")
+        raise UserError(f"{root}: holds none of the {len(texts)} films that {labels} names; give their folder")
     if len(items) < len(texts):
         warn(f"films missing: {len(texts) - len(items)} of the {len(texts)} that {labels} names")
     untold = sum(not item.instruction for item in items)
@@ -106,21 +107,21 @@ def _first_size(root: Path, items: Sequence[Item], skip_bad: bool) -> tuple[int,
                 raise
         else:
             return header.height, header.width
-    raise ValueError(f"{root}: none of its films can be read")
+    raise UserError(f"{root}: none of its films can be read")
 
 
 def read_labels(path: Path, text: Literal["label", "template"] = "label") -> dict[str, str]:
-    """The text of each film by its id; "" where it has none. ValueError naming the file and the entry."""
+    """The text of each film by its id; "" where it has none. UserError naming the file and the entry."""
     entries = read_json(path)
     if not isinstance(entries, list):
-        raise ValueError(f"{path}: is no list of labels ({{id, label, template, placeholders}})")
+        raise UserError(f"{path}: is no list of labels ({{id, label, template, placeholders}})")
     texts: dict[str, str] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
-            raise ValueError(f"{path}: entry {number} has no id")
+            raise UserError(f"{path}: entry {number} has no id")
         name = str(entry["id"])
         if name in texts:
-            raise ValueError(f"{path}: entry {number}: {name} comes twice; take one out")
+            raise UserError(f"{path}: entry {number}: {name} comes twice; take one out")
         texts[name] = _text(entry, text, f"{path}: entry {number}")
     return texts
 
@@ -129,7 +130,7 @@ def _text(entry: dict[str, Any], text: str, where: str) -> str:
     label, template, placeholders = entry.get("label", ""), entry.get("template", ""), entry.get("placeholders", [])
     strings = isinstance(label, str) and isinstance(template, str) and isinstance(placeholders, list)
     if not strings or not all(isinstance(name, str) for name in placeholders):
-        raise ValueError(f"{where}: label, template and placeholders are not texts")
+        raise UserError(f"{where}: label, template and placeholders are not texts")
     if text == "label" and label:
         return label.strip()
     if text == "label":
@@ -150,4 +151,4 @@ def _find_labels(root: Path, split: str) -> Path:
         if path.is_file():
             return path
     told = " or ".join(name.format(split=split) for name in LABELS)
-    raise ValueError(f"{root}: found no labels ({told}) in it, beside it or in `labels`; give --labels FILE")
+    raise UserError(f"{root}: found no labels ({told}) in it, beside it or in `labels`; give --labels FILE")

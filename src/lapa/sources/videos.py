@@ -33,6 +33,7 @@ from lapa.data.statistics import PixelMoments
 from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream
 from lapa.sources.films import CAMERA, FilmSource, quick_count, read_headers
 from lapa.sources.finding import by_short_name, find_films, judge, most_common, require_rate
+from lapa.types import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "instruction")
 
@@ -53,7 +54,7 @@ class VideosReading:
     """Leave out, and count, files that are no videos, videos without caption and captions without video."""
 
     def open(self) -> Source:
-        """Looks at the header of every video. ValueError naming the file that is wrong and the mend."""
+        """Looks at the header of every video. UserError naming the file that is wrong and the mend."""
         return open_videos(self)
 
 
@@ -65,7 +66,7 @@ class VideosConfig(ConvertOptions, VideosReading):
     """Copy the video streams as they are (H.264, HEVC, AV1 or VP9, all of one size and rate); slower to train on."""
 
     def open(self) -> Source:
-        """As `VideosReading.open`; with `keep_encoding`, ValueError also where the videos differ."""
+        """As `VideosReading.open`; with `keep_encoding`, UserError also where the videos differ."""
         return open_videos(self, keep_encoding=self.keep_encoding)
 
 
@@ -79,7 +80,7 @@ def run(config: VideosConfig) -> None:
     """`lapa data videos`."""
     given = [name for name in ("rate", "cut_shots", "min_seconds", "min_side", "min_motion") if getattr(config, name)]
     if config.keep_encoding and given:
-        raise ValueError(
+        raise UserError(
             f"--keep-encoding copies whole videos; run without it, or without --{given[0].replace('_', '-')}"
         )
     convert.run(config, config, copy=_copy if config.keep_encoding else None)
@@ -93,7 +94,7 @@ def open_videos(reading: VideosReading, keep_encoding: bool = False) -> VideosSo
     captioned = [name for name in names if name in instructions]
     items, infos, broken = [], [], []
     for name, info in read_headers(root, captioned):
-        if isinstance(info, ValueError):
+        if isinstance(info, UserError):
             broken.append(str(info))
             continue
         items.append((name, instructions[name]))
@@ -102,7 +103,7 @@ def open_videos(reading: VideosReading, keep_encoding: bool = False) -> VideosSo
     if skipped:
         warn(f"entries skipped in all (--skip-bad): {skipped}")
     if not items:
-        raise ValueError(f"{root}: no video of it can be used")
+        raise UserError(f"{root}: no video of it can be used")
     source = VideosSource()
     source.skip_bad = reading.skip_bad
     source.root, source.name = root, root.resolve().name
@@ -124,16 +125,16 @@ def open_videos(reading: VideosReading, keep_encoding: bool = False) -> VideosSo
 
 
 def read_captions(path: Path) -> list[tuple[str, str]]:
-    """(file name, caption) in order, from JSON, JSONL or CSV. Raises ValueError naming the file and the line."""
+    """(file name, caption) in order, from JSON, JSONL or CSV. Raises UserError naming the file and the line."""
     suffix = path.suffix.lower()
     if not path.is_file():
-        raise ValueError(f"{path}: no such captions file")
+        raise UserError(f"{path}: no such captions file")
     if suffix == ".json":
         captions = files.read_json(path)
         if isinstance(captions, Mapping):
             wrong = next((name for name, text in captions.items() if not isinstance(text, str)), None)
             if wrong is not None:
-                raise ValueError(f'{path}: the caption of {wrong!r} is not text; expected {{"file": "text"}}')
+                raise UserError(f'{path}: the caption of {wrong!r} is not text; expected {{"file": "text"}}')
             return list(captions.items())
         return _caption_rows(path, captions if isinstance(captions, list) else [captions])
     try:
@@ -145,19 +146,19 @@ def read_captions(path: Path) -> list[tuple[str, str]]:
             with path.open(newline="", encoding="utf-8-sig") as table:
                 return _caption_rows(path, csv.DictReader(table))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
-    raise ValueError(f"{path}: captions are .json, .jsonl or .csv, not {suffix or 'a file without a suffix'}")
+        raise UserError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
+    raise UserError(f"{path}: captions are .json, .jsonl or .csv, not {suffix or 'a file without a suffix'}")
 
 
 def find_captions(reading: Any, names: Sequence[str], what: str = "video") -> tuple[dict[str, str], int]:
     """The text of each name that has one, and how many problems were skipped.
 
     reading: has `folder`, `captions`, `caption` and `skip_bad`. A caption may name a file with its folders or without,
-    if that is unique; of several the first counts, and an empty one is none. ValueError for names without caption and
+    if that is unique; of several the first counts, and an empty one is none. UserError for names without caption and
     captions without file, unless `skip_bad`.
     """
     if reading.captions is None and reading.caption is None:
-        raise ValueError(f'{reading.folder}: no captions; give --captions FILE, or --caption "what the {what}s show"')
+        raise UserError(f'{reading.folder}: no captions; give --captions FILE, or --caption "what the {what}s show"')
     found = dict.fromkeys(names, reading.caption) if reading.caption is not None else {}
     if reading.captions is None:
         return found, 0
@@ -187,7 +188,7 @@ def _choose_fps(root: Path, infos: Sequence[VideoInfo], wanted: float | None, ke
         return fps
     told = ", ".join(f"{count} at {rate:g}" for rate, count in others.items())
     if keep_encoding:
-        raise ValueError(f"{root}: mixed rates ({told}, others {fps:g} fps); run without --keep-encoding")
+        raise UserError(f"{root}: mixed rates ({told}, others {fps:g} fps); run without --keep-encoding")
     say(f"read at {fps:g} fps; resampled by their timestamps: {told} fps")
     return fps
 
@@ -199,13 +200,13 @@ def _choose_shape(root: Path, names: Sequence[str], infos: Sequence[VideoInfo], 
     if len(shapes) > 1:
         told = ", ".join(f"{count} of {width}x{height}" for (height, width), count in shapes.most_common(5))
         if keep_encoding:
-            raise ValueError(f"{root}: mixed picture sizes ({told}); run without --keep-encoding")
+            raise UserError(f"{root}: mixed picture sizes ({told}); run without --keep-encoding")
         say(f"{len(shapes)} different picture sizes ({told}); all are scaled and cropped to one when they are used")
     if keep_encoding and (shape[0] % 2 or shape[1] % 2):
-        raise ValueError(f"{root}: pictures of {shape[1]}x{shape[0]}, an odd size; run without --keep-encoding")
+        raise UserError(f"{root}: pictures of {shape[1]}x{shape[0]}, an odd size; run without --keep-encoding")
     for name, info in zip(names, infos, strict=True):
         if keep_encoding and info.codec not in MP4_CODECS:
-            raise ValueError(
+            raise UserError(
                 f"{root / name}: is encoded as {info.codec}, which an mp4 dataset cannot keep "
                 f"(only {', '.join(MP4_CODECS)}); run without --keep-encoding"
             )
@@ -265,7 +266,7 @@ def _caption_rows(path: Path, rows: Iterable[Any]) -> list[tuple[str, str]]:
     for number, row in enumerate(rows, 1):
         column = next((name for name in CAPTION_COLUMNS if isinstance(row, Mapping) and row.get(name)), None)
         if column is None or not row.get("file"):
-            raise ValueError(f"{path}: entry {number} needs `file` and one of {', '.join(CAPTION_COLUMNS)}")
+            raise UserError(f"{path}: entry {number} needs `file` and one of {', '.join(CAPTION_COLUMNS)}")
         captions.append((str(row["file"]), str(row[column])))
     return captions
 
@@ -274,4 +275,4 @@ def _json_line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {number} is not valid JSON ({error.msg})") from None
+        raise UserError(f"{path}: line {number} is not valid JSON ({error.msg})") from None

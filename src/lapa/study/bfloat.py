@@ -15,6 +15,8 @@ from typing import IO
 
 import torch
 
+from lapa.types import UserError
+
 # Numbers that a tensor must have at least to be narrowed.
 LEAST_NUMBERS = 16384
 BLOCK = 1 << 20
@@ -30,7 +32,7 @@ def narrowed_size(file: IO[bytes]) -> int:
 
 
 def narrow(file: IO[bytes]) -> Iterator[bytes]:
-    """The narrowed file, block by block. ValueError where the file is no whole safetensors file."""
+    """The narrowed file, block by block. UserError where the file is no whole safetensors file."""
     head, tensors = _read_header(file)
     yield head
     for size, narrowed in tensors:
@@ -42,7 +44,7 @@ def narrow(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def widen(file: IO[bytes]) -> Iterator[bytes]:
-    """The file that `narrow` was given, its large tensors rounded. ValueError where it is not whole."""
+    """The file that `narrow` was given, its large tensors rounded. UserError where it is not whole."""
     head, tensors = _read_header(file)
     yield head
     for size, narrowed in tensors:
@@ -58,17 +60,17 @@ def _read_header(file: IO[bytes]) -> tuple[bytes, list[tuple[int, bool]]]:
     length = file.read(8)
     header_size = int.from_bytes(length, "little")
     if len(length) < 8 or header_size > LONGEST_HEADER:
-        raise ValueError("not a safetensors file (its header's length makes no sense)")
+        raise UserError("not a safetensors file (its header's length makes no sense)")
     header = file.read(header_size)
     try:
         described = json.loads(header)
         tensors = sorted((values["data_offsets"], values["dtype"]) for n, values in described.items() if n[:2] != "__")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError("not a safetensors file (its header cannot be read)") from None
+        raise UserError("not a safetensors file (its header cannot be read)") from None
     end, found = 0, []
     for (first, last), kind in tensors:
         if first != end or last < first:
-            raise ValueError("not a safetensors file (its tensors do not lie one after another)")
+            raise UserError("not a safetensors file (its tensors do not lie one after another)")
         found.append((last - first, kind == "F32" and last - first >= 4 * LEAST_NUMBERS))
         end = last
     return length + header, found
@@ -79,6 +81,6 @@ def _blocks(file: IO[bytes], size: int) -> Iterator[bytes]:
         block = file.read(min(BLOCK, size))
         # Numbers must not be cut in two.
         if len(block) != min(BLOCK, size):
-            raise ValueError("not a whole safetensors file (it ends early)")
+            raise UserError("not a whole safetensors file (it ends early)")
         size -= len(block)
         yield block

@@ -19,6 +19,7 @@ from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve
 from lapa.study.statistics import Estimate, Group
 from lapa.study.tables import Correlation, figure_and_success
 from lapa.study.verdicts import stage_of
+from lapa.types import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,13 +41,11 @@ LEGEND_WIDTH = 5.4  # inches
 
 
 def require_matplotlib() -> None:
-    """ValueError where it is not installed."""
+    """UserError where it is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError(
-            'the report draws with matplotlib, which is not installed; pip install "lapa[study]"'
-        ) from None
+        raise UserError('the report draws with matplotlib, which is not installed; pip install "lapa[study]"') from None
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -29,6 +29,7 @@ from lapa.files import atomic_path, claim_output, naming, read_json, write_json
 from lapa.study.bfloat import narrow, narrowed_size
 from lapa.study.plan import ARTIFACTS
 from lapa.study.results import FOLDER, SECONDS, SETTINGS
+from lapa.types import UserError
 
 INDEX, FORMAT = "index.json", 1
 RESULT_SUFFIXES = (".json", ".png")
@@ -112,20 +113,20 @@ class BlockReader:
 
 
 def run(config: PackConfig) -> None:
-    """`lapa study pack`. ValueError on bad input, before anything is written."""
+    """`lapa study pack`. UserError on bad input, before anything is written."""
     size = int(config.part_mib * MIB)
     if size < 1:
-        raise ValueError(f"--part-mib must be above 0, got {config.part_mib:g}")
+        raise UserError(f"--part-mib must be above 0, got {config.part_mib:g}")
     if config.datasets and not config.weights:
-        raise ValueError("--datasets: goes with --weights; give both")
+        raise UserError("--datasets: goes with --weights; give both")
     if not (config.study / FOLDER).is_dir() and not (config.study / ARTIFACTS).is_dir():
-        raise ValueError(f"{config.study}: no study (neither {FOLDER} nor {ARTIFACTS}); make one with `lapa study run`")
+        raise UserError(f"{config.study}: no study (neither {FOLDER} nor {ARTIFACTS}); make one with `lapa study run`")
     for inner in (FOLDER, ARTIFACTS):
         if config.out.resolve().is_relative_to((config.study / inner).resolve()):
-            raise ValueError(f"{config.out}: lies in {config.study / inner}, which is packed; give another --out")
+            raise UserError(f"{config.out}: lies in {config.study / inner}, which is packed; give another --out")
     paths, left_out = choose(config.study, weights=config.weights, datasets=config.datasets)
     if not paths:
-        raise ValueError(f"{config.study}: nothing to pack yet; {len(left_out)} things were left out (--weights?)")
+        raise UserError(f"{config.study}: nothing to pack yet; {len(left_out)} things were left out (--weights?)")
     complete = (config.out / INDEX).exists()
     claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.study])
     parts = Parts(config.out, size)

@@ -18,6 +18,8 @@ from pathlib import Path
 from rich.markup import escape as escape_markup
 from rich.table import Table as RichTable
 
+from lapa.types import UserError
+
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1b1f24; --ground: #ffffff; --soft: #f3f4f6; --line: #d0d5db; --mark: #0060a0; }
@@ -114,10 +116,10 @@ def details(summary: str, parts: Sequence[str]) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    """A PNG file inside the page. ValueError where it is none."""
+    """A PNG file inside the page. UserError where it is none."""
     content = path.read_bytes()
     if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise ValueError(f"{path}: not a PNG picture; make it again with `lapa study run`, or remove it")
+        raise UserError(f"{path}: not a PNG picture; make it again with `lapa study run`, or remove it")
     data = base64.b64encode(content).decode("ascii")
     text = html.escape(caption)
     return f"<figure><img src='data:image/png;base64,{data}' alt='{text}'><figcaption>{text}</figcaption></figure>"

@@ -21,6 +21,7 @@ from typing import TypeAlias
 from lapa.stages import Stage
 from lapa.study.results import Arm, Split
 from lapa.study.sizes import Sizes
+from lapa.types import UserError
 
 Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
@@ -98,12 +99,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.demonstrations < 1:
-            raise ValueError(f"--demonstrations must be at least 1, got {self.demonstrations}")
+            raise UserError(f"--demonstrations must be at least 1, got {self.demonstrations}")
         world = self.sizes.world
         if self.split == "cross-task" and not world.other_tasks:
-            raise ValueError("--split cross-task: this preset has no other tasks; choose another split or preset")
+            raise UserError("--split cross-task: this preset has no other tasks; choose another split or preset")
         if self.split == "cross-environment" and not world.other_camera:
-            raise ValueError("--split cross-environment: this preset has no other view; choose another split or preset")
+            raise UserError("--split cross-environment: this preset has no other view; choose another split or preset")
 
     def rollouts(self, arm: Arm) -> Step:
         """The arm's policy in the simulator."""
@@ -147,13 +148,13 @@ class Plan:
         return self._train(f"finetuning {arm}", "policy finetune", words, self.sizes.finetune_steps)
 
     def pretrained(self, arm: Arm) -> Step:
-        """The policy before it has seen the labelled episodes. ValueError for arms without one."""
+        """The policy before it has seen the labelled episodes. UserError for arms without one."""
         words: Words
         if arm == "lapa":
             words = ("--data", self.videos_without_actions, "--labels", self.labels, *self.sizes.policy)
             return self._train("pretraining lapa", "policy pretrain", words, self.sizes.pretrain_steps)
         if arm not in ("vpt", "actionvla"):
-            raise ValueError(f"the arm {arm} has no pretrained policy")
+            raise UserError(f"the arm {arm} has no pretrained policy")
         data = self.videos if arm == "actionvla" else self.pseudo_labelled
         # Guessed actions, their mean over many pairs above all, have a narrower range than the robot's.
         words = ("--from-scratch", "--data", data, "--statistics", self.labelled, *self._acting)

@@ -51,6 +51,7 @@ from lapa.study.verdicts import (
     verdicts,
     where,
 )
+from lapa.types import UserError
 
 PAGE, MARKDOWN, REPORT = "report.html", "table.md", "report.json"
 PAPER_ADDRESS = "https://arxiv.org/abs/2410.11758"
@@ -87,9 +88,9 @@ class Findings:
 
 
 def run(config: ReportConfig) -> None:
-    """`lapa study report`. Raises ValueError where there are no results, or of different studies."""
+    """`lapa study report`. Raises UserError where there are no results, or of different studies."""
     if not config.studies:
-        raise ValueError("name at least one folder of a study: lapa study report STUDY")
+        raise UserError("name at least one folder of a study: lapa study report STUDY")
     figures.require_matplotlib()
     found = findings(load_results(config.studies))
     out = config.out or config.studies[0] / "report"
@@ -119,10 +120,10 @@ def run(config: ReportConfig) -> None:
 
 
 def findings(results: Sequence[ArmResult]) -> Findings:
-    """What the results say. ValueError where none holds a rollout."""
+    """What the results say. UserError where none holds a rollout."""
     groups = tuple(group for group in compare(results) if group.cells)
     if not groups:
-        raise ValueError(f"{results[0].folder}: no result holds a rollout; run `lapa study run` to its end")
+        raise UserError(f"{results[0].folder}: no result holds a rollout; run `lapa study run` to its end")
     heard, unheard = by_wording(results, heard=True), by_wording(results, heard=False)
     of_heard = {where(group): group for group in heard}
     return Findings(

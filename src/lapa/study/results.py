@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from lapa import config as configs
 from lapa.files import read_json, write_json
+from lapa.types import UserError
 
 Arm = Literal["scratch", "vpt", "unipi", "lapa", "actionvla"]
 Split = Literal["in-domain", "cross-task", "cross-environment"]
@@ -101,7 +102,7 @@ class ArmResult:
 
 
 def load_result(path: Path) -> ArmResult:
-    """Reads what `save` wrote. ValueError naming the file."""
+    """Reads what `save` wrote. UserError naming the file."""
     values = read_json(path)
     return configs.from_dict(ArmResult, {**values, "folder": str(path.parent)}, source=str(path))
 
@@ -109,26 +110,26 @@ def load_result(path: Path) -> ArmResult:
 def load_results(studies: Sequence[Path]) -> list[ArmResult]:
     """The results of one study in several folders, ordered by split, labelled episodes, arm and seed.
 
-    ValueError where there is none, where they are of different presets or sizes, or where two folders disagree on one.
+    UserError where there is none, where they are of different presets or sizes, or where two folders disagree on one.
     """
     found: dict[str, ArmResult] = {}
     for study in studies:
         paths = sorted((study / FOLDER).glob("*.json"))
         if not paths:
-            raise ValueError(f"{study}: holds no results; make some with `lapa study run --out {study} --arm ARM`")
+            raise UserError(f"{study}: holds no results; make some with `lapa study run --out {study} --arm ARM`")
         for path in paths:
             result = load_result(path)
             _require_one_study(next(iter(found.values()), result), result)
             twin = found.setdefault(result.name, result)
             if twin.rollouts != result.rollouts:
-                raise ValueError(f"{path}: differs from {twin.folder / path.name}; leave one of them out")
+                raise UserError(f"{path}: differs from {twin.folder / path.name}; leave one of them out")
     return sorted(found.values(), key=lambda r: (SPLITS.index(r.split), r.demonstrations, ARMS.index(r.arm), r.seed))
 
 
 def _require_one_study(first: ArmResult, other: ArmResult) -> None:
     then, now = ({"preset": result.preset, "sizes": result.sizes} for result in (first, other))
     if changed := configs.differences(then, now):
-        raise ValueError(
+        raise UserError(
             f"{other.folder / other.name}.json: not of the study in {first.folder} ({'; '.join(changed)}); "
             "report them one by one"
         )

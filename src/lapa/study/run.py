@@ -27,6 +27,7 @@ from lapa.study.collect import collect, note_seconds, steps_of
 from lapa.study.plan import ARTIFACTS, Plan, Step, order
 from lapa.study.results import ARMS, FOLDER, SETTINGS, Arm, Split
 from lapa.study.sizes import Sizes, sizes_of, stage_presets
+from lapa.types import UserError
 
 # A step that has less than this left is not begun.
 LEAST_SECONDS = 30.0
@@ -59,7 +60,7 @@ class StudyConfig:
 
 
 def run(config: StudyConfig) -> None:
-    """`lapa study run`. ValueError on bad input, where a step fails, and where `out` holds another study.
+    """`lapa study run`. UserError on bad input, where a step fails, and where `out` holds another study.
 
     SystemExit with status 75 where `minutes` are up before all is done.
     """
@@ -80,16 +81,16 @@ def run(config: StudyConfig) -> None:
 
 def _check(config: StudyConfig, sizes: Sizes) -> None:
     if config.minutes is not None and 60 * config.minutes < LEAST_SECONDS:
-        raise ValueError(f"--minutes {config.minutes:g}: no step is begun in less than {LEAST_SECONDS / 60:g}")
+        raise UserError(f"--minutes {config.minutes:g}: no step is begun in less than {LEAST_SECONDS / 60:g}")
     needed = [EXTRAS["metaworld"]] if sizes.world.env == "metaworld" else []
     needed += [EXTRAS["unipi"]] if "unipi" in config.arm else []
     lacking = [name for names in needed for name in names if importlib.util.find_spec(name) is None]
     if lacking:
-        raise ValueError(f'the study needs {", ".join(lacking)}; install it: pip install "lapa[study]"')
+        raise UserError(f'the study needs {", ".join(lacking)}; install it: pip install "lapa[study]"')
 
 
 def _require_same_study(out: Path, preset: str, sizes: Sizes) -> None:
-    """ValueError where `out` was begun at another size, or before the presets of the stages were changed.
+    """UserError where `out` was begun at another size, or before the presets of the stages were changed.
 
     A step's hash covers its command and inputs, not what its preset says: a study keeps to one state of that.
     """
@@ -98,7 +99,7 @@ def _require_same_study(out: Path, preset: str, sizes: Sizes) -> None:
     if path.exists():
         then = read_json(path)
         if changed := configs.differences({name: then.get(name) for name in settings}, settings):
-            raise ValueError(f"{path}: another study ({'; '.join(changed)}); give another --out")
+            raise UserError(f"{path}: another study ({'; '.join(changed)}); give another --out")
     write_json(path, settings)
 
 

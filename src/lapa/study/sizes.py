@@ -134,7 +134,7 @@ PRESETS = {
 
 
 def sizes_of(preset: str) -> Sizes:
-    """ValueError with the nearest known name."""
+    """UserError with the nearest known name."""
     if preset not in PRESETS:
         raise unknown("study preset", preset, PRESETS)
     return PRESETS[preset]

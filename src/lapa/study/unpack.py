@@ -26,6 +26,7 @@ from lapa.study.bfloat import BLOCK, widen
 from lapa.study.pack import FORMAT, INDEX, NARROWED, BlockReader, is_finished
 from lapa.study.plan import ARTIFACTS
 from lapa.study.results import FOLDER, SECONDS, SETTINGS
+from lapa.types import UserError
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,19 @@ class UnpackConfig:
 
 
 def run(config: UnpackConfig) -> None:
-    """`lapa study unpack`. ValueError on bad input, before anything is written."""
+    """`lapa study unpack`. UserError on bad input, before anything is written."""
     if config.out.is_file():
-        raise ValueError(f"{config.out}: is a file; --out must name a folder")
+        raise UserError(f"{config.out}: is a file; --out must name a folder")
     index = read_index(config.pack)
     here = {path.name for path in (config.out / ARTIFACTS).glob("*")}
     seen: set[str] = set()
     for member, file in members(config.pack, index, config.out):
         if member.name in seen:
-            raise ValueError(f"{config.pack}: holds {member.name} twice; pack the study again")
+            raise UserError(f"{config.pack}: holds {member.name} twice; pack the study again")
         seen.add(member.name)
         _check_against(config, member, file)
     if len(seen) != index["files"]:
-        raise ValueError(f"{config.pack}: holds {len(seen)} files, {INDEX} says {index['files']}; carry it again")
+        raise UserError(f"{config.pack}: holds {len(seen)} files, {INDEX} says {index['files']}; carry it again")
     num_written, made = _write(config, index, here)
     packed = {name.split("/")[1] for name in seen if name.startswith(f"{ARTIFACTS}/")}
     kept = sorted(packed & here)
@@ -63,12 +64,12 @@ def run(config: UnpackConfig) -> None:
 
 
 def read_index(pack: Path) -> dict[str, Any]:
-    """What index.json says. ValueError naming the parts that are missing or of another size."""
+    """What index.json says. UserError naming the parts that are missing or of another size."""
     if not (pack / INDEX).is_file():
-        raise ValueError(f"{pack}: no whole pack (no {INDEX}); make one with `lapa study pack STUDY --out {pack}`")
+        raise UserError(f"{pack}: no whole pack (no {INDEX}); make one with `lapa study pack STUDY --out {pack}`")
     index = read_json(pack / INDEX)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{pack / INDEX}: not the index of a pack that this version reads (format {FORMAT})")
+        raise UserError(f"{pack / INDEX}: not the index of a pack that this version reads (format {FORMAT})")
     wrong = []
     for part in index["parts"]:
         path = pack / part["name"]
@@ -77,14 +78,14 @@ def read_index(pack: Path) -> dict[str, Any]:
         elif path.stat().st_size != part["bytes"]:
             wrong.append(f"{part['name']} has {path.stat().st_size} bytes instead of {part['bytes']}")
     if wrong:
-        raise ValueError(f"{pack}: {'; '.join(wrong)}; carry these files again")
+        raise UserError(f"{pack}: {'; '.join(wrong)}; carry these files again")
     return index
 
 
 def members(pack: Path, index: dict[str, Any], study: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
     """The packed files with their contents, in the order of their names; each must be read before the next.
 
-    Parts are verified as they are read. ValueError naming a part that was changed, and a member that is no plain file
+    Parts are verified as they are read. UserError naming a part that was changed, and a member that is no plain file
     or would lie elsewhere than among the study's own.
     """
     stream = cast(IO[bytes], BlockReader(_verified(pack, index)))
@@ -96,27 +97,27 @@ def members(pack: Path, index: dict[str, Any], study: Path) -> Iterator[tuple[ta
                     (parts[0] == FOLDER and len(parts) > 1) or (parts[0] == ARTIFACTS and len(parts) > 2)
                 )
                 if not member.isfile() or not known or {"", ".", ".."} & set(parts):
-                    raise ValueError(f"{pack}: holds {member.name!r}, which is no file of a study; nothing was written")
+                    raise UserError(f"{pack}: holds {member.name!r}, which is no file of a study; nothing was written")
                 # tarfile's own filter, which Python 3.11.2 lacks, would look no closer.
                 if not (study / member.name).resolve().is_relative_to(study.resolve()):
-                    raise ValueError(f"{pack}: {member.name!r} would be written outside {study}; nothing was written")
+                    raise UserError(f"{pack}: {member.name!r} would be written outside {study}; nothing was written")
                 file = tar.extractfile(member)
                 assert file is not None, "it is a plain file"
                 yield member, file
     except tarfile.TarError as error:
-        raise ValueError(f"{pack}: not a pack ({error}); pack the study again") from None
+        raise UserError(f"{pack}: not a pack ({error}); pack the study again") from None
 
 
 def _verified(pack: Path, index: dict[str, Any]) -> Iterator[bytes]:
     for part in index["parts"]:
         content = (pack / part["name"]).read_bytes()
         if hashlib.sha256(content).hexdigest() != part["sha256"]:
-            raise ValueError(f"{pack / part['name']}: is not what was packed (its SHA-256 differs); carry it again")
+            raise UserError(f"{pack / part['name']}: is not what was packed (its SHA-256 differs); carry it again")
         yield content
 
 
 def _check_against(config: UnpackConfig, member: tarfile.TarInfo, file: IO[bytes]) -> None:
-    """ValueError where the study has another file of this name, which is not to be merged or kept."""
+    """UserError where the study has another file of this name, which is not to be merged or kept."""
     path = config.out / member.name
     if member.name == SECONDS or member.name.startswith(f"{ARTIFACTS}/") or not path.exists():
         return
@@ -125,8 +126,8 @@ def _check_against(config: UnpackConfig, member: tarfile.TarInfo, file: IO[bytes
     if same:
         return
     if member.name == SETTINGS:
-        raise ValueError(f"{path}: belongs to a study of other settings than {config.pack}; give another --out")
-    raise ValueError(f"{path}: differs from the one in {config.pack}; remove the wrong one, or give another --out")
+        raise UserError(f"{path}: belongs to a study of other settings than {config.pack}; give another --out")
+    raise UserError(f"{path}: differs from the one in {config.pack}; remove the wrong one, or give another --out")
 
 
 def _write(config: UnpackConfig, index: dict[str, Any], here: set[str]) -> tuple[int, set[str]]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from lapa.types import UserError
+
 # Textures of the scene around the task, and the colours of the robot: arm, pedestal, hand, and the two fingers.
 SURFACES = ("T_table", "T_floor", "T_wallmetal")
 ROBOT = ((0.5, 0.1, 0.1), (0.2, 0.2, 0.2), (0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
@@ -32,10 +34,10 @@ SKYBOX = 2
 def change_look(model: Any, look: int) -> None:
     """Paints a `mujoco.MjModel` anew, in place. The same number gives the same look.
 
-    Textures are copied to an OpenGL context when it is made: change the look before. ValueError for a negative number.
+    Textures are copied to an OpenGL context when it is made: change the look before. UserError for a negative number.
     """
     if look < 0:
-        raise ValueError(f"the look is {look}; it is a number that is not negative")
+        raise UserError(f"the look is {look}; it is a number that is not negative")
     table = _paint_surfaces(model, look)
     _paint_objects(model, look, table)
     _light(model, look)

@@ -37,6 +37,7 @@ from lapa.envs.metaworld.simulator import (
     parse_tasks,
 )
 from lapa.files import claim_output, write_json
+from lapa.types import UserError
 
 # Frames kept after success: enough to see the result, too few to teach standing still.
 FRAMES_AFTER_SUCCESS = 5
@@ -88,7 +89,7 @@ class Demonstration:
 
 
 def run(config: MetaworldConfig) -> None:
-    """Records the dataset at `config.out`. Raises ValueError on a user's mistake, before any work is done."""
+    """Records the dataset at `config.out`. Raises UserError on a user's mistake, before any work is done."""
     tasks = parse_tasks(config.tasks)
     _check(config)
     if config.resume and (config.out / INFO).exists():
@@ -214,17 +215,17 @@ def _attempt(config: MetaworldConfig, task: str, episode: int) -> Demonstration 
 def _check(config: MetaworldConfig) -> None:
     check_cameras(config.cameras)
     if config.episodes < 1:
-        raise ValueError(f"--episodes must be at least 1, got {config.episodes}")
+        raise UserError(f"--episodes must be at least 1, got {config.episodes}")
     if config.size < 16 or config.size % 2:
-        raise ValueError(f"--size must be even and at least 16, got {config.size}")
+        raise UserError(f"--size must be even and at least 16, got {config.size}")
     if not 1 <= config.max_steps <= MAX_STEPS:
-        raise ValueError(f"--max-steps must lie in 1 to {MAX_STEPS} (Meta-World's own limit), got {config.max_steps}")
+        raise UserError(f"--max-steps must lie in 1 to {MAX_STEPS} (Meta-World's own limit), got {config.max_steps}")
     if config.look is not None and config.look < 0:
-        raise ValueError(f"--look must not be negative, got {config.look}")
+        raise UserError(f"--look must not be negative, got {config.look}")
     if config.noise < 0:
-        raise ValueError(f"--noise must not be negative, got {config.noise:g}")
+        raise UserError(f"--noise must not be negative, got {config.noise:g}")
     if config.workers is not None and config.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {config.workers}")
+        raise UserError(f"--workers must be at least 1, got {config.workers}")
 
 
 def _settings(config: MetaworldConfig) -> dict[str, Any]:

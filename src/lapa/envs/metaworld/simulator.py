@@ -26,6 +26,7 @@ import numpy as np
 from lapa.config import unknown
 from lapa.envs.metaworld.instructions import INSTRUCTIONS
 from lapa.envs.metaworld.look import change_look
+from lapa.types import UserError
 
 TASKS = tuple(INSTRUCTIONS)
 SUITES = {
@@ -82,34 +83,34 @@ def parse_tasks(text: str) -> tuple[str, ...]:
             raise unknown("Meta-World task", word, [*SUITES, *TASKS])
         names.extend(SUITES.get(name, (name,)))
     if not names:
-        raise ValueError("no task given; name Meta-World tasks parted by commas, or mt10, or mt50")
+        raise UserError("no task given; name Meta-World tasks parted by commas, or mt10, or mt50")
     return tuple(dict.fromkeys(names))
 
 
 def check_cameras(cameras: Sequence[str]) -> None:
-    """Raises ValueError on a camera that Meta-World does not have."""
+    """Raises UserError on a camera that Meta-World does not have."""
     if not cameras:
-        raise ValueError("no camera given; corner4 sees most of the table")
+        raise UserError("no camera given; corner4 sees most of the table")
     for camera in cameras:
         if camera not in CAMERAS:
             raise unknown("camera", camera, CAMERAS)
 
 
 def check_installation() -> None:
-    """Raises ValueError, with the mend, where Meta-World is missing or pictures cannot be rendered.
+    """Raises UserError, with the mend, where Meta-World is missing or pictures cannot be rendered.
 
     Renders one picture in a process of its own, so that a driver that crashes takes nothing with it.
     """
     missing = [name for name in ("metaworld", "mujoco", "packaging") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f'Meta-World needs {", ".join(missing)}; install it: pip install "lapa[metaworld]"')
+        raise UserError(f'Meta-World needs {", ".join(missing)}; install it: pip install "lapa[metaworld]"')
     _choose_backend()
     backend = os.environ.get("MUJOCO_GL", "the default backend")
     probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
     if probe.returncode != 0:
         lines = probe.stderr.strip().splitlines()
         reason = lines[-1] if lines else f"exit status {probe.returncode}"
-        raise ValueError(
+        raise UserError(
             f"MuJoCo cannot render without a screen through {backend} ({reason}); "
             f"on Debian or Ubuntu: apt-get install {DEBIAN_PACKAGES}"
         )
@@ -118,7 +119,7 @@ def check_installation() -> None:
 def episode_seed(seed: int, purpose: str, task: str, episode: int) -> int:
     """The seed of one episode (a 63-bit integer): the same for every policy, worker count and choice of tasks."""
     if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+        raise UserError(f"seed must not be negative, got {seed}")
     entropy = [seed, PURPOSES[purpose], zlib.crc32(task.encode()), episode]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
@@ -249,7 +250,7 @@ def _choose_backend() -> None:
     if sys.platform != "linux" or "MUJOCO_GL" in os.environ:
         return
     if "mujoco" in sys.modules:
-        raise ValueError("mujoco was imported before its backend was chosen; set MUJOCO_GL=egl before importing it")
+        raise UserError("mujoco was imported before its backend was chosen; set MUJOCO_GL=egl before importing it")
     os.environ["MUJOCO_GL"] = "egl"
 
 

@@ -43,7 +43,7 @@ def create_backbone(
 ) -> tuple[Backbone, Processor, Vocabulary]:
     """A backbone to begin training from: fresh (`tiny`) or pretrained on images and text (`hf`).
 
-    texts: what the policy will read; segments: rows of each segment after the text. ValueError where the config's
+    texts: what the policy will read; segments: rows of each segment after the text. UserError where the config's
     source cannot be read.
     """
     created: tuple[Backbone, Processor, Vocabulary] = _module(config).create(
@@ -55,7 +55,7 @@ def create_backbone(
 def renew_backbone(config: BackboneConfig, vocabulary: Vocabulary, *, num_cameras: int) -> Backbone:
     """A backbone that has learned no action, for a vocabulary that there is already: fresh (`tiny`), or as its source
 
-    has it (`hf`). ValueError where there is no such thing (`lwm`).
+    has it (`hf`). UserError where there is no such thing (`lwm`).
     """
     renewed: Backbone = _module(config).renew(config, vocabulary, num_cameras)
     return renewed
@@ -64,7 +64,7 @@ def renew_backbone(config: BackboneConfig, vocabulary: Vocabulary, *, num_camera
 def load_backbone(
     config: BackboneConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[Backbone, Processor]:
-    """What `Backbone.save` and `Processor.save` wrote into two folders. ValueError naming what is missing or odd."""
+    """What `Backbone.save` and `Processor.save` wrote into two folders. UserError naming what is missing or odd."""
     loaded: tuple[Backbone, Processor] = _module(config).load(
         config, model, processor, vocabulary=vocabulary, num_cameras=num_cameras
     )

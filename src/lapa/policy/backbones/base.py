@@ -27,6 +27,7 @@ from transformers.utils import logging
 from lapa.engine.memory import require_memory
 from lapa.files import atomic_path
 from lapa.policy.vocabulary import Segment, Vocabulary
+from lapa.types import UserError
 
 Tags = tuple[tuple[int, ...], tuple[int, ...]]
 # Caches of fixed size come in multiples of this many tokens, so that prompts of about one length share one.
@@ -228,7 +229,7 @@ def positions(mask_BS: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
 
 
 def require_room(folder: Path, name: str) -> None:
-    """ValueError, before anything is read, where a model's weights need more memory than there is."""
+    """UserError, before anything is read, where a model's weights need more memory than there is."""
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     mend = ["a smaller model", "a machine with more memory", "fewer processes on this machine"]
     require_memory(needed, torch.device("cpu"), f"{name}: loading its weights", mend)
@@ -242,10 +243,10 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Reads what `save_weights` wrote. ValueError naming the file where it is missing or does not fit."""
+    """Reads what `save_weights` wrote. UserError naming the file where it is missing or does not fit."""
     try:
         module.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing; the policy folder is incomplete, train it again") from None
+        raise UserError(f"{path}: missing; the policy folder is incomplete, train it again") from None
     except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path}: does not fit the policy's config ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: does not fit the policy's config ({str(error).splitlines()[0]})") from error

@@ -38,6 +38,7 @@ from lapa.policy.backbones.base import Backbone, Memory, positions, require_room
 from lapa.policy.backbones.hf_inputs import HfProcessor, model_images
 from lapa.policy.lora import vocabulary_weights
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
+from lapa.types import UserError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PROVEN = "SmolVLM, Qwen2.5-VL, Qwen3-VL or PaliGemma"
@@ -62,7 +63,7 @@ class HfBackbone(Backbone):
     config: HfConfig
 
     def __init__(self, config: HfConfig, language: PreTrainedModel, vocabulary: Vocabulary) -> None:
-        """vocabulary: what the rows of `language` mean now. ValueError for a model that this cannot use."""
+        """vocabulary: what the rows of `language` mean now. UserError for a model that this cannot use."""
         super().__init__()
         self.config, self.language, self.vocabulary = config, language, vocabulary
         self._takes = frozenset(inspect.signature(language.base_model.forward).parameters)
@@ -109,11 +110,11 @@ class HfBackbone(Backbone):
         return logits_BFR if cap is None else cap * torch.tanh(logits_BFR / cap)
 
     def resize(self, vocabulary: Vocabulary) -> None:
-        """New rows are the mean of the text's, and a little noise. ValueError where rows that mean something move."""
+        """New rows are the mean of the text's, and a little noise. UserError where rows that mean something move."""
         for segment in SEGMENTS:
             old, new = self.vocabulary.rows(segment), vocabulary.rows(segment)
             if len(old) and (old.start != new.start or len(new) < len(old)):
-                raise ValueError(
+                raise UserError(
                     f"the {segment} segment has rows {old.start} to {old.stop - 1} and cannot move to {new.start} to "
                     f"{new.stop - 1}: start from a policy without it"
                 )
@@ -181,7 +182,7 @@ def create(
     num_cameras: int,
     segments: Mapping[str, int],
 ) -> tuple[HfBackbone, HfProcessor, Vocabulary]:
-    """The source's model with rows for the segments. ValueError where the source is not whole or no image-text model.
+    """The source's model with rows for the segments. UserError where the source is not whole or no image-text model.
 
     texts: not looked at; the model brings its own tokenizer.
     """
@@ -202,7 +203,7 @@ def create(
 
 
 def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackbone:
-    """The source's model again, with fresh rows for a vocabulary that there is already. ValueError as in `create`."""
+    """The source's model again, with fresh rows for a vocabulary that there is already. UserError as in `create`."""
     del num_cameras
     return _grown(config, _load_language(files.hub_folder(config.source, FILES), config.source), vocabulary)
 
@@ -210,11 +211,11 @@ def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackb
 def load(
     config: HfConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[HfBackbone, HfProcessor]:
-    """What `save` wrote. ValueError naming what is missing or does not fit."""
+    """What `save` wrote. UserError naming what is missing or does not fit."""
     language = _load_language(model, str(model))
     rows = len(vocabulary_weights(language)[0])
     if rows < vocabulary.size:
-        raise ValueError(f"{model}: has {rows} rows for a vocabulary of {vocabulary.size}; train the policy again")
+        raise UserError(f"{model}: has {rows} rows for a vocabulary of {vocabulary.size}; train the policy again")
     return HfBackbone(config, language, vocabulary), HfProcessor.load(processor, num_cameras=num_cameras)
 
 
@@ -226,17 +227,17 @@ def native_image_size(source: str) -> int:
 
 
 def _read_config(folder: Path, name: str) -> PreTrainedConfig:
-    """ValueError where the folder holds no model, or one that is not asked about images in words."""
+    """UserError where the folder holds no model, or one that is not asked about images in words."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}: no model that transformers knows ({reason}); give one such as {PROVEN}") from None
+        raise UserError(f"{name}: no model that transformers knows ({reason}); give one such as {PROVEN}") from None
     what = (config.architectures or [f"{config.model_type} model"])[0]
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{name}: a {what}, which is no image-text model; give one such as {PROVEN}")
+        raise UserError(f"{name}: a {what}, which is no image-text model; give one such as {PROVEN}")
     if config.is_encoder_decoder or getattr(config, "image_token_id", None) is None:
-        raise ValueError(f"{name}: a {what}, whose images are no tokens among the text's; give {PROVEN}")
+        raise UserError(f"{name}: a {what}, whose images are no tokens among the text's; give {PROVEN}")
     return config
 
 
@@ -251,12 +252,12 @@ def _load_language(folder: Path, name: str) -> PreTrainedModel:
             folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{name}: its weights cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{name}: its weights cannot be loaded ({str(error).splitlines()[0]})") from error
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{name}: has no weights for {len(missing)} parameters ({missing[0]}, ...); download it again")
+        raise UserError(f"{name}: has no weights for {len(missing)} parameters ({missing[0]}, ...); download it again")
     head = language.get_output_embeddings()
     if head is None or head.bias is not None or not hasattr(language.base_model, "get_image_features"):
-        raise ValueError(f"{name}: a {type(language).__name__} is not built as this needs; give {PROVEN}")
+        raise UserError(f"{name}: a {type(language).__name__} is not built as this needs; give {PROVEN}")
     return cast(PreTrainedModel, language)
 
 

@@ -34,6 +34,7 @@ from lapa.data.transforms import resize_and_crop
 from lapa.policy.backbones.base import Tags
 from lapa.policy.tokenizer import save_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
+from lapa.types import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -88,7 +89,7 @@ class HfProcessor:
         """`tokens_BT`, `mask_BT`, and what the image processor makes of the pictures, each with axes B V first."""
         for one in images:
             if len(one) != self.layout.num_cameras:
-                raise ValueError(f"a policy of {self.layout.num_cameras} image slots was given {len(one)} pictures")
+                raise UserError(f"a policy of {self.layout.num_cameras} image slots was given {len(one)} pictures")
         tokens = [[*self._head, *self._words(prompt), *self._tail] for prompt in prompts]
         length = max(map(len, tokens))
         pad = self.tokenizer.pad_token_id or 0
@@ -103,9 +104,9 @@ class HfProcessor:
         return (), ()
 
     def grow(self, vocabulary: Vocabulary) -> None:
-        """Adds a token for each row of the segments. ValueError where the tokenizer cannot give it the row's number."""
+        """Adds a token for each row of the segments. UserError where the tokenizer cannot give it the row's number."""
         if vocabulary.vision:
-            raise ValueError("a model of transformers has no image codes: its vocabulary needs no vision segment")
+            raise UserError("a model of transformers has no image codes: its vocabulary needs no vision segment")
         names = {
             row: name.format(code)
             for segment, name in SEGMENT_TOKENS.items()
@@ -114,7 +115,7 @@ class HfProcessor:
         known = self.tokenizer.get_vocab()
         for row, name in names.items():
             if known.get(name, row) != row:
-                raise ValueError(
+                raise UserError(
                     f"the tokenizer has a token {name} of its own ({known[name]}, wanted {row}); give another model, "
                     "or start from a policy with fewer segments"
                 )
@@ -123,7 +124,7 @@ class HfProcessor:
         )
         tokens = self._encode("".join(names.values()))
         if tokens != list(names):
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer does not read <latent_0> and the like as one token each, numbered {list(names)[:1]} "
                 f"and on: it gives {tokens[:4]}; give another model"
             )
@@ -137,12 +138,12 @@ class HfProcessor:
 
     @classmethod
     def load(cls, folder: Path, *, num_cameras: int) -> HfProcessor:
-        """Reads what `save` wrote, for any number of cameras. ValueError naming what is missing."""
+        """Reads what `save` wrote, for any number of cameras. UserError naming what is missing."""
         tokenizer, image_processor = _load_parts(folder, str(folder))
         try:
             layout = Layout(**files.read_json(folder / LAYOUT))
         except TypeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder / LAYOUT}: not the layout of a prompt ({error}); train the policy again"
             ) from None
         if layout.num_cameras != num_cameras:
@@ -160,12 +161,12 @@ class HfProcessor:
     def from_source(
         cls, folder: Path, language: PreTrainedModel, *, name: str, image_size: int, num_cameras: int
     ) -> HfProcessor:
-        """The processor of a model as its makers published it. ValueError naming what is missing or does not fit."""
+        """The processor of a model as its makers published it. UserError naming what is missing or does not fit."""
         tokenizer, image_processor = _load_parts(folder, name)
         _require_plain_numbering(tokenizer, name)
         model_type, image_token_id = language.config.model_type, language.config.image_token_id
         if image_token_id >= len(tokenizer):
-            raise ValueError(
+            raise UserError(
                 f"{name}: its tokenizer has no token {image_token_id}, the image's; it needs the model's own"
             )
         _set_image_size(image_processor, language, name, image_size)
@@ -244,7 +245,7 @@ def _layout(
 ) -> Layout:
     """Images first, then the words, as the chat template says; without one, after the tokenizer's first token."""
     if num_cameras < 1:
-        raise ValueError("a policy needs at least one camera")
+        raise UserError("a policy needs at least one camera")
     begin = tokenizer.bos_token or ""
     if tokenizer.chat_template:
         text = _rendered(tokenizer, tokenizer.chat_template, num_cameras).replace(image_token, image)
@@ -294,7 +295,7 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, template: str, num_cameras: in
 
 
 def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, image_size: int) -> None:
-    """Makes the image processor keep squares of `image_size` as they are. ValueError where the model sees none such."""
+    """Makes the image processor keep squares of `image_size` as they are. UserError where the model sees none such."""
     vision = language.config.vision_config
     native = getattr(vision, "image_size", None)
     if language.config.model_type in IDEFICS:
@@ -307,14 +308,14 @@ def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, 
         # These "edges" are numbers of pixels.
         image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     elif isinstance(native, int) and image_size != native:
-        raise ValueError(f"{name}: sees images of {native} pixels, not {image_size}; give --hf-image-size {native}")
+        raise UserError(f"{name}: sees images of {native} pixels, not {image_size}; give --hf-image-size {native}")
 
 
 def _require_size(image_size: int, multiple: int, largest: int | None, name: str) -> None:
     if image_size % multiple or image_size < multiple or (largest and image_size > largest):
         nearest = max(multiple, min(round(image_size / multiple) * multiple, largest or image_size + multiple))
         limit = f", at most {largest}" if largest else ""
-        raise ValueError(
+        raise UserError(
             f"{name}: sees images whose side is a multiple of {multiple} pixels{limit}, not {image_size}; "
             f"give --hf-image-size {nearest}"
         )
@@ -331,7 +332,7 @@ def _count_image_tokens(image_processor: Any, language: PreTrainedModel, name: s
         features = inner.get_image_features(**images).pooler_output
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}: its image processor does not fit the model ({reason})") from error
+        raise UserError(f"{name}: its image processor does not fit the model ({reason})") from error
     each = list(features) if isinstance(features, list | tuple) else [features]
     return sum(one.numel() // one.shape[-1] for one in each)
 
@@ -340,23 +341,23 @@ def _load_parts(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast, Any]:
     folder = Path(folder)
     for what, needed in (("tokenizer", TOKENIZER_FILES), ("image processor", IMAGE_FILES)):
         if not any((folder / file).is_file() for file in needed):
-            raise ValueError(f"{name}: has no {what} (none of {', '.join(needed)}); copy the model's own into it")
+            raise UserError(f"{name}: has no {what} (none of {', '.join(needed)}); copy the model's own into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         # The other backend wants torchvision.
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}: its tokenizer or image processor cannot be loaded ({reason})") from error
+        raise UserError(f"{name}: its tokenizer or image processor cannot be loaded ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{name}: its tokenizer is not one of the tokenizers library; it needs a tokenizer.json")
+        raise UserError(f"{name}: its tokenizer is not one of the tokenizers library; it needs a tokenizer.json")
     return tokenizer, image_processor
 
 
 def _require_plain_numbering(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest + 1 != len(tokenizer):
-        raise ValueError(
+        raise UserError(
             f"{name}: its tokenizer has {len(tokenizer)} tokens numbered up to {highest}; segments cannot follow gaps"
         )
 

@@ -28,6 +28,7 @@ from lapa.nn.vision import residual_tower, tower_grid
 from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
+from lapa.types import UserError
 
 WEIGHTS = "model.safetensors"
 
@@ -56,7 +57,7 @@ class TinyConfig:
     def __post_init__(self) -> None:
         tower_grid(self.image_size, self.vision_widths)
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} does not divide into {self.heads} heads of an even width")
+            raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even width")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def renew(config: TinyConfig, vocabulary: Vocabulary, num_cameras: int) -> TinyB
 def load(
     config: TinyConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[TinyBackbone, TinyProcessor]:
-    """What `save` wrote. ValueError naming the file that is missing or does not fit."""
+    """What `save` wrote. UserError naming the file that is missing or does not fit."""
     backbone = renew(config, vocabulary, num_cameras)
     load_weights(backbone, model / WEIGHTS)
     return backbone, TinyProcessor(load_tokenizer(processor), config.image_size)

@@ -18,6 +18,7 @@ from lapa.data.source import Item
 from lapa.files import read_json
 from lapa.sources.rlds.table import CONSTANTS, POSE, Known, Part, columns
 from lapa.sources.rlds.tfrecord import scan_records
+from lapa.types import UserError
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction", "natural_language_instruction")
@@ -66,21 +67,21 @@ class Layout:
 
 
 def read_info(folder: Path, split: str) -> tuple[str, str, list[Shard]]:
-    """The dataset's name and version, and the shards of a split. Raises ValueError naming the file and the mend."""
+    """The dataset's name and version, and the shards of a split. Raises UserError naming the file and the mend."""
     path = folder / INFO_FILE
     if not path.is_file():
         inside = sorted(found.parent for found in folder.glob(f"*/{INFO_FILE}")) if folder.is_dir() else []
         hint = f"name the folder of a version, such as {inside[0]}" if inside else "name the folder of a TFDS dataset"
-        raise ValueError(f"{folder}: holds no {INFO_FILE}; {hint}")
+        raise UserError(f"{folder}: holds no {INFO_FILE}; {hint}")
     info = read_json(path)
     try:
         name, suffix = info["name"], info.get("fileFormat") or "tfrecord"
         splits = {entry["name"]: [int(count) for count in entry["shardLengths"]] for entry in info["splits"]}
         templates = {entry["name"]: entry.get("filepathTemplate") or TEMPLATE for entry in info["splits"]}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{path}: lacks the name, the splits or their shardLengths; download it again") from None
+        raise UserError(f"{path}: lacks the name, the splits or their shardLengths; download it again") from None
     if suffix != "tfrecord":
-        raise ValueError(f"{path}: the files are {suffix}, only tfrecord is read; convert them with TFDS")
+        raise UserError(f"{path}: the files are {suffix}, only tfrecord is read; convert them with TFDS")
     if split not in splits:
         raise unknown("split", split, splits)
     fields = {"DATASET": name, "SPLIT": split, "FILEFORMAT": suffix}
@@ -122,7 +123,7 @@ def find_items(shards: Sequence[Shard], skip_bad: bool) -> list[Item]:
 
 def _problem(told: str, count: int, skip_bad: bool) -> None:
     if not skip_bad:
-        raise ValueError(f"{told}; {MEND}")
+        raise UserError(f"{told}; {MEND}")
     warn(f"left out: {told} (episodes skipped: {count})")
 
 
@@ -131,7 +132,7 @@ def choose_layout(
 ) -> Layout:
     """Decides what is read. cameras, action_keys: empty for all, and for what is known of the dataset.
 
-    Raises ValueError on a camera or an action feature that is not there.
+    Raises UserError on a camera or an action feature that is not there.
     """
     features = _read_features(folder)
     # features.json has no order of its own, and the first camera is the one that other commands take.
@@ -140,7 +141,7 @@ def choose_layout(
     pictures.sort(key=lambda key: (known_first.get(key, 2), key))
     images = {_camera(key): key for key in pictures}
     if not images:
-        raise ValueError(f"{folder / FEATURES_FILE}: none of its step features is a colour picture; nothing to convert")
+        raise UserError(f"{folder / FEATURES_FILE}: none of its step features is a colour picture; nothing to convert")
     for camera in cameras:
         if camera not in images:
             raise unknown("camera", camera, images)
@@ -189,12 +190,12 @@ def _actions(
     except KeyError as error:
         packed = features.get(error.args[0], {}).get("tensor", {}).get("encoding", "none")
         why = f"; {error.args[0]} is packed ({packed})" if packed != "none" else ""
-        raise ValueError(
+        raise UserError(
             f"{folder}: has no step feature {error.args[0]!r} of plain numbers (there are {', '.join(widths)}){why}; "
             "name those that make up the action with --action-keys, or give --no-actions"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{folder / FEATURES_FILE}: --action-keys {error}") from None
+        raise UserError(f"{folder / FEATURES_FILE}: --action-keys {error}") from None
     return parts, ActionSpace.named(_names(parts))
 
 
@@ -231,7 +232,7 @@ def _read_features(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         return dict(_leaves(features["featuresDict"]["features"]["steps"]["sequence"]["feature"], ""))
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: describes no `steps`; only RLDS datasets, one record an episode, are read") from None
+        raise UserError(f"{path}: describes no `steps`; only RLDS datasets, one record an episode, are read") from None
 
 
 def _leaves(node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -41,6 +41,7 @@ from lapa.sources.rlds.layout import (
 )
 from lapa.sources.rlds.table import KNOWN, Known
 from lapa.sources.rlds.tfrecord import PARSED, parse_example, read_record
+from lapa.types import UserError
 
 FORMATS = ("JPEG", "PNG")
 NO_TEXT = "without instruction (--caption TEXT gives them one)"
@@ -71,7 +72,7 @@ class RldsReading:
     """Leave out, and count, damaged records, episodes that do not fit features.json, and missing shards."""
 
     def open(self) -> RldsSource:
-        """Raises ValueError naming the file that is wrong and the mend."""
+        """Raises UserError naming the file that is wrong and the mend."""
         return RldsSource(self)
 
 
@@ -144,7 +145,7 @@ class RldsSource(Source):
             values = self._values(item)
             return np.stack([self._picture(item, values, camera, int(step)) for step in frame_indices])
         except ValueError as error:
-            raise ValueError(f"{error}; {LEAVE_OUT}") from None
+            raise UserError(f"{error}; {LEAVE_OUT}") from None
 
     def numbers(self, item: Item) -> Mapping[str, np.ndarray]:
         values, num_steps = self._values(item), self._num_steps(item)
@@ -180,7 +181,7 @@ class RldsSource(Source):
                     num_steps = self._num_steps(item)
                 except ValueError as error:
                     if not self.reading.skip_bad:
-                        raise ValueError(f"{error}; {MEND}") from None
+                        raise UserError(f"{error}; {MEND}") from None
                     problems.append(str(error))
                     continue
                 notes.update(its_notes)
@@ -276,15 +277,15 @@ class RldsSource(Source):
         height, width = self._picture(self.items[0], self._values(self.items[0]), camera, 0).shape[:2]
         return height, width
 
-    def _wrong(self, item: Item, problem: object) -> ValueError:
-        return ValueError(f"{self.file_of(item)}: {problem}")
+    def _wrong(self, item: Item, problem: object) -> UserError:
+        return UserError(f"{self.file_of(item)}: {problem}")
 
 
 def _rate(reading: RldsReading, known: Known, name: str) -> float:
     fps = known.fps if reading.fps is None else reading.fps
     if fps is None or not 0 < fps < float("inf"):
         told = "is not known" if fps is None else f"cannot be {fps:g}"
-        raise ValueError(f"{reading.folder}: the control rate of {name} {told}; give it as --fps (or fps= with --data)")
+        raise UserError(f"{reading.folder}: the control rate of {name} {told}; give it as --fps (or fps= with --data)")
     return fps
 
 

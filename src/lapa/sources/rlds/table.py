@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lapa.data.action_space import Control
+from lapa.types import UserError
 
 POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 PART = re.compile(r"((?:[a-z]+:)*)([\w/.-]+)(?:\[(-?\d+)\]|\[(-?\d+)?:(-?\d+)?\])?")
@@ -164,24 +165,24 @@ class Part:
 def columns(parts: str | Sequence[str], widths: Mapping[str, int]) -> list[Part]:
     """What stands side by side, given how many numbers each feature has.
 
-    KeyError with the name of a feature that is not there; ValueError for what cannot be read, or is too narrow.
+    KeyError with the name of a feature that is not there; UserError for what cannot be read, or is too narrow.
     """
     found = []
     for text in parts.split() if isinstance(parts, str) else parts:
         match = PART.fullmatch(text)
         if not match:
-            raise ValueError(f"{text!r}: {EXPECTED}")
+            raise UserError(f"{text!r}: {EXPECTED}")
         before, key, place, start, stop = match.groups()
         operations = tuple(reversed(before.split(":")[:-1]))
         if unknown := [name for name in operations if name not in OPERATIONS]:
-            raise ValueError(f"{text!r}: unknown operation {unknown[0]}; there are {', '.join(OPERATIONS)}")
+            raise UserError(f"{text!r}: unknown operation {unknown[0]}; there are {', '.join(OPERATIONS)}")
         constant = key in CONSTANTS and not operations
         if constant and text.endswith("]") and place is None:
-            raise ValueError(f"{text!r}: {EXPECTED}")
+            raise UserError(f"{text!r}: {EXPECTED}")
         width = int(place or 1) if constant else widths[key]
         inside = range(width) if constant else _inside(width, place, start, stop)
         if not inside or ("euler" in operations and len(inside) != 4):
-            raise ValueError(f"{text!r}: {key} has {width} numbers a step")
+            raise UserError(f"{text!r}: {key} has {width} numbers a step")
         found.append(Part(key, width, inside.start, inside.stop, operations))
     return found
 

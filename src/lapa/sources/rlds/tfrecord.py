@@ -21,6 +21,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from lapa.files import open_binary, reading
+from lapa.types import UserError
 
 LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 HEAD_SIZE = LENGTH.size + CHECKSUM.size
@@ -78,7 +79,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def read_record(path: Path, offset: int, length: int) -> bytes:
-    """The payload of the record that begins at a byte. ValueError, which does not name it, where it is damaged."""
+    """The payload of the record that begins at a byte. UserError, which does not name it, where it is damaged."""
     with reading(path), open_binary(path) as file:
         file.seek(offset)
         return _payload(file, length)
@@ -112,23 +113,23 @@ def _payload(file: BinaryIO, length: int) -> bytes:
     framed = file.read(FRAME_SIZE + length)
     head, payload = framed[: LENGTH.size], framed[HEAD_SIZE : -CHECKSUM.size]
     if len(framed) < FRAME_SIZE + length:
-        raise ValueError("the file ends within it")
+        raise UserError("the file ends within it")
     if LENGTH.unpack(head)[0] != length or masked_crc(head) != CHECKSUM.unpack_from(framed, LENGTH.size)[0]:
-        raise ValueError("another record begins here; the file has changed")
+        raise UserError("another record begins here; the file has changed")
     if masked_crc(payload) != CHECKSUM.unpack(framed[-CHECKSUM.size :])[0]:
-        raise ValueError("CRC mismatch")
+        raise UserError("CRC mismatch")
     return payload
 
 
 def parse_example(payload: bytes, keys: Iterable[str]) -> dict[str, Any]:
     """The values of a tf.train.Example's features: a list of bytes, or an array of float32 or int64.
 
-    keys: the features wanted; those that the message lacks are left out. ValueError where it is no Example.
+    keys: the features wanted; those that the message lacks are left out. UserError where it is no Example.
     """
     try:
         features = _example_class().FromString(payload).features.feature
     except DecodeError:
-        raise ValueError("is not a tf.train.Example") from None
+        raise UserError("is not a tf.train.Example") from None
     values: dict[str, Any] = {}
     for key in keys:
         if key in features:
