@@ -23,10 +23,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from lapa.config import unknown
 from lapa.data.pairs import collate_pairs
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
+from lapa.errors import unknown
 from lapa.files import read_json, write_json
 from lapa.latent import quantizers
 from lapa.latent.figures import Sample, encode, reconstruction_figures, usage_figures

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lapa import __version__
-from lapa.config import unknown
-from lapa.types import UserError
+from lapa.errors import UserError, unknown
 
 USAGE = """\
 lapa {version}: from videos without action labels to a robot policy (arXiv 2410.11758)

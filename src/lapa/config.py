@@ -6,25 +6,16 @@ Save and load as JSON, with an error that names the file, the key and the neares
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lapa.errors import UserError, unknown
 from lapa.files import as_path, read_json, write_json
-from lapa.types import UserError
 
 Config = TypeVar("Config")
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that is not known, with the nearest known one: `raise unknown("preset", "tinny", ...)`."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from lapa.baselines.inverse import InverseConfig
 from lapa.baselines.inverse_train import InverseTrainConfig
 from lapa.baselines.video import VideoConfig
 from lapa.baselines.video_train import VideoTrainConfig
-from lapa.config import unknown
 from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig
+from lapa.errors import unknown
 from lapa.latent.model import LatentModelConfig
 from lapa.latent.train import LatentTrainConfig
 from lapa.policy.backbones import TinyConfig

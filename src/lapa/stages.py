@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa.console import say
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # What a stage has, to write its checkpoint, once it is told to stop.
 GRACE_SECONDS = 120.0

@@ -14,13 +14,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 
-class UserError(ValueError):
-    """A mistake that the user can fix: one line with what was wrong, what was expected, and how to fix it.
-
-    The command shows it as that line; any other exception is a bug and keeps its traceback.
-    """
-
-
 @dataclass(frozen=True)
 class Observation:
     """What a policy sees at one instant.

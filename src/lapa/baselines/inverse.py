@@ -32,10 +32,11 @@ from torch.nn import functional as F
 
 from lapa import config as configs
 from lapa.data.action_space import ActionSpace
+from lapa.errors import UserError
 from lapa.files import atomic_path, fingerprint, read_json, write_json
 from lapa.nn.vision import residual_tower, tower_grid
 from lapa.policy.scale import ActionScale
-from lapa.types import Losses, UserError
+from lapa.types import Losses
 
 CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
 # Augmentation: the largest shift as a part of the side, and how far brightness and each colour may change.

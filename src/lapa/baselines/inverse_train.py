@@ -31,11 +31,11 @@ from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_fram
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
+from lapa.errors import UserError
 from lapa.files import claim_output
 from lapa.policy.figures import action_figures
 from lapa.policy.scale import ActionScale
 from lapa.policy.training import tiny_loop
-from lapa.types import UserError
 
 # Held-out pairs that an evaluation looks at, spread evenly over the held-out episodes.
 EVALUATION_PAIRS = 512

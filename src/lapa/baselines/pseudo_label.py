@@ -34,8 +34,8 @@ from lapa.data.pairs import horizon_frames
 from lapa.data.rewrite import claim_rewrite, is_dataset, rewrite_actions
 from lapa.data.windows import window_frames
 from lapa.engine.distributed import pick_device
+from lapa.errors import UserError
 from lapa.policy.scale import ActionScale
-from lapa.types import UserError
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ from lapa.console import finish, warn
 from lapa.data.action_space import ActionSpace
 from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import pick_device
+from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json
 from lapa.policy.runtime import check_observation
-from lapa.types import Observation, UserError
+from lapa.types import Observation
 
 KIND, VIDEO, INVERSE = "unipi", "video", "inverse"
 

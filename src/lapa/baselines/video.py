@@ -28,10 +28,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from lapa import config as configs
+from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer
-from lapa.types import Losses, UserError
+from lapa.types import Losses
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 NOISE_LEVELS = 1000

@@ -32,9 +32,9 @@ from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.engine.optim import OptimConfig
+from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.policy.tokenizer import train_tokenizer
-from lapa.types import UserError
 
 INITIALISATION_SAMPLES = 256
 # Held-out samples for the loss, those of them that are predicted, and those of these that are drawn.

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lapa.config import unknown
-from lapa.types import UserError
+from lapa.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from lapa.data.dataset import Dataset

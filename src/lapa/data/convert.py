@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapa.config import unknown
 from lapa.console import finish, progress, say, warn
 from lapa.data.items import KEYFRAME_INTERVAL, Converted, convert_item
 from lapa.data.lerobot import INFO
 from lapa.data.source import Item, Reading, Source
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
+from lapa.errors import UserError, unknown
 from lapa.files import claim_output
-from lapa.types import UserError
 
 # How the folder begins in which videos wait to be added.
 INCOMING = ".incoming-"

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from lapa.config import unknown
 from lapa.data.action_space import ActionSpace, read_action_space
-from lapa.types import UserError
+from lapa.errors import UserError, unknown
 
 CAMERA_PREFIX = "observation.images."
 ACTION, STATE = "action", "observation.state"

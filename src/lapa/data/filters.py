@@ -14,7 +14,7 @@ import numpy as np
 from lapa.data.action_space import ActionSpace
 from lapa.data.motion import shot_numbers, thumbnail
 from lapa.data.transforms import resize_and_crop
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # Seconds; a tick this close to the middle between two frames takes the later one, however the sum is rounded.
 TIE = 1e-6

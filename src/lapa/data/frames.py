@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from lapa.console import progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
-from lapa.types import UserError
+from lapa.errors import UserError
 
 GIB = 2**30
 # Pictures of an episode decoded at once where they do not stay in memory.

@@ -20,7 +20,7 @@ from lapa.data.motion import MotionMeter
 from lapa.data.source import Clip, Item, Source
 from lapa.data.statistics import PixelMoments
 from lapa.data.video import encode_clip
-from lapa.types import UserError
+from lapa.errors import UserError
 
 if TYPE_CHECKING:
     from lapa.data.convert import ConvertOptions

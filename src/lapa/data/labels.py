@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapa import config as configs
+from lapa.errors import UserError
 from lapa.files import as_path, atomic_path, open_binary, reading
-from lapa.types import UserError
 
 MANIFEST = "manifest.json"
 SHARDS = "episodes-*.parquet"

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from lapa.config import unknown
 from lapa.data.action_space import KEY
 from lapa.data.dataset import ACTION, STATE, Dataset, picture_keys
 from lapa.data.lerobot_layout import (
@@ -39,8 +38,8 @@ from lapa.data.lerobot_layout import (
 )
 from lapa.data.parquet import AGAIN, StoredPictures, column_names, find_episodes, matrix, read_parquet
 from lapa.data.random_access import decode_clip
+from lapa.errors import UserError, unknown
 from lapa.files import fingerprint, is_remote, read_json
-from lapa.types import UserError
 
 __all__ = [
     "CODEBASE_VERSION",

@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from lapa.data.dataset import picture_keys
 from lapa.data.parquet import AGAIN, column_names, read_parquet
+from lapa.errors import UserError
 from lapa.files import is_remote, read_json, reading
-from lapa.types import UserError
 
 CODEBASE_VERSION = "v3.0"
 # One file an episode.

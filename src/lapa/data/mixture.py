@@ -22,7 +22,7 @@ from rich.table import Table
 
 from lapa.console import console, warn
 from lapa.data.dataset import Dataset
-from lapa.types import UserError
+from lapa.errors import UserError
 
 MixBy = Literal["frames", "episodes", "equal"]
 

@@ -9,8 +9,8 @@ from lapa.data.dataset import Dataset
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Reading
 from lapa.data.spec import DataSpec, typed, typed_options
+from lapa.errors import UserError
 from lapa.files import as_path
-from lapa.types import UserError
 
 # Source -> the module and the dataclass of its reading options. `lapa data SOURCE` converts from the same.
 SOURCES = {

@@ -24,7 +24,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.frames import STRETCH, EpisodeRows, FrameStore, draw, each_camera, in_threads, split_episodes
 from lapa.data.mixture import MixBy, Mixture
 from lapa.data.motion import motion_energy, thumbnails
-from lapa.types import UserError
+from lapa.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from lapa.errors import UserError
 from lapa.files import open_binary, reading, what_instead
-from lapa.types import UserError
 
 AGAIN = "write the dataset again"
 # Row groups of pictures that stay in memory; LeRobot writes one an episode, and an item has a picture a camera.

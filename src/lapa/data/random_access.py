@@ -20,8 +20,8 @@ from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 
 from lapa.data.video import open_video, upright
+from lapa.errors import UserError
 from lapa.files import reading
-from lapa.types import UserError
 
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16

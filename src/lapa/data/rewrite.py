@@ -34,8 +34,8 @@ from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset
 from lapa.data.parquet import read_parquet
 from lapa.data.statistics import Moments
 from lapa.data.writer_tables import FRAME_COLUMNS
+from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
-from lapa.types import UserError
 
 NO_ACTIONS = "lapa data hide-actions"
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, UInt8
 
 from lapa.data.action_space import ActionSpace
 from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, Dataset
-from lapa.types import UserError
+from lapa.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lapa.config import unknown
-from lapa.types import UserError
+from lapa.errors import UserError, unknown
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(?=.)")
 WEIGHT = re.compile(r":([0-9.]+(?:e-?[0-9]+)?)$")

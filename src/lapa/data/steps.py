@@ -17,7 +17,7 @@ from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_e
 from lapa.data.labels import Labels
 from lapa.data.mixture import MixBy, Mixture
 from lapa.data.transforms import augment
-from lapa.types import UserError
+from lapa.errors import UserError
 
 
 class PolicySteps(torch.utils.data.Dataset):

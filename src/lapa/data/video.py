@@ -20,8 +20,8 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
 
+from lapa.errors import UserError
 from lapa.files import atomic_path, is_remote, open_binary, reading, what_instead
-from lapa.types import UserError
 
 # The part by which a mean rate may differ from the rate of a constant one.
 VARIES = 0.01

@@ -26,8 +26,8 @@ from lapa.data.dataset import Dataset
 from lapa.data.motion import motion_energy, thumbnails
 from lapa.data.transforms import resize_and_crop
 from lapa.data.workers import Workers
+from lapa.errors import UserError
 from lapa.files import is_remote
-from lapa.types import UserError
 
 # New frames of a window.
 WINDOW = 256

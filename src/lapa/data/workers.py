@@ -18,7 +18,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 Result = TypeVar("Result")
 

@@ -26,8 +26,8 @@ from lapa.data.lerobot import CODEBASE_VERSION, DATA_PATH, EXTRA, INFO, JOURNAL,
 from lapa.data.statistics import Moments, PixelMoments
 from lapa.data.video import encode_clip, probe
 from lapa.data.writer_tables import CHUNK_SIZE, FRAME_COLUMNS, Tables, frame_stats, shaped, write_tasks
+from lapa.errors import UserError
 from lapa.files import write_json
-from lapa.types import UserError
 
 
 def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:

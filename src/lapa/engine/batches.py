@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # Draws among which the parts of a mixture are shuffled.
 BLOCK = 1024

@@ -13,8 +13,8 @@ from torch import nn
 
 from lapa.config import differences
 from lapa.console import say
+from lapa.errors import UserError
 from lapa.files import atomic_path
-from lapa.types import UserError
 
 # What may differ between a run and its resume without changing a single sample or update.
 VOLATILE_KEYS = frozenset(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # How long processes wait for one another: evaluation, and the last shard of labels, are the work of one.
 PATIENCE = timedelta(hours=2)

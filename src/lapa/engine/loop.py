@@ -41,7 +41,8 @@ from lapa.engine.memory import GIB, explained_out_of_memory, require_memory, tra
 from lapa.engine.metrics import MetricLog
 from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from lapa.engine.sharding import gather, load_sharded, prepare_moments, reshard, save_sharded, shard
-from lapa.types import Losses, UserError
+from lapa.errors import UserError
+from lapa.types import Losses
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 GIB = 2**30
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lapa.console import warn
-from lapa.types import UserError
+from lapa.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 
 from lapa.engine.checkpoint import RunState, lasting, require_same_run, restore_random_states
 from lapa.engine.distributed import Processes
+from lapa.errors import UserError
 from lapa.files import read_json, write_json
-from lapa.types import UserError
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from lapa.config import unknown
 from lapa.envs import synthetic
 from lapa.envs.metaworld import simulator as metaworld
+from lapa.errors import unknown
 from lapa.sources import square
 from lapa.types import Observation
 

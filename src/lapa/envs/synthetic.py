@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lapa.config import unknown
+from lapa.errors import UserError, unknown
 from lapa.sources.square import DIRECTIONS, Square, heading
-from lapa.types import Observation, UserError
+from lapa.types import Observation
 
 # In pixels of the 64 px picture, on each axis.
 LONGEST_STEP = 4.0

@@ -23,8 +23,9 @@ import numpy as np
 
 from lapa.envs.metaworld.simulator import episode_seed
 from lapa.envs.registry import Environment, kind_of, make
+from lapa.errors import UserError
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
-from lapa.types import Observation, UserError
+from lapa.types import Observation
 
 # Recorded videos show about this many frames a second of the environment's own time.
 VIDEO_FPS = 20

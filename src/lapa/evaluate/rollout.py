@@ -29,9 +29,9 @@ from lapa.config import require_same, to_dict
 from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
 from lapa.envs.registry import EnvironmentKind, kind_of
+from lapa.errors import UserError
 from lapa.evaluate.episodes import VIDEO_FPS, Infer, Job, Outcome, Setup, play_all
 from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
-from lapa.types import UserError
 
 if TYPE_CHECKING:
     from lapa.policy.acting import Actor

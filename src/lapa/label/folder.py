@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 
 from lapa.console import say, warn
 from lapa.data.labels import SHARDS, Manifest, shard_notes, shard_path
+from lapa.errors import UserError
 from lapa.files import is_remote
 from lapa.label.shards import Shard, Work, read_complete
 from lapa.latent.config import LatentModelConfig
-from lapa.types import UserError
 
 
 def make_shards(out: Path, num_episodes: int, size: int) -> list[Shard]:

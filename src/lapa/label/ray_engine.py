@@ -22,10 +22,10 @@ from typing import Any
 from lapa.config import differences
 from lapa.console import say
 from lapa.engine.distributed import pick_device
+from lapa.errors import UserError
 from lapa.files import as_path, is_remote
 from lapa.label.run import LabelConfig, make_plan
 from lapa.label.shards import Clocks, Labeller, Shard, read_complete
-from lapa.types import UserError
 
 # Times that a shard is done again after its worker was killed.
 RETRIES = 3

@@ -28,11 +28,11 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, Manifest
 from lapa.data.pairs import horizon_frames
 from lapa.engine.distributed import Processes, start
+from lapa.errors import UserError
 from lapa.files import as_path, claim_output, is_remote, write_json
 from lapa.label.folder import clear_up, forget_listing, make_manifest, make_shards, missing_shards, tell_left_out
 from lapa.label.shards import Clocks, Labeller, Shard, Work
 from lapa.latent.model import LatentActionModel, horizon_for, lam_fingerprint
-from lapa.types import UserError
 
 RUN = "run.json"
 # Below so many frames, other processes take longer to start than they save.

@@ -23,9 +23,9 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import EpisodeLabels, ShardNotes, read_shard, shard_notes, write_shard
 from lapa.data.windows import Decoders, Window
 from lapa.engine.memory import explained_out_of_memory
+from lapa.errors import UserError
 from lapa.label.encoder import Encoder
 from lapa.latent.model import LatentActionModel
-from lapa.types import UserError
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from einops import rearrange, reduce
 from jaxtyping import UInt8
 from torch import Tensor
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from lapa.console import console, finish, say
 from lapa.data.dataset import Dataset
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
+from lapa.errors import UserError
 from lapa.files import claim_output, write_json
 from lapa.latent.figures import take_sample
 from lapa.latent.model import LatentActionModel, horizon_for
 from lapa.latent.probe import NUM_PAIRS, pairs_of, probe, table_of
-from lapa.types import UserError
 
 
 @dataclass(frozen=True)

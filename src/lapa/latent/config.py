@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 LARGEST_LEVELS = 16
 FACTORS = range(8, 1, -1)

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from lapa import files
 from lapa.console import warn
-from lapa.types import UserError
+from lapa.errors import UserError
 
 NORMALISATION = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

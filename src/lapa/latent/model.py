@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from lapa import config as configs
 from lapa import files
+from lapa.errors import UserError
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.losses import batch_usage, known_actions_error, relative_error
 from lapa.latent.quantizers import NO_CODES, build_quantizer
 from lapa.nn.patches import PatchEmbedding, PatchPixels, PatchSummary, PositionBias, sinusoids
 from lapa.nn.transformer import Transformer
-from lapa.types import Losses, UserError
+from lapa.types import Losses
 
 if TYPE_CHECKING:
     from lapa.data.dataset import Dataset

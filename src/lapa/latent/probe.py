@@ -23,6 +23,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, horizon_frames
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
+from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.latent.figures import (
     Sample,
@@ -37,7 +38,6 @@ from lapa.latent.figures import (
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.pictures import probe_sheet
 from lapa.latent.truth import action_figures, information_figures, returned_action_r2, task_figures
-from lapa.types import UserError
 
 NUM_PAIRS = 4000
 

@@ -19,9 +19,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, VectorQuantize
 
+from lapa.errors import UserError
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.quantizer import Quantized, Quantizer, Standardize, same_everywhere, sum_everywhere
-from lapa.types import UserError
 
 REPLACE_EVERY = 64  # training forwards
 DEAD_SHARE = 0.02  # of the uses a code would have if all were used equally

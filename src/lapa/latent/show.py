@@ -22,11 +22,11 @@ from lapa.console import finish
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import encode_clip
 from lapa.engine.distributed import pick_device
+from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output
 from lapa.latent.figures import device_of
 from lapa.latent.model import LatentActionModel
 from lapa.latent.pictures import decode_each, sheet
-from lapa.types import UserError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # The stem halves the image twice, each further stage once.
 STEM_STRIDE = 4

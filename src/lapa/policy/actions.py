@@ -27,8 +27,8 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lapa.errors import UserError
 from lapa.files import atomic_path
-from lapa.types import UserError
 
 ARRAYS = ("edges", "centres", "counts", "low", "high")
 # A binary dimension may pass through other values on its way from one to the other, as a gripper that takes a moment

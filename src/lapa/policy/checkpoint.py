@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa import config as configs
+from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import Processor, load_backbone
@@ -26,7 +27,6 @@ from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.scale import ActionScale
 from lapa.policy.statistics import ActionCodec, Statistics, most_bins, require_key, save_keyed
-from lapa.types import UserError
 
 CONFIG, HEAD, ACTIONS, STATES = "config.json", "head.safetensors", "actions.safetensors", "state.safetensors"
 MODEL, PROCESSOR = "model", "processor"

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Float
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 Ask = Callable[[], Float[np.ndarray, "K A"]]
 

@@ -22,7 +22,6 @@ import numpy as np
 import tyro
 
 from lapa import config as configs
-from lapa.config import unknown
 from lapa.console import finish, say, warn
 from lapa.data.action_space import ActionSpace, common_action_space
 from lapa.data.dataset import Dataset
@@ -30,6 +29,7 @@ from lapa.data.mixture import require_names
 from lapa.data.steps import PolicySteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig
+from lapa.errors import UserError, unknown
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import HfConfig, LwmConfig, renew_backbone
 from lapa.policy.checkpoint import PolicyParts, is_policy, read_config
@@ -48,7 +48,6 @@ from lapa.policy.training import (
     tiny_loop,
     train_policy,
 )
-from lapa.types import UserError
 
 STATE_BINS = 256
 

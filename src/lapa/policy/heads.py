@@ -28,7 +28,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 HeadKind = Literal["bins", "chunk", "flow"]
 # pi0 draws the flow's time as LAST_TIME (1 - u), u ~ Beta(1.5, 1): more of it where there is most noise, none at the

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lapa.errors import UserError
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import Processor
 from lapa.policy.model import PolicyConfig
 from lapa.policy.statistics import ActionCodec, Statistics
-from lapa.types import UserError
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 
 def add_lora(

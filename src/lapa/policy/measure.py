@@ -24,20 +24,20 @@ import tyro
 from rich.table import Table
 
 from lapa import config as configs
-from lapa.config import unknown
 from lapa.console import console, finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
+from lapa.errors import UserError, unknown
 from lapa.files import claim_output, naming, write_json
 from lapa.policy.acting import Actor, load_actor
 from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.policy.figures import action_figures, code_figures
 from lapa.policy.runtime import Policy
 from lapa.policy.training import require_same_codes
-from lapa.types import Observation, UserError
+from lapa.types import Observation
 
 MEASURES = "measure.json"
 Place = tuple[int, int]

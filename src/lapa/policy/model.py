@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapa.data.action_space import ActionSpace
+from lapa.errors import UserError
 from lapa.policy.backbones import Backbone, BackboneConfig, TinyConfig
 from lapa.policy.heads import ActionHead, FlowConfig, HeadKind, build_head
 from lapa.policy.lora import add_lora, has_lora, hold_old_rows, merge_lora, vocabulary_weights
 from lapa.policy.prompts import Prompts
 from lapa.policy.statistics import KeyedSpace
 from lapa.policy.vocabulary import Segment, Vocabulary
-from lapa.types import Losses, UserError
+from lapa.types import Losses
 
 LossAndParts = tuple[Float[Tensor, ""], dict[str, Tensor]]
 

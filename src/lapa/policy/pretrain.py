@@ -23,6 +23,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig
+from lapa.errors import UserError
 from lapa.policy.checkpoint import PolicyParts, is_policy
 from lapa.policy.model import PolicyConfig
 from lapa.policy.training import (
@@ -36,7 +37,6 @@ from lapa.policy.training import (
     tiny_loop,
     train_policy,
 )
-from lapa.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

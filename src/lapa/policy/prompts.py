@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lapa.config import unknown
 from lapa.console import warn
-from lapa.types import UserError
+from lapa.errors import UserError, unknown
 
 PLACE = "{instruction}"
 PROMPTS = {

@@ -17,9 +17,10 @@ from jaxtyping import Float
 
 from lapa.data.action_space import ActionSpace
 from lapa.engine.distributed import pick_device
+from lapa.errors import UserError
 from lapa.files import naming
 from lapa.policy.checkpoint import PolicyParts, load_policy
-from lapa.types import Observation, UserError
+from lapa.types import Observation
 
 
 class Policy:

@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from lapa.config import unknown
 from lapa.data.action_space import ActionSpace
+from lapa.errors import UserError, unknown
 from lapa.policy.actions import ActionBins, save_arrays
 from lapa.policy.heads import HeadKind
 from lapa.policy.scale import ActionScale
-from lapa.types import UserError
 
 ActionCodec = ActionBins | ActionScale
 # In place of a dataset's name, where one set is for all of them.

@@ -15,8 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lapa.errors import UserError
 from lapa.files import writing
-from lapa.types import UserError
 
 PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 

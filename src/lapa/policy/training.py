@@ -22,6 +22,7 @@ from lapa.data.steps import PolicySteps
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.engine.optim import OptimConfig
+from lapa.errors import UserError
 from lapa.files import claim_output
 from lapa.policy.backbones import BackboneConfig, HfConfig, TinyConfig, create_backbone
 from lapa.policy.backbones.hf import native_image_size
@@ -29,7 +30,6 @@ from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy, save_pol
 from lapa.policy.inputs import PolicyInputs
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
-from lapa.types import UserError
 
 # Held-out steps that an evaluation looks at, spread evenly over the held-out episodes, and the least of each dataset.
 EVALUATION_STEPS = 256

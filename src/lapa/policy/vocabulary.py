@@ -19,7 +19,7 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 import torch
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 Segment = Literal["text", "vision", "latent", "bins", "state", "query"]
 SEGMENTS: tuple[Segment, ...] = get_args(Segment)

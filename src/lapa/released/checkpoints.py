@@ -30,8 +30,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lapa.errors import UserError
 from lapa.released.pickled import read_pickled, reading
-from lapa.types import UserError
 
 DTYPES = {
     "float32": torch.float32,

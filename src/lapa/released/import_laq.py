@@ -22,10 +22,10 @@ from torch import Tensor
 
 from lapa import config as configs
 from lapa.console import finish
+from lapa.errors import UserError
 from lapa.files import claim_output, naming, read_json, write_json
 from lapa.latent.model import CONFIG
 from lapa.released.laq import PUBLISHED_CONFIG, from_released, released_config
-from lapa.types import UserError
 
 # What torch makes of a file that is not whole, or not its own.
 UNREADABLE = (

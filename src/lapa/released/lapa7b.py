@@ -25,6 +25,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from lapa import config as configs
 from lapa.console import finish, progress, say
+from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, naming, read_json, write_json, writing
 from lapa.policy.checkpoint import CONFIG, MODEL, PROCESSOR, is_policy
 from lapa.policy.model import PolicyConfig
@@ -36,7 +37,6 @@ from lapa.released.checkpoints import StoredTensors, open_checkpoint, require_fl
 from lapa.released.lwm import VQGAN_FOLDER, LwmConfig, LwmProcessor
 from lapa.released.pickled import reading
 from lapa.released.vqgan import VQGANConfig
-from lapa.types import UserError
 
 SHARD_BYTES = 5 << 30
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lapa.config import unknown
+from lapa.errors import UserError, unknown
 from lapa.latent.model import LatentActionModel, LatentModelConfig
-from lapa.types import UserError
 
 PUBLISHED_CONFIG = {
     "dim": 1024,

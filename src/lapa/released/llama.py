@@ -34,12 +34,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from lapa.config import unknown
+from lapa.errors import UserError, unknown
 from lapa.policy.backbones.base import positions
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.released.checkpoints import StoredTensors, require_shapes, shapes_of
 from lapa.released.lwm import llama_config
-from lapa.types import UserError
 
 PUBLISHED: dict[str, Any] = {
     "vocab_size": 32000,

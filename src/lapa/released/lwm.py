@@ -29,13 +29,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lapa.errors import UserError
 from lapa.files import writing
 from lapa.policy.backbones.base import PrefixBackbone, Tags, require_room
 from lapa.policy.backbones.tiny import square_images
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.released.vqgan import VQGAN, VQGANConfig
-from lapa.types import UserError
 
 VQGAN_FOLDER = "vqgan"
 VISION_TAGS = "<vision>", "</vision>"

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # What a name in the file stands for; versions of NumPy, JAX and Flax differ in where it lives, not in what it does.
 NAMES = {

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapa import config as configs
+from lapa.errors import UserError
 from lapa.files import atomic_path
 from lapa.released.checkpoints import require_shapes, shapes_of
-from lapa.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NORM_GROUPS, NORM_EPS = 32, 1e-6

@@ -21,9 +21,9 @@ from lapa.data.filters import TIE, in_time, resample
 from lapa.data.random_access import EARLIER, OpenClip, open_clip
 from lapa.data.source import Clip, Item, Source, with_length
 from lapa.data.video import ClipScan, VideoInfo, frame_times, probe, upright
+from lapa.errors import UserError
 from lapa.sources.cache import cached, stamp
 from lapa.sources.finding import judge, look_through
-from lapa.types import UserError
 
 # Files; looking at fewer headers takes less than a second or two.
 WORTH_KEEPING = 500

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from lapa.console import progress, say, warn
 from lapa.data.lerobot import INFO, JOURNAL
+from lapa.errors import UserError
 from lapa.files import as_path, is_remote
-from lapa.types import UserError
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")

@@ -27,11 +27,11 @@ from lapa.console import say, warn
 from lapa.data import convert
 from lapa.data.convert import ConvertOptions
 from lapa.data.source import Clip, Item, Source
+from lapa.errors import UserError
 from lapa.files import reading as reading_file
 from lapa.sources.films import CAMERA
 from lapa.sources.finding import judge, natural, require_folder, require_rate, walk
 from lapa.sources.videos import find_captions
-from lapa.types import UserError
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
 NUMBER = re.compile(r"([0-9]+)[^0-9]*$")

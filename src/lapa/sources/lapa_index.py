@@ -15,8 +15,8 @@ import numpy as np
 
 from lapa.console import progress
 from lapa.data.source import Item
+from lapa.errors import UserError
 from lapa.sources.lapa_rows import Row, find_rows, parse_row
-from lapa.types import UserError
 
 MEND = "mend the row, or leave out what is malformed: --skip-bad, or skip_bad=true with --data"
 

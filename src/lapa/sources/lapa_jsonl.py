@@ -33,12 +33,12 @@ from lapa.data.dataset import ACTION, STATE, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Source, SourceDataset
+from lapa.errors import UserError
 from lapa.files import as_path, claim_output, reading, remove_folder
 from lapa.sources.cache import cached, stamp
 from lapa.sources.lapa_index import RowEpisodes, look_through
 from lapa.sources.lapa_rows import Row, existing, read_row
 from lapa.sources.rlds.table import POSE
-from lapa.types import UserError
 
 CAMERA = "image"
 LABELS = Path("labels", "released")

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from lapa.errors import UserError
 from lapa.files import open_binary, reading
-from lapa.types import UserError
 
 # What the released code puts around the task in words; policies put it there again (`--prompt paper`).
 ROLES = re.compile(r"(?:<s>\s*)*(?:You are a helpful assistant\.)?\s*(?:USER:)?(.*?)(?:ASSISTANT:)?\s*", re.DOTALL)

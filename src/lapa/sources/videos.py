@@ -31,9 +31,9 @@ from lapa.data.random_access import decode_clip
 from lapa.data.source import Item, Source
 from lapa.data.statistics import PixelMoments
 from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream
+from lapa.errors import UserError
 from lapa.sources.films import CAMERA, FilmSource, quick_count, read_headers
 from lapa.sources.finding import by_short_name, find_films, judge, most_common, require_rate
-from lapa.types import UserError
 
 CAPTION_COLUMNS = ("text", "caption", "instruction")
 

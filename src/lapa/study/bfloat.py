@@ -15,7 +15,7 @@ from typing import IO
 
 import torch
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # Numbers that a tensor must have at least to be narrowed.
 LEAST_NUMBERS = 16384

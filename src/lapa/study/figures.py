@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lapa.errors import UserError
 from lapa.files import atomic_path
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve
 from lapa.study.statistics import Estimate, Group
 from lapa.study.tables import Correlation, figure_and_success
 from lapa.study.verdicts import stage_of
-from lapa.types import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,11 +25,11 @@ import tyro
 
 from lapa.console import finish, say
 from lapa.data.lerobot import INFO
+from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, naming, read_json, write_json
 from lapa.study.bfloat import narrow, narrowed_size
 from lapa.study.plan import ARTIFACTS
 from lapa.study.results import FOLDER, SECONDS, SETTINGS
-from lapa.types import UserError
 
 INDEX, FORMAT = "index.json", 1
 RESULT_SUFFIXES = (".json", ".png")

@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.markup import escape as escape_markup
 from rich.table import Table as RichTable
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 STYLE = """
 :root { color-scheme: light dark;

@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
+from lapa.errors import UserError
 from lapa.stages import Stage
 from lapa.study.results import Arm, Split
 from lapa.study.sizes import Sizes
-from lapa.types import UserError
 
 Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"

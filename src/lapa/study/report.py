@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from lapa.console import console, finish, say
+from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.study import figures, page
 from lapa.study.page import Table
@@ -51,7 +52,6 @@ from lapa.study.verdicts import (
     verdicts,
     where,
 )
-from lapa.types import UserError
 
 PAGE, MARKDOWN, REPORT = "report.html", "table.md", "report.json"
 PAPER_ADDRESS = "https://arxiv.org/abs/2410.11758"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapa import config as configs
+from lapa.errors import UserError
 from lapa.files import read_json, write_json
-from lapa.types import UserError
 
 Arm = Literal["scratch", "vpt", "unipi", "lapa", "actionvla"]
 Split = Literal["in-domain", "cross-task", "cross-environment"]

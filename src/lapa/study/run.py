@@ -21,13 +21,13 @@ from pathlib import Path
 
 from lapa import config as configs
 from lapa.console import console, finish, say
+from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.stages import OutOfTimeError, run_stage
 from lapa.study.collect import collect, note_seconds, steps_of
 from lapa.study.plan import ARTIFACTS, Plan, Step, order
 from lapa.study.results import ARMS, FOLDER, SETTINGS, Arm, Split
 from lapa.study.sizes import Sizes, sizes_of, stage_presets
-from lapa.types import UserError
 
 # A step that has less than this left is not begun.
 LEAST_SECONDS = 30.0

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lapa import presets
-from lapa.config import to_dict, unknown
+from lapa.config import to_dict
+from lapa.errors import unknown
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from typing import IO, Annotated, Any, cast
 import tyro
 
 from lapa.console import finish, say, warn
+from lapa.errors import UserError
 from lapa.files import atomic_path, naming, read_json
 from lapa.study.bfloat import BLOCK, widen
 from lapa.study.pack import FORMAT, INDEX, NARROWED, BlockReader, is_finished
 from lapa.study.plan import ARTIFACTS
 from lapa.study.results import FOLDER, SECONDS, SETTINGS
-from lapa.types import UserError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lapa.types import UserError
+from lapa.errors import UserError
 
 # Textures of the scene around the task, and the colours of the robot: arm, pedestal, hand, and the two fingers.
 SURFACES = ("T_table", "T_floor", "T_wallmetal")

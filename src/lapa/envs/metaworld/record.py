@@ -36,8 +36,8 @@ from lapa.envs.metaworld.simulator import (
     episode_seed,
     parse_tasks,
 )
+from lapa.errors import UserError
 from lapa.files import claim_output, write_json
-from lapa.types import UserError
 
 # Frames kept after success: enough to see the result, too few to teach standing still.
 FRAMES_AFTER_SUCCESS = 5

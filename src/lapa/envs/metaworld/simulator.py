@@ -23,10 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from lapa.config import unknown
 from lapa.envs.metaworld.instructions import INSTRUCTIONS
 from lapa.envs.metaworld.look import change_look
-from lapa.types import UserError
+from lapa.errors import UserError, unknown
 
 TASKS = tuple(INSTRUCTIONS)
 SUITES = {

@@ -22,6 +22,12 @@ from lapa.policy.vocabulary import Vocabulary
 from lapa.released.lwm import LwmConfig
 
 BackboneConfig = TinyConfig | HfConfig | LwmConfig
+# Kind -> the module that holds its `create`, `renew` and `load`.
+MODULES = {
+    "tiny": "lapa.policy.backbones.tiny",
+    "hf": "lapa.policy.backbones.hf",
+    "lwm": "lapa.released.lwm",
+}
 
 __all__ = [
     "Backbone",
@@ -72,4 +78,4 @@ def load_backbone(
 
 
 def _module(config: BackboneConfig) -> Any:
-    return importlib.import_module(f"lapa.policy.backbones.{config.kind}")
+    return importlib.import_module(MODULES[config.kind])

@@ -25,9 +25,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.utils import logging
 
 from lapa.engine.memory import require_memory
+from lapa.errors import UserError
 from lapa.files import atomic_path
 from lapa.policy.vocabulary import Segment, Vocabulary
-from lapa.types import UserError
 
 Tags = tuple[tuple[int, ...], tuple[int, ...]]
 # Caches of fixed size come in multiples of this many tokens, so that prompts of about one length share one.

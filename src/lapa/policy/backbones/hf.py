@@ -34,11 +34,11 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lapa import files
+from lapa.errors import UserError
 from lapa.policy.backbones.base import Backbone, Memory, positions, require_room
 from lapa.policy.backbones.hf_inputs import HfProcessor, model_images
 from lapa.policy.lora import vocabulary_weights
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
-from lapa.types import UserError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PROVEN = "SmolVLM, Qwen2.5-VL, Qwen3-VL or PaliGemma"

@@ -31,10 +31,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, Pre
 from lapa import files
 from lapa.console import warn
 from lapa.data.transforms import resize_and_crop
+from lapa.errors import UserError
 from lapa.policy.backbones.base import Tags
 from lapa.policy.tokenizer import save_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
-from lapa.types import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")

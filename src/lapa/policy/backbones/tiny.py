@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapa.data.transforms import resize_and_crop
+from lapa.errors import UserError
 from lapa.nn.vision import residual_tower, tower_grid
 from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
-from lapa.types import UserError
 
 WEIGHTS = "model.safetensors"
 

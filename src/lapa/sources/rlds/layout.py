@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapa.config import unknown
 from lapa.console import say, warn
 from lapa.data.action_space import ActionSpace
 from lapa.data.source import Item
+from lapa.errors import UserError, unknown
 from lapa.files import read_json
 from lapa.sources.rlds.table import CONSTANTS, POSE, Known, Part, columns
 from lapa.sources.rlds.tfrecord import scan_records
-from lapa.types import UserError
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction", "natural_language_instruction")

@@ -27,6 +27,7 @@ from lapa.data.convert import ConvertOptions
 from lapa.data.dataset import ACTION, STATE
 from lapa.data.items import BLANK
 from lapa.data.source import Clip, Item, Source, with_length
+from lapa.errors import UserError
 from lapa.files import as_path
 from lapa.sources.cache import cached, stamp
 from lapa.sources.rlds.layout import (
@@ -41,7 +42,6 @@ from lapa.sources.rlds.layout import (
 )
 from lapa.sources.rlds.table import KNOWN, Known
 from lapa.sources.rlds.tfrecord import PARSED, parse_example, read_record
-from lapa.types import UserError
 
 FORMATS = ("JPEG", "PNG")
 NO_TEXT = "without instruction (--caption TEXT gives them one)"

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lapa.data.action_space import Control
-from lapa.types import UserError
+from lapa.errors import UserError
 
 POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 PART = re.compile(r"((?:[a-z]+:)*)([\w/.-]+)(?:\[(-?\d+)\]|\[(-?\d+)?:(-?\d+)?\])?")

@@ -20,8 +20,8 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from lapa.errors import UserError
 from lapa.files import open_binary, reading
-from lapa.types import UserError
 
 LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 HEAD_SIZE = LENGTH.size + CHECKSUM.size
