@@ -8,26 +8,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lapa import cli
 from lapa.config import to_dict
 from lapa.data.dataset import Dataset
-from lapa.data.labels import Labels
 from lapa.files import read_json
-from lapa.latent.model import lam_fingerprint
-from lapa.policy.acting import load_actor
 from lapa.stages import OutOfTimeError, Stage, run_stage
-from lapa.study import pack, unpack
 from lapa.study import run as study_run
 from lapa.study.collect import steps_of
-from lapa.study.pack import PackConfig
 from lapa.study.plan import Plan, Step, order
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
 from lapa.study.sizes import PRESETS, sizes_of
-from lapa.study.unpack import UnpackConfig
-from lapa.types import Observation
 
 CPU = sizes_of("cpu")
 
@@ -92,19 +84,6 @@ def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch
         study_run.run(replace(config, preset="cpu"))
 
 
-def test_a_packed_study_acts_again(study: Path, tmp_path: Path) -> None:
-    """UniPi's planner and labels know other weights by their fingerprints, which rounding would change."""
-    pack.run(PackConfig(study, tmp_path / "pack", weights=True))
-    unpack.run(UnpackConfig(tmp_path / "pack", tmp_path / "copy"))
-    plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
-    for arm in ("unipi", "lapa"):
-        before, after = (load_actor(plan.policy(arm).folder(root)) for root in (study, tmp_path / "copy"))
-        seen = [Observation({"front": np.zeros((64, 64, 3), np.uint8)}, "move up")]
-        np.testing.assert_allclose(before.infer(seen), after.infer(seen), atol=0.1)
-    fingerprint = Labels.open(plan.labels.folder(tmp_path / "copy")).manifest.lam_fingerprint
-    assert lam_fingerprint(plan.latent_action_model.folder(tmp_path / "copy")) == fingerprint
-
-
 def test_a_study_in_slices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first slice ends in finetuning; nothing is lost, and nothing said to be finished."""
     config = study_run.StudyConfig(out=tmp_path / "s", preset="debug", arm=("scratch",), minutes=10.0)
@@ -136,7 +115,7 @@ def test_a_step_is_not_begun_when_time_is_nearly_up(tmp_path: Path) -> None:
 
 
 def test_inputs_of_a_step_that_is_done_are_not_made_again() -> None:
-    """As after `study unpack`, which brings models but no datasets."""
+    """As where a study's models were copied to another machine without its datasets."""
     plan = Plan(CPU, "in-domain", 2, 0)
     done = {plan.policy("lapa").key, plan.measured.key}
     left = {step.title for step in order(plan.rollouts("lapa"), unless=lambda step: step.key in done)}

@@ -191,10 +191,6 @@ VERBS = (
         "StudyConfig",
     ),
     Verb("study report", "the study's table, figures and page", "lapa.study.report", "ReportConfig"),
-    Verb(
-        "study pack", "results and weights of a study -> files small enough to carry", "lapa.study.pack", "PackConfig"
-    ),
-    Verb("study unpack", "what was packed -> a study", "lapa.study.unpack", "UnpackConfig"),
 )
 
 

@@ -45,7 +45,7 @@ class StudyConfig:
     out: Path
     """Folder of the study; arms, seeds and splits gather in it."""
     preset: str = "cpu"
-    """debug: a minute or two, says nothing. cpu: two cores, hours. gpu, gpu-mt50: one GPU."""
+    """debug: a minute or two, says nothing. cpu: two cores, hours. gpu: one GPU."""
     arm: tuple[Arm, ...] = ARMS
     """Arms to run, in this order."""
     seed: tuple[int, ...] = (0,)

@@ -7,7 +7,7 @@ inverse dynamics, video model) has steps and batches of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from lapa import presets
@@ -129,8 +129,6 @@ PRESETS = {
         policy=("--layers", "2"),
     ),
     "gpu": MT10,
-    # All tasks there are, so without a split cross-task.
-    "gpu-mt50": replace(MT10, world=replace(MT10.world, tasks="mt50", other_tasks=""), videos=50),
 }
 
 
