@@ -151,8 +151,10 @@ def test_clean_time_transformer_keeps_patches_apart_and_the_released_one_does_no
     for released in (False, True):
         model = Transformer(8, 1, 2, 4, axis="time", released=released)
         x = torch.randn(1, 2, 6, 6, 8, requires_grad=True)
-        model(x)[0, 1, 2, 2].sum().backward()
-        touched = x.grad.abs().amax(dim=(0, 1, 4)) > 1e-9
+        # Not the plain sum: the last layer is a LayerNorm, whose outputs always add up to the same.
+        (model(x)[0, 1, 2, 2] * torch.randn(8)).sum().backward()
+        largest = x.grad.abs().amax(dim=(0, 1, 4))
+        touched = largest > 1e-5 * largest.max()
         near = torch.zeros(6, 6, dtype=torch.bool)
         near[1:4, 1:4] = True
         assert bool((touched & ~near).any()) == released

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -30,6 +31,22 @@ def test_single_frames_are_the_frames_of_a_whole_reading(tmp_path: Path) -> None
         assert (decode_clip(tmp_path / "a.mp4", [index], 30.0)[0] == scanned[index]).all()
     backwards = decode_clip(tmp_path / "a.mp4", [20, 3, 3, 0], 30.0)
     assert (backwards == scanned[[20, 3, 3, 0]]).all()
+
+
+def test_the_same_frames_give_the_same_bytes_under_load(tmp_path: Path) -> None:
+    """20 is no multiple of 64, nor of a macroblock: x264's `mbtree` gives other bytes there now and then."""
+    frames_THWC = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), dtype=np.uint8)
+
+    def encoded(number: int) -> bytes:
+        # Freed memory that holds something else each time.
+        rng = np.random.default_rng(number)
+        del [rng.bytes(600 + 64 * more) for more in range(4)][:]
+        path = tmp_path / f"{number}.mp4"
+        encode_clip(path, frames_THWC, 10.0)
+        return path.read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(encoded, range(100)))) == 1
 
 
 @pytest.mark.parametrize("fps", [5.0, 24.0, 29.97, 12.5])
