@@ -37,7 +37,7 @@ LINK = """
 import os, sys
 from pathlib import Path
 from lapa.data import convert
-from lapa.data.items import Converted, Part
+from lapa.data.convert import Converted, Part
 from lapa.sources.videos import VideosReading
 
 def link(source, cameras, fps, options, item, target):

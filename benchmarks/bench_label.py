@@ -28,11 +28,10 @@ import torch
 import tyro
 
 from lapa.data.dataset import Dataset
+from lapa.data.episode_decoders import window_frames
 from lapa.data.pairs import horizon_frames
-from lapa.data.windows import window_frames
 from lapa.engine.distributed import pick_device
-from lapa.label.folder import make_shards
-from lapa.label.shards import Clocks, Labeller, Shard, Work
+from lapa.label.shards import Clocks, Labeller, Shard, Work, make_shards
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset

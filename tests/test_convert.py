@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lapa.data import convert, items, writer
+from lapa.data import convert, writer
+from lapa.data import convert as items
 from lapa.data.action_space import ActionSpace, Control
-from lapa.data.convert import ConvertOptions
+from lapa.data.convert import ConvertOptions, in_time, resample, resample_rows
 from lapa.data.dataset import Dataset
-from lapa.data.filters import in_time, resample, resample_rows
 from lapa.data.lerobot import INFO, JOURNAL
 from lapa.data.source import Clip, Item, Source
 

@@ -158,7 +158,7 @@ class Oracle:
 
 @pytest.mark.parametrize("window", [4, 512])
 def test_an_oracles_pseudo_labels_are_the_truth(root: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lapa.data.windows.WINDOW", window)
+    monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", window)
     truth = Dataset.open(root / "truth")
     oracle = Oracle(truth, horizon=3)
     actions = pseudo_actions(oracle, truth, "front", batch_size=3)

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.labels import EpisodeLabels, Labels, Manifest, shard_path, write_shard
-from lapa.data.steps import PolicySteps
+from lapa.data.steps import EpisodeSteps
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.files import as_path, claim_output, read_json, write_json
@@ -128,7 +128,7 @@ def test_long_episodes_are_read_in_windows(
     data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(LabelConfig(lam=lam, data=data, out=tmp_path / "whole"))
-    monkeypatch.setattr("lapa.data.windows.WINDOW", 4)
+    monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", 4)
     run(LabelConfig(lam=lam, data=data, out=tmp_path / "windows"))
     assert rows(tmp_path / "windows") == rows(tmp_path / "whole")
 
@@ -215,7 +215,7 @@ def test_a_policy_takes_frames_without_labels(lam: Path, tmp_path: Path, data: P
     run(LabelConfig(lam=lam, data=data, out=tmp_path / "labels", min_motion=0.02))
     labels, dataset = Labels.open(tmp_path / "labels"), Dataset.open(data)
     assert 0 < labels.manifest.static_pairs < labels.manifest.num_rows
-    steps = PolicySteps([dataset], 32, labels=[labels], split="all")
+    steps = EpisodeSteps([dataset], 32, labels=[labels], split="all")
     assert len(steps) == labels.manifest.num_rows and all(
         item["has_codes"] for item in map(steps.__getitem__, range(9))
     )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lapa.data.dataset import Dataset
-from lapa.data.windows import Decoders
+from lapa.data.episode_decoders import EpisodeDecoders
 from lapa.engine.distributed import pick_device
 from lapa.label import ray_engine, shards
 from lapa.label.ray_engine import LabelActor
@@ -80,7 +80,7 @@ def test_decoding_in_processes_and_more_threads_change_no_bit(
     data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sorted(whole) == [*(f"episodes-{i:06d}-{i + 1:06d}.parquet" for i in (0, 2, 4)), "manifest.json"]
-    monkeypatch.setattr("lapa.data.windows.WINDOW", 5)
+    monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", 5)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -95,9 +95,9 @@ def test_decoding_in_processes_and_more_threads_change_no_bit(
 def test_windows_hold_each_pair_once_and_the_frames_of_the_dataset(
     data: Path, num: int, horizon: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lapa.data.windows.WINDOW", 4)
+    monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", 4)
     dataset, pairs = Dataset.open(data), []
-    with Decoders(dataset, horizon=horizon, size=32, num=num) as decoders:
+    with EpisodeDecoders(dataset, horizon=horizon, size=32, num=num) as decoders:
         found = decoders.windows([4, 1])
         for window in found:
             last = window.first + len(window.frames_THWC)
@@ -119,7 +119,7 @@ def test_a_killed_decoder_is_told_and_the_run_goes_on_from_there(
             os.kill(child.pid, signal.SIGKILL)
 
     # So that decoding is not all done when the first shard is.
-    monkeypatch.setattr("lapa.data.windows.WINDOW", 2)
+    monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", 2)
     monkeypatch.setattr(shards, "write_shard", write_and_kill)
     with pytest.raises(ValueError, match=r"worker process was killed.*--resume and fewer --decoders"):
         run(config)

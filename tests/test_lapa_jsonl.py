@@ -17,7 +17,7 @@ from lapa.data import info
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.pairs import FramePairs, PairsConfig
-from lapa.data.steps import PolicySteps
+from lapa.data.steps import EpisodeSteps
 from lapa.engine.loop import LoopConfig
 from lapa.files import as_path, read_json_lines
 from lapa.policy import pretrain
@@ -435,7 +435,7 @@ def test_codes_are_described_and_not_drawn(
 
 def test_codes_are_not_augmented(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [published(number, raw_actions=[number, 1]) for number in range(3)])
-    steps = PolicySteps([opened(path)], 32, chunk=2, augment=True)
+    steps = EpisodeSteps([opened(path)], 32, chunk=2, augment=True)
     item = steps[1]
     assert item["images"]["image"].tolist() == [1 + place for place in range(CODES)]
     assert item["actions_KA"].tolist() == [[1, 1], [1, 1]] and item["instruction"] == "push 1"

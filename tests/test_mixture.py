@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from lapa.data.dataset import Dataset
-from lapa.data.mixture import Mixture, require_names, require_plain
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
+from lapa.data.sampling import Mixture, require_names, require_plain
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import BLOCK, Draw, Mixed, StepSampler, batch_loader

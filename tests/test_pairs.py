@@ -13,8 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.utils.data import DataLoader
 
 from lapa.data.dataset import Dataset
-from lapa.data.frames import split_episodes
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
+from lapa.data.sampling import split_episodes
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import StepSampler, batch_loader
 from lapa.sources.synthetic import DIRECTIONS, SyntheticPairs, moving_squares, write_synthetic_dataset

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lapa.data.dataset import Dataset
-from lapa.data.frames import split_episodes
-from lapa.data.steps import PolicySteps
+from lapa.data.sampling import split_episodes
+from lapa.data.steps import EpisodeSteps
 from lapa.data.writer import DatasetWriter
 from lapa.evaluate.rollout import EvaluateConfig, evaluate
 from lapa.files import read_json
@@ -110,7 +110,7 @@ def test_samples_are_said_in_the_statistics_of_their_dataset(two_robots, tmp_pat
     finetune.run(config)
     parts = load_policy(config.out)
     datasets = [Dataset.open(spec) for spec in config.data]
-    steps = PolicySteps(datasets, 32, chunk=2, state=True)
+    steps = EpisodeSteps(datasets, 32, chunk=2, state=True)
     indices = [0, len(steps) - 3]
     batch = parts.inputs.collate([steps[index] for index in indices])
     for row, dataset, episode, frame in ((0, datasets[0], 0, 0), (1, datasets[1], 3, 7)):
@@ -135,7 +135,7 @@ def test_a_small_dataset_is_looked_at_beside_a_large_one_and_figures_go_by_the_s
     parts = load_policy(config.out)
 
     def steps_of(*specs):
-        return PolicySteps([Dataset.open(spec) for spec in specs], 32, chunk=2, mix_by="equal")
+        return EpisodeSteps([Dataset.open(spec) for spec in specs], 32, chunk=2, mix_by="equal")
 
     @torch.no_grad()
     def figures_of(*specs):

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageTextToText
 
 from lapa import config as configs
 from lapa.data.dataset import Dataset
-from lapa.data.frames import split_episodes
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
+from lapa.data.sampling import split_episodes
 from lapa.data.writer import DatasetWriter
 from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig

@@ -10,10 +10,9 @@ import av
 import numpy as np
 import pytest
 
-from lapa.data import random_access
-from lapa.data.random_access import decode_clip
+from lapa.data import video
 from lapa.data.transforms import augment, resize_and_crop
-from lapa.data.video import ClipScan, copy_stream, encode_clip, exact_rate, probe
+from lapa.data.video import ClipScan, copy_stream, decode_clip, encode_clip, exact_rate, probe
 from lapa.sources.synthetic import moving_squares
 
 
@@ -89,10 +88,10 @@ def test_a_replaced_file_is_read_anew(tmp_path: Path) -> None:
 
 
 def test_only_a_few_containers_stay_open(tmp_path: Path) -> None:
-    for number in range(random_access.OPEN_CLIPS + 3):
+    for number in range(video.OPEN_CLIPS + 3):
         encode_clip(tmp_path / f"{number}.mp4", numbered_frames(2), 10.0)
         decode_clip(tmp_path / f"{number}.mp4", [1], 10.0)
-    assert len(random_access._open_clips.clips) == random_access.OPEN_CLIPS
+    assert len(video._open_clips.clips) == video.OPEN_CLIPS
 
 
 def test_a_forked_process_reads_beside_its_parent(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from av.video.stream import VideoStream
 
-from lapa.data import items, writer
+from lapa.data import convert as items
+from lapa.data import writer
+from lapa.data.convert import resample
 from lapa.data.dataset import Dataset
-from lapa.data.filters import resample
 from lapa.data.lerobot import INFO
 from lapa.data.source import SourceDataset
 from lapa.data.transforms import resize_and_crop

@@ -25,9 +25,8 @@ from lapa.baselines.inverse import InverseConfig, InverseDynamics, Recording, is
 from lapa.console import finish, is_main_process, say
 from lapa.data.action_space import ActionSpace, common_action_space
 from lapa.data.dataset import Dataset
-from lapa.data.frames import split_episodes
-from lapa.data.mixture import require_plain
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
+from lapa.data.sampling import require_plain, split_episodes
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware

@@ -29,10 +29,10 @@ from lapa import config as configs
 from lapa.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
+from lapa.data.episode_decoders import window_frames
 from lapa.data.lerobot import EXTRA, require_folder
 from lapa.data.pairs import horizon_frames
 from lapa.data.rewrite import claim_rewrite, is_dataset, rewrite_actions
-from lapa.data.windows import window_frames
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.policy.scale import ActionScale

@@ -25,9 +25,8 @@ from lapa import config as configs
 from lapa.baselines.video import CONFIG, HORIZON_TOLERANCE, VideoConfig, VideoModel, require_diffusers
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
-from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
-from lapa.data.mixture import require_plain
 from lapa.data.pairs import horizon_frames
+from lapa.data.sampling import FrameStore, ItemIndex, draw, each_camera, require_plain, split_episodes
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
@@ -178,12 +177,12 @@ class FutureFrames(torch.utils.data.Dataset):
         number, episode, frame = self._rows.locate(index)
         return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
 
-    def _choose(self, split: str, held_out: float, seed: int) -> EpisodeRows:
+    def _choose(self, split: str, held_out: float, seed: int) -> ItemIndex:
         chosen = [
             split_episodes(len(dataset.lengths), held_out, seed + number, split)
             for number, dataset in enumerate(self.datasets)
         ]
-        return EpisodeRows(chosen, [d.lengths[episodes] for d, episodes in zip(self.datasets, chosen, strict=True)])
+        return ItemIndex(chosen, [d.lengths[episodes] for d, episodes in zip(self.datasets, chosen, strict=True)])
 
 
 def collated(model: VideoModel, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

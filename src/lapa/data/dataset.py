@@ -46,7 +46,7 @@ class Dataset(ABC):
     lengths: frames of each episode, int64; num_frames: of all.
     cameras: short names; action_dim, state_dim: None where there are none.
     horizon: seconds between the frames of a pair, where it was given with the dataset (`--data PATH,horizon=2.4`).
-    weight: how often it is drawn in a mixture (lapa.data.mixture).
+    weight: how often it is drawn in a mixture (lapa.data.sampling).
     coded: whether it has codes of an image tokeniser (`picture_codes`) in place of pictures.
     """
 

@@ -37,7 +37,7 @@ from lapa.data.lerobot_layout import (
     video_keys,
 )
 from lapa.data.parquet import AGAIN, StoredPictures, column_names, find_episodes, matrix, read_parquet
-from lapa.data.random_access import decode_clip
+from lapa.data.video import decode_clip
 from lapa.errors import UserError, unknown
 from lapa.files import fingerprint, is_remote, read_json
 

@@ -21,9 +21,18 @@ from torch import Tensor
 
 from lapa.console import say, warn
 from lapa.data.dataset import Dataset
-from lapa.data.frames import STRETCH, EpisodeRows, FrameStore, draw, each_camera, in_threads, split_episodes
-from lapa.data.mixture import MixBy, Mixture
 from lapa.data.motion import motion_energy, thumbnails
+from lapa.data.sampling import (
+    STRETCH,
+    FrameStore,
+    ItemIndex,
+    MixBy,
+    Mixture,
+    draw,
+    each_camera,
+    in_threads,
+    split_episodes,
+)
 from lapa.errors import UserError
 
 
@@ -49,7 +58,7 @@ class PairsConfig:
     action_share: float = 0.0
     """Share of the episodes with actions whose true actions are given along, at least one episode where above 0."""
     mix_by: MixBy = "frames"
-    """What the datasets' shares of the draws are in proportion to, beside their weights (lapa.data.mixture)."""
+    """What the datasets' shares of the draws are in proportion to, beside their weights (lapa.data.sampling)."""
     min_motion: float = 0.0
     """Leave out pairs that change less than this (lapa.data.motion), of the training split."""
 
@@ -165,7 +174,7 @@ class FramePairs(torch.utils.data.Dataset):
         second = frame + self.horizon_frames[number]
         return f"dataset {self.datasets[number].name}, episode {episode}, frames {frame} and {second}"
 
-    def _choose(self, split: str, seed: int) -> EpisodeRows:
+    def _choose(self, split: str, seed: int) -> ItemIndex:
         """The pairs of a split."""
         chosen = [
             split_episodes(len(dataset.lengths), self.config.held_out, seed + number, split)
@@ -175,7 +184,7 @@ class FramePairs(torch.utils.data.Dataset):
             dataset.lengths[episodes] - horizon
             for dataset, horizon, episodes in zip(self.datasets, self.horizon_frames, chosen, strict=True)
         ]
-        return EpisodeRows(chosen, counts)
+        return ItemIndex(chosen, counts)
 
     def _leave_out_still(self) -> None:
         """Drops the pairs that move less than is asked for, and says how many. UserError where none is left."""
@@ -201,7 +210,7 @@ class FramePairs(torch.utils.data.Dataset):
             np.array([len(self._moving[number, int(episode)]) for episode in chosen], np.int64)
             for number, chosen in enumerate(episodes)
         ]
-        self._rows = EpisodeRows(episodes, counts)
+        self._rows = ItemIndex(episodes, counts)
 
     def _motion(self, place: tuple[int, int]) -> tuple[np.ndarray, int, float]:
         """Of an episode: the first frames of the pairs that move enough, how many pairs it has, the most that moves."""

@@ -13,14 +13,13 @@ import torch
 
 from lapa.console import warn
 from lapa.data.dataset import Dataset
-from lapa.data.frames import EpisodeRows, FrameStore, draw, each_camera, split_episodes
 from lapa.data.labels import Labels
-from lapa.data.mixture import MixBy, Mixture
+from lapa.data.sampling import FrameStore, ItemIndex, MixBy, Mixture, draw, each_camera, split_episodes
 from lapa.data.transforms import augment
 from lapa.errors import UserError
 
 
-class PolicySteps(torch.utils.data.Dataset):
+class EpisodeSteps(torch.utils.data.Dataset):
     """One item per frame of the datasets (with `chunk`), or per labelled frame (with `labels` alone).
 
     Keys are an index or a draw `(index, number)`; augmentation depends on (seed, number) only, so that a resumed run
@@ -139,13 +138,13 @@ class PolicySteps(torch.utils.data.Dataset):
         rows = zip(self._rows.datasets, self._rows.episodes, strict=True)
         return [(self.datasets[number], int(episode)) for number, episode in rows if only in (None, number)]
 
-    def _choose(self, split: str, held_out: float) -> EpisodeRows:
+    def _choose(self, split: str, held_out: float) -> ItemIndex:
         """The steps of a split."""
         chosen = [
             split_episodes(len(dataset.lengths), held_out, self.seed + number, split)
             for number, dataset in enumerate(self.datasets)
         ]
-        return EpisodeRows(chosen, [self._num_items(number, episodes) for number, episodes in enumerate(chosen)])
+        return ItemIndex(chosen, [self._num_items(number, episodes) for number, episodes in enumerate(chosen)])
 
     def _num_items(self, number: int, episodes: np.ndarray) -> np.ndarray:
         if self.labels is None or self.chunk is not None:

@@ -30,8 +30,18 @@ from lapa.data.pairs import horizon_frames
 from lapa.engine.distributed import Processes, start
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, is_remote, write_json
-from lapa.label.folder import clear_up, forget_listing, make_manifest, make_shards, missing_shards, tell_left_out
-from lapa.label.shards import Clocks, Labeller, Shard, Work
+from lapa.label.shards import (
+    Clocks,
+    Labeller,
+    Shard,
+    Work,
+    clear_up,
+    forget_listing,
+    make_manifest,
+    make_shards,
+    missing_shards,
+    tell_left_out,
+)
 from lapa.latent.model import LatentActionModel, horizon_for, lam_fingerprint
 
 RUN = "run.json"

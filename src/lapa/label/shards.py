@@ -14,17 +14,32 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
 
+from lapa.console import say, warn
 from lapa.data.dataset import Dataset
-from lapa.data.labels import EpisodeLabels, ShardNotes, read_shard, shard_notes, write_shard
-from lapa.data.windows import Decoders, Window
+from lapa.data.episode_decoders import EpisodeDecoders, Window
+from lapa.data.labels import (
+    SHARDS,
+    EpisodeLabels,
+    Manifest,
+    ShardNotes,
+    read_shard,
+    shard_notes,
+    shard_path,
+    write_shard,
+)
 from lapa.engine.memory import explained_out_of_memory
 from lapa.errors import UserError
-from lapa.label.encoder import Encoder
+from lapa.files import is_remote
+from lapa.latent.config import LatentModelConfig
 from lapa.latent.model import LatentActionModel
 
 
@@ -115,7 +130,7 @@ class Labeller:
     ) -> None:
         self.work, self.clocks = work, clocks or Clocks()
         self.encoder = Encoder(model.to(device), work.horizon, work.batch_size, work.precision, work.embeddings)
-        self.decoders = Decoders(
+        self.decoders = EpisodeDecoders(
             work.dataset,
             horizon=work.horizon,
             size=model.config.image_size,
@@ -233,3 +248,159 @@ def read_complete(shard: Shard, work: Work) -> pa.Table:
             "run `lapa label --resume`, which makes it again"
         )
     return table
+
+
+class Encoder:
+    """`add` windows of frames, then `finish`. busy: seconds of encoding so far, by the device's own clock.
+
+    precision: fp32, or bf16 by autocast. batch_size: pairs encoded at once, but for the last ones before `finish`.
+    embeddings: keep the continuous latents too.
+    """
+
+    def __init__(
+        self, model: LatentActionModel, horizon: int, batch_size: int, precision: str = "fp32", embeddings: bool = True
+    ) -> None:
+        self.model, self.horizon, self.batch_size = model, horizon, batch_size
+        self.half, self.embeddings = precision == "bf16", embeddings
+        self.device = next(model.parameters()).device
+        self.busy = 0.0
+        self._on_gpu = self.device.type == "cuda"
+        self._parts: list[Tensor] = []
+        self._num_waiting = 0
+        self._codes: list[np.ndarray] = []
+        self._z: list[np.ndarray] = []
+        self._computed: tuple[Tensor, Tensor, Any] | None = None
+
+    def add(self, frames_THWC: UInt8[np.ndarray, "T H W 3"], starts_P: Int64[np.ndarray, "P"]) -> None:
+        """Takes the pairs that begin with these frames; encodes what fills a batch. The frames may change after."""
+        if not len(starts_P):
+            return
+        frames = torch.from_numpy(frames_THWC)
+        if self._on_gpu:
+            frames = frames.pin_memory().to(self.device, non_blocking=True)
+        frames_TCHW, starts = frames.permute(0, 3, 1, 2), torch.from_numpy(starts_P).to(self.device)
+        while len(starts):
+            taken, starts = starts.tensor_split([self.batch_size - self._num_waiting])
+            self._parts.append(torch.stack([frames_TCHW[taken], frames_TCHW[taken + self.horizon]], dim=1))
+            self._num_waiting += len(taken)
+            if self._num_waiting == self.batch_size:
+                self._encode()
+
+    def finish(self) -> tuple[Int64[np.ndarray, "P L"], Float[np.ndarray, "P L D"]]:
+        """Codes of all pairs since the last `finish`, in order; continuous latents too, where they are kept."""
+        if self._num_waiting:
+            self._encode()
+        self._fetch()
+        config = self.model.config
+        none_PLD = np.zeros((0, config.latent_length, config.quant_dim), np.float32)
+        codes_PL = np.concatenate([none_PLD[..., 0].astype(np.int64), *self._codes])
+        z_PLD = np.concatenate([none_PLD, *self._z])
+        self._codes, self._z = [], []
+        return codes_PL, z_PLD
+
+    def _encode(self) -> None:
+        pairs_BTCHW = torch.cat(self._parts).contiguous()
+        self._parts, self._num_waiting = [], 0
+        begun = self._now()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            action = self.model.encode(pairs_BTCHW)
+        assert action.codes_BL is not None
+        computing = (action.codes_BL, action.z_BLD.float(), (begun, self._now()))
+        self._fetch()
+        self._computed = computing
+
+    def _fetch(self) -> None:
+        """Waits for the last batch and keeps what it gave."""
+        if self._computed is None:
+            return
+        codes_BL, z_BLD, (begun, ended) = self._computed
+        self._codes.append(codes_BL.cpu().numpy())
+        if self.embeddings:
+            self._z.append(z_BLD.cpu().numpy())
+        self.busy += begun.elapsed_time(ended) / 1000 if self._on_gpu else ended - begun
+        self._computed = None
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def make_shards(out: Path, num_episodes: int, size: int) -> list[Shard]:
+    """All episodes, `size` to a shard."""
+    ends = [(first, min(first + size, num_episodes) - 1) for first in range(0, num_episodes, size)]
+    return [Shard(shard_path(out, first, last), first, last) for first, last in ends]
+
+
+def missing_shards(shards: Sequence[Shard], out: Path, work: Work) -> list[Shard]:
+    """The shards to make: those that are not there, or not whole."""
+    there = {path.name for path in out.glob(SHARDS)}
+    missing = []
+    for shard in shards:
+        if shard.path.name in there:
+            try:
+                read_complete(shard, work)
+                continue
+            except ValueError as error:
+                warn(f"{str(error).partition(';')[0]}; it is made again")
+        missing.append(shard)
+    return missing
+
+
+def make_manifest(shards: Sequence[Shard], work: Work, model: LatentModelConfig, identity: dict[str, Any]) -> Manifest:
+    """Counts what the shards hold, reading them one by one. UserError where one is not whole, or none has a row."""
+    lengths, length, size = work.dataset.lengths, model.latent_length, model.codebook_size
+    counts_LK, num_rows, num_episodes, static, bad = np.zeros((length, size), np.int64), 0, 0, 0, list[int]()
+    for shard in shards:
+        table = read_complete(shard, work)
+        codes_TL = table["codes"].combine_chunks().flatten().to_numpy().reshape(-1, length)
+        for position in range(length):
+            counts_LK[position] += np.bincount(codes_TL[:, position], minlength=size)
+        num_rows += len(codes_TL)
+        num_episodes += pc.count_distinct(table["episode_index"]).as_py()
+        notes = shard_notes(table)
+        static += notes.static_pairs
+        bad += notes.bad_episodes
+    if not num_rows:
+        raise UserError(
+            f"{work.dataset.root}: no pair is left to label: {static} of {work.num_pairs(range(len(lengths)))} are "
+            f"static below --min-motion {work.min_motion:g}, {len(bad)} episodes cannot be read"
+        )
+    return Manifest(
+        **identity,
+        horizon_frames=work.horizon,
+        latent_length=length,
+        codebook_size=size,
+        num_rows=num_rows,
+        num_episodes=num_episodes,
+        skipped_episodes=int((lengths <= work.horizon).sum()),
+        code_usage=(counts_LK / num_rows).tolist(),
+        static_pairs=static,
+        bad_episodes=tuple(bad),
+    )
+
+
+def forget_listing(out: Path) -> None:
+    """Before what other processes have written is read: clients of stores see no more than they listed."""
+    if is_remote(out):
+        cast(Any, out).fs.invalidate_cache()
+
+
+def tell_left_out(manifest: Manifest) -> None:
+    """Says what has no label, and why."""
+    if manifest.skipped_episodes:
+        say(f"{manifest.skipped_episodes} episodes skipped: not longer than the horizon")
+    if manifest.static_pairs:
+        all_pairs = manifest.num_rows + manifest.static_pairs
+        say(f"{manifest.static_pairs} of {all_pairs} pairs left out: less than {manifest.min_motion:g} moves in them")
+    if manifest.bad_episodes:
+        named = ", ".join(map(str, manifest.bad_episodes[:10])) + ", ..." * (len(manifest.bad_episodes) > 10)
+        warn(f"{len(manifest.bad_episodes)} episodes left out, since they cannot be read: {named}")
+
+
+def clear_up(out: Path) -> None:
+    """Removes what processes that were killed have left: hidden files, named after the shards that they were at."""
+    for path in out.glob(".episodes-*"):
+        path.unlink()

@@ -21,8 +21,8 @@ from torch import nn
 from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
-from lapa.data.mixture import MixBy
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
+from lapa.data.sampling import MixBy
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware

@@ -25,8 +25,8 @@ from lapa import config as configs
 from lapa.console import finish, say, warn
 from lapa.data.action_space import ActionSpace, common_action_space
 from lapa.data.dataset import Dataset
-from lapa.data.mixture import require_names
-from lapa.data.steps import PolicySteps
+from lapa.data.sampling import require_names
+from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig
 from lapa.errors import UserError, unknown
@@ -220,7 +220,7 @@ def _with_actions(
     config: FinetuneConfig,
     start: PolicyParts,
     datasets: Sequence[Dataset],
-    training: PolicySteps,
+    training: EpisodeSteps,
     cameras: tuple[str, ...],
 ) -> PolicyParts:
     """The starting policy with robot actions: statistics of the training actions, or kept where it already acts."""
@@ -259,7 +259,7 @@ def _with_actions(
 
 
 def _statistics(
-    config: FinetuneConfig, start: PolicyParts, training: PolicySteps, num_bins: int
+    config: FinetuneConfig, start: PolicyParts, training: EpisodeSteps, num_bins: int
 ) -> tuple[dict[str, Statistics], dict[str, ActionSpace]]:
     """What actions and states are said in, and what the actions mean: of each dataset, or under ALL for all of them."""
     datasets = training.datasets
@@ -284,7 +284,7 @@ def _statistics(
     return {ALL: Statistics(codec, states)}, {ALL: space}
 
 
-def _pooled_actions(config: FinetuneConfig, training: PolicySteps) -> np.ndarray:
+def _pooled_actions(config: FinetuneConfig, training: EpisodeSteps) -> np.ndarray:
     """The actions that one set of statistics is made from: those of --statistics, else those that are learned from."""
     if not config.statistics:
         return training.actions()

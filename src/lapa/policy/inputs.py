@@ -64,7 +64,7 @@ class PolicyInputs:
         return batch
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Items of `PolicySteps` as a training batch: what is observed, and what is to be said.
+        """Items of `EpisodeSteps` as a training batch: what is observed, and what is to be said.
 
         Raises UserError for a code that the vocabulary lacks, and for actions of the wrong width or not finite.
         """

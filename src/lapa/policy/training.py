@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
-from lapa.data.mixture import MixBy
-from lapa.data.steps import PolicySteps
+from lapa.data.sampling import MixBy
+from lapa.data.steps import EpisodeSteps
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.engine.optim import OptimConfig
@@ -202,8 +202,8 @@ def choose_what_learns(model: LatentPolicy, options: TrainingOptions) -> None:
 
 def train_policy(
     parts: PolicyParts,
-    training: PolicySteps,
-    held_out: PolicySteps | None,
+    training: EpisodeSteps,
+    held_out: EpisodeSteps | None,
     options: TrainingOptions,
     *,
     labels: Sequence[str],
@@ -248,7 +248,7 @@ def train_policy(
     return result.finished
 
 
-def held_out_figures(inputs: PolicyInputs, steps: PolicySteps) -> Callable[[nn.Module], dict[str, float]]:
+def held_out_figures(inputs: PolicyInputs, steps: EpisodeSteps) -> Callable[[nn.Module], dict[str, float]]:
     """An evaluation on held-out steps: the loss and its parts given the true tokens before each, and for robot
 
     actions `action_error`, the mean absolute difference of the decoded chunk, in the robot's units; for each dataset,
@@ -279,7 +279,7 @@ def held_out_figures(inputs: PolicyInputs, steps: PolicySteps) -> Callable[[nn.M
     return evaluate
 
 
-def evaluated_steps(steps: PolicySteps) -> list[tuple[float, list[int]]]:
+def evaluated_steps(steps: EpisodeSteps) -> list[tuple[float, list[int]]]:
     """Of each dataset that has steps its share of the draws, and steps at even distances, as many of one as of another.
 
     So a small dataset beside a large one is looked at, too.
@@ -304,14 +304,14 @@ def open_steps(
     labels: Sequence[Labels] | None = None,
     chunk: int | None = None,
     state: bool = False,
-) -> tuple[PolicySteps, PolicySteps | None]:
-    """The training steps, and the held-out ones where any episode is held out. What a step is: see `PolicySteps`."""
+) -> tuple[EpisodeSteps, EpisodeSteps | None]:
+    """The training steps, and the held-out ones where any episode is held out. What a step is: see `EpisodeSteps`."""
     if cameras and not options.cameras and not all(name in dataset.cameras for name in cameras for dataset in datasets):
         # As `choose_cameras` has it: the only camera of each.
         cameras = None
 
-    def steps(split: str) -> PolicySteps:
-        return PolicySteps(
+    def steps(split: str) -> EpisodeSteps:
+        return EpisodeSteps(
             datasets,
             size,
             cameras,

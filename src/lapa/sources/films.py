@@ -17,10 +17,9 @@ import numpy as np
 from av.video.frame import VideoFrame
 from jaxtyping import UInt8
 
-from lapa.data.filters import TIE, in_time, resample
-from lapa.data.random_access import EARLIER, OpenClip, open_clip
+from lapa.data.convert import TIE, in_time, resample
 from lapa.data.source import Clip, Item, Source, with_length
-from lapa.data.video import ClipScan, VideoInfo, frame_times, probe, upright
+from lapa.data.video import EARLIER, ClipScan, OpenClip, VideoInfo, frame_times, open_clip, probe, upright
 from lapa.errors import UserError
 from lapa.sources.cache import cached, stamp
 from lapa.sources.finding import judge, look_through

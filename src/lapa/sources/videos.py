@@ -25,12 +25,10 @@ import tyro
 from lapa import files
 from lapa.console import say, warn
 from lapa.data import convert
-from lapa.data.convert import ConvertOptions
-from lapa.data.items import Converted, Part
-from lapa.data.random_access import decode_clip
+from lapa.data.convert import Converted, ConvertOptions, Part
 from lapa.data.source import Item, Source
 from lapa.data.statistics import PixelMoments
-from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream
+from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream, decode_clip
 from lapa.errors import UserError
 from lapa.sources.films import CAMERA, FilmSource, quick_count, read_headers
 from lapa.sources.finding import by_short_name, find_films, judge, most_common, require_rate

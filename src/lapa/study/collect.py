@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw
 import lapa
 from lapa import config as configs
 from lapa.data.dataset import Dataset
-from lapa.data.random_access import decode_clip
-from lapa.data.video import probe
+from lapa.data.video import decode_clip, probe
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines
 from lapa.policy.figures import action_figures

@@ -23,9 +23,8 @@ from PIL import Image, UnidentifiedImageError
 
 from lapa.console import progress, warn
 from lapa.data import convert
-from lapa.data.convert import ConvertOptions
+from lapa.data.convert import BLANK, ConvertOptions
 from lapa.data.dataset import ACTION, STATE
-from lapa.data.items import BLANK
 from lapa.data.source import Clip, Item, Source, with_length
 from lapa.errors import UserError
 from lapa.files import as_path

@@ -1,6 +1,6 @@
 """Whole episodes in windows of consecutive frames, for models that look at every pair of frames one horizon apart.
 
-    with Decoders(dataset, horizon=18, size=256, num=4) as decoders:
+    with EpisodeDecoders(dataset, horizon=18, size=256, num=4) as decoders:
         for window in decoders.windows(episodes):
             window.frames_THWC     # from frame window.first on; the last `horizon` of them begin the next window
 
@@ -60,8 +60,8 @@ class _Decoded:
     error: str | None = None
 
 
-class Decoders:
-    """Decoders of a dataset's episodes; use as a context manager.
+class EpisodeDecoders:
+    """EpisodeDecoders of a dataset's episodes; use as a context manager.
 
     num: processes; 0: a thread of this one. motion: measure how much moves in each pair.
     Episodes without a pair have no window.
@@ -96,7 +96,7 @@ class Decoders:
             mend="go on with --resume and fewer --decoders",
         )
 
-    def __enter__(self) -> Decoders:
+    def __enter__(self) -> EpisodeDecoders:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -146,7 +146,7 @@ def window_frames(
     dataset: Dataset, episodes: Sequence[int], horizon: int, camera: str | None, size: int
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "T size size 3"]]]:
     """(episode, frames) of each window of the episodes that have a pair. UserError where one cannot be read."""
-    with Decoders(dataset, horizon=horizon, size=size, camera=camera) as decoders:
+    with EpisodeDecoders(dataset, horizon=horizon, size=size, camera=camera) as decoders:
         for window in decoders.windows(episodes):
             if window.error is not None:
                 raise UserError(window.error)
