@@ -11,7 +11,7 @@ CPU seconds are the process's own, of training alone. A run takes 3 to 8 minutes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,7 +33,7 @@ from lapa.latent.figures import Sample, encode, reconstruction_figures, usage_fi
 from lapa.latent.model import LatentActionModel
 from lapa.latent.regression import linear_accuracy, mutual_information
 from lapa.presets import LATENT
-from lapa.sources.synthetic import SyntheticPairs
+from lapa.sources.synthetic import moving_squares
 
 TINY = LATENT["tiny"]
 PAIRS, TEST_PAIRS, INITIALISATION_PAIRS = 4096, 2048, 256
@@ -91,6 +91,22 @@ class AblationConfig:
     threads: int = 1
     every: int = 200
     """Steps between measurements."""
+
+
+class SyntheticPairs(torch.utils.data.Dataset):
+    """Pairs of moving squares in memory, as `lapa.data.pairs.FramePairs` gives them; `directions_N` is the truth."""
+
+    in_memory = True
+
+    def __init__(self, num: int, seed: int):
+        self.frames_NTCHW, self.directions_N = moving_squares(num, seed)
+
+    def __len__(self) -> int:
+        return len(self.frames_NTCHW)
+
+    def __getitem__(self, key: Sequence[int]) -> dict[str, Any]:
+        index = int(key[0])
+        return {"frames_TCHW": self.frames_NTCHW[index], "index": index, "episode": index}
 
 
 def main(config: AblationConfig) -> None:

@@ -26,8 +26,7 @@ from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.pretrain import PretrainConfig
 from lapa.released import lwm
 from lapa.released.vqgan import VQGANConfig
-from lapa.sources.lapa_jsonl import LABELS, LapaJsonlConfig, LapaJsonlReading, run
-from lapa.sources.lapa_rows import find_rows, parse_row, task_in_words
+from lapa.sources.lapa_jsonl import LABELS, LapaJsonlConfig, LapaJsonlReading, find_rows, parse_row, run, task_in_words
 
 SIDE = 16
 SMALL = lwm.LwmConfig(

@@ -17,7 +17,7 @@ from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_fram
 from lapa.data.sampling import split_episodes
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import StepSampler, batch_loader
-from lapa.sources.synthetic import DIRECTIONS, SyntheticPairs, moving_squares, write_synthetic_dataset
+from lapa.sources.synthetic import moving_squares, write_synthetic_dataset
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +136,6 @@ def test_a_square_moves_the_way_it_says() -> None:
         centres = [np.argwhere(contrast_HW > 50).mean(axis=0) for contrast_HW in contrast_THW]
         down, right = centres[1] - centres[0]
         assert round(np.degrees(np.arctan2(-down, right)) / 45) % 8 == direction
-
-
-def test_synthetic_pairs_are_like_frame_pairs(square: Dataset) -> None:
-    made_up, read = SyntheticPairs(4, seed=0), FramePairs([square], PairsConfig(size=64))
-    assert made_up[1].keys() == read[1].keys()
-    assert made_up.in_memory
-    assert made_up[(2, 17)]["index"] == 2
-    assert DIRECTIONS[made_up.directions_N[0]] in made_up.describe(0)
-    assert collate_pairs([made_up[i] for i in range(4)])["frames_BTCHW"].shape == (4, 2, 3, 64, 64)
 
 
 def test_the_frame_halfway_and_the_known_actions_come_along_where_asked_for(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lapa.data.opening import open_source
 from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.transforms import resize_and_crop
 from lapa.files import as_path
-from lapa.sources import cache
+from lapa.sources import folder_scan
 from lapa.sources.rlds import source as rlds
 from lapa.sources.rlds import tfrecord
 from lapa.sources.rlds.source import RldsConfig, RldsReading, run
@@ -390,15 +390,15 @@ def test_the_pass_over_the_records_is_kept_until_they_change(
     shard_path(folder).write_bytes(b"".join(frame(encode_example(episode(number))) for number in (3, 1)))
     assert opened(folder).fingerprint != first.fingerprint and len(passes) == 8
     (tmp_path / "cache").chmod(0o500)
-    monkeypatch.setattr(cache, "atomic_path", _refuse)
+    monkeypatch.setattr(folder_scan, "atomic_path", _refuse)
     assert len(opened(folder, caption="x").episodes) == 5
 
 
 def test_another_version_looks_through_the_records_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     for version, expected in (("1", 1), ("1", 1), ("2", 2)):
-        monkeypatch.setattr(cache, "__version__", version)
-        assert cache.cached("rlds", ["key"], lambda: made.append(1) or 7) == 7
+        monkeypatch.setattr(folder_scan, "__version__", version)
+        assert folder_scan.cached("rlds", ["key"], lambda: made.append(1) or 7) == 7
         assert len(made) == expected
 
 

@@ -25,8 +25,7 @@ from lapa.files import read_json
 from lapa.policy.acting import load_actor
 from lapa.policy.scale import ActionScale
 from lapa.policy.tokenizer import train_tokenizer
-from lapa.sources.square import DIRECTIONS
-from lapa.sources.synthetic import write_synthetic_dataset
+from lapa.sources.synthetic import DIRECTIONS, write_synthetic_dataset
 from lapa.types import Observation
 
 SMALL = VideoConfig(image_size=32, widths=(32, 64), text_width=32, horizon_seconds=0.3)

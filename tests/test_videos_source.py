@@ -29,7 +29,7 @@ from lapa.data.source import SourceDataset
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import ClipScan, encode_clip
 from lapa.data.workers import AHEAD, Workers
-from lapa.sources import films
+from lapa.sources import video_files
 from lapa.sources.videos import VideosConfig, read_captions, run
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -531,10 +531,10 @@ def test_headers_of_many_videos_are_kept_until_a_file_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(films, "WORTH_KEEPING", 3)
+    monkeypatch.setattr(video_files, "WORTH_KEEPING", 3)
     looked = []
-    probe = films.probe
-    monkeypatch.setattr(films, "probe", lambda path: looked.append(path.name) or probe(path))
+    probe = video_files.probe
+    monkeypatch.setattr(video_files, "probe", lambda path: looked.append(path.name) or probe(path))
     first = in_place(folder)
     assert sorted(looked) == ["clip1.avi", "clip10.mp4", "clip2.mp4"]
     looked.clear()

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from lapa.envs import synthetic
 from lapa.envs.metaworld import simulator as metaworld
 from lapa.errors import unknown
-from lapa.sources import square
+from lapa.sources.synthetic import CAMERA
 from lapa.types import Observation
 
 
@@ -98,8 +98,8 @@ ENVIRONMENTS = {
         make=synthetic.SquareEnvironment,
         parse_tasks=synthetic.parse_tasks,
         check_machine=lambda: None,
-        known_cameras=(square.CAMERA,),
-        cameras=(square.CAMERA,),
+        known_cameras=(CAMERA,),
+        cameras=(CAMERA,),
         size=64,
         fps=10.0,
         action_dim=2,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lapa.errors import UserError, unknown
-from lapa.sources.square import DIRECTIONS, Square, heading
+from lapa.sources.synthetic import DIRECTIONS, Square, heading
 from lapa.types import Observation
 
 # In pixels of the 64 px picture, on each axis.

@@ -29,8 +29,8 @@ from lapa.data.convert import ConvertOptions
 from lapa.data.source import Clip, Item, Source
 from lapa.errors import UserError
 from lapa.files import reading as reading_file
-from lapa.sources.films import CAMERA
-from lapa.sources.finding import judge, natural, require_folder, require_rate, walk
+from lapa.sources.folder_scan import judge, natural, require_folder, require_rate, walk
+from lapa.sources.video_files import CAMERA
 from lapa.sources.videos import find_captions
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}

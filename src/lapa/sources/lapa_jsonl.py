@@ -7,17 +7,21 @@
 
 The published JSONL holds codes of pictures and no pictures: an `lwm` policy reads them in place. Rows whose ids or
 paths name the step of an episode are put together, others are an episode each.
-Formats: lapa.sources.lapa_rows. Axes: T time, H W image, N codes of a picture, L latent action length.
+Formats: lapa.sources.lapa_jsonl. Axes: T time, H W image, N codes of a picture, L latent action length.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, overload
 
 import numpy as np
 import tyro
@@ -25,7 +29,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from lapa import config as configs
-from lapa.console import finish, say, warn
+from lapa.console import finish, progress, say, warn
 from lapa.data import convert
 from lapa.data.action_space import ActionSpace
 from lapa.data.convert import ConvertOptions
@@ -34,10 +38,8 @@ from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, writ
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Source, SourceDataset
 from lapa.errors import UserError
-from lapa.files import as_path, claim_output, reading, remove_folder
-from lapa.sources.cache import cached, stamp
-from lapa.sources.lapa_index import RowEpisodes, look_through
-from lapa.sources.lapa_rows import Row, existing, read_row
+from lapa.files import as_path, claim_output, open_binary, reading, remove_folder
+from lapa.sources.folder_scan import cached, stamp
 from lapa.sources.rlds.table import POSE
 
 CAMERA = "image"
@@ -299,3 +301,349 @@ def _spec(config: LapaJsonlConfig) -> str:
     given = {name: getattr(config, name) for name in ("fps", "picture_codes", "skip_bad")}
     told = [f",{name}={str(value).lower()}" for name, value in given.items() if value != getattr(defaults, name)]
     return f"lapa-jsonl:{config.file}{''.join(told)}"
+
+
+MEND = "mend the row, or leave out what is malformed: --skip-bad, or skip_bad=true with --data"
+
+
+class RowEpisodes(Sequence[Item]):
+    """Items, made when they are asked for: a file may have millions of rows."""
+
+    def __init__(self, episodes: list[int], places: list[int], names: list[str], instructions: list[Any]):
+        """episodes: first row of each; places: number, offset and length of each row, in the order of the episodes.
+
+        names: of the first episodes, the others are called by their rows' numbers; instructions: all texts, and which
+        of them each episode has.
+        """
+        self._starts = np.array([*episodes, len(places) // 3], np.int64)
+        self._places = np.array(places, np.int64).reshape(-1, 3)
+        self._names = names
+        self._texts, numbers = instructions
+        self._text_of = np.array(numbers, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"episode {index} of {len(self)}")
+        index %= len(self)
+        rows = self._places[self._starts[index] : self._starts[index + 1]]
+        name = self._names[index] if index < len(self._names) else f"row {rows[0][0]}"
+        place = tuple((int(number), int(offset), int(length)) for number, offset, length in rows)
+        return Item(name, place, self._texts[self._text_of[index]], len(rows))
+
+
+def look_through(path: Path, *, pictured: bool, picture_codes: int, skip_bad: bool) -> dict[str, Any]:
+    """One pass over the rows: what all of them are like, and which of them are an episode. Plain JSON values.
+
+    pictured: whether pictures are read even where there are codes; picture_codes, skip_bad: as in `LapaJsonlReading`.
+    UserError naming the row that is malformed or not like the first one.
+    """
+    problems: list[str] = []
+    first: Row | None = None
+    texts: dict[str, int] = {}
+    latent_length = 0
+    steps: dict[str, list[tuple[int, int]]] = {}
+    places: list[tuple[int, int, int]] = []
+    said: list[int] = []
+    alone: list[int] = []
+    with progress() as bar:
+        task = bar.add_task("looking through", total=path.stat().st_size, note="bytes")
+        for number, offset, content in find_rows(path):
+            bar.update(task, completed=offset + len(content))
+            try:
+                row = parse_row(content)
+                coded = not pictured and (first or row).vision_N is not None
+                _require_alike(row, first or row, picture_codes if coded else 0, latent_length)
+            except ValueError as error:
+                if not skip_bad:
+                    raise UserError(f"{path}: row {number} {error}; {MEND}") from None
+                problems.append(f"{path}: row {number} {error}")
+                continue
+            first = first or row
+            latent_length = latent_length or len(row.delta_L or ())
+            said.append(texts.setdefault(row.instruction, len(texts)))
+            if row.episode is None:
+                alone.append(len(places))
+            else:
+                steps.setdefault(row.episode[0], []).append((row.episode[1], len(places)))
+            places.append((number, offset, len(content)))
+    names, groups, notes = _group(steps, said)
+    ordered = [row for rows in groups for row in rows] + alone
+    starts = np.cumsum([0, *map(len, groups), *([1] * len(alone))])[:-1].tolist() if ordered else []
+    firsts = [rows[0] for rows in groups] + alone
+    return {
+        "problems": problems,
+        "notes": notes,
+        "coded": not pictured and first is not None and first.vision_N is not None,
+        "latent_length": latent_length,
+        "action_dim": 0 if first is None or first.actions_A is None else len(first.actions_A),
+        "state_names": [] if first is None else list(first.state_names),
+        "names": names,
+        "episodes": starts,
+        "places": list(chain.from_iterable(places[row] for row in ordered)),
+        "instructions": [list(texts), [said[row] for row in firsts]],
+    }
+
+
+def _group(
+    steps: Mapping[str, list[tuple[int, int]]], said: Sequence[int]
+) -> tuple[list[str], list[list[int]], Counter[str]]:
+    """Names and rows of the episodes, in the order of their steps; names that hold a step twice tell no episodes."""
+    names, groups = [], []
+    notes: Counter[str] = Counter()
+    for name, numbered in steps.items():
+        numbered = sorted(numbered)
+        numbers = [number for number, _ in numbered]
+        rows = [row for _, row in numbered]
+        if len(set(numbers)) < len(numbers):
+            notes["rows whose ids are the same, taken as an episode each"] += len(rows)
+            names += [f"{name} {number} #{place}" for place, number in enumerate(numbers)]
+            groups += [[row] for row in rows]
+            continue
+        notes["episodes that lack steps in between"] += numbers[-1] - numbers[0] + 1 != len(numbers)
+        notes["the instruction changes, the first is taken"] += len({said[row] for row in rows}) > 1
+        names.append(name)
+        groups.append(rows)
+    return names, groups, +notes
+
+
+def _require_alike(row: Row, first: Row, picture_codes: int, latent_length: int) -> None:
+    """UserError where a row is not like the first one. picture_codes: of one picture; 0 where pictures are read."""
+    if picture_codes:
+        num = len(row.vision_N or ())
+        if not num or num % picture_codes:
+            raise UserError(f"has {num} codes in `vision`, which is no multiple of {picture_codes}")
+    elif not row.image:
+        raise UserError("has neither `vision` nor `image`" if row is first else "lacks `image`, which the first has")
+    if row.delta_L is not None and latent_length not in (0, len(row.delta_L)):
+        raise UserError(f"has {len(row.delta_L)} codes in `delta`, the others {latent_length}")
+    for name, ours, its in (
+        ("raw_actions", row.actions_A, first.actions_A),
+        ("states", row.states_S, first.states_S),
+    ):
+        if (0 if ours is None else len(ours)) != (0 if its is None else len(its)):
+            raise UserError(f"has other `{name}` than the first row")
+
+
+# What the released code puts around the task in words; policies put it there again (`--prompt paper`).
+ROLES = re.compile(r"(?:<s>\s*)*(?:You are a helpful assistant\.)?\s*(?:USER:)?(.*?)(?:ASSISTANT:)?\s*", re.DOTALL)
+QUESTION = re.compile(r"\s*What action should the robot take to `(.*)`[.?]?\s*", re.DOTALL)
+PICTURE = re.compile(r"<image>\s*")
+# The number of a step at the end of an id or a path, and before it what names the episode.
+STEP = re.compile(r"(.+?)[/_-](?:[A-Za-z]+[_-]?)?(\d{1,9})(?:\.[A-Za-z]+)?")
+CONTROLS = ("<|bos|>", "<|eos|>")
+LARGEST = 10**9
+
+
+@dataclass(frozen=True)
+class Row:
+    """One step. name: its id, or else its picture's path; empty or None: what it has not."""
+
+    name: str
+    image: str
+    instruction: str
+    vision_N: tuple[int, ...] | None
+    delta_L: tuple[int, ...] | None
+    actions_A: np.ndarray | None
+    states_S: np.ndarray | None
+    state_names: tuple[str, ...]
+
+    @property
+    def episode(self) -> tuple[str, int] | None:
+        """The name of its episode and the number of its step there, where its name tells."""
+        match = STEP.fullmatch(self.name)
+        return (match[1], int(match[2])) if match else None
+
+
+def existing(path: Path) -> Path:
+    """The path, which must be a file. UserError, with the mend, where it is none."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; name a JSONL file, or a JSON list, of the released LAPA code")
+    return path
+
+
+def find_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line or number in the list, first byte, content) of each row of a JSONL file or a JSON list.
+
+    UserError where the list is no JSON: what comes after that place cannot be found.
+    """
+    with reading(path), open_binary(path) as file:
+        head = file.read(64).lstrip()
+        file.seek(0)
+        if head.startswith(b"["):
+            yield from _list_rows(file.read(), path)
+            return
+        offset = 0
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, offset, line
+            offset += len(line)
+
+
+def read_row(path: Path, offset: int, length: int) -> Row:
+    """The row at a place in the file. UserError, which does not name it, where it is malformed."""
+    with reading(path), open_binary(path) as file:
+        file.seek(offset)
+        return parse_row(file.read(length))
+
+
+def parse_row(content: bytes) -> Row:
+    """A row of either file. UserError, which does not name it, where it is malformed."""
+    try:
+        row = json.loads(content.decode())
+    except UnicodeDecodeError:
+        raise UserError("is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"is not valid JSON ({error.msg} at character {error.pos})") from None
+    except (RecursionError, ValueError):
+        raise UserError("is not valid JSON (nested too deeply, or a number of thousands of digits)") from None
+    if not isinstance(row, dict):
+        raise UserError(f"is not a JSON object, but {type(row).__name__}")
+    if "conversations" in row:
+        row = {**row, **_of_conversation(row["conversations"])}
+    _require_fields(row)
+    image, instruction = (_text(row, key) for key in ("image", "instruction"))
+    states = _numbers_by_name(row.get("states"))
+    return Row(
+        _text(row, "id") or image,
+        image,
+        task_in_words(instruction),
+        _whole_numbers(row, "vision"),
+        _whole_numbers(row, "delta"),
+        _numbers(row.get("raw_actions"), "raw_actions"),
+        None if states is None else np.array([number for _, number in states], np.float32),
+        () if states is None else tuple(name for name, _ in states),
+    )
+
+
+def task_in_words(instruction: str) -> str:
+    """An instruction without what the released code puts around it."""
+    match = ROLES.fullmatch(PICTURE.sub("", instruction))
+    assert match is not None, "the pattern takes any text"
+    asked = QUESTION.fullmatch(match[1])
+    # Half a surrogate pair is no character: files refuse it.
+    return (asked[1] if asked else match[1]).strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _list_rows(content: bytes, path: Path) -> Iterator[tuple[int, int, bytes]]:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+    decoder, ascii_only = json.JSONDecoder(), text.isascii()
+    position = text.index("[") + 1
+    # Bytes before `counted` characters.
+    counted, offset = 0, 0
+    for number in range(len(text)):
+        position = _after_space(text, position)
+        if number == 0 and text[position : position + 1] == "]":
+            break
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            raise UserError(f"{path}: row {number}, at character {position}, is not valid JSON") from None
+        offset = position if ascii_only else offset + len(text[counted:position].encode())
+        counted = position
+        yield number, offset, text[position:end].encode()
+        position = _after_space(text, end)
+        if text[position : position + 1] == "]":
+            break
+        if text[position : position + 1] != ",":
+            raise UserError(f"{path}: expected a comma or ] after row {number}, at character {position}")
+        position += 1
+    if text[position + 1 :].strip():
+        raise UserError(f"{path}: goes on after the end of its list, at character {position + 1}")
+
+
+def _after_space(text: str, position: int) -> int:
+    while position < len(text) and text[position] in " \t\r\n":
+        position += 1
+    return position
+
+
+def _of_conversation(conversation: Any) -> dict[str, Any]:
+    """What the person says, and what the robot does, under the names that JSONL rows give them."""
+    try:
+        said, done = conversation[0]["value"], conversation[1]
+        return {"instruction": said, **{key: done[key] for key in ("raw_actions", "states") if key in done}}
+    except (TypeError, KeyError, IndexError):
+        raise UserError("`conversations` must be the words of a person and the actions of the robot") from None
+
+
+def _require_fields(row: Mapping[str, Any]) -> None:
+    """`fields` says what the released code reads of a row, in one order or a choice of several."""
+    fields = row.get("fields", "")
+    for choice in fields if isinstance(fields, list) else [fields]:
+        if not isinstance(choice, str):
+            raise UserError(f"`fields` must be text such as '[instruction],[vision],delta', got {choice!r}")
+        for field in filter(None, (part.strip().strip("[]") for part in choice.replace("+", ",").split(","))):
+            if field not in row and field not in CONTROLS:
+                raise UserError(f"`fields` names {field}, which the row lacks")
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key) or ""
+    if key == "id" and isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"`{key}` is not text")
+    return value
+
+
+def _whole_numbers(row: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    """Codes, as numbers or as text."""
+    values = row.get(key)
+    if values is None:
+        return None
+    if not isinstance(values, list) or not values:
+        raise UserError(f"`{key}` is not a list of codes")
+    # Hundreds of codes in each of millions of rows: looked at one by one only where they are not all text of digits.
+    if set(map(type, values)) == {str}:
+        digits, lengths = "".join(values), set(map(len, values))
+        if digits.isascii() and digits.isdigit() and 0 < min(lengths) <= max(lengths) < 10:
+            return tuple(map(int, values))
+    codes = []
+    for value in values:
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+        if type(number) is not int or not 0 <= number < LARGEST:
+            raise UserError(f"`{key}` holds {str(value)[:20]!r}, which is no code")
+        codes.append(number)
+    return tuple(codes)
+
+
+def _numbers(values: Any, key: str) -> np.ndarray | None:
+    if values is None:
+        return None
+    if not isinstance(values, list) or not values or any(type(value) not in (int, float) for value in values):
+        raise UserError(f"`{key}` is not a list of numbers")
+    try:
+        numbers = np.array(values, np.float64)
+    except OverflowError:
+        numbers = np.array([np.inf])
+    if not (np.abs(numbers) <= np.finfo(np.float32).max).all():
+        raise UserError(f"`{key}` holds a number that is not finite")
+    return numbers.astype(np.float32)
+
+
+def _numbers_by_name(states: Any) -> list[tuple[str, float]] | None:
+    """The robot's state: a number or a list of them under each name."""
+    if states is None:
+        return None
+    if not isinstance(states, dict) or not states:
+        raise UserError("`states` is not an object of numbers")
+    found = []
+    for name, value in states.items():
+        numbers = _numbers(value if isinstance(value, list) else [value], f"states {name}")
+        assert numbers is not None
+        single = not isinstance(value, list)
+        found += [(name if single else f"{name}_{place}", float(number)) for place, number in enumerate(numbers)]
+    return found

@@ -29,8 +29,8 @@ from lapa.data.convert import ConvertOptions
 from lapa.data.source import Clip, Item, Source
 from lapa.data.video import VideoInfo
 from lapa.errors import UserError
-from lapa.sources.films import CAMERA, TIE, count_frames, frames_near, pictures_near, read_headers
-from lapa.sources.finding import find_films, judge, most_common, natural, require_rate, unambiguous
+from lapa.sources.folder_scan import find_films, judge, most_common, natural, require_rate, unambiguous
+from lapa.sources.video_files import CAMERA, TIE, count_frames, frames_near, pictures_near, read_headers
 
 COLUMNS = {
     "video": ("video", "video_id", "video_uid", "video_name", "file"),

@@ -23,8 +23,8 @@ from lapa.data.source import Item, Source
 from lapa.data.video import probe
 from lapa.errors import UserError
 from lapa.files import read_json
-from lapa.sources.films import CAMERA, FilmSource
-from lapa.sources.finding import find_films, natural, require_rate, unambiguous
+from lapa.sources.folder_scan import find_films, natural, require_rate, unambiguous
+from lapa.sources.video_files import CAMERA, FilmSource
 
 # Names that the labels have been published under, in the folder of the videos, beside it, or in `labels`.
 LABELS = ("{split}.json", "something-something-v2-{split}.json")

@@ -6,22 +6,18 @@ Axes: N pairs, T time, C channel, H W image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from einops import rearrange
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 
 from lapa import files
 from lapa.console import finish, progress
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.writer import DatasetWriter, nothing_to_add
-from lapa.sources.square import CAMERA, DIRECTIONS, Square, heading
 
 
 @dataclass(frozen=True)
@@ -77,29 +73,6 @@ def moving_squares(
     pairs = [_clip(rng, int(direction), 2, size, size / 8)[0] for direction in directions_N]
     frames_NTHWC = np.stack(pairs) if pairs else np.zeros((0, 2, size, size, 3), np.uint8)
     return np.ascontiguousarray(rearrange(frames_NTHWC, "n t h w c -> n t c h w")), directions_N
-
-
-class SyntheticPairs(torch.utils.data.Dataset):
-    """Pairs of moving squares in memory, with the interface of lapa.data.pairs.FramePairs.
-
-    `.directions_N` holds the true direction of each pair.
-    """
-
-    in_memory = True
-
-    def __init__(self, num: int = 256, seed: int = 0, size: int = 64):
-        self.frames_NTCHW, self.directions_N = moving_squares(num, seed, size)
-
-    def __len__(self) -> int:
-        return len(self.frames_NTCHW)
-
-    def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
-        index = int(key) if isinstance(key, int | np.integer) else int(key[0])
-        return {"frames_TCHW": self.frames_NTCHW[index], "index": index, "episode": index}
-
-    def describe(self, index: int) -> str:
-        """Where a pair comes from, in words."""
-        return f"made-up pair {index}, moving {DIRECTIONS[self.directions_N[index]]}"
 
 
 def write_synthetic_dataset(
@@ -161,3 +134,35 @@ def _clip(
     square = Square(rng, size, way)
     centres_T2 = (square.start + np.linspace(0, 1, num_frames)[:, None] * way).astype(np.float32)
     return np.stack([square.picture(centre) for centre in centres_T2]), centres_T2
+
+
+# Direction k points at k * 45 degrees, counted from the right, anticlockwise.
+DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
+CAMERA = "front"
+NOISE = 3.0  # Standard deviation of the pixel noise, of 255.
+
+
+def heading(direction: int) -> Float[np.ndarray, "2"]:
+    """The unit vector (right, down) of a direction."""
+    angle = direction * np.pi / 4
+    return np.array([np.cos(angle), -np.sin(angle)])
+
+
+class Square:
+    """A square and its ground. `start`, its first centre in pixels (right, down), leaves room for the whole `way`."""
+
+    def __init__(self, rng: np.random.Generator, size: int, way: Float[np.ndarray, "2"]):
+        """rng: draws place, colours and noise; size: of the picture; way: where it will go, in pixels (right, down)."""
+        # Sizes and colours for which copying the first frame of `moving_squares` errs by 0.011 in mean square.
+        self.size, self.half = size, 0.08 * size
+        low, high = self.half + np.maximum(-way, 0), size - self.half - np.maximum(way, 0)
+        self.start = rng.uniform(low, high)
+        self._ground, self._colour, self._rng = rng.uniform(0, 138, 3), rng.uniform(117, 255, 3), rng
+
+    def picture(self, centre: Float[np.ndarray, "2"]) -> UInt8[np.ndarray, "size size 3"]:
+        """The square at a place, with new noise."""
+        right, down = centre
+        pixels = np.arange(self.size) + 0.5
+        inside_HW = (np.abs(pixels[:, None] - down) < self.half) & (np.abs(pixels[None] - right) < self.half)
+        picture_HWC = np.where(inside_HW[..., None], self._colour, self._ground)
+        return (picture_HWC + self._rng.normal(0, NOISE, picture_HWC.shape)).clip(0, 255).astype(np.uint8)

@@ -30,8 +30,8 @@ from lapa.data.source import Item, Source
 from lapa.data.statistics import PixelMoments
 from lapa.data.video import MP4_CODECS, ClipScan, VideoInfo, copy_stream, decode_clip
 from lapa.errors import UserError
-from lapa.sources.films import CAMERA, FilmSource, quick_count, read_headers
-from lapa.sources.finding import by_short_name, find_films, judge, most_common, require_rate
+from lapa.sources.folder_scan import by_short_name, find_films, judge, most_common, require_rate
+from lapa.sources.video_files import CAMERA, FilmSource, quick_count, read_headers
 
 CAPTION_COLUMNS = ("text", "caption", "instruction")
 

@@ -10,7 +10,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,15 +37,11 @@ KEPT_BYTES = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its number, the byte where it begins, the bytes of its payload; `error` says what is wrong with it.
-
-    payload: empty where it was not read, or there is an error.
-    """
+    """One record: its number, its first byte, the length of its payload in bytes, and the error where it is damaged."""
 
     index: int
     offset: int
     length: int = 0
-    payload: bytes = b""
     error: str | None = None
 
 
@@ -62,20 +58,6 @@ def scan_records(path: Path) -> Iterator[Record]:
     """
     with reading(path), open_binary(path) as file:
         yield from _scan(file, path.stat().st_size)
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file with their payloads, damaged ones with their error. The last one as in `scan_records`."""
-    with reading(path), open_binary(path) as file:
-        for record in _scan(file, path.stat().st_size):
-            if record.error is not None:
-                yield record
-                continue
-            try:
-                file.seek(record.offset)
-                yield replace(record, payload=_payload(file, record.length))
-            except ValueError as error:
-                yield replace(record, error=str(error))
 
 
 def read_record(path: Path, offset: int, length: int) -> bytes:

@@ -21,8 +21,7 @@ from lapa.data.convert import TIE, in_time, resample
 from lapa.data.source import Clip, Item, Source, with_length
 from lapa.data.video import EARLIER, ClipScan, OpenClip, VideoInfo, frame_times, open_clip, probe, upright
 from lapa.errors import UserError
-from lapa.sources.cache import cached, stamp
-from lapa.sources.finding import judge, look_through
+from lapa.sources.folder_scan import cached, judge, look_through, stamp
 
 # Files; looking at fewer headers takes less than a second or two.
 WORTH_KEEPING = 500

@@ -5,6 +5,8 @@ Links are followed, circles end, and what is skipped is counted and said.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections import Counter
@@ -12,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from lapa import __version__
 from lapa.console import progress, say, warn
 from lapa.data.lerobot import INFO, JOURNAL
 from lapa.errors import UserError
-from lapa.files import as_path, is_remote
+from lapa.files import as_path, atomic_path, is_remote
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv")
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
@@ -157,3 +160,38 @@ def most_common(values: Sequence[Found]) -> Found:
 
 def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); change its permissions or take it out")
+
+
+def cache_folder() -> Path:
+    """The folder for what can be found out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lapa"
+
+
+def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
+    """The JSON value kept under a JSON key, or else what `make` returns, which is then kept.
+
+    What is damaged is made again; a folder that cannot be written to is told, and no error.
+    """
+    # Another version may find out something else.
+    name = hashlib.sha256(json.dumps([__version__, kind, key]).encode()).hexdigest()
+    path = cache_folder() / kind / f"{name[:32]}.json"
+    try:
+        digest, _, text = path.read_text().partition("\n")
+        if digest == hashlib.sha256((name + text).encode()).hexdigest():
+            return json.loads(text)
+    except (OSError, UnicodeDecodeError):
+        pass
+    value = make()
+    text = json.dumps(value)
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(f"{hashlib.sha256((name + text).encode()).hexdigest()}\n{text}")
+    except OSError as error:
+        warn(f"what was found out is not kept for the next time: {error}")
+    return value
+
+
+def stamp(path: Path) -> list[Any]:
+    """A file's name, size and time of change: what tells that it is still the same."""
+    stat = path.stat()
+    return [str(path if is_remote(path) else path.absolute()), stat.st_size, getattr(stat, "st_mtime", None)]
