@@ -1,4 +1,4 @@
-"""How fast `lapa label` is beside its stages alone: decoding only, encoding only, and both at once.
+"""How fast `lapa label` is compared with its stages alone: decoding only, encoding only, and both at once.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_label.py            # one decoder process, one thread that encodes
     OMP_NUM_THREADS=1 python benchmarks/bench_label.py --decoders 0 1 2 --video-size 256
@@ -7,8 +7,7 @@
 
 The machine may be shared, so each round measures all three, one after another, and medians over the rounds are
 printed as a Markdown table. `of the slower` is the aim's figure: pairs/s of both at once over those of the slower
-stage alone, in the same round. `busy` is the part of the time at once in which the encoder encodes, on a GPU by its
-own clock.
+stage alone, in the same round.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ import tyro
 
 from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import window_frames
-from lapa.data.pairs import horizon_frames
 from lapa.engine.distributed import pick_device
-from lapa.label.shards import Clocks, Labeller, Shard, Work, make_shards
+from lapa.label.config import LabelConfig
+from lapa.label.shards import Labeller, Shard, make_plan, make_shards
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -67,12 +66,11 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class Round:
-    """Pairs a second of each stage alone and of both at once, and the part of that in which the encoder encodes."""
+    """Pairs a second of each stage alone and of both at once."""
 
     decoding: float
     encoding: float
     at_once: float
-    busy: float
 
     @property
     def of_slower(self) -> float:
@@ -89,8 +87,8 @@ def main(config: BenchConfig) -> None:
         f"{torch.__version__}; {config.preset} on {device}, {config.precision}, batch {config.batch_size}; "
         f"{dataset.num_frames} frames of {dataset.image_shape()[0]} px; medians of {config.rounds} rounds\n"
     )
-    print("| decoders | decoding alone | encoding alone | at once | of the slower | lowest, highest | busy |")
-    print("|---|---|---|---|---|---|---|")
+    print("| decoders | decoding alone | encoding alone | at once | of the slower | lowest, highest |")
+    print("|---|---|---|---|---|---|")
     for num, rounds in rows.items():
         median = {
             name: statistics.median(getattr(r, name) for r in rounds) for name in ("decoding", "encoding", "at_once")
@@ -98,8 +96,7 @@ def main(config: BenchConfig) -> None:
         shares = sorted(each.of_slower for each in rounds)
         print(
             f"| {num or 'a thread'} | {median['decoding']:.0f} | {median['encoding']:.0f} | {median['at_once']:.0f} | "
-            f"{statistics.median(shares):.1%} | {shares[0]:.1%}, {shares[-1]:.1%} | "
-            f"{statistics.median(each.busy for each in rounds):.1%} |"
+            f"{statistics.median(shares):.1%} | {shares[0]:.1%}, {shares[-1]:.1%} |"
         )
 
 
@@ -113,25 +110,23 @@ def open_dataset(config: BenchConfig, folder: Path) -> Dataset:
 
 def measure(config: BenchConfig, dataset: Dataset, num_decoders: int, folder: Path) -> list[Round]:
     """Rounds after one that starts the processes and warms caches and kernels up."""
-    model = LatentActionModel(LATENT[config.preset].model).eval()
-    horizon = horizon_frames(model.horizon, dataset.fps)
-    camera, device = dataset.cameras[0], pick_device(config.device)
-    work = Work(dataset, horizon, camera, False, config.batch_size, 0.0, config.precision, False)
+    lam = folder / "lam"
+    LatentActionModel(LATENT[config.preset].model).save_pretrained(lam)
+    options = LabelConfig(lam, str(dataset.root), batch_size=config.batch_size, precision=config.precision)
+    plan, device = make_plan(options), pick_device(config.device)
     num_episodes = min(config.episodes, len(dataset.lengths))
     shards = make_shards(folder / f"labels-{num_decoders}", num_episodes, 64)
-    num_pairs = work.num_pairs(range(num_episodes))
-    with Labeller(model, work, device, num_decoders) as labeller:
-        batch = example_batch(model, dataset, horizon, config.batch_size).to(device)
+    num_pairs = plan.num_pairs(range(num_episodes))
+    with Labeller(plan, device, num_decoders) as labeller:
+        batch = example_batch(plan.model, dataset, plan.horizon, config.batch_size).to(device)
         rounds = [measure_round(labeller, shards, batch, num_pairs) for _ in range(1 + config.rounds)]
     return rounds[1:]
 
 
 def measure_round(labeller: Labeller, shards: list[Shard], batch: torch.Tensor, num_pairs: int) -> Round:
-    labeller.clocks = Clocks()
     decoding, encoding = decode_alone(labeller, shards), encode_alone(labeller, batch, num_pairs)
     at_once = seconds(lambda: all(True for _ in labeller.label(shards)))
-    busy = labeller.clocks.encoding / at_once
-    return Round(num_pairs / decoding, num_pairs / encoding, num_pairs / at_once, busy)
+    return Round(num_pairs / decoding, num_pairs / encoding, num_pairs / at_once)
 
 
 def decode_alone(labeller: Labeller, shards: list[Shard]) -> float:
@@ -145,8 +140,7 @@ def encode_alone(labeller: Labeller, batch_BTCHW: torch.Tensor, num_pairs: int) 
 
     def encode() -> None:
         for first in range(0, num_pairs, len(batch_BTCHW)):
-            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.half):
-                encoder.model.encode(batch_BTCHW[: num_pairs - first])
+            encoder.encode(batch_BTCHW[: num_pairs - first])
         if encoder.device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -25,7 +25,8 @@ from lapa.data.steps import EpisodeSteps
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.files import as_path, claim_output, read_json, write_json
-from lapa.label.run import LabelConfig, run
+from lapa.label.config import LabelConfig
+from lapa.label.run import run
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -367,7 +368,9 @@ def test_a_dataset_in_place_needs_an_out(data: Path, lam: Path, tmp_path: Path) 
     for episode in range(2):
         encode_clip(folder / f"{episode}.mp4", Dataset.open(data).frames(episode), 10)
     in_place = f"videos:{folder},caption=a square"
-    with pytest.raises(ValueError, match=r"is read in place, and nothing is written into .*films; say with --out"):
+    with pytest.raises(
+        ValueError, match=r"is read in place, and nothing is written into .*films; give a folder .* with --out"
+    ):
         run(LabelConfig(lam=lam, data=in_place))
     run(LabelConfig(lam=lam, data=in_place, out=tmp_path / "labels"))
     labels = Labels.open(tmp_path / "labels", dataset_fingerprint=Dataset.open(in_place).fingerprint)

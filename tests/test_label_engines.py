@@ -20,9 +20,10 @@ from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import EpisodeDecoders
 from lapa.engine.distributed import pick_device
 from lapa.label import ray_engine, shards
+from lapa.label.config import LabelConfig, RayConfig
 from lapa.label.ray_engine import LabelActor
-from lapa.label.run import LabelConfig, choose_decoders, make_plan, run
-from lapa.label.shards import Clocks, Labeller, Shard
+from lapa.label.run import choose_decoders, run
+from lapa.label.shards import Labeller, Shard, make_plan
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -157,14 +158,14 @@ def test_ray_writes_the_same_files_and_a_killed_actor_loses_nothing_and_doubles_
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(ray_engine, "LabelActor", DyingActor)
-    run(options(data, lam, tmp_path / "out", engine="ray", num_cpus=0.5, num_workers=1))
+    run(options(data, lam, tmp_path / "out", engine="ray", ray=RayConfig(num_cpus=0.5, num_workers=1)))
     assert files(tmp_path / "out") == whole
     # Both kills happened, and what was whole before the second one was not written again.
     assert (tmp_path / "amid").exists()
     written = (tmp_path / "out" / "episodes-000004-000005.parquet").stat().st_mtime_ns
     assert (tmp_path / "after").read_text() == str(written)
     printed = capfd.readouterr()
-    assert "1 workers of Ray, each with 0.5 CPU cores" in printed.err and "pairs/s of each stage" in printed.err
+    assert "1 workers of Ray, each with 0.5 CPU cores" in printed.err and "pairs/s" in printed.err
     assert "Execution plan" not in printed.err + printed.out
 
 
@@ -215,7 +216,7 @@ def test_a_shard_that_kills_its_worker_every_time_ends_the_run(
     ray: Any, data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    config = options(data, lam, tmp_path / "out", engine="ray", num_cpus=0.5, num_workers=1)
+    config = options(data, lam, tmp_path / "out", engine="ray", ray=RayConfig(num_cpus=0.5, num_workers=1))
     with monkeypatch.context() as patch:
         patch.setattr(ray_engine, "LabelActor", PoisonedActor)
         with pytest.raises(ValueError, match=r"episodes-000002-000003.*was killed 4 times.*go on with --resume"):
@@ -263,7 +264,7 @@ def test_an_actor_tells_what_goes_wrong(data: Path, lam: Path, tmp_path: Path, m
 @pytest.mark.slow
 def test_what_goes_wrong_with_ray_is_told_as_it_is_here(ray: Any, data: Path, lam: Path, tmp_path: Path) -> None:
     damaged, video = with_an_empty_video(data, tmp_path)
-    config = options(damaged, lam, tmp_path / "out", engine="ray", num_cpus=0.5, num_workers=1)
+    config = options(damaged, lam, tmp_path / "out", engine="ray", ray=RayConfig(num_cpus=0.5, num_workers=1))
     with pytest.raises(ValueError, match=rf"{video}.*--skip-bad to leave the episode out"):
         run(config)
     run(replace(config, resume=True, skip_bad=True))
@@ -283,31 +284,34 @@ def test_ray_is_not_needed_unless_asked_for(
 def test_workers_that_do_not_fit_the_cluster_are_refused(data: Path, lam: Path, tmp_path: Path) -> None:
     config = options(data, lam, tmp_path / "out", engine="ray", device="auto")
     pool = ray_engine._pool
-    assert pool(replace(config, num_cpus=0.5), {"CPU": 2.0}, num_shards=9) == (4, 0.5, 0.0)
+    assert pool(replace(config, ray=RayConfig(num_cpus=0.5)), {"CPU": 2.0}, num_shards=9) == (4, 0.5, 0.0)
     assert pool(config, {"CPU": 16.0, "GPU": 2.0}, num_shards=9) == (2, 1.0, 1.0)
-    assert pool(replace(config, num_gpus=0.25), {"CPU": 16.0, "GPU": 2.0}, num_shards=5) == (5, 1.0, 0.25)
+    assert pool(replace(config, ray=RayConfig(num_gpus=0.25)), {"CPU": 16.0, "GPU": 2.0}, num_shards=5) == (
+        5,
+        1.0,
+        0.25,
+    )
     assert pool(replace(config, device="cpu"), {"CPU": 16.0, "GPU": 2.0}, num_shards=3) == (3, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"3 workers of 1 CPUs each do not fit a cluster that has 2; give fewer"):
-        pool(replace(config, num_workers=3), {"CPU": 2.0}, num_shards=9)
+        pool(replace(config, ray=RayConfig(num_workers=3)), {"CPU": 2.0}, num_shards=9)
     for given, has, message in (
         ({"device": "cuda"}, {"CPU": 2.0}, r"1 workers of 1 GPUs each .* has 0; give --device cpu"),
-        ({"device": "cpu", "num_gpus": 1.0}, {"CPU": 2.0, "GPU": 1.0}, "--device cpu and --num-gpus 1 contradict"),
-        ({"device": "cuda", "num_gpus": 0.0}, {"CPU": 2.0, "GPU": 1.0}, "--device cuda and --num-gpus 0 contradict"),
+        (
+            {"device": "cpu", "ray": RayConfig(num_gpus=1.0)},
+            {"CPU": 2.0, "GPU": 1.0},
+            "--device cpu and --ray.num-gpus 1 contradict",
+        ),
+        (
+            {"device": "cuda", "ray": RayConfig(num_gpus=0.0)},
+            {"CPU": 2.0, "GPU": 1.0},
+            "--device cuda and --ray.num-gpus 0 contradict",
+        ),
         ({"device": "gpu"}, {"CPU": 2.0}, "unknown device 'gpu'"),
     ):
         with pytest.raises(ValueError, match=message):
             pool(replace(config, **given), has, num_shards=1)
     with pytest.raises(ValueError, match="memory of this process"):
         run(replace(config, out="memory://labels"))
-
-
-def test_the_stage_that_binds_is_named() -> None:
-    clocks = Clocks(decoding=4.0, encoding=1.0, writing=0.1, waiting=0.5, total=2.0, num_pairs=400)
-    assert clocks.told(num_decoders=2) == (
-        "pairs/s of each stage while busy: decoding 200, encoding 400, writing 4000; the encoder waited 25% of the "
-        "time; decoding binds"
-    )
-    assert "encoding binds" in clocks.told(num_decoders=8)
 
 
 def test_processes_decode_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,18 +1,17 @@
-"""Whole episodes in windows of consecutive frames, for models that look at every pair of frames one horizon apart.
+"""Whole episodes, decoded in windows of consecutive frames: for models that read every pair of frames of an episode.
 
     with EpisodeDecoders(dataset, horizon=18, size=256, num=4) as decoders:
         for window in decoders.windows(episodes):
             window.frames_THWC     # from frame window.first on; the last `horizon` of them begin the next window
 
-Every frame is decoded once, by processes that work ahead of who looks at the pictures, or by a thread. The pictures lie
-in memory that all share and that is used in turn, so an hour of video needs no more of it than a minute.
+Every frame is decoded once, by processes that work ahead of the consumer, or by a thread. The images lie in shared
+memory that is used in turn, so an hour of video needs no more of it than a minute.
 Axes: T time, H W image, C channel, P pairs of frames one horizon apart.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Iterator, Sequence
 from ctypes import c_uint8
 from dataclasses import dataclass
@@ -31,39 +30,29 @@ from lapa.files import is_remote
 
 # New frames of a window.
 WINDOW = 256
-# Bytes of pictures, as they are stored, that a decoder holds at once: of large ones, a window is decoded in pieces.
+# Bytes of stored images that a decoder holds at once: a window of large ones is decoded in pieces.
 PIECE = 64 << 20
-
-Job = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Window:
     """Frames `first`, `first + 1`, ... of an episode: its pairs begin with all but the last `horizon` of them.
 
-    frames_THWC: only until the next window is asked for. energy_P: how much moves in each pair, where it was asked for.
-    error: why the episode cannot be read, and then there are no frames. seconds: that decoding took.
+    frames_THWC: valid until the next window is asked for. energy_P: motion of each pair, where it was asked for.
+    error: why the episode cannot be read; then there are no frames.
     """
 
     episode: int
     first: int
     frames_THWC: UInt8[np.ndarray, "T size size 3"]
     energy_P: Float[np.ndarray, "P"] | None
-    seconds: float
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    seconds: float
-    thumbnails_THW: np.ndarray | None = None
     error: str | None = None
 
 
 class EpisodeDecoders:
-    """EpisodeDecoders of a dataset's episodes; use as a context manager.
+    """Decoders of a dataset's episodes; use as a context manager.
 
-    num: processes; 0: a thread of this one. motion: measure how much moves in each pair.
+    num: processes; 0: a thread of this one. motion: measure the motion of each pair (lapa.data.motion).
     Episodes without a pair have no window.
     """
 
@@ -80,20 +69,19 @@ class EpisodeDecoders:
         # A file system in memory is this process's own.
         self.num = 0 if is_remote(dataset.root) and getattr(dataset.root, "protocol", "") == "memory" else num
         self._lengths, self._horizon, self._window = dataset.lengths, horizon, WINDOW
-        # One more than decoders, so that each has the next window to begin while its last one is looked at.
+        # Twice the decoders and more, so that each has its next window to begin while its last one is in use.
         ahead = 2 * max(1, self.num) + 2
         most = min(self._window, int(dataset.lengths.max()))
         shape = (ahead, horizon + most, size, size, 3)
         memory = multiprocessing.get_context("spawn").RawArray(c_uint8, prod(shape)) if self.num else None
         buffer = np.zeros(shape, np.uint8) if memory is None else memory
         self._slots = _slots(buffer, shape)
-        shared = (dataset, camera, buffer, shape, horizon, motion)
         self._workers = Workers(
             max(1, self.num),
-            shared,
+            shared=(dataset, camera, buffer, shape, horizon, motion),
             threads=self.num == 0,
             ahead=ahead,
-            mend="go on with --resume and fewer --decoders",
+            advice="continue with --resume and fewer --decoders",
         )
 
     def __enter__(self) -> EpisodeDecoders:
@@ -103,36 +91,36 @@ class EpisodeDecoders:
         self._workers.__exit__()
 
     def count(self, episodes: Sequence[int]) -> int:
-        """How many windows these episodes have."""
+        """Number of windows of these episodes."""
         return sum(1 for _ in self._jobs(episodes))
 
     def windows(self, episodes: Sequence[int]) -> Iterator[Window]:
         """The windows of the episodes, in order. All those of an episode that cannot be read have its error.
 
-        UserError where a decoder was killed.
+        Raises UserError where a decoder was killed.
         """
         horizon, empty, before = self._horizon, self._slots[0, :0], -1
         tail, small_tail, error = empty, None, None
-        decoded_windows = self._workers.in_order(_decode, self._jobs(episodes))
-        for (episode, start, stop, slot), decoded in zip(self._jobs(episodes), decoded_windows, strict=True):
+        results = self._workers.in_order(_decode, self._jobs(episodes))
+        for (episode, start, stop, slot), (small, its_error) in zip(self._jobs(episodes), results, strict=True):
             if episode != before:
                 tail, small_tail, error, before = empty, None, None, episode
-            error = error or decoded.error
+            error = error or its_error
             if error is not None:
-                yield Window(episode, start, empty, None, decoded.seconds, error)
+                yield Window(episode, start, empty, None, error)
                 continue
             held = len(tail)
             frames = self._slots[slot, horizon - held : horizon + stop - start]
             frames[:held] = tail
-            energy, small = None, decoded.thumbnails_THW
+            energy = None
             if small is not None:
                 small = small if small_tail is None else np.concatenate([small_tail, small])
                 energy, small_tail = motion_energy(small, horizon), small[-horizon:]
-            yield Window(episode, start - held, frames, energy, decoded.seconds)
+            yield Window(episode, start - held, frames, energy)
             # Before the slot is decoded into again.
             tail = frames[-horizon:].copy() if stop < self._lengths[episode] else empty
 
-    def _jobs(self, episodes: Sequence[int]) -> Iterator[Job]:
+    def _jobs(self, episodes: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
         """(episode, first new frame, end, slot) of each window."""
         number = 0
         for episode in episodes:
@@ -145,7 +133,7 @@ class EpisodeDecoders:
 def window_frames(
     dataset: Dataset, episodes: Sequence[int], horizon: int, camera: str | None, size: int
 ) -> Iterator[tuple[int, UInt8[np.ndarray, "T size size 3"]]]:
-    """(episode, frames) of each window of the episodes that have a pair. UserError where one cannot be read."""
+    """(episode, frames) of each window of the episodes that have a pair. Raises UserError where one cannot be read."""
     with EpisodeDecoders(dataset, horizon=horizon, size=size, camera=camera) as decoders:
         for window in decoders.windows(episodes):
             if window.error is not None:
@@ -164,20 +152,18 @@ def _decode(
     start: int,
     stop: int,
     slot: int,
-) -> _Decoded:
-    """What a decoder does: puts the frames start..stop where they belong."""
-    started, size = time.perf_counter(), shape[2]
+) -> tuple[UInt8[np.ndarray, "T SIDE SIDE"] | None, str | None]:
+    """The job of a decoder: writes the frames start..stop into their slot. Returns (thumbnails, error)."""
     room = _slots(buffer, shape)[slot, horizon:]
     at_once = max(1, PIECE // (3 * prod(dataset.image_shape(camera))))
     try:
         for first in range(start, stop, at_once):
             last = min(first + at_once, stop)
             frames_THWC = dataset.frames(episode, range(first, last), camera)
-            room[first - start : last - start] = resize_and_crop(frames_THWC, size)
-    except ValueError as error:
-        return _Decoded(time.perf_counter() - started, error=str(error))
-    small = thumbnails(room[: stop - start]) if motion else None
-    return _Decoded(time.perf_counter() - started, small)
+            room[first - start : last - start] = resize_and_crop(frames_THWC, shape[2])
+    except UserError as error:
+        return None, str(error)
+    return thumbnails(room[: stop - start]) if motion else None, None
 
 
 def _slots(buffer: Any, shape: tuple[int, ...]) -> np.ndarray:

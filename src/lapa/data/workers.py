@@ -1,4 +1,4 @@
-"""Worker processes for jobs that are independent of each other and whose results are wanted in order.
+"""Worker processes for independent jobs whose results are wanted in order.
 
 with Workers(os.cpu_count()) as workers:
     for result in workers.in_order(function, [(argument, another), ...]):
@@ -22,16 +22,16 @@ from lapa.errors import UserError
 
 Result = TypeVar("Result")
 
-# Jobs handed out and not yet fetched, for each worker: what is done early waits in the parent's memory.
+# Jobs handed out and not yet fetched, for each worker: early results wait in the parent's memory.
 AHEAD = 3
-# Seconds between looks for the parent.
+# Seconds between checks that the parent is alive.
 WATCH_INTERVAL = 1.0
 
 
 class Workers:
-    """A pool of processes; left early (an error, Ctrl-C), what has not begun is not done.
+    """A pool of processes; where it is left early (an error, Ctrl-C), jobs that have not begun are cancelled.
 
-    A worker leaves Ctrl-C to its parent, and ends soon after the parent has, however that came about.
+    A worker ignores Ctrl-C, which its parent handles, and ends soon after its parent, however the parent ended.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class Workers:
         *,
         threads: bool = False,
         ahead: int | None = None,
-        mend: str = "go on with --resume and fewer --workers",
+        advice: str = "continue with --resume and fewer --workers",
     ):
-        """num: processes, or threads of this one; 0 does the work when it is asked for.
+        """num: processes, or threads of this one; 0: each job runs when its result is asked for.
 
         shared: arguments before each job's, sent to a process once. ahead: jobs handed out and not yet fetched, by
-        default a few for each worker. mend: what to say where a worker was killed.
+        default a few for each worker. advice: ends the error message where a worker was killed.
         """
-        self.num, self._shared, self._mend = num, shared, mend
+        self.num, self._shared, self._advice = num, shared, advice
         self.ahead = num * AHEAD if ahead is None else ahead
         self._executor: Executor | None = None
         if num and threads:
@@ -64,9 +64,9 @@ class Workers:
             self._executor.shutdown(cancel_futures=True)
 
     def in_order(self, function: Callable[..., Result], jobs: Iterable[tuple[Any, ...]]) -> Iterator[Result]:
-        """The results of `function(*shared, *job)` in the order of the jobs, which are taken a few at a time.
+        """Yields the results of `function(*shared, *job)` in the order of the jobs, which are taken a few at a time.
 
-        Raises what `function` raises; UserError where a worker was killed.
+        Raises the errors of `function`, and UserError where a worker was killed.
         """
         if self._executor is None:
             yield from (function(*self._shared, *job) for job in jobs)
@@ -80,19 +80,19 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise UserError(f"a worker process was killed, most likely for lack of memory; {self._mend}") from None
+            raise UserError(f"a worker process was killed, most likely for lack of memory; {self._advice}") from None
         finally:
-            # Left early, so that no job still works on what its result was to lie in.
+            # Where the iteration ends early, no job may still write into memory that the caller then frees.
             wait([future for future in waiting if not future.cancel()])
 
 
 def _processes(num: int, shared: tuple[Any, ...]) -> ProcessPoolExecutor:
     # Spawned, not forked: the parent may hold threads of PyAV or torch, and OpenGL contexts do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num, context, initializer=_settle_down, initargs=(os.getpid(), shared))
+    return ProcessPoolExecutor(num, context, initializer=_start_process, initargs=(os.getpid(), shared))
 
 
-# What the parent shares with this worker, a process or a thread.
+# The shared arguments of this worker, a process or a thread.
 _own = threading.local()
 
 
@@ -104,7 +104,7 @@ def _share(shared: tuple[Any, ...]) -> None:
     _own.shared = shared
 
 
-def _settle_down(parent: int, shared: tuple[Any, ...]) -> None:
+def _start_process(parent: int, shared: tuple[Any, ...]) -> None:
     _share(shared)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -1,0 +1,62 @@
+"""Options of `lapa label`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Workers of a Ray cluster, for `--engine ray`."""
+
+    address: str | None = None
+    """Address of the cluster, or auto for the one that runs here; by default one is started on this machine."""
+    num_workers: int | None = None
+    """Workers, each with a model; by default as many as there is room for."""
+    num_cpus: float = 1.0
+    """CPU cores of a worker; may be a fraction."""
+    num_gpus: float | None = None
+    """GPUs of a worker; may be a fraction; by default one where the cluster has any."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Label a dataset with a latent action model."""
+
+    lam: Path
+    """Folder of the latent action model, or its id on the hub."""
+    data: str
+    """Dataset to label; PATH,horizon=SECONDS changes the horizon.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
+    out: str | None = None
+    """Folder of the labels, or its URL (s3://...); by default DATASET/labels/FINGERPRINT_OF_THE_LAM."""
+    camera: str | None = None
+    """Camera whose images are used; by default the dataset's first."""
+    embeddings: bool = False
+    """Also write the continuous latent actions, before quantisation."""
+    min_motion: float = 0.0
+    """Leave out pairs of frames whose brightness, from 0 to 1, changes less than this (RMS). 0.01 is a start."""
+    skip_bad: bool = False
+    """Leave out, and count, episodes that cannot be read; otherwise the first of them stops the command."""
+    batch_size: int = 128
+    """Pairs encoded at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 is faster on a GPU; a few codes differ from those of fp32."""
+    decoders: int | None = None
+    """Processes that decode, 0 for a thread; by default chosen by the number of cores and of frames."""
+    shard_episodes: int = 64
+    """Episodes of one parquet file: at most so many are lost when the run is killed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this machine, one process or those of torchrun; ray: the workers of a Ray cluster (pip install lapa[ray]),
+    which must reach the model, the dataset and `out` under the same names."""
+    ray: RayConfig = RayConfig()
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+    resume: bool = False
+    """Continue the run in `out`."""
