@@ -38,18 +38,18 @@ import os, sys
 from pathlib import Path
 from lapa.data import convert
 from lapa.data.convert import Converted, Part
-from lapa.sources.videos import VideosReading
+from lapa.sources.videos import VideosConfig
 
 def link(source, cameras, fps, options, item, target):
     video = target.with_name(target.name + ".mp4")
     video.parent.mkdir(parents=True, exist_ok=True)
-    os.link(source.film(item), video)
+    os.link(source.path_of(item), video)
     stats = {name: [0.1234567890123456] * 3 for name in ("min", "max", "mean", "std")} | {"count": [192]}
     return Converted((Part(item.key, item.instruction, {"video": video}, item.length, {"video": stats}),))
 
 folder, captions, out, size = sys.argv[1:]
-options = convert.ConvertOptions(out=Path(out), size=int(size), workers=1)
-convert.run(VideosReading(folder, captions=captions), options, copy=link)
+convert.convert_item = link
+convert.run(VideosConfig(folder, captions=captions, out=Path(out), size=int(size), workers=1))
 """
 
 

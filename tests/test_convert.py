@@ -18,7 +18,7 @@ import pytest
 from lapa.data import convert, writer
 from lapa.data import convert as items
 from lapa.data.action_space import ActionSpace, Control
-from lapa.data.convert import ConvertOptions, in_time, resample, resample_rows
+from lapa.data.convert import ConvertOptions, convert_item, in_time, resample, resample_rows
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO, JOURNAL
 from lapa.data.source import Clip, Item, Source
@@ -91,23 +91,20 @@ def _picture(kind: str, number: int, camera: str) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class MadeUpReading:
+class MadeUpConfig(ConvertOptions):
     root: Path
     names: tuple[str, ...]
     control: Control | None = None
-    actions: bool = False
+    with_actions: bool = False
 
     def open(self) -> Source:
-        return MadeUp(self.root, self.names, self.control, self.actions)
+        return MadeUp(self.root, self.names, self.control, self.with_actions)
 
 
 def converted(tmp_path: Path, names: Sequence[str], out: str = "out", **settings: Any) -> Dataset:
-    reading = {name: settings.pop(name) for name in ("control",) if name in settings}
-    with_actions = settings.pop("with_actions", False)
     root = tmp_path / "source"
     root.mkdir(exist_ok=True)
-    options = ConvertOptions(out=tmp_path / out, **{"size": 16, "workers": 1, **settings})
-    convert.run(MadeUpReading(root, tuple(names), actions=with_actions, **reading), options)
+    convert.run(MadeUpConfig(root, tuple(names), out=tmp_path / out, **{"size": 16, "workers": 1, **settings}))
     return Dataset.open(tmp_path / out)
 
 
@@ -261,7 +258,7 @@ def test_a_worker_that_outlives_its_killed_command_changes_nothing(
 
     def noting(*arguments: Any) -> items.Converted:
         orphaned.append(arguments[-1])
-        return items.convert_item(*arguments)
+        return convert_item(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(convert, "convert_item", noting)
@@ -269,7 +266,7 @@ def test_a_worker_that_outlives_its_killed_command_changes_nothing(
         converted(tmp_path, NAMES)
 
     def late(*arguments: Any) -> items.Converted:
-        made = items.convert_item(*arguments)
+        made = convert_item(*arguments)
         for video in (tmp_path / "out").glob(".incoming*/*.mp4"):
             other = orphaned[0].parent / video.name
             other.parent.mkdir(exist_ok=True)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lapa.data.convert import run
 from lapa.data.dataset import Dataset
-from lapa.sources.frames import FramesConfig, run
+from lapa.sources.frames import FramesConfig
 
 
 def write_pictures(
@@ -72,7 +73,7 @@ def test_gaps_are_reported_and_cut(tmp_path: Path, capsys: pytest.CaptureFixture
     dataset = convert(folder)
     assert [e.source for e in dataset.episodes] == ["holes#1-3", "holes#6-7", "holes#20-20", "whole"]
     assert [shown(dataset, episode) for episode in range(3)] == [[1, 2, 3], [6, 7], [20]]
-    assert "clips with gaps in their numbers, cut there: 1; missing pictures: 14" in capsys.readouterr().err
+    assert "clips with gaps in their numbers, cut there: 1; missing images: 14" in capsys.readouterr().err
     joined = convert(folder, gaps="close", out=tmp_path / "joined")
     assert shown(joined, 0) == [1, 2, 3, 6, 7, 20]
     assert [e.source for e in convert(folder, gaps="leave-out", out=tmp_path / "out").episodes] == ["whole"]
@@ -83,7 +84,7 @@ def test_gaps_are_reported_and_cut(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_every_fifth_number_is_no_gap(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_pictures(tmp_path / "frames" / "a", [0, 5, 10, 15, 25, 30])
     assert [e.length for e in convert(tmp_path / "frames").episodes] == [4, 2]
-    assert "cut there: 1; missing pictures: 1" in capsys.readouterr().err
+    assert "cut there: 1; missing images: 1" in capsys.readouterr().err
 
 
 def test_a_damaged_picture_in_the_middle_is_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -97,7 +98,7 @@ def test_a_damaged_picture_in_the_middle_is_named_and_counted(tmp_path: Path, ca
     assert [number for number in shown(dataset, 0) if number not in (2, 4, 6)] == [0, 1, 7]
     assert len(dataset.frames(0)) == 8
     printed = capsys.readouterr().err
-    assert "0003.jpg: no picture" in printed
+    assert "0003.jpg: no image" in printed
     assert "8 frames kept, 2 lost" in printed
     here = Dataset.open(f"frames:{folder},caption=wait")
     assert len(here.frames(0, [0, 1, 7])) == 3
@@ -129,14 +130,14 @@ def test_numbers_that_are_no_order(tmp_path: Path) -> None:
     write_pictures(folder / "good", [0, 1])
     write_pictures(folder / "two", [0, 1], name="left_{}.png")
     write_pictures(folder / "two", [0, 1], name="right_{}.png")
-    with pytest.raises(ValueError, match=r"two: has two pictures of number 0; give each clip a folder of its own"):
+    with pytest.raises(ValueError, match=r"two: has two images of number 0; give each clip a folder of its own"):
         convert(folder)
     assert [e.source for e in convert(folder, skip_bad=True).episodes] == ["good"]
 
 
 def test_what_is_no_folder_of_pictures(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty: no folder of it holds numbered pictures"):
+    with pytest.raises(ValueError, match=r"empty: no folder of it holds numbered images"):
         convert(tmp_path / "empty")
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"a\.zip: is an archive; unpack it first"):
@@ -158,5 +159,5 @@ def test_pictures_that_went_missing_after_opening_are_named(tmp_path: Path) -> N
     write_pictures(tmp_path / "frames" / "a", [0, 1, 2])
     here = Dataset.open(f"frames:{tmp_path / 'frames'},caption=wait")
     (tmp_path / "frames" / "a" / "0002.png").unlink()
-    with pytest.raises(ValueError, match=r"a: holds 2 pictures, 3 when"):
+    with pytest.raises(ValueError, match=r"a: holds 2 images, 3 when"):
         here.frames(0)

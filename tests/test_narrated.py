@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lapa.data.convert import run
 from lapa.data.dataset import Dataset
-from lapa.sources import video_files
-from lapa.sources.narrated import NarratedConfig, run, seconds
+from lapa.sources import videos
+from lapa.sources.narrated import NarratedConfig, seconds
 from test_videos_source import numbers, write_clip, write_times
 
 
@@ -87,14 +88,14 @@ def test_a_clip_is_leapt_to_and_not_read_up_to(tmp_path: Path, monkeypatch: pyte
     write_clip(tmp_path / "videos" / "long.mp4", num=600, fps=10, codec="libx264", g="10")
     rows = table(tmp_path / "rows.csv", "video|start|stop|text", "long|50|51|late", "long|51|52|later")
     decoded = 0
-    next_frame = video_files.next_frame
+    next_frame = videos.next_frame
 
     def counted(clip):
         nonlocal decoded
         decoded += 1
         return next_frame(clip)
 
-    monkeypatch.setattr(video_files, "next_frame", counted)
+    monkeypatch.setattr(videos, "next_frame", counted)
     dataset = convert(tmp_path / "videos", rows)
     assert dataset.lengths.tolist() == [10, 10]
     assert decoded < 60

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lapa.data.convert import run
 from lapa.data.dataset import Dataset
-from lapa.sources.sthv2 import Sthv2Config, read_labels, run
+from lapa.sources.sthv2 import Sthv2Config, read_labels
 from test_videos_source import write_clip
 
 LABELS = [
@@ -68,7 +69,7 @@ def test_templates_lose_their_brackets(root: Path) -> None:
 
 def test_the_test_split_has_no_text(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert [e.instruction for e in convert(root, split="test").episodes] == [""]
-    assert "films without label: 1 of 1; --caption TEXT gives them one" in capsys.readouterr().err
+    assert "videos without label: 1 of 1; --caption TEXT gives them one" in capsys.readouterr().err
     dataset = Dataset.open(f"sthv2:{root},split=test,caption=do it")
     assert [e.instruction for e in dataset.episodes] == ["do it"]
 
@@ -76,10 +77,10 @@ def test_the_test_split_has_no_text(root: Path, capsys: pytest.CaptureFixture) -
 def test_missing_films_are_counted(root: Path, capsys: pytest.CaptureFixture) -> None:
     (root / "9.webm").unlink()
     assert len(convert(root).lengths) == 2
-    assert "films missing: 1 of the 3 that" in capsys.readouterr().err
+    assert "videos missing: 1 of the 3 that" in capsys.readouterr().err
     for path in root.glob("*.webm"):
         path.rename(path.with_stem(f"x{path.stem}"))
-    with pytest.raises(ValueError, match=r"holds none of the 3 films that .*train\.json names"):
+    with pytest.raises(ValueError, match=r"holds none of the 3 videos that .*train\.json names"):
         convert(root, out=root.parent / "other")
 
 

@@ -22,15 +22,16 @@ from av.video.stream import VideoStream
 
 from lapa.data import convert as items
 from lapa.data import writer
-from lapa.data.convert import resample
+from lapa.data.convert import resample, run
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.source import SourceDataset
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import ClipScan, encode_clip
 from lapa.data.workers import AHEAD, Workers
-from lapa.sources import video_files
-from lapa.sources.videos import VideosConfig, read_captions, run
+from lapa.sources import videos
+from lapa.sources.captions import read_captions
+from lapa.sources.videos import VideosConfig
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -162,7 +163,7 @@ def test_what_is_not_a_video(folder: Path, capsys: pytest.CaptureFixture) -> Non
     assert len(convert(folder, skip_bad=True).episodes) == 3
     told = capsys.readouterr().err
     assert "bad.mp4" in told
-    assert "left aside: 1 file without the suffix of a video" in told
+    assert "ignored: 1 file without the suffix of a video" in told
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_mixed_sizes_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert np.abs(apart).max() < 6
     told = capsys.readouterr().err
     assert "1 at 30 fps" in told
-    assert "2 different picture sizes" in told
+    assert "2 different image sizes" in told
     assert convert(tmp_path / "clips", fps=30, out=tmp_path / "fast").episodes[0].length in (29, 30)
 
 
@@ -210,32 +211,6 @@ def test_resampling_takes_the_nearest_frame() -> None:
     assert [int(frame) for frame in resample(frames[:1], 20)] == [0]
     milliseconds = [(round(number / 30, 3), np.array(number)) for number in range(100)]
     assert [int(frame) for frame in resample(milliseconds, 30)] == list(range(100))
-
-
-def test_keeping_the_encoding(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        frames = np.full((6, 32, 48, 3), 90, np.uint8)
-        (tmp_path / "clips").mkdir(exist_ok=True)
-        encode_clip(tmp_path / "clips" / f"{name}.mp4", frames, 10.0)
-    dataset = convert(tmp_path / "clips", keep_encoding=True)
-    assert dataset.image_shape() == (32, 48)
-    assert dataset.frames(1).shape == (6, 32, 48, 3)
-    write_clip(tmp_path / "clips/c.mp4", size=(32, 48))
-    with pytest.raises(ValueError, match=r"c\.mp4: is encoded as mpeg4"):
-        convert(tmp_path / "clips", keep_encoding=True, overwrite=True)
-    write_clip(tmp_path / "clips/c.mp4")
-    with pytest.raises(ValueError, match="mixed picture sizes"):
-        convert(tmp_path / "clips", keep_encoding=True, overwrite=True)
-    assert len(dataset.frames(0)) == 6
-
-
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_kept_encodings_with_b_frames_are_read_from_their_first_frame(tmp_path: Path, suffix: str) -> None:
-    write_clip(tmp_path / "clips" / f"a.{suffix}", num=30, codec="libx264", bf="2", g="10")
-    kept = convert(tmp_path / "clips", keep_encoding=True)
-    assert kept.episodes[0].length == 30
-    levels = [kept.frames(0, [number]).mean() for number in range(30)]
-    assert np.abs(levels - (20 + 200 * np.arange(30) / 30)).max() < 8
 
 
 def test_an_output_that_holds_the_videos(folder: Path) -> None:
@@ -504,10 +479,6 @@ def test_datasets_inside_the_folder_are_passed_over(folder: Path) -> None:
 
 
 def test_options_that_do_not_fit(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"--keep-encoding copies whole videos.*without --cut-shots"):
-        convert(folder, keep_encoding=True, cut_shots=True)
-    with pytest.raises(ValueError, match=r"--keep-encoding copies whole videos.*without --min-side"):
-        convert(folder, keep_encoding=True, min_side=10)
     for fps in (0.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"--fps (0|inf|nan).*above 0"):
             convert(folder, fps=fps)
@@ -531,10 +502,10 @@ def test_headers_of_many_videos_are_kept_until_a_file_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(video_files, "WORTH_KEEPING", 3)
+    monkeypatch.setattr(videos, "WORTH_CACHING", 3)
     looked = []
-    probe = video_files.probe
-    monkeypatch.setattr(video_files, "probe", lambda path: looked.append(path.name) or probe(path))
+    probe = videos.probe
+    monkeypatch.setattr(videos, "probe", lambda path: looked.append(path.name) or probe(path))
     first = in_place(folder)
     assert sorted(looked) == ["clip1.avi", "clip10.mp4", "clip2.mp4"]
     looked.clear()

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -43,8 +43,8 @@ LOST = "frames lost in what is damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """What every `lapa data SOURCE` can do with what it reads."""
+class ConvertOptions(Reading):
+    """What every `lapa data SOURCE` can do with what it reads; a command's config adds the source's reading options."""
 
     out: Path
     """Folder of the dataset to write, on this machine."""
@@ -78,20 +78,13 @@ class ConvertOptions:
     """Go on with what an interrupted run wrote."""
 
 
-# What a worker does with an item: (source, cameras, fps, options, item, how its videos' names begin) -> Converted.
-Job = Callable[[Any, list[str], float, Any, Item, Path], "Converted"]
-
-
-def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> None:
-    """`lapa data SOURCE`: converts, and says what was left out and what comes next. Raises UserError on bad input.
-
-    copy: done with each item in place of encoding it anew; the pictures keep the source's own size.
-    """
+def run(options: ConvertOptions) -> None:
+    """`lapa data SOURCE`: converts, and says what was left out and what comes next. Raises UserError on bad input."""
     out = options.out
     if nothing_to_add(out, resume=options.resume, overwrite=options.overwrite):
         return
     _require_sense(options)
-    source = reading.open()
+    source = options.open()
     say(f"{source.kind}: {len(source.items)} items in {source.root}")
     cameras = _choose_cameras(source, options)
     fps = _choose_rate(source, options)
@@ -104,11 +97,11 @@ def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> N
         resume=options.resume,
         inputs=[source.root, *source.inputs],
     )
-    writer = _open_writer(source, cameras, fps, options, copied=copy is not None)
+    writer = _open_writer(source, cameras, fps, options)
     todo = [item for item in items if item.key not in writer.done_items]
     if len(todo) < len(items):
         say(f"resuming: {len(items) - len(todo)} of {len(items)} items are done")
-    _convert_all(source, todo, writer, cameras, fps, options, copy or convert_item)
+    _convert_all(source, todo, writer, cameras, fps, options)
     for note, count in sorted(writer.notes.items()):
         warn(f"{note}: {count}")
     if not writer.num_episodes:
@@ -120,15 +113,12 @@ def run(reading: Reading, options: ConvertOptions, copy: Job | None = None) -> N
     finish(what, out, [f"lapa data info {folder}", f"lapa latent train --data {folder} --out LAM"])
 
 
-def _open_writer(
-    source: Source, cameras: list[str], fps: float, options: ConvertOptions, copied: bool
-) -> DatasetWriter:
+def _open_writer(source: Source, cameras: list[str], fps: float, options: ConvertOptions) -> DatasetWriter:
     space = source.action_space if options.actions else None
-    square = (options.size, options.size)
     return DatasetWriter(
         options.out,
         fps=fps,
-        cameras={camera: source.cameras[camera] if copied else square for camera in cameras},
+        cameras=dict.fromkeys(cameras, (options.size, options.size)),
         action_names=space.names if space else None,
         state_names=source.state_names if options.actions else None,
         binary_actions=[name for name, switch in zip(space.names, space.binary, strict=True) if switch]
@@ -136,7 +126,7 @@ def _open_writer(
         else (),
         control=space.control if space else None,
         keyframe_interval=KEYFRAME_INTERVAL,
-        extra_info={"made_by": f"lapa data {source.kind}", **source.settings, **_filters(options, copied)},
+        extra_info={"made_by": f"lapa data {source.kind}", **source.settings, **_filters(options)},
         resume=options.resume,
     )
 
@@ -180,10 +170,10 @@ def _choose_rate(source: Source, options: ConvertOptions) -> float:
     return rate
 
 
-def _filters(options: ConvertOptions, copied: bool) -> dict[str, Any]:
+def _filters(options: ConvertOptions) -> dict[str, Any]:
     """The options that decide what of the source is in the dataset: a resumed run must have the same."""
-    names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "limit")
-    values = {name: getattr(options, name) for name in (*names, *(() if copied else ("size",)))}
+    names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "limit", "size")
+    values = {name: getattr(options, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
 
 
@@ -194,7 +184,6 @@ def _convert_all(
     cameras: list[str],
     fps: float,
     options: ConvertOptions,
-    work: Job,
 ) -> None:
     _remove_incoming(options.out)
     # Of its own for each run: workers of a killed one may go on for a moment.
@@ -204,7 +193,7 @@ def _convert_all(
     shared = (source.without_items(), cameras, fps, options)
     with progress() as bar, Workers(num_workers if num_workers > 1 else 0, shared) as workers:
         task = bar.add_task("converting", total=len(items), note="")
-        for number, made in enumerate(workers.in_order(work, jobs)):
+        for number, made in enumerate(workers.in_order(convert_item, jobs)):
             _add(source, items[number], made, writer, options.skip_bad)
             bar.advance(task)
     _remove_incoming(options.out)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -60,11 +60,12 @@ class Clip:
     damage: str = ""
 
 
-class Reading(Protocol):
+class Reading(ABC):
     """Reading options of a source: a frozen dataclass whose first field is the path."""
 
+    @abstractmethod
     def open(self) -> Source:
-        """Raises UserError naming the file that is wrong and the mend."""
+        """The source. Raises UserError naming the file that is wrong and how to fix it."""
 
 
 class Source(ABC):

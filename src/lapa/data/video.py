@@ -28,8 +28,6 @@ from lapa.files import atomic_path, is_remote, open_binary, reading, what_instea
 
 # The part by which a mean rate may differ from the rate of a constant one.
 VARIES = 0.01
-# Codecs that an mp4 holds and that players and LeRobot decode.
-MP4_CODECS = ("h264", "hevc", "av1", "vp9")
 
 
 @dataclass(frozen=True)
@@ -151,38 +149,6 @@ def encode_clip(
             raise UserError(f"{path}: there is no frame to write; an episode needs at least one")
         container.mux(stream.encode(None))
     return num_frames
-
-
-def copy_stream(source: Path, target: Path, fps: float) -> int:
-    """Copies the video stream of `source`, whose rate must be constant, into an mp4 without re-encoding.
-
-    Frame i of the copy is at exactly `i / fps` seconds, wherever `source` began and however its times were rounded.
-    Returns the number of frames. Raises UserError where frames lack times or share one.
-    """
-    with open_video(source) as reading:
-        packet_times = [packet.pts for packet in reading.demux(reading.streams.video[0]) if packet.size]
-    times = [time for time in packet_times if time is not None]
-    if len(set(times)) != len(packet_times):
-        raise UserError(f"{source}: has frames without times of their own")
-    # In the order of decoding, which packets are stored in, the place of each in the order of showing.
-    shown = np.argsort(np.argsort(times)).tolist()
-    # A frame is decoded no later than shown: B-frames, stored after the frame that follows them, move decoding forward.
-    delay = max(place - when for place, when in enumerate(shown)) if shown else 0
-    rate = exact_rate(fps)
-    with (
-        open_video(source) as reading,
-        atomic_path(Path(target)) as temporary,
-        av.open(str(temporary), "w", format="mp4") as writing,
-    ):
-        stream = reading.streams.video[0]
-        copy = writing.add_stream_from_template(stream)
-        copy.time_base = 1 / rate
-        packets = (packet for packet in reading.demux(stream) if packet.size)
-        for place, (packet, when) in enumerate(zip(packets, shown, strict=True)):
-            packet.stream, packet.time_base = copy, 1 / rate
-            packet.pts, packet.dts, packet.duration = when, place - delay, 1
-            writing.mux(packet)
-    return len(shown)
 
 
 def open_video(path: Path) -> InputContainer:

@@ -47,7 +47,7 @@ class SquareEnvironment:
         self._centre = self._square.start
 
     def observe(self) -> Observation:
-        images = dict.fromkeys(self._cameras, self._square.picture(self._centre))
+        images = dict.fromkeys(self._cameras, self._square.image(self._centre))
         return Observation(images, f"move {self._task}", self._centre.astype(np.float32))
 
     def step(self, action: np.ndarray) -> bool:

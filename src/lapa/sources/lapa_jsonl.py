@@ -36,10 +36,10 @@ from lapa.data.convert import ConvertOptions
 from lapa.data.dataset import ACTION, STATE, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.lerobot import LeRobotDataset
-from lapa.data.source import Clip, Item, Source, SourceDataset
+from lapa.data.source import Clip, Item, Reading, Source, SourceDataset
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, open_binary, reading, remove_folder
-from lapa.sources.folder_scan import cached, stamp
+from lapa.sources.folder_scan import cached, file_state
 from lapa.sources.rlds.table import POSE
 
 CAMERA = "image"
@@ -50,7 +50,7 @@ EPISODES_PER_SHARD = 10_000
 
 
 @dataclass(frozen=True)
-class LapaJsonlReading:
+class LapaJsonlReading(Reading):
     """How a file of the released LAPA code is read."""
 
     file: Annotated[str, tyro.conf.Positional]
@@ -100,7 +100,7 @@ def run(config: LapaJsonlConfig) -> None:
         words = ["lapa", "policy", "pretrain", "--policy", "LWM_POLICY", "--data", _spec(config)]
         finish(f"labels of {written} rows", labels, [shlex.join([*words, "--labels", str(labels), "--out", "POLICY"])])
         return
-    convert.run(config, config)
+    convert.run(config)
     if not source.latent_length or (labels / MANIFEST).exists():
         return
     if config.rate not in (None, source.fps) or config.cut_shots:
@@ -190,7 +190,7 @@ class LapaJsonlSource(Source):
         pictured, codes = options.images is not None, options.picture_codes
         found = cached(
             self.kind,
-            [stamp(existing(self.root)), pictured, codes, options.skip_bad],
+            [file_state(existing(self.root)), pictured, codes, options.skip_bad],
             lambda: look_through(self.root, pictured=pictured, picture_codes=codes, skip_bad=options.skip_bad),
         )
         for problem in found["problems"][:10]:

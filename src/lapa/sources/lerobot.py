@@ -22,10 +22,10 @@ import tyro
 
 from lapa.data.action_space import Control, read_action_space
 from lapa.data.convert import ConvertOptions
-from lapa.data.convert import run as convert
+from lapa.data.convert import run as run  # The command `lapa data lerobot`.
 from lapa.data.dataset import ACTION, STATE, Dataset
 from lapa.data.lerobot import LeRobotDataset
-from lapa.data.source import Clip, Item, Source
+from lapa.data.source import Clip, Item, Reading, Source
 from lapa.files import as_path, hub_folder
 
 # Frames that are decoded at a time when a whole episode is read.
@@ -36,7 +36,7 @@ SEVERAL_TASKS = "has several tasks, the first is taken as the instruction"
 
 
 @dataclass(frozen=True)
-class LeRobotReading:
+class LeRobotReading(Reading):
     """How a LeRobot dataset is read."""
 
     path: Annotated[str, tyro.conf.Positional]
@@ -140,11 +140,6 @@ class LeRobotSource(Source):
             indices = range(first, min(first + BLOCK, length))
             for index, frame_HWC in zip(indices, self.open_dataset.frames(episode, indices, camera), strict=True):
                 yield index / self.fps, frame_HWC
-
-
-def run(config: LeRobotConfig) -> None:
-    """`lapa data lerobot`."""
-    convert(config, config)
 
 
 def _renamed(reading: LeRobotReading) -> dict[str, str]:

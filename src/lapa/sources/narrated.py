@@ -1,11 +1,11 @@
-"""Long videos and a table of what is done in them from when to when: each row a clip, with its text.
+"""Long videos and a table of what is done in them from when to when: each row becomes a clip, with its text.
 
     lapa data narrated EPIC-KITCHENS/ --narrations EPIC_100_train.csv --out data/epic
     lapa latent train --data narrated:EPIC-KITCHENS,narrations=EPIC_100_train.csv --out LAM
 
 The CSV has the columns of EPIC-KITCHENS-100 (video_id, start_timestamp, stop_timestamp as HH:MM:SS.mmm, narration),
 those usual with Ego4D (video_uid, start_sec, end_sec, narration_text), or video, start, stop, text; times are seconds
-or H:MM:SS. A clip is leapt to, not read up to, and rows may overlap.
+or H:MM:SS. Rows may overlap.
 https://github.com/epic-kitchens/epic-kitchens-100-annotations, https://ego4d-data.org/docs/data/annotations-schemas/
 Axes: T time, H W image, C channel.
 """
@@ -24,13 +24,13 @@ import tyro
 from jaxtyping import UInt8
 
 from lapa.console import warn
-from lapa.data import convert
-from lapa.data.convert import ConvertOptions
-from lapa.data.source import Clip, Item, Source
+from lapa.data.convert import TIE, ConvertOptions
+from lapa.data.convert import run as run  # The command `lapa data narrated`.
+from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.video import VideoInfo
 from lapa.errors import UserError
-from lapa.sources.folder_scan import find_films, judge, most_common, natural, require_rate, unambiguous
-from lapa.sources.video_files import CAMERA, TIE, count_frames, frames_near, pictures_near, read_headers
+from lapa.sources.folder_scan import find_videos, natural_order, require_rate, short_names, stop_or_skip
+from lapa.sources.videos import CAMERA, common_format, count_frames, frames_at, frames_in_order, read_headers
 
 COLUMNS = {
     "video": ("video", "video_id", "video_uid", "video_name", "file"),
@@ -41,7 +41,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True)
-class NarratedReading:
+class NarratedReading(Reading):
     """Long videos with a table of start, stop and text; each row is an episode."""
 
     folder: Annotated[str, tyro.conf.Positional]
@@ -49,43 +49,18 @@ class NarratedReading:
     narrations: str | None = None
     """CSV with the columns video, start, stop, text, or those of EPIC-KITCHENS or Ego4D; needed."""
     fps: float | None = None
-    """Frames a second at which the videos are read; by default the rate most of them have."""
+    """Frames a second at which the videos are read; by default the rate of most of them."""
     skip_bad: bool = False
     """Leave out, and count, rows whose times are wrong and videos that cannot be read."""
 
     def open(self) -> Source:
-        """Reads the table and the headers of its videos. UserError naming the row that is wrong and the mend."""
-        return _open(self)
+        """Reads the table and the headers of its videos. UserError naming the row that is wrong and how to fix it."""
+        return NarratedSource(self)
 
 
 @dataclass(frozen=True)
 class NarratedConfig(ConvertOptions, NarratedReading):
     """Cut long, narrated videos into a dataset without actions."""
-
-
-class NarratedSource(Source):
-    """Rows of a table of narrations. An item: place = (video, seconds at which it starts)."""
-
-    kind = "narrated"
-
-    def file_of(self, item: Item) -> str:
-        return f"{self.root / item.place[0]}, from {item.place[1]:g} s"
-
-    def read(self, item: Item) -> Clip:
-        frames = zip(self._times(range(item.length or 0)), frames_near(*self._where(item, None)), strict=True)
-        return Clip({CAMERA: frames}, item.instruction)
-
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
-        return pictures_near(*self._where(item, frame_indices))
-
-    def _where(self, item: Item, frame_indices: Sequence[int] | None) -> tuple[Path, list[float]]:
-        """The video, and when in it the frames are shown; None: all."""
-        name, start = item.place
-        indices = range(item.length or 0) if frame_indices is None else frame_indices
-        return self.root / name, [start + seconds for seconds in self._times(indices)]
-
-    def _times(self, frame_indices: Sequence[int]) -> list[float]:
-        return [index / self.fps for index in frame_indices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +72,75 @@ class _Row:
     text: str
 
 
-def run(config: NarratedConfig) -> None:
-    """`lapa data narrated`."""
-    convert.run(config, config)
+class NarratedSource(Source):
+    """Rows of a table of narrations. An item: place = (video, seconds at which it starts)."""
+
+    kind = "narrated"
+
+    def __init__(self, reading: NarratedReading):
+        if reading.narrations is None:
+            raise UserError(f"{reading.folder}: no narrations; give a CSV of video, start, stop, text as --narrations")
+        require_rate(reading.fps)
+        self.root, names = find_videos(reading.folder)
+        self.name = self.root.resolve().name
+        table = Path(reading.narrations)
+        rows, wrong = _read_rows(table)
+        videos = _find_named(self.root, names, rows, table)
+        used = sorted(set(videos.values()), key=natural_order)
+        headers, unreadable = read_headers(self.root, used)
+        skipped = stop_or_skip(unreadable, "--skip-bad leaves such videos out, with their rows", reading.skip_bad)
+        if not headers:
+            raise UserError(f"{self.root}: no video of it can be used")
+        self.fps, size = common_format(headers.values(), reading.fps)
+        self.cameras, self.inputs = {CAMERA: size}, (table,)
+        self.settings = {"folder": self.name, "narrations": table.name, **({"fps": reading.fps} if reading.fps else {})}
+        found = [(videos[row.video], row) for row in rows if videos.get(row.video) in headers]
+        self.items, past = self._find_items(found, headers, table)
+        fix = "correct the row, or give --skip-bad to leave such rows out"
+        skipped += stop_or_skip([*wrong, *past], fix, reading.skip_bad)
+        if skipped:
+            warn(f"rows and videos skipped in all (--skip-bad): {skipped}")
+        if not self.items:
+            raise UserError(f"{table}: none of its rows can be used")
+
+    def file_of(self, item: Item) -> str:
+        return f"{self.root / item.place[0]}, from {item.place[1]:g} s"
+
+    def read(self, item: Item) -> Clip:
+        frames = frames_in_order(*self._place(item, range(item.length or 0)))
+        return Clip({CAMERA: ((index / self.fps, frame) for index, frame in enumerate(frames))}, item.instruction)
+
+    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
+        return frames_at(*self._place(item, frame_indices))
+
+    def _place(self, item: Item, frame_indices: Sequence[int]) -> tuple[Path, list[float]]:
+        """The video, and the seconds at which it shows the frames."""
+        name, start = item.place
+        return self.root / name, [start + index / self.fps for index in frame_indices]
+
+    def _find_items(
+        self, rows: Sequence[tuple[str, _Row]], headers: Mapping[str, VideoInfo], table: Path
+    ) -> tuple[list[Item], list[str]]:
+        """Items by video and start, so that each video is read in order, and the problems of rows that start too late.
+
+        Rows that go on past the end of their video are cut there, and counted.
+        """
+        durations = {name: _duration(self.root / name, info) for name, info in headers.items()}
+        items, problems, num_cut = [], [], 0
+        for name, row in sorted(rows, key=lambda entry: (natural_order(entry[0]), entry[1].start, entry[1].line)):
+            duration = durations[name]
+            if row.start >= duration:
+                problems.append(
+                    f"{table}: line {row.line}: starts at {row.start:g} s, but {name} ends at {duration:.3f} s"
+                )
+                continue
+            num_cut += row.stop > duration + 1 / self.fps
+            length = max(1, ceil((min(row.stop, duration) - row.start) * self.fps - TIE * self.fps))
+            key = f"{name}@{row.start:.3f}-{row.stop:.3f} line {row.line}"
+            items.append(Item(key, (name, row.start), row.text, length))
+        if num_cut:
+            warn(f"rows that go on past the end of their video, cut there: {num_cut} of {len(rows)}")
+        return items, problems
 
 
 def seconds(text: str) -> float:
@@ -116,73 +157,20 @@ def seconds(text: str) -> float:
     return value
 
 
-def _open(reading: NarratedReading) -> NarratedSource:
-    if reading.narrations is None:
-        raise UserError(f"{reading.folder}: no narrations; give a CSV of video, start, stop, text as --narrations")
-    require_rate(reading.fps)
-    table = Path(reading.narrations)
-    root, names = find_films(reading.folder)
-    films, twice = unambiguous(names)
-    rows, wrong = _read_rows(table)
+def _find_named(root: Path, names: Sequence[str], rows: Sequence[_Row], table: Path) -> dict[str, str]:
+    """The file of each video that rows name, of those that there are; missing ones are counted."""
+    videos, ambiguous = short_names(names, without_suffix=True)
     asked = dict.fromkeys(row.video for row in rows)
     for video in asked:
-        if video in twice:
-            raise UserError(f"{table}: {video} may be {twice[video]}; write the folder before it")
-    missing = [video for video in asked if video not in films]
+        if video in ambiguous:
+            raise UserError(f"{table}: {video} may be {ambiguous[video]}; write the folder before it")
+    missing = [video for video in asked if video not in videos]
     if missing:
-        lost = sum(row.video not in films for row in rows)
+        lost = sum(row.video not in videos for row in rows)
         warn(f"videos missing: {len(missing)} of the {len(asked)} that {table} names ({missing[0]}, ...); rows: {lost}")
-    used = sorted({films[video] for video in asked if video in films}, key=natural)
-    if not used:
+    if len(missing) == len(asked):
         raise UserError(f"{root}: holds none of the {len(asked)} videos that {table} names; give their folder")
-    headers: dict[str, VideoInfo] = {}
-    broken = []
-    for name, info in read_headers(root, used):
-        if isinstance(info, UserError):
-            broken.append(str(info))
-        else:
-            headers[name] = info
-    skipped = judge(broken, "--skip-bad leaves such videos out, with their rows", reading.skip_bad)
-    if not headers:
-        raise UserError(f"{root}: no video of it can be used")
-    source = NarratedSource()
-    source.root, source.name = root, root.resolve().name
-    source.fps = reading.fps or most_common([round(info.fps, 3) for info in headers.values()])
-    source.cameras = {CAMERA: most_common([(info.height, info.width) for info in headers.values()])}
-    source.inputs = (table,)
-    source.settings = {"folder": source.name, "narrations": table.name, **({"fps": reading.fps} if reading.fps else {})}
-    found = [(films[row.video], row) for row in rows if films.get(row.video) in headers]
-    source.items, past = _items(source, found, headers, table)
-    skipped += judge([*wrong, *past], "correct the row, or give --skip-bad to leave such rows out", reading.skip_bad)
-    if skipped:
-        warn(f"rows and videos skipped in all (--skip-bad): {skipped}")
-    if not source.items:
-        raise UserError(f"{table}: none of its rows can be used")
-    return source
-
-
-def _items(
-    source: NarratedSource, rows: Sequence[tuple[str, _Row]], headers: Mapping[str, VideoInfo], table: Path
-) -> tuple[list[Item], list[str]]:
-    """The rows as items, those of a video together and in order, so that it is read on; and what is wrong with others.
-
-    What goes on past the end of its video is cut there, and counted.
-    """
-    durations = {name: _duration(source.root / name, info) for name, info in headers.items()}
-    items, wrong, cut = [], [], 0
-    for name, row in sorted(rows, key=lambda entry: (natural(entry[0]), entry[1].start, entry[1].line)):
-        duration = durations[name]
-        if row.start >= duration:
-            wrong.append(f"{table}: line {row.line}: starts at {row.start:g} s, but {name} ends at {duration:.3f} s")
-            continue
-        cut += row.stop > duration + 1 / source.fps
-        length = max(1, ceil((min(row.stop, duration) - row.start) * source.fps - TIE * source.fps))
-        items.append(
-            Item(f"{name}@{row.start:.3f}-{row.stop:.3f} line {row.line}", (name, row.start), row.text, length)
-        )
-    if cut:
-        warn(f"rows that go on past the end of their video, cut there: {cut} of {len(rows)}")
-    return items, wrong
+    return {video: videos[video] for video in asked if video in videos}
 
 
 def _duration(path: Path, info: VideoInfo) -> float:
@@ -190,7 +178,7 @@ def _duration(path: Path, info: VideoInfo) -> float:
 
 
 def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
-    """The rows of a table of narrations, and what is wrong with those that are none."""
+    """The rows of a table of narrations, and what is wrong with malformed ones."""
     if not path.is_file():
         raise UserError(f"{path}: no such table of narrations")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -206,8 +194,8 @@ def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
             rows, wrong = [], []
             for entry in table:
                 try:
-                    rows.append(_row(entry, columns, table.line_num))
-                except ValueError as error:
+                    rows.append(_row({what: entry[column] or "" for what, column in columns.items()}, table.line_num))
+                except UserError as error:
                     wrong.append(f"{path}: line {table.line_num}: {error}")
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}: line {table.line_num + 1}: cannot be read ({error})") from None
@@ -216,8 +204,8 @@ def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
     return rows, wrong
 
 
-def _row(entry: Mapping[str, str | None], columns: Mapping[str, str], line: int) -> _Row:
-    video, start, stop, text = (str(entry[columns[what]] or "").strip() for what in ("video", "start", "stop", "text"))
+def _row(entry: Mapping[str, str], line: int) -> _Row:
+    video, start, stop, text = (entry[what].strip() for what in ("video", "start", "stop", "text"))
     if not video or not text:
         raise UserError(f"has no {'text' if video else 'video'}")
     first, last = seconds(start), seconds(stop)

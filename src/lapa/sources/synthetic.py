@@ -1,6 +1,8 @@
-"""Made-up video with a known answer: a square that moves in one of eight directions over a noisy ground.
+"""Made-up videos with a known answer: a square that moves in one of eight directions over a noisy ground.
 
-The `debug` preset and the tests run on it. `lapa data synthetic --out DATASET` writes it as a dataset.
+    lapa data synthetic --out DATASET
+
+The preset `debug`, the tests and the environment `synthetic` use it.
 Axes: N pairs, T time, C channel, H W image.
 """
 
@@ -13,11 +15,16 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 
-from lapa import files
 from lapa.console import finish, progress
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.writer import DatasetWriter, nothing_to_add
+from lapa.files import claim_output
+
+# Direction k points at k * 45 degrees, counted from the right, anticlockwise.
+DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
+CAMERA = "front"
+NOISE = 3.0  # Standard deviation of the pixel noise, of 255.
 
 
 @dataclass(frozen=True)
@@ -46,28 +53,46 @@ class SyntheticConfig:
 
 def run(config: SyntheticConfig) -> None:
     """`lapa data synthetic`."""
-    complete = (config.out / INFO).exists()
-    if nothing_to_add(config.out, resume=config.resume, overwrite=config.overwrite):
+    out = config.out
+    if nothing_to_add(out, resume=config.resume, overwrite=config.overwrite):
         return
-    files.claim_output(config.out, complete=complete, overwrite=config.overwrite, resume=config.resume)
-    dataset = write_synthetic_dataset(
-        config.out,
-        config.episodes,
-        config.frames,
-        config.size,
-        config.fps,
-        config.actions,
-        config.seed,
-        resume=config.resume,
-    )
+    claim_output(out, complete=(out / INFO).exists(), overwrite=config.overwrite, resume=config.resume)
+    names = ("episodes", "frames", "size", "fps", "actions", "seed", "resume")
+    dataset = write_synthetic_dataset(out, **{name: getattr(config, name) for name in names})
     what = f"dataset of {len(dataset.episodes)} made-up episodes, {dataset.num_frames} frames"
-    finish(what, config.out, [f"lapa data info {config.out}"])
+    finish(what, out, [f"lapa data info {out}"])
+
+
+def heading(direction: int) -> Float[np.ndarray, "2"]:
+    """The unit vector (right, down) of a direction."""
+    angle = direction * np.pi / 4
+    return np.array([np.cos(angle), -np.sin(angle)])
+
+
+class Square:
+    """A square and its ground. `start`, its first centre in pixels (right, down), leaves room for the whole `way`."""
+
+    def __init__(self, rng: np.random.Generator, size: int, way: Float[np.ndarray, "2"]):
+        """rng: draws place, colours and noise; size: of the image; way: where it will go, in pixels (right, down)."""
+        # Sizes and colours for which copying the first frame of `moving_squares` errs by 0.011 in mean square.
+        self.size, self.half = size, 0.08 * size
+        low, high = self.half + np.maximum(-way, 0), size - self.half - np.maximum(way, 0)
+        self.start = rng.uniform(low, high)
+        self._ground, self._colour, self._rng = rng.uniform(0, 138, 3), rng.uniform(117, 255, 3), rng
+
+    def image(self, centre: Float[np.ndarray, "2"]) -> UInt8[np.ndarray, "size size 3"]:
+        """The square at a place, with new noise."""
+        right, down = centre
+        pixels = np.arange(self.size) + 0.5
+        inside_HW = (np.abs(pixels[:, None] - down) < self.half) & (np.abs(pixels[None] - right) < self.half)
+        image_HWC = np.where(inside_HW[..., None], self._colour, self._ground)
+        return (image_HWC + self._rng.normal(0, NOISE, image_HWC.shape)).clip(0, 255).astype(np.uint8)
 
 
 def moving_squares(
     num: int, seed: int = 0, size: int = 64
 ) -> tuple[UInt8[np.ndarray, "N 2 3 size size"], Int64[np.ndarray, "N"]]:
-    """`num` pairs of frames between which the square moves by an eighth of the picture, and their directions 0..7."""
+    """`num` pairs of frames between which the square moves by an eighth of the image, and their directions 0..7."""
     rng = np.random.default_rng(seed)
     directions_N = rng.integers(0, len(DIRECTIONS), num)
     pairs = [_clip(rng, int(direction), 2, size, size / 8)[0] for direction in directions_N]
@@ -106,7 +131,7 @@ def write_synthetic_dataset(
         task = bar.add_task("writing", total=episodes, note="")
         for number in range(episodes):
             direction = number % len(DIRECTIONS)
-            # The whole way must fit into the picture.
+            # The whole way must fit into the image.
             travel = rng.uniform(0.5, 0.7) * size
             frames_THWC, centres_T2 = _clip(rng, direction, frames, size, travel)
             source = f"{DIRECTIONS[direction]}/{number}"
@@ -133,36 +158,4 @@ def _clip(
     way = heading(direction) * travel
     square = Square(rng, size, way)
     centres_T2 = (square.start + np.linspace(0, 1, num_frames)[:, None] * way).astype(np.float32)
-    return np.stack([square.picture(centre) for centre in centres_T2]), centres_T2
-
-
-# Direction k points at k * 45 degrees, counted from the right, anticlockwise.
-DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
-CAMERA = "front"
-NOISE = 3.0  # Standard deviation of the pixel noise, of 255.
-
-
-def heading(direction: int) -> Float[np.ndarray, "2"]:
-    """The unit vector (right, down) of a direction."""
-    angle = direction * np.pi / 4
-    return np.array([np.cos(angle), -np.sin(angle)])
-
-
-class Square:
-    """A square and its ground. `start`, its first centre in pixels (right, down), leaves room for the whole `way`."""
-
-    def __init__(self, rng: np.random.Generator, size: int, way: Float[np.ndarray, "2"]):
-        """rng: draws place, colours and noise; size: of the picture; way: where it will go, in pixels (right, down)."""
-        # Sizes and colours for which copying the first frame of `moving_squares` errs by 0.011 in mean square.
-        self.size, self.half = size, 0.08 * size
-        low, high = self.half + np.maximum(-way, 0), size - self.half - np.maximum(way, 0)
-        self.start = rng.uniform(low, high)
-        self._ground, self._colour, self._rng = rng.uniform(0, 138, 3), rng.uniform(117, 255, 3), rng
-
-    def picture(self, centre: Float[np.ndarray, "2"]) -> UInt8[np.ndarray, "size size 3"]:
-        """The square at a place, with new noise."""
-        right, down = centre
-        pixels = np.arange(self.size) + 0.5
-        inside_HW = (np.abs(pixels[:, None] - down) < self.half) & (np.abs(pixels[None] - right) < self.half)
-        picture_HWC = np.where(inside_HW[..., None], self._colour, self._ground)
-        return (picture_HWC + self._rng.normal(0, NOISE, picture_HWC.shape)).clip(0, 255).astype(np.uint8)
+    return np.stack([square.image(centre) for centre in centres_T2]), centres_T2

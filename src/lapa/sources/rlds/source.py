@@ -28,10 +28,10 @@ from lapa.data import convert
 from lapa.data.action_space import ActionSpace
 from lapa.data.convert import BLANK, ConvertOptions
 from lapa.data.dataset import ACTION, STATE
-from lapa.data.source import Clip, Item, Source, with_length
+from lapa.data.source import Clip, Item, Reading, Source, with_length
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, read_json
-from lapa.sources.folder_scan import cached, stamp
+from lapa.sources.folder_scan import cached, file_state
 from lapa.sources.rlds.table import CONSTANTS, KNOWN, POSE, Known, Part, columns
 from lapa.sources.rlds.tfrecord import PARSED, parse_example, read_record, scan_records
 
@@ -42,7 +42,7 @@ CHANGES = "the instruction changes, the first is taken"
 
 
 @dataclass(frozen=True)
-class RldsReading:
+class RldsReading(Reading):
     """How an RLDS folder is read."""
 
     folder: Annotated[str, tyro.conf.Positional]
@@ -75,7 +75,7 @@ class RldsConfig(ConvertOptions, RldsReading):
 
 def run(config: RldsConfig) -> None:
     """`lapa data rlds`."""
-    convert.run(config, config)
+    convert.run(config)
 
 
 class RldsSource(Source):
@@ -153,7 +153,7 @@ class RldsSource(Source):
         """Instructions and lengths need a pass over all records, which is kept in the user's cache folder."""
         files = [self.root / INFO_FILE, self.root / FEATURES_FILE, *(shard.path for shard in self._shards)]
         options = [self.settings, self._layout.keys, self.reading.skip_bad]
-        found = cached("rlds", [options, [stamp(file) for file in files]], self._measure)
+        found = cached("rlds", [options, [file_state(file) for file in files]], self._measure)
         for problem in found["problems"]:
             warn(f"left out: {problem}")
         for note, count in found["notes"].items():

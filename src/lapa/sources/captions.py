@@ -1,0 +1,117 @@
+"""Captions of videos, or of folders of images, from JSON, JSONL or CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from lapa.console import warn
+from lapa.data.source import Reading
+from lapa.errors import UserError
+from lapa.files import read_json
+from lapa.sources.folder_scan import short_names, stop_or_skip
+
+TEXT_COLUMNS = ("text", "caption", "instruction")
+
+
+@dataclass(frozen=True)
+class CaptionedReading(Reading):
+    """Reading options of a folder of clips with captions."""
+
+    folder: Annotated[str, tyro.conf.Positional]
+    """Folder with the clips; folders inside it are searched too."""
+    captions: str | None = None
+    """JSON {clip: text}, JSONL or CSV with the columns file and text (or caption, or instruction)."""
+    caption: str | None = None
+    """One text for every clip; with --captions, for those that have none there."""
+    skip_bad: bool = False
+    """Leave out, and count, clips that cannot be read, clips without caption and captions without clip."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files that are read in addition to the folder."""
+        return () if self.captions is None else (Path(self.captions),)
+
+    def settings(self, folder: str, **others: Any) -> dict[str, Any]:
+        """The given options, as a converted dataset records them. folder: its name; others: options of the source."""
+        captions = self.captions and Path(self.captions).name
+        values = {"folder": folder, "captions": captions, "caption": self.caption, **others}
+        return {name: value for name, value in values.items() if value}
+
+    def find_captions(self, names: Sequence[str], what: str) -> tuple[dict[str, str], int]:
+        """The text of each clip that has one, and how many problems were skipped.
+
+        names: the clips, which a caption may name with their folders or, where that is unique, without; what: what a
+        clip is called in messages. Of several captions of a clip the first counts, and an empty one is none.
+        UserError for clips without caption and captions without clip, unless `skip_bad`.
+        """
+        if self.captions is None and self.caption is None:
+            raise UserError(f'{self.folder}: no captions; give --captions FILE, or --caption "what the {what}s show"')
+        found = dict.fromkeys(names, self.caption) if self.caption is not None else {}
+        if self.captions is None:
+            return found, 0
+        (known, _), missing, captioned, again = short_names(names), [], set(), 0
+        for key, text in read_captions(Path(self.captions)):
+            name = known.get(key.removeprefix("./"))
+            if name is None:
+                missing.append(f"{self.captions}: has a caption for {key}, which is not in {self.folder}")
+            elif name in captioned:
+                again += 1
+            elif text.strip():
+                found[name] = text.strip()
+                captioned.add(name)
+        if again:
+            warn(f"{self.captions}: further captions of a {what} that has one, not used: {again}")
+        skipped = stop_or_skip(missing, f"add the {what}, or remove the entry, or give --skip-bad", self.skip_bad)
+        bare = [f"{self.folder}/{name}: has no caption in {self.captions}" for name in names if name not in found]
+        fix = "add one, or give --caption TEXT for those without, or --skip-bad to leave them out"
+        return found, skipped + stop_or_skip(bare, fix, self.skip_bad)
+
+
+def read_captions(path: Path) -> list[tuple[str, str]]:
+    """(file name, caption) in order, from JSON, JSONL or CSV. Raises UserError naming the file and the line."""
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"{path}: no such captions file")
+    if suffix == ".json":
+        captions = read_json(path)
+        if isinstance(captions, Mapping):
+            wrong = next((name for name, text in captions.items() if not isinstance(text, str)), None)
+            if wrong is not None:
+                raise UserError(f'{path}: the caption of {wrong!r} is not text; expected {{"file": "text"}}')
+            return list(captions.items())
+        return _rows(path, captions if isinstance(captions, list) else [captions])
+    try:
+        if suffix in (".jsonl", ".ndjson"):
+            # Not splitlines: a caption may contain what Unicode regards as the end of a line.
+            lines = enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1)
+            return _rows(path, (_json_line(path, number, line) for number, line in lines if line.strip()))
+        if suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as table:
+                return _rows(path, csv.DictReader(table))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); save it as UTF-8 text") from None
+    raise UserError(f"{path}: captions are .json, .jsonl or .csv, not {suffix or 'a file without a suffix'}")
+
+
+def _rows(path: Path, rows: Iterable[Any]) -> list[tuple[str, str]]:
+    captions = []
+    for number, row in enumerate(rows, 1):
+        column = next((name for name in TEXT_COLUMNS if isinstance(row, Mapping) and row.get(name)), None)
+        if column is None or not row.get("file"):
+            raise UserError(f"{path}: entry {number} needs `file` and one of {', '.join(TEXT_COLUMNS)}")
+        captions.append((str(row["file"]), str(row[column])))
+    return captions
+
+
+def _json_line(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: line {number} is not valid JSON ({error})") from None
