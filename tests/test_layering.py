@@ -21,7 +21,6 @@ KNOWN_CIRCLES = {
     frozenset(
         f"lapa.data.{name}" for name in ["action_space", "dataset", "lerobot", "lerobot_layout", "opening", "source"]
     ),
-    frozenset({"lapa.label.run", "lapa.label.ray_engine"}),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
