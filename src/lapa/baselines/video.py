@@ -288,6 +288,6 @@ def require_diffusers() -> Any:
         import diffusers
     except ImportError as error:
         raise UserError(
-            f'a video model needs diffusers ({error}); install it with: pip install "lapa[study]"'
+            f'a video model needs diffusers ({error}); install it with: pip install "lapa-vla[study]"'
         ) from None
     return diffusers

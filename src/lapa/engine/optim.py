@@ -83,6 +83,6 @@ def _adamw_8bit() -> Any:
         from torchao.optim import AdamW8bit
     except ImportError as error:
         raise UserError(
-            f'--optimizer adamw8bit needs torchao ({error}); install it with: pip install "lapa[8bit]"'
+            f'--optimizer adamw8bit needs torchao ({error}); install it with: pip install "lapa-vla[8bit]"'
         ) from None
     return AdamW8bit

@@ -53,7 +53,7 @@ class LabelConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     engine: Literal["local", "ray"] = "local"
-    """local: this machine, one process or those of torchrun; ray: the workers of a Ray cluster (pip install lapa[ray]),
+    """local: this machine, one process or those of torchrun; ray: the workers of a Ray cluster (lapa-vla[ray]),
     which must reach the model, the dataset and `out` under the same names."""
     ray: RayConfig = RayConfig()
     overwrite: bool = False

@@ -148,7 +148,7 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
         import ray
         import ray.data
     except ImportError:
-        raise UserError('--engine ray needs Ray: pip install "lapa[ray]"') from None
+        raise UserError('--engine ray needs Ray: pip install "lapa-vla[ray]"') from None
     for handler in logging.getLogger("ray.data").handlers:
         if "File" not in type(handler).__name__:
             handler.setLevel(logging.ERROR)

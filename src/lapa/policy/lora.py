@@ -46,7 +46,7 @@ def add_lora(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError(f'LoRA needs peft ({error}); install it: pip install "lapa[lora]"') from None
+        raise UserError(f'LoRA needs peft ({error}); install it: pip install "lapa-vla[lora]"') from None
     assert not has_lora(language), "adapters are added once"
     decoder = language.get_decoder()
     linears = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}

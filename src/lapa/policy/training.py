@@ -72,7 +72,7 @@ class TrainingOptions:
     freeze_language: bool = False
     """Keep the language model's layers as they are."""
     lora_rank: int = 0
-    """Train low-rank adapters in the language model's layers instead of these (needs lapa[lora]); 0: none."""
+    """Train low-rank adapters in the language model's layers instead of these (needs lapa-vla[lora]); 0: none."""
     augment: bool = False
     """Random crops and changed colours."""
     mix_by: MixBy = "frames"

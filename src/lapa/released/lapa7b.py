@@ -58,7 +58,7 @@ class ImportLapaConfig:
     vqgan: Path
     """The released image tokeniser."""
     tokenizer: Path
-    """The released tokenizer.model, of sentencepiece (needs lapa[import])."""
+    """The released tokenizer.model, of sentencepiece (needs lapa-vla[import])."""
     out: Path
     """Folder of the policy to write."""
     camera: str = "image"
@@ -177,7 +177,7 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
         raise UserError(
-            'reading a tokenizer.model needs sentencepiece; install it: pip install "lapa[import]"'
+            'reading a tokenizer.model needs sentencepiece; install it: pip install "lapa-vla[import]"'
         ) from None
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; name the released tokenizer.model")

@@ -45,7 +45,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError('the report draws with matplotlib, which is not installed; pip install "lapa[study]"') from None
+        raise UserError('the report draws with matplotlib, not installed: pip install "lapa-vla[study]"') from None
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -86,7 +86,7 @@ def _check(config: StudyConfig, sizes: Sizes) -> None:
     needed += [EXTRAS["unipi"]] if "unipi" in config.arm else []
     lacking = [name for names in needed for name in names if importlib.util.find_spec(name) is None]
     if lacking:
-        raise UserError(f'the study needs {", ".join(lacking)}; install it: pip install "lapa[study]"')
+        raise UserError(f'the study needs {", ".join(lacking)}; install it: pip install "lapa-vla[study]"')
 
 
 def _require_same_study(out: Path, preset: str, sizes: Sizes) -> None:

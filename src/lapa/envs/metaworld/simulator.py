@@ -102,7 +102,7 @@ def check_installation() -> None:
     """
     missing = [name for name in ("metaworld", "mujoco", "packaging") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'Meta-World needs {", ".join(missing)}; install it: pip install "lapa[metaworld]"')
+        raise UserError(f'Meta-World needs {", ".join(missing)}; install it: pip install "lapa-vla[metaworld]"')
     _choose_backend()
     backend = os.environ.get("MUJOCO_GL", "the default backend")
     probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
