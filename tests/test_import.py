@@ -17,12 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lapa.latent.model import LatentActionModel
 from lapa.policy.checkpoint import is_policy, load_policy
 from lapa.policy.prompts import PROMPTS
-from lapa.released import import_laq
 from lapa.released import lapa7b as import_lapa
-from lapa.released import llama as released
-from lapa.released.import_laq import ImportLaqConfig
-from lapa.released.lapa7b import ImportLapaConfig, llama_tokenizer
-from lapa.released.llama import from_released
+from lapa.released import lapa7b as released
+from lapa.released import laq as import_laq
+from lapa.released.lapa7b import ImportLapaConfig, from_released, llama_tokenizer
+from lapa.released.laq import ImportLaqConfig
 from released_files import IMAGE_CODES, arrays, golden, write_flax, write_stream, write_tokenizer
 
 TEXT_ROWS = 300

@@ -9,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapa.baselines import inverse_train, pseudo_label
+from lapa.baselines import inverse as inverse_train
+from lapa.baselines import pseudo_label
 from lapa.baselines.inverse import (
     InverseConfig,
     InverseDynamics,
+    InverseTrainConfig,
     Recording,
     augmented,
+    held_out_figures,
     inverse_fingerprint,
 )
-from lapa.baselines.inverse_train import InverseTrainConfig, held_out_figures
 from lapa.baselines.pseudo_label import PseudoLabelConfig, merge_pairs, pseudo_actions
 from lapa.data import rewrite
 from lapa.data.action_space import ActionSpace

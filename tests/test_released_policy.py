@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lapa.policy.vocabulary import Vocabulary
-from lapa.released import llama as released
+from lapa.released import lapa7b as released
 from lapa.released import lwm
-from lapa.released.llama import TABLES, from_released, pairs_to_halves
+from lapa.released.lapa7b import TABLES, from_released, pairs_to_halves
 from lapa.released.lwm import LwmBackbone, LwmConfig, LwmProcessor
 from lapa.released.vqgan import VQGANConfig
 from released_files import IMAGE_CODES, VISION_ROWS, golden

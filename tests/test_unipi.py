@@ -15,7 +15,7 @@ from lapa import presets
 from lapa.baselines import unipi, video_train
 from lapa.baselines.inverse import InverseConfig, InverseDynamics, Recording
 from lapa.baselines.unipi import UniPi, UniPiConfig
-from lapa.baselines.video import VideoConfig, VideoModel
+from lapa.baselines.video_model import VideoConfig, VideoModel
 from lapa.baselines.video_train import VideoTrainConfig
 from lapa.data.action_space import ActionSpace
 from lapa.engine.loop import LoopConfig

@@ -143,7 +143,7 @@ VERBS = (
     Verb(
         "baseline inverse",
         "a few robot episodes -> an inverse dynamics model",
-        "lapa.baselines.inverse_train",
+        "lapa.baselines.inverse",
         "InverseTrainConfig",
         presets="inverse",
     ),
@@ -169,7 +169,7 @@ VERBS = (
     Verb(
         "import laq",
         "the released latent action model, laq_openx.pt -> a LAM",
-        "lapa.released.import_laq",
+        "lapa.released.laq",
         "ImportLaqConfig",
     ),
     Verb(

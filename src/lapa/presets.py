@@ -11,9 +11,8 @@ from typing import Any
 
 import tyro
 
-from lapa.baselines.inverse import InverseConfig
-from lapa.baselines.inverse_train import InverseTrainConfig
-from lapa.baselines.video import VideoConfig
+from lapa.baselines.inverse import InverseConfig, InverseTrainConfig
+from lapa.baselines.video_model import VideoConfig
 from lapa.baselines.video_train import VideoTrainConfig
 from lapa.engine.loop import LoopConfig
 from lapa.engine.optim import OptimConfig

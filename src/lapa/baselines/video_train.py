@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from lapa import config as configs
-from lapa.baselines.video import CONFIG, HORIZON_TOLERANCE, VideoConfig, VideoModel, require_diffusers
+from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, VideoConfig, VideoModel, require_diffusers
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
