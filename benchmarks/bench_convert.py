@@ -37,7 +37,7 @@ LINK = """
 import os, sys
 from pathlib import Path
 from lapa.data import convert
-from lapa.data.convert import Converted, Part
+from lapa.data.convert import ConvertedItem, EncodedEpisode
 from lapa.sources.videos import VideosConfig
 
 def link(source, cameras, fps, options, item, target):
@@ -45,7 +45,7 @@ def link(source, cameras, fps, options, item, target):
     video.parent.mkdir(parents=True, exist_ok=True)
     os.link(source.path_of(item), video)
     stats = {name: [0.1234567890123456] * 3 for name in ("min", "max", "mean", "std")} | {"count": [192]}
-    return Converted((Part(item.key, item.instruction, {"video": video}, item.length, {"video": stats}),))
+    return ConvertedItem((EncodedEpisode(item.key, item.instruction, {"video": video}, item.length, {"video": stats}),))
 
 folder, captions, out, size = sys.argv[1:]
 convert.convert_item = link

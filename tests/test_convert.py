@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from lapa.data import convert, writer
-from lapa.data import convert as items
 from lapa.data.action_space import ActionSpace, Control
-from lapa.data.convert import ConvertOptions, convert_item, in_time, resample, resample_rows
+from lapa.data.config import ConvertOptions
+from lapa.data.convert import convert_item, in_time, resample, resample_rows
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO, JOURNAL
 from lapa.data.source import Clip, Item, Source
+from lapa.errors import UserError
 
 SIDE = 32
 
@@ -53,7 +54,7 @@ class MadeUp(Source):
             trap.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "bad":
-            raise ValueError(f"{self.file_of(item)}: is damaged")
+            raise UserError(f"{self.file_of(item)}: is damaged")
         length = {"short": 4, "cuts": 18}.get(kind, 12)
         clip = Clip({}, f"show {kind}", notes=("noted",) if kind == "noted" else ())
         if self.action_space is not None:
@@ -182,7 +183,7 @@ def test_pictures_that_are_too_small_are_those_of_the_item_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert [row[0] for row in told(converted(tmp_path, ("move-1", "tiny-1"), min_side=20))] == ["move-1"]
-    assert "pictures too small: 1" in capsys.readouterr().err
+    assert "images too small: 1" in capsys.readouterr().err
     assert len(converted(tmp_path, ("move-1", "tiny-1"), "all", min_side=16).lengths) == 2
 
 
@@ -256,7 +257,7 @@ def test_a_worker_that_outlives_its_killed_command_changes_nothing(
     whole = converted(tmp_path, NAMES, "whole")
     orphaned = []
 
-    def noting(*arguments: Any) -> items.Converted:
+    def noting(*arguments: Any) -> convert.ConvertedItem:
         orphaned.append(arguments[-1])
         return convert_item(*arguments)
 
@@ -265,7 +266,7 @@ def test_a_worker_that_outlives_its_killed_command_changes_nothing(
         patch.setattr(writer.DatasetWriter, "close_item", _interrupt)
         converted(tmp_path, NAMES)
 
-    def late(*arguments: Any) -> items.Converted:
+    def late(*arguments: Any) -> convert.ConvertedItem:
         made = convert_item(*arguments)
         for video in (tmp_path / "out").glob(".incoming*/*.mp4"):
             other = orphaned[0].parent / video.name
@@ -312,7 +313,7 @@ def _interrupt(*_: object) -> None:
 
 
 def test_a_full_disk_is_no_dataset_and_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, calls = items.encode_clip, 0
+    encode, calls = convert.encode_clip, 0
 
     def full(*arguments: Any) -> int:
         nonlocal calls
@@ -322,7 +323,7 @@ def test_a_full_disk_is_no_dataset_and_can_be_resumed(tmp_path: Path, monkeypatc
         return encode(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(items, "encode_clip", full)
+        patch.setattr(convert, "encode_clip", full)
         converted(tmp_path, NAMES)
     assert not (tmp_path / "out" / INFO).exists()
     assert same(converted(tmp_path, NAMES, resume=True), converted(tmp_path, NAMES, "whole"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
-from lapa.data.sampling import Mixture, require_names, require_plain
+from lapa.data.sampling import ItemIndex, Mixture, require_names, require_plain
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import BLOCK, Draw, Mixed, StepSampler, batch_loader
@@ -110,16 +110,17 @@ def test_parts_that_make_no_mixture_are_refused() -> None:
 
 def test_shares_are_by_weight_times_frames_or_episodes_or_by_weight_alone(root: Path, capsys) -> None:
     datasets = [Dataset.open(spec) for spec in specs(root)]
-    shares = {by: Mixture.of(datasets, (60, 120), (6, 3), by).shares for by in ("frames", "episodes", "equal")}
+    both = ItemIndex([np.arange(6), np.arange(3)], [np.full(6, 10), np.full(3, 40)])
+    shares = {by: Mixture.of(datasets, both, by).shares for by in ("frames", "episodes", "equal")}
     expected = {"frames": 60 / 90, "episodes": 6 / 6.75, "equal": 1 / 1.25}
     for by, share in expected.items():
         assert shares[by] == pytest.approx((share, 1 - share))
-    Mixture.of(datasets, (60, 120), (6, 3), "frames").tell(1000)
+    Mixture.of(datasets, both, "frames").report(1000)
     told = capsys.readouterr().err
     assert "66.7%" in told and "11.11" in told and "2.78" in told, "shares, and epochs of 1000 draws"
-    lacking = Mixture.of(datasets, (60, 0), (6, 0), "equal")
+    lacking = Mixture.of(datasets, ItemIndex([np.arange(6), np.arange(0)], [np.full(6, 10), np.arange(0)]), "equal")
     assert lacking.groups is None and lacking.shares == (1, 0)
-    lacking.tell(10)
+    lacking.report(10)
     assert "own: nothing of it is trained on" in " ".join(capsys.readouterr().err.split())
 
 

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from av.video.stream import VideoStream
 
-from lapa.data import convert as items
 from lapa.data import writer
 from lapa.data.convert import resample, run
 from lapa.data.dataset import Dataset

@@ -26,7 +26,7 @@ from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, VideoConfig, V
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
-from lapa.data.sampling import FrameStore, ItemIndex, draw, each_camera, require_plain, split_episodes
+from lapa.data.sampling import FrameStore, ItemIndex, choose_cameras, parse_key, require_plain, split_episodes
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
@@ -149,7 +149,7 @@ class FutureFrames(torch.utils.data.Dataset):
         self.datasets, self.num_frames = tuple(datasets), model.num_frames
         self.horizon_frames = tuple(horizon_frames(model.horizon_seconds, dataset.fps) for dataset in datasets)
         self.split, self._rows = split, self._choose(split, held_out, seed)
-        self._cameras = each_camera(datasets, None if camera is None else [camera])
+        self._cameras = choose_cameras(datasets, None if camera is None else [camera])
         self.camera = self._cameras[0][0]
         episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
         self._frames = FrameStore(datasets, self._cameras, episodes, model.image_size, cache_gib)
@@ -160,7 +160,7 @@ class FutureFrames(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
         """{"frames_TCHW": uint8 [1 + F, 3, size, size], "instruction", "index"}."""
-        index, _ = draw(key)
+        index, _ = parse_key(key)
         number, episode, frame = self._rows.locate(index)
         dataset = self.datasets[number]
         wanted_T = frame + self.horizon_frames[number] * np.arange(1 + self.num_frames)

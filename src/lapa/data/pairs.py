@@ -1,8 +1,8 @@
-"""Pairs of frames (x_t, x_{t+h}): what the latent action model learns from.
+"""Pairs of frames (x_t, x_{t+h}), from which the latent action model learns.
 
 The horizon h is given in seconds, for all datasets or for one of them (`--data PATH,horizon=2.4`), and becomes frames
-by each dataset's own rate. A pair whose second frame lies past
-the episode's end does not exist (LAPA's released code repeats the last frame instead, which teaches "no change").
+by each dataset's own rate. A pair whose second frame lies past the episode's end does not exist (LAPA's released code
+repeats the last frame instead, which teaches "no change").
 Axes: T=2 frames of a pair, C channel, H W image, A action dimensions, P pairs of an episode.
 """
 
@@ -20,18 +20,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lapa.console import say, warn
+from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.motion import motion_energy, thumbnails
 from lapa.data.sampling import (
     STRETCH,
     FrameStore,
     ItemIndex,
-    MixBy,
     Mixture,
-    draw,
-    each_camera,
+    choose_cameras,
     in_threads,
-    split_episodes,
+    parse_key,
+    split_items,
 )
 from lapa.errors import UserError
 
@@ -49,21 +49,21 @@ class PairsConfig:
     held_out: float = 0.1
     """Fraction of the episodes kept from training, for evaluation."""
     cache_gib: float = 4.0
-    """Keep decoded pictures in memory where they take at most this many GiB; 0 never.
+    """Keep decoded images in memory where they take at most this many GiB; 0 never.
 
     Training and held-out episodes have this much each.
     """
     middle: bool = False
     """Also read the frame halfway between the two."""
     action_share: float = 0.0
-    """Share of the episodes with actions whose true actions are given along, at least one episode where above 0."""
+    """Share of the episodes with actions whose true actions are read too, at least one episode where above 0."""
     mix_by: MixBy = "frames"
-    """What the datasets' shares of the draws are in proportion to, beside their weights (lapa.data.sampling)."""
+    """What the datasets' shares of the draws are in proportion to, times their weights (lapa.data.sampling)."""
     min_motion: float = 0.0
-    """Leave out pairs that change less than this (lapa.data.motion), of the training split."""
+    """Leave out pairs of the training split that change less than this (lapa.data.motion)."""
 
 
-# Of a dataset's pairs at least this share is dropped before it is warned of.
+# Share of a dataset's pairs from which on dropping them is worth a warning.
 MANY_STILL = 0.5
 
 
@@ -71,10 +71,10 @@ class FramePairs(torch.utils.data.Dataset):
     """All pairs of the datasets, one after another: dataset, episode, frame.
 
     Keys are an index or a draw `(index, number)`. split: 'train', 'held_out' or 'all', by episode, from the seed.
-    .horizons, .horizon_frames: h of each dataset; .num_skipped: episodes too short for a pair, of each dataset.
-    .num_still: pairs left out for lack of motion, of each dataset.
-    .mixture: how often each dataset is drawn; .groups: the same, for lapa.engine.batches.
-    .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
+    horizons, horizon_frames: h of each dataset; num_skipped: episodes too short for a pair, of each dataset.
+    num_still: pairs left out for lack of motion, of each dataset.
+    mixture: how often each dataset is drawn; groups: the same, for lapa.engine.batches.
+    in_memory: whether the images are in memory, where DataLoader workers are of no use.
     Raises UserError where no episode is long enough.
     """
 
@@ -90,54 +90,52 @@ class FramePairs(torch.utils.data.Dataset):
         self.datasets, self.config = tuple(datasets), config
         self.horizons = tuple(config.horizon if d.horizon is None else d.horizon for d in datasets)
         self.horizon_frames = tuple(map(horizon_frames, self.horizons, [dataset.fps for dataset in datasets]))
-        self.num_skipped = tuple(
-            int((dataset.lengths <= horizon).sum())
-            for dataset, horizon in zip(datasets, self.horizon_frames, strict=True)
+        in_words = ", ".join(f"{seconds:g} s" for seconds in sorted(set(self.horizons)))
+        if config.middle and min(self.horizon_frames) < 2:
+            raise UserError(f"a horizon of {in_words} is a single frame, which has none halfway; give a longer horizon")
+        self.num_skipped = self._count_short_episodes()
+        self._index = split_items(
+            datasets,
+            lambda number, episodes: datasets[number].lengths[episodes] - self.horizon_frames[number],
+            split=split,
+            held_out=config.held_out,
+            seed=seed,
+            none_held_out="no episode can be held out (too few, or too short)",
         )
-        self._report_skipped()
-        self._rows = self._choose(split, seed)
-        if split == "held_out" and not len(self._rows):
-            warn("no episode can be held out (too few, or too short): evaluating on the training episodes instead")
-            self._rows = self._choose("train", seed)
-        if not len(self._rows):
+        if not len(self._index):
             raise UserError(
                 f"{', '.join(dataset.name for dataset in datasets)}: no episode of this split is longer than the "
-                f"horizon of {_told(self.horizons)}; give a shorter horizon or longer videos"
+                f"horizon of {in_words}; give a shorter horizon or longer videos"
             )
-        self._cameras = each_camera(datasets, None if config.camera is None else [config.camera])
-        episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
-        if config.middle and min(self.horizon_frames) < 2:
-            raise UserError(
-                f"a horizon of {_told(self.horizons)} is a single frame, which has none halfway; give a longer horizon"
-            )
-        self._frames = FrameStore(datasets, self._cameras, episodes, config.size, config.cache_gib)
+        cameras = choose_cameras(datasets, None if config.camera is None else [config.camera])
+        episodes = [self._index.of_dataset(number) for number in range(len(datasets))]
+        self._cameras = [camera for (camera,) in cameras]
+        self._frames = FrameStore(datasets, cameras, episodes, config.size, config.cache_gib)
         self.in_memory = self._frames.in_memory
         # The first frames of an episode's pairs, where some are left out.
         self._moving: dict[tuple[int, int], np.ndarray] = {}
         self.num_still = (0,) * len(datasets)
         if config.min_motion and split == "train":
             self._leave_out_still()
-            episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
-        num_items = [self._rows.num_items(number) for number in range(len(datasets))]
-        self.mixture = Mixture.of(datasets, num_items, [len(chosen) for chosen in episodes], config.mix_by)
+        self.mixture = Mixture.of(datasets, self._index, config.mix_by)
         self.groups = self.mixture.groups
         self.action_dim = self._common_action_dim() if config.action_share else 0
-        self._actions = self._known_actions(episodes, seed) if config.action_share else {}
+        self._actions = self._read_actions(seed) if config.action_share else {}
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
-        """{"frames_TCHW": uint8 [2, 3, size, size], "index", "episode"}, and what the config asks for besides:
+        """{"frames_TCHW": uint8 [2, 3, size, size], "index", "episode"}, and as the config asks:
 
         "middle_CHW": uint8 [3, size, size]. "actions_A": float32, the mean action between the frames, in the robot's
         own units; NaN where it is not known.
         """
-        index, _ = draw(key)
+        index, _ = parse_key(key)
         number, episode, frame = self.location(index)
         horizon = self.horizon_frames[number]
         wanted = (frame, frame + horizon) + ((frame + horizon // 2,) if self.config.middle else ())
-        frames_THWC = self._frames.get(number, self._cameras[number][0], episode, wanted)
+        frames_THWC = self._frames.get(number, self._cameras[number], episode, wanted)
         frames_TCHW = np.ascontiguousarray(rearrange(frames_THWC, "t h w c -> t c h w"))
         item = {"frames_TCHW": frames_TCHW[:2], "index": index, "episode": episode}
         if self.config.middle:
@@ -149,15 +147,15 @@ class FramePairs(torch.utils.data.Dataset):
 
     def location(self, index: int) -> tuple[int, int, int]:
         """(number of the dataset, episode, first frame) of a pair."""
-        number, episode, position = self._rows.locate(index)
+        number, episode, position = self._index.locate(index)
         moving = self._moving.get((number, episode))
         return number, episode, position if moving is None else int(moving[position])
 
     def index_of(self, number: int, episode: int, frame: int) -> int:
-        """The index of the pair at this location, which must be one."""
+        """The index of the pair at this location, which must exist."""
         moving = self._moving.get((number, episode))
         position = frame if moving is None else int(np.flatnonzero(moving == frame)[0])
-        return self._rows.index_of(number, episode, position)
+        return self._index.index_of(number, episode, position)
 
     def actions_between(self, index: int) -> Float[np.ndarray, "h A"]:
         """The robot's actions from the first frame up to, not including, the second."""
@@ -165,61 +163,67 @@ class FramePairs(torch.utils.data.Dataset):
         return self.datasets[number].actions(episode)[frame : frame + self.horizon_frames[number]]
 
     def known_actions(self) -> Float[np.ndarray, "P A"]:
-        """The mean actions of all pairs whose actions are given along."""
+        """The mean actions of all pairs whose actions are known (action_share)."""
         return np.concatenate(list(self._actions.values()))
 
     def describe(self, index: int) -> str:
-        """Where a pair comes from, in words."""
+        """The origin of a pair, for messages."""
         number, episode, frame = self.location(index)
         second = frame + self.horizon_frames[number]
         return f"dataset {self.datasets[number].name}, episode {episode}, frames {frame} and {second}"
 
-    def _choose(self, split: str, seed: int) -> ItemIndex:
-        """The pairs of a split."""
-        chosen = [
-            split_episodes(len(dataset.lengths), self.config.held_out, seed + number, split)
-            for number, dataset in enumerate(self.datasets)
-        ]
-        counts = [
-            dataset.lengths[episodes] - horizon
-            for dataset, horizon, episodes in zip(self.datasets, self.horizon_frames, chosen, strict=True)
-        ]
-        return ItemIndex(chosen, counts)
+    def _count_short_episodes(self) -> tuple[int, ...]:
+        """Number of episodes too short for a pair, of each dataset. Raises UserError where all of a dataset are."""
+        counts = []
+        for dataset, seconds, horizon in zip(self.datasets, self.horizons, self.horizon_frames, strict=True):
+            skipped = int((dataset.lengths <= horizon).sum())
+            if skipped == len(dataset.lengths):
+                raise UserError(
+                    f"{dataset.root}: all {skipped} episodes are too short for a horizon of {seconds:g} s "
+                    f"({horizon} frames at {dataset.fps:g} fps); give a shorter horizon or longer videos"
+                )
+            if skipped:
+                say(
+                    f"{dataset.name}: {skipped} of {len(dataset.lengths)} episodes skipped, "
+                    f"not longer than the horizon ({horizon} frames)"
+                )
+            counts.append(skipped)
+        return tuple(counts)
 
     def _leave_out_still(self) -> None:
-        """Drops the pairs that move less than is asked for, and says how many. UserError where none is left."""
-        places = list(zip(self._rows.datasets.tolist(), self._rows.episodes.tolist(), strict=True))
-        most, kept, total = ([0.0] * len(self.datasets), [0] * len(self.datasets), [0] * len(self.datasets))
-        found = in_threads(self._motion, places, "looking for motion")
-        for (number, episode), (moving_P, num_pairs, largest) in zip(places, found, strict=True):
-            self._moving[number, episode] = moving_P
-            kept[number] += len(moving_P)
-            total[number] += num_pairs
-            most[number] = max(most[number], largest)
-        self.num_still = tuple(every - moving for every, moving in zip(total, kept, strict=True))
-        for dataset, still, every, largest in zip(self.datasets, self.num_still, total, most, strict=True):
-            if every and still == every:
-                raise UserError(
-                    f"{dataset.root}: none of its {every} pairs changes by --min-motion {self.config.min_motion:g}, "
-                    f"{largest:.4f} at most; lower it, or leave the dataset out"
-                )
-            told = warn if still > MANY_STILL * every else say
-            told(f"{dataset.name}: {still} of {every} pairs ({still / max(1, every):.0%}) left out, nothing moves")
-        episodes = [self._rows.of_dataset(number) for number in range(len(self.datasets))]
+        """Drops pairs below `min_motion`, and prints how many. Raises UserError where none of a dataset is left."""
+        numbers = range(len(self.datasets))
+        places = list(zip(self._index.datasets.tolist(), self._index.episodes.tolist(), strict=True))
+        energies = dict(zip(places, in_threads(self._motion, places, "measuring motion"), strict=True))
+        self._moving = {
+            place: np.flatnonzero(energy_P >= self.config.min_motion).astype(np.int32)
+            for place, energy_P in energies.items()
+        }
+        episodes = [self._index.of_dataset(number) for number in numbers]
         counts = [
-            np.array([len(self._moving[number, int(episode)]) for episode in chosen], np.int64)
-            for number, chosen in enumerate(episodes)
+            np.array([len(self._moving[number, int(episode)]) for episode in episodes[number]], np.int64)
+            for number in numbers
         ]
-        self._rows = ItemIndex(episodes, counts)
+        totals = [self._index.num_items(number) for number in numbers]
+        self.num_still = tuple(total - int(count.sum()) for total, count in zip(totals, counts, strict=True))
+        for number, (dataset, still, total) in enumerate(zip(self.datasets, self.num_still, totals, strict=True)):
+            if total and still == total:
+                most = max(float(energies[number, int(episode)].max()) for episode in episodes[number])
+                raise UserError(
+                    f"{dataset.root}: none of its {total} pairs changes by --min-motion {self.config.min_motion:g}, "
+                    f"{most:.4f} at most; lower it, or leave the dataset out"
+                )
+            report = warn if still > MANY_STILL * total else say
+            report(f"{dataset.name}: {still} of {total} pairs ({still / max(1, total):.0%}) left out, nothing moves")
+        self._index = ItemIndex(episodes, counts)
 
-    def _motion(self, place: tuple[int, int]) -> tuple[np.ndarray, int, float]:
-        """Of an episode: the first frames of the pairs that move enough, how many pairs it has, the most that moves."""
+    def _motion(self, place: tuple[int, int]) -> Float[np.ndarray, "P"]:
+        """The motion energy of each pair of an episode."""
         (number, episode), horizon = place, self.horizon_frames[place[0]]
-        stretches = self._frames.stretches(number, self._cameras[number][0], episode)
+        stretches = self._frames.stretches(number, self._cameras[number], episode)
         small_THW = np.concatenate([thumbnails(frames_THWC) for frames_THWC in stretches])
         firsts = range(0, len(small_THW) - horizon, STRETCH)
-        energy_P = np.concatenate([motion_energy(small_THW[f : f + STRETCH + horizon], horizon) for f in firsts])
-        return np.flatnonzero(energy_P >= self.config.min_motion).astype(np.int32), len(energy_P), float(energy_P.max())
+        return np.concatenate([motion_energy(small_THW[f : f + STRETCH + horizon], horizon) for f in firsts])
 
     def _common_action_dim(self) -> int:
         known = [(dataset.root, dataset.action_dim) for dataset in self.datasets if dataset.action_dim is not None]
@@ -232,42 +236,25 @@ class FramePairs(torch.utils.data.Dataset):
             )
         return dims.pop()
 
-    def _known_actions(self, episodes: Sequence[np.ndarray], seed: int) -> dict[tuple[int, int], np.ndarray]:
-        """(number of the dataset, episode) -> the mean actions [P, A] of its pairs, for the share that is known."""
+    def _read_actions(self, seed: int) -> dict[tuple[int, int], Float[np.ndarray, "P A"]]:
+        """(number of the dataset, episode) -> the mean actions of its pairs, for the share that is to be known."""
         known = {}
         for number, (dataset, horizon) in enumerate(zip(self.datasets, self.horizon_frames, strict=True)):
             if dataset.action_dim is None:
                 continue
-            count = math.ceil(self.config.action_share * len(episodes[number]))
-            for episode in np.random.default_rng([seed, number]).permutation(episodes[number])[:count]:
+            episodes = self._index.of_dataset(number)
+            count = math.ceil(self.config.action_share * len(episodes))
+            for episode in np.random.default_rng([seed, number]).permutation(episodes)[:count]:
                 sums_TA = np.cumsum(np.pad(dataset.actions(int(episode)), ((1, 0), (0, 0))), axis=0, dtype=np.float64)
                 means_PA = (sums_TA[horizon:-1] - sums_TA[: -horizon - 1]) / horizon
                 known[number, int(episode)] = means_PA.astype(np.float32)
-        say(f"true actions of {len(known)} episodes are given along")
+        say(f"true actions of {len(known)} episodes are used")
         return known
-
-    def _report_skipped(self) -> None:
-        rows = zip(self.datasets, self.horizons, self.horizon_frames, self.num_skipped, strict=True)
-        for dataset, seconds, horizon, skipped in rows:
-            if skipped == len(dataset.lengths):
-                raise UserError(
-                    f"{dataset.root}: all {skipped} episodes are too short for a horizon of {seconds:g} s "
-                    f"({horizon} frames at {dataset.fps:g} fps); give a shorter horizon or longer videos"
-                )
-            if skipped:
-                say(
-                    f"{dataset.name}: {skipped} of {len(dataset.lengths)} episodes skipped, "
-                    f"not longer than the horizon ({horizon} frames)"
-                )
 
 
 def horizon_frames(horizon: float, fps: float) -> int:
     """A horizon in seconds as frames, at least one."""
     return max(1, round(horizon * fps))
-
-
-def _told(horizons: Sequence[float]) -> str:
-    return ", ".join(f"{seconds:g} s" for seconds in sorted(set(horizons)))
 
 
 def collate_pairs(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

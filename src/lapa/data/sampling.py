@@ -1,5 +1,15 @@
-"""Pictures at the model's size, out of memory where they fit, out of the videos where they do not.
+"""Which frames are trained on and how often: the validation split, the frame cache, mixtures of datasets.
 
+    lapa latent train --data bridge=data/bridge:1.0 --data rt1=data/rt1:0.5 --out LAM --mix-by frames
+
+A dataset's share of the draws is, by `--mix-by`,
+
+frames    its weight x its items (pairs or steps): with equal weights each frame is drawn as often as any other
+episodes  its weight x its episodes
+equal     its weight alone
+
+The order is a function of the seed and the number of the draw (lapa.engine.batches). Equal weights by frames need no
+mixing: all items are one pool, in one permutation an epoch.
 Axes: T time, H W image, C channel.
 """
 
@@ -9,105 +19,64 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from rich.table import Table
 
 from lapa.console import console, progress, say, warn
+from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 
 GIB = 2**30
-# Pictures of an episode decoded at once where they do not stay in memory.
+# Images of an episode decoded at once where they are not cached.
 STRETCH = 256
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class Stream(NamedTuple):
-    """One camera of one of several datasets, the latter by number."""
+def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) -> np.ndarray:
+    """The episodes of a split ('train', 'held_out' or 'all'), in order; the same for the same seed.
 
-    dataset: int
-    camera: str
-
-
-class FrameStore:
-    """Hands out resized pictures by episode and frame.
-
-    All of the `episodes` named are decoded once and kept where that takes at most `cache_gib` GiB; each process of a
-    DataLoader shares them while it is forked. Otherwise each picture is decoded when it is asked for. Both give the
-    same bytes. `.in_memory` tells which it is.
+    At least one episode is held out where `held_out` is above 0 and there are two or more; a single one is trained on.
     """
-
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        cameras: Sequence[Sequence[str]],
-        episodes: Sequence[np.ndarray],
-        size: int,
-        cache_gib: float,
-    ):
-        """cameras, episodes: for each dataset, those that will be asked for."""
-        self.datasets, self.size = tuple(datasets), size
-        self._cache: dict[Stream, dict[int, np.ndarray]] = {}
-        num_pictures = sum(
-            int(dataset.lengths[chosen].sum()) * len(names)
-            for dataset, names, chosen in zip(datasets, cameras, episodes, strict=True)
-        )
-        gib = num_pictures * size * size * 3 / GIB
-        self.in_memory = gib <= cache_gib
-        if self.in_memory:
-            say(f"decoding {num_pictures} pictures into memory ({gib:.2f} GiB at {size} px)")
-            self._fill(cameras, episodes)
-
-    def get(
-        self, dataset: int, camera: str, episode: int, frame_indices: Sequence[int]
-    ) -> UInt8[np.ndarray, "T size size 3"]:
-        """Pictures of one episode, in the order asked for."""
-        if self.in_memory:
-            return self._cache[Stream(dataset, camera)][episode][list(frame_indices)]
-        return resize_and_crop(self.datasets[dataset].frames(episode, frame_indices, camera), self.size)
-
-    def _fill(self, cameras: Sequence[Sequence[str]], episodes: Sequence[np.ndarray]) -> None:
-        wanted = [
-            (Stream(number, camera), int(episode))
-            for number, (names, chosen) in enumerate(zip(cameras, episodes, strict=True))
-            for camera in names
-            for episode in chosen
-        ]
-        for (stream, episode), frames_THWC in zip(wanted, in_threads(self._whole, wanted, "decoding"), strict=True):
-            self._cache.setdefault(stream, {})[episode] = frames_THWC
-
-    def stretches(self, dataset: int, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "T size size 3"]]:
-        """All pictures of an episode, a few at a time: a long one needs no more memory than a short one."""
-        length = int(self.datasets[dataset].lengths[episode])
-        for first in range(0, length, STRETCH):
-            yield self.get(dataset, camera, episode, range(first, min(first + STRETCH, length)))
-
-    def _whole(self, wanted: tuple[Stream, int]) -> np.ndarray:
-        stream, episode = wanted
-        return resize_and_crop(self.datasets[stream.dataset].frames(episode, None, stream.camera), self.size)
+    if split == "all":
+        return np.arange(num_episodes)
+    if split not in ("train", "held_out"):
+        raise UserError(f"split {split!r} is not known; it is 'train', 'held_out' or 'all'")
+    if not 0 <= held_out < 1:
+        raise UserError(f"held_out is {held_out}; it is a fraction of the episodes, from 0 to below 1")
+    num_held_out = 0 if num_episodes < 2 or held_out == 0 else max(1, round(held_out * num_episodes))
+    order = np.random.default_rng(seed).permutation(num_episodes)
+    return np.sort(order[:num_held_out] if split == "held_out" else order[num_held_out:])
 
 
-def in_threads(function: Callable[[Job], Result], wanted: Sequence[Job], description: str) -> list[Result]:
-    """The results in order, with progress. PyAV and Pillow let go of the interpreter lock while they work."""
-    results = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
-        task = bar.add_task(description, total=len(wanted), note="")
-        for result in pool.map(function, wanted):
-            results.append(result)
-            bar.advance(task)
-    return results
+def choose_cameras(datasets: Sequence[Dataset], cameras: Sequence[str] | None) -> list[list[str]]:
+    """The cameras to read of each dataset: the given ones, or else the first. Raises UserError where one is missing."""
+    if cameras is None:
+        return [[dataset.cameras[0]] for dataset in datasets]
+    for dataset in datasets:
+        for camera in cameras:
+            dataset.image_shape(camera)
+    return [list(cameras) for _ in datasets]
+
+
+def parse_key(key: int | Sequence[int]) -> tuple[int, int]:
+    """A dataset's key as (index, number of the draw since training began); a plain index is draw 0 of itself."""
+    if isinstance(key, int | np.integer):
+        return int(key), 0
+    index, number = key
+    return int(index), int(number)
 
 
 class ItemIndex:
-    """Items numbered through datasets and their episodes: one row an episode, so it does not grow with the frames."""
+    """Items (pairs or steps) numbered through datasets and their episodes, in memory that grows with the episodes."""
 
     def __init__(self, episodes: Sequence[np.ndarray], counts: Sequence[np.ndarray]):
-        """For each dataset the episodes and how many items each has; episodes without items are left out."""
+        """For each dataset its episodes and the number of items of each; episodes without items are left out."""
         filled = [chosen[count > 0] for chosen, count in zip(episodes, counts, strict=True)]
         self.datasets = np.concatenate([np.full(len(chosen), number) for number, chosen in enumerate(filled)])
         self.episodes = np.concatenate(filled)
@@ -133,50 +102,102 @@ class ItemIndex:
         return self.episodes[self.datasets == number]
 
     def num_items(self, number: int) -> int:
-        """How many items one dataset has."""
+        """Number of items of one dataset."""
         return int(np.diff(self.ends, prepend=0)[self.datasets == number].sum())
 
 
-def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) -> np.ndarray:
-    """The episodes of a split ('train', 'held_out' or 'all'), in order; the same for the same seed.
+def split_items(
+    datasets: Sequence[Dataset],
+    count: Callable[[int, np.ndarray], np.ndarray],
+    *,
+    split: str,
+    held_out: float,
+    seed: int,
+    none_held_out: str = "",
+) -> ItemIndex:
+    """The items of a split. count(number of the dataset, episodes) returns the number of items of each episode.
 
-    At least one episode is held out where `held_out` is above 0 and there are two or more; a single one is trained on.
+    none_held_out: a warning; where the held-out episodes have no items, the training split takes their place.
     """
-    if split == "all":
-        return np.arange(num_episodes)
-    if split not in ("train", "held_out"):
-        raise UserError(f"split {split!r} is not known; it is 'train', 'held_out' or 'all'")
-    if not 0 <= held_out < 1:
-        raise UserError(f"held_out is {held_out}; it is a fraction of the episodes, from 0 to below 1")
-    num_held_out = 0 if num_episodes < 2 or held_out == 0 else max(1, round(held_out * num_episodes))
-    order = np.random.default_rng(seed).permutation(num_episodes)
-    return np.sort(order[:num_held_out] if split == "held_out" else order[num_held_out:])
+    chosen = [
+        split_episodes(len(dataset.lengths), held_out, seed + number, split) for number, dataset in enumerate(datasets)
+    ]
+    index = ItemIndex(chosen, [count(number, episodes) for number, episodes in enumerate(chosen)])
+    if split == "held_out" and none_held_out and not len(index):
+        warn(f"{none_held_out}: evaluating on the training episodes instead")
+        return split_items(datasets, count, split="train", held_out=held_out, seed=seed)
+    return index
 
 
-def draw(key: int | Sequence[int]) -> tuple[int, int]:
-    """A dataset's key as (index, number of the draw since training began); a plain index is draw 0 of itself."""
-    if isinstance(key, int | np.integer):
-        return int(key), 0
-    index, number = key
-    return int(index), int(number)
+class FrameStore:
+    """Returns resized images by dataset, camera, episode and frame.
+
+    All of the `episodes` named are decoded once and cached where that takes at most `cache_gib` GiB; the processes of a
+    DataLoader share the cache when they are forked. Otherwise each image is decoded when it is asked for, to the same
+    bytes. in_memory: whether the images are cached.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        cameras: Sequence[Sequence[str]],
+        episodes: Sequence[np.ndarray],
+        size: int,
+        cache_gib: float,
+    ):
+        """cameras, episodes: for each dataset, those that will be asked for."""
+        self.datasets, self.size = tuple(datasets), size
+        # By (number of the dataset, camera, episode).
+        self._cache: dict[tuple[int, str, int], np.ndarray] = {}
+        num_images = sum(
+            int(dataset.lengths[chosen].sum()) * len(names)
+            for dataset, names, chosen in zip(datasets, cameras, episodes, strict=True)
+        )
+        gib = num_images * size * size * 3 / GIB
+        self.in_memory = gib <= cache_gib
+        if self.in_memory:
+            say(f"decoding {num_images} images into memory ({gib:.2f} GiB at {size} px)")
+            wanted = [
+                (number, camera, int(episode))
+                for number, (names, chosen) in enumerate(zip(cameras, episodes, strict=True))
+                for camera in names
+                for episode in chosen
+            ]
+            self._cache = dict(zip(wanted, in_threads(self._decode, wanted, "decoding"), strict=True))
+
+    def get(
+        self, dataset: int, camera: str, episode: int, frame_indices: Sequence[int]
+    ) -> UInt8[np.ndarray, "T size size 3"]:
+        """Images of one episode, in the given order."""
+        if self.in_memory:
+            return self._cache[dataset, camera, episode][list(frame_indices)]
+        return self._decode((dataset, camera, episode), frame_indices)
+
+    def stretches(self, dataset: int, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "T size size 3"]]:
+        """All images of an episode, a few at a time: a long one needs no more memory than a short one."""
+        length = int(self.datasets[dataset].lengths[episode])
+        for first in range(0, length, STRETCH):
+            yield self.get(dataset, camera, episode, range(first, min(first + STRETCH, length)))
+
+    def _decode(self, place: tuple[int, str, int], frame_indices: Sequence[int] | None = None) -> np.ndarray:
+        dataset, camera, episode = place
+        return resize_and_crop(self.datasets[dataset].frames(episode, frame_indices, camera), self.size)
 
 
-def each_camera(datasets: Sequence[Dataset], cameras: Sequence[str] | None) -> list[list[str]]:
-    """The cameras to read of each dataset: those given, which all must have, or else the first of each."""
-    if cameras is None:
-        return [[dataset.cameras[0]] for dataset in datasets]
-    for dataset in datasets:
-        for camera in cameras:
-            dataset.image_shape(camera)
-    return [list(cameras) for _ in datasets]
-
-
-MixBy = Literal["frames", "episodes", "equal"]
+def in_threads(function: Callable[[Job], Result], jobs: Sequence[Job], description: str) -> list[Result]:
+    """The results in order, with progress. PyAV and Pillow release the interpreter lock while they work."""
+    results = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
+        task = bar.add_task(description, total=len(jobs), note="")
+        for result in pool.map(function, jobs):
+            results.append(result)
+            bar.advance(task)
+    return results
 
 
 @dataclass(frozen=True)
-class Part:
-    """A dataset of a mixture, as far as it is trained on. amount: what its share is in proportion to."""
+class MixturePart:
+    """The training split of one dataset in a mixture; `amount` is proportional to its share of the draws."""
 
     name: str
     num_items: int
@@ -187,21 +208,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What is drawn from which dataset."""
+    """How often each dataset is drawn. one_pool: whether each item is drawn as often as any other."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
     one_pool: bool
-    """Whether each item is drawn as often as any other."""
 
     @classmethod
-    def of(
-        cls, datasets: Sequence[Dataset], num_items: Sequence[int], num_episodes: Sequence[int], by: MixBy
-    ) -> Mixture:
-        """num_items, num_episodes: those of each dataset that are trained on. Datasets without any are not drawn."""
+    def of(cls, datasets: Sequence[Dataset], index: ItemIndex, by: MixBy) -> Mixture:
+        """index: the items of the datasets that are trained on. Datasets without any are not drawn."""
         parts = []
-        for dataset, items, episodes in zip(datasets, num_items, num_episodes, strict=True):
+        for number, dataset in enumerate(datasets):
+            items, episodes = index.num_items(number), len(index.of_dataset(number))
             counted = {"frames": items, "episodes": episodes, "equal": 1}[by]
-            parts.append(Part(dataset.name, items, episodes, dataset.weight, dataset.weight * counted * (items > 0)))
+            amount = dataset.weight * counted * (items > 0)
+            parts.append(MixturePart(dataset.name, items, episodes, dataset.weight, amount))
         drawn = [part for part in parts if part.num_items]
         alike = by == "frames" and len({part.weight for part in drawn}) <= 1
         return cls(tuple(parts), alike or len(drawn) <= 1)
@@ -217,8 +237,8 @@ class Mixture:
         total = sum(part.amount for part in self.parts)
         return tuple(part.amount / total for part in self.parts)
 
-    def tell(self, num_draws: int) -> None:
-        """Prints the shares, where there are several datasets, and how often `num_draws` draws see each."""
+    def report(self, num_draws: int) -> None:
+        """Prints the shares, where there are several datasets, and the epochs of each in `num_draws` draws."""
         if len(self.parts) < 2:
             return
         table = Table("dataset", title="mixture")
@@ -234,7 +254,7 @@ class Mixture:
 
 
 def require_plain(datasets: Sequence[Dataset], command: str, horizon_option: str) -> None:
-    """UserError where a dataset has a weight or a horizon of its own, which `command` would not look at."""
+    """Raises UserError where a dataset has a weight or a horizon of its own, which `command` would ignore."""
     for dataset in datasets:
         if dataset.weight != 1:
             raise UserError(f"{dataset.root}: `{command}` draws all frames alike; leave out the weight")
@@ -246,7 +266,7 @@ def require_plain(datasets: Sequence[Dataset], command: str, horizon_option: str
 
 
 def require_names(datasets: Sequence[Dataset]) -> None:
-    """UserError where two datasets have one name, or one has none."""
+    """Raises UserError where two datasets share a name, or one has none."""
     names = [dataset.name for dataset in datasets]
     for dataset in datasets:
         if not dataset.name or names.count(dataset.name) > 1:

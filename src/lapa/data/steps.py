@@ -1,6 +1,6 @@
-"""Single steps for the policy: what is seen and said, and a latent action, the robot's next actions, or both.
+"""Single steps for the policy: images and instruction, with a latent action, the robot's next actions, or both.
 
-Axes: H W image, L latent action length, K action chunk, A action dimensions, S state dimensions.
+Axes: H W image, L latent action length, K action chunk, A action dimensions, S state dimensions, N numbers of rows.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int64
 
 from lapa.console import warn
+from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
-from lapa.data.sampling import FrameStore, ItemIndex, MixBy, Mixture, draw, each_camera, split_episodes
+from lapa.data.sampling import FrameStore, Mixture, choose_cameras, parse_key, split_items
 from lapa.data.transforms import augment
 from lapa.errors import UserError
 
@@ -23,12 +25,12 @@ class EpisodeSteps(torch.utils.data.Dataset):
     """One item per frame of the datasets (with `chunk`), or per labelled frame (with `labels` alone).
 
     Keys are an index or a draw `(index, number)`; augmentation depends on (seed, number) only, so that a resumed run
-    sees what the uninterrupted one would have seen.
-    labels: one for each dataset; without `chunk`, frames that have none (the last of an episode) are not items.
+    sees the same images as an uninterrupted one.
+    labels: one for each dataset; without `chunk`, frames without a label (the last of an episode) are not items.
     chunk: K future actions a frame; past the episode's end the last is repeated and masked out.
-    state: whether items bring the robot's state.
-    .mixture: how often each dataset is drawn; .groups: the same, for lapa.engine.batches.
-    .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
+    state: whether items have the robot's state.
+    mixture: how often each dataset is drawn; groups: the same, for lapa.engine.batches.
+    in_memory: whether the images are in memory, where DataLoader workers are of no use.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class EpisodeSteps(torch.utils.data.Dataset):
     ):
         """cameras: all datasets must have them; None: each one's first.
 
-        cache_gib: pictures are kept in memory where those of this split take at most this much; training and held-out
+        cache_gib: images are kept in memory where those of this split take at most this much; training and held-out
         steps have it each. Raises UserError where no step is left, and where a dataset lacks the actions or the state
         asked for or has others than the first in width.
         """
@@ -67,27 +69,30 @@ class EpisodeSteps(torch.utils.data.Dataset):
             _check_width(datasets, "state", "observation.state", [dataset.state_dim for dataset in datasets])
         self.datasets, self.size, self.labels, self.chunk, self.state = tuple(datasets), size, labels, chunk, state
         self.augment, self.seed = augment, seed
-        self.cameras = each_camera(datasets, cameras)
-        self._rows = self._choose(split, held_out)
-        if split == "held_out" and not len(self._rows):
-            warn("none of the held-out episodes has a label (too short?): evaluating on the training episodes instead")
-            self._rows = self._choose("train", held_out)
-        if not len(self._rows):
+        self.cameras = choose_cameras(datasets, cameras)
+        self._index = split_items(
+            datasets,
+            self._count,
+            split=split,
+            held_out=held_out,
+            seed=seed,
+            none_held_out="none of the held-out episodes has a label (too short?)",
+        )
+        if not len(self._index):
             names = ", ".join(dataset.name for dataset in datasets)
             raise UserError(f"{names}: no step is left to train on; label the dataset again with a shorter horizon")
-        episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
         coded = [dataset.name for dataset in datasets if dataset.coded]
         if augment and coded:
-            warn(f"{', '.join(coded)}: has codes of pictures and no pictures, which are not augmented")
-        pictured = [chosen[:0] if data.coded else chosen for data, chosen in zip(datasets, episodes, strict=True)]
-        self._frames = FrameStore(datasets, self.cameras, pictured, size, cache_gib)
+            warn(f"{', '.join(coded)}: has image codes and no images, so nothing is augmented")
+        episodes = [self._index.of_dataset(number) for number in range(len(datasets))]
+        episodes = [chosen[:0] if data.coded else chosen for data, chosen in zip(datasets, episodes, strict=True)]
+        self._frames = FrameStore(datasets, self.cameras, episodes, size, cache_gib)
         self.in_memory = self._frames.in_memory
-        num_items = [self._rows.num_items(number) for number in range(len(datasets))]
-        self.mixture = Mixture.of(datasets, num_items, [len(chosen) for chosen in episodes], mix_by)
+        self.mixture = Mixture.of(datasets, self._index, mix_by)
         self.groups = self.mixture.groups
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
         """{"images": {camera: uint8 [size, size, 3], or int64 [N] of a dataset that is coded}, "instruction",
@@ -96,104 +101,98 @@ class EpisodeSteps(torch.utils.data.Dataset):
         0) where the frame has no label;
         with chunk "actions_KA" float32 and "action_mask_K" bool; with state "state_S" float32.
         """
-        index, number = draw(key)
-        dataset_number, episode, frame = self.location(index)
-        dataset = self.datasets[dataset_number]
+        index, draw = parse_key(key)
+        number, episode, frame = self.location(index)
+        dataset = self.datasets[number]
         item: dict[str, Any] = {"index": index, "episode": episode, "dataset": dataset.name}
         if self.labels is not None:
-            item["codes_L"], item["has_codes"] = codes_at(self.labels[dataset_number], episode, frame)
+            item["codes_L"], item["has_codes"] = codes_at(self.labels[number], episode, frame)
         if self.chunk is not None:
             item["actions_KA"], item["action_mask_K"] = self._chunk_at(dataset, episode, frame)
         if self.state:
             item["state_S"] = _states(dataset, episode)[frame]
         item["instruction"] = dataset.instruction(episode)
-        item["images"] = self._images(dataset_number, episode, frame, number)
+        item["images"] = self._images(number, episode, frame, draw)
         return item
 
     def location(self, index: int) -> tuple[int, int, int]:
         """(number of the dataset, episode, frame) of a step."""
-        number, episode, position = self._rows.locate(index)
+        number, episode, position = self._index.locate(index)
         if self.labels is not None and self.chunk is None:
             position = int(self.labels[number].codes(episode)[0][position])
         return number, episode, position
 
     def describe(self, index: int) -> str:
-        """Where a step comes from, in words."""
+        """The origin of a step, for messages."""
         number, episode, frame = self.location(index)
         return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
 
-    def actions(self, number: int | None = None) -> np.ndarray:
-        """All actions of the episodes in this split, [N, A] float32: what action statistics are made from.
+    def actions(self, number: int | None = None) -> Float[np.ndarray, "N A"]:
+        """All actions of the episodes in this split: the base of action statistics.
 
         number: of one of the datasets only. Like `states`, raises UserError naming dataset, episode and frame where a
         number is not finite.
         """
         return np.concatenate([dataset.actions(episode) for dataset, episode in self._episodes(number)])
 
-    def states(self, number: int | None = None) -> np.ndarray:
-        """All states of the episodes in this split, [N, S] float32. UserError where a dataset has none."""
+    def states(self, number: int | None = None) -> Float[np.ndarray, "N S"]:
+        """All states of the episodes in this split. Raises UserError where a dataset has none."""
         return np.concatenate([_states(dataset, episode) for dataset, episode in self._episodes(number)])
 
     def _episodes(self, only: int | None) -> list[tuple[Dataset, int]]:
-        rows = zip(self._rows.datasets, self._rows.episodes, strict=True)
+        rows = zip(self._index.datasets, self._index.episodes, strict=True)
         return [(self.datasets[number], int(episode)) for number, episode in rows if only in (None, number)]
 
-    def _choose(self, split: str, held_out: float) -> ItemIndex:
-        """The steps of a split."""
-        chosen = [
-            split_episodes(len(dataset.lengths), held_out, self.seed + number, split)
-            for number, dataset in enumerate(self.datasets)
-        ]
-        return ItemIndex(chosen, [self._num_items(number, episodes) for number, episodes in enumerate(chosen)])
-
-    def _num_items(self, number: int, episodes: np.ndarray) -> np.ndarray:
+    def _count(self, number: int, episodes: np.ndarray) -> np.ndarray:
         if self.labels is None or self.chunk is not None:
             return self.datasets[number].lengths[episodes]
         labels = self.labels[number]
         return np.array([len(labels.codes(int(episode))[0]) for episode in episodes], np.int64)
 
-    def _chunk_at(self, dataset: Dataset, episode: int, frame: int) -> tuple[np.ndarray, np.ndarray]:
+    def _chunk_at(
+        self, dataset: Dataset, episode: int, frame: int
+    ) -> tuple[Float[np.ndarray, "K A"], Bool[np.ndarray, "K"]]:
         assert self.chunk is not None
         actions_TA = dataset.actions(episode)
         steps_K = frame + np.arange(self.chunk)
         return actions_TA[np.minimum(steps_K, len(actions_TA) - 1)], steps_K < len(actions_TA)
 
-    def _images(self, dataset_number: int, episode: int, frame: int, number: int) -> dict[str, np.ndarray]:
-        cameras = self.cameras[dataset_number]
-        if self.datasets[dataset_number].coded:
-            return {camera: self.datasets[dataset_number].picture_codes(episode, [frame])[0] for camera in cameras}
-        images = {camera: self._frames.get(dataset_number, camera, episode, [frame])[0] for camera in cameras}
+    def _images(self, number: int, episode: int, frame: int, draw: int) -> dict[str, np.ndarray]:
+        cameras = self.cameras[number]
+        if self.datasets[number].coded:
+            return {camera: self.datasets[number].picture_codes(episode, [frame])[0] for camera in cameras}
+        images = {camera: self._frames.get(number, camera, episode, [frame])[0] for camera in cameras}
         if not self.augment:
             return images
-        rng = np.random.default_rng([self.seed, number])
+        rng = np.random.default_rng([self.seed, draw])
         return {camera: augment(image_HWC, rng) for camera, image_HWC in images.items()}
 
 
-def codes_at(labels: Labels, episode: int, frame: int) -> tuple[np.ndarray, bool]:
-    """The codes of a frame, and whether it has any; zeros where it has none."""
+def codes_at(labels: Labels, episode: int, frame: int) -> tuple[Int64[np.ndarray, "L"], bool]:
+    """The codes of a frame and True; zeros and False where it has no label."""
     frames_T, codes_TL = labels.codes(episode)
     row = int(np.searchsorted(frames_T, frame))
     if row == len(frames_T) or frames_T[row] != frame:
         return np.zeros(labels.manifest.latent_length, np.int64), False
-    return codes_TL[row].astype(np.int64), True
+    return codes_TL[row], True
 
 
-def _states(dataset: Dataset, episode: int) -> np.ndarray:
+def _states(dataset: Dataset, episode: int) -> Float[np.ndarray, "T S"]:
     states_TS = dataset.states(episode)
     if states_TS is None:
-        raise _lacks(dataset, "state", "observation.state")
+        raise _missing(dataset, "state", "observation.state")
     return states_TS
 
 
 def _check_width(datasets: Sequence[Dataset], what: str, feature: str, widths: Sequence[int | None]) -> None:
-    """UserError where a dataset lacks a feature, or datasets differ in its width."""
+    """Raises UserError where a dataset lacks a feature, or datasets differ in its width."""
     for dataset, width in zip(datasets, widths, strict=True):
         if width is None:
-            raise _lacks(dataset, what, feature)
+            raise _missing(dataset, what, feature)
     if len(set(widths)) > 1:
         named = {dataset.name: width for dataset, width in zip(datasets, widths, strict=True)}
         raise UserError(f"datasets differ in the width of their {what}: {named}; learn from those of one robot")
 
 
-def _lacks(dataset: Dataset, what: str, feature: str) -> UserError:
+def _missing(dataset: Dataset, what: str, feature: str) -> UserError:
     return UserError(f"{dataset.root}: has no {what}; this needs a dataset with the feature `{feature}`")

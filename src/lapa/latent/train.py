@@ -20,9 +20,9 @@ from torch import nn
 
 from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
+from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
-from lapa.data.sampling import MixBy
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
@@ -88,7 +88,7 @@ def run(config: LatentTrainConfig) -> None:
         )
     pairs = pairs_config(config)
     training = FramePairs(datasets, pairs, split="train", seed=config.loop.seed)
-    training.mixture.tell(config.loop.steps * config.loop.batch_size)
+    training.mixture.report(config.loop.steps * config.loop.batch_size)
     plain = replace(pairs, middle=False, action_share=0.0)
     held_out = FramePairs(datasets, plain, split="held_out", seed=config.loop.seed)
     evaluation = draw_sample(held_out, EVALUATION_PAIRS, seed=config.loop.seed)

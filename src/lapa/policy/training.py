@@ -15,9 +15,9 @@ import tyro
 from torch import Tensor, nn
 
 from lapa.console import is_main_process, say, warn
+from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
-from lapa.data.sampling import MixBy
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.loop import LoopConfig, train
 from lapa.engine.metrics import versions_and_hardware
@@ -230,7 +230,7 @@ def train_policy(
     evaluate = None if held_out is None else held_out_figures(parts.inputs, held_out)
     if held_out is None:
         say("no episode is held out: nothing is evaluated while training")
-    training.mixture.tell(options.loop.steps * options.loop.batch_size)
+    training.mixture.report(options.loop.steps * options.loop.batch_size)
     result = train(
         parts.model,
         training,

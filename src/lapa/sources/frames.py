@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from lapa.console import say, warn
-from lapa.data.convert import ConvertOptions
+from lapa.data.config import ConvertOptions
 from lapa.data.convert import run as run  # The command `lapa data frames`.
 from lapa.data.source import Clip, Item, Source
 from lapa.errors import UserError

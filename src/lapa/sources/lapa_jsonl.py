@@ -32,7 +32,7 @@ from lapa import config as configs
 from lapa.console import finish, progress, say, warn
 from lapa.data import convert
 from lapa.data.action_space import ActionSpace
-from lapa.data.convert import ConvertOptions
+from lapa.data.config import ConvertOptions
 from lapa.data.dataset import ACTION, STATE, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.lerobot import LeRobotDataset

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from lapa.data.action_space import Control, read_action_space
-from lapa.data.convert import ConvertOptions
+from lapa.data.config import ConvertOptions
 from lapa.data.convert import run as run  # The command `lapa data lerobot`.
 from lapa.data.dataset import ACTION, STATE, Dataset
 from lapa.data.lerobot import LeRobotDataset

@@ -24,7 +24,8 @@ import tyro
 from jaxtyping import UInt8
 
 from lapa.console import warn
-from lapa.data.convert import TIE, ConvertOptions
+from lapa.data.config import ConvertOptions
+from lapa.data.convert import TIE
 from lapa.data.convert import run as run  # The command `lapa data narrated`.
 from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.video import VideoInfo

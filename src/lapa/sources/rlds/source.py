@@ -26,7 +26,8 @@ from PIL import Image, UnidentifiedImageError
 from lapa.console import progress, say, warn
 from lapa.data import convert
 from lapa.data.action_space import ActionSpace
-from lapa.data.convert import BLANK, ConvertOptions
+from lapa.data.config import ConvertOptions
+from lapa.data.convert import BLANK
 from lapa.data.dataset import ACTION, STATE
 from lapa.data.source import Clip, Item, Reading, Source, with_length
 from lapa.errors import UserError, unknown

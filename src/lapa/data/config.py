@@ -1,0 +1,48 @@
+"""Options that several commands share: of the converter, and of mixtures of datasets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lapa.data.source import Reading
+
+# What the datasets' shares of the draws are in proportion to, apart from their weights (lapa.data.sampling).
+MixBy = Literal["frames", "episodes", "equal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(Reading):
+    """Options of every `lapa data SOURCE`; a command's config adds the source's reading options."""
+
+    out: Path
+    """Folder of the dataset to write, on this machine."""
+    camera: tuple[str, ...] = ()
+    """Cameras to keep; by default all."""
+    actions: bool = True
+    """Store actions and robot states; --no-actions leaves video and instruction only."""
+    size: int = 256
+    """Height and width of the images, even: the short side is scaled to it, the centre cropped."""
+    rate: float | None = None
+    """Frames a second of the dataset, to take fewer than the source has; by default the source's."""
+    cut_shots: bool = False
+    """Cut videos where one shot ends and the next begins (hard cuts, as in web video); each shot is an episode."""
+    min_seconds: float = 0.0
+    """Leave out episodes shorter than this."""
+    min_side: int = 0
+    """Leave out items with a camera whose images have fewer pixels than this on their shorter side."""
+    min_motion: float = 0.0
+    """Leave out episodes without motion: whose brightness, from 0 to 1, changes less than this (RMS) between any two
+    frames half a second apart, in all cameras. 0.01 is a start: real robot clips reached 0.06 to 0.21, a still image
+    with a sensor's noise 0.004."""
+    limit: int | None = None
+    """Number of items to read (files, records); by default all."""
+    skip_bad: bool = False
+    """Leave out, and count, damaged items; otherwise the first one stops the command."""
+    workers: int = 0
+    """Processes that convert; 0: one for each CPU core."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+    resume: bool = False
+    """Continue an interrupted run."""
