@@ -297,7 +297,7 @@ def test_a_full_disk_is_not_taken_for_a_dataset(folder: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(items, "encode_clip", full)
+        patch.setattr("lapa.data.convert.encode_clip", full)
         with pytest.raises(OSError, match="No space"):
             convert(folder)
     assert not (out / INFO).exists()
