@@ -1,6 +1,6 @@
-"""Damaged files of every kind that is read: a ValueError that tells, or all of what was there. Never a hang, a crash,
+"""Damaged files of every kind that is read: a UserError, or all of what was there. Never a hang, a crash, or a silent
 
-or a silent half. Seeded; the `slow` tests are the same with more cases.
+half. Seeded; the `slow` tests are the same with more cases.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, write_shard
 from lapa.data.labels import shard_path as labels_shard
 from lapa.data.opening import open_source
+from lapa.errors import UserError
 from lapa.sources import lapa_jsonl
 from lapa.sources.lapa_jsonl import LapaJsonlReading
 from lapa.sources.rlds import source as rlds
@@ -73,7 +74,7 @@ def fuzz(
 ) -> int:
     """Damages one of the files at a time and reads. accept: given what was read and the damaged content, whether that
 
-    is no silent half. Returns how often a ValueError was raised.
+    is no silent half. Returns how often a UserError was raised.
     """
     num_refused = 0
     for case in range(cases):
@@ -86,7 +87,7 @@ def fuzz(
             with in_time():
                 found = read()
             assert changed == whole or accept(found, changed), f"case {case}: {path.name} is read as {found}"
-        except ValueError as error:
+        except UserError as error:
             num_refused += 1
             assert str(error), f"case {case}: {path.name}: an error without words"
         finally:

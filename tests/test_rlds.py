@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from lapa.data import writer
 from lapa.data.action_space import CONTROLS
+from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.opening import open_source
@@ -30,7 +31,7 @@ from lapa.files import as_path
 from lapa.sources import folder_scan
 from lapa.sources.rlds import source as rlds
 from lapa.sources.rlds import tfrecord
-from lapa.sources.rlds.source import RldsConfig, RldsReading, run
+from lapa.sources.rlds.source import RldsConfig, RldsReading
 from lapa.sources.rlds.table import KNOWN, POSE, columns
 from lapa.sources.rlds.tfrecord import masked_crc, parse_example
 from tfds_files import (
@@ -201,7 +202,7 @@ def test_a_file_that_ends_early(tmp_path: Path, capsys: pytest.CaptureFixture, w
         path.write_bytes(whole[: {"within": offset + 50, "between": offset, "before": 0}[where]])
     found = 0 if where == "before" else 1
     told = {"within": f"byte {offset}: the file ends", "length": f"byte {offset}: CRC mismatch of its length"}
-    with pytest.raises(ValueError, match=told.get(where, f"{found} records found, dataset_info.json says 3")):
+    with pytest.raises(ValueError, match=told.get(where, f"{found} records found, dataset_info.json expects 3")):
         convert(folder)
     dataset = convert(folder, skip_bad=True, overwrite=True)
     assert len(dataset.episodes) == 2 + found
@@ -229,7 +230,7 @@ def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ("steps/observation/state", np.full(12, np.nan, np.float32), "state is not finite at step 0"),
         ("steps/observation/main", [], "has no step"),
         ("steps/observation/main", np.zeros(6, np.float32), "main cannot be decoded at step 0 (no JPEG or PNG)"),
-        ("steps/observation/wrist/rgb", [encode_picture(9)], "rgb has 1 pictures in an episode of 6 steps"),
+        ("steps/observation/wrist/rgb", [encode_picture(9)], "rgb has 1 images in an episode of 6 steps"),
         (
             "steps/observation/main",
             [encode_picture(9)] * 5 + [encode_picture(9)[:-60]],

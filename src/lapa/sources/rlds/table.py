@@ -1,4 +1,4 @@
-"""What RLDS files do not tell: cameras, language, the meaning of actions and the rate, for the datasets of the paper.
+"""What RLDS files do not contain: cameras, language, meaning of actions and rate, for the datasets of the paper.
 
 One row a dataset of Open X-Embodiment that LAPA and OpenVLA train on (arXiv 2310.08864, 2406.09246), with actions in
 one form: x y z roll pitch yaw of the end effector and the gripper, 1 open and 0 closed.
@@ -6,13 +6,13 @@ Axes: T time, D numbers of a part.
 
     columns("action[:6] not:clip:action[6]", {"action": 7})     # what is read, and how
 
-Parts stand side by side, left to right. A part is a step feature, `KEY[a:b]` or `KEY[a]` some of its numbers (counted
-from the end below 0), `zeros[n]` or `ones[n]` what it does not have. Before it stands what is done to it, the innermost
+Parts are concatenated, left to right. A part is a step feature, `KEY[a:b]` or `KEY[a]` some of its numbers (counted
+from the end below 0), `zeros[n]` or `ones[n]` constants for what it lacks. Operations stand before it, the innermost
 last:
 
     not:     1 - x, where 1 is a closed gripper
     clip:    cut to 0..1
-    moves:   1 closes, -1 opens and 0 leaves the gripper: whether it is open
+    moves:   1 closes, -1 opens and 0 keeps the gripper: whether it is open
     settled: an opening on its way between 0 and 1: where it is going
     euler:   a quaternion x y z w as roll, pitch, yaw
 """
@@ -42,8 +42,8 @@ class Known:
     """What is known of a dataset. Keys are step features; empty or None: not known, or there is none.
 
     fps: control rate in Hz; image: the outer camera, which comes first, wrist: the one at the hand, which follows, both
-    of the observation; text: the instruction; action, state: parts (see above); control: what the action's pose is.
-    binary: whether the action's gripper has two values; None: not known, and taken as any number.
+    of the observation; text: the instruction; action, state: parts (see above); control: of the action's pose.
+    binary: whether the action's gripper has two values; None: not known, and treated as any number.
     """
 
     fps: float | None = None
@@ -74,7 +74,7 @@ FMB = Known(
     "delta",
 )
 
-# Rates, and what the catalog of TFDS does not say: as Open X-Embodiment's overview, Octo and OpenVLA have them.
+# Rates, and what the catalog of TFDS lacks: as Open X-Embodiment's overview, Octo and OpenVLA have them.
 # fmt: off
 KNOWN: dict[str, Known] = {
     "bridge_dataset": BRIDGE,
@@ -135,7 +135,7 @@ KNOWN: dict[str, Known] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Some numbers of a step feature, or a constant, and what is done to them, first to last. width: of the feature."""
+    """Some numbers of a step feature, or a constant, and the operations, first to last. width: of the feature."""
 
     key: str
     width: int
@@ -163,9 +163,9 @@ class Part:
 
 
 def columns(parts: str | Sequence[str], widths: Mapping[str, int]) -> list[Part]:
-    """What stands side by side, given how many numbers each feature has.
+    """The parts to concatenate, given how many numbers each feature has.
 
-    KeyError with the name of a feature that is not there; UserError for what cannot be read, or is too narrow.
+    KeyError with the name of a feature that is not there; UserError for a malformed part, or one that is too narrow.
     """
     found = []
     for text in parts.split() if isinstance(parts, str) else parts:
@@ -198,7 +198,7 @@ def _inside(width: int, place: str | None, start: str | None, stop: str | None) 
 
 
 def _open_from_moves(closing_TD: np.ndarray) -> np.ndarray:
-    """Whether a gripper is open after each command; before the first one it is the opposite, without any open."""
+    """Whether a gripper is open after each command; before the first one the opposite of it; without any, open."""
     opened = np.empty_like(closing_TD)
     for dim in range(closing_TD.shape[1]):
         commands = np.where(closing_TD[:, dim] > MOVES, 0.0, np.where(closing_TD[:, dim] < -MOVES, 1.0, np.nan))
@@ -210,7 +210,7 @@ def _open_from_moves(closing_TD: np.ndarray) -> np.ndarray:
 
 
 def _settled(opening_TD: np.ndarray) -> np.ndarray:
-    """Where an opening is going: the next value that is an end, in the last stretch without one the nearer end."""
+    """The end that an opening moves to: the next value at an end; after the last such value, the nearer end."""
     settled = np.empty_like(opening_TD)
     for dim in range(opening_TD.shape[1]):
         state = float(opening_TD[-1, dim] > 0.5) if len(opening_TD) else 0.0

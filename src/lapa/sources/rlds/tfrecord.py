@@ -27,17 +27,17 @@ LENGTH, CHECKSUM = struct.Struct("<Q"), struct.Struct("<I")
 HEAD_SIZE = LENGTH.size + CHECKSUM.size
 FRAME_SIZE = HEAD_SIZE + CHECKSUM.size
 GZIP = b"\x1f\x8b\x08"
-# As tensorflow/core/lib/hash/crc32c.h: a checksum that covers other checksums must not look like one.
+# As tensorflow/core/lib/hash/crc32c.h.
 MASK_DELTA = 0xA282EAD8
 NUMBERS = {"float_list": np.float32, "int64_list": np.int64}
-# Bytes of records that stay parsed in each process, of all sources together (a mixture has dozens): frames of one
-# episode are mostly asked for together.
+# Bytes of parsed records that each process keeps, of all sources together (a mixture has dozens): frames of one
+# episode are mostly read together.
 KEPT_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its number, its first byte, the length of its payload in bytes, and the error where it is damaged."""
+    """A record: its number, its first byte, the length of its payload in bytes, and the error where it is damaged."""
 
     index: int
     offset: int
@@ -52,16 +52,16 @@ def masked_crc(data: bytes) -> int:
 
 
 def scan_records(path: Path) -> Iterator[Record]:
-    """Where the records of a file are, by their lengths alone; payloads are passed over, and not verified.
+    """The records of a file, by their lengths alone; payloads are skipped, and not verified.
 
-    Where a length is damaged, or the file ends within a record, what comes after cannot be found: that one is the last.
+    A record with a damaged length, or one within which the file ends, is the last: those after it cannot be found.
     """
     with reading(path), open_binary(path) as file:
         yield from _scan(file, path.stat().st_size)
 
 
 def read_record(path: Path, offset: int, length: int) -> bytes:
-    """The payload of the record that begins at a byte. UserError, which does not name it, where it is damaged."""
+    """The payload of the record at a byte offset. UserError, which does not name the file, where it is damaged."""
     with reading(path), open_binary(path) as file:
         file.seek(offset)
         return _payload(file, length)
@@ -91,7 +91,7 @@ def _scan(file: BinaryIO, size: int) -> Iterator[Record]:
 
 
 def _payload(file: BinaryIO, length: int) -> bytes:
-    """The verified payload of the record at which the file stands."""
+    """The verified payload of the record at the position of the file."""
     framed = file.read(FRAME_SIZE + length)
     head, payload = framed[: LENGTH.size], framed[HEAD_SIZE : -CHECKSUM.size]
     if len(framed) < FRAME_SIZE + length:
@@ -106,7 +106,7 @@ def _payload(file: BinaryIO, length: int) -> bytes:
 def parse_example(payload: bytes, keys: Iterable[str]) -> dict[str, Any]:
     """The values of a tf.train.Example's features: a list of bytes, or an array of float32 or int64.
 
-    keys: the features wanted; those that the message lacks are left out. UserError where it is no Example.
+    keys: the features to read; those that the message lacks are left out. UserError where it is no Example.
     """
     try:
         features = _example_class().FromString(payload).features.feature
@@ -123,7 +123,7 @@ def parse_example(payload: bytes, keys: Iterable[str]) -> dict[str, Any]:
 
 @cache
 def _example_class() -> Any:
-    """The message class of tf.train.Example, in a pool of its own: TensorFlow, if loaded, has registered the same."""
+    """The message class of tf.train.Example, in its own pool: TensorFlow, if loaded, has registered the same name."""
     kind = descriptor_pb2.FieldDescriptorProto
     one, many, message = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED, kind.TYPE_MESSAGE
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tensorflow", syntax="proto3")
@@ -152,25 +152,25 @@ def _example_class() -> Any:
 
 
 class ParsedRecords:
-    """The parsed records that were asked for last, of all sources of this process, by source and item."""
+    """The parsed records that were used last, of all sources of this process, by source and item."""
 
     def __init__(self) -> None:
-        self._records: OrderedDict[tuple[str, str], tuple[int, dict[str, Any]]] = OrderedDict()
+        self._records: OrderedDict[tuple[str, str], tuple[int, Any]] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, str]) -> dict[str, Any] | None:
+    def get(self, key: tuple[str, str]) -> Any:
         with self._lock:
             if key not in self._records:
                 return None
             self._records.move_to_end(key)
             return self._records[key][1]
 
-    def put(self, key: tuple[str, str], values: dict[str, Any], num_bytes: int) -> None:
-        """Keeps a record, and lets go of the oldest until `KEPT_BYTES` suffice; the latest one stays."""
+    def put(self, key: tuple[str, str], record: Any, num_bytes: int) -> None:
+        """Keeps a record, and drops the oldest until `KEPT_BYTES` suffice; the latest one stays."""
         with self._lock:
-            self._num_bytes += num_bytes - self._records.pop(key, (0, {}))[0]
-            self._records[key] = (num_bytes, values)
+            self._num_bytes += num_bytes - self._records.pop(key, (0, None))[0]
+            self._records[key] = (num_bytes, record)
             while len(self._records) > 1 and self._num_bytes > KEPT_BYTES:
                 self._num_bytes -= self._records.popitem(last=False)[1][0]
 
