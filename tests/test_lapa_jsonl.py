@@ -109,10 +109,10 @@ def test_published_rows_are_read_in_place(tmp_path: Path) -> None:
     assert [(one.length, one.instruction) for one in dataset.episodes] == [(1, f"push {n % 2}") for n in range(5)]
     assert dataset.picture_codes(3, [0, 0]).tolist() == [[3 + place for place in range(CODES)]] * 2
     assert (dataset.action_dim, dataset.state_dim, dataset.image_shape()) == (None, None, (64, 64))
-    with pytest.raises(ValueError, match=r"codes of pictures and no pictures.*images= with --data"):
+    with pytest.raises(ValueError, match=r"codes of images and no images.*images= with --data"):
         dataset.frames(0)
     longer = write_rows(tmp_path / "long.jsonl", [published(number, id=f"e/{number}") for number in range(4)])
-    with pytest.raises(ValueError, match="codes of pictures and no pictures"):
+    with pytest.raises(ValueError, match="codes of images and no images"):
         FramePairs([opened(longer)], PairsConfig(size=32, horizon=0.2, held_out=0))[0]
 
 
@@ -163,7 +163,7 @@ def test_codes_without_pictures_become_labels_alone(tmp_path: Path, capsys: pyte
     path = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(4)])
     config = LapaJsonlConfig(str(path), out=tmp_path / "out", picture_codes=CODES)
     run(config)
-    assert "codes and no pictures" in capsys.readouterr().err
+    assert "codes and no images" in capsys.readouterr().err
     labels = Labels.open(tmp_path / "out" / LABELS, dataset_fingerprint=opened(path).fingerprint)
     assert labels.codes(3)[1].tolist() == [[3, 4, 5, 6]]
     with pytest.raises(ValueError, match="not empty"):
@@ -228,7 +228,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         (empty, "holds no row"),
         (tmp_path / "none.jsonl", "no such file; name a JSONL file"),
         (tmp_path, "is a folder; name a JSONL file"),
-        (broken, "row 1, at character .* is not valid JSON"),
+        (broken, "row 1, at byte .* is not valid JSON"),
         (after, "goes on after the end of its list"),
     ):
         with pytest.raises(ValueError, match=told):
