@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lapa import presets
+from lapa.engine.config import OptimConfig
 from lapa.engine.distributed import pick_device
-from lapa.engine.optim import OptimConfig, build_optimizer
+from lapa.engine.optim import build_optimizer
 from lapa.latent.model import LatentActionModel, LatentModelConfig
 from lapa.released.laq import PUBLISHED_CONFIG, released_config
 

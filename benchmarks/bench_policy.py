@@ -40,8 +40,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lapa.data.action_space import ActionSpace
+from lapa.engine.config import OptimConfig
 from lapa.engine.distributed import pick_device
-from lapa.engine.optim import OptimConfig, build_optimizer
+from lapa.engine.optim import build_optimizer
 from lapa.files import write_json
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import BackboneConfig, LwmConfig, TinyConfig, renew_backbone

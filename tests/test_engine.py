@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from lapa.engine.batches import Draw, StepSampler
+from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.distributed import pick_device
-from lapa.engine.loop import LoopConfig, TrainResult, train
-from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate
+from lapa.engine.loop import TrainResult, train
+from lapa.engine.optim import build_optimizer, learning_rate
 from lapa.types import Losses
 
 LOOP = LoopConfig(

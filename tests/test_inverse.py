@@ -27,8 +27,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.lerobot import EXTRA
 from lapa.data.rewrite import HideActionsConfig
 from lapa.data.writer import DatasetWriter
-from lapa.engine.loop import LoopConfig
-from lapa.engine.optim import OptimConfig
+from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.files import read_json, write_json
 from lapa.nn.vision import residual_tower, tower_grid
 from lapa.policy.scale import ActionScale

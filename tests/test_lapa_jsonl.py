@@ -18,7 +18,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.steps import EpisodeSteps
-from lapa.engine.loop import LoopConfig
+from lapa.engine.config import LoopConfig
 from lapa.files import as_path, read_json_lines
 from lapa.policy import pretrain
 from lapa.policy.checkpoint import PolicyParts, load_policy, save_policy

@@ -14,8 +14,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.sampling import split_episodes
 from lapa.data.writer import DatasetWriter
-from lapa.engine.loop import LoopConfig
-from lapa.engine.optim import OptimConfig
+from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.files import read_json
 from lapa.policy import finetune, pretrain
 from lapa.policy.backbones import TinyConfig

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lapa.engine.loop import LoopConfig, TrainResult, train
+from lapa.engine.config import LoopConfig
+from lapa.engine.loop import TrainResult, train
 from lapa.types import Losses
 from test_engine import LOOP, Line, collate, log
 

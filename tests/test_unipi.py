@@ -18,8 +18,7 @@ from lapa.baselines.unipi import UniPi, UniPiConfig
 from lapa.baselines.video_model import VideoConfig, VideoModel
 from lapa.baselines.video_train import VideoTrainConfig
 from lapa.data.action_space import ActionSpace
-from lapa.engine.loop import LoopConfig
-from lapa.engine.optim import OptimConfig
+from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.evaluate.rollout import EvaluateConfig, evaluate
 from lapa.files import read_json
 from lapa.policy.acting import load_actor

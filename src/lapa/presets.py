@@ -14,8 +14,7 @@ import tyro
 from lapa.baselines.inverse import InverseConfig, InverseTrainConfig
 from lapa.baselines.video_model import VideoConfig
 from lapa.baselines.video_train import VideoTrainConfig
-from lapa.engine.loop import LoopConfig
-from lapa.engine.optim import OptimConfig
+from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import unknown
 from lapa.latent.model import LatentModelConfig
 from lapa.latent.train import LatentTrainConfig

@@ -40,7 +40,8 @@ from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.data.sampling import require_plain, split_episodes
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.loop import LoopConfig, train
+from lapa.engine.config import LoopConfig
+from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, fingerprint, read_json, write_json

@@ -28,9 +28,9 @@ from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.sampling import FrameStore, ItemIndex, choose_cameras, parse_key, require_plain, split_episodes
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.loop import LoopConfig, train
+from lapa.engine.config import LoopConfig, OptimConfig
+from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
-from lapa.engine.optim import OptimConfig
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.policy.tokenizer import train_tokenizer

@@ -13,12 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -36,50 +35,14 @@ from lapa.engine.checkpoint import (
     save_checkpoint,
     seed_everything,
 )
+from lapa.engine.config import LoopConfig
 from lapa.engine.distributed import Processes, pick_device, start
 from lapa.engine.memory import GIB, explained_out_of_memory, require_memory, training_bytes
 from lapa.engine.metrics import MetricLog
-from lapa.engine.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
+from lapa.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from lapa.engine.sharding import gather, load_sharded, prepare_moments, reshard, save_sharded, shard
 from lapa.errors import UserError
 from lapa.types import Losses
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long, how fast and where to train."""
-
-    steps: int = 1000
-    """Optimiser steps."""
-    batch_size: int = 32
-    """Samples of one optimiser step, over all processes and accumulations."""
-    accumulate: int = 1
-    """Micro-batches whose gradients are added up before one optimiser step."""
-    optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
-    ema_decay: float | None = None
-    """Average the weights with this decay and keep the average in the end."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU and with weights in bf16, fp32 on a CPU."""
-    weights: Literal["fp32", "bf16"] = "fp32"
-    """bf16: half the memory, best with --optimizer adamw8bit; fp32 leaves frozen weights as they are."""
-    shard: bool = False
-    """Share weights, gradients and optimiser state out over the processes (FSDP2); start them with torchrun."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-    workers: int | None = None
-    """Processes that read data; by default none on a CPU, four for each GPU."""
-    seed: int = 0
-    log_every: int = 20
-    eval_every: int = 500
-    save_every_steps: int = 1000
-    save_every_minutes: float = 5.0
-    """A checkpoint is written at whichever comes first."""
-    stop_after: int | None = None
-    """Stop with a checkpoint after this many steps of the run; go on later with --resume."""
 
 
 @dataclass(frozen=True)

@@ -6,31 +6,14 @@ lapa policy finetune --policy POLICY --optimizer adamw8bit --weights bf16 ...
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from lapa.console import warn
+from lapa.engine.config import OptimConfig
 from lapa.errors import UserError
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW (https://arxiv.org/abs/1711.05101). Weight decay touches matrices only, never gains and biases."""
-
-    lr: float = 3e-4
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    """Gradients are scaled down to this total norm."""
-    warmup_steps: int = 100
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: cosine to a tenth of the peak, or constant."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: its moments in 8 bits, a quarter of the memory (https://arxiv.org/abs/2110.02861); needs torchao."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -24,7 +24,8 @@ from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.loop import LoopConfig, train
+from lapa.engine.config import LoopConfig
+from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
 from lapa.latent.config import LatentModelConfig

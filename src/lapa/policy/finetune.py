@@ -28,7 +28,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.sampling import require_names
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.loop import LoopConfig
+from lapa.engine.config import LoopConfig
 from lapa.errors import UserError, unknown
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import HfConfig, LwmConfig, renew_backbone

@@ -22,7 +22,7 @@ from lapa.console import finish
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.loop import LoopConfig
+from lapa.engine.config import LoopConfig
 from lapa.errors import UserError
 from lapa.policy.checkpoint import PolicyParts, is_policy
 from lapa.policy.model import PolicyConfig

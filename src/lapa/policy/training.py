@@ -19,9 +19,9 @@ from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
 from lapa.data.steps import EpisodeSteps
-from lapa.engine.loop import LoopConfig, train
+from lapa.engine.config import LoopConfig, OptimConfig
+from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
-from lapa.engine.optim import OptimConfig
 from lapa.errors import UserError
 from lapa.files import claim_output
 from lapa.policy.backbones import BackboneConfig, HfConfig, TinyConfig, create_backbone
