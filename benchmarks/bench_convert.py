@@ -26,9 +26,10 @@ from lapa.data.video import encode_clip
 TARGET = 100_000
 OPEN = """
 import sys, time
+from lapa.data.spec import open_dataset
 from lapa.data.dataset import Dataset
 start = time.perf_counter()
-dataset = Dataset.open(sys.argv[1])
+dataset = open_dataset(sys.argv[1])
 dataset.fingerprint
 print(len(dataset.lengths), time.perf_counter() - start)
 """

@@ -28,6 +28,7 @@ import tyro
 
 from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import window_frames
+from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.label.config import LabelConfig
 from lapa.label.shards import Labeller, Shard, make_plan, make_shards
@@ -79,7 +80,7 @@ class Round:
 
 def main(config: BenchConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        dataset = open_dataset(config, Path(folder) / "videos")
+        dataset = bench_dataset(config, Path(folder) / "videos")
         rows = {num: measure(config, dataset, num, Path(folder)) for num in config.decoders}
     device = torch.cuda.get_device_name() if config.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     print(
@@ -100,9 +101,9 @@ def main(config: BenchConfig) -> None:
         )
 
 
-def open_dataset(config: BenchConfig, folder: Path) -> Dataset:
+def bench_dataset(config: BenchConfig, folder: Path) -> Dataset:
     if config.data is not None:
-        return Dataset.open(config.data)
+        return open_dataset(config.data)
     return write_synthetic_dataset(
         folder, episodes=config.episodes, frames=config.frames, size=config.video_size, fps=config.fps
     )

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lapa.console import say
-from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.envs.metaworld.record import MetaworldConfig, run
 from lapa.envs.metaworld.simulator import Simulator, check_installation
 
@@ -76,7 +76,7 @@ def recording() -> float:
     with tempfile.TemporaryDirectory() as folder:
         out, begun = Path(folder) / "data", time.perf_counter()
         run(MetaworldConfig(out=out, tasks=TASK, episodes=8, size=SIZE))
-        return Dataset.open(out).num_frames / (time.perf_counter() - begun)
+        return open_dataset(out).num_frames / (time.perf_counter() - begun)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from literal_policy import LiteralPolicy
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.engine.config import OptimConfig
 from lapa.engine.distributed import pick_device
 from lapa.engine.optim import build_optimizer

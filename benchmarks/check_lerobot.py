@@ -49,9 +49,9 @@ def write_robot(folder: Path) -> Any:
 
 def write(folder: Path) -> None:
     """Datasets of this project: video only, a robot with two cameras, the latter without actions, and from v2.1."""
-    from lapa.data.dataset import Dataset
-    from lapa.data.rewrite import HideActionsConfig
-    from lapa.data.rewrite import run as hide_actions
+    from lapa.data.replace_actions import HideActionsConfig
+    from lapa.data.replace_actions import run as hide_actions
+    from lapa.data.spec import open_dataset
     from lapa.sources.lerobot import LeRobotConfig
     from lapa.sources.lerobot import run as convert
     from lapa.sources.synthetic import write_synthetic_dataset
@@ -63,7 +63,7 @@ def write(folder: Path) -> None:
     write_v21(robot, folder / "v21")
     convert(LeRobotConfig(str(folder / "v21"), out=folder / "upgraded", size=32, workers=1))
     for name in (*OURS, "v21"):
-        _dump(folder / f"{name}.npz", _ours(Dataset.open(folder / name)))
+        _dump(folder / f"{name}.npz", _ours(open_dataset(folder / name)))
 
 
 def lerobot(folder: Path) -> None:
@@ -96,19 +96,19 @@ def lerobot(folder: Path) -> None:
 
 def read(folder: Path) -> None:
     """What LeRobot wrote opens here, and so does what its converter made of v2.1."""
-    from lapa.data.dataset import Dataset
+    from lapa.data.spec import open_dataset
 
     for name in THEIRS:
-        dataset = Dataset.open(f"lerobot:{folder / name}")
+        dataset = open_dataset(f"lerobot:{folder / name}")
         apart = APART if name == "videos" else 0
         _compare(f"{name}: written by LeRobot, read here", folder, name, _ours(dataset), apart)
         files = {dataset.data_path(episode) for episode in range(len(dataset.lengths))}
         assert len(files) == 1 < len(dataset.lengths), "LeRobot was to put several episodes into a file"
         assert dataset.action_space.names == ("x", "y", "grip"), dataset.action_space
-    pictures = Dataset.open(folder / "pictures")
+    pictures = open_dataset(folder / "pictures")
     for episode in range(len(LENGTHS)):
         assert np.array_equal(pictures.frames(episode, camera="wrist"), made_up(episode)[0]["wrist"]), episode
-    _compare("v30: upgraded by LeRobot, read here", folder, "v21", _ours(Dataset.open(folder / "v30")), 0)
+    _compare("v30: upgraded by LeRobot, read here", folder, "v21", _ours(open_dataset(folder / "v30")), 0)
     print("datasets go both ways: the check passed")
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
+from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.latent.model import LatentActionModel
 
 
 def main(lam: Path, data: Path) -> None:
-    model, dataset = LatentActionModel.from_pretrained(lam), Dataset.open(data)
+    model, dataset = LatentActionModel.from_pretrained(lam), open_dataset(data)
     horizon = horizon_frames(model.horizon, dataset.fps)
     for episode in dataset.episodes:
         starts = range(0, episode.length - horizon, horizon)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lapa.data.action_space import ActionSpace, common_action_space, read_action_space
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ActionSpace, Dataset, common_action_space, read_action_space
 from lapa.data.info import summary
 from lapa.data.lerobot import EXTRA, INFO
+from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.sources.synthetic import write_synthetic_dataset
 
@@ -28,7 +28,7 @@ def arm(root: Path, names: tuple[str, ...] | None = ("x", "gripper"), **declared
 def test_what_is_declared_comes_back_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     dataset = arm(tmp_path / "d", binary_actions=("gripper",), control="delta")
     assert dataset.action_space == ActionSpace(("x", "gripper"), (False, True), "delta")
-    assert Dataset.open(dataset.root).action_space == dataset.action_space
+    assert open_dataset(dataset.root).action_space == dataset.action_space
     Console(width=200).print(summary(dataset))
     assert "2 numbers: x, gripper (binary); delta control" in capsys.readouterr().out
 
@@ -47,9 +47,9 @@ def test_nothing_declared_leaves_the_files_as_they_were(tmp_path: Path) -> None:
 def test_a_dataset_from_elsewhere_is_declared_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     dataset = arm(tmp_path / "d")
     (dataset.root / EXTRA).unlink()
-    assert Dataset.open(dataset.root).action_space == ActionSpace(("x", "gripper"), (False, False))
+    assert open_dataset(dataset.root).action_space == ActionSpace(("x", "gripper"), (False, False))
     (dataset.root / EXTRA).write_text(json.dumps({"action_space": {"binary": ["gripper"], "control": "absolute"}}))
-    opened = Dataset.open(dataset.root)
+    opened = open_dataset(dataset.root)
     assert opened.action_space == ActionSpace(("x", "gripper"), (False, True), "absolute")
     Console(width=200).print(summary(opened))
     assert "absolute control" in capsys.readouterr().out
@@ -69,7 +69,7 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, declared: object, told: 
     dataset = arm(tmp_path / "d")
     (dataset.root / EXTRA).write_text(json.dumps({"action_space": declared}))
     with pytest.raises(ValueError, match=rf"meta/lapa\.json: {told}"):
-        _ = Dataset.open(dataset.root).action_space
+        _ = open_dataset(dataset.root).action_space
 
 
 def test_a_mistake_in_code_is_named_before_anything_is_written(tmp_path: Path) -> None:

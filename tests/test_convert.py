@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 from lapa.data import convert, writer
-from lapa.data.action_space import ActionSpace, Control
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import convert_item, in_time, resample, resample_rows
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ActionSpace, Control, Dataset
 from lapa.data.lerobot import INFO, JOURNAL
 from lapa.data.source import Clip, Item, Source
+from lapa.data.spec import open_dataset
 from lapa.errors import UserError
 
 SIDE = 32
@@ -106,7 +106,7 @@ def converted(tmp_path: Path, names: Sequence[str], out: str = "out", **settings
     root = tmp_path / "source"
     root.mkdir(exist_ok=True)
     convert.run(MadeUpConfig(root, tuple(names), out=tmp_path / out, **{"size": 16, "workers": 1, **settings}))
-    return Dataset.open(tmp_path / out)
+    return open_dataset(tmp_path / out)
 
 
 def told(dataset: Dataset) -> list[tuple[str, int, str]]:
@@ -218,7 +218,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
         killing(patch, name, after=point in ("added", "closed"))
         converted(tmp_path, NAMES, cut_shots=True)
     with pytest.raises(ValueError, match="unfinished"):
-        Dataset.open(tmp_path / "out")
+        open_dataset(tmp_path / "out")
     capsys.readouterr()
     assert same(whole, converted(tmp_path, NAMES, cut_shots=True, resume=True))
     printed = capsys.readouterr().err

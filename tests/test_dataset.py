@@ -20,9 +20,9 @@ from lapa.data.dataset import Dataset
 from lapa.data.info import InfoConfig, summary
 from lapa.data.info import run as run_info
 from lapa.data.lerobot import INFO, JOURNAL
-from lapa.data.statistics import Moments
+from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip
-from lapa.data.writer import DatasetWriter
+from lapa.data.writer import DatasetWriter, Moments
 from lapa.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
 from lapa.sources.synthetic import run as run_synthetic
 
@@ -141,7 +141,7 @@ def test_episodes_that_share_files_are_read_as_lerobot_writes_them(square: Datas
             pq.write_table(table if folder == "data" else pa.Table.from_pylist(table), path)
     tasks = pq.read_table(root / "meta/tasks.parquet").rename_columns(["task_index", "__index_level_0__"])
     pq.write_table(tasks.replace_schema_metadata(None), root / "meta/tasks.parquet")
-    shared = Dataset.open(root)
+    shared = open_dataset(root)
     assert shared.tasks == square.tasks
     for number in (3, 0, 2, 1):
         assert (shared.actions(number) == square.actions(number)).all()
@@ -167,7 +167,7 @@ def test_a_killed_writer_goes_on_where_it_was(tmp_path: Path) -> None:
     with (tmp_path / "d" / JOURNAL).open("a") as journal:
         journal.write('{"source": "s2", "instruc')
     with pytest.raises(ValueError, match=r"unfinished dataset.*--resume"):
-        Dataset.open(tmp_path / "d")
+        open_dataset(tmp_path / "d")
     resumed = writer(tmp_path / "d", resume=True)
     assert resumed.done_sources == {"s0", "s1"}
     resumed.add_episode({"front": grey(4)}, "task", actions=actions * 2, source="s2")
@@ -204,7 +204,7 @@ def test_an_interrupted_synthetic_dataset_is_resumed(tmp_path: Path, monkeypatch
         run_synthetic(replace(cut, seed=1, resume=True))
     for _ in range(2):
         run_synthetic(replace(cut, resume=True))
-    whole, resumed = Dataset.open(config.out), Dataset.open(cut.out)
+    whole, resumed = open_dataset(config.out), open_dataset(cut.out)
     assert resumed.fingerprint == whole.fingerprint
     assert (resumed.frames(3) == whole.frames(3)).all()
 
@@ -264,18 +264,18 @@ def test_bad_pictures_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_a_folder_is_said(square: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such dataset folder"):
-        Dataset.open(tmp_path / "none")
+        open_dataset(tmp_path / "none")
     with pytest.raises(ValueError, match="not a dataset"):
-        Dataset.open(tmp_path)
+        open_dataset(tmp_path)
     old = tmp_path / "old"
     shutil.copytree(square.root, old)
     info = json.loads((old / "meta/info.json").read_text())
     (old / "meta/info.json").write_text(json.dumps({**info, "codebase_version": "v4.0"}))
     with pytest.raises(ValueError, match=r"v4\.0, v3\.0, v2\.1, v2\.0 are read; update lapa"):
-        Dataset.open(old)
+        open_dataset(old)
     (old / "meta/info.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        Dataset.open(old)
+        open_dataset(old)
 
 
 def test_damaged_tables_are_named(square: Dataset, tmp_path: Path) -> None:
@@ -284,25 +284,25 @@ def test_damaged_tables_are_named(square: Dataset, tmp_path: Path) -> None:
     data = root / "data/chunk-000/file-000.parquet"
     rows = pq.read_table(data)
     pq.write_table(rows[:40], data)
-    assert len(Dataset.open(root).actions(0)) == 12
+    assert len(open_dataset(root).actions(0)) == 12
     with pytest.raises(ValueError, match=r"file-000\.parquet: lacks rows of episode 3"):
-        Dataset.open(root).actions(3)
+        open_dataset(root).actions(3)
     broken = rows["action"].to_pylist()
     broken[13][1] = float("nan")
     index = rows.schema.get_field_index("action")
     pq.write_table(rows.set_column(index, "action", pa.array(broken, pa.list_(pa.float32(), 2))), data)
     with pytest.raises(ValueError, match="action of episode 1 is not finite at frame 1"):
-        Dataset.open(root).actions(1)
+        open_dataset(root).actions(1)
     narrow = pa.array([[1.0]] * 48, pa.list_(pa.float32(), 1))
     pq.write_table(rows.set_column(index, "action", narrow), data)
     with pytest.raises(ValueError, match=r"file-000\.parquet: action is not 2 numbers wide in every row"):
-        Dataset.open(root).actions(1)
+        open_dataset(root).actions(1)
     data.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"file-000\.parquet: cannot be read"):
-        Dataset.open(root).actions(0)
+        open_dataset(root).actions(0)
     (root / "meta/tasks.parquet").unlink()
     with pytest.raises(ValueError, match=r"tasks\.parquet: no such file; write the dataset"):
-        Dataset.open(root)
+        open_dataset(root)
 
 
 def test_wrong_names_are_corrected(square: Dataset) -> None:
@@ -315,9 +315,9 @@ def test_wrong_names_are_corrected(square: Dataset) -> None:
 
 def test_many_episodes_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lapa.data.writer.CHUNK_SIZE", 2)
-    monkeypatch.setattr("lapa.data.writer_tables.CHUNK_SIZE", 2)
-    monkeypatch.setattr("lapa.data.writer_tables.ROWS_PER_FILE", 5)
-    monkeypatch.setattr("lapa.data.writer_tables.EPISODES_PER_GROUP", 2)
+    monkeypatch.setattr("lapa.data.writer.CHUNK_SIZE", 2)
+    monkeypatch.setattr("lapa.data.writer.ROWS_PER_FILE", 5)
+    monkeypatch.setattr("lapa.data.writer.EPISODES_PER_GROUP", 2)
     writing = writer(tmp_path / "d")
     for number in range(5):
         writing.add_episode({"front": grey(3, 40 * number)}, "task", actions=np.full((3, 2), number))
@@ -329,7 +329,7 @@ def test_many_episodes_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_dataset_is_called_by_its_folder(square: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(square.root)
-    assert Dataset.open(".").name == square.name == square.root.name
+    assert open_dataset(".").name == square.name == square.root.name
 
 
 def test_info_draws_a_contact_sheet(square: Dataset, tmp_path: Path) -> None:

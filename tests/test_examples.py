@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: Path) -> None:
 
 def test_own_robot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "own_robot.py", tmp_path / "robot")
-    dataset = Dataset.open(tmp_path / "robot")
+    dataset = open_dataset(tmp_path / "robot")
     assert (len(dataset.episodes), dataset.action_dim, dataset.cameras) == (3, 4, ("front",))
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.sources.frames import FramesConfig
 
 
@@ -29,7 +30,7 @@ def write_pictures(
 def convert(folder: Path, **settings) -> Dataset:
     out = settings.pop("out", folder.parent / "dataset")
     run(FramesConfig(str(folder), out=out, **{"size": 32, "workers": 1, "caption": "wait", **settings}))
-    return Dataset.open(out)
+    return open_dataset(out)
 
 
 def shown(dataset: Dataset, episode: int) -> list[int]:
@@ -55,7 +56,7 @@ def test_in_place_equals_the_converted_dataset(tmp_path: Path) -> None:
         write_pictures(folder / clip, list(range(6)), size)
     (tmp_path / "c.json").write_text(json.dumps({"a": "push", "b b ü": "pull"}))
     there = convert(folder, captions=str(tmp_path / "c.json"), caption=None, fps=5)
-    here = Dataset.open(f"frames:{folder},captions={tmp_path / 'c.json'},fps=5")
+    here = open_dataset(f"frames:{folder},captions={tmp_path / 'c.json'},fps=5")
     assert (here.fps, there.fps) == (5.0, 5.0)
     assert [(e.source, e.length, e.instruction) for e in here.episodes] == [
         (e.source, e.length, e.instruction) for e in there.episodes
@@ -77,7 +78,7 @@ def test_gaps_are_reported_and_cut(tmp_path: Path, capsys: pytest.CaptureFixture
     joined = convert(folder, gaps="close", out=tmp_path / "joined")
     assert shown(joined, 0) == [1, 2, 3, 6, 7, 20]
     assert [e.source for e in convert(folder, gaps="leave-out", out=tmp_path / "out").episodes] == ["whole"]
-    here = Dataset.open(f"frames:{folder},caption=wait")
+    here = open_dataset(f"frames:{folder},caption=wait")
     assert [shown(here, episode) for episode in range(3)] == [[1, 2, 3], [6, 7], [20]]
 
 
@@ -100,7 +101,7 @@ def test_a_damaged_picture_in_the_middle_is_named_and_counted(tmp_path: Path, ca
     printed = capsys.readouterr().err
     assert "0003.jpg: no image" in printed
     assert "8 frames kept, 2 lost" in printed
-    here = Dataset.open(f"frames:{folder},caption=wait")
+    here = open_dataset(f"frames:{folder},caption=wait")
     assert len(here.frames(0, [0, 1, 7])) == 3
     with pytest.raises(ValueError, match=r"0005\.jpg: empty, zero bytes; replace it"):
         here.frames(0, [5])
@@ -122,7 +123,7 @@ def test_mixed_sizes_within_a_clip(tmp_path: Path) -> None:
     write_pictures(folder / "a", [2], (48, 32))
     assert shown(convert(folder), 0) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"0002\.png: is of another size than 0000\.png"):
-        Dataset.open(f"frames:{folder},caption=wait").frames(0)
+        open_dataset(f"frames:{folder},caption=wait").frames(0)
 
 
 def test_numbers_that_are_no_order(tmp_path: Path) -> None:
@@ -157,7 +158,7 @@ def test_a_folder_that_links_to_itself_ends(tmp_path: Path) -> None:
 
 def test_pictures_that_went_missing_after_opening_are_named(tmp_path: Path) -> None:
     write_pictures(tmp_path / "frames" / "a", [0, 1, 2])
-    here = Dataset.open(f"frames:{tmp_path / 'frames'},caption=wait")
+    here = open_dataset(f"frames:{tmp_path / 'frames'},caption=wait")
     (tmp_path / "frames" / "a" / "0002.png").unlink()
     with pytest.raises(ValueError, match=r"a: holds 2 images, 3 when"):
         here.frames(0)

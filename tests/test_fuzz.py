@@ -19,7 +19,7 @@ from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, write_shard
 from lapa.data.labels import shard_path as labels_shard
-from lapa.data.opening import open_source
+from lapa.data.spec import open_dataset, open_source
 from lapa.errors import UserError
 from lapa.sources import lapa_jsonl
 from lapa.sources.lapa_jsonl import LapaJsonlReading
@@ -158,7 +158,7 @@ def dataset_folder(folder: Path, cases: int) -> int:
     files = sorted(path for path in root.rglob("*") if path.suffix in (".parquet", ".mp4") or path.name == "info.json")
 
     def read() -> Any:
-        return counts(Dataset.open(root))
+        return counts(open_dataset(root))
 
     wanted = read()
     return fuzz(files, read, lambda found, _: found == wanted, cases, seed=4)

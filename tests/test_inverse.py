@@ -21,11 +21,11 @@ from lapa.baselines.inverse import (
     inverse_fingerprint,
 )
 from lapa.baselines.pseudo_label import PseudoLabelConfig, merge_pairs, pseudo_actions
-from lapa.data import rewrite
-from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import Dataset
+from lapa.data import replace_actions as rewrite
+from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.lerobot import EXTRA
-from lapa.data.rewrite import HideActionsConfig
+from lapa.data.replace_actions import HideActionsConfig
+from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.files import read_json, write_json
@@ -79,9 +79,9 @@ def test_it_learns_how_the_square_moves(trained: Path) -> None:
 
 
 def test_pseudo_labels_are_near_the_truth_of_new_videos(root: Path, trained: Path) -> None:
-    before = Dataset.open(root / "videos")
+    before = open_dataset(root / "videos")
     pseudo_label.run(PseudoLabelConfig(inverse=trained, data=root / "videos", out=root / "labelled", device="cpu"))
-    labelled, truth = Dataset.open(root / "labelled"), Dataset.open(root / "truth")
+    labelled, truth = open_dataset(root / "labelled"), open_dataset(root / "truth")
     said_NA, true_NA = (np.concatenate([d.actions(e) for e in range(8)]) for d in (labelled, truth))
     constant = np.abs(true_NA - true_NA.mean(0)).mean()
     assert np.abs(said_NA - true_NA).mean() < 0.6 * constant
@@ -160,7 +160,7 @@ class Oracle:
 @pytest.mark.parametrize("window", [4, 512])
 def test_an_oracles_pseudo_labels_are_the_truth(root: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", window)
-    truth = Dataset.open(root / "truth")
+    truth = open_dataset(root / "truth")
     oracle = Oracle(truth, horizon=3)
     actions = pseudo_actions(oracle, truth, "front", batch_size=3)
     assert sorted(actions) == list(range(8)) and oracle.largest_batch == 3 and not list(oracle.windows)
@@ -179,7 +179,7 @@ def test_episodes_too_short_for_a_pair_are_left_out_and_counted(
     config = PseudoLabelConfig(inverse=trained, data=tmp_path / "videos", out=tmp_path / "out", device="cpu")
     pseudo_label.run(config)
     assert "2 of 4 episodes left out" in capsys.readouterr().err
-    kept = Dataset.open(tmp_path / "out")
+    kept = open_dataset(tmp_path / "out")
     assert [episode.instruction for episode in kept.episodes] == ["task 1", "task 3"]
     assert [len(kept.actions(episode)) for episode in range(2)] == [4, 9]
 
@@ -191,7 +191,7 @@ def test_finished_pseudo_labels_are_accepted_if_they_are_this_models(
     pseudo_label.run(config)
     pseudo_label.run(replace(config, resume=True))
     assert "already complete" in capsys.readouterr().err
-    model(Dataset.open(root / "truth").action_space).save_pretrained(tmp_path / "other")
+    model(open_dataset(root / "truth").action_space).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=f"{EXTRA}: begun with other settings"):
         pseudo_label.run(replace(config, inverse=tmp_path / "other", resume=True))
     with pytest.raises(ValueError, match="already holds a finished result"):
@@ -264,7 +264,7 @@ def test_training_refuses_what_does_not_fit(root: Path, tmp_path: Path) -> None:
         inverse_train.run(train_config(root, tmp_path / "out", loop=loop(2, shard=True)))
     with pytest.raises(ValueError, match="is or contains"):
         inverse_train.run(train_config(root, root / "robot", overwrite=True))
-    assert Dataset.open(root / "robot")
+    assert open_dataset(root / "robot")
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lapa import config as configs
-from lapa.data.dataset import Dataset
 from lapa.data.labels import EpisodeLabels, Labels, Manifest, shard_path, write_shard
+from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
@@ -71,7 +71,7 @@ def test_every_frame_with_a_second_frame_is_labelled_as_the_model_labels_it(
     assert [row[:2] for row in rows(tmp_path / "labels")] == [
         (episode, frame) for episode in range(EPISODES) for frame in range(FRAMES - HORIZON)
     ]
-    model, dataset = LatentActionModel.from_pretrained(lam), Dataset.open(data)
+    model, dataset = LatentActionModel.from_pretrained(lam), open_dataset(data)
     frame_indices, codes_TL = labels.codes(5)
     for frame, codes_L in zip(frame_indices, codes_TL, strict=True):
         frames_THWC = dataset.frames(5, [frame, frame + HORIZON])
@@ -214,7 +214,7 @@ def test_static_pairs_are_left_out_and_counted(lam: Path, tmp_path: Path, capfd:
 
 def test_a_policy_takes_frames_without_labels(lam: Path, tmp_path: Path, data: Path) -> None:
     run(LabelConfig(lam=lam, data=data, out=tmp_path / "labels", min_motion=0.02))
-    labels, dataset = Labels.open(tmp_path / "labels"), Dataset.open(data)
+    labels, dataset = Labels.open(tmp_path / "labels"), open_dataset(data)
     assert 0 < labels.manifest.static_pairs < labels.manifest.num_rows
     steps = EpisodeSteps([dataset], 32, labels=[labels], split="all")
     assert len(steps) == labels.manifest.num_rows and all(
@@ -228,9 +228,9 @@ def test_a_damaged_video_stops_or_is_left_out(
 ) -> None:
     """The fourth video is cut off in the middle, so that its first frames can be decoded."""
     damaged = shutil.copytree(data, tmp_path / "damaged")
-    video = Dataset.open(damaged).video_path(3)  # type: ignore[attr-defined]
+    video = open_dataset(damaged).video_path(3)  # type: ignore[attr-defined]
     writer = DatasetWriter(tmp_path / "short", fps=10, cameras={"video": (32, 32)})
-    writer.add_episode({"video": Dataset.open(data).frames(3, range(8))}, "")
+    writer.add_episode({"video": open_dataset(data).frames(3, range(8))}, "")
     shutil.copy(writer.finish().video_path(0), video)
     config = LabelConfig(lam=lam, data=damaged, out=tmp_path / "out", shard_episodes=1, batch_size=4, decoders=decoders)
     with pytest.raises(ValueError, match=rf"{video.name}.*has no frame 8.*--skip-bad .*--resume"):
@@ -366,14 +366,14 @@ def test_a_dataset_in_place_needs_an_out(data: Path, lam: Path, tmp_path: Path) 
     folder = tmp_path / "films"
     folder.mkdir()
     for episode in range(2):
-        encode_clip(folder / f"{episode}.mp4", Dataset.open(data).frames(episode), 10)
+        encode_clip(folder / f"{episode}.mp4", open_dataset(data).frames(episode), 10)
     in_place = f"videos:{folder},caption=a square"
     with pytest.raises(
         ValueError, match=r"is read in place, and nothing is written into .*films; give a folder .* with --out"
     ):
         run(LabelConfig(lam=lam, data=in_place))
     run(LabelConfig(lam=lam, data=in_place, out=tmp_path / "labels"))
-    labels = Labels.open(tmp_path / "labels", dataset_fingerprint=Dataset.open(in_place).fingerprint)
+    labels = Labels.open(tmp_path / "labels", dataset_fingerprint=open_dataset(in_place).fingerprint)
     assert labels.manifest.num_rows == 2 * (FRAMES - HORIZON)
 
 
@@ -382,7 +382,7 @@ def test_a_dataset_may_have_its_own_horizon(data: Path, lam: Path, tmp_path: Pat
     # As its training wrote it down, for this dataset.
     trained = shutil.copytree(lam, tmp_path / "trained")
     config = read_json(trained / "config.json")
-    known = {Dataset.open(data).fingerprint: {"name": "videos", "horizon_seconds": 0.5}}
+    known = {open_dataset(data).fingerprint: {"name": "videos", "horizon_seconds": 0.5}}
     write_json(trained / "config.json", {**config, "datasets": known})
     run(LabelConfig(lam=trained, data=data, out=tmp_path / "trained_on"))
     given, trained_on = (Labels.open(tmp_path / name).manifest for name in ("given", "trained_on"))

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import EpisodeDecoders
+from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.label import ray_engine, shards
 from lapa.label.config import LabelConfig, RayConfig
@@ -97,7 +97,7 @@ def test_windows_hold_each_pair_once_and_the_frames_of_the_dataset(
     data: Path, num: int, horizon: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", 4)
-    dataset, pairs = Dataset.open(data), []
+    dataset, pairs = open_dataset(data), []
     with EpisodeDecoders(dataset, horizon=horizon, size=32, num=num) as decoders:
         found = decoders.windows([4, 1])
         for window in found:
@@ -240,7 +240,7 @@ def test_what_ray_gives_up_on_is_one_line() -> None:
 
 def with_an_empty_video(data: Path, folder: Path) -> tuple[Path, str]:
     damaged = shutil.copytree(data, folder / "damaged")
-    video = Dataset.open(damaged).video_path(3)  # type: ignore[attr-defined]
+    video = open_dataset(damaged).video_path(3)  # type: ignore[attr-defined]
     video.write_bytes(b"")
     return damaged, video.name
 

@@ -17,6 +17,7 @@ from lapa.data import info
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.pairs import FramePairs, PairsConfig
+from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.config import LoopConfig
 from lapa.files import as_path, read_json_lines
@@ -104,7 +105,7 @@ def opened(path: Path, **options: Any) -> Dataset:
 
 def test_published_rows_are_read_in_place(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "öpenx rows.jsonl", [published(number) for number in range(5)])
-    dataset = Dataset.open(f"openx=lapa-jsonl:{path},picture_codes={CODES}:0.5")
+    dataset = open_dataset(f"openx=lapa-jsonl:{path},picture_codes={CODES}:0.5")
     assert (dataset.name, dataset.weight, dataset.coded, dataset.cameras) == ("openx", 0.5, True, ("image",))
     assert [(one.length, one.instruction) for one in dataset.episodes] == [(1, f"push {n % 2}") for n in range(5)]
     assert dataset.picture_codes(3, [0, 0]).tolist() == [[3 + place for place in range(CODES)]] * 2
@@ -137,7 +138,7 @@ def test_finetuning_rows_become_a_dataset(tmp_path: Path, form: str) -> None:
     assert dataset.action_space.binary == (False,) * 6 + (True,)
     assert (dataset.frames(1, [2, 0]) == np.stack([pictures[5], pictures[1]])).all()
     run(LapaJsonlConfig(str(path), out=tmp_path / "out", size=16, workers=1))
-    converted = Dataset.open(tmp_path / "out")
+    converted = open_dataset(tmp_path / "out")
     assert [(one.length, one.instruction) for one in converted.episodes] == [(3, "lift 0"), (3, "lift 1")]
     assert (converted.actions(1) == dataset.actions(1)).all() and not (tmp_path / "out" / LABELS).exists()
 
@@ -149,7 +150,7 @@ def test_labels_lie_beside_what_the_rows_become(tmp_path: Path) -> None:
     write_pictures(tmp_path, rows)
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run(LapaJsonlConfig(str(path), out=tmp_path / "out", size=16, workers=1, lam="laq"))
-    dataset = Dataset.open(tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
     labels = Labels.open(tmp_path / "out" / LABELS, lam_fingerprint="laq", dataset_fingerprint=dataset.fingerprint)
     assert [labels.codes(number)[0].tolist() for number in range(2)] == [[0, 1], [0, 1, 2]]
     assert labels.codes(1)[1].tolist() == [[(3 + step + place) % 8 for place in range(4)] for step in range(3)]
@@ -394,7 +395,7 @@ def test_codes_and_the_pictures_they_stand_for_pretrain_alike(tmp_path: Path, po
         if images is not None:
             # The same rows, read as pictures, are another dataset for labels.
             manifest = json.loads((labels / "manifest.json").read_text())
-            manifest["dataset_fingerprint"] = Dataset.open(data).fingerprint
+            manifest["dataset_fingerprint"] = open_dataset(data).fingerprint
             (labels / "manifest.json").write_text(json.dumps(manifest))
         losses[name] = pretrained(data, labels, tmp_path / f"{name} policy", policy=policy)
     assert losses["codes"] == losses["pictures"] and len(losses["codes"]) == 2

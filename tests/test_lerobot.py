@@ -19,10 +19,10 @@ from check_lerobot import LENGTHS, made_up, write_robot, write_v21
 from PIL import Image
 
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import INFO, require_folder
-from lapa.data.parquet import find_episodes
-from lapa.data.rewrite import HideActionsConfig
-from lapa.data.rewrite import run as hide_actions
+from lapa.data.lerobot import INFO, find_episodes, require_folder
+from lapa.data.replace_actions import HideActionsConfig
+from lapa.data.replace_actions import run as hide_actions
+from lapa.data.spec import open_dataset
 from lapa.files import read_json, write_json
 from lapa.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading, run
 
@@ -103,15 +103,15 @@ def test_old_versions_hold_what_the_new_one_does(robot: Dataset, old: Path, tmp_
         target.mkdir(parents=True)
         for path in source.glob("episode_000002.*"):
             path.rename(target / path.name)
-    dataset = Dataset.open(root)
+    dataset = open_dataset(root)
     same(robot, dataset)
     assert dataset.tasks == robot.tasks
     assert (dataset.fps, dataset.image_shape("wrist"), dataset.name) == (30.0, (32, 64), "d")
-    assert dataset.fingerprint == Dataset.open(f"lerobot:{root}").fingerprint != robot.fingerprint
+    assert dataset.fingerprint == open_dataset(f"lerobot:{root}").fingerprint != robot.fingerprint
 
 
 def test_pictures_in_tables_are_read_across_row_groups(robot: Dataset, tmp_path: Path) -> None:
-    dataset = Dataset.open(with_pictures_in_tables(robot, tmp_path / "d"))
+    dataset = open_dataset(with_pictures_in_tables(robot, tmp_path / "d"))
     for episode in (2, 0, 1):
         frames = made_up(episode)[0]
         for camera in ("front", "wrist"):
@@ -129,7 +129,7 @@ def test_names_and_shapes_come_in_several_forms(robot: Dataset, tmp_path: Path) 
     for names in ({"axes": ["a", "b", "c"]}, {"a": 0, "c": 2, "b": 1}, ["a", "b", "c"]):
         features["action"]["names"] = names
         write_json(root / INFO, info)
-        dataset = Dataset.open(f"lerobot:{root},control=absolute,binary=b+c")
+        dataset = open_dataset(f"lerobot:{root},control=absolute,binary=b+c")
         assert (dataset.image_shape("wrist"), dataset.image_shape("front")) == ((32, 64), (64, 64))
         assert dataset.action_space.names == ("a", "b", "c")
         assert (dataset.action_space.control, dataset.action_space.binary) == ("absolute", (False, True, True))
@@ -141,10 +141,10 @@ def test_depth_maps_are_no_cameras(robot: Dataset, tmp_path: Path) -> None:
     info["features"][WRIST]["info"]["video.is_depth_map"] = True
     write_json(root / INFO, info)
     shutil.rmtree(root / "videos" / WRIST)
-    dataset = Dataset.open(root)
+    dataset = open_dataset(root)
     assert dataset.cameras == ("front",)
     hide_actions(HideActionsConfig(data=str(root), out=tmp_path / "hidden"))
-    assert WRIST not in Dataset.open(tmp_path / "hidden").features
+    assert WRIST not in open_dataset(tmp_path / "hidden").features
 
 
 def test_features_of_other_names_are_read_under_their_own(robot: Dataset, tmp_path: Path) -> None:
@@ -155,17 +155,17 @@ def test_features_of_other_names_are_read_under_their_own(robot: Dataset, tmp_pa
     table = pq.read_table(root / DATA)
     names = ["actions" if name == "action" else name for name in table.column_names]
     pq.write_table(table.rename_columns(names), root / DATA)
-    assert Dataset.open(root).action_dim is None
-    dataset = Dataset.open(f"lerobot:{root},action-key=actions,camera=wrist+front")
+    assert open_dataset(root).action_dim is None
+    dataset = open_dataset(f"lerobot:{root},action-key=actions,camera=wrist+front")
     assert np.array_equal(dataset.actions(1), robot.actions(1))
     assert dataset.cameras == ("wrist", "front")
     assert np.array_equal(dataset.frames(0), robot.frames(0, camera="wrist"))
     with pytest.raises(ValueError, match="did you mean 'actions'"):
-        Dataset.open(f"lerobot:{root},action_key=action_s")
+        open_dataset(f"lerobot:{root},action_key=action_s")
     with pytest.raises(ValueError, match="action needs numbers"):
-        Dataset.open(f"lerobot:{root},action_key={FRONT}")
+        open_dataset(f"lerobot:{root},action_key={FRONT}")
     with pytest.raises(ValueError, match="did you mean 'wrist'"):
-        Dataset.open(f"lerobot:{root},camera=wirst")
+        open_dataset(f"lerobot:{root},camera=wirst")
     with pytest.raises(ValueError, match="without options"):
         require_folder(dataset)
 
@@ -177,12 +177,12 @@ def test_conversion_upgrades_and_scales(robot: Dataset, old: Path, tmp_path: Pat
     (root / "meta/episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = LeRobotConfig(str(root), out=tmp_path / "new", size=32, camera=("wrist",), workers=1, control="delta")
     run(config)
-    dataset = Dataset.open(tmp_path / "new")
+    dataset = open_dataset(tmp_path / "new")
     assert dataset.info["codebase_version"] == "v3.0"
     assert (dataset.cameras, dataset.image_shape()) == (("wrist",), (32, 32))
     assert dataset.action_space.names == ("x", "y", "grip")
     assert dataset.action_space.control == "delta"
-    assert dataset.extra["source_fingerprint"] == Dataset.open(root).fingerprint
+    assert dataset.extra["source_fingerprint"] == open_dataset(root).fingerprint
     assert [episode.instruction for episode in dataset.episodes] == [episode.instruction for episode in robot.episodes]
     for episode in range(len(LENGTHS)):
         assert np.array_equal(dataset.actions(episode), robot.actions(episode))
@@ -198,7 +198,7 @@ def test_conversion_at_another_rate_needs_to_know_the_control(old: Path, tmp_pat
     with pytest.raises(ValueError, match="deltas or absolute is not known"):
         run(LeRobotConfig(str(old), **settings))
     run(LeRobotConfig(str(old), **settings, control="absolute"))
-    dataset = Dataset.open(tmp_path / "new")
+    dataset = open_dataset(tmp_path / "new")
     assert dataset.fps == 15.0
     # A target holds until the next tick, a state is what was measured at it.
     assert np.array_equal(dataset.actions(1), made_up(1)[1][[*range(1, 31, 2), 30]])
@@ -212,10 +212,10 @@ def test_damaged_episodes_are_left_out_and_counted(old: Path, tmp_path: Path, ca
     with pytest.raises(ValueError, match=r"episode_000001\.parquet: action of episode 1 is not finite at frame 0"):
         run(LeRobotConfig(str(root), out=tmp_path / "a", **settings))
     run(LeRobotConfig(str(root), out=tmp_path / "b", skip_bad=True, **settings))
-    assert len(Dataset.open(tmp_path / "b").lengths) == 2
+    assert len(open_dataset(tmp_path / "b").lengths) == 2
     assert re.search("left out, damaged.* 1", capsys.readouterr().err)
     run(LeRobotConfig(str(root), out=tmp_path / "c", actions=False, **settings))
-    assert len(Dataset.open(tmp_path / "c").lengths) == 3
+    assert len(open_dataset(tmp_path / "c").lengths) == 3
 
 
 def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
     pictures = with_pictures_in_tables(robot, tmp_path / "d")
     with pytest.raises(ValueError, match="needs cameras whose pictures are videos; `lapa data lerobot"):
         hide_actions(HideActionsConfig(data=str(pictures), out=tmp_path / "out"))
-    assert require_folder(Dataset.open(f"lerobot:{robot.root}")).root == robot.root
+    assert require_folder(open_dataset(f"lerobot:{robot.root}")).root == robot.root
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_what_is_wrong_with_info_is_said(robot: Dataset, tmp_path: Path, change:
     info = {key: value for key, value in {**robot.info, **change}.items() if value is not None}
     write_json(tmp_path / INFO, info)
     with pytest.raises(ValueError, match=rf"meta/info\.json: .*{told}"):
-        Dataset.open(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_missing_videos_are_counted_when_opened(old: Path, robot: Dataset, tmp_path: Path) -> None:
@@ -257,16 +257,16 @@ def test_missing_videos_are_counted_when_opened(old: Path, robot: Dataset, tmp_p
     for number in (1, 2):
         (root / f"videos/chunk-000/{WRIST}/episode_{number:06d}.mp4").unlink()
     with pytest.raises(ValueError, match=r"episode_000001\.mp4: no such file; 2 of 3 video files of .*wrist are"):
-        Dataset.open(root)
-    assert Dataset.open(f"lerobot:{root},camera=front").cameras == ("front",)
+        open_dataset(root)
+    assert open_dataset(f"lerobot:{root},camera=front").cameras == ("front",)
     shutil.rmtree(root / "videos")
     with pytest.raises(ValueError, match=r"3 of 3 video files"):
-        Dataset.open(root)
+        open_dataset(root)
     new = tmp_path / "new"
     shutil.copytree(robot.root, new)
     shutil.rmtree(new / "videos" / FRONT)
     with pytest.raises(ValueError, match=r"3 of 3 video files of observation\.images\.front are missing; download"):
-        Dataset.open(new)
+        open_dataset(new)
 
 
 def test_empty_files_and_pointers_of_git_lfs_are_told_apart(old: Path, tmp_path: Path) -> None:
@@ -274,17 +274,17 @@ def test_empty_files_and_pointers_of_git_lfs_are_told_apart(old: Path, tmp_path:
     video = root / f"videos/chunk-000/{FRONT}/episode_000001.mp4"
     video.write_bytes(b"")
     with pytest.raises(ValueError, match=r"episode_000001\.mp4: not a readable video \(it is empty"):
-        Dataset.open(root).frames(1, [0])
+        open_dataset(root).frames(1, [0])
     video.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
     with pytest.raises(ValueError, match=r"not a readable video .*run `git lfs pull`"):
-        Dataset.open(root).frames(1, [0])
+        open_dataset(root).frames(1, [0])
     (root / OLD_DATA).write_bytes(b"")
     with pytest.raises(ValueError, match=r"episode_000001\.parquet: cannot be read \(it is empty, zero bytes\)"):
-        Dataset.open(root).actions(1)
+        open_dataset(root).actions(1)
     (root / OLD_DATA).unlink()
     with pytest.raises(ValueError, match=r"episode_000001\.parquet: no such file"):
-        Dataset.open(root).actions(1)
-    assert len(Dataset.open(root).actions(0)) == LENGTHS[0]
+        open_dataset(root).actions(1)
+    assert len(open_dataset(root).actions(0)) == LENGTHS[0]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str
     else:
         path.write_text(text)
     with pytest.raises(ValueError, match=told):
-        Dataset.open(root)
+        open_dataset(root)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str
 def test_times_that_are_wrong_are_named(old: Path, tmp_path: Path, change: Callable, told: str) -> None:
     root = copied(old, tmp_path)
     change_rows(root / OLD_DATA, "timestamp", change)
-    dataset = Dataset.open(root)
+    dataset = open_dataset(root)
     for read in (dataset.actions, lambda episode: dataset.frames(episode, [0])):
         with pytest.raises(ValueError, match=rf"episode_000001\.parquet: episode 1: timestamps {told}"):
             read(1)
@@ -359,7 +359,7 @@ def test_episodes_are_found_as_row_by_row() -> None:
 def test_a_path_that_leads_in_a_circle_is_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ValueError, match="no such dataset folder"):
-        Dataset.open(tmp_path / "loop")
+        open_dataset(tmp_path / "loop")
 
 
 def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, tmp_path: Path) -> None:
@@ -373,13 +373,13 @@ def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, 
     ):
         pq.write_table(rows, root / OLD_DATA)
         with pytest.raises(ValueError, match=rf"episode_000001\.parquet: {told}"):
-            Dataset.open(root).actions(1)
+            open_dataset(root).actions(1)
     new = tmp_path / "new"
     shutil.copytree(robot.root, new)
     shuffled = pq.read_table(new / DATA).take(list(range(46, -1, -1)))
     pq.write_table(shuffled, new / DATA)
     with pytest.raises(ValueError, match="timestamps go backwards"):
-        Dataset.open(new).frames(0)
+        open_dataset(new).frames(0)
 
 
 def test_damaged_pictures_in_tables_are_named(robot: Dataset, tmp_path: Path) -> None:
@@ -393,18 +393,18 @@ def test_damaged_pictures_in_tables_are_named(robot: Dataset, tmp_path: Path) ->
     ):
         change_rows(root / DATA, FRONT, lambda rows, it=picture: [*rows[: first + 2], it, *rows[first + 3 :]])
         with pytest.raises(ValueError, match=rf"file-000\.parquet: .*{told}"):
-            Dataset.open(root).frames(1)
-        assert len(Dataset.open(root).frames(0)) == first
+            open_dataset(root).frames(1)
+        assert len(open_dataset(root).frames(0)) == first
 
 
 def test_a_name_on_the_hub_without_network_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"made-up/nothing: neither a folder here nor a dataset on the hub \(.+\)"):
-        Dataset.open("lerobot:made-up/nothing")
+        open_dataset("lerobot:made-up/nothing")
     with pytest.raises(ValueError, match="`lerobot:made-up/nothing` reads it from the hub"):
-        Dataset.open("made-up/nothing")
+        open_dataset("made-up/nothing")
     with pytest.raises(ValueError, match="no such dataset folder"):
-        Dataset.open("lerobot:./made-up")
+        open_dataset("lerobot:./made-up")
 
 
 def test_a_name_on_the_hub_opens_its_snapshot(old: Path, robot: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,8 +415,8 @@ def test_a_name_on_the_hub_opens_its_snapshot(old: Path, robot: Dataset, monkeyp
         return str(old)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    dataset = Dataset.open("arm=lerobot:someone/arm:0.5")
+    dataset = open_dataset("arm=lerobot:someone/arm:0.5")
     assert asked == [("someone/arm", "dataset")]
     assert (dataset.name, dataset.weight) == ("arm", 0.5)
-    assert Dataset.open("lerobot:someone/arm").name == "arm"
+    assert open_dataset("lerobot:someone/arm").name == "arm"
     assert np.array_equal(dataset.actions(0), robot.actions(0))

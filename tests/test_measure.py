@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from lapa import config as configs
-from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
 from lapa.policy import measure
 from lapa.policy.actions import ActionBins

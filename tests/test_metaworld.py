@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapa.data.dataset import Dataset
 from lapa.data.lerobot import JOURNAL
+from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.envs.metaworld import record as metaworld
 from lapa.envs.metaworld import simulator as metaworld_simulator
@@ -186,7 +186,7 @@ def test_recording_is_the_same_for_any_workers_and_after_a_kill(
     monkeypatch.setattr(metaworld, "check_installation", lambda: None)
     config = MetaworldConfig(tmp_path / "a", tasks="coffee-button,handle-press", episodes=1, size=32, workers=1)
     metaworld.run(config)
-    whole = Dataset.open(tmp_path / "a")
+    whole = open_dataset(tmp_path / "a")
     assert (whole.fps, len(whole.episodes), whole.action_dim) == (FPS, 2, 4)
     assert whole.action_space is not None and whole.action_space.control == "delta"
     assert not any(whole.action_space.binary)
@@ -208,7 +208,7 @@ def test_recording_is_the_same_for_any_workers_and_after_a_kill(
         metaworld.run(MetaworldConfig(**bare))
     metaworld.run(MetaworldConfig(**bare | {"resume": True}))
 
-    resumed = Dataset.open(tmp_path / "b")
+    resumed = open_dataset(tmp_path / "b")
     assert resumed.action_dim is None and resumed.state_dim is None
     assert resumed.episodes == whole.episodes
     for episode in whole.episodes:

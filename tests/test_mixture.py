@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.data.sampling import ItemIndex, Mixture, require_names, require_plain
+from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import BLOCK, Draw, Mixed, StepSampler, batch_loader
@@ -109,7 +109,7 @@ def test_parts_that_make_no_mixture_are_refused() -> None:
 
 
 def test_shares_are_by_weight_times_frames_or_episodes_or_by_weight_alone(root: Path, capsys) -> None:
-    datasets = [Dataset.open(spec) for spec in specs(root)]
+    datasets = [open_dataset(spec) for spec in specs(root)]
     both = ItemIndex([np.arange(6), np.arange(3)], [np.full(6, 10), np.full(3, 40)])
     shares = {by: Mixture.of(datasets, both, by).shares for by in ("frames", "episodes", "equal")}
     expected = {"frames": 60 / 90, "episodes": 6 / 6.75, "equal": 1 / 1.25}
@@ -125,7 +125,7 @@ def test_shares_are_by_weight_times_frames_or_episodes_or_by_weight_alone(root: 
 
 
 def test_equal_weights_by_frames_keep_the_order_of_one_pool(root: Path) -> None:
-    alike = [Dataset.open(f"{root / 'squares'}:0.5"), Dataset.open(f"{root / 'squares'}:0.5")]
+    alike = [open_dataset(f"{root / 'squares'}:0.5"), open_dataset(f"{root / 'squares'}:0.5")]
     pairs = FramePairs(alike, PairsConfig(size=32, horizon=0.3, held_out=0.0))
     assert pairs.groups is None
     drawn = [d.sample for b in StepSampler(len(pairs), 9, seed=4, first_step=0, last_step=24, groups=None) for d in b]
@@ -135,7 +135,7 @@ def test_equal_weights_by_frames_keep_the_order_of_one_pool(root: Path) -> None:
 
 
 def test_pairs_of_a_mixture_are_drawn_alike_by_any_number_of_workers(root: Path) -> None:
-    datasets = [Dataset.open(spec) for spec in specs(root)]
+    datasets = [open_dataset(spec) for spec in specs(root)]
     pairs = FramePairs(datasets, PairsConfig(size=32, horizon=0.3, held_out=0.0, mix_by="equal", min_motion=0.005))
     batches = []
     for workers in (0, 2):
@@ -148,18 +148,18 @@ def test_pairs_of_a_mixture_are_drawn_alike_by_any_number_of_workers(root: Path)
 
 
 def test_names_and_weights_that_do_not_fit_are_refused_with_the_mend(root: Path) -> None:
-    squares = Dataset.open(root / "squares")
+    squares = open_dataset(root / "squares")
     with pytest.raises(ValueError, match=r"has the name 'squares' of another one.*--data NAME="):
         require_names([squares, squares])
     require_plain([squares], "lapa baseline video", "--horizon-seconds")
     for spec, message in zip((f"{squares.root}:2", f"{squares.root},horizon=1"), ("weight", "horizon"), strict=True):
         with pytest.raises(ValueError, match=f"leave out.*{message}"):
-            require_plain([Dataset.open(spec)], "lapa baseline video", "--horizon-seconds")
+            require_plain([open_dataset(spec)], "lapa baseline video", "--horizon-seconds")
 
 
 @pytest.mark.parametrize("cache_gib", [0.0, 1.0])
 def test_pairs_that_do_not_move_are_left_out_and_counted(root: Path, capsys, cache_gib: float) -> None:
-    clips = Dataset.open(specs(root)[1])
+    clips = open_dataset(specs(root)[1])
     config = PairsConfig(size=32, held_out=0.0, min_motion=0.02, cache_gib=cache_gib)
     plain = FramePairs([clips], replace(config, min_motion=0.0))
     moving = FramePairs([clips], config)
@@ -181,7 +181,7 @@ def test_pairs_that_do_not_move_are_left_out_and_counted(root: Path, capsys, cac
 def test_nothing_that_moves_is_an_error(root: Path, tmp_path: Path) -> None:
     writer = DatasetWriter(tmp_path / "still", fps=10, cameras={"front": (32, 32)})
     writer.add_episode({"front": np.full((9, 32, 32, 3), 99, np.uint8)}, "wait")
-    datasets = [Dataset.open(root / "squares"), writer.finish()]
+    datasets = [open_dataset(root / "squares"), writer.finish()]
     with pytest.raises(ValueError, match=r"still: none of its 6 pairs changes by --min-motion 0\.01, 0\.0000 at most"):
         FramePairs(datasets, PairsConfig(size=32, horizon=0.3, min_motion=0.01))
     with pytest.raises(ValueError, match="it lies from 0"):
@@ -189,10 +189,10 @@ def test_nothing_that_moves_is_an_error(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_horizon_of_its_own_goes_before_the_common_one(root: Path) -> None:
-    pairs = FramePairs([Dataset.open(spec) for spec in specs(root)], PairsConfig(size=32, horizon=0.6), "all")
+    pairs = FramePairs([open_dataset(spec) for spec in specs(root)], PairsConfig(size=32, horizon=0.6), "all")
     assert (pairs.horizons, pairs.horizon_frames) == ((0.6, 0.2), (6, 4))
     with pytest.raises(ValueError, match="too short for a horizon of 9 s"):
-        FramePairs([Dataset.open(specs(root, ",horizon=9")[1])], PairsConfig(size=32))
+        FramePairs([open_dataset(specs(root, ",horizon=9")[1])], PairsConfig(size=32))
 
 
 def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_horizons(
@@ -211,13 +211,13 @@ def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_hori
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
     lam = LatentActionModel.from_pretrained(config.out)
-    squares, clips = (Dataset.open(spec) for spec in specs(root))
+    squares, clips = (open_dataset(spec) for spec in specs(root))
     noted = read_json(config.out / "config.json")["datasets"]
     assert noted[clips.fingerprint] == {"name": "own", "horizon_seconds": 0.2}
     assert noted[squares.fingerprint]["horizon_seconds"] == lam.horizon == 0.3
-    unsaid = Dataset.open(specs(root, "")[1])
+    unsaid = open_dataset(specs(root, "")[1])
     assert horizon_for(config.out, unsaid, lam) == 0.2, "as it was trained"
-    assert horizon_for(config.out, Dataset.open(specs(root, ",horizon=0.4")[1]), lam) == 0.4, "as it is told"
+    assert horizon_for(config.out, open_dataset(specs(root, ",horizon=0.4")[1]), lam) == 0.4, "as it is told"
     probe.run(ProbeConfig(config.out, specs(root, "")[1], tmp_path / "probe", num_pairs=8, device="cpu"))
     assert read_json(tmp_path / "probe" / "probe.json")["horizon_seconds"] == 0.2
     lines = [line for line in capsys.readouterr().err.splitlines() if "next: lapa label" in line]

@@ -10,6 +10,7 @@ import pytest
 
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.sources import videos
 from lapa.sources.narrated import NarratedConfig, seconds
 from test_videos_source import numbers, write_clip, write_times
@@ -34,7 +35,7 @@ def convert(folder: Path, narrations: str, **settings) -> Dataset:
     run(
         NarratedConfig(str(folder), narrations=narrations, out=out, **{"size": 48, "workers": 1, "fps": 10, **settings})
     )
-    return Dataset.open(out)
+    return open_dataset(out)
 
 
 def rows_of(folder: Path) -> str:
@@ -65,7 +66,7 @@ def test_rows_become_episodes_in_the_order_of_the_videos(folder: Path) -> None:
 
 def test_in_place_equals_the_converted_dataset(folder: Path) -> None:
     there = convert(folder, rows_of(folder))
-    here = Dataset.open(f"narrated:{folder},narrations={rows_of(folder)},fps=10")
+    here = open_dataset(f"narrated:{folder},narrations={rows_of(folder)},fps=10")
     assert [(e.source, e.length, e.instruction) for e in here.episodes] == [
         (e.source, e.length, e.instruction) for e in there.episodes
     ]
@@ -163,7 +164,7 @@ def test_tables_that_are_none(folder: Path) -> None:
     with pytest.raises(ValueError, match="no such table of narrations"):
         convert(folder, str(folder.parent / "gone.csv"))
     with pytest.raises(ValueError, match="no narrations; give a CSV"):
-        Dataset.open(f"narrated:{folder}")
+        open_dataset(f"narrated:{folder}")
 
 
 def test_a_video_that_cannot_be_read_is_named(folder: Path) -> None:

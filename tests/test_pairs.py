@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.data.sampling import split_episodes
+from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import StepSampler, batch_loader
 from lapa.sources.synthetic import moving_squares, write_synthetic_dataset
@@ -185,7 +186,7 @@ class Store(AsyncFileSystemWrapper):
 @pytest.mark.filterwarnings("ignore:UPath 'store' filesystem")
 def test_workers_read_a_store_whose_connections_do_not_survive_a_fork(square: Dataset) -> None:
     fsspec.register_implementation("store", Store, clobber=True)
-    pairs = FramePairs([Dataset.open(f"store://{square.root}")], PairsConfig(size=32, cache_gib=0.0), "all")
+    pairs = FramePairs([open_dataset(f"store://{square.root}")], PairsConfig(size=32, cache_gib=0.0), "all")
     read = []
     for workers in (0, 1):
         sampler = StepSampler(len(pairs), 4, seed=0, first_step=0, last_step=2)

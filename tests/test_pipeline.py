@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lapa import cli, demo
-from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
+from lapa.data.spec import open_dataset
 from lapa.files import read_json
 from lapa.latent.model import lam_fingerprint
 from lapa.stages import Stage, run_stage
@@ -48,11 +48,11 @@ def test_artifacts_name_what_they_were_made_from(finished: demo.DemoConfig) -> N
     labels = Labels.open(
         out / "labels",
         lam_fingerprint=lam_fingerprint(out / "lam"),
-        dataset_fingerprint=Dataset.open(out / "videos").fingerprint,
+        dataset_fingerprint=open_dataset(out / "videos").fingerprint,
     )
     assert labels.manifest.lam_fingerprint in (out / "latent_policy" / "config.json").read_text()
-    assert Dataset.open(out / "videos").action_dim is None
-    assert Dataset.open(out / "demonstrations").action_dim == 2
+    assert open_dataset(out / "videos").action_dim is None
+    assert open_dataset(out / "demonstrations").action_dim == 2
 
 
 def test_a_second_run_does_nothing_again(finished: demo.DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:

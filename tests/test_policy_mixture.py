@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.data.dataset import Dataset
 from lapa.data.sampling import split_episodes
+from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.data.writer import DatasetWriter
 from lapa.evaluate.rollout import EvaluateConfig, evaluate
@@ -35,7 +35,7 @@ def root(tmp_path_factory):
 def two_robots(root, tmp_path_factory):
     """Two robots of two dimensions that differ in scale, in names, in control and in which dimension is binary."""
     folder = tmp_path_factory.mktemp("robots")
-    robot = Dataset.open(root / "robot")
+    robot = open_dataset(root / "robot")
     for name, camera, scale, binary in (("wide", "top", 100.0, []), ("narrow", "side", 0.1, ["grip"])):
         writer = DatasetWriter(
             folder / name, fps=10, cameras={camera: (64, 64)}, action_names=["reach", "grip"], state_names=["x", "y"]
@@ -70,7 +70,7 @@ def test_each_dataset_has_statistics_of_its_own_and_a_robot_acts_by_one(two_robo
     assert "datasets differ in control" in told and "--statistics-key big" in told and "75.0%" in told
     parts = load_policy(config.out)
     assert parts.codec is None and set(parts.by_key) == {"big", "small"}
-    wide, narrow = (Dataset.open(two_robots / name) for name in ("wide", "narrow"))
+    wide, narrow = (open_dataset(two_robots / name) for name in ("wide", "narrow"))
     observation = Observation({"top": wide.frames(0, [0])[0]}, "move up", wide.states(0)[0])
     for key, dataset in {"big": wide, "small": narrow}.items():
         policy = Policy.from_pretrained(config.out, device="cpu", statistics_key=key)
@@ -109,7 +109,7 @@ def test_samples_are_said_in_the_statistics_of_their_dataset(two_robots, tmp_pat
     config = robots_config(two_robots, tmp_path / "out", loop=loop(1))
     finetune.run(config)
     parts = load_policy(config.out)
-    datasets = [Dataset.open(spec) for spec in config.data]
+    datasets = [open_dataset(spec) for spec in config.data]
     steps = EpisodeSteps(datasets, 32, chunk=2, state=True)
     indices = [0, len(steps) - 3]
     batch = parts.inputs.collate([steps[index] for index in indices])
@@ -124,7 +124,7 @@ def test_samples_are_said_in_the_statistics_of_their_dataset(two_robots, tmp_pat
 def test_a_small_dataset_is_looked_at_beside_a_large_one_and_figures_go_by_the_shares(
     two_robots, tmp_path, monkeypatch
 ):
-    wide = Dataset.open(two_robots / "wide")
+    wide = open_dataset(two_robots / "wide")
     writer = DatasetWriter(tmp_path / "long", fps=10, cameras={"top": (64, 64)}, action_names=["reach", "grip"])
     frames_THWC, actions_TA = np.tile(wide.frames(0), (61, 1, 1, 1)), np.tile(wide.actions(0), (61, 1))
     writer.add_episode({"top": frames_THWC}, "move up", actions=actions_TA)
@@ -135,7 +135,7 @@ def test_a_small_dataset_is_looked_at_beside_a_large_one_and_figures_go_by_the_s
     parts = load_policy(config.out)
 
     def steps_of(*specs):
-        return EpisodeSteps([Dataset.open(spec) for spec in specs], 32, chunk=2, mix_by="equal")
+        return EpisodeSteps([open_dataset(spec) for spec in specs], 32, chunk=2, mix_by="equal")
 
     @torch.no_grad()
     def figures_of(*specs):
@@ -168,7 +168,7 @@ def test_a_robot_reads_the_prompt_of_its_statistics_key(two_robots, tmp_path):
 
 def test_datasets_without_a_common_camera_are_refused_with_the_mend(two_robots, tmp_path):
     """Where they have several each; where each has one, there is no doubt."""
-    robot = Dataset.open(two_robots / "wide")
+    robot = open_dataset(two_robots / "wide")
     folders = []
     for name in ("a", "b"):
         cameras = {f"{name}{number}": (64, 64) for number in range(2)}
@@ -228,7 +228,7 @@ def test_statistics_may_be_pooled_and_datasets_of_one_name_are_refused(root, two
 
 
 def test_pretraining_on_a_mixture_resumes_exactly(root, tmp_path):
-    labels = write_labels(tmp_path / "labels", Dataset.open(root / "robot"))
+    labels = write_labels(tmp_path / "labels", open_dataset(root / "robot"))
     data = (f"{root / 'videos'}:1", f"{root / 'robot'}:0.25")
     whole = pretrain_config(root, tmp_path / "whole", data=data, labels=(root / "labels", labels), loop=loop(4))
     parts = replace(whole, out=tmp_path / "parts")

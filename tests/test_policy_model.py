@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lapa import config as configs
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import TinyConfig, renew_backbone
 from lapa.policy.backbones.tiny import TinyProcessor

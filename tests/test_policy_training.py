@@ -13,6 +13,7 @@ from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.sampling import split_episodes
+from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.files import read_json
@@ -112,7 +113,7 @@ def test_pretraining_learns_the_labels(pretrained):
 def test_finetuning_overfits_a_few_episodes(root):
     """From frames on disk to actions in the robot's units."""
     finetune.run(finetune_config(root, root / "overfitted", held_out=0.0, loop=loop(90)))
-    dataset, policy = Dataset.open(root / "robot"), Policy.from_pretrained(root / "overfitted", device="cpu")
+    dataset, policy = open_dataset(root / "robot"), Policy.from_pretrained(root / "overfitted", device="cpu")
     errors, sizes = [], []
     for episode in dataset.episodes:
         frames = dataset.frames(episode.index)
@@ -200,7 +201,7 @@ def test_a_policy_that_acts_keeps_its_head(root, tmp_path, head):
 
 def test_statistics_may_be_another_datasets(root, tmp_path):
     """As of the robot's own actions, before training on guessed ones of a narrower range."""
-    robot = Dataset.open(root / "robot")
+    robot = open_dataset(root / "robot")
     narrow = DatasetWriter(
         tmp_path / "guessed", fps=robot.fps, cameras={robot.cameras[0]: (64, 64)}, action_names=["vx", "vy"]
     )
@@ -225,7 +226,7 @@ def test_labels_of_another_model_or_dataset_are_refused(root, tmp_path):
         pretrain.run(pretrain_config(root, tmp_path / "out", data=(root / "robot",)))
     with pytest.raises(ValueError, match="need as many --labels folders"):
         pretrain.run(pretrain_config(root, tmp_path / "out", data=(root / "robot", root / "videos")))
-    other = write_labels(tmp_path / "labels", Dataset.open(root / "robot"), lam_fingerprint="fedcba9876543210")
+    other = write_labels(tmp_path / "labels", open_dataset(root / "robot"), lam_fingerprint="fedcba9876543210")
     both = {"data": (root / "videos", root / "robot"), "labels": (root / "labels", other)}
     with pytest.raises(ValueError, match="label all datasets with one model"):
         pretrain.run(pretrain_config(root, tmp_path / "out", **both))
@@ -234,7 +235,7 @@ def test_labels_of_another_model_or_dataset_are_refused(root, tmp_path):
 
 def test_held_out_episodes_without_a_label_do_not_stop_the_training(root, tmp_path, capsys):
     held_out = split_episodes(16, 0.1, 0, "held_out")
-    labels = write_labels(tmp_path / "labels", Dataset.open(root / "videos"), left_out=held_out)
+    labels = write_labels(tmp_path / "labels", open_dataset(root / "videos"), left_out=held_out)
     pretrain.run(pretrain_config(root, tmp_path / "out", labels=(labels,), loop=loop(1)))
     assert "none of the held-out episodes has a label" in capsys.readouterr().err
     assert "held_out_loss" in read_json(tmp_path / "out" / "metrics.json")
@@ -300,7 +301,7 @@ def test_every_head_finetunes_and_acts_with_the_state(root, pretrained, tmp_path
         loop=loop(2),
     )
     finetune.run(config)
-    dataset, policy = Dataset.open(root / "robot"), Policy.from_pretrained(tmp_path / "out", device="cpu")
+    dataset, policy = open_dataset(root / "robot"), Policy.from_pretrained(tmp_path / "out", device="cpu")
     assert policy.state_dim == dataset.state_dim == 2 and policy.action_space == dataset.action_space
     picture, state = dataset.frames(0, [0])[0], dataset.states(0)[0]
     actions_BKA = policy.infer([Observation({"front": picture}, "move right", state)])
@@ -313,7 +314,7 @@ def test_every_head_finetunes_and_acts_with_the_state(root, pretrained, tmp_path
 
 
 def test_latent_actions_are_kept_while_finetuning(root, pretrained, tmp_path):
-    labels = write_labels(tmp_path / "labels", Dataset.open(root / "robot"))
+    labels = write_labels(tmp_path / "labels", open_dataset(root / "robot"))
     config = finetune_config(
         root, tmp_path / "out", policy=pretrained, from_scratch=False, labels=(labels,), loop=loop(30)
     )
@@ -322,7 +323,7 @@ def test_latent_actions_are_kept_while_finetuning(root, pretrained, tmp_path):
     assert {"held_out_latent_token_accuracy", "held_out_token_accuracy", "held_out_action_error"} <= metrics.keys()
     finetune.run(replace(config, out=tmp_path / "without", labels=()))
     assert "held_out_latent_token_accuracy" not in read_json(tmp_path / "without" / "metrics.json")
-    of_another = write_labels(tmp_path / "of_another", Dataset.open(root / "robot"), lam_fingerprint="f" * 16)
+    of_another = write_labels(tmp_path / "of_another", open_dataset(root / "robot"), lam_fingerprint="f" * 16)
     with pytest.raises(ValueError, match="learned the latent actions of the model 0123456789abcdef, the labels"):
         finetune.run(replace(config, out=tmp_path / "no", labels=(of_another,)))
     with pytest.raises(ValueError, match="has no latent actions to go on learning"):

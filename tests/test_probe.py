@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lapa.cli import main
-from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig
+from lapa.data.spec import open_dataset
 from lapa.data.video import ClipScan
 from lapa.files import read_json
 from lapa.latent.figures import Sample, draw_sample, encode, other_episodes, usage_figures
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sample_of(data: Path, num: int, horizon: float = 0.4) -> Sample:
     config = PairsConfig(size=SIZE, horizon=horizon, held_out=0, cache_gib=0, middle=True)
-    return draw_sample(FramePairs([Dataset.open(data)], config, split="all"), num, seed=0, actions=True)
+    return draw_sample(FramePairs([open_dataset(data)], config, split="all"), num, seed=0, actions=True)
 
 
 class Fake(nn.Module):
@@ -284,7 +284,7 @@ def test_compare_gives_every_model_the_same_first_frames(
     assert lapa("latent", "compare", lam, "--data", data) == 2
     assert "two or more" in capsys.readouterr().err
     near, far = (
-        FramePairs([Dataset.open(data)], PairsConfig(size=SIZE, horizon=horizon, cache_gib=0), split="all")
+        FramePairs([open_dataset(data)], PairsConfig(size=SIZE, horizon=horizon, cache_gib=0), split="all")
         for horizon in (0.1, 0.5)
     )
     places = [far.location(index) for index in (0, 17, len(far) - 1)]

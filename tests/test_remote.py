@@ -21,6 +21,7 @@ from upath.registry import register_implementation
 
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import require_folder
+from lapa.data.spec import open_dataset
 from lapa.files import as_path, is_remote
 from lapa.sources.lerobot import LeRobotConfig, run
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -93,29 +94,29 @@ def same(one: Dataset, other: Dataset) -> None:
 
 
 def test_a_dataset_in_memory_is_the_one_on_disk(local: Dataset, bucket: str) -> None:
-    dataset = Dataset.open(f"memory://{bucket}/ds,horizon=0.5:2.0")
+    dataset = open_dataset(f"memory://{bucket}/ds,horizon=0.5:2.0")
     same(local, dataset)
     assert (dataset.name, dataset.horizon, dataset.weight) == ("ds", 0.5, 2.0)
     for seconds in ("0", "nan", "inf"):
         with pytest.raises(ValueError, match=rf"must be above 0 seconds, got {seconds}"):
-            Dataset.open(f"memory://{bucket}/ds,horizon={seconds}")
+            open_dataset(f"memory://{bucket}/ds,horizon={seconds}")
     assert is_remote(dataset.root)
     same(local, pickle.loads(pickle.dumps(dataset)))
 
 
 def test_file_urls_are_folders_of_this_machine(local: Dataset) -> None:
-    dataset = Dataset.open(f"file://{local.root}")
+    dataset = open_dataset(f"file://{local.root}")
     same(local, dataset)
     assert require_folder(dataset).root == local.root
-    same(local, Dataset.open(f"lerobot:file://{local.root}"))
+    same(local, open_dataset(f"lerobot:file://{local.root}"))
 
 
 def test_old_layouts_and_stored_pictures_open_from_a_store(local: Dataset, bucket: str, tmp_path: Path) -> None:
     write_v21(local, tmp_path / "old")
     upload(tmp_path / "old", f"/{bucket}/old")
-    dataset = Dataset.open(f"old=lerobot:memory://{bucket}/old,control=delta")
+    dataset = open_dataset(f"old=lerobot:memory://{bucket}/old,control=delta")
     assert dataset.name == "old"
-    same(Dataset.open(f"lerobot:{tmp_path / 'old'},control=delta"), dataset)
+    same(open_dataset(f"lerobot:{tmp_path / 'old'},control=delta"), dataset)
     path = tmp_path / "pictures.parquet"
     pq.write_table(pa.table({"picture": [{"bytes": b"none", "path": "x"}]}), path)
     assert as_path(f"file://{path}") == path
@@ -123,39 +124,39 @@ def test_old_layouts_and_stored_pictures_open_from_a_store(local: Dataset, bucke
 
 def test_a_store_is_converted_to_this_machine(local: Dataset, bucket: str, tmp_path: Path) -> None:
     run(LeRobotConfig(f"memory://{bucket}/ds", out=tmp_path / "new", size=32, workers=1))
-    dataset = Dataset.open(tmp_path / "new")
+    dataset = open_dataset(tmp_path / "new")
     assert np.array_equal(dataset.actions(2), local.actions(2))
     assert dataset.extra["source_fingerprint"] == local.fingerprint
 
 
 def test_rewriting_needs_a_folder_of_this_machine(bucket: str) -> None:
     with pytest.raises(ValueError, match="needs a dataset folder on this machine"):
-        require_folder(Dataset.open(f"memory://{bucket}/ds"))
+        require_folder(open_dataset(f"memory://{bucket}/ds"))
 
 
 def test_what_is_not_there_is_said(bucket: str) -> None:
     with pytest.raises(ValueError, match=rf"memory://{bucket}/none/meta/info\.json: no such file; a dataset folder"):
-        Dataset.open(f"memory://{bucket}/none")
+        open_dataset(f"memory://{bucket}/none")
     fsspec.filesystem("memory").rm(f"/{bucket}/ds/videos/observation.images.front/chunk-000/file-001.mp4")
     with pytest.raises(ValueError, match=r"file-001\.mp4: no such file; 1 of 3 video files"):
-        Dataset.open(f"memory://{bucket}/ds")
+        open_dataset(f"memory://{bucket}/ds")
     fsspec.filesystem("memory").rm(f"/{bucket}/ds/videos", recursive=True)
     with pytest.raises(ValueError, match=r"file-000\.mp4: no such file; 3 of 3 video files"):
-        Dataset.open(f"memory://{bucket}/ds")
+        open_dataset(f"memory://{bucket}/ds")
 
 
 @pytest.mark.parametrize("shut", ["", "meta/episodes", "videos", "data/"])
 def test_no_permission_is_said_with_the_file(bucket: str, shut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeniedFileSystem, "shut", (shut,))
     with pytest.raises(ValueError, match=rf"denied:///{bucket}/ds/{shut}.*: no permission to read it \(Access Denied"):
-        Dataset.open(f"denied://{bucket}/ds").frames(0)
+        open_dataset(f"denied://{bucket}/ds").frames(0)
 
 
 def test_an_empty_object_is_told(bucket: str) -> None:
     video = f"/{bucket}/ds/videos/observation.images.front/chunk-000/file-001.mp4"
     fsspec.filesystem("memory").pipe(video, b"")
     with pytest.raises(ValueError, match=r"file-001\.mp4: not a readable video \(it is empty, zero bytes\)"):
-        Dataset.open(f"memory://{bucket}/ds").frames(1)
+        open_dataset(f"memory://{bucket}/ds").frames(1)
 
 
 @pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
@@ -163,12 +164,12 @@ def test_a_missing_package_is_named(protocol: str, package: str) -> None:
     if find_spec(package):
         pytest.skip(f"{package} is installed")
     with pytest.raises(ValueError, match=rf"reading {protocol}:// needs another package: pip install {package}"):
-        Dataset.open(f"{protocol}://bucket/dataset,horizon=0.6")
+        open_dataset(f"{protocol}://bucket/dataset,horizon=0.6")
 
 
 def test_an_unknown_store_is_said() -> None:
     with pytest.raises(ValueError, match="nonsense://bucket: no such file system"):
-        Dataset.open("nonsense://bucket")
+        open_dataset("nonsense://bucket")
 
 
 def test_folders_without_permission_are_said_here_too(
@@ -182,4 +183,4 @@ def test_folders_without_permission_are_said_here_too(
     # Whoever runs the tests as root may read everything.
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(ValueError, match=r"meta/info\.json: no permission to read it .*change its permissions"):
-        Dataset.open(tmp_path / "d")
+        open_dataset(tmp_path / "d")

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lapa.data import rewrite
-from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import Dataset
+from lapa.data import replace_actions as rewrite
+from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS
-from lapa.data.rewrite import HideActionsConfig, claim_rewrite, rewrite_actions
+from lapa.data.replace_actions import HideActionsConfig, claim_rewrite, rewrite_actions
+from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip
 from lapa.files import read_json
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -28,7 +28,7 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def hide(dataset: Dataset, out: Path, **changes) -> Dataset:
     rewrite.run(HideActionsConfig(data=dataset.root, out=out, **changes))
-    return Dataset.open(out)
+    return open_dataset(out)
 
 
 def new_actions(dataset: Dataset, episode: int) -> np.ndarray:
@@ -72,7 +72,7 @@ def with_shared_files(source: Dataset, root: Path) -> Dataset:
     info = read_json(root / INFO)
     info["features"]["next.reward"] = {"dtype": "float32", "shape": [1], "names": None}
     rewrite.write_json(root / INFO, info)
-    return Dataset.open(root)
+    return open_dataset(root)
 
 
 def same_pictures(before: Dataset, old: int, after: Dataset, new: int) -> bool:
@@ -181,7 +181,7 @@ def test_an_unfinished_rewrite_is_begun_again(robot: Dataset, tmp_path: Path, mo
         hide(robot, out)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="unfinished dataset"):
-        Dataset.open(out)
+        open_dataset(out)
     other = write_synthetic_dataset(tmp_path / "other", 2, frames=6, size=32)
     with pytest.raises(ValueError, match="begun with other settings"):
         hide(other, out, resume=True)
@@ -231,7 +231,7 @@ def test_actions_that_do_not_fit_are_refused(
 
 def test_a_missing_video_is_named(robot: Dataset, tmp_path: Path) -> None:
     shutil.copytree(robot.root, tmp_path / "broken")
-    broken = Dataset.open(tmp_path / "broken")
+    broken = open_dataset(tmp_path / "broken")
     broken.video_path(2).unlink()
     with pytest.raises(ValueError, match=r"file-002\.mp4: no such file"):
         hide(broken, tmp_path / "hidden")

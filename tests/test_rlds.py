@@ -20,12 +20,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lapa.data import writer
-from lapa.data.action_space import CONTROLS
 from lapa.data.convert import run
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import CONTROLS, Dataset
 from lapa.data.lerobot import INFO
-from lapa.data.opening import open_source
 from lapa.data.pairs import FramePairs, PairsConfig
+from lapa.data.spec import open_dataset, open_source
 from lapa.data.transforms import resize_and_crop
 from lapa.files import as_path
 from lapa.sources import folder_scan
@@ -54,7 +53,7 @@ SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "sh
 def convert(folder: Path, **options: Any) -> Dataset:
     out = options.pop("out", folder.parent.parent / "dataset")
     run(RldsConfig(str(folder), out=out, **{"size": 32, "fps": 5.0, "workers": 1, **options}))
-    return Dataset.open(out)
+    return open_dataset(out)
 
 
 def opened(folder: Path | str, **options: Any) -> Dataset:
@@ -325,7 +324,7 @@ def _told(dataset: Dataset) -> list[tuple[Any, ...]]:
 
 def test_a_spec_reads_the_same_in_any_number_of_workers(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
-    dataset = Dataset.open(f"mine=rlds:{folder},camera=wrist_rgb+main,fps=5,horizon=0.4:0.5")
+    dataset = open_dataset(f"mine=rlds:{folder},camera=wrist_rgb+main,fps=5,horizon=0.4:0.5")
     assert (dataset.name, dataset.cameras, dataset.weight) == ("mine", ("wrist_rgb", "main"), 0.5)
     pairs = FramePairs([dataset], PairsConfig(size=32, camera="main", cache_gib=0, held_out=0))
     assert len(pairs) == 5 * (STEPS - 2)

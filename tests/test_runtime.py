@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.policy.actions import ActionBins
 from lapa.policy.backbones import TinyConfig, create_backbone
 from lapa.policy.checkpoint import PolicyParts, load_policy, save_policy

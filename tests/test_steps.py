@@ -14,6 +14,7 @@ from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
 from lapa.data.sampling import split_episodes
+from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.data.transforms import augment
 from lapa.data.writer import DatasetWriter
@@ -110,7 +111,7 @@ def test_a_number_that_is_not_finite_is_named(feature: str, tmp_path: Path) -> N
     values[9][1] = float("nan")
     column = table.schema.get_field_index(feature)
     pq.write_table(table.set_column(column, feature, pa.array(values, table.schema.field(feature).type)), path)
-    steps = EpisodeSteps([Dataset.open(dataset.root)], 32, chunk=2, state=True)
+    steps = EpisodeSteps([open_dataset(dataset.root)], 32, chunk=2, state=True)
     steps[5]
     with pytest.raises(ValueError, match=rf"robot/data.*{feature} of episode 1 is not finite at frame 3"):
         steps[8]

@@ -9,6 +9,7 @@ import pytest
 
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.sources.sthv2 import Sthv2Config, read_labels
 from test_videos_source import write_clip
 
@@ -38,7 +39,7 @@ def root(tmp_path: Path) -> Path:
 def convert(root: Path, **settings) -> Dataset:
     out = settings.pop("out", root.parent / "dataset")
     run(Sthv2Config(str(root), out=out, **{"size": 32, "workers": 1, **settings}))
-    return Dataset.open(out)
+    return open_dataset(out)
 
 
 def test_the_films_of_a_split_become_episodes(root: Path) -> None:
@@ -52,7 +53,7 @@ def test_the_films_of_a_split_become_episodes(root: Path) -> None:
 
 
 def test_in_place_equals_the_converted_dataset(root: Path) -> None:
-    there, here = convert(root), Dataset.open(f"sthv2:{root},split=train")
+    there, here = convert(root), open_dataset(f"sthv2:{root},split=train")
     assert [(e.source, e.length, e.instruction) for e in here.episodes] == [
         (e.source, e.length, e.instruction) for e in there.episodes
     ]
@@ -70,7 +71,7 @@ def test_templates_lose_their_brackets(root: Path) -> None:
 def test_the_test_split_has_no_text(root: Path, capsys: pytest.CaptureFixture) -> None:
     assert [e.instruction for e in convert(root, split="test").episodes] == [""]
     assert "videos without label: 1 of 1; --caption TEXT gives them one" in capsys.readouterr().err
-    dataset = Dataset.open(f"sthv2:{root},split=test,caption=do it")
+    dataset = open_dataset(f"sthv2:{root},split=test,caption=do it")
     assert [e.instruction for e in dataset.episodes] == ["do it"]
 
 
@@ -89,7 +90,7 @@ def test_damaged_films_are_left_out_on_request(root: Path) -> None:
     with pytest.raises(ValueError, match=r"9\.webm: .*empty, zero bytes"):
         convert(root)
     with pytest.raises(ValueError, match=r"9\.webm: .*empty, zero bytes"):
-        Dataset.open(f"sthv2:{root}")
+        open_dataset(f"sthv2:{root}")
     assert len(convert(root, skip_bad=True, overwrite=True).lengths) == 2
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lapa import cli
 from lapa.config import to_dict
-from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.files import read_json
 from lapa.stages import OutOfTimeError, Stage, run_stage
 from lapa.study import run as study_run
@@ -63,8 +63,8 @@ def test_all_five_arms_run_and_are_reported(study: Path) -> None:
 
 def test_only_actionvla_pretrains_on_actions(study: Path) -> None:
     plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
-    assert Dataset.open(plan.videos.folder(study)).action_dim == 2
-    assert Dataset.open(plan.videos_without_actions.folder(study)).action_dim is None
+    assert open_dataset(plan.videos.folder(study)).action_dim == 2
+    assert open_dataset(plan.videos_without_actions.folder(study)).action_dim is None
     for arm in ARMS:
         sees = plan.videos in [step for s in order(plan.policy(arm)) for step in s.inputs if "hide" not in s.verb]
         assert sees == (arm == "actionvla"), arm

@@ -17,7 +17,8 @@ from lapa.baselines.inverse import InverseConfig, InverseDynamics, Recording
 from lapa.baselines.unipi import UniPi, UniPiConfig
 from lapa.baselines.video_model import VideoConfig, VideoModel
 from lapa.baselines.video_train import VideoTrainConfig
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
+from lapa.data.spec import open_dataset
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.evaluate.rollout import EvaluateConfig, evaluate
 from lapa.files import read_json
@@ -128,9 +129,8 @@ def test_changes_have_unit_variance(root: Path) -> None:
 
 
 def test_past_the_end_of_an_episode_its_last_frame_stays(root: Path) -> None:
-    from lapa.data.dataset import Dataset
 
-    dataset = Dataset.open(root / "squares")
+    dataset = open_dataset(root / "squares")
     futures = video_train._futures(training(root, "unused"), [dataset], "train")
     frames_THWC = dataset.frames(1)
     assert len(futures) == 16
@@ -144,9 +144,8 @@ def test_past_the_end_of_an_episode_its_last_frame_stays(root: Path) -> None:
 def test_where_nothing_is_held_out_the_training_frames_are_decoded_once(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lapa.data.dataset import Dataset
 
-    dataset, config = Dataset.open(root / "squares"), training(root, "unused")
+    dataset, config = open_dataset(root / "squares"), training(root, "unused")
     futures = video_train._futures(config, [dataset], "train")
     assert video_train._held_out(config, [dataset], futures) is futures and futures.split == "train"
     assert "no episode is held out" in capsys.readouterr().err

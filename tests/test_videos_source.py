@@ -25,6 +25,7 @@ from lapa.data.convert import resample, run
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.source import SourceDataset
+from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import ClipScan, encode_clip
 from lapa.data.workers import AHEAD, Workers
@@ -63,7 +64,7 @@ def convert(folder: Path, **settings) -> Dataset:
     if settings.get("captions"):
         settings["captions"] = str(settings["captions"])
     run(VideosConfig(str(folder), out=out, **settings))
-    return Dataset.open(out)
+    return open_dataset(out)
 
 
 def test_a_folder_becomes_a_dataset_in_natural_order(folder: Path) -> None:
@@ -283,7 +284,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(folder: Path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             convert(folder, out=out)
     with pytest.raises(ValueError, match="unfinished"):
-        Dataset.open(out)
+        open_dataset(out)
     with pytest.raises(ValueError, match="--resume"):
         convert(folder, out=out)
     assert convert(folder, out=out, resume=True).fingerprint == whole.fingerprint
@@ -330,7 +331,7 @@ def write_times(path: Path, times: list[float], size: tuple[int, int] = (48, 64)
 
 def in_place(folder: Path, **options: object) -> Dataset:
     told = "".join(f",{key}={value}" for key, value in {"caption": "wait", **options}.items())
-    return Dataset.open(f"videos:{folder}{told}")
+    return open_dataset(f"videos:{folder}{told}")
 
 
 def numbers(frames_THWC: np.ndarray) -> list[int]:
@@ -469,7 +470,7 @@ def test_an_archive_is_not_unpacked(tmp_path: Path) -> None:
         convert(tmp_path / "clips.tar.gz")
     assert not (tmp_path.parent / "outside.mp4").exists()
     with pytest.raises(ValueError, match="read from this machine's disk"):
-        Dataset.open("videos:memory://clips,caption=wait")
+        open_dataset("videos:memory://clips,caption=wait")
 
 
 def test_datasets_inside_the_folder_are_passed_over(folder: Path) -> None:
@@ -482,7 +483,7 @@ def test_options_that_do_not_fit(folder: Path) -> None:
         with pytest.raises(ValueError, match=r"--fps (0|inf|nan).*above 0"):
             convert(folder, fps=fps)
     with pytest.raises(ValueError, match=r"unknown option of videos.*captoins.*captions"):
-        Dataset.open(f"videos:{folder},captoins=x.json")
+        open_dataset(f"videos:{folder},captoins=x.json")
 
 
 def test_joined_real_clips_are_cut_apart(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ VERBS = (
     Verb(
         "data hide-actions",
         "a dataset -> the same videos without actions and states",
-        "lapa.data.rewrite",
+        "lapa.data.replace_actions",
         "HideActionsConfig",
     ),
     Verb("data info", "what a dataset holds, with a contact sheet", "lapa.data.info", "InfoConfig"),

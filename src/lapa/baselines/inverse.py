@@ -35,10 +35,10 @@ from torch.nn import functional as F
 
 from lapa import config as configs
 from lapa.console import finish, is_main_process, say
-from lapa.data.action_space import ActionSpace, common_action_space
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.data.sampling import require_plain, split_episodes
+from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.config import LoopConfig
 from lapa.engine.loop import train
@@ -316,7 +316,7 @@ def run(config: InverseTrainConfig) -> None:
         return
     if config.loop.shard:
         raise UserError("--shard: an inverse dynamics model is too small to be shared out; leave the option out")
-    datasets = [Dataset.open(path) for path in config.data]
+    datasets = [open_dataset(path) for path in config.data]
     require_plain(datasets, "lapa baseline inverse", "--horizon-seconds")
     space = common_action_space(datasets)
     recording = _recording(config, datasets, space)

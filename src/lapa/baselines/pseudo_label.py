@@ -32,7 +32,8 @@ from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import window_frames
 from lapa.data.lerobot import EXTRA, require_folder
 from lapa.data.pairs import horizon_frames
-from lapa.data.rewrite import claim_rewrite, is_dataset, rewrite_actions
+from lapa.data.replace_actions import claim_rewrite, is_dataset, rewrite_actions
+from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.policy.scale import ActionScale
@@ -80,7 +81,7 @@ class SeesActions(Protocol):
 def run(config: PseudoLabelConfig) -> None:
     """`lapa baseline pseudo-label`. Raises UserError on bad input, or where no episode is long enough for a pair."""
     next_commands = [f"lapa policy finetune --from-scratch --data {shlex.quote(str(config.out))} --out POLICY"]
-    model, dataset = InverseDynamics.from_pretrained(config.inverse), require_folder(Dataset.open(config.data))
+    model, dataset = InverseDynamics.from_pretrained(config.inverse), require_folder(open_dataset(config.data))
     camera = config.camera or model.camera
     if camera not in dataset.cameras:
         raise UserError(

@@ -29,7 +29,7 @@ from lapa import config as configs
 from lapa.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, TOKENIZER, WEIGHTS, VideoModel
 from lapa.console import finish, warn
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError

@@ -27,6 +27,7 @@ from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.sampling import FrameStore, ItemIndex, choose_cameras, parse_key, require_plain, split_episodes
+from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.loop import train
@@ -79,7 +80,7 @@ def run(config: VideoTrainConfig) -> None:
         finish("video model, already complete", config.out, next_commands)
         return
     require_diffusers()
-    datasets = [Dataset.open(path) for path in config.data]
+    datasets = [open_dataset(path) for path in config.data]
     require_plain(datasets, "lapa baseline video", "--horizon-seconds")
     seed_everything(config.loop.seed)
     model = _starting_model(config, datasets)

@@ -22,17 +22,15 @@ from pathlib import Path
 import numpy as np
 
 from lapa.console import finish, progress, say, warn
-from lapa.data.action_space import ActionSpace
 from lapa.data.config import ConvertOptions
-from lapa.data.dataset import ACTION, STATE
+from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.lerobot import INFO
 from lapa.data.motion import MotionMeter, shot_numbers, thumbnail
 from lapa.data.source import Clip, Item, Source
-from lapa.data.statistics import PixelMoments
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
-from lapa.data.writer import DatasetWriter, nothing_to_add, require_even
+from lapa.data.writer import DatasetWriter, PixelMoments, nothing_to_add, require_even
 from lapa.errors import UserError, unknown
 from lapa.files import claim_output
 

@@ -1,7 +1,7 @@
 """Datasets as every command reads them: episodes of pictures, an instruction, and perhaps actions and states.
 
-    dataset = Dataset.open("data/clips")                       # a folder in the LeRobotDataset layout
-    dataset = Dataset.open("rlds:bridge_dataset/1.0.0")        # another source, in place (lapa.data.spec)
+    dataset = open_dataset("data/clips")                       # a folder in the LeRobotDataset layout
+    dataset = open_dataset("rlds:bridge_dataset/1.0.0")        # another source, in place (lapa.data.spec)
     dataset.frames(episode_index, [0, 5])                      # uint8 [2, H, W, 3]
 
 Axes: T time, H W image, C channel, A action dimensions, S state dimensions, N frames of all episodes.
@@ -9,17 +9,17 @@ Axes: T time, H W image, C channel, A action dimensions, S state dimensions, N f
 
 from __future__ import annotations
 
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from lapa.data.action_space import ActionSpace, read_action_space
 from lapa.errors import UserError, unknown
 
 CAMERA_PREFIX = "observation.images."
@@ -37,7 +37,7 @@ class Episode:
 
 
 class Dataset(ABC):
-    """A dataset, opened for reading; use `Dataset.open(data)`.
+    """A dataset, opened for reading; use `open_dataset(data)`.
 
     Only metadata is held in memory, as columns; pictures and numbers are read when asked for. May be pickled.
 
@@ -73,17 +73,6 @@ class Dataset(ABC):
         self.state_dim = self._width(STATE)
         self.horizon: float | None = None
         self.weight = 1.0
-
-    @staticmethod
-    def open(data: Path | str) -> Dataset:
-        """Opens a dataset folder, or what a spec such as `rlds:PATH` names (lapa.data.spec).
-
-        Raises UserError naming the file, what is wrong with it, and the mend.
-        """
-        # The readers are kinds of this class.
-        from lapa.data.opening import open_dataset
-
-        return open_dataset(data)
 
     @property
     def in_place(self) -> bool:
@@ -203,3 +192,114 @@ def _depth(feature: dict[str, Any]) -> bool:
 
 def _short(key: str) -> str:
     return key.removeprefix(CAMERA_PREFIX).removeprefix("observation.")
+
+
+Control = Literal["delta", "absolute"]
+CONTROLS = typing.get_args(Control)
+ACTION_SPACE = "action_space"
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """What the numbers of an action are. control: None where it is not declared."""
+
+    names: tuple[str, ...]
+    binary: tuple[bool, ...]
+    control: Control | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.binary):
+            raise UserError(f"{len(self.names)} action names and {len(self.binary)} flags of binary dimensions")
+        if self.control not in (*CONTROLS, None):
+            raise unknown("control", str(self.control), CONTROLS)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def named(cls, names: Sequence[str], binary: Sequence[str] = (), control: Control | None = None) -> ActionSpace:
+        """binary: the names of the binary dimensions. UserError for a name that is not there."""
+        for name in binary:
+            if name not in names:
+                raise unknown("binary action dimension", str(name), names)
+        return cls(tuple(names), tuple(name in binary for name in names), control)
+
+    def declared(self) -> dict[str, Any]:
+        """What meta/lapa.json says of it; nothing where nothing is declared beyond the names."""
+        binary = [name for name, switch in zip(self.names, self.binary, strict=True) if switch]
+        return {ACTION_SPACE: {"binary": binary, "control": self.control}} if binary or self.control else {}
+
+
+def read_action_space(feature: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> ActionSpace:
+    """The action space of a dataset, given its `action` feature and what meta/lapa.json (`source`) holds.
+
+    Raises UserError naming `source` where what it declares does not fit the feature.
+    """
+    names = _names(feature)
+    declared = extra.get(ACTION_SPACE, {})
+    if not isinstance(declared, Mapping) or not set(declared) <= {"binary", "control"}:
+        raise UserError(
+            f'{source}: {ACTION_SPACE} must be like {{"binary": ["gripper"], "control": "delta"}}, got {declared}'
+        )
+    binary = declared.get("binary") or []
+    if not isinstance(binary, list):
+        raise UserError(f"{source}: `binary` must be a list of names of action dimensions, got {binary!r}")
+    try:
+        return ActionSpace.named(names, binary, declared.get("control"))
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def common_action_space(datasets: Sequence[Dataset]) -> ActionSpace:
+    """The action space of datasets that are to be learned together; the names are the first's.
+
+    Raises UserError where one has no actions, or they differ in the number of dimensions, in which of them are
+    binary, or in control (undeclared control goes with any).
+    """
+    if not datasets:
+        raise UserError("no dataset was given to take the action space of")
+    first = datasets[0]
+    spaces = [_space(dataset) for dataset in datasets]
+    for dataset, space in zip(datasets, spaces, strict=True):
+        if space.action_dim != spaces[0].action_dim:
+            raise UserError(
+                f"{dataset.root}: has actions of {space.action_dim} dimensions ({', '.join(space.names)}), "
+                f"{first.root} of {spaces[0].action_dim} ({', '.join(spaces[0].names)}); "
+                "finetune on datasets of one robot"
+            )
+        if space.binary != spaces[0].binary:
+            raise UserError(
+                f"{dataset.root}: declares {_switches(space)} binary, {first.root} {_switches(spaces[0])}; "
+                f'correct "{ACTION_SPACE}": {{"binary": [...]}} in the meta/lapa.json of one of them'
+            )
+    controls = {space.control: dataset.root for dataset, space in zip(datasets, spaces, strict=True) if space.control}
+    if len(controls) > 1:
+        told = ", ".join(f"{root} {control}" for control, root in controls.items())
+        raise UserError(f"datasets differ in control: {told}; finetune on those of one kind")
+    return ActionSpace(spaces[0].names, spaces[0].binary, next(iter(controls), None))
+
+
+def _space(dataset: Dataset) -> ActionSpace:
+    if dataset.action_space is None:
+        raise UserError(f"{dataset.root}: has no actions; finetuning needs a dataset with an `action` feature")
+    return dataset.action_space
+
+
+def _switches(space: ActionSpace) -> str:
+    names = [name for name, switch in zip(space.names, space.binary, strict=True) if switch]
+    return ", ".join(names) or "nothing"
+
+
+def _names(feature: Mapping[str, Any]) -> list[str]:
+    """One name a dimension, as LeRobot's datasets give them (a list, a list under a title, places by name); else
+
+    `action_0` and so on.
+    """
+    width, names = int(np.prod(feature["shape"])), feature.get("names")
+    if isinstance(names, Mapping):
+        places = {name: place for name, place in names.items() if isinstance(place, int)}
+        lists = [group for group in names.values() if isinstance(group, list)]
+        names = sorted(places, key=lambda name: places[name]) or [name for group in lists for name in group]
+    told = [str(name) for name in names] if isinstance(names, list) else []
+    return told if len(told) == width else [f"action_{number}" for number in range(width)]

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lapa.console import console, finish, say
-from lapa.data.action_space import KEY
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ACTION_SPACE, Dataset
+from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.files import atomic_path, is_remote
 
@@ -31,7 +31,7 @@ class InfoConfig:
     """Show what a dataset holds, and draw a contact sheet of it."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """The dataset. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    """The dataset. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,ACTION_SPACE=VALUE...][:WEIGHT]."""
     sheet: Path | None = None
     """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset's folder, or, of a source in place
     and of a dataset elsewhere, NAME_contact_sheet.png here."""
@@ -39,7 +39,7 @@ class InfoConfig:
 
 def run(config: InfoConfig) -> None:
     """`lapa data info`."""
-    dataset = Dataset.open(config.data)
+    dataset = open_dataset(config.data)
     console.print(summary(dataset))
     if dataset.coded:
         say("no contact sheet: it has codes of pictures, and no pictures")
@@ -124,7 +124,7 @@ def _feature(dataset: Dataset, name: str, absent: str) -> str:
 
 def _making(extra: dict[str, Any]) -> str:
     """The command that wrote a dataset, and its settings."""
-    settings = ", ".join(f"{name} {value}" for name, value in extra.items() if name not in ("made_by", KEY))
+    settings = ", ".join(f"{name} {value}" for name, value in extra.items() if name not in ("made_by", ACTION_SPACE))
     return f"{extra.get('made_by', 'unknown')}: {settings}"
 
 

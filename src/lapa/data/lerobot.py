@@ -7,39 +7,30 @@
     videos/KEY/chunk-*/file-*.mp4        pictures; several episodes may share a file
 
 Pictures may also be PNG or JPEG in columns of the data files (features of dtype `image`). Action-free video has no
-`action` feature. `lapa data info DATASET` shows what is inside; lapa.data.lerobot_layout has the layout of v2.1.
+`action` feature. `lapa data info DATASET` shows what is inside; lapa.data.lerobot has the layout of v2.1.
 Axes: T time, H W image, C channel, A action dimensions, S state dimensions.
 """
 
 from __future__ import annotations
 
+import io
+import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, UnidentifiedImageError
 
-from lapa.data.action_space import KEY
-from lapa.data.dataset import ACTION, STATE, Dataset, picture_keys
-from lapa.data.lerobot_layout import (
-    CODEBASE_VERSION,
-    INFO,
-    JOURNAL,
-    LEGACY_VERSIONS,
-    TASKS,
-    metadata_files,
-    read_episodes,
-    read_info,
-    read_tasks,
-    require_files,
-    video_keys,
-)
-from lapa.data.parquet import AGAIN, StoredPictures, column_names, find_episodes, matrix, read_parquet
+from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, picture_keys
 from lapa.data.video import decode_clip
 from lapa.errors import UserError, unknown
-from lapa.files import fingerprint, is_remote, read_json
+from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, what_instead
 
 __all__ = [
     "CODEBASE_VERSION",
@@ -126,7 +117,7 @@ class LeRobotDataset(Dataset):
     def extra(self) -> dict[str, Any]:
         """What the command that wrote the dataset noted about it; empty for datasets from elsewhere."""
         noted = read_json(self.root / EXTRA) if (self.root / EXTRA).exists() else {}
-        return {**noted, KEY: {**noted.get(KEY, {}), **self._declared}} if self._declared else noted
+        return {**noted, ACTION_SPACE: {**noted.get(ACTION_SPACE, {}), **self._declared}} if self._declared else noted
 
     def image_shape(self, camera: str | None = None) -> tuple[int, int]:
         """Height and width of a camera's stored pictures."""
@@ -254,3 +245,362 @@ def _features(features: dict[str, Any], stored: Mapping[str, str], source: str) 
             raise UserError(f"{source}: {column} is {features[column]['dtype']}; {name} needs numbers")
         renamed[name] = features[column]
     return renamed
+
+
+CODEBASE_VERSION = "v3.0"
+# One file an episode.
+LEGACY_VERSIONS = ("v2.1", "v2.0")
+INFO = "meta/info.json"
+TASKS = "meta/tasks.parquet"
+JOURNAL = "meta/journal.jsonl"
+LEGACY_TASKS = "meta/tasks.jsonl"
+LEGACY_EPISODES = "meta/episodes.jsonl"
+
+
+def read_info(root: Path) -> dict[str, Any]:
+    """meta/info.json of a dataset. UserError saying what `root` is instead, or what is wrong with the file."""
+    if is_remote(root):
+        with reading(root / INFO, "a dataset folder holds one; correct the path"):
+            (root / INFO).stat()
+    else:
+        _require_folder(root)
+    info = read_json(root / INFO)
+    if not isinstance(info, dict):
+        raise UserError(f"{root / INFO}: expected an object; {AGAIN}")
+    version = info.get("codebase_version")
+    if version is None:
+        raise UserError(f"{root / INFO}: lacks codebase_version; {AGAIN}")
+    if version not in (CODEBASE_VERSION, *LEGACY_VERSIONS):
+        known = ", ".join((CODEBASE_VERSION, *LEGACY_VERSIONS))
+        mend = "convert it with LeRobot's own scripts" if str(version) < "v2.0" else "update lapa"
+        raise UserError(f"{root / INFO}: is LeRobotDataset {version}, {known} are read; {mend}")
+    _check_features(root, info)
+    needed = ["fps", "data_path"]
+    needed += ["video_path"] if video_keys(info["features"]) else []
+    lacking = [key for key in needed if not info.get(key)]
+    if lacking:
+        raise UserError(f"{root / INFO}: lacks {', '.join(lacking)}; {AGAIN}")
+    if not isinstance(info["fps"], int | float) or info["fps"] <= 0:
+        raise UserError(f"{root / INFO}: fps must be a number above 0, got {info['fps']!r}")
+    _check_templates(root, info)
+    return info
+
+
+def read_tasks(root: Path, version: str) -> tuple[str, ...]:
+    """The instructions, by task_index."""
+    if version in LEGACY_VERSIONS:
+        rows = _json_lines(root / LEGACY_TASKS, {"task_index": int, "task": str})
+        return tuple(row["task"] for row in sorted(rows, key=lambda row: row["task_index"]))
+    path = root / TASKS
+    table = read_parquet(path)
+    # pandas calls an index without a name so.
+    names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
+    if not names or "task_index" not in table.column_names:
+        raise UserError(f"{path}: needs the columns task and task_index; {AGAIN}")
+    pairs = zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True)
+    return tuple(task for _, task in sorted(pairs))
+
+
+def read_episodes(root: Path, version: str, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """The metadata of all episodes, in order, as columns.
+
+    length, instruction (the first of its tasks), num_tasks, source (what it was made from, where that is noted), and
+    for v3.0 where it lies: data/chunk_index, data/file_index, and for each video key videos/KEY/chunk_index,
+    videos/KEY/file_index, videos/KEY/from_timestamp.
+    """
+    columns = _legacy_episodes(root) if version in LEGACY_VERSIONS else _episodes(root, video_keys)
+    where = root / (LEGACY_EPISODES if version in LEGACY_VERSIONS else "meta/episodes")
+    tasks = columns.pop("tasks")
+    columns["num_tasks"] = np.array([len(its) for its in tasks], np.int64)
+    columns["instruction"] = np.array([str(its[0]) if len(its) else "" for its in tasks], object)
+    if not len(columns["length"]):
+        raise UserError(f"{root}: holds no episode; write it again")
+    if (columns.pop("episode_index") != np.arange(len(tasks))).any():
+        raise UserError(f"{where}: episode_index does not count from 0; {AGAIN}")
+    if columns["length"].min() < 1:
+        episode = int(columns["length"].argmin())
+        raise UserError(f"{where}: episode {episode} has length {columns['length'][episode]}; {AGAIN}")
+    return columns
+
+
+def metadata_files(root: Path, version: str) -> list[Path]:
+    """The files that say what a dataset holds."""
+    if version in LEGACY_VERSIONS:
+        return [root / INFO, root / LEGACY_TASKS, root / LEGACY_EPISODES]
+    return [root / INFO, root / TASKS, *_episode_files(root)]
+
+
+def require_files(root: Path, files: Sequence[str], what: str, mend: str) -> None:
+    """UserError naming the first and the number of those files below `root` that are not there.
+
+    Each folder is listed once, which is much faster than asking for every file.
+    """
+    present = {folder: set(_names_in(root / folder)) for folder in {file.rpartition("/")[0] for file in files}}
+    places = (file.rpartition("/") for file in files)
+    missing = [file for file, (folder, _, name) in zip(files, places, strict=True) if name not in present[folder]]
+    if missing:
+        told = f"{len(missing)} of {len(files)} {what} are missing"
+        raise UserError(f"{root / missing[0]}: no such file; {told}; {mend}")
+
+
+def video_keys(features: dict[str, dict[str, Any]]) -> list[str]:
+    """The features that are videos."""
+    return [key for key in picture_keys(features) if features[key]["dtype"] == "video"]
+
+
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        hub = f"; `lerobot:{root}` reads it from the hub" if len(root.parts) == 2 and not root.is_absolute() else ""
+        make = f"make one with `lapa data videos FOLDER --out {root}`"
+        raise UserError(f"{root}: no such dataset folder; {make}{hub}")
+    if not (root / INFO).exists():
+        if (root / JOURNAL).exists():
+            raise UserError(f"{root}: unfinished dataset; run the command that was writing it again with --resume")
+        raise UserError(f"{root}: not a dataset (no {INFO}); `lapa data videos {root} --out DATASET` makes one")
+
+
+def _check_features(root: Path, info: dict[str, Any]) -> None:
+    features = info.get("features")
+    if not isinstance(features, dict) or not features:
+        raise UserError(f"{root / INFO}: lacks features; {AGAIN}")
+    for name, feature in features.items():
+        if not isinstance(feature, dict) or not feature.get("dtype") or not isinstance(feature.get("shape"), list):
+            raise UserError(f"{root / INFO}: feature {name} needs a dtype and a shape, got {feature}; {AGAIN}")
+    if not picture_keys(features):
+        raise UserError(f"{root / INFO}: has no camera (no feature of dtype video or image); lapa learns from video")
+
+
+def _check_templates(root: Path, info: dict[str, Any]) -> None:
+    legacy = info["codebase_version"] in LEGACY_VERSIONS
+    fields = ("episode_chunk", "episode_index") if legacy else ("chunk_index", "file_index")
+    for key in ("data_path", "video_path"):
+        try:
+            (info.get(key) or "").format(video_key="", **dict.fromkeys(fields, 0))
+        except (KeyError, IndexError, ValueError) as error:
+            told = f"may name {', '.join(fields)}"
+            raise UserError(f"{root / INFO}: {key} is {info[key]!r}; it {told} (got {error}); {AGAIN}") from None
+
+
+def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, Any]:
+    wanted = ["episode_index", "length", "data/chunk_index", "data/file_index", "tasks"]
+    wanted += [f"videos/{key}/{name}" for key in video_keys for name in ("chunk_index", "file_index", "from_timestamp")]
+    tables = []
+    for path in _episode_files(root):
+        names = column_names(path)
+        lacking = [name for name in wanted if name not in names]
+        if lacking:
+            raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
+        tables.append(read_parquet(path, [*wanted, *(["source"] if "source" in names else [])]))
+    table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
+    columns: dict[str, Any] = {name: table[name].to_numpy() for name in wanted if name != "tasks"}
+    sources = table["source"].to_pylist() if "source" in table.column_names else [""] * len(table)
+    columns["source"] = np.array([source or "" for source in sources], object)
+    return {**columns, "tasks": [its or [] for its in table["tasks"].to_pylist()]}
+
+
+def _legacy_episodes(root: Path) -> dict[str, Any]:
+    rows = _json_lines(root / LEGACY_EPISODES, {"episode_index": int, "length": int})
+    rows.sort(key=lambda row: row["episode_index"])
+    return {
+        "episode_index": np.array([row["episode_index"] for row in rows], np.int64),
+        "length": np.array([row["length"] for row in rows], np.int64),
+        "source": np.array([str(row.get("source") or "") for row in rows], object),
+        "tasks": [row.get("tasks") or [] for row in rows],
+    }
+
+
+def _episode_files(root: Path) -> list[Path]:
+    with reading(root / "meta/episodes", AGAIN):
+        paths = sorted(root.glob("meta/episodes/*/*.parquet"))
+    if not paths:
+        raise UserError(f"{root / 'meta/episodes'}: holds no parquet file; {AGAIN}")
+    return paths
+
+
+def _json_lines(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]:
+    rows = []
+    try:
+        with reading(path, AGAIN):
+            lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); {AGAIN}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error}); {AGAIN}") from None
+        lacking = [key for key, kind in keys.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        if lacking:
+            raise UserError(f"{path}: line {number} lacks {', '.join(lacking)}; {AGAIN}")
+        rows.append(row)
+    return rows
+
+
+def _names_in(folder: Path) -> list[str]:
+    with reading(folder):
+        try:
+            if not is_remote(folder):
+                return [path.name for path in folder.iterdir()]
+            # UPath takes a folder that may not be listed for one that is not there.
+            remote = cast(Any, folder)
+            return [name.rstrip("/").rsplit("/", 1)[-1] for name in remote.fs.ls(remote.path, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+AGAIN = "write the dataset again"
+# Row groups of pictures that stay in memory; LeRobot writes one an episode, and an item has a picture a camera.
+OPEN_GROUPS = 4
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A table of a dataset. UserError naming the file where it cannot be read."""
+    try:
+        with reading(path, AGAIN), open_binary(path) as file:
+            return pq.ParquetFile(file).read(columns=columns)
+    except pa.ArrowException as error:
+        raise _unreadable(path, error) from None
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of a table. UserError as `read_parquet`."""
+    try:
+        with reading(path, AGAIN), open_binary(path) as file:
+            return pq.read_schema(file).names
+    except pa.ArrowException as error:
+        raise _unreadable(path, error) from None
+
+
+def matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray, "T D"]:
+    """A column as rows of `width` numbers; one number a row may be stored plainly. UserError naming `source`."""
+    flat = column.combine_chunks()
+    num_rows = len(flat)
+    if isinstance(flat, pa.ExtensionArray):
+        flat = flat.storage
+    while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        flat = flat.flatten()
+    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type) or pa.types.is_boolean(flat.type)):
+        raise UserError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
+    values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    if len(values) != num_rows * width:
+        raise UserError(f"{source} is not {width} numbers wide in every row, as meta/info.json says; {AGAIN}")
+    return values.reshape(num_rows, width)
+
+
+def find_episodes(
+    owners_N: Int[np.ndarray, "N"],
+    seconds_N: Float[np.ndarray, "N"] | None,
+    episodes_E: Int[np.ndarray, "E"],
+    lengths_E: Int[np.ndarray, "E"],
+    fps: float,
+) -> tuple[Int[np.ndarray, "E"], dict[int, str]]:
+    """The first row of each of the episodes in a data file, and what is wrong, by episode.
+
+    owners_N: the episode of each row; seconds_N: its time in the episode, None where the file has no such column.
+    Frame i of an episode must be at i / fps seconds, to half a frame: pictures are found by it.
+    """
+    present_P, firsts_P, kinds_N, counts_P = np.unique(
+        owners_N, return_index=True, return_inverse=True, return_counts=True
+    )
+    places_N = np.arange(len(owners_N)) - firsts_P[kinds_N]
+    scattered = np.flatnonzero(np.diff(owners_N)) + 1
+    in_pieces = set(owners_N[scattered[places_N[scattered] != 0]].tolist())
+    late: set[int] = set()
+    if seconds_N is not None:
+        fits_N = np.abs(seconds_N - places_N / fps) < 0.5 / fps
+        fits_N[1:] &= (np.diff(seconds_N) > 0) | (places_N[1:] == 0)
+        late = set(owners_N[~fits_N].tolist())
+    there = dict(zip(present_P.tolist(), zip(firsts_P.tolist(), counts_P.tolist(), strict=True), strict=True))
+    firsts, flaws = [], {}
+    for episode, length in zip(episodes_E.tolist(), lengths_E.tolist(), strict=True):
+        first, count = there.get(episode, (0, 0))
+        firsts.append(first)
+        if count < length:
+            flaws[episode] = f"lacks rows of episode {episode} (has {count} of {length}); {AGAIN}"
+        elif count > length or episode in in_pieces:
+            flaws[episode] = f"has {count} rows of episode {episode} of {length} frames, or not in one piece; {AGAIN}"
+        elif seconds_N is not None and episode in late:
+            flaws[episode] = f"episode {episode}: {_time_flaw(seconds_N[first : first + length], fps)}"
+    return np.array(firsts), flaws
+
+
+def _time_flaw(seconds_T: np.ndarray, fps: float) -> str:
+    """What is wrong with the times of an episode, in words."""
+    forward = np.diff(seconds_T) > 0
+    if not forward.all():
+        frame = int(np.argmin(forward)) + 1
+        told = f"{seconds_T[frame]:.3f} s after {seconds_T[frame - 1]:.3f} s"
+        return f"timestamps go backwards at frame {frame} ({told}); correct them or leave the episode out"
+    expected_T = np.arange(len(seconds_T)) / fps
+    frame = int(np.argmin(np.abs(seconds_T - expected_T) < 0.5 / fps))
+    told = f"frame {frame} is at {seconds_T[frame]:.3f} s, should be at {expected_T[frame]:.3f} s"
+    return f"timestamps do not match {fps:g} fps ({told}); correct them, or fps in meta/info.json"
+
+
+class StoredPictures:
+    """Pictures in tables: columns of {bytes, path}, of which the last few row groups stay in memory."""
+
+    def __init__(self) -> None:
+        self._starts: dict[Path, np.ndarray] = {}
+        self._groups: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_starts": {}, "_groups": OrderedDict()}
+
+    def get(self, path: Path, column: str, rows: Sequence[int]) -> UInt8[np.ndarray, "T H W 3"]:
+        """The pictures of rows that exist. UserError naming file and row where one cannot be decoded."""
+        if path not in self._starts:
+            try:
+                with reading(path, AGAIN), open_binary(path) as file:
+                    metadata = pq.ParquetFile(file).metadata
+            except pa.ArrowException as error:
+                raise _unreadable(path, error) from None
+            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            self._starts[path] = np.cumsum([0, *sizes])
+        starts = self._starts[path]
+        pictures = []
+        for row in rows:
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            value = self._group(path, group, column)[int(row - starts[group])].as_py()
+            encoded = value.get("bytes") if isinstance(value, dict) else value
+            if not encoded:
+                raise UserError(f"{path}: {column} holds no picture in row {row}; {AGAIN}")
+            try:
+                pictures.append(decode_picture(encoded))
+            except ValueError as error:
+                raise UserError(f"{path}: {column} cannot be decoded in row {row} ({error}); {AGAIN}") from None
+        if len({picture_HWC.shape for picture_HWC in pictures}) > 1:
+            raise UserError(f"{path}: pictures of {column} differ in size between rows {rows[0]} and {rows[-1]}")
+        return np.stack(pictures)
+
+    def _group(self, path: Path, group: int, column: str) -> pa.ChunkedArray:
+        key = path, group, column
+        if key not in self._groups:
+            try:
+                with reading(path, AGAIN), open_binary(path) as file:
+                    self._groups[key] = pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
+            except (pa.ArrowException, KeyError) as error:
+                raise _unreadable(path, error) from None
+            if len(self._groups) > OPEN_GROUPS:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(key)
+        return self._groups[key]
+
+
+def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """A PNG or JPEG as RGB. UserError where it is none, or damaged."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise UserError("no PNG or JPEG") from None
+    # Pillow raises SyntaxError for a broken PNG.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(str(error)) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    told = what_instead(path) or str(error).splitlines()[0]
+    return UserError(f"{path}: cannot be read ({told}); {AGAIN}")

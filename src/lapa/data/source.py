@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, Dataset
+from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, ActionSpace, Dataset
 from lapa.errors import UserError
 
 

@@ -17,17 +17,26 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
 from lapa.console import say
-from lapa.data.action_space import ActionSpace, Control
-from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, Dataset
-from lapa.data.lerobot import CODEBASE_VERSION, DATA_PATH, EXTRA, INFO, JOURNAL, STATS, TASKS, VIDEO_PATH
-from lapa.data.statistics import Moments, PixelMoments
+from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, ActionSpace, Control
+from lapa.data.lerobot import (
+    CODEBASE_VERSION,
+    DATA_PATH,
+    EPISODES_PATH,
+    EXTRA,
+    INFO,
+    JOURNAL,
+    STATS,
+    TASKS,
+    VIDEO_PATH,
+    LeRobotDataset,
+)
 from lapa.data.video import encode_clip, probe
-from lapa.data.writer_tables import CHUNK_SIZE, FRAME_COLUMNS, Tables, frame_stats, shaped, write_tasks
 from lapa.errors import UserError
-from lapa.files import write_json
+from lapa.files import atomic_path, write_json
 
 
 def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -49,7 +58,7 @@ class DatasetWriter:
 
     root: the folder (`files.claim_output` has been asked already); fps: of all episodes.
     cameras: short name -> (height, width), both even. action_names, state_names: one name a dimension, or None.
-    binary_actions, control: what is declared of the actions (lapa.data.action_space): the names of those that are
+    binary_actions, control: what is declared of the actions (lapa.data.dataset): the names of those that are
         switches, and whether the robot moves by the action or to it.
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
     resume: go on after the last whole episode; `done_sources` says which sources those were, `done_items` which items
@@ -167,7 +176,7 @@ class DatasetWriter:
             file_index=episode_index % CHUNK_SIZE,
         )
 
-    def finish(self) -> Dataset:
+    def finish(self) -> LeRobotDataset:
         """Writes the tables, meta/info.json last, and opens the dataset. UserError where there is no episode."""
         if not self.num_episodes:
             raise UserError(f"{self.root}: no episode was written; there is nothing to finish")
@@ -192,7 +201,7 @@ class DatasetWriter:
         write_json(self.root / EXTRA, self.extra_info)
         write_json(self.root / INFO, self._info(num_frames, len(tasks)))
         self._journal.unlink()
-        return Dataset.open(self.root)
+        return LeRobotDataset(self.root)
 
     def _begin(self, resume: bool) -> None:
         """Opens the journal: new, or cut back to its last whole line."""
@@ -398,3 +407,157 @@ class DatasetWriter:
             "video_path": VIDEO_PATH,
             "features": features,
         }
+
+
+CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
+ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
+EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
+FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+
+
+class Tables:
+    """The data files and the episodes files, filled in step, each closed when it is full."""
+
+    def __init__(self, root: Path, schema: pa.Schema):
+        self.root, self.schema = root, schema
+        # A table of a few rows takes as much memory as one of a thousand, so they are merged now and then.
+        self.small: list[pa.Table] = []
+        self.frames: list[pa.Table] = []
+        self.rows: list[dict[str, Any]] = []
+        self.num_rows = self.data_file = self.episode_file = 0
+
+    def add(self, frames: pa.Table, row: dict[str, Any]) -> None:
+        """Takes an episode: its frames, and what is known of it."""
+        if self.num_rows and self.num_rows + len(frames) > ROWS_PER_FILE:
+            self._write_frames()
+        if len(self.rows) >= EPISODES_PER_GROUP:
+            self._write_episodes()
+        here = {"data/chunk_index": self.data_file // CHUNK_SIZE, "data/file_index": self.data_file % CHUNK_SIZE}
+        meta = {"meta/episodes/chunk_index": self.episode_file // CHUNK_SIZE}
+        meta["meta/episodes/file_index"] = self.episode_file % CHUNK_SIZE
+        self.small.append(frames)
+        if len(self.small) >= EPISODES_PER_GROUP:
+            self._merge()
+        self.rows.append({**row, **here, **meta})
+        self.num_rows += len(frames)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._write_frames()
+        self._write_episodes()
+
+    def _merge(self) -> None:
+        if self.small:
+            self.frames.append(pa.concat_tables(self.small).combine_chunks())
+            self.small = []
+
+    def _write_frames(self) -> None:
+        self._merge()
+        path = DATA_PATH.format(chunk_index=self.data_file // CHUNK_SIZE, file_index=self.data_file % CHUNK_SIZE)
+        with atomic_path(self.root / path) as temporary:
+            pq.write_table(pa.concat_tables(self.frames), temporary)
+        self.frames, self.num_rows = [], 0
+        self.data_file += 1
+
+    def _write_episodes(self) -> None:
+        chunk, number = divmod(self.episode_file, CHUNK_SIZE)
+        with atomic_path(self.root / EPISODES_PATH.format(chunk_index=chunk, file_index=number)) as temporary:
+            pq.write_table(pa.Table.from_pylist(self.rows), temporary)
+        self.rows = []
+        self.episode_file += 1
+
+
+def frame_stats(length: int, episode: int, first: int, task: int, fps: float) -> dict[str, dict[str, list[float]]]:
+    """Statistics of the columns that every dataset has."""
+    steps = np.arange(length, dtype=np.float64)
+    columns = {
+        "timestamp": steps / fps,
+        "frame_index": steps,
+        "episode_index": np.full(length, episode),
+        "index": first + steps,
+        "task_index": np.full(length, task),
+    }
+    stats = {}
+    for name, values in columns.items():
+        moments = Moments()
+        moments.add(values[:, None])
+        stats[name] = moments.to_dict()
+    return stats
+
+
+def shaped(values: dict[str, list[float]], image: bool) -> dict[str, Any]:
+    """Statistics as LeRobot shapes them: those of pictures are [3, 1, 1], so that they broadcast over C H W."""
+    if not image:
+        return values
+    return {name: value if name == "count" else [[[item]] for item in value] for name, value in values.items()}
+
+
+def write_tasks(path: Path, tasks: list[str]) -> None:
+    """A table that pandas reads with the instructions as its index, as LeRobot's own reader expects."""
+    text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    number = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [{"name": None, "field_name": None, **text, "metadata": {"encoding": "UTF-8"}}],
+        "columns": [
+            {"name": "task_index", "field_name": "task_index", **number},
+            {"name": "task", "field_name": "task", **text},
+        ],
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.2.0",
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), temporary)
+
+
+# Pictures are sampled for statistics: each pixel of each frame would tell no more.
+FRAME_STRIDE, PIXEL_STRIDE = 5, 4
+
+
+class Moments:
+    """Statistics of rows [N, D] that arrive in parts, merged exactly (Chan et al., 1979)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.minimum = self.maximum = self.mean = self.squares = np.zeros(0)
+
+    def add(self, rows_ND: Float[np.ndarray, "N D"]) -> None:
+        """Takes in rows."""
+        rows = np.asarray(rows_ND, dtype=np.float64)
+        if len(rows):
+            mean = rows.mean(axis=0)
+            self._merge(len(rows), rows.min(axis=0), rows.max(axis=0), mean, ((rows - mean) ** 2).sum(axis=0))
+
+    def merge(self, values: dict[str, list[float]]) -> None:
+        """Takes in what another one's `to_dict` gave."""
+        count = int(values["count"][0])
+        low, high, mean, deviation = (np.array(values[name]) for name in ("min", "max", "mean", "std"))
+        self._merge(count, low, high, mean, deviation**2 * count)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """The statistics under LeRobot's names, each a list of D numbers (count: one)."""
+        deviation = np.sqrt(self.squares / max(self.count, 1))
+        values = {"min": self.minimum, "max": self.maximum, "mean": self.mean, "std": deviation}
+        return {**{name: array.tolist() for name, array in values.items()}, "count": [self.count]}
+
+    def _merge(self, count: int, low: np.ndarray, high: np.ndarray, mean: np.ndarray, squares: np.ndarray) -> None:
+        if not self.count:
+            self.count, self.minimum, self.maximum, self.mean, self.squares = count, low, high, mean, squares
+            return
+        total, gap = self.count + count, mean - self.mean
+        self.minimum, self.maximum = np.minimum(self.minimum, low), np.maximum(self.maximum, high)
+        self.squares = self.squares + squares + gap**2 * (self.count * count / total)
+        self.mean = self.mean + gap * (count / total)
+        self.count = total
+
+
+class PixelMoments(Moments):
+    """Statistics of each colour channel, in [0, 1], of frames that pass by."""
+
+    def watch(self, frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+        """Hands the frames on, taking in every few of them."""
+        for number, frame_HWC in enumerate(frames):
+            if number % FRAME_STRIDE == 0:
+                self.add(frame_HWC[::PIXEL_STRIDE, ::PIXEL_STRIDE].reshape(-1, 3) / 255.0)
+            yield frame_HWC

@@ -36,6 +36,7 @@ from lapa.data.labels import (
     write_shard,
 )
 from lapa.data.pairs import horizon_frames
+from lapa.data.spec import open_dataset
 from lapa.engine.memory import explained_out_of_memory
 from lapa.errors import UserError
 from lapa.label.config import LabelConfig
@@ -77,7 +78,7 @@ class Shard:
 
 def make_plan(config: LabelConfig) -> Plan:
     """Opens the dataset and the model. Raises UserError where they do not fit together."""
-    dataset = Dataset.open(config.data)
+    dataset = open_dataset(config.data)
     model = LatentActionModel.from_pretrained(config.lam)
     if not model.discrete:
         raise UserError(

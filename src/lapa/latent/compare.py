@@ -19,7 +19,7 @@ import tyro
 
 from lapa import config as configs
 from lapa.console import console, finish, say
-from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
@@ -57,7 +57,7 @@ def run(config: CompareConfig) -> None:
         raise UserError("give two or more different latent action models to compare, as LAM1 LAM2")
     if config.num_pairs < 1:
         raise UserError("--num-pairs must be at least 1")
-    dataset = Dataset.open(config.data)
+    dataset = open_dataset(config.data)
     models = [LatentActionModel.from_pretrained(lam) for lam in config.lams]
     out = config.out or Path(f"compare_{dataset.name}")
     inputs = [*config.lams, dataset.root]

@@ -21,6 +21,7 @@ from lapa import config as configs
 from lapa.console import console, finish, say
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, horizon_frames
+from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
@@ -135,7 +136,7 @@ def run(config: ProbeConfig) -> None:
     if min(config.num_pairs, config.num_rows) < 1:
         raise UserError("--num-pairs and --num-rows must be at least 1")
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()
-    dataset = Dataset.open(config.data)
+    dataset = open_dataset(config.data)
     # A model from the hub has no folder here to write into.
     out = config.out or (config.lam if config.lam.is_dir() else Path()) / f"probe_{dataset.name}"
     inputs = [config.lam, dataset.root]

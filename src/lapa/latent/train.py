@@ -21,8 +21,8 @@ from torch import nn
 from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.config import MixBy
-from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
+from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.config import LoopConfig
 from lapa.engine.loop import train
@@ -77,7 +77,7 @@ def run(config: LatentTrainConfig) -> None:
     if config.resume and (config.out / CONFIG).exists():
         finish("latent action model, already complete", config.out, _next_commands(config))
         return
-    datasets = [Dataset.open(path) for path in config.data]
+    datasets = [open_dataset(path) for path in config.data]
     if is_main_process():
         complete = (config.out / CONFIG).exists()
         claim_output(

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lapa.baselines.unipi import UniPi, is_unipi
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.files import naming
 from lapa.policy.runtime import Policy
 from lapa.policy.statistics import require_key

@@ -8,7 +8,7 @@ what is left; a dimension of at most 256 distinct values has a bin for each.
 A bin decodes to the median of its data (the paper's: to its midpoint): the median errs least in absolute terms, and
 where a bin holds a shared value and a few stragglers it is that value exactly.
 
-A dimension that the dataset declares binary (`lapa.data.action_space`) has two bins, whatever its recordings passed
+A dimension that the dataset declares binary (`lapa.data.dataset`) has two bins, whatever its recordings passed
 through between its two values.
 
     bins = ActionBins.fit(actions_TA); bins.decode(bins.encode(actions_TA))

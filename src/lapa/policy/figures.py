@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 
 # A true action has a direction where it is longer than this share of the actions' root mean square.
 LEAST_MOTION = 0.1

@@ -23,9 +23,9 @@ import tyro
 
 from lapa import config as configs
 from lapa.console import finish, say, warn
-from lapa.data.action_space import ActionSpace, common_action_space
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.sampling import require_names
+from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.config import LoopConfig
@@ -84,7 +84,7 @@ def run(config: FinetuneConfig) -> None:
     if config.resume and is_policy(config.out):
         finish("policy, already finetuned", config.out, _next_commands(config, read_config(config.out)))
         return
-    datasets = [Dataset.open(path) for path in config.data]
+    datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets) if config.labels else None
     start = _starting_policy(config, datasets)
     cameras = choose_cameras(config, start.model.config, datasets)
@@ -288,7 +288,7 @@ def _pooled_actions(config: FinetuneConfig, training: EpisodeSteps) -> np.ndarra
     """The actions that one set of statistics is made from: those of --statistics, else those that are learned from."""
     if not config.statistics:
         return training.actions()
-    others = [Dataset.open(path) for path in config.statistics]
+    others = [open_dataset(path) for path in config.statistics]
     common_action_space([*others, *training.datasets])
     return np.concatenate([other.all_actions() for other in others])
 

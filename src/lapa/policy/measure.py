@@ -27,6 +27,7 @@ from lapa import config as configs
 from lapa.console import console, finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
+from lapa.data.spec import open_dataset
 from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
@@ -80,7 +81,7 @@ def run(config: MeasureConfig) -> None:
     """`lapa policy measure`. Raises UserError on bad input, before anything is measured."""
     if min(config.samples, config.batch_size) < 1 or (config.steps is not None and config.steps < 1):
         raise UserError("--samples, --batch-size and --steps must be at least 1")
-    dataset = Dataset.open(config.data)
+    dataset = open_dataset(config.data)
     labels = None
     if config.labels is not None:
         labels = Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.errors import UserError
 from lapa.policy.backbones import Backbone, BackboneConfig, TinyConfig
 from lapa.policy.heads import ActionHead, FlowConfig, HeadKind, build_head

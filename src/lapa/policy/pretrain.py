@@ -21,6 +21,7 @@ from lapa import config as configs
 from lapa.console import finish
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
+from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
 from lapa.engine.config import LoopConfig
 from lapa.errors import UserError
@@ -59,7 +60,7 @@ def run(config: PretrainConfig) -> None:
     if config.resume and is_policy(config.out):
         finish("policy, already pretrained", config.out, next_commands)
         return
-    datasets = [Dataset.open(path) for path in config.data]
+    datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets, config.lam_fingerprint)
     seed_everything(config.loop.seed)
     parts = _starting_policy(config, datasets, labels[0].manifest)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import naming

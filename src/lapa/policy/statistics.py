@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from lapa.data.action_space import ActionSpace
+from lapa.data.dataset import ActionSpace
 from lapa.errors import UserError, unknown
 from lapa.policy.actions import ActionBins, save_arrays
 from lapa.policy.heads import HeadKind

@@ -37,12 +37,12 @@ from PIL import Image
 from lapa import config as configs
 from lapa.console import finish, progress, say, warn
 from lapa.data import convert
-from lapa.data.action_space import ActionSpace
 from lapa.data.config import ConvertOptions
-from lapa.data.dataset import ACTION, STATE, Dataset
+from lapa.data.dataset import ACTION, STATE, ActionSpace, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Reading, Source, SourceDataset
+from lapa.data.spec import open_dataset
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, open_binary, reading, remove_folder
 from lapa.sources.folder_scan import cached, file_state, require_rate
@@ -110,7 +110,7 @@ def run(config: LapaJsonlConfig) -> None:
         if config.rate not in (None, source.fps) or config.cut_shots:
             warn("labels are not written: with --rate or --cut-shots, frames are not those of the rows")
             return
-        dataset, words = Dataset.open(config.out), ["--data", str(config.out)]
+        dataset, words = open_dataset(config.out), ["--data", str(config.out)]
     else:
         if not source.latent_length:
             raise UserError(f"{config.file}: has codes of images, and no `delta` to label them with; give --images")

@@ -6,7 +6,7 @@
 Converting upgrades v2.1, scales the pictures, and encodes them so that single frames are quick to fetch. Video streams
 are never copied: they have LeRobot's size (480 x 640, mostly) and would not fit what is trained on, and where nothing
 is to change, reading in place does. LeRobot's own converter upgrades v2.1 without encoding anew.
-Formats: https://huggingface.co/docs/lerobot/lerobot-dataset-v3; lapa.data.lerobot_layout.
+Formats: https://huggingface.co/docs/lerobot/lerobot-dataset-v3; lapa.data.lerobot.
 Axes: T time, H W image, C channel, D numbers of a feature.
 """
 
@@ -20,10 +20,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from lapa.data.action_space import Control, read_action_space
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import run as run  # The command `lapa data lerobot`.
-from lapa.data.dataset import ACTION, STATE, Dataset
+from lapa.data.dataset import ACTION, STATE, Control, Dataset, read_action_space
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Reading, Source
 from lapa.files import as_path, hub_folder

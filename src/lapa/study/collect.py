@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 import lapa
 from lapa import config as configs
-from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.data.video import decode_clip, probe
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines
@@ -119,7 +119,7 @@ def _rollouts(study: Path, plan: Plan, episodes: Sequence[dict[str, Any]]) -> tu
     """Each with whether the labelled episodes hold its instruction, where tasks have several phrasings."""
     heard: dict[tuple[str, int], bool] = {}
     if plan.sizes.world.env == "metaworld":
-        known = {episode.instruction for episode in Dataset.open(plan.labelled.folder(study)).episodes}
+        known = {episode.instruction for episode in open_dataset(plan.labelled.folder(study)).episodes}
         heard = {(e["task"], e["episode"]): draw_instruction(e["task"], e["seed"]) in known for e in episodes}
     return tuple(
         Rollout(e["task"], e["episode"], e["success"], e["steps"], heard.get((e["task"], e["episode"])))
@@ -146,7 +146,7 @@ def _inverse_r2(study: Path, plan: Plan) -> float | None:
 
     Episodes that the inverse dynamics model found too short are missing there; None where any is.
     """
-    said, true = (Dataset.open(step.folder(study)) for step in (plan.pseudo_labelled, plan.videos))
+    said, true = (open_dataset(step.folder(study)) for step in (plan.pseudo_labelled, plan.videos))
     if said.lengths.tolist() != true.lengths.tolist():
         return None
     said_N1A, true_N1A = (data.all_actions()[:, None] for data in (said, true))

@@ -27,11 +27,10 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 
 from lapa.console import progress, say, warn
-from lapa.data.action_space import ActionSpace
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import BLANK
 from lapa.data.convert import run as run  # The command `lapa data rlds`.
-from lapa.data.dataset import ACTION, STATE
+from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.source import Clip, Item, Reading, Source, with_length
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, read_json

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from lapa.data.action_space import Control
+from lapa.data.dataset import Control
 from lapa.errors import UserError
 
 POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")

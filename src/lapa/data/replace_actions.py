@@ -28,12 +28,10 @@ import tyro
 
 from lapa import config as configs
 from lapa.console import finish, say
-from lapa.data.action_space import ActionSpace
-from lapa.data.dataset import ACTION, STATE, Dataset, picture_keys
-from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, require_folder
-from lapa.data.parquet import read_parquet
-from lapa.data.statistics import Moments
-from lapa.data.writer_tables import FRAME_COLUMNS
+from lapa.data.dataset import ACTION, STATE, ActionSpace, picture_keys
+from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, read_parquet, require_folder
+from lapa.data.spec import open_dataset
+from lapa.data.writer import FRAME_COLUMNS, Moments
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
 
@@ -56,7 +54,7 @@ class HideActionsConfig:
 
 def run(config: HideActionsConfig) -> None:
     """`lapa data hide-actions`. Raises UserError where `out` is, contains or lies inside the dataset."""
-    dataset = require_folder(Dataset.open(config.data))
+    dataset = require_folder(open_dataset(config.data))
     note = {"made_by": NO_ACTIONS, "source_fingerprint": dataset.fingerprint}
     next_commands = [f"lapa latent train --data {shlex.quote(str(config.out))} --out LAM"]
     if config.resume and not config.overwrite and is_dataset(config.out):
