@@ -112,7 +112,7 @@ def test_a_clip_without_a_sound_picture(tmp_path: Path) -> None:
     write_pictures(folder / "b", [1, 2])
     (folder / "a").mkdir()
     (folder / "a" / "1.jpg").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"a: no frame of it can be decoded.*--skip-bad"):
+    with pytest.raises(ValueError, match=r"a: none of its frames can be decoded.*--skip-bad"):
         convert(folder)
     assert len(convert(folder, skip_bad=True, overwrite=True).lengths) == 1
 

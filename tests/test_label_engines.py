@@ -219,7 +219,7 @@ def test_a_shard_that_kills_its_worker_every_time_ends_the_run(
     config = options(data, lam, tmp_path / "out", engine="ray", ray=RayConfig(num_cpus=0.5, num_workers=1))
     with monkeypatch.context() as patch:
         patch.setattr(ray_engine, "LabelActor", PoisonedActor)
-        with pytest.raises(ValueError, match=r"episodes-000002-000003.*was killed 4 times.*go on with --resume"):
+        with pytest.raises(ValueError, match=r"episodes-000002-000003.*was killed 4 times.*continue with --resume"):
             run(config)
     run(replace(config, engine="local", resume=True))
     assert files(tmp_path / "out") == whole
@@ -276,7 +276,7 @@ def test_ray_is_not_needed_unless_asked_for(
     data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r'pip install "lapa\[ray\]"'):
+    with pytest.raises(ValueError, match=r'pip install "lapa-vla\[ray\]"'):
         run(options(data, lam, tmp_path / "out", engine="ray"))
     run(options(data, lam, tmp_path / "out", resume=True))
 
