@@ -170,10 +170,12 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Reads a JSON file; UserError naming the file where it is absent or not JSON."""
     path = as_path(path)
+    with reading(path):
+        content = path.read_bytes()
+    # Besides malformed JSON: numbers of thousands of digits are a ValueError, thousands of brackets a RecursionError.
     try:
-        with reading(path):
-            return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 

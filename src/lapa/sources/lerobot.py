@@ -3,9 +3,8 @@
     lapa data lerobot lerobot/pusht --out data/pusht
     lapa latent train --data lerobot:lerobot/pusht --out LAM
 
-Converting upgrades v2.1, scales the pictures, and encodes them so that single frames are quick to fetch. Video streams
-are never copied: they have LeRobot's size (480 x 640, mostly) and would not fit what is trained on, and where nothing
-is to change, reading in place does. LeRobot's own converter upgrades v2.1 without encoding anew.
+Converting upgrades v2.1, scales the images, and encodes them so that single frames are quick to fetch; where nothing
+has to change, read in place. LeRobot's own converter upgrades v2.1 without encoding anew.
 Formats: https://huggingface.co/docs/lerobot/lerobot-dataset-v3; lapa.data.lerobot.
 Axes: T time, H W image, C channel, D numbers of a feature.
 """
@@ -41,52 +40,58 @@ class LeRobotReading(Reading):
     path: Annotated[str, tyro.conf.Positional]
     """Its folder, here or on a store (s3://bucket/dataset), or its name on the hub (lerobot/pusht)."""
     camera: tuple[str, ...] = ()
-    """Cameras to offer, the first of which is read where none is asked for; by default all."""
+    """Cameras to read, the first of which is the default of other commands; by default all."""
     action_key: str = ACTION
-    """The feature that is the action, where it is called otherwise (`actions`)."""
+    """The feature that is the action, where it has another name (`actions`)."""
     state_key: str = STATE
-    """The feature that is the robot's state, where it is called otherwise (`state`)."""
+    """The feature that is the robot's state, where it has another name (`state`)."""
     control: Control | None = None
-    """What the actions are, `delta` or `absolute`, which LeRobot's datasets do not say. --rate needs it."""
+    """Whether the actions are `delta` or `absolute`, which LeRobot's datasets do not contain. --rate needs it."""
     binary: tuple[str, ...] = ()
     """Names of the action dimensions that are switches, such as a gripper that opens or shuts."""
 
     def open(self) -> LeRobotSource:
-        """UserError naming the file that is wrong, or why the hub does not give it."""
+        """UserError naming the file that is wrong, or why the hub has none."""
         return LeRobotSource(self)
 
 
 @dataclass(frozen=True)
 class LeRobotConfig(ConvertOptions, LeRobotReading):
-    """Convert a LeRobot dataset (v3.0 or v2.1, a folder or on the hub) to a dataset of pictures of one size."""
+    """Convert a LeRobot dataset (v3.0 or v2.1, a folder or on the hub) to a dataset of images of one size."""
 
     def open(self) -> LeRobotSource:
-        """As its reading does; without actions they may be bad."""
+        """As `LeRobotReading.open`; with --no-actions, damaged actions are no error."""
         return LeRobotSource(self, with_numbers=self.actions)
 
 
 class LeRobotSource(Source):
-    """A LeRobot dataset, episode by episode."""
+    """A LeRobot dataset, episode by episode. with_numbers: whether conversion reads actions and states."""
 
     kind = "lerobot"
 
     def __init__(self, reading: LeRobotReading, with_numbers: bool = True):
-        self.reading, self.with_numbers = reading, with_numbers
-        self.root = _folder(reading.path)
+        self.root, self.with_numbers = _folder(reading.path), with_numbers
         # A snapshot of the hub lies in a folder that is named by its revision.
         self.name = Path(reading.path).name or self.root.name
-        self.open_dataset = dataset = self._open(self.name)
+        columns = {ACTION: reading.action_key, STATE: reading.state_key}
+        declared: dict[str, Any] = {"control": reading.control, "binary": list(reading.binary)}
+        self._dataset = dataset = LeRobotDataset(
+            self.root,
+            self.name,
+            cameras=reading.camera,
+            columns=columns,
+            declared={key: value for key, value in declared.items() if value},
+        )
         self.fps = dataset.fps
         self.cameras = {camera: dataset.image_shape(camera) for camera in dataset.cameras}
         self.action_space = dataset.action_space
-        self.state_names = None
         if STATE in dataset.features:
             self.state_names = read_action_space(dataset.features[STATE], {}, str(self.root)).names
         self.settings = {
             "dataset": self.name,
             "version": dataset.version,
             "source_fingerprint": dataset.fingerprint,
-            **{key: value for key, value in _renamed(reading).items() if value != key},
+            **{key: column for key, column in columns.items() if column != key},
         }
         self.items = [
             Item(f"episode_{episode.index:06d}", (episode.index,), episode.instruction, episode.length)
@@ -95,10 +100,10 @@ class LeRobotSource(Source):
 
     def dataset(self, name: str | None = None) -> Dataset:
         """The folder itself: the same dataset, with the same fingerprint, as `--data FOLDER`."""
-        return self.open_dataset if name is None else self._open(name)
+        self._dataset.name = name or self.name
+        return self._dataset
 
     def read(self, item: Item) -> Clip:
-        """The episode, its pictures in blocks."""
         episode = int(item.place[0])
         numbers = self.numbers(item) if self.with_numbers else {}
         return Clip(
@@ -106,43 +111,26 @@ class LeRobotSource(Source):
             item.instruction,
             numbers.get(ACTION),
             numbers.get(STATE),
-            notes=(SEVERAL_TASKS,) if self.open_dataset.num_tasks[episode] > 1 else (),
+            notes=(SEVERAL_TASKS,) if self._dataset.num_tasks[episode] > 1 else (),
         )
 
     def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
-        """Single pictures."""
-        return self.open_dataset.frames(int(item.place[0]), frame_indices, camera)
+        return self._dataset.frames(int(item.place[0]), frame_indices, camera)
 
     def numbers(self, item: Item) -> Mapping[str, np.ndarray]:
-        """Actions and states, those of them that there are. UserError where they are not finite."""
         episode, numbers = int(item.place[0]), {}
-        if self.open_dataset.action_dim is not None:
-            numbers[ACTION] = self.open_dataset.actions(episode)
-        if (states := self.open_dataset.states(episode)) is not None:
+        if self._dataset.action_dim is not None:
+            numbers[ACTION] = self._dataset.actions(episode)
+        if (states := self._dataset.states(episode)) is not None:
             numbers[STATE] = states
         return numbers
 
-    def _open(self, name: str) -> LeRobotDataset:
-        reading = self.reading
-        declared: dict[str, Any] = {"control": reading.control, "binary": list(reading.binary)}
-        return LeRobotDataset(
-            self.root,
-            name,
-            cameras=reading.camera,
-            columns=_renamed(reading),
-            declared={key: value for key, value in declared.items() if value},
-        )
-
     def _frames(self, episode: int, camera: str) -> Iterator[tuple[float, np.ndarray]]:
-        length = int(self.open_dataset.lengths[episode])
+        length = int(self._dataset.lengths[episode])
         for first in range(0, length, BLOCK):
             indices = range(first, min(first + BLOCK, length))
-            for index, frame_HWC in zip(indices, self.open_dataset.frames(episode, indices, camera), strict=True):
+            for index, frame_HWC in zip(indices, self._dataset.frames(episode, indices, camera), strict=True):
                 yield index / self.fps, frame_HWC
-
-
-def _renamed(reading: LeRobotReading) -> dict[str, str]:
-    return {ACTION: reading.action_key, STATE: reading.state_key}
 
 
 def _folder(path: str) -> Path:

@@ -439,4 +439,4 @@ def test_codes_are_not_augmented(tmp_path: Path, capsys: pytest.CaptureFixture) 
     item = steps[1]
     assert item["images"]["image"].tolist() == [1 + place for place in range(CODES)]
     assert item["actions_KA"].tolist() == [[1, 1], [1, 1]] and item["instruction"] == "push 1"
-    assert "not augmented" in capsys.readouterr().err
+    assert "nothing is augmented" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.spec import open_dataset
 from lapa.sources.sthv2 import Sthv2Config, read_labels
-from test_videos_source import write_clip
+from test_sources_videos import write_clip
 
 LABELS = [
     {

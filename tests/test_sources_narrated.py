@@ -13,7 +13,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.spec import open_dataset
 from lapa.sources import videos
 from lapa.sources.narrated import NarratedConfig, seconds
-from test_videos_source import numbers, write_clip, write_times
+from test_sources_videos import numbers, write_clip, write_times
 
 
 @pytest.fixture
