@@ -6,11 +6,14 @@ lapa latent train --help
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import operator
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lapa import __version__
@@ -28,170 +31,87 @@ start with: lapa demo
 
 # Options that may be given once with several values, or several times.
 REPEATABLE = ("--data", "--labels", "--statistics")
+# Entry points of other distributions that add commands: each loads to a Verb.
+ENTRY_POINTS = "lapa.commands"
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A command: `module` holds the dataclass `config` and the function `run(config)`.
+    """A command. config: "module:dataclass" of its options; run: "module:function", called with that dataclass.
 
-    presets: the stage in lapa.presets whose named configs `--preset` chooses from, if it has any.
+    The module of `run` is imported only once the options are parsed and their inputs exist, so that help and mistakes
+    need no torch. presets: the stage in lapa.presets whose named configs `--preset` chooses from, if it has any.
     """
 
     name: str
-    help: str
-    module: str
     config: str
+    run: str
+    help: str
     presets: str | None = None
 
 
+# fmt: off
 VERBS = (
-    Verb("demo", "the whole flow on Meta-World, from rendering to a table of success rates", "lapa.demo", "DemoConfig"),
-    Verb(
-        "data videos",
-        "a folder of videos and captions -> a dataset without actions",
-        "lapa.sources.videos",
-        "VideosConfig",
-    ),
-    Verb(
-        "data rlds",
-        "an RLDS folder, such as one of Open X-Embodiment -> a dataset",
-        "lapa.sources.rlds.source",
-        "RldsConfig",
-    ),
-    Verb(
-        "data lerobot",
-        "a LeRobot dataset, v2.1 or v3.0, a folder or on the hub -> a dataset",
-        "lapa.sources.lerobot",
-        "LeRobotConfig",
-    ),
-    Verb(
-        "data frames",
-        "folders of numbered pictures -> a dataset without actions",
-        "lapa.sources.frames",
-        "FramesConfig",
-    ),
-    Verb(
-        "data sthv2",
-        "Something-Something v2 -> a dataset without actions",
-        "lapa.sources.sthv2",
-        "Sthv2Config",
-    ),
-    Verb(
-        "data narrated",
-        "long videos with narrations (Ego4D, EPIC-KITCHENS) -> a dataset of clips without actions",
-        "lapa.sources.narrated",
-        "NarratedConfig",
-    ),
-    Verb(
-        "data lapa-jsonl",
-        "JSON lines of the released LAPA code -> a dataset, and its labels",
-        "lapa.sources.lapa_jsonl",
-        "LapaJsonlConfig",
-    ),
-    Verb(
-        "data metaworld",
-        "demonstrations rendered in Meta-World -> a dataset",
-        "lapa.envs.metaworld.record",
-        "MetaworldConfig",
-    ),
-    Verb(
-        "data synthetic",
-        "made-up videos of a moving square -> a dataset, for trying things out",
-        "lapa.sources.synthetic",
-        "SyntheticConfig",
-    ),
-    Verb(
-        "data hide-actions",
-        "a dataset -> the same videos without actions and states",
-        "lapa.data.replace_actions",
-        "HideActionsConfig",
-    ),
-    Verb("data info", "what a dataset holds, with a contact sheet", "lapa.data.info", "InfoConfig"),
-    Verb(
-        "latent train",
-        "datasets -> a latent action model (LAM)",
-        "lapa.latent.train",
-        "LatentTrainConfig",
-        presets="latent",
-    ),
-    Verb(
-        "latent probe", "what a LAM has learned: a table, probe.json and a picture", "lapa.latent.probe", "ProbeConfig"
-    ),
-    Verb("latent compare", "several LAMs measured side by side", "lapa.latent.compare", "CompareConfig"),
-    Verb("latent show", "what each code of a LAM does to an image", "lapa.latent.show", "ShowConfig"),
-    Verb("label", "a LAM and a dataset -> latent action labels", "lapa.label.run", "LabelConfig"),
-    Verb(
-        "policy pretrain",
-        "a dataset and its labels -> a latent policy",
-        "lapa.policy.pretrain",
-        "PretrainConfig",
-        presets="pretrain",
-    ),
-    Verb(
-        "policy finetune",
-        "a latent policy and a few robot episodes -> a policy that acts",
-        "lapa.policy.finetune",
-        "FinetuneConfig",
-        presets="finetune",
-    ),
-    Verb(
-        "policy measure",
-        "what a policy says of recorded episodes, beside what was done",
-        "lapa.policy.measure",
-        "MeasureConfig",
-    ),
-    Verb(
-        "baseline inverse",
-        "a few robot episodes -> an inverse dynamics model",
-        "lapa.baselines.inverse",
-        "InverseTrainConfig",
-        presets="inverse",
-    ),
-    Verb(
-        "baseline pseudo-label",
-        "videos -> the same with the actions that an inverse dynamics model sees in them (VPT)",
-        "lapa.baselines.pseudo_label",
-        "PseudoLabelConfig",
-    ),
-    Verb(
-        "baseline video",
-        "videos and captions -> a model of what happens next",
-        "lapa.baselines.video_train",
-        "VideoTrainConfig",
-        presets="video",
-    ),
-    Verb(
-        "baseline unipi",
-        "a video model and an inverse dynamics model -> a policy (UniPi)",
-        "lapa.baselines.unipi",
-        "UniPiConfig",
-    ),
-    Verb(
-        "import laq",
-        "the released latent action model, laq_openx.pt -> a LAM",
-        "lapa.released.laq",
-        "ImportLaqConfig",
-    ),
-    Verb(
-        "import lapa-7b",
-        "the released LAPA-7B or LWM-Chat-1M -> a policy",
-        "lapa.released.lapa7b",
-        "ImportLapaConfig",
-    ),
-    Verb(
-        "evaluate",
-        "a policy in a simulator -> success rates with intervals, and videos",
-        "lapa.evaluate.rollout",
-        "EvaluateConfig",
-    ),
-    Verb(
-        "study run",
-        "arms of the study: LAPA beside training from scratch, VPT, UniPi and true actions",
-        "lapa.study.run",
-        "StudyConfig",
-    ),
-    Verb("study report", "the study's table, figures and page", "lapa.study.report", "ReportConfig"),
+    Verb("demo", "lapa.demo:DemoConfig", "lapa.demo:run",
+         "the whole flow on Meta-World, from rendering to a table of success rates"),
+    Verb("data videos", "lapa.sources.videos:VideosConfig", "lapa.sources.videos:run",
+         "a folder of videos and captions -> a dataset without actions"),
+    Verb("data rlds", "lapa.sources.rlds.source:RldsConfig", "lapa.sources.rlds.source:run",
+         "an RLDS folder, such as one of Open X-Embodiment -> a dataset"),
+    Verb("data lerobot", "lapa.sources.lerobot:LeRobotConfig", "lapa.sources.lerobot:run",
+         "a LeRobot dataset, v2.1 or v3.0, a folder or on the hub -> a dataset"),
+    Verb("data frames", "lapa.sources.frames:FramesConfig", "lapa.sources.frames:run",
+         "folders of numbered pictures -> a dataset without actions"),
+    Verb("data sthv2", "lapa.sources.sthv2:Sthv2Config", "lapa.sources.sthv2:run",
+         "Something-Something v2 -> a dataset without actions"),
+    Verb("data narrated", "lapa.sources.narrated:NarratedConfig", "lapa.sources.narrated:run",
+         "long videos with narrations (Ego4D, EPIC-KITCHENS) -> a dataset of clips without actions"),
+    Verb("data lapa-jsonl", "lapa.sources.lapa_jsonl:LapaJsonlConfig", "lapa.sources.lapa_jsonl:run",
+         "JSON lines of the released LAPA code -> a dataset, and its labels"),
+    Verb("data metaworld", "lapa.envs.metaworld.record:MetaworldConfig", "lapa.envs.metaworld.record:run",
+         "demonstrations rendered in Meta-World -> a dataset"),
+    Verb("data synthetic", "lapa.sources.synthetic:SyntheticConfig", "lapa.sources.synthetic:run",
+         "made-up videos of a moving square -> a dataset, for trying things out"),
+    Verb("data hide-actions", "lapa.data.replace_actions:HideActionsConfig", "lapa.data.replace_actions:run",
+         "a dataset -> the same videos without actions and states"),
+    Verb("data info", "lapa.data.info:InfoConfig", "lapa.data.info:run",
+         "what a dataset holds, with a contact sheet"),
+    Verb("latent train", "lapa.latent.train:LatentTrainConfig", "lapa.latent.train:run",
+         "datasets -> a latent action model (LAM)", presets="latent"),
+    Verb("latent probe", "lapa.latent.probe:ProbeConfig", "lapa.latent.probe:run",
+         "what a LAM has learned: a table, probe.json and a picture"),
+    Verb("latent compare", "lapa.latent.compare:CompareConfig", "lapa.latent.compare:run",
+         "several LAMs measured side by side"),
+    Verb("latent show", "lapa.latent.show:ShowConfig", "lapa.latent.show:run",
+         "what each code of a LAM does to an image"),
+    Verb("label", "lapa.label.run:LabelConfig", "lapa.label.run:run",
+         "a LAM and a dataset -> latent action labels"),
+    Verb("policy pretrain", "lapa.policy.pretrain:PretrainConfig", "lapa.policy.pretrain:run",
+         "a dataset and its labels -> a latent policy", presets="pretrain"),
+    Verb("policy finetune", "lapa.policy.finetune:FinetuneConfig", "lapa.policy.finetune:run",
+         "a latent policy and a few robot episodes -> a policy that acts", presets="finetune"),
+    Verb("policy measure", "lapa.policy.measure:MeasureConfig", "lapa.policy.measure:run",
+         "what a policy says of recorded episodes, beside what was done"),
+    Verb("baseline inverse", "lapa.baselines.inverse:InverseTrainConfig", "lapa.baselines.inverse:run",
+         "a few robot episodes -> an inverse dynamics model", presets="inverse"),
+    Verb("baseline pseudo-label", "lapa.baselines.pseudo_label:PseudoLabelConfig", "lapa.baselines.pseudo_label:run",
+         "videos -> the same with the actions that an inverse dynamics model sees in them (VPT)"),
+    Verb("baseline video", "lapa.baselines.video_train:VideoTrainConfig", "lapa.baselines.video_train:run",
+         "videos and captions -> a model of what happens next", presets="video"),
+    Verb("baseline unipi", "lapa.baselines.unipi:UniPiConfig", "lapa.baselines.unipi:run",
+         "a video model and an inverse dynamics model -> a policy (UniPi)"),
+    Verb("import laq", "lapa.released.laq:ImportLaqConfig", "lapa.released.laq:run",
+         "the released latent action model, laq_openx.pt -> a LAM"),
+    Verb("import lapa-7b", "lapa.released.lapa7b:ImportLapaConfig", "lapa.released.lapa7b:run",
+         "the released LAPA-7B or LWM-Chat-1M -> a policy"),
+    Verb("evaluate", "lapa.evaluate.rollout:EvaluateConfig", "lapa.evaluate.rollout:run",
+         "a policy in a simulator -> success rates with intervals, and videos"),
+    Verb("study run", "lapa.study.run:StudyConfig", "lapa.study.run:run",
+         "arms of the study: LAPA beside training from scratch, VPT, UniPi and true actions"),
+    Verb("study report", "lapa.study.report:ReportConfig", "lapa.study.report:run",
+         "the study's table, figures and page"),
 )
+# fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -217,23 +137,33 @@ def _dispatch(arguments: list[str]) -> int:
     if verb is None:
         asked_for_help = not arguments or arguments[-1] in ("-h", "--help", "help")
         group = [word for word in arguments if not word.startswith("-")][:1]
-        known = [v for v in VERBS if not group or v.name.split()[0] == group[0]]
+        verbs = all_verbs()
+        known = [v for v in verbs if not group or v.name.split()[0] == group[0]]
         if not known or (not asked_for_help and len(arguments) > 1):
             wanted = " ".join(word for word in arguments[:2] if not word.startswith("-"))
-            raise UserError(f"{unknown('command', wanted, [v.name for v in VERBS])}; see `lapa --help`")
+            raise UserError(f"{unknown('command', wanted, [v.name for v in verbs])}; see `lapa --help`")
         print(usage(known), end="")
         return 0
-    module = importlib.import_module(verb.module)
-    module.run(parse(verb, arguments[len(verb.name.split()) :]))
+    config = parse(verb, arguments[len(verb.name.split()) :])
+    require_inputs(config)
+    _imported(verb.run)(config)
     return 0
 
 
+def all_verbs() -> list[Verb]:
+    """Our commands, then those of other distributions."""
+    from importlib.metadata import entry_points
+
+    return [*VERBS, *(entry_point.load() for entry_point in entry_points(group=ENTRY_POINTS))]
+
+
 def find_verb(arguments: Sequence[str]) -> Verb | None:
-    """The verb that the first one or two words name."""
-    for verb in VERBS:
-        words = verb.name.split()
-        if list(arguments[: len(words)]) == words:
-            return verb
+    """The verb that the first one or two words name. Other distributions are asked only where it is not ours."""
+    for verbs in (lambda: VERBS, all_verbs):
+        for verb in verbs():
+            words = verb.name.split()
+            if list(arguments[: len(words)]) == words:
+                return verb
     return None
 
 
@@ -244,19 +174,64 @@ def parse(verb: Verb, options: Sequence[str]) -> Any:
     """
     import tyro
 
-    config = getattr(importlib.import_module(verb.module), verb.config)
     default = {}
     if verb.presets is not None:
         from lapa import presets
 
         default = {"default": presets.named(verb.presets, preset_name(options))}
     return tyro.cli(
-        config,
-        args=gathered(options),
-        prog=f"lapa {verb.name}",
-        description=verb.help,
-        **default,
+        _imported(verb.config), args=gathered(options), prog=f"lapa {verb.name}", description=verb.help, **default
     )
+
+
+# By the name of an option: what opens its value, and raises the UserError that names what is missing.
+OPENERS = {
+    "data": "lapa.data.spec:open_dataset",
+    "statistics": "lapa.data.spec:open_dataset",
+    "labels": "lapa.data.labels:Labels.open",
+    "lam": "lapa.files:hub_folder",
+    "lams": "lapa.files:hub_folder",
+}
+# How to make what other options name. Options of a Path that are not here name any file or folder.
+MAKERS = {
+    "policy": "no such policy folder; make one with `lapa policy pretrain` or `finetune`",
+    "inverse": "no such folder; train an inverse dynamics model with `lapa baseline inverse`",
+    "video": "no such folder; train a video model with `lapa baseline video`",
+}
+OUTPUTS = ("out", "sheet")
+
+
+def require_inputs(config: Any) -> None:
+    """UserError for the first file, folder, dataset or hub id of the options that does not exist.
+
+    Cheap: what is on this machine is not opened, what is behind a URL is left to the command.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if field.name in OUTPUTS or not isinstance(item, str | Path):
+                continue
+            if field.name in OPENERS:
+                _require_opening(field.name, item)
+            elif isinstance(item, Path) and not item.exists():
+                raise UserError(f"{item}: {MAKERS.get(field.name, 'no such file or folder')}")
+
+
+def _require_opening(option: str, item: str | Path) -> None:
+    path = str(item)
+    if OPENERS[option].endswith(":open_dataset"):
+        from lapa.data.spec import SOURCES, DataSpec
+
+        path = DataSpec.parse(path, SOURCES).path
+    if "://" not in path and not Path(path).exists():
+        extra = ((),) if option in ("lam", "lams") else ()
+        _imported(OPENERS[option])(item, *extra)
+
+
+def _imported(name: str) -> Any:
+    """What "module:name" or "module:class.name" stands for."""
+    module, _, attribute = name.partition(":")
+    return operator.attrgetter(attribute)(importlib.import_module(module))
 
 
 def gathered(options: Sequence[str]) -> list[str]:
