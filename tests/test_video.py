@@ -13,6 +13,7 @@ import pytest
 from lapa.data import video
 from lapa.data.transforms import augment, resize_and_crop
 from lapa.data.video import ClipScan, decode_clip, encode_clip, exact_rate, probe
+from lapa.errors import UserError
 from lapa.sources.synthetic import moving_squares
 
 
@@ -116,6 +117,19 @@ def test_what_is_not_a_video_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("not a video")
     with pytest.raises(ValueError, match=r"a\.mp4: not a readable video"):
         probe(tmp_path / "a.mp4")
+
+
+def test_a_codec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        for frame in numbered_frames(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    (tmp_path / "a.avi").write_bytes((tmp_path / "a.avi").read_bytes().replace(b"FMP4", b"WHAT"))
+    for read in (probe, lambda path: list(ClipScan(path)), lambda path: decode_clip(path, [0], 10.0)):
+        with pytest.raises(UserError, match=r"a\.avi: is encoded with a codec that cannot be read"):
+            read(tmp_path / "a.avi")
 
 
 def test_a_truncated_video_gives_its_readable_part(tmp_path: Path) -> None:

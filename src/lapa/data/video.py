@@ -1,7 +1,10 @@
-"""Video files in and out, through PyAV: what a header says, reading from end to end, encoding with short GOPs, copying.
+"""Video files, through PyAV: header, reading from end to end, single frames by their time, encoding with short GOPs.
 
-A clip written here has a keyframe every second frame (g=2), so that a random frame (lapa.data.video) costs one
-seek and at most two decoded pictures; `python benchmarks/bench_data.py` measures what that is worth.
+    encode_clip(path, frames, fps=10.0)
+    decode_clip(path, [7, 0, 7], fps=10.0)       # [3, H, W, 3]
+
+A clip written here has a keyframe every second frame (g=2), so that a random frame costs one seek and at most two
+decoded frames; `python benchmarks/bench_data.py` measures what that is worth. Files stay open for further frames.
 Axes: T time, H W image, C channel.
 """
 
@@ -26,15 +29,19 @@ from jaxtyping import UInt8
 from lapa.errors import UserError
 from lapa.files import atomic_path, is_remote, open_binary, reading, what_instead
 
-# The part by which a mean rate may differ from the rate of a constant one.
+# Relative difference up to which a mean rate counts as a constant one.
 VARIES = 0.01
+# Containers kept open by each thread; opening one costs about as much as fetching a frame.
+OPEN_CLIPS = 16
+# Seconds before a frame from which it is decoded, tried in turn.
+EARLIER = (0.0, 0.5, 5.0, 60.0)
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video's header says. num_frames is None where the format does not tell.
+    """The header of a video. num_frames is None where the format does not have it.
 
-    constant: whether frames come at one rate; where they do not, `fps` is the mean, and num_frames was counted.
+    constant: whether frames come at one rate; otherwise `fps` is the mean, and num_frames was counted.
     """
 
     width: int
@@ -54,7 +61,7 @@ def probe(path: Path) -> VideoInfo:
         constant = not stream.base_rate or abs(fps / float(stream.base_rate) - 1) < VARIES
         if not constant:
             times = _packet_times(container, stream, path)
-            constant = len(times) < 2
+            constant = len(times) < 2 or times[-1] == times[0]
             num_frames, fps = len(times) or None, fps if constant else (len(times) - 1) / (times[-1] - times[0])
         return VideoInfo(
             width=stream.width,
@@ -68,7 +75,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def frame_times(path: Path) -> list[float]:
-    """When each frame is shown, in seconds from the first, without decoding any. UserError where it is no video."""
+    """The time of each frame, in seconds from the first, without decoding. Raises UserError where it is not a video."""
     with open_video(path) as container:
         times = _packet_times(container, container.streams.video[0], path)
         return [time - times[0] for time in times]
@@ -78,8 +85,8 @@ class ClipScan:
     """Reads a clip from its first frame to its last readable one.
 
     Iterate for `(seconds from the first frame, frame_HWC uint8 RGB)`, upright where the file carries a rotation.
-    Damaged packets are passed over. After the iteration, `num_frames` tells what came and `num_lost` what the
-    header had promised beyond that.
+    Damaged packets are skipped. After the iteration, `num_frames` is the number of frames that were read, and
+    `num_lost` the number of those that the header promises beyond them.
     """
 
     def __init__(self, path: Path):
@@ -105,7 +112,7 @@ class ClipScan:
         if expected:
             missing = expected - self.num_frames
         elif length and self.num_frames > 1 and first is not None and seconds > first:
-            # Told in frames as far apart as those that came.
+            # The missing seconds, as frames as far apart as those that were read.
             missing = round((length - (seconds - first)) / (seconds - first) * (self.num_frames - 1)) - 1
         else:
             missing = 0
@@ -118,7 +125,7 @@ def encode_clip(
 ) -> int:
     """Writes frames as an H.264 mp4, atomically; returns their number. Height and width must be even.
 
-    Raises UserError where no frame comes or a shape is wrong; OSError (disk full) leaves nothing behind.
+    Raises UserError where there is no frame or a shape is wrong; OSError (disk full) leaves nothing behind.
     """
     rate = exact_rate(fps)
     # B-frames would make a frame wait for its successor; CRF 18 is visually lossless; `fastdecode` (no arithmetic
@@ -140,10 +147,10 @@ def encode_clip(
             if num_frames == 0:
                 stream.height, stream.width = _even_shape(frame_HWC, path)
             elif frame_HWC.shape[:2] != (stream.height, stream.width):
-                raise UserError(f"{path}: frame {num_frames} has another size than the first")
-            picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-            picture.pts, picture.time_base = num_frames, 1 / rate
-            container.mux(stream.encode(picture))
+                raise UserError(f"{path}: frame {num_frames} has another size than the first; scale all to one size")
+            image = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            image.pts, image.time_base = num_frames, 1 / rate
+            container.mux(stream.encode(image))
             num_frames += 1
         if num_frames == 0:
             raise UserError(f"{path}: there is no frame to write; an episode needs at least one")
@@ -151,112 +158,11 @@ def encode_clip(
     return num_frames
 
 
-def open_video(path: Path) -> InputContainer:
-    """The file, opened; UserError naming it where it holds no video."""
-    try:
-        with reading(path):
-            source = open_binary(path) if is_remote(path) else str(path)
-        container = av.open(source, "r", metadata_errors="ignore")
-    except (av.FFmpegError, OSError) as error:
-        reason = what_instead(path) or error.strerror or str(error) or type(error).__name__
-        raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
-    if not container.streams.video:
-        container.close()
-        raise UserError(f"{path}: holds no video stream; replace it or take it out")
-    return container
-
-
-def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
-    """A decoded picture as RGB, turned as the file's display matrix says (phones film sideways).
-
-    converter: kept for all frames of a clip; setting up a new one takes longer than decoding a frame.
-    """
-    frame_HWC = converter.reformat(frame, format="rgb24").to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
-
-
-def exact_rate(fps: float) -> Fraction:
-    """Frames per second as the fraction that is meant: 29.97 is 30000/1001.
-
-    Frames are looked for at `number / fps`, so what is merely near such a rate must not be taken for it: 14.99 for
-    15000/1001 would be a frame off after two minutes.
-    """
-    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
-    return ntsc if abs(float(ntsc) - fps) < 1e-4 and fps % 1 else Fraction(fps).limit_denominator(10_000)
-
-
-def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
-    """The frames that can be decoded, and None for each packet that cannot."""
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except av.FFmpegError:
-            yield None
-            return
-        if packet.is_corrupt:
-            yield None
-            continue
-        try:
-            yield from stream.decode(packet)
-        except av.FFmpegError:
-            yield None
-
-
-def _expected_frames(container: InputContainer, stream: VideoStream) -> int | None:
-    if stream.frames:
-        return stream.frames
-    length = _length(container, stream)
-    return None if length is None else round(length * _rate(stream))
-
-
-def _length(container: InputContainer, stream: VideoStream) -> float | None:
-    """Seconds, as the header says."""
-    if stream.duration and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    # A container's duration is that of its longest stream, which may be the sound.
-    if container.duration and len(container.streams) == 1:
-        return container.duration / av.time_base
-    return None
-
-
-def _packet_times(container: InputContainer, stream: VideoStream, path: Path) -> list[float]:
-    assert stream.time_base is not None
-    try:
-        packets = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
-    except av.FFmpegError as error:
-        raise UserError(f"{path}: cannot be read to its end ({error}); replace it or take it out") from None
-    return sorted(float(time * stream.time_base) for time in packets if time is not None)
-
-
-def _rate(stream: VideoStream) -> float:
-    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-    return float(rate) if rate else 25.0
-
-
-def _even_shape(frame_HWC: np.ndarray, path: Path) -> tuple[int, int]:
-    if frame_HWC.ndim != 3 or frame_HWC.shape[2] != 3 or frame_HWC.dtype != np.uint8:
-        raise UserError(f"{path}: frames must be uint8 (H, W, 3), got {frame_HWC.dtype} {frame_HWC.shape}")
-    height, width = frame_HWC.shape[:2]
-    if height % 2 or width % 2:
-        raise UserError(f"{path}: frames are {width}x{height}; H.264 needs an even width and height")
-    return height, width
-
-
-# Containers kept open by each thread; opening one costs about as much as fetching a frame.
-OPEN_CLIPS = 16
-# Seconds before a frame from which it is decoded, tried in turn.
-EARLIER = (0.0, 0.5, 5.0, 60.0)
-
-
 def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0.0) -> UInt8[np.ndarray, "T H W 3"]:
-    """Fetches frames by position: number i is the one shown at `start + i / fps` seconds of the file.
+    """Reads frames by position: number i is the one shown at `start + i / fps` seconds of the file.
 
     indices: in any order, repeats allowed. Several episodes may share a file; each has its own `start`.
-    Raises UserError naming the file where it cannot be read or ends before a frame asked for.
+    Raises UserError naming the file where it cannot be read or ends before a frame that is asked for.
     """
     clip = open_clip(path)
     wanted = sorted(set(indices))
@@ -270,9 +176,27 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
     if missing:
         raise UserError(
             f"{path}: has no frame {missing[0]} ({start + missing[0] / fps:.3f} s at {fps:g} fps); "
-            "the video is shorter than the dataset says, write the dataset again"
+            "the video is shorter than the dataset's metadata, write the dataset again"
         )
     return np.stack([found[index] for index in indices])
+
+
+def open_video(path: Path) -> InputContainer:
+    """Opens a file. Raises UserError naming it where it is not a video, or one that PyAV cannot decode."""
+    try:
+        with reading(path):
+            source = open_binary(path) if is_remote(path) else str(path)
+        container = av.open(source, "r", metadata_errors="ignore")
+    except (av.FFmpegError, OSError) as error:
+        reason = what_instead(path) or error.strerror or str(error) or type(error).__name__
+        raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
+    if not container.streams.video:
+        container.close()
+        raise UserError(f"{path}: has no video stream; replace it or take it out")
+    if container.streams.video[0].codec_context is None:
+        container.close()
+        raise UserError(f"{path}: is encoded with a codec that cannot be read; replace it or take it out")
+    return container
 
 
 class OpenClip:
@@ -287,14 +211,17 @@ class OpenClip:
         self.start: float | None = None
 
     def first_time(self) -> float:
-        """When the first frame is shown, in the file's own seconds."""
+        """The time of the first frame, in the file's own seconds. Raises EOFError where there is none."""
         if self.start is None:
             self.seek(0.0)
-            self.start = float(next(self.frames).time or 0.0)
+            first = next(self.frames, None)
+            if first is None:
+                raise EOFError("it has no frame")
+            self.start = float(first.time or 0.0)
         return self.start
 
     def seek(self, time: float, tolerance: float = 0.0) -> None:
-        """`frames` goes on at the last keyframe up to `time`, or from the beginning of files that cannot be sought."""
+        """Sets `frames` to begin at the last keyframe up to `time`, or at the beginning of files without seeking."""
         assert self.stream.time_base is not None
         # A quarter of a frame later: seeking rounds down, and the frame itself may be a keyframe.
         offset = int((time + tolerance / 2) / self.stream.time_base)
@@ -327,17 +254,52 @@ class OpenClip:
     def _open(self) -> None:
         self.container = open_video(self.path)
         self.stream = self.container.streams.video[0]
-        # Threads that work on several frames at once would have to be filled anew after every seek.
+        # Threads that work on several frames at once would have to start again after every seek.
         self.stream.thread_type, self.stream.thread_count = "SLICE", 1
 
     def _decode_to(self, time: float, tolerance: float) -> VideoFrame | None:
-        """The frame at `time`; None where there is none, with `position` past it, or None at the end of the file."""
+        """The frame at `time`, or None: then `position` is past it, or None at the end of the file."""
         for frame in self.frames:
             self.position = float(frame.time or 0.0)
             if self.position > time - tolerance:
                 return frame if self.position < time + tolerance else None
         self.position = None
         return None
+
+
+def open_clip(path: Path) -> OpenClip:
+    """The clip, opened for random access or still open in this thread. Raises UserError where it is not a video."""
+    clips = _open_clips.of_this_process()
+    version = _version(path)
+    if path in clips and clips[path][0] == version:
+        clips.move_to_end(path)
+        return clips[path][1]
+    clips[path] = version, OpenClip(path)
+    clips.move_to_end(path)
+    while len(clips) > OPEN_CLIPS:
+        _, (_, oldest) = clips.popitem(last=False)
+        oldest.container.close()
+    return clips[path][1]
+
+
+def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
+    """A decoded frame as RGB, rotated by the file's display matrix (phones film sideways).
+
+    converter: one for all frames of a clip; setting up a new one takes longer than decoding a frame.
+    """
+    frame_HWC = converter.reformat(frame, format="rgb24").to_ndarray()
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
+
+
+def exact_rate(fps: float) -> Fraction:
+    """Frames per second as an exact fraction: 29.97 is 30000/1001.
+
+    Frames are read at `number / fps`, so a rate that is merely near such a one must not be rounded to it: 14.99 as
+    15000/1001 would be a frame off after two minutes.
+    """
+    ntsc = Fraction(round(fps * 1.001) * 1000, 1001)
+    return ntsc if abs(float(ntsc) - fps) < 1e-4 and fps % 1 else Fraction(fps).limit_denominator(10_000)
 
 
 class _OpenClips(threading.local):
@@ -361,23 +323,68 @@ class _OpenClips(threading.local):
 _open_clips = _OpenClips()
 
 
-def open_clip(path: Path) -> OpenClip:
-    """The clip, opened for random access, or as this thread has left it open. UserError where it is no video."""
-    clips = _open_clips.of_this_process()
-    version = _version(path)
-    if path in clips and clips[path][0] == version:
-        clips.move_to_end(path)
-        return clips[path][1]
-    clips[path] = version, OpenClip(path)
-    clips.move_to_end(path)
-    while len(clips) > OPEN_CLIPS:
-        _, (_, oldest) = clips.popitem(last=False)
-        oldest.container.close()
-    return clips[path][1]
-
-
 def _version(path: Path) -> tuple[int, int]:
-    """Tells a file from the one that replaced it under the same name."""
+    """Distinguishes a file from one that replaced it under the same name."""
     with reading(path, "write or download the dataset again"):
         status = path.stat()
     return status.st_mtime_ns, status.st_ino or status.st_size
+
+
+def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
+    """The frames that can be decoded, and None for each packet that cannot."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            yield None
+            return
+        if packet.is_corrupt:
+            yield None
+            continue
+        try:
+            yield from stream.decode(packet)
+        except av.FFmpegError:
+            yield None
+
+
+def _expected_frames(container: InputContainer, stream: VideoStream) -> int | None:
+    if stream.frames:
+        return stream.frames
+    length = _length(container, stream)
+    return None if length is None else round(length * _rate(stream))
+
+
+def _length(container: InputContainer, stream: VideoStream) -> float | None:
+    """Seconds, by the header."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    # A container's duration is that of its longest stream, which may be the sound.
+    if container.duration and len(container.streams) == 1:
+        return container.duration / av.time_base
+    return None
+
+
+def _packet_times(container: InputContainer, stream: VideoStream, path: Path) -> list[float]:
+    assert stream.time_base is not None
+    try:
+        packets = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    except av.FFmpegError as error:
+        raise UserError(f"{path}: cannot be read to its end ({error}); replace it or take it out") from None
+    return sorted(float(time * stream.time_base) for time in packets if time is not None)
+
+
+def _rate(stream: VideoStream) -> float:
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+    return float(rate) if rate else 25.0
+
+
+def _even_shape(frame_HWC: np.ndarray, path: Path) -> tuple[int, int]:
+    if frame_HWC.ndim != 3 or frame_HWC.shape[2] != 3 or frame_HWC.dtype != np.uint8:
+        raise UserError(f"{path}: frames must be uint8 (H, W, 3), got {frame_HWC.dtype} {frame_HWC.shape}")
+    height, width = frame_HWC.shape[:2]
+    if height % 2 or width % 2:
+        raise UserError(f"{path}: frames are {width}x{height}; H.264 needs an even width and height")
+    return height, width
