@@ -44,6 +44,9 @@ def test_whole_numbers_become_floats() -> None:
         ({"out": "x", "kind": "c"}, "config: kind: unknown value 'c'"),
         ({"out": "x", "inner": {"rat": 1}}, "config: inner: unknown key of Inner 'rat'; did you mean 'rate'"),
         ({"out": "x", "inner": 3}, "config: inner: expected an object for Inner, got int"),
+        ({"out": 3}, "config: out: expected Path, got 3"),
+        ({"out": "x", "decay": 10**400}, "config: decay: expected float, got 1000"),
+        ({"out": "x", "inner": {"betas": "0.9"}}, "config: inner: betas: expected a list, got '0.9'"),
     ],
 )
 def test_mistakes_are_named(values: dict, message: str) -> None:

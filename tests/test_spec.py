@@ -116,9 +116,9 @@ def test_options_have_the_types_of_their_fields() -> None:
     assert typed_options(Options, "x", texts, "rlds") == Options(Path("x"), ("a", "b"), 5.0, 7, True, "delta")
     for text, told in (
         ({"camra": "a"}, "unknown option of rlds 'camra'; did you mean 'camera'"),
-        ({"fps": "five"}, "'five' is no float"),
-        ({"limit": "1.5"}, "'1.5' is no int"),
-        ({"deep": "1"}, "expected true or false"),
+        ({"fps": "five"}, "fps=five: expected float, got 'five'"),
+        ({"limit": "1.5"}, "limit=1.5: expected int, got '1.5'"),
+        ({"deep": "1"}, "deep=1: expected true or false, got '1'"),
         ({"control": "absolut"}, "unknown value 'absolut'; did you mean 'absolute'"),
         ({"path": "y"}, "unknown option of rlds 'path'"),
     ):

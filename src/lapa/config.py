@@ -36,7 +36,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "confi
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"{source}: {cls.__name__} needs the key {name!r}")
-    return cls(**{key: _typed(hints[key], value, f"{source}: {key}") for key, value in values.items()})
+    return cls(**{key: typed(hints[key], value, f"{source}: {key}") for key, value in values.items()})
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -88,34 +88,47 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _typed(hint: Any, value: Any, source: str) -> Any:
-    """`value` as JSON gave it, turned into what the annotation `hint` says."""
-    origin = typing.get_origin(hint)
+def typed(hint: Any, value: Any, source: str, text: bool = False) -> Any:
+    """Returns `value`, as JSON gave it, in the type of the annotation `hint`.
+
+    text: numbers, flags and lists are given as text, as in `--data PATH,camera=front+wrist`.
+    Raises UserError naming `source` for a value of another type.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _typed(typing.get_args(hint)[0], value, source)
+        return typed(arguments[0], value, source, text)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in typing.get_args(hint):
+        if value is None and type(None) in arguments:
             return None
-        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        options = [option for option in arguments if option is not type(None)]
         if len(options) > 1 and all(map(dataclasses.is_dataclass, options)):
             options = [_of_kind(options, value, source)]
-        return _typed(options[0], value, source) if len(options) == 1 else value
+        return typed(options[0], value, source, text) if len(options) == 1 else value
     if origin is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise UserError(f"{source}: {unknown('value', str(value), map(str, typing.get_args(hint)))}")
+        if value not in arguments:
+            raise UserError(f"{source}: {unknown('value', str(value), map(str, arguments))}")
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
     if origin in (tuple, list):
-        items = typing.get_args(hint)
-        item = items[0] if items else Any
-        return origin(_typed(item, element, source) for element in value)
-    if hint is Path:
-        return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (bool, int, float, str) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise UserError(f"{source}: expected {hint.__name__}, got {value!r}")
+        values = value.split("+") if text else value
+        if not isinstance(values, list | tuple):
+            raise UserError(f"{source}: expected a list, got {value!r}")
+        return origin(typed(arguments[0], item, source, text) for item in values)
+    return _scalar(hint, value, source, text) if hint in (bool, int, float, str, Path) else value
+
+
+def _scalar(hint: type, value: Any, source: str, text: bool) -> Any:
+    error = UserError(f"{source}: expected {'true or false' if hint is bool else hint.__name__}, got {value!r}")
+    try:
+        if text and hint is bool:
+            value = {"true": True, "false": False}[value.lower()]
+        elif hint is Path or (text and hint is int) or (hint is float and (text or type(value) is int)):
+            value = hint(value)
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise error from None
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise error
     return value
 
 
@@ -123,6 +136,6 @@ def _of_kind(options: list[Any], value: Any, source: str) -> Any:
     """Which of several dataclasses a value is of: each has a field `kind`, whose default names it."""
     kinds = {option.__dataclass_fields__["kind"].default: option for option in options}
     kind = value.get("kind") if isinstance(value, Mapping) else value
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise unknown(f"kind in {source}:", str(kind), kinds)
     return kinds[kind]

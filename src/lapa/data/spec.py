@@ -15,13 +15,13 @@ import dataclasses
 import importlib
 import math
 import re
-import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from lapa.config import typed
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Reading
@@ -84,29 +84,8 @@ def typed_options(cls: type[Options], path: str, options: Mapping[str, str], sou
     for key in options:
         if key not in known:
             raise unknown(f"option of {source}", key, known)
-    values = {key: typed(hints[key], text, f"{source},{key}={text}") for key, text in options.items()}
-    return cls(**{fields[0].name: typed(hints[fields[0].name], path, source), **values})
-
-
-def typed(hint: Any, text: str, source: str) -> Any:
-    """A text as a value of a type: text, a path, a number, a flag, or a `+`-separated tuple of them."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return typed(next(option for option in arguments if option is not type(None)), text, source)
-    if origin is tuple:
-        return tuple(typed(arguments[0], part, source) for part in text.split("+"))
-    if origin is typing.Literal:
-        if text not in arguments:
-            raise UserError(f"{source}: {unknown('value', text, arguments)}")
-        return text
-    if hint is bool:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{source}: expected true or false")
-        return text.lower() == "true"
-    try:
-        return hint(text)
-    except (TypeError, ValueError):
-        raise UserError(f"{source}: {text!r} is no {getattr(hint, '__name__', hint)}") from None
+    values = {key: typed(hints[key], value, f"{source},{key}={value}", text=True) for key, value in options.items()}
+    return cls(**{fields[0].name: typed(hints[fields[0].name], path, source, text=True), **values})
 
 
 def _exists(text: str) -> bool:
@@ -153,7 +132,7 @@ def open_dataset(data: Path | str) -> Dataset:
         kind: type[Reading] = getattr(importlib.import_module(module), reading)
         dataset = open_source(typed_options(kind, spec.path, options, f"{spec.source}:{spec.path}"), spec.name)
     if horizon is not None:
-        dataset.horizon = typed(float, horizon, f"--data {data}: horizon")
+        dataset.horizon = typed(float, horizon, f"--data {data}: horizon", text=True)
         if not 0 < dataset.horizon < float("inf"):
             raise UserError(f"--data {data}: the horizon must be above 0 seconds, got {horizon}")
     dataset.weight = 1.0 if spec.weight is None else spec.weight
