@@ -5,7 +5,7 @@ convolution along time that permutes positions, keys and values without a norm, 
 Its state dict bears the released names. The repair of unused codes, which the released code runs inside forward, is
 left out. The tests hold lapa to it, and bench_latent.py times both:
 
-    pytest tests/test_released.py; python benchmarks/bench_latent.py
+    pytest tests/test_released_laq.py; python benchmarks/bench_latent.py
 
 Axes: B batch, T time, C channel, H W image or patch grid, N tokens, M context tokens, L codes, D width.
 """

@@ -32,11 +32,6 @@ def write_stream(path: Path, tensors: Mapping[str, Tensor], prefix: tuple[str, .
             file.write(packer.pack(((*prefix, *name.split("/")), msgpack.packb(leaf(tensor, chunk)))))
 
 
-def write_flax(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A checkpoint of Flax: one map of maps."""
-    path.write_bytes(msgpack.packb(nested({name: leaf(tensor) for name, tensor in tensors.items()})))
-
-
 def leaf(tensor: Tensor, chunk: int = 1 << 30) -> Any:
     """A tensor as Flax packs one; one of more bytes than `chunk` in pieces."""
     if tensor.nbytes > chunk:

@@ -1,30 +1,31 @@
-"""Reads the weights that LAPA's and LWM's authors released from JAX, without JAX: an index first, tensors on demand.
+"""Reads the weights that LAPA's and LWM's authors released from JAX: without JAX, and without running the file.
 
     weights = open_checkpoint(Path("params"))
     weights.shapes["transformer/wte/embedding"]                       # (32000, 4096)
     weights.read("transformer/h/scan_decoder/attention/wq/kernel", 3)  # layer 3 alone
 
-Three kinds of file are told apart by their first bytes:
+Two formats, recognised by their first bytes:
 
-streaming  msgpack records one after another, each a pair: the parts of a tensor's name, and the bytes of the tensor as
-           Flax writes one (LAPA's and LWM's `params`, bfloat16). A whole train state has its weights under `params`,
-           beside the optimiser's state and the step, which are left unread and named in `skipped`.
-flax       one msgpack map of maps whose leaves are such tensors.
-pickle     a pickled map of maps of NumPy or JAX arrays (the released `vqgan`): lapa.released.checkpoints.
+streaming  msgpack records one after another, each a pair: the parts of a tensor's name, and the tensor as Flax writes
+           one (LAPA's and LWM's `params`, bfloat16). A whole train state has its weights under `params`, next to the
+           optimiser's state and the step, which stay unread and are listed in `skipped`.
+pickle     a pickled map of maps of NumPy or JAX arrays (the released `vqgan`). Only the names of `ALLOWED` may stand
+           in it, and each is replaced by a stand-in that holds data.
 
-A tensor of Flax is a msgpack extension of type 1 (3 for a scalar) that holds its shape, the name of its dtype and its
-bytes in C order; one of more than 2^30 bytes is a map with its shape and its flat chunks. Opening a file reads names,
-shapes and offsets only, by skipping over all else, so that memory is spent on the tensor asked for and no other.
+Flax writes a tensor as a msgpack extension of type 1 (3 for a scalar) with its shape, the name of its dtype and its
+bytes in C order; one of more than 2^30 bytes as a map of its shape and its flat chunks. Opening a streaming file reads
+names and shapes and skips the rest, so that memory is spent on the tensor asked for and no other.
 Format: https://github.com/young-geng/EasyLM (checkpoint.py), https://flax.readthedocs.io (serialization), msgpack.org.
 """
 
 from __future__ import annotations
 
 import math
+import pickle
 import pickletools
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,26 +37,31 @@ from torch import Tensor
 
 from lapa.errors import UserError
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "int32": torch.int32,
-    "uint32": torch.uint32,
-    "int64": torch.int64,
-    "bool": torch.bool,
-}
-CHUNKED = "__msgpack_chunked_array__"
-TENSOR_EXTENSIONS = (1, 3)
-LONGEST_TEXT = 4096
+# What code that expects a sound file raises on a malformed one. RecursionError is a RuntimeError.
+MALFORMED = (
+    *(pickle.UnpicklingError, struct.error, EOFError, MemoryError, RuntimeError),
+    *(ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError),
+)
+TRUNCATED = "truncated: the file ends before its end; download it again"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int64, torch.bool)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, *INTEGERS)}
+
+
+@contextmanager
+def malformed(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a malformed file raises inside into a UserError: the file, `what` is wrong, and why."""
+    try:
+        yield
+    except MALFORMED as error:
+        if isinstance(error, UserError) and str(error).startswith(f"{path}: "):
+            raise
+        raise UserError(f"{path}: {what} ({str(error) or type(error).__name__})") from None
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of the file that were skipped; `extension` is the msgpack type of an extension, else None."""
+    """Bytes of the file; `extension` is the type of a msgpack extension, None for plain binary data."""
 
     start: int
     length: int
@@ -74,7 +80,7 @@ class Stored:
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a file, by name (parts joined by "/"), read when asked for.
 
-    skipped: what lies in the file beside the weights.
+    skipped: the names of what the file holds next to the weights.
     """
 
     def __init__(self, path: Path, index: Mapping[str, Stored], skipped: tuple[str, ...] = ()) -> None:
@@ -113,35 +119,35 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def open_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    """The index of a released file. UserError naming the file where it is absent, truncated or of no such kind."""
+    """The tensors of a released file, by name. Raises UserError naming a file that is absent, truncated or malformed.
+
+    A streaming file is only indexed, and its tensors read on demand; a pickle is read whole.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a file that the authors of LAPA or LWM released")
-    with reading(path, "not a checkpoint of the released format"), path.open("rb") as file:
+    with path.open("rb") as file:
         first = file.read(2)
-        if len(first) == 2 and first[0] == 0x80 and 2 <= first[1] <= 5:
-            return flatten(read_pickled(path))
-        scanner = _Scanner(file, path)
-        if scanner.size == 0:
-            raise UserError(f"{path}: truncated: the file is empty")
-        file.seek(0)
-        if first[0] == 0x92:
-            return _index_stream(scanner)
-        if first[0] & 0xF0 == 0x80 or first[0] in (0xDE, 0xDF):
-            flat = flatten(scanner.value())
-            return StoredTensors(path, {name: _stored(leaf, scanner, name) for name, leaf in flat.items()})
-    raise UserError(f"{path}: neither a streaming checkpoint, nor a msgpack file of Flax, nor a pickled map of arrays")
+    if not first:
+        raise UserError(f"{path}: {TRUNCATED}")
+    if first[0] == 0x80 and 2 <= first[-1] <= 5:
+        with malformed(path, "not a pickled map of arrays"):
+            return _read_pickle(path)
+    if first[0] == 0x92:
+        with malformed(path, "not a streaming checkpoint"):
+            return _index_stream(path)
+    raise UserError(f"{path}: neither a streaming checkpoint nor a pickled map of arrays; name a released file")
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors or arrays, without reading those that lie in a file."""
+    """The shapes of tensors or arrays; those that lie in a file are not read."""
     if isinstance(params, StoredTensors):
         return params.shapes
     return {name: tuple(array.shape) for name, array in params.items()}
 
 
 def require_shapes(what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """UserError listing every tensor that is missing, left over or of another shape."""
+    """Raises UserError that lists every tensor that is missing, left over or of another shape."""
     complaints = [f"{name}: missing, expected shape {shape}" for name, shape in expected.items() if name not in given]
     for name, shape in given.items():
         if name not in expected:
@@ -153,71 +159,11 @@ def require_shapes(what: str, given: Mapping[str, tuple[int, ...]], expected: Ma
 
 
 def require_floats(params: Mapping[str, Any]) -> None:
-    """UserError listing every tensor or array that is not of floating-point numbers; none in a file is read."""
+    """Raises UserError that lists every tensor whose numbers are not floating-point; none in a file is read."""
     dtypes = params.dtypes if isinstance(params, StoredTensors) else {name: each.dtype for name, each in params.items()}
     wrong = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not dtype.is_floating_point]
     if wrong:
         raise UserError("expected weights of floating-point numbers:\n  " + "\n  ".join(wrong))
-
-
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """A map of maps as one map, names joined by "/"; an outermost `params` is left out, and so are empty maps."""
-    if not prefix and set(tree) == {"params"} and isinstance(tree["params"], Mapping):
-        return flatten(tree["params"])
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and CHUNKED not in value:
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _index_stream(scanner: _Scanner) -> StoredTensors:
-    found: dict[tuple[str, ...], Any] = {}
-    while scanner.position < scanner.size:
-        record = scanner.value()
-        if not (isinstance(record, list) and len(record) == 2 and isinstance(record[0], list)):
-            raise scanner.malformed("expected a record of a name and a tensor")
-        key = tuple(map(str, record[0]))
-        if key in found:
-            raise UserError(f"{scanner.path}: {'/'.join(key)} is there twice")
-        found[key] = record[1]
-    # A train state holds its weights under `params` beside `opt_state` and `step`; saved alone, they have no prefix,
-    # or as many `params` as the authors' nesting gave them.
-    inside = {key for key in found if key[0] == "params"}
-    kept = {key: value for key, value in found.items() if not inside or key in inside}
-    skipped = tuple("/".join(key) for key in found if key not in kept)
-    index = {}
-    for key, value in kept.items():
-        name = "/".join(part for position, part in enumerate(key) if set(key[: position + 1]) != {"params"})
-        leaf = scanner.inside(value) if isinstance(value, Span) else value
-        if leaf != {}:
-            index[name] = _stored(leaf, scanner, name)
-    return StoredTensors(scanner.path, index, skipped)
-
-
-def _stored(leaf: Any, scanner: _Scanner, name: str) -> Stored:
-    if isinstance(leaf, dict) and CHUNKED in leaf:
-        shape = tuple(leaf["shape"][str(axis)] for axis in range(len(leaf["shape"])))
-        chunks = [_stored(leaf["chunks"][str(i)], scanner, name) for i in range(len(leaf["chunks"]))]
-        stored = Stored(shape, chunks[0].dtype, tuple(piece for chunk in chunks for piece in chunk.pieces))
-    elif isinstance(leaf, Span) and leaf.extension in TENSOR_EXTENSIONS:
-        shape, dtype, span = scanner.inside(leaf)
-        dtype = scanner.text(dtype) if isinstance(dtype, Span) else dtype
-        if dtype not in DTYPES:
-            raise UserError(f"{scanner.path}: {name} is of dtype {dtype}, which this reader does not know")
-        if not isinstance(span, Span):
-            raise TypeError(f"{name} has no bytes")
-        stored = Stored(tuple(shape), DTYPES[dtype], (span,))
-    else:
-        raise UserError(f"{scanner.path}: {name} is no tensor, but {type(leaf).__name__}")
-    if not all(type(size) is int and size >= 0 for size in stored.shape):
-        raise TypeError(f"{name} has the shape {stored.shape}")
-    held, needed = sum(piece.length for piece in stored.pieces), math.prod(stored.shape) * stored.dtype.itemsize
-    if held != needed:
-        raise UserError(f"{scanner.path}: {name} has {held:,} bytes, but its shape {stored.shape} needs {needed:,}")
-    return stored
 
 
 def _read_into(file: BinaryIO, pieces: tuple[Span, ...], skip: int, raw: Tensor) -> None:
@@ -231,318 +177,302 @@ def _read_into(file: BinaryIO, pieces: tuple[Span, ...], skip: int, raw: Tensor)
         count = min(piece.length - skip, len(view) - filled)
         file.seek(piece.start + skip)
         if file.readinto(view[filled : filled + count]) != count:  # type: ignore[attr-defined]
-            raise UserError(f"{file.name}: became shorter while it was read")
+            raise UserError(f"{file.name}: became shorter while it was read; run the command again")
         filled, skip = filled + count, 0
         if filled == len(view):
             return
 
 
-class _Scanner:
-    """A msgpack reader that skips over binary data, extensions and long strings, and says where they lie."""
+# Streaming checkpoints. First byte of a msgpack value -> width of its length in bytes, or the length itself.
+BINARY = {0xC4: 1, 0xC5: 2, 0xC6: 4}
+EXTENSION = {0xC7: 1, 0xC8: 2, 0xC9: 4}
+FIXED_EXTENSION = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
+TENSOR_EXTENSIONS = (1, 3)
+# Bytes in which a name, a shape or a header must fit.
+WINDOW = 4096
+
+
+class _Cursor:
+    """A position in a msgpack file. Small values are unpacked; binary data and extensions are skipped unread."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.path, self._file = path, file
-        self.size = path.stat().st_size
+        try:
+            import msgpack
+        except ImportError:
+            raise UserError(
+                f'{path}: reading a streaming checkpoint needs msgpack; install it: pip install "lapa[import]"'
+            ) from None
+        self.path, self.position, self.size = path, 0, path.stat().st_size
+        self._file, self._msgpack = file, msgpack
 
-    @property
-    def position(self) -> int:
-        return self._file.tell()
-
-    def malformed(self, why: str) -> UserError:
-        return UserError(f"{self.path}: not a checkpoint of the released format (byte {self.position:,}: {why})")
-
-    def inside(self, span: Span) -> Any:
-        """The msgpack value that the skipped bytes hold; the position stays."""
-        back = self.position
-        self._file.seek(span.start)
-        value = self.value()
-        self._file.seek(back)
+    def unpack(self, method: str = "unpack") -> Any:
+        """The next value, or the count of its entries: "read_array_header", "read_map_header"."""
+        unpacker = self._msgpack.Unpacker(max_buffer_size=WINDOW)
+        unpacker.feed(self._peek(WINDOW))
+        try:
+            value = getattr(unpacker, method)()
+        except self._msgpack.OutOfData:
+            if self.position + WINDOW < self.size:
+                raise ValueError(f"byte {self.position:,}: a name or shape of more than {WINDOW} bytes") from None
+            raise UserError(f"{self.path}: {TRUNCATED}") from None
+        except ValueError as error:
+            raise ValueError(f"byte {self.position:,}: {error}") from None
+        self.position += unpacker.tell()
         return value
 
-    def text(self, span: Span) -> str:
-        """The skipped bytes as text; the position stays."""
-        back = self.position
-        self._file.seek(span.start)
-        text = self._file.read(span.length).decode()
-        self._file.seek(back)
-        return text
+    def expect(self, length: int) -> None:
+        """Steps into an array, which must have `length` entries."""
+        if (found := self.unpack("read_array_header")) != length:
+            raise ValueError(f"byte {self.position:,}: expected {length} entries, found {found}")
 
-    def value(self) -> Any:
-        """The next value: None, a number, a string, a list, a dict, or the Span of what was skipped."""
-        code = self._number("B")
-        if code < 0x80:
-            return code
-        if code < 0x90:
-            return self._map(code & 0x0F)
-        if code < 0xA0:
-            return [self.value() for _ in range(code & 0x0F)]
-        if code < 0xC0:
-            return self._string(code & 0x1F)
-        if code >= 0xE0:
-            return code - 256
-        if code in (0xC0, 0xC2, 0xC3):
-            return {0xC0: None, 0xC2: False, 0xC3: True}[code]
-        if 0xC4 <= code <= 0xC6:
-            return self._skip(self._number("BHI"[code - 0xC4]))
-        if 0xC7 <= code <= 0xC9:
-            length = self._number("BHI"[code - 0xC7])
-            return self._skip(length, self._number("b"))
-        if 0xCA <= code <= 0xD3:
-            return self._number("fdBHIQbhiq"[code - 0xCA])
-        if 0xD4 <= code <= 0xD8:
-            return self._skip(1 << (code - 0xD4), self._number("b"))
-        if 0xD9 <= code <= 0xDB:
-            return self._string(self._number("BHI"[code - 0xD9]))
-        if code in (0xDC, 0xDD):
-            return [self.value() for _ in range(self._number("HI"[code - 0xDC]))]
-        if code in (0xDE, 0xDF):
-            return self._map(self._number("HI"[code - 0xDE]))
-        raise self.malformed(f"0x{code:02x} begins no msgpack value")
+    @property
+    def at_extension(self) -> bool:
+        return self._peek(1)[0] in (*EXTENSION, *FIXED_EXTENSION)
 
-    def _number(self, kind: str) -> Any:
-        raw = self._file.read(struct.calcsize(kind))
-        if len(raw) < struct.calcsize(kind):
-            raise self._truncated(struct.calcsize(kind) - len(raw))
-        return struct.unpack(f">{kind}", raw)[0]
+    def skip(self) -> Span:
+        """Steps over binary data or an extension."""
+        head = self._peek(6)
+        code = head[0] if head else -1
+        width = BINARY.get(code, 0) or EXTENSION.get(code, 0)
+        if not width and code not in FIXED_EXTENSION:
+            raise ValueError(f"byte {self.position:,}: expected binary data or an extension")
+        length = FIXED_EXTENSION.get(code) or int.from_bytes(head[1 : 1 + width], "big")
+        begin = 1 + width + (code not in BINARY)
+        span = Span(self.position + begin, length, None if code in BINARY else head[begin - 1])
+        if len(head) < begin or span.start + length > self.size:
+            raise UserError(f"{self.path}: {TRUNCATED}")
+        self.position = span.start + length
+        return span
 
-    def _string(self, length: int) -> str | Span:
-        # msgpack before 1.0 wrote binary data as strings.
-        span = self._skip(length)
-        if length > LONGEST_TEXT:
-            return span
-        self._file.seek(span.start)
-        raw = self._file.read(length)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return span
-
-    def _map(self, count: int) -> dict[Any, Any]:
-        pairs = [(self.value(), self.value()) for _ in range(count)]
-        return {key if isinstance(key, str) else str(key): value for key, value in pairs}
-
-    def _skip(self, length: int, extension: int | None = None) -> Span:
-        start = self.position
-        if start + length > self.size:
-            raise self._truncated(start + length - self.size)
-        self._file.seek(start + length)
-        return Span(start, length, extension)
-
-    def _truncated(self, missing: int) -> UserError:
-        return UserError(f"{self.path}: truncated: {missing:,} bytes or more are missing at its end; download it again")
+    def _peek(self, count: int) -> bytes:
+        self._file.seek(self.position)
+        return self._file.read(count)
 
 
-# What a name in the file stands for; versions of NumPy, JAX and Flax differ in where it lives, not in what it does.
-NAMES = {
-    "numpy.core.multiarray _reconstruct": "empty array",
-    "numpy._core.multiarray _reconstruct": "empty array",
-    "numpy.core.numeric _frombuffer": "array of bytes",
-    "numpy._core.numeric _frombuffer": "array of bytes",
-    "numpy ndarray": "array type",
-    "numpy dtype": "dtype",
-    "_codecs encode": "encode",
-    "__builtin__ bytes": "bytes",
-    "jax._src.array _reconstruct_array": "jax array",
-    "jax._src.device_array reconstruct_device_array": "jax array",
-    "jax.interpreters.xla reconstruct_device_array": "jax array",
-    "flax.core.frozen_dict FrozenDict": "map",
-    "collections OrderedDict": "map",
-}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-IGNORED = ("PROTO", "FRAME")
-TRUNCATED = ("exhausted before", "remain", "not enough data")
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# What a malformed file makes of code that expects a sound one.
-MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-NUMBERS = re.compile(r"[biuf][0-9]{1,2}")
+def _index_stream(path: Path) -> StoredTensors:
+    found: dict[tuple[str, ...], Span] = {}
+    index = {}
+    with path.open("rb") as file:
+        cursor = _Cursor(file, path)
+        while cursor.position < cursor.size:
+            cursor.expect(2)
+            key = tuple(map(str, cursor.unpack()))
+            if key in found:
+                raise ValueError(f"{'/'.join(key)} is there twice")
+            found[key] = cursor.skip()
+        # A train state holds its weights under `params` next to `opt_state` and `step`; saved alone, they have no
+        # prefix, or as many `params` as the authors' nesting gave them.
+        inside = {key for key in found if key[0] == "params"}
+        kept = {key: span for key, span in found.items() if not inside or key in inside}
+        for key, span in kept.items():
+            name = "/".join(part for position, part in enumerate(key) if set(key[: position + 1]) != {"params"})
+            cursor.position = span.start
+            with malformed(path, f"no tensor at {name}"):
+                stored = _tensor_at(cursor)
+            if stored is not None:
+                index[name] = stored
+    return StoredTensors(path, index, skipped=tuple("/".join(key) for key in found if key not in kept))
 
 
-@contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Whatever a malformed file raises inside is a UserError that names the file and says `what` it is."""
-    try:
-        yield
-    except MALFORMED as error:
-        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
-            raise
-        raise UserError(f"{path}: {what} ({str(error) or type(error).__name__})") from None
+def _tensor_at(cursor: _Cursor) -> Stored | None:
+    """The tensor that begins at the cursor; None where there is an empty map."""
+    if cursor.at_extension:
+        return _array_at(cursor)
+    entries: dict[str, Any] = {}
+    for _ in range(cursor.unpack("read_map_header")):
+        key = cursor.unpack()
+        if key == "chunks":
+            count = cursor.unpack("read_map_header")
+            entries[key] = {cursor.unpack(): _array_at(cursor) for _ in range(count)}
+        else:
+            entries[key] = cursor.unpack()
+    if not entries:
+        return None
+    shape = tuple(entries["shape"][str(axis)] for axis in range(len(entries["shape"])))
+    chunks = [entries["chunks"][str(number)] for number in range(len(entries["chunks"]))]
+    return _checked(Stored(shape, chunks[0].dtype, tuple(piece for chunk in chunks for piece in chunk.pieces)))
 
 
-@dataclass(frozen=True)
-class Name:
-    what: str
+def _array_at(cursor: _Cursor) -> Stored:
+    """The extension that begins at the cursor, as Flax writes an array."""
+    whole = cursor.skip()
+    if whole.extension not in TENSOR_EXTENSIONS:
+        raise ValueError(f"expected a msgpack extension of type 1 or 3, got {whole.extension}")
+    cursor.position = whole.start
+    cursor.expect(3)
+    shape, dtype, data = tuple(cursor.unpack()), cursor.unpack(), cursor.skip()
+    if cursor.position != whole.start + whole.length:
+        raise ValueError("the length of an array and of its parts differ")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
+    return _checked(Stored(shape, DTYPES[dtype], (data,)))
 
 
-@dataclass
-class Dtype:
-    """`numpy.dtype`: first its code, then (by BUILD) its byte order."""
+def _checked(stored: Stored) -> Stored:
+    if not all(type(size) is int and size >= 0 for size in stored.shape):
+        raise ValueError(f"shape {stored.shape}")
+    held, needed = sum(piece.length for piece in stored.pieces), math.prod(stored.shape) * stored.dtype.itemsize
+    if held != needed:
+        raise ValueError(f"{held:,} bytes, but its shape {stored.shape} needs {needed:,}")
+    return stored
 
-    code: str
-    order: str = "<"
+
+# Pickles. How many times as long as the file its arrays may be: two names may share one.
+MOST_BYTES = 2
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype`: first the code, then by BUILD the byte order."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
 
     @property
     def numpy(self) -> np.dtype:
-        if not NUMBERS.fullmatch(self.code):
+        if not re.fullmatch(r"[biuf][0-9]{1,2}", self.code):
             raise TypeError(f"an array of {self.code!r}, not of numbers")
         return np.dtype(self.code).newbyteorder("big" if self.order == ">" else "little")
 
 
-@dataclass
-class Array:
-    """An array: made empty, then (by BUILD) filled."""
+class _Array:
+    """Stands in for an array: made empty, then by BUILD given its shape, dtype and bytes, which are not copied."""
 
-    tensor: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] | None = None
 
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.shape, dtype, self.fortran, self.raw = state[-4:]
+        self.dtype = dtype.numpy
+        if not all(type(size) is int and size >= 0 for size in self.shape):
+            raise TypeError("an array whose shape is not of whole numbers")
+        needed = math.prod(self.shape) * self.dtype.itemsize
+        if not isinstance(self.raw, bytes | bytearray) or len(self.raw) != needed:
+            raise TypeError(f"an array of shape {list(self.shape)} whose bytes are not the {needed:,} that it needs")
 
-class _Mark:
-    pass
-
-
-def read_pickled(path: Path) -> dict[str, Any]:
-    """The maps of the file, with tensors at their leaves.
-
-    Raises UserError naming the file where it is truncated, or holds anything but maps of arrays.
-    """
-    reader = _Reader(path)
-    with reading(path, "a pickle, but no map of arrays"):
-        with path.open("rb") as file:
-            for opcode, argument in _instructions(file, path):
-                reader.follow(opcode, argument)
-        tree: dict[str, Any] = _tensors(reader.stack.pop(), path, set())
-        if not isinstance(tree, dict):
-            raise TypeError("an array alone")
-    return tree
+    def tensor(self) -> Tensor:
+        """The array in memory of its own."""
+        array = np.frombuffer(self.raw, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
+        # torch takes no other byte order, and wants what it holds to be writable.
+        return torch.from_numpy(np.array(array, dtype=self.dtype.newbyteorder("="), order="C"))
 
 
-def _instructions(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+def _filled(state: tuple[Any, ...]) -> _Array:
+    array = _Array()
+    array.__setstate__(state)
+    return array
+
+
+def _empty(kind: Any, shape: Any, code: Any) -> _Array:
+    return _Array()
+
+
+def _of_jax(build: Any, arguments: Any, state: tuple[Any, ...], aval: Any) -> _Array:
+    return _filled(state)
+
+
+def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+    return _filled((shape, dtype, order == "F", raw))
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise TypeError(f"encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+# All that a file may name, and what is called in its place, with what the libraries' own reductions pass. Versions of
+# NumPy, JAX and Flax differ in the module. Protocol 2 writes bytes as text in latin1, and those of no length as a call.
+ALLOWED: dict[str, Callable[..., Any]] = {
+    "numpy.core.multiarray._reconstruct": _empty,
+    "numpy._core.multiarray._reconstruct": _empty,
+    "numpy.core.numeric._frombuffer": _from_buffer,
+    "numpy._core.numeric._frombuffer": _from_buffer,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _latin1,
+    "__builtin__.bytes": lambda: b"",
+    "jax._src.array._reconstruct_array": _of_jax,
+    "jax._src.device_array.reconstruct_device_array": _of_jax,
+    "jax.interpreters.xla.reconstruct_device_array": _of_jax,
+    "flax.core.frozen_dict.FrozenDict": lambda entries: dict(entries),
+    "collections.OrderedDict": lambda: {},
+}
+
+
+class _StandIn:
+    """What a name in the file becomes: it can be called, and a pickle can change nothing in it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return ALLOWED[self._name](*arguments)
+        except TypeError as error:
+            raise TypeError(f"a call of {self._name} that builds no array: {error}") from None
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError(f"a state for {self._name}")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain data and stand-ins; refuses a file that names anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (full := f"{module}.{name}") not in ALLOWED:
+            raise pickle.UnpicklingError(
+                f"it names {full}; nothing in it was run; if you trust the file, load it where it was made and pickle "
+                "its weights again as a dict of NumPy arrays"
+            )
+        return _StandIn(full)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        _scan(file, path, size)
+        file.seek(0)
+        tree = _Unpickler(file).load()
+    if not isinstance(tree, dict):
+        raise TypeError(f"{type(tree).__name__} where a map was expected")
+    flat: dict[str, _Array] = {}
+    _flatten(tree, "", flat, set())
+    del tree
+    # One buffer may stand under many names.
+    if (total := sum(len(array.raw) for array in flat.values())) > MOST_BYTES * size:
+        raise ValueError(f"{total:,} bytes of arrays in a file of {size:,}")
+    outer = "params/" if all(name.startswith("params/") for name in flat) else ""
+    # Popped, so that what was read goes as the tensors come.
+    return {name.removeprefix(outer): flat.pop(name).tensor() for name in list(flat)}
+
+
+def _scan(file: BinaryIO, path: Path, size: int) -> None:
+    """Refuses a truncated pickle, and one for whose memo the unpickler would reserve more places than it has bytes."""
     try:
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "STOP":
-                return
-            yield opcode.name, argument
+            if opcode.name in ("PUT", "LONG_BINPUT") and (argument or 0) > size:
+                raise TypeError(f"memo entry {argument:,}")
     except ValueError as error:
-        if any(sign in str(error) for sign in TRUNCATED):
-            raise UserError(f"{path}: truncated: the pickle ends before its end; download it again") from None
+        if any(sign in str(error) for sign in ("exhausted before", "remain", "not enough data")):
+            raise UserError(f"{path}: {TRUNCATED}") from None
         raise
 
 
-class _Reader:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-
-    def follow(self, opcode: str, argument: Any) -> None:
-        """One instruction of the file, on the stack."""
-        stack = self.stack
-        if opcode in IGNORED:
-            return
-        if opcode in CONSTANTS:
-            stack.append(CONSTANTS[opcode])
-        elif opcode in EMPTY:
-            stack.append(EMPTY[opcode]())
-        elif opcode.startswith(
-            ("BININT", "SHORT_BIN", "BINUNICODE", "BINBYTES", "BYTEARRAY", "LONG1", "SHORT_BINBYTES")
-        ):
-            stack.append(argument)
-        elif opcode == "MARK":
-            stack.append(_Mark())
-        elif opcode == "MEMOIZE":
-            self._memo[len(self._memo)] = stack[-1]
-        elif opcode in ("BINPUT", "LONG_BINPUT"):
-            self._memo[argument] = stack[-1]
-        elif opcode in ("BINGET", "LONG_BINGET"):
-            stack.append(self._memo[argument])
-        elif opcode in TUPLES:
-            count = TUPLES[opcode]
-            stack[-count:] = [tuple(stack[-count:])]
-        elif opcode == "TUPLE":
-            stack.append(tuple(self._to_mark()))
-        elif opcode in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if opcode == "APPEND" else self._to_mark()
-            stack[-1].extend(items)
-        elif opcode in ("SETITEM", "SETITEMS"):
-            items = [stack.pop(-2), stack.pop()] if opcode == "SETITEM" else self._to_mark()
-            if not all(isinstance(key, str) for key in items[::2]):
-                raise TypeError("a map whose keys are not all text")
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
-        elif opcode in ("GLOBAL", "STACK_GLOBAL"):
-            name = argument if opcode == "GLOBAL" else " ".join((stack.pop(-2), stack.pop()))
-            if name not in NAMES:
-                raise self._refused(f"names {name.replace(' ', '.')}")
-            stack.append(Name(NAMES[name]))
-        elif opcode in ("REDUCE", "NEWOBJ"):
-            arguments = stack.pop()
-            stack.append(_made(stack.pop().what, arguments))
-        elif opcode == "BUILD":
-            state = stack.pop()
-            _fill(stack[-1], state)
+def _flatten(tree: Mapping[Any, Any], prefix: str, flat: dict[str, _Array], seen: set[int]) -> None:
+    """Puts the arrays of a map of maps into `flat`, their names joined by "/"."""
+    if id(tree) in seen:
+        # It may hold itself, or double at each of many levels.
+        raise ValueError("the same map in two places")
+    seen.add(id(tree))
+    for key, value in tree.items():
+        if not isinstance(key, str):
+            raise TypeError("keys are not all text")
+        if isinstance(value, dict):
+            _flatten(value, f"{prefix}{key}/", flat, seen)
+        elif isinstance(value, _Array) and value.shape is not None:
+            flat[f"{prefix}{key}"] = value
         else:
-            raise self._refused(f"has the instruction {opcode}")
-
-    def _to_mark(self) -> list[Any]:
-        position = max(i for i, item in enumerate(self.stack) if isinstance(item, _Mark))
-        items = self.stack[position + 1 :]
-        del self.stack[position:]
-        return items
-
-    def _refused(self, why: str) -> UserError:
-        return UserError(
-            f"{self.path}: a pickle that {why}, so it is not only a map of arrays; pickles are read as data and never "
-            "run. Where you trust the file, load it where it was made and save its arrays with flax.serialization"
-        )
-
-
-def _made(what: str, arguments: tuple[Any, ...]) -> Any:
-    """What a call in the file would give."""
-    if what == "empty array":
-        return Array()
-    if what == "array of bytes":
-        buffer, dtype, shape, order = arguments
-        array = Array()
-        _fill(array, (1, shape, dtype, order == "F", buffer))
-        return array
-    if what == "dtype":
-        return Dtype(arguments[0])
-    # As pickles of protocol 2 write bytes, and those of no length.
-    if what == "encode" and arguments[1:] == ("latin1",):
-        return arguments[0].encode("latin1")
-    if what == "bytes" and not arguments:
-        return b""
-    if what == "jax array":
-        array = Array()
-        _fill(array, arguments[2])
-        return array
-    if what == "map" and all(isinstance(argument, dict) for argument in arguments):
-        return arguments[0] if arguments else {}
-    raise TypeError(f"{what} is not to be called so")
-
-
-def _fill(target: Any, state: Any) -> None:
-    """What `__setstate__` would do to an array or a dtype."""
-    if isinstance(target, Dtype):
-        target.order = state[1]
-        return
-    _, shape, dtype, fortran, raw = state[-5:] if len(state) >= 5 else (1, *state)
-    if not all(isinstance(size, int) for size in shape):
-        raise TypeError("an array whose shape is not of numbers")
-    array = np.frombuffer(raw, dtype.numpy)
-    if array.size != math.prod(shape):
-        raise TypeError(f"an array of {array.size} numbers cannot have the shape {shape}")
-    array = array.reshape(shape, order="F" if fortran else "C")
-    native = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))
-    # The file's bytes are read-only, and torch wants what it holds to be writable.
-    target.tensor = torch.from_numpy(native.reshape(shape).copy())
-
-
-def _tensors(value: Any, path: Path, seen: set[int]) -> Any:
-    if isinstance(value, dict):
-        if id(value) in seen:
-            # It may hold itself, or double at each of many levels.
-            raise UserError(f"{path}: a pickle with the same map in two places, as no map of arrays has")
-        seen.add(id(value))
-        return {key: _tensors(item, path, seen) for key, item in value.items()}
-    if isinstance(value, Array) and value.tensor is not None:
-        return value.tensor
-    raise UserError(f"{path}: a pickle with {type(value).__name__} where an array was expected")
+            raise TypeError(f"{type(value).__name__} where an array was expected")

@@ -36,7 +36,14 @@ from lapa.policy.model import PolicyConfig
 from lapa.policy.prompts import PROMPTS, Prompts
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.released import vqgan
-from lapa.released.checkpoints import StoredTensors, open_checkpoint, reading, require_floats, require_shapes, shapes_of
+from lapa.released.checkpoints import (
+    StoredTensors,
+    malformed,
+    open_checkpoint,
+    require_floats,
+    require_shapes,
+    shapes_of,
+)
 from lapa.released.lwm import VQGAN_FOLDER, LwmConfig, LwmProcessor, llama_config
 from lapa.released.vqgan import VQGANConfig
 
@@ -127,7 +134,7 @@ def read_sizes(path: Path | None) -> tuple[dict[str, Any], VQGANConfig]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected an object with the sizes of a released model")
-    with reading(path, "no sizes of a released model"):
+    with malformed(path, "not the sizes of a released model"):
         images = configs.from_dict(VQGANConfig, values.pop("vqgan", {}), source=f"{path}: vqgan")
         return {**published, **checked_config(values)}, images
 

@@ -22,7 +22,7 @@ from lapa.released import lapa7b as released
 from lapa.released import laq as import_laq
 from lapa.released.lapa7b import ImportLapaConfig, from_released, llama_tokenizer
 from lapa.released.laq import ImportLaqConfig
-from released_files import IMAGE_CODES, arrays, golden, write_flax, write_stream, write_tokenizer
+from released_files import IMAGE_CODES, arrays, golden, write_stream, write_tokenizer
 
 TEXT_ROWS = 300
 GENERATOR = torch.Generator().manual_seed(0)
@@ -116,7 +116,6 @@ def test_the_language_model_is_an_ordinary_one_of_transformers(config):
 def test_lwm_without_latent_actions_is_imported_for_pretraining(config, capsys):
     sizes = {key: value for key, value in SIZES.items() if key != "delta_vocab_size"}
     write_stream(config.params, made_up(sizes, torch.float32))
-    write_flax(config.vqgan, IMAGE_PARAMS)
     config.sizes.write_text(json.dumps({**sizes, "vqgan": IMAGE_FACTS["config"]}))
     import_lapa.run(config)
     assert "next: lapa policy pretrain --preset paper --policy" in capsys.readouterr().err
@@ -156,7 +155,7 @@ def test_files_that_do_not_fit_stop_the_import_before_it_writes(config, tmp_path
     write_stream(config.params, {**params, "transformer/more": torch.zeros(2)})
     refused(r"(?s)params: .*ln_f/kernel: missing.*transformer/more: not a name")
     config.params.write_bytes(whole)
-    write_flax(tmp_path / "images", {**IMAGE_PARAMS, "quant_conv/bias": torch.zeros(4)})
+    write_stream(tmp_path / "images", {**IMAGE_PARAMS, "quant_conv/bias": torch.zeros(4)})
     refused(r"images: .*\n.*quant_conv/bias: shape \(4,\)", vqgan=tmp_path / "images")
     refused("vqgan: not a model of sentencepiece", tokenizer=config.vqgan)
     refused("nowhere: no such file", tokenizer=tmp_path / "nowhere")
