@@ -388,7 +388,7 @@ def test_damaged_pictures_in_tables_are_named(robot: Dataset, tmp_path: Path) ->
     for picture, told in (
         ({"bytes": None, "path": "x.png"}, "holds no picture in row 11"),
         ({"bytes": png(np.zeros((64, 64, 3), np.uint8))[:60], "path": None}, r"cannot be decoded in row 11 \("),
-        ({"bytes": b"nothing", "path": None}, r"cannot be decoded in row 11 \(no PNG or JPEG\)"),
+        ({"bytes": b"nothing", "path": None}, r"cannot be decoded in row 11 \(no image in JPEG, PNG"),
         ({"bytes": png(np.zeros((8, 8, 3), np.uint8)), "path": None}, "differ in size"),
     ):
         change_rows(root / DATA, FRONT, lambda rows, it=picture: [*rows[: first + 2], it, *rows[first + 3 :]])

@@ -99,11 +99,11 @@ def test_a_damaged_picture_in_the_middle_is_named_and_counted(tmp_path: Path, ca
     assert [number for number in shown(dataset, 0) if number not in (2, 4, 6)] == [0, 1, 7]
     assert len(dataset.frames(0)) == 8
     printed = capsys.readouterr().err
-    assert "0003.jpg: no image" in printed
+    assert "0003.jpg: cannot be decoded" in printed
     assert "8 frames kept, 2 lost" in printed
     here = open_dataset(f"frames:{folder},caption=wait")
     assert len(here.frames(0, [0, 1, 7])) == 3
-    with pytest.raises(ValueError, match=r"0005\.jpg: empty, zero bytes; replace it"):
+    with pytest.raises(ValueError, match=r"0005\.jpg: cannot be decoded \(empty, zero bytes\); replace it"):
         here.frames(0, [5])
 
 

@@ -228,7 +228,7 @@ def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ("steps/action", [b"abc"] * 18, "steps/action is not 3 numbers"),
         ("steps/observation/state", np.full(12, np.nan, np.float32), "state is not finite at step 0"),
         ("steps/observation/main", [], "has no step"),
-        ("steps/observation/main", np.zeros(6, np.float32), "main cannot be decoded at step 0 (no JPEG or PNG)"),
+        ("steps/observation/main", np.zeros(6, np.float32), "main cannot be decoded at step 0 (no image in JPEG, PNG"),
         ("steps/observation/wrist/rgb", [encode_picture(9)], "rgb has 1 images in an episode of 6 steps"),
         (
             "steps/observation/main",

@@ -13,7 +13,6 @@ Axes: T time, H W image, C channel, A action dimensions, S state dimensions.
 
 from __future__ import annotations
 
-import io
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -25,10 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
 
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, picture_keys
-from lapa.data.video import decode_clip
+from lapa.data.video import decode_clip, decode_image
 from lapa.errors import UserError, unknown
 from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, what_instead
 
@@ -568,7 +566,7 @@ class StoredPictures:
             if not encoded:
                 raise UserError(f"{path}: {column} holds no picture in row {row}; {AGAIN}")
             try:
-                pictures.append(decode_picture(encoded))
+                pictures.append(decode_image(encoded))
             except ValueError as error:
                 raise UserError(f"{path}: {column} cannot be decoded in row {row} ({error}); {AGAIN}") from None
         if len({picture_HWC.shape for picture_HWC in pictures}) > 1:
@@ -587,18 +585,6 @@ class StoredPictures:
                 self._groups.popitem(last=False)
         self._groups.move_to_end(key)
         return self._groups[key]
-
-
-def decode_picture(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """A PNG or JPEG as RGB. UserError where it is none, or damaged."""
-    try:
-        with Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")) as image:
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise UserError("no PNG or JPEG") from None
-    # Pillow raises SyntaxError for a broken PNG.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(str(error)) from None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -10,6 +10,7 @@ Axes: T time, H W image, C channel.
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from collections import OrderedDict
@@ -25,10 +26,12 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
 
 from lapa.errors import UserError
 from lapa.files import atomic_path, is_remote, open_binary, reading, what_instead
 
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # Relative difference up to which a mean rate counts as a constant one.
 VARIES = 0.01
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
@@ -179,6 +182,19 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
             "the video is shorter than the dataset's metadata, write the dataset again"
         )
     return np.stack([found[index] for index in indices])
+
+
+def decode_image(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
+    """An image of one of `IMAGE_FORMATS` as RGB. UserError, which names no file, where it is none, or damaged."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, TypeError):
+        problem = "empty, zero bytes" if encoded == b"" else f"no image in {', '.join(IMAGE_FORMATS)}"
+        raise UserError(problem) from None
+    # Pillow raises SyntaxError for a broken PNG.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(str(error)) from None
 
 
 def open_video(path: Path) -> InputContainer:

@@ -20,19 +20,19 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import run as run  # The command `lapa data frames`.
 from lapa.data.source import Clip, Item, Source
+from lapa.data.video import decode_image
 from lapa.errors import UserError
 from lapa.files import reading as reading_file
 from lapa.sources.captions import CaptionedReading
 from lapa.sources.folder_scan import natural_order, require_folder, require_rate, stop_or_skip, walk
 from lapa.sources.videos import CAMERA
 
-FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP"}
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 NUMBER = re.compile(r"([0-9]+)[^0-9]*$")
 GAPS = {"cut": "cut there", "close": "joined as if nothing were missing", "leave-out": "left out"}
 
@@ -157,13 +157,12 @@ class FramesSource(Source):
 
 def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
     """An image file as RGB. UserError naming it where it cannot be decoded."""
+    with reading_file(path):
+        content = path.read_bytes()
     try:
-        with Image.open(path, formats=sorted(set(FORMATS.values()))) as image:
-            return np.asarray(image.convert("RGB"))
-    # Pillow raises SyntaxError for a broken PNG.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = "empty, zero bytes" if path.exists() and not path.stat().st_size else f"no image ({error})"
-        raise UserError(f"{path}: {problem}; replace it or remove it") from None
+        return decode_image(content)
+    except UserError as error:
+        raise UserError(f"{path}: cannot be decoded ({error}); replace it or remove it") from None
 
 
 def _list_folders(root: Path) -> dict[str, _Folder]:
@@ -175,7 +174,7 @@ def _list_folders(root: Path) -> dict[str, _Folder]:
         if images:
             folders[folder or "."] = _without_gaps(sorted(map(_number, images)))
     if not folders:
-        raise UserError(f"{root}: no folder of it holds numbered images ({', '.join(FORMATS)})")
+        raise UserError(f"{root}: no folder of it holds numbered images ({', '.join(SUFFIXES)})")
     if num_ignored:
         say(f"ignored: {num_ignored} files that are no images with a number in their names")
     return folders
@@ -198,7 +197,7 @@ def _without_gaps(numbers: list[int]) -> _Folder:
 
 def _is_image(name: str) -> bool:
     stem, _, suffix = name.rpartition(".")
-    return f".{suffix.lower()}" in FORMATS and not name.startswith(".") and NUMBER.search(stem) is not None
+    return f".{suffix.lower()}" in SUFFIXES and not name.startswith(".") and NUMBER.search(stem) is not None
 
 
 def _number(name: str) -> int:

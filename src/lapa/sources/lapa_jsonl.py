@@ -18,7 +18,6 @@ Axes: T time, H W image, N codes of an image, L latent action length, A actions,
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shlex
@@ -32,7 +31,6 @@ from typing import Annotated, Any, overload
 import numpy as np
 import tyro
 from jaxtyping import Int
-from PIL import Image
 
 from lapa import config as configs
 from lapa.console import finish, progress, say, warn
@@ -43,6 +41,7 @@ from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, writ
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Reading, Source, SourceDataset
 from lapa.data.spec import open_dataset
+from lapa.data.video import decode_image
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, open_binary, reading, remove_folder
 from lapa.sources.folder_scan import cached, file_state, require_rate
@@ -277,15 +276,17 @@ class LapaJsonlSource(Source):
 
     def _image(self, item: Item, index: int) -> np.ndarray:
         path = self.images / self._row(item, index).image
+        where = f"{self.root}: row {item.place[index][0]}"
         try:
             with reading(path, "give the folder of the images as --images (images= with --data)"):
                 content = path.read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                return np.asarray(image.convert("RGB"))
-        # Pillow raises SyntaxError for a broken PNG.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            problem = error if isinstance(error, UserError) else f"{path}: cannot be decoded ({error})"
-            raise UserError(f"{self.root}: row {item.place[index][0]}: {problem}") from None
+        # A zero byte in the path is a ValueError that is no UserError.
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        try:
+            return decode_image(content)
+        except UserError as error:
+            raise UserError(f"{where}: {path}: cannot be decoded ({error})") from None
 
 
 class CodedDataset(SourceDataset):

@@ -12,7 +12,6 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 
 from __future__ import annotations
 
-import io
 import math
 import uuid
 from collections import Counter
@@ -24,7 +23,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from PIL import Image, UnidentifiedImageError
 
 from lapa.console import progress, say, warn
 from lapa.data.config import ConvertOptions
@@ -32,6 +30,7 @@ from lapa.data.convert import BLANK
 from lapa.data.convert import run as run  # The command `lapa data rlds`.
 from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.source import Clip, Item, Reading, Source, with_length
+from lapa.data.video import decode_image
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, read_json
 from lapa.sources.folder_scan import cached, file_state
@@ -172,12 +171,9 @@ class Episode:
     def image(self, camera: str, step: int) -> np.ndarray:
         key = self.layout.cameras[camera]
         try:
-            with Image.open(io.BytesIO(self.values[key][step]), formats=("JPEG", "PNG")) as image:
-                return np.asarray(image.convert("RGB"))
-        # Pillow raises SyntaxError for a broken PNG; numbers instead of bytes are a TypeError.
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-            reason = "no JPEG or PNG" if isinstance(error, UnidentifiedImageError | TypeError) else error
-            raise self._error(f"{STEPS}{key} cannot be decoded at step {step} ({reason})") from None
+            return decode_image(self.values[key][step])
+        except UserError as error:
+            raise self._error(f"{STEPS}{key} cannot be decoded at step {step} ({error})") from None
 
     def blank_cameras(self) -> list[str]:
         """The cameras that show one colour throughout: the same bytes at every step, and these of one colour."""
