@@ -111,7 +111,7 @@ def test_a_lost_shard_is_noticed(data: Path, lam: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
     run(LabelConfig(lam=lam, data=data, out=out, shard_episodes=2))
     next(out.glob("episodes-*.parquet")).unlink()
-    with pytest.raises(ValueError, match=r"36 rows where manifest\.json says 54"):
+    with pytest.raises(ValueError, match=r"has 36 rows, 54 in manifest\.json"):
         Labels.open(out)
 
 

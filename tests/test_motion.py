@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapa.data.motion import AROUND, MotionMeter, motion_energy, shot_numbers, shots, thumbnails
+from lapa.data.motion import AROUND, MotionMeter, motion_energy, shot_numbers, thumbnails
 from lapa.data.video import ClipScan
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -40,6 +40,13 @@ def still(seed: int, length: int) -> list[np.ndarray]:
 def pan(seed: int, length: int, step: int) -> list[np.ndarray]:
     wide = scene(seed, 96 + step * length)
     return [wide[:, step * number : step * number + 96] for number in range(length)]
+
+
+def shots(small_THW: np.ndarray) -> list[range]:
+    """The frames of each shot."""
+    numbers = np.array(list(shot_numbers(small_THW)), np.int64)
+    starts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist()]
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True)]
 
 
 def starts(small_THW: np.ndarray) -> list[int]:

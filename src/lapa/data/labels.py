@@ -1,10 +1,10 @@
 """Labels: the latent action tokens of a dataset's frames, as parquet shards with a manifest.
 
-A labels folder holds `episodes-XXXXXX-YYYYYY.parquet` (one row a frame: episode_index, frame_index, codes, and
-where asked for, embedding) and `manifest.json`, written last. By default it lies beside the dataset it labels, in
-`DATASET/labels/LAM_FINGERPRINT`. Shards are whole or absent, so an interrupted run goes on with what is missing; each
-notes in its schema how many pairs were left out of it and why, so that whoever reads it can tell it is complete.
-Folders may lie wherever fsspec reaches. Axes: T time, L latent action length, D width, N rows of all episodes.
+A labels folder has `episodes-XXXXXX-YYYYYY.parquet` (one row a frame: episode_index, frame_index, codes, and where
+asked for, embedding) and `manifest.json`, written last; by default it is `DATASET/labels/LAM_FINGERPRINT`. Shards are
+whole or absent, so an interrupted run continues with the missing ones; the schema of each counts the pairs that were
+left out of it, so that a reader can check that it is complete. Folders may lie wherever fsspec reaches.
+Axes: T time, L latent action length, D width, N rows of all episodes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from lapa.files import as_path, atomic_path, open_binary, reading
 
 MANIFEST = "manifest.json"
 SHARDS = "episodes-*.parquet"
-# The columns that hold several numbers a row.
+# The columns with several numbers a row.
 LISTS = ("codes", "embedding")
-# Under which a shard's own schema keeps its notes.
+# The key of a shard's notes in its schema.
 NOTES = b"lapa"
+MAKE_AGAIN = "run `lapa label --resume`, which makes it again"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What labels say of themselves.
+    """Origin, shape and statistics of labels.
 
-    code_usage: for each of the L positions, the share of rows that each code has. skipped_episodes: not longer than the
-    horizon. static_pairs: left out since less than min_motion moves in them. bad_episodes: could not be read.
+    code_usage: for each of the L positions, the share of rows with each code. skipped_episodes: number not longer than
+    the horizon. static_pairs: number left out for lack of motion. bad_episodes: those that could not be read.
     """
 
     lam_fingerprint: str
@@ -60,7 +61,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardNotes:
-    """What is not in a shard: pairs in which too little moves, and episodes that could not be read."""
+    """What is left out of a shard: the number of pairs without motion, and the episodes that could not be read."""
 
     static_pairs: int = 0
     bad_episodes: tuple[int, ...] = ()
@@ -76,7 +77,7 @@ class EpisodeLabels:
 
 
 def shard_path(folder: Path, first_episode: int, last_episode: int) -> Path:
-    """The shard that holds the episodes first..last (inclusive)."""
+    """The shard of the episodes first..last (inclusive)."""
     return folder / f"episodes-{first_episode:06d}-{last_episode:06d}.parquet"
 
 
@@ -108,29 +109,32 @@ def write_shard(path: Path, episodes: dict[int, EpisodeLabels], notes: ShardNote
 
 
 def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A shard, its checksums verified. UserError naming the file where it is damaged."""
-    mend = "run `lapa label --resume`, which makes it again"
+    """Reads a shard and verifies its checksums. Raises UserError naming the file where it is damaged."""
     try:
-        with reading(path, mend), open_binary(path) as file:
+        with reading(path, MAKE_AGAIN), open_binary(path) as file:
             table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
     except pa.ArrowException as error:
-        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); {mend}") from None
+        raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); {MAKE_AGAIN}") from None
     odd = {field.name for field in table.schema if (field.name in LISTS) != pa.types.is_fixed_size_list(field.type)}
     if wrong := sorted(odd | (set(columns or ()) - set(table.column_names))):
-        raise UserError(f"{path}: damaged (the columns {', '.join(wrong)}); {mend}")
+        raise UserError(f"{path}: damaged (the columns {', '.join(wrong)}); {MAKE_AGAIN}")
     return table
 
 
-def shard_notes(table: pa.Table) -> ShardNotes:
-    """What a shard says is not in it."""
-    return configs.from_dict(ShardNotes, json.loads((table.schema.metadata or {}).get(NOTES, b"{}")))
+def shard_notes(path: Path, table: pa.Table) -> ShardNotes:
+    """The notes of a shard that was read. Raises UserError naming the file where they are damaged."""
+    try:
+        notes = json.loads((table.schema.metadata or {}).get(NOTES, b"{}"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged (its notes are not JSON: {error}); {MAKE_AGAIN}") from None
+    return configs.from_dict(ShardNotes, notes, str(path))
 
 
 class Labels:
     """A finished labels folder. Codes are held in memory, as small integers; embeddings are read when asked for."""
 
     def __init__(self, folder: Path, manifest: Manifest, tables: Iterable[pa.Table]) -> None:
-        """tables: of the shards, in order, each read when the one before it is taken in."""
+        """tables: of the shards, in order; each is read after the one before it was copied."""
         self.folder, self.manifest = folder, manifest
         rows, length = manifest.num_rows, manifest.latent_length
         small = np.int16 if manifest.codebook_size <= 2**15 else np.int32
@@ -140,15 +144,20 @@ class Labels:
             there = slice(taken, taken + len(table))
             taken = there.stop
             if taken <= rows:
+                if table["codes"].type.list_size != length:
+                    raise UserError(
+                        f"{folder}: its codes are {table['codes'].type.list_size} long, {length} in {MANIFEST}; "
+                        "run `lapa label --overwrite`"
+                    )
                 self._codes_NL[there] = _from_fixed_lists(table["codes"])
                 self._frames_N[there] = table["frame_index"].to_numpy()
                 episodes_N[there] = table["episode_index"].to_numpy()
         if taken != rows:
-            raise UserError(f"{folder}: {taken} rows where {MANIFEST} says {rows}; run `lapa label --overwrite`")
+            raise UserError(f"{folder}: has {taken} rows, {rows} in {MANIFEST}; run `lapa label --overwrite`")
         # Rows are sorted by episode: episode i's begin at _starts[i].
         last = int(episodes_N[-1]) if rows else -1
         self._starts = np.searchsorted(episodes_N, np.arange(last + 2))
-        self._near: tuple[Path, np.ndarray, np.ndarray] | None = None
+        self._last_shard: tuple[Path, np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def open(
@@ -156,7 +165,7 @@ class Labels:
     ) -> Labels:
         """Opens a labels folder.
 
-        Raises UserError naming the folder where it is unfinished, or where its fingerprints are not the given ones.
+        Raises UserError naming the folder where it is unfinished, or where its fingerprints differ from the given ones.
         """
         folder = as_path(folder)
         if not folder.is_dir():
@@ -183,14 +192,14 @@ class Labels:
         return self._frames_N[rows].astype(np.int64), self._codes_NL[rows].astype(np.int64)
 
     def embeddings(self, episode_index: int) -> np.ndarray:
-        """The continuous embeddings [T, L * D] of the same frames; UserError where they were not asked for."""
+        """The continuous embeddings [T, L * D] of the same frames. Raises UserError where the labels have none."""
         if not self.manifest.embeddings:
-            raise UserError(f"{self.folder}: holds no embeddings; label again with --embeddings")
+            raise UserError(f"{self.folder}: has no embeddings; label again with --embeddings")
         for (first, last), path in self._shards.items():
             if first <= episode_index <= last:
                 episodes_N, embeddings_ND = self._embeddings_of(path)
                 return embeddings_ND[slice(*np.searchsorted(episodes_N, [episode_index, episode_index + 1]))]
-        raise UserError(f"{self.folder}: holds nothing of episode {episode_index}")
+        raise UserError(f"{self.folder}: has no shard with episode {episode_index}; run `lapa label --overwrite`")
 
     @cached_property
     def _shards(self) -> dict[tuple[int, int], Path]:
@@ -203,10 +212,10 @@ class Labels:
 
     def _embeddings_of(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """The episode of each row of a shard, and its embedding; the last shard read stays in memory."""
-        if self._near is None or self._near[0] != path:
+        if self._last_shard is None or self._last_shard[0] != path:
             table = read_shard(path, ["episode_index", "embedding"])
-            self._near = path, table["episode_index"].to_numpy(), _from_fixed_lists(table["embedding"])
-        return self._near[1:]
+            self._last_shard = path, table["episode_index"].to_numpy(), _from_fixed_lists(table["embedding"])
+        return self._last_shard[1:]
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

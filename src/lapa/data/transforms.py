@@ -1,4 +1,4 @@
-"""What happens to a picture between the file and the model: one chain for conversion, training and serving.
+"""Image transforms between the file and the model: one chain for conversion, training and serving.
 
 Axes: T time, H W image, C channel.
 """
@@ -17,7 +17,11 @@ def resize_and_crop(frames_THWC: UInt8[np.ndarray, "T H W 3"], size: int) -> UIn
         return frames_THWC
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
-    return _resample(frames_THWC, (left, top, left + side, top + side), size)
+    box = (left, top, left + side, top + side)
+    images = [
+        Image.fromarray(frame_HWC).resize((size, size), Image.Resampling.BICUBIC, box) for frame_HWC in frames_THWC
+    ]
+    return np.stack([np.asarray(image) for image in images])
 
 
 def augment(
@@ -32,29 +36,21 @@ def augment(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """A random crop of `crop` of the area, scaled back, and changed colours: LAPA's augmentation in finetuning.
 
-    brightness, contrast: parts by which they change at most; hue: degrees; saturation, value: steps out of 255.
+    brightness, contrast: largest relative change; hue: degrees; saturation, value: steps out of 255.
     All randomness comes from `rng`.
     """
     height, width = image_HWC.shape[:2]
     keep = np.sqrt(crop)
     left, top = rng.uniform(0, width * (1 - keep)), rng.uniform(0, height * (1 - keep))
-    picture = Image.fromarray(image_HWC).resize(
+    cropped = Image.fromarray(image_HWC).resize(
         (width, height), Image.Resampling.BICUBIC, box=(left, top, left + width * keep, top + height * keep)
     )
     scale = rng.uniform(1 - contrast, 1 + contrast)
     shift = rng.uniform(-brightness, brightness) * 255
-    image = np.asarray(picture, dtype=np.float32)
+    image = np.asarray(cropped, dtype=np.float32)
     mean = image.mean()
     image_HWC = np.clip((image - mean) * scale + mean + shift, 0, 255).round().astype(np.uint8)
     shifts = rng.uniform(-1, 1, 3) * (hue / 360 * 256, saturation, value)
     hsv_HWC = (np.asarray(Image.fromarray(image_HWC).convert("HSV")) + shifts).round()
     hsv_HWC = np.concatenate([hsv_HWC[..., :1] % 256, np.clip(hsv_HWC[..., 1:], 0, 255)], axis=-1)
     return np.asarray(Image.fromarray(hsv_HWC.astype(np.uint8), mode="HSV").convert("RGB"))
-
-
-def _resample(frames_THWC: np.ndarray, box: tuple[float, float, float, float], size: int) -> np.ndarray:
-    resized = [
-        np.asarray(Image.fromarray(frame_HWC).resize((size, size), Image.Resampling.BICUBIC, box=box))
-        for frame_HWC in frames_THWC
-    ]
-    return np.stack(resized)

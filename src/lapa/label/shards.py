@@ -130,7 +130,7 @@ def missing_shards(shards: Sequence[Shard], out: Path, plan: Plan) -> list[Shard
 def read_complete(shard: Shard, plan: Plan) -> pa.Table:
     """Reads a shard. Raises UserError naming the file where it is damaged or does not account for all of its pairs."""
     table = read_shard(shard.path)
-    notes = shard_notes(table)
+    notes = shard_notes(shard.path, table)
     there = len(table) + notes.static_pairs + plan.num_pairs(notes.bad_episodes)
     expected = plan.num_pairs(shard.episodes)
     if there != expected:
@@ -152,7 +152,7 @@ def make_manifest(shards: Sequence[Shard], plan: Plan) -> Manifest:
             counts_LK[position] += np.bincount(codes_TL[:, position], minlength=size)
         num_rows += len(codes_TL)
         num_episodes += pc.count_distinct(table["episode_index"]).as_py()
-        notes = shard_notes(table)
+        notes = shard_notes(shard.path, table)
         static += notes.static_pairs
         bad += notes.bad_episodes
     if not num_rows:
