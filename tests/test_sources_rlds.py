@@ -26,6 +26,7 @@ from lapa.data.lerobot import INFO
 from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.spec import open_dataset, open_source
 from lapa.data.transforms import resize_and_crop
+from lapa.errors import UserError
 from lapa.files import as_path
 from lapa.sources import folder_scan
 from lapa.sources.rlds import source as rlds
@@ -170,6 +171,29 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only tfrecord is read"):
         convert(folder, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("feature", "problem"),
+    [
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+        ('{"featuresDict": {"features": ' + "[" * 900 + "]" * 900 + "}}", "describes no `steps`"),
+        ('{"image": {"shape": 3}}', "describes no `steps`"),
+        ('{"image": {"shape": {"dimensions": ["a"]}}}', "describes no `steps`"),
+        ('{"tensor": {"shape": {"dimensions": [Infinity]}}}', "describes no `steps`"),
+    ],
+)
+def test_metadata_of_another_structure_is_named(tmp_path: Path, feature: str, problem: str) -> None:
+    folder = write_folder(tmp_path)
+    steps = '{"featuresDict": {"features": {"steps": {"sequence": {"feature": FEATURE}}}}}'
+    (folder / "features.json").write_text(steps.replace("FEATURE", feature))
+    with pytest.raises(UserError, match=rf"features\.json: {problem}"):
+        opened(folder)
+    splits = '[{"name": "train", "shardLengths": [Infinity]}]'
+    (folder / "dataset_info.json").write_text(f'{{"name": [1], "splits": {splits}}}')
+    with pytest.raises(UserError, match=r"dataset_info\.json: lacks the name, the splits"):
+        opened(folder)
 
 
 def test_a_damaged_record_is_named_and_the_rest_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
