@@ -29,9 +29,15 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import unknown
 from lapa.files import read_json, write_json
 from lapa.latent import quantizers
-from lapa.latent.figures import Sample, encode, reconstruction_figures, usage_figures
+from lapa.latent.metrics import (
+    Sample,
+    encode,
+    linear_accuracy,
+    mutual_information,
+    reconstruction_figures,
+    usage_figures,
+)
 from lapa.latent.model import LatentActionModel
-from lapa.latent.regression import linear_accuracy, mutual_information
 from lapa.presets import LATENT
 from lapa.sources.synthetic import moving_squares
 

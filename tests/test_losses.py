@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lapa.latent import losses
+from lapa.latent import model as losses
 
 
 def test_making_both_sides_smaller_does_not_lower_the_relative_error():

@@ -16,11 +16,10 @@ from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.spec import open_dataset
 from lapa.data.video import ClipScan
 from lapa.files import read_json
-from lapa.latent.figures import Sample, draw_sample, encode, other_episodes, usage_figures
+from lapa.latent.metrics import Sample, draw_sample, encode, other_episodes, usage_figures
 from lapa.latent.model import LatentAction, LatentActionModel
-from lapa.latent.pictures import code_grid, probe_sheet
 from lapa.latent.probe import probe
-from lapa.latent.show import parse_codes
+from lapa.latent.show import code_grid, parse_codes, probe_sheet
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
 

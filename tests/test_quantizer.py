@@ -9,8 +9,15 @@ import torch
 
 import lapa.latent.quantizers as quantizers
 from lapa.latent.config import LatentModelConfig
-from lapa.latent.quantizer import VARIANCE_FLOOR, Standardize
-from lapa.latent.quantizers import NSVQ, Continuous, FiniteScalar, MovingAverages, build_quantizer
+from lapa.latent.quantizers import (
+    NSVQ,
+    VARIANCE_FLOOR,
+    Continuous,
+    FiniteScalar,
+    MovingAverages,
+    Standardize,
+    build_quantizer,
+)
 
 BASE = LatentModelConfig(image_size=64, patch_size=8, quant_dim=6, standardize_z=True)
 DISCRETE = ("nsvq", "vq", "fsq")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.latent.regression import (
+from lapa.latent.metrics import (
     equal_frequency_bins,
     hold_out,
     linear_accuracy,

@@ -24,7 +24,7 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json
-from lapa.latent.figures import take_sample
+from lapa.latent.metrics import take_sample
 from lapa.latent.model import LatentActionModel, horizon_for
 from lapa.latent.probe import NUM_PAIRS, pairs_of, probe, table_of
 

@@ -33,8 +33,7 @@ from lapa import files
 from lapa.errors import UserError
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
-from lapa.latent.losses import batch_usage, known_actions_error, relative_error
-from lapa.latent.quantizers import NO_CODES, build_quantizer
+from lapa.latent.quantizers import NO_CODES, build_quantizer, mean_everywhere
 from lapa.nn.patches import PatchEmbedding, PatchPixels, PatchSummary, PositionBias, sinusoids
 from lapa.nn.transformer import Transformer
 from lapa.types import Losses
@@ -43,11 +42,13 @@ if TYPE_CHECKING:
     from lapa.data.dataset import Dataset
     from lapa.latent.features import VisionTower
 
+
 WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
 # What config.json says of the datasets that a model learned from: fingerprint -> name and horizon.
 DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
 SMALLEST_STD = 1e-6
+SMALLEST_SCALE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -378,6 +379,34 @@ def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentAct
         return model.horizon if seconds is None else float(seconds)
     except (AttributeError, TypeError, ValueError):
         raise UserError(f'{path}: "{DATASETS}" must hold {{FINGERPRINT: {{"{HORIZON}": SECONDS}}}}') from None
+
+
+def relative_error(ours_BLD: Float[Tensor, "B L D"], wanted_BLD: Float[Tensor, "B L D"]) -> Tensor:
+    """Squared error over the mean square of what is wanted.
+
+    The gradient goes through both, so that it is none along their common scale: with a fixed scale below, making both
+    smaller would pay, and does (one code left after 45 steps, docs/log.md).
+    """
+    return (ours_BLD - wanted_BLD).square().mean() / wanted_BLD.square().mean().clamp(min=SMALLEST_SCALE)
+
+
+def known_actions_error(predicted_BA: Float[Tensor, "B A"], actions_BA: Float[Tensor, "B A"]) -> Tensor:
+    """Mean squared error over the pairs whose true action is known (not NaN); zero where none is.
+
+    The mean is over the pairs of all processes; micro-batches of an accumulation are averaged each for itself.
+    """
+    known_B1 = actions_BA.isfinite().all(1, keepdim=True)
+    error_BA = (predicted_BA - actions_BA.nan_to_num()).square() * known_B1
+    known_in_each = mean_everywhere(known_B1.sum().to(error_BA))
+    return error_BA.sum() / (known_in_each * actions_BA.shape[1]).clamp(min=1)
+
+
+@torch.no_grad()
+def batch_usage(codes_BL: Int64[Tensor, "B L"], codebook_size: int) -> dict[str, Tensor]:
+    """Of this batch: the codes that each position uses, and their perplexity, both the mean over positions."""
+    share_LK = F.one_hot(codes_BL, codebook_size).float().mean(0)
+    perplexity_L = torch.special.entr(share_LK).sum(1).exp()
+    return {"batch_codes_used": (share_LK > 0).sum(1).float().mean(), "batch_perplexity": perplexity_L.mean()}
 
 
 def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> VisionTower:

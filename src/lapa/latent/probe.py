@@ -26,19 +26,22 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
-from lapa.latent.figures import (
+from lapa.latent.metrics import (
     Sample,
+    action_figures,
     consistency_figures,
     device_of,
     draw_sample,
     encode,
+    information_figures,
     reconstruction_figures,
+    returned_action_r2,
+    task_figures,
     transfer,
     usage_figures,
 )
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
-from lapa.latent.pictures import probe_sheet
-from lapa.latent.truth import action_figures, information_figures, returned_action_r2, task_figures
+from lapa.latent.show import probe_sheet
 
 NUM_PAIRS = 4000
 

@@ -29,7 +29,7 @@ from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
 from lapa.latent.config import LatentModelConfig
-from lapa.latent.figures import Sample, draw_sample, reconstruction_figures, usage_figures
+from lapa.latent.metrics import Sample, draw_sample, reconstruction_figures, usage_figures
 from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
 
 INITIALISATION_PAIRS = 256

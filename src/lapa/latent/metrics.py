@@ -1,0 +1,624 @@
+"""What a latent action model does: reconstruction, code usage, transfer, consistency in time.
+
+`lapa latent probe` and `lapa latent train` compute them; docs/metrics.md says how to read each one. Everything is
+measured on a Sample that is encoded once, in the space the decoder predicts: pixels in [0, 1], or vision features.
+
+    sample = draw_sample(pairs, 4000, seed=0); codes_BL, errors = reconstruction_figures(model, sample)
+
+Axes: B pairs, T time, C channel, H W image, L latent action length, D width, K codebook size, A action dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from lapa.data.pairs import FramePairs, collate_pairs
+from lapa.latent.model import LatentAction, LatentActionModel
+
+BATCH = 64
+RARE_CODE = 0.01
+MOVING = 0.05  # change of any channel, in [0, 1], from which a pixel counts as moving
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pairs drawn from a dataset: frames uint8 [B, 2, C, H, W], where each comes from, and what is known of it.
+
+    actions_BA: the mean of the actions between the two frames, in the robot's own units. tasks_B: the instructions.
+    middle_BCHW: the frame halfway between the two, uint8.
+    """
+
+    frames_BTCHW: Tensor
+    episodes_B: np.ndarray
+    actions_BA: np.ndarray | None = None
+    middle_BCHW: Tensor | None = None
+    tasks_B: np.ndarray | None = None
+
+
+def draw_sample(pairs: FramePairs, num: int, seed: int, *, actions: bool = False) -> Sample:
+    """Up to `num` different pairs, drawn evenly. actions: with true action and instruction, where the dataset has them.
+
+    The middle frames come along where the pairs have them (PairsConfig.middle).
+    """
+    return take_sample(pairs, np.random.default_rng(seed).permutation(len(pairs))[:num].tolist(), actions=actions)
+
+
+def take_sample(pairs: FramePairs, indices: Sequence[int], *, actions: bool = False) -> Sample:
+    """The pairs of these indices, in this order."""
+    # Read in the order of the files, where neighbours share a video that is open already.
+    in_order = sorted(enumerate(indices), key=lambda draw: draw[1])
+    drawn = {number: pairs[(index, number)] for number, index in in_order}
+    items = [drawn[number] for number in range(len(indices))]
+    episodes_B = np.array([item["episode"] for item in items])
+    frames_BTCHW = collate_pairs(items)["frames_BTCHW"]
+    has_middle = "middle_CHW" in items[0]
+    middle_BCHW = torch.from_numpy(np.stack([item["middle_CHW"] for item in items])) if has_middle else None
+    if not actions:
+        return Sample(frames_BTCHW, episodes_B, middle_BCHW=middle_BCHW)
+    places = [pairs.location(index) for index in indices]
+    tasks_B = np.array([pairs.datasets[number].episodes[episode].instruction for number, episode, _ in places])
+    known = all(dataset.action_dim is not None for dataset in pairs.datasets)
+    actions_BA = np.stack([pairs.actions_between(index).mean(axis=0) for index in indices]) if known else None
+    return Sample(frames_BTCHW, episodes_B, actions_BA, middle_BCHW, tasks_B)
+
+
+@torch.no_grad()
+def encode(model: LatentActionModel, frames_BTCHW: Tensor) -> LatentAction:
+    """The latent actions of many pairs, encoded in batches; on the CPU, in float32."""
+    device = device_of(model)
+    return _joined([model.encode(frames.to(device)) for frames in frames_BTCHW.split(BATCH)])
+
+
+def other_episodes(episodes_B: np.ndarray, seed: int = 0) -> np.ndarray:
+    """For each pair the index of one of another episode; each pair is chosen once.
+
+    Where one episode holds more than half of the pairs, some get a partner of their own episode.
+    """
+    rng = np.random.default_rng(seed)
+    _, group_B, sizes = np.unique(episodes_B, return_inverse=True, return_counts=True)
+    shuffled_B = rng.permutation(len(sizes))[group_B]
+    order = np.lexsort((rng.random(len(episodes_B)), shuffled_B))
+    # Sorted by episode, a shift by the longest run leaves every run behind.
+    partners_B = np.empty_like(order)
+    partners_B[order] = np.roll(order, -min(int(sizes.max()), max(1, len(order) // 2)))
+    return partners_B
+
+
+@torch.no_grad()
+def reconstruction_figures(
+    model: LatentActionModel, sample: Sample, encoded: LatentAction | None = None
+) -> tuple[Tensor | None, dict[str, float]]:
+    """Codes [B, L] (None for a continuous model), and mean squared errors of the predicted second frame.
+
+    mse: predicted from the pair's own latent action. mse_shuffled: from that of a pair of another episode. mse_copy:
+    the first frame itself. mse_mean: the mean second frame. A model that ignores its codes has mse_shuffled = mse.
+    moving_*: the same on moving pixels only, those that change by more than 0.05 in any channel (for features: patches
+    that hold such a pixel); 0 where none does. moving_share: their share.
+    Pixel predictions are clamped to [0, 1]; a model that predicts no pixels is measured on its target features.
+    """
+    device, encoded = device_of(model), encoded or encode(model, sample.frames_BTCHW)
+    partners = torch.from_numpy(other_episodes(sample.episodes_B))
+    totals: dict[str, float] = {}
+    spread, moving_spread, num_moving, num_values = _Spread(), _Spread(), 0.0, 0
+    for rows in torch.arange(len(partners)).split(BATCH):
+        first, second = sample.frames_BTCHW[rows].to(device).unbind(1)
+        target = model.target(second).float()
+        moving = _moving(first, second, target)
+        predictions = {
+            "": _predict(model, first, encoded.quantized_BLD[rows].to(device)),
+            "_shuffled": _predict(model, first, encoded.quantized_BLD[partners[rows]].to(device)),
+            "_copy": model.target(first).float(),
+        }
+        for name, prediction in predictions.items():
+            error = (prediction - target).square()
+            totals[f"mse{name}"] = totals.get(f"mse{name}", 0.0) + error.sum().item()
+            totals[f"moving_mse{name}"] = totals.get(f"moving_mse{name}", 0.0) + (error * moving).sum().item()
+        spread.add(target, torch.ones_like(moving))
+        moving_spread.add(target, moving)
+        num_moving += moving.expand_as(target).sum().item()
+        num_values += target.numel()
+    mean = spread.mean()
+    totals["mse_mean"], totals["moving_mse_mean"] = spread.around(mean), moving_spread.around(mean)
+    errors = {
+        name: total / (max(num_moving, 1.0) if name.startswith("moving") else num_values)
+        for name, total in totals.items()
+    }
+    return encoded.codes_BL, {**errors, "moving_share": num_moving / num_values}
+
+
+def usage_figures(codes_BL: Tensor, codebook_size: int) -> dict[str, Any]:
+    """How the codebook is used.
+
+    codes_used: share of the K codes that some position uses in more than 1% of the pairs (with more than 10 codes, in
+    more than a tenth of an even share). perplexity: exp of the entropy of a position's codes, mean over positions (K
+    at best). joint_*: over whole latent actions.
+    """
+    counts_LK = torch.stack([torch.bincount(codes, minlength=codebook_size) for codes in codes_BL.T]).double()
+    share_LK = counts_LK / counts_LK.sum(dim=1, keepdim=True)
+    rare = min(RARE_CODE, 0.1 / codebook_size)
+    _, joint = torch.unique(codes_BL, dim=0, return_counts=True)
+    joint_share = joint.double() / joint.sum()
+    return {
+        "codes_used": float((share_LK.amax(dim=0) > rare).double().mean()),
+        "perplexity": float(_perplexity(share_LK).mean()),
+        "joint_codes_used": float(len(joint)),
+        "joint_perplexity": float(_perplexity(joint_share)),
+        "perplexity_per_position": _perplexity(share_LK).tolist(),
+        "codes_used_per_position": (share_LK > rare).double().mean(dim=1).tolist(),
+        "share_per_position": share_LK.tolist(),
+    }
+
+
+@torch.no_grad()
+def transfer(model: LatentActionModel, sample: Sample, encoded: LatentAction) -> tuple[dict[str, Any], LatentAction]:
+    """Each pair's latent action applied to the first frame of a pair of another episode, and encoded again.
+
+    same_code: how often the same code returns, mean over positions; same_code_chance: how often it is that of a third
+    pair; both also per position, and only for a model with codes. latent_error: squared distance of the returned
+    quantised latent action to the one given, over its distance to that of a third pair (0: it returns; 1: chance).
+    donor_share: where the result lies between the receiver's first frame (0) and the donor's second (1): squared
+    distance to the former over the sum of both. Near 1, the latent action carries the frame and not the motion.
+    Also returns the latent actions encoded again. The model must predict pixels.
+    """
+    device, num = device_of(model), len(sample.episodes_B)
+    receivers = torch.from_numpy(other_episodes(sample.episodes_B, seed=1))
+    third = torch.from_numpy(other_episodes(sample.episodes_B, seed=2))
+    again, to_receiver, to_donor = [], 0.0, 0.0
+    for rows in torch.arange(num).split(BATCH):
+        first = sample.frames_BTCHW[receivers[rows], 0].to(device)
+        result = (_predict(model, first, encoded.quantized_BLD[rows].to(device)) * 255).round().byte()
+        again.append(encode(model, torch.stack([first, result], dim=1)))
+        donor = sample.frames_BTCHW[rows, 1].to(device)
+        to_receiver += F.mse_loss(result.float(), first.float()).item() * len(rows)
+        to_donor += F.mse_loss(result.float(), donor.float()).item() * len(rows)
+    returned = _joined(again)
+    given = encoded.quantized_BLD
+    figures: dict[str, Any] = {
+        "donor_share": _ratio(to_receiver, to_receiver + to_donor),
+        "latent_error": _ratio(
+            (returned.quantized_BLD - given).square().sum(), (returned.quantized_BLD - given[third]).square().sum()
+        ),
+    }
+    if returned.codes_BL is not None and encoded.codes_BL is not None:
+        for name, codes_BL in (("same_code", encoded.codes_BL), ("same_code_chance", encoded.codes_BL[third])):
+            same_L = (returned.codes_BL == codes_BL).double().mean(dim=0)
+            figures |= {name: float(same_L.mean()), f"{name}_per_position": same_L.tolist()}
+    return figures, returned
+
+
+@torch.no_grad()
+def consistency_figures(model: LatentActionModel, sample: Sample, encoded: LatentAction) -> dict[str, float | None]:
+    """How the continuous latent action z behaves in time, for frames a and c, and b halfway between them.
+
+    reversal_error: |z(a,c) + z(c,a)|^2 / |z(a,c)|^2, ratio of the means; 0 where going back is minus going there.
+    reversal_cosine: cosine of z(a,c) and z(c,a), mean. offset_share: |mean z|^2 / mean |z|^2, the part of z that is
+    the same for every pair. With middle frames also composition_error, |z(a,c) - z(a,b) - z(b,c)|^2 / |z(a,c)|^2, and
+    s_pcfc (CoMo, https://arxiv.org/abs/2505.17006): cosine of z(a,b) and z(c,b), past and future to current.
+    """
+    whole, frames = encoded.z_BLD.flatten(1), sample.frames_BTCHW
+    length = whole.square().sum()
+    back = encode(model, frames.flip(1)).z_BLD.flatten(1)
+    figures: dict[str, float | None] = {
+        "reversal_error": _ratio((whole + back).square().sum(), length),
+        "reversal_cosine": float(F.cosine_similarity(whole, back).mean()),
+        "offset_share": _ratio(len(whole) * whole.mean(dim=0).square().sum(), length),
+    }
+    if sample.middle_BCHW is not None:
+        middle = sample.middle_BCHW
+        to_middle, from_middle, future = (
+            encode(model, torch.stack(pair, dim=1)).z_BLD.flatten(1)
+            for pair in ((frames[:, 0], middle), (middle, frames[:, 1]), (frames[:, 1], middle))
+        )
+        figures["composition_error"] = _ratio((whole - to_middle - from_middle).square().sum(), length)
+        figures["s_pcfc"] = float(F.cosine_similarity(to_middle, future).mean())
+    return figures
+
+
+def device_of(model: LatentActionModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _joined(latents: Sequence[LatentAction]) -> LatentAction:
+    codes = [latent.codes_BL.cpu() for latent in latents if latent.codes_BL is not None]
+    return LatentAction(
+        torch.cat(codes) if codes else None,
+        torch.cat([latent.z_BLD.float().cpu() for latent in latents]),
+        torch.cat([latent.quantized_BLD.float().cpu() for latent in latents]),
+    )
+
+
+class _Spread:
+    """Sums from which the squared error of a mean frame follows once it is known."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, target: Tensor, weight: Tensor) -> None:
+        values = target.double()
+        sums = torch.stack([(weight * values**power).sum(dim=0) for power in (0, 1, 2)])
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def mean(self) -> Tensor:
+        assert self.sums is not None
+        return self.sums[1] / self.sums[0]
+
+    def around(self, mean: Tensor) -> float:
+        assert self.sums is not None
+        return float((self.sums[2] - 2 * mean * self.sums[1] + mean.square() * self.sums[0]).sum())
+
+
+def _moving(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
+    """1 where the target's place holds a pixel that changes, else 0: [B, 1, h, w]."""
+    changed = (second.float() - first.float()).abs().amax(dim=1, keepdim=True) > MOVING * 255
+    return F.adaptive_max_pool2d(changed.float(), target.shape[-2:])
+
+
+def _predict(model: LatentActionModel, first: Tensor, quantized_BLD: Tensor) -> Tensor:
+    prediction = model.predict(first, quantized_BLD).float()
+    return prediction.clamp(0, 1) if model.predicts_pixels else prediction
+
+
+def _ratio(numerator: Tensor | float, denominator: Tensor | float) -> float | None:
+    """None where there is nothing to compare with, as with latents that are all the same."""
+    return float(numerator) / float(denominator) if float(denominator) > 0 else None
+
+
+def _perplexity(share: Tensor) -> Tensor:
+    return torch.special.entr(share).sum(dim=-1).exp()
+
+
+PIXEL_BASELINE_SIDE = 8
+MAX_TASKS = 50
+ACTION_BINS = 8
+
+
+def action_figures(
+    sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Linear (ridge) and MLP probes to the mean true action, scored on held-out episodes; see regression.scores.
+
+    From the codes (one-hot), the quantised latent action, the continuous one and, as a yardstick, the difference of
+    the two frames at 8x8 pixels; mean_action: from nothing. lp_mse (CoMo, https://arxiv.org/abs/2505.17006): the
+    linear probe's error from the continuous latent action, actions brought to unit variance.
+    """
+    assert sample.actions_BA is not None
+    actions_BA, episodes_B = sample.actions_BA.astype(np.float64), sample.episodes_B
+    test_B = hold_out(episodes_B, seed)
+    features = features_of(sample, encoded, codebook_size)
+    mean_BA = np.broadcast_to(actions_BA[~test_B].mean(0), actions_BA.shape)
+    linear = {
+        name: scores(ridge(values, actions_BA, test_B, episodes_B), actions_BA, test_B)
+        for name, values in features.items()
+        if name != "first_frame"
+    }
+    nonlinear = {
+        name: scores(mlp(features[name], actions_BA, test_B, episodes_B, seed, device), actions_BA, test_B)
+        for name in ("quantized", "continuous", "pixel_difference")
+    }
+    return {
+        "num_held_out_episodes": len(np.unique(episodes_B[test_B])),
+        "lp_mse": linear["continuous"]["standardised_mse"],
+        "mean_action": scores(mean_BA, actions_BA, test_B),
+        "linear": linear,
+        "mlp": nonlinear,
+    }
+
+
+def returned_action_r2(sample: Sample, encoded: LatentAction, returned: LatentAction, seed: int = 0) -> float | None:
+    """Whether the linear probe reads the same action after a transfer: R2 of its readings, on held-out episodes.
+
+    returned: the latent actions encoded again (figures.transfer). 1: the same; 0 or less: no better than the mean
+    reading, which is None where the probe reads the same from every pair.
+    """
+    assert sample.actions_BA is not None
+    test_B = hold_out(sample.episodes_B, seed)
+    given_BF, returned_BF = (latent.quantized_BLD.flatten(1).double().numpy() for latent in (encoded, returned))
+    probe = fit_ridge(given_BF[~test_B], sample.actions_BA[~test_B], sample.episodes_B[~test_B])
+    reading_BA = probe(given_BF)
+    # A dimension of which the probe reads next to nothing would divide by next to nothing.
+    told_A = reading_BA[test_B].var(0) > 0.01 * sample.actions_BA[test_B].var(0)
+    if not told_A.any():
+        return None
+    return float(scores(probe(returned_BF)[:, told_A], reading_BA[:, told_A], test_B)["r2"])
+
+
+def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """Mutual information of each code, and of the whole latent action, with each binned action dimension.
+
+    Bins of equal frequency, 8 for each dimension; each entry as regression.mutual_information gives it. known: mean
+    over dimensions of the best position's share; known_joint: the same of whole latent actions.
+    """
+    codes_BL_numpy = codes_BL.numpy()
+    _, joint_B = np.unique(codes_BL_numpy, axis=0, return_inverse=True)
+    bins = [equal_frequency_bins(values_B, ACTION_BINS) for values_B in actions_BA.T]
+    positions = [[mutual_information(codes_B, bins_B, seed=seed) for bins_B in bins] for codes_B in codes_BL_numpy.T]
+    joint = [mutual_information(joint_B.reshape(-1), bins_B, seed=seed) for bins_B in bins]
+    best = [_largest([position[number]["known"] for position in positions]) for number in range(len(bins))]
+    return {
+        "known": _mean(best),
+        "known_joint": _mean([entry["known"] for entry in joint]),
+        "positions": positions,
+        "joint": joint,
+    }
+
+
+def task_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any] | None:
+    """Accuracy of a logistic regression from the latent action to the instruction, on held-out episodes.
+
+    A fifth of each instruction's episodes is held out; those of one episode are left out, and only the 50 with most
+    pairs are told apart. None where that leaves fewer than two. chance: the share of the most frequent instruction.
+    first_frame: from the first frame at 8x8 pixels, what the scene alone tells.
+    """
+    assert sample.tasks_B is not None
+    tasks_B, episodes_B = sample.tasks_B, sample.episodes_B
+    names, counts = np.unique(tasks_B[tasks_B != ""], return_counts=True)
+    several = [
+        name for name in names[np.argsort(-counts, kind="stable")] if len(np.unique(episodes_B[tasks_B == name])) > 1
+    ][:MAX_TASKS]
+    if len(several) < 2:
+        return None
+    kept_B, test_B = np.isin(tasks_B, several), np.zeros(len(tasks_B), bool)
+    for name in several:
+        test_B[tasks_B == name] = hold_out(episodes_B[tasks_B == name], seed, HELD_OUT)
+    labels_B = np.searchsorted(names, tasks_B[kept_B])
+    _, frequent = np.unique(labels_B[test_B[kept_B]], return_counts=True)
+    accuracy = {
+        name: linear_accuracy(values[kept_B], labels_B, test_B[kept_B])
+        for name, values in features_of(sample, encoded, codebook_size).items()
+    }
+    return {"num_tasks": len(several), "chance": float(frequent.max() / frequent.sum()), **accuracy}
+
+
+def features_of(sample: Sample, encoded: LatentAction, codebook_size: int) -> dict[str, np.ndarray]:
+    """What the probes read, each [B, F]: the latent action in its forms, and pixels as yardsticks."""
+    features = {
+        "quantized": encoded.quantized_BLD,
+        "continuous": encoded.z_BLD,
+        "pixel_difference": _small(sample.frames_BTCHW[:, 1]) - _small(sample.frames_BTCHW[:, 0]),
+        "first_frame": _small(sample.frames_BTCHW[:, 0]),
+    }
+    if encoded.codes_BL is not None:
+        features = {"codes": F.one_hot(encoded.codes_BL, codebook_size), **features}
+    return {name: rearrange(values, "b ... -> b (...)").double().numpy() for name, values in features.items()}
+
+
+def _small(frame_BCHW: Tensor) -> Tensor:
+    parts = [F.interpolate(part.float() / 255, size=PIXEL_BASELINE_SIDE, mode="area") for part in frame_BCHW.split(64)]
+    return torch.cat(parts)
+
+
+def _largest(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+HELD_OUT = 0.2
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge, on standardised features, as a share of the number of rows
+LOGISTIC_PENALTY = 1e-3
+HIDDEN, MLP_STEPS, MLP_PATIENCE = 128, 500, 50
+NEVER_CHANGES = 1e-12  # variance below which a target counts as constant
+
+
+def hold_out(groups_B: np.ndarray, seed: int = 0, share: float = HELD_OUT) -> np.ndarray:
+    """Marks the rows of a share of the groups (at least one group, at most all but one), bool [B]."""
+    groups = np.random.default_rng(seed).permutation(np.unique(groups_B))
+    return np.isin(groups_B, groups[: min(max(1, round(share * len(groups))), len(groups) - 1)])
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """Zero mean and unit variance on the rows it was fitted on; a column that never changes there becomes 0."""
+
+    mean_F: np.ndarray
+    scale_F: np.ndarray
+
+    @classmethod
+    def of(cls, values_BF: np.ndarray) -> Standardised:
+        std_F = values_BF.std(0)
+        return cls(values_BF.mean(0), np.divide(1.0, std_F, out=np.zeros_like(std_F), where=std_F > 1e-6))
+
+    def __call__(self, values_BF: np.ndarray) -> np.ndarray:
+        return (values_BF - self.mean_F) * self.scale_F
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A fitted ridge regression; call it on features [B, F] for predictions [B, A]."""
+
+    standardised: Standardised
+    weights_FA: np.ndarray
+    mean_A: np.ndarray
+
+    def __call__(self, features_BF: np.ndarray) -> np.ndarray:
+        return self.standardised(np.asarray(features_BF, np.float64)) @ self.weights_FA + self.mean_A
+
+
+def fit_ridge(features_BF: np.ndarray, targets_BA: np.ndarray, groups_B: np.ndarray | None = None) -> Ridge:
+    """Ridge regression whose penalty is the best of PENALTIES on a part of the groups (by default of the rows).
+
+    The choice keeps the comparison fair between narrow and wide representations.
+    """
+    features_BF, targets_BA = np.asarray(features_BF, np.float64), np.asarray(targets_BA, np.float64)
+    groups_B = np.arange(len(features_BF)) if groups_B is None else groups_B
+    validation_B = hold_out(groups_B)
+    penalty = PENALTIES[1]
+    if 0 < validation_B.sum() < len(validation_B):
+        trials = _ridges(features_BF[~validation_B], targets_BA[~validation_B], PENALTIES)
+        scale_A = Standardised.of(targets_BA).scale_F
+        errors = [
+            np.square((trial(features_BF[validation_B]) - targets_BA[validation_B]) * scale_A).mean()
+            for trial in trials
+        ]
+        penalty = PENALTIES[int(np.argmin(errors))]
+    return _ridges(features_BF, targets_BA, (penalty,))[0]
+
+
+def ridge(
+    features_BF: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray, groups_B: np.ndarray | None = None
+) -> np.ndarray:
+    """Predictions [B, A] of a ridge regression fitted on the rows that are not marked as test."""
+    train_B = ~test_B
+    groups = None if groups_B is None else groups_B[train_B]
+    return fit_ridge(features_BF[train_B], targets_BA[train_B], groups)(features_BF)
+
+
+def mlp(
+    features_BF: np.ndarray,
+    targets_BA: np.ndarray,
+    test_B: np.ndarray,
+    groups_B: np.ndarray,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """Predictions [B, A] of two hidden layers of 128, stopped early on a part of the training groups.
+
+    Full batches, AdamW, features and targets standardised; the same seed gives the same result.
+    """
+    train_B = ~test_B
+    validation_B = train_B & np.isin(groups_B, np.unique(groups_B[train_B][hold_out(groups_B[train_B], seed)]))
+    fitted_B = train_B & ~validation_B if (train_B & ~validation_B).any() else train_B
+    x_scale, y_scale = Standardised.of(features_BF[train_B]), Standardised.of(targets_BA[train_B])
+    x, y = (torch.from_numpy(scaled).float().to(device) for scaled in (x_scale(features_BF), y_scale(targets_BA)))
+    fitted, validation = (torch.from_numpy(mask).to(device) for mask in (fitted_B, validation_B))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = (nn.Linear(x.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU())
+        network = nn.Sequential(*layers, nn.Linear(HIDDEN, y.shape[1])).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    best, best_step, predicted = float("inf"), 0, torch.zeros_like(y)
+    for step in range(MLP_STEPS):
+        with torch.enable_grad():
+            loss = F.mse_loss(network(x[fitted]), y[fitted])
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            present = network(x)
+        error = F.mse_loss(present[validation], y[validation]).item() if validation.any() else loss.item()
+        if error < best:
+            best, best_step, predicted = error, step, present
+        if step - best_step >= MLP_PATIENCE:
+            break
+    return predicted.cpu().double().numpy() * targets_BA[train_B].std(0) + y_scale.mean_F
+
+
+def scores(predicted_BA: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray) -> dict[str, Any]:
+    """R2 and MSE on the test rows, per dimension and their mean; R2 is None for a target that never changes.
+
+    R2 is against the mean of the other rows: 0 is as good as that mean. standardised_mse: in units of the variance
+    over the other rows, mean over the dimensions that change.
+    """
+    train_BA, test_BA = targets_BA[~test_B], targets_BA[test_B]
+    r2_A = r2(predicted_BA[test_B], test_BA, train_BA.mean(0))
+    mse_A = np.square(predicted_BA[test_B] - test_BA).mean(0)
+    variance_A = train_BA.var(0)
+    varies_A = variance_A > NEVER_CHANGES
+    return {
+        "r2": float(np.nanmean(r2_A)) if not np.isnan(r2_A).all() else 0.0,
+        "mse": float(mse_A.mean()),
+        "standardised_mse": float((mse_A[varies_A] / variance_A[varies_A]).mean()) if varies_A.any() else 0.0,
+        "r2_per_dimension": [None if np.isnan(value) else float(value) for value in r2_A],
+        "mse_per_dimension": mse_A.tolist(),
+    }
+
+
+def r2(predicted_BA: np.ndarray, targets_BA: np.ndarray, mean_A: np.ndarray) -> np.ndarray:
+    """1 - squared error / squared error of predicting mean_A, [A]; NaN where the target is that mean throughout."""
+    total_A = np.square(targets_BA - mean_A).mean(0)
+    varies_A = total_A > NEVER_CHANGES
+    return np.where(
+        varies_A, 1 - np.square(predicted_BA - targets_BA).mean(0) / np.where(varies_A, total_A, 1.0), np.nan
+    )
+
+
+def linear_accuracy(
+    features_BF: Tensor | np.ndarray, labels_B: Tensor | np.ndarray, test_B: Tensor | np.ndarray
+) -> float:
+    """Accuracy on the test rows of a multinomial logistic regression fitted on the others.
+
+    Features are standardised on the fitted rows; a small L2 penalty; LBFGS to convergence, hence without a seed.
+    """
+    test = torch.as_tensor(test_B).cpu().bool()
+    features = torch.as_tensor(features_BF).detach().cpu().flatten(1).double()
+    names, labels = torch.unique(torch.as_tensor(labels_B).cpu(), return_inverse=True)
+    std_F, mean_F = torch.std_mean(features[~test], dim=0, correction=0)
+    x_BF = torch.where(std_F > 1e-6, (features - mean_F) / std_F.clamp(min=1e-6), 0.0)
+    if x_BF.shape[1] > int((~test).sum()):
+        # The weights of least norm lie in the span of the fitted rows: fewer of them, with the same solution.
+        x_BF = x_BF @ torch.linalg.qr(x_BF[~test].T).Q
+    weights_FC = torch.zeros(x_BF.shape[1], len(names), dtype=torch.double, requires_grad=True)
+    bias_C = torch.zeros(len(names), dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights_FC, bias_C], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            penalty = LOGISTIC_PENALTY * weights_FC.square().sum()
+            value = F.cross_entropy(x_BF[~test] @ weights_FC + bias_C, labels[~test]) + penalty
+            value.backward()
+        return value.detach()
+
+    optimizer.step(loss)
+    predicted = (x_BF[test] @ weights_FC + bias_C).argmax(1)
+    return float((predicted == labels[test]).double().mean())
+
+
+def equal_frequency_bins(values_B: np.ndarray, bins: int = 8) -> np.ndarray:
+    """The bin of each value, int64 from 0, so that bins hold equally many values; equal values share a bin."""
+    edges = np.unique(np.quantile(values_B, np.linspace(0, 1, bins + 1)[1:-1]))
+    # A value on an edge belongs to the bin above it: with two values only, as of a gripper, each has its own bin.
+    return np.unique(np.searchsorted(edges, values_B, side="right"), return_inverse=True)[1]
+
+
+def mutual_information(
+    symbols_B: np.ndarray, others_B: np.ndarray, permutations: int = 20, seed: int = 0
+) -> dict[str, float | None]:
+    """Mutual information in nats of two columns of integers, and the same with one of them permuted.
+
+    nats: counted from the sample, biased upwards. permuted: mean of the same with shuffled rows: the bias.
+    known: (nats - permuted) / (entropy of others - permuted): 0 is chance, 1 says that the first column tells the
+    second; None where the second never changes, or where the sample is too small to tell anything.
+    """
+    symbols, others = (np.unique(column, return_inverse=True)[1] for column in (symbols_B, others_B))
+    rng = np.random.default_rng(seed)
+    nats = _information(symbols, others)
+    permuted = float(np.mean([_information(symbols, rng.permutation(others)) for _ in range(permutations)]))
+    room = _entropy(np.bincount(others)) - permuted
+    return {"nats": nats, "permuted": permuted, "known": (nats - permuted) / room if room > 1e-3 else None}
+
+
+def _ridges(features_BF: np.ndarray, targets_BA: np.ndarray, penalties: tuple[float, ...]) -> list[Ridge]:
+    """One fit for each penalty, by the normal equations or, with more features than rows, by their dual."""
+    standardised, mean_A = Standardised.of(features_BF), targets_BA.mean(0)
+    x_BF, y_BA = standardised(features_BF), targets_BA - mean_A
+    wide = x_BF.shape[1] > x_BF.shape[0]
+    gram = x_BF @ x_BF.T if wide else x_BF.T @ x_BF
+    fits = []
+    for penalty in penalties:
+        regular = gram + penalty * len(x_BF) * np.eye(len(gram))
+        weights_FA = x_BF.T @ np.linalg.solve(regular, y_BA) if wide else np.linalg.solve(regular, x_BF.T @ y_BA)
+        fits.append(Ridge(standardised, weights_FA, mean_A))
+    return fits
+
+
+def _information(symbols_B: np.ndarray, others_B: np.ndarray) -> float:
+    width = int(others_B.max()) + 1
+    _, joint = np.unique(symbols_B * width + others_B, return_counts=True)
+    return max(0.0, _entropy(np.bincount(symbols_B)) + _entropy(np.bincount(others_B)) - _entropy(joint))
+
+
+def _entropy(counts: np.ndarray) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
