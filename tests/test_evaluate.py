@@ -13,20 +13,22 @@ import numpy as np
 import pytest
 
 from lapa.data.video import probe
-from lapa.envs.metaworld.simulator import Simulator, check_installation, episode_seed
-from lapa.envs.registry import ENVIRONMENTS, make
+from lapa.envs import ENVIRONMENTS, EnvironmentKind, episode_seed, kind_of, make
+from lapa.envs.metaworld.simulator import Simulator, check_installation
 from lapa.envs.synthetic import DIRECTIONS
+from lapa.errors import UserError
 from lapa.evaluate import rollout
-from lapa.evaluate.episodes import Job, Setup, play_all
-from lapa.evaluate.rollout import EvaluateConfig, evaluate, wilson_interval
+from lapa.evaluate.config import EvaluateConfig
+from lapa.evaluate.episodes import RolloutSettings, TaskEpisodes, play_episodes
+from lapa.evaluate.rollout import evaluate, wilson_interval
 from lapa.policy.execution import TemporalEnsemble
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
 
-SQUARES = Setup(
-    env="synthetic", size=64, cameras=("front",), seed=0, max_steps=30, actor="policy", slots=6, steps_per_call=4
+SQUARES = RolloutSettings(
+    env="synthetic", size=64, cameras=("front",), seed=0, max_steps=30, actor="policy", num_parallel=6, steps_per_call=4
 )
-ALL = [Job(direction, (0, 1)) for direction in DIRECTIONS]
+ALL = [TaskEpisodes(direction, (0, 1)) for direction in DIRECTIONS]
 
 
 class Obedient:
@@ -56,7 +58,7 @@ def test_wilson_interval_against_published_values(successes: int, trials: int, l
 def test_wilson_interval_at_the_ends() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
     assert wilson_interval(5, 5)[1] == 1.0
-    with pytest.raises(ValueError, match="successes"):
+    with pytest.raises(AssertionError, match="6 successes of 5"):
         wilson_interval(6, 5)
 
 
@@ -81,10 +83,10 @@ def test_random_actions_repeat_for_a_seed(tmp_path: Path) -> None:
 
 def test_the_policy_is_asked_in_batches_and_obeyed() -> None:
     policy = Obedient()
-    outcomes = list(play_all(SQUARES, ALL, policy, workers=0))
-    assert len(outcomes) == 16 and all(outcome.success for outcome in outcomes)
+    results = list(play_episodes(SQUARES, ALL, policy, num_workers=0))
+    assert len(results) == 16 and all(result.success for result in results)
     # 25.6 px at 2.5 px a step, and a call for every 4 steps.
-    assert {outcome.steps for outcome in outcomes if outcome.task == "right"} == {11}
+    assert {result.steps for result in results if result.task == "right"} == {11}
     assert policy.batches == [2, 2, 2] * 8
 
 
@@ -101,41 +103,43 @@ class Wavering(Obedient):
 
 @pytest.mark.parametrize("steps_per_call", [None, 3])
 def test_overlapping_chunks_are_averaged_in_each_episode(steps_per_call: int | None) -> None:
-    setup = replace(SQUARES, slots=2, ensemble=0.1, steps_per_call=steps_per_call, binary=(False, False))
+    settings = replace(SQUARES, num_parallel=2, ensemble=0.1, steps_per_call=steps_per_call, binary=(False, False))
     policy = Wavering()
-    (outcome,) = play_all(setup, [Job("right", (3,))], policy, workers=0)
-    assert len(policy.batches) == -(-outcome.steps // (steps_per_call or 1))
+    (result,) = play_episodes(settings, [TaskEpisodes("right", (3,))], policy, num_workers=0)
+    assert len(policy.batches) == -(-result.steps // (steps_per_call or 1))
 
     environment, plan, steps = make("synthetic", "right"), TemporalEnsemble(0.1, steps_per_call or 1), 0
-    environment.reset(outcome.seed)
+    environment.reset(result.seed)
     solved = False
     while not solved:
         solved = environment.step(plan.next(lambda: Wavering()([environment.observe()])[0]))
         steps += 1
-    assert outcome.success and outcome.steps == steps
+    assert result.success and result.steps == steps
 
 
 @pytest.mark.parametrize("ensemble", [None, 0.1])
 def test_worker_processes_play_what_one_process_plays(ensemble: float | None) -> None:
-    setup = replace(SQUARES, ensemble=ensemble)
+    settings = replace(SQUARES, ensemble=ensemble)
     policy = Wavering()
-    jobs = [Job(direction, tuple(range(12))) for direction in ("up", "left", "down-right")]
-    apart = sorted(play_all(setup, jobs, policy, workers=2), key=str)
+    assignments = [TaskEpisodes(direction, tuple(range(12))) for direction in ("up", "left", "down-right")]
+    apart = sorted(play_episodes(settings, assignments, policy, num_workers=2), key=str)
     assert max(policy.batches) == 12 and sum(policy.batches) >= 3 * 36
-    assert apart == sorted(play_all(setup, jobs, Wavering(), workers=0), key=str)
+    assert apart == sorted(play_episodes(settings, assignments, Wavering(), num_workers=0), key=str)
     # Which episodes share a batch does not matter.
-    assert apart == sorted(play_all(replace(setup, slots=1), jobs, Wavering(), workers=0), key=str)
+    assert apart == sorted(
+        play_episodes(replace(settings, num_parallel=1), assignments, Wavering(), num_workers=0), key=str
+    )
 
 
 def test_a_failing_worker_is_reported() -> None:
     broken = replace(SQUARES, cameras=("front",), size=64, env="synthetic")
     with pytest.raises(RuntimeError, match="not in tuple"):
-        list(play_all(broken, [Job("sideways", (0,))], Obedient(), workers=1))
+        list(play_episodes(broken, [TaskEpisodes("sideways", (0,))], Obedient(), num_workers=1))
 
 
 def test_actions_that_are_not_finite_stop_the_run() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        list(play_all(SQUARES, ALL, lambda seen: np.full((len(seen), 1, 2), np.nan), workers=0))
+        list(play_episodes(SQUARES, ALL, lambda seen: np.full((len(seen), 1, 2), np.nan), num_workers=0))
 
 
 def test_resume_plays_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,8 +226,8 @@ def of_robot(robot: Robot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **va
         (
             Robot(cameras=("front", "wrist"), action_dim=7, state_dim=3),
             {},
-            "policy: sees wrist, synthetic has the cameras front; gives actions of 7 dimensions, synthetic takes 2; "
-            "is told a state of 3 dimensions, synthetic has 2; finetune it on episodes from synthetic",
+            "policy: needs the cameras wrist, synthetic has front; predicts 7 action dimensions, synthetic takes 2; "
+            "needs 3 state dimensions, synthetic has 2; finetune it on episodes from synthetic",
         ),
         (Robot(), {"steps_per_call": 9}, "--steps-per-call 9 is more than the policy's chunk of 8"),
         (Robot(chunk=1), {"ensemble": 0.01}, "--ensemble: a chunk of 1 ends before"),
@@ -259,7 +263,7 @@ def test_observations_bring_the_state_that_datasets_store(tmp_path: Path) -> Non
     before, action = environment.observe().state, np.array([1.5, -2.0], np.float32)
     environment.step(action)
     assert before is not None and before.dtype == np.float32
-    assert len(before) == dataset.state_dim == ENVIRONMENTS["synthetic"].state_dim
+    assert len(before) == dataset.state_dim == kind_of("synthetic").state_dim
     np.testing.assert_allclose(environment.observe().state - before, action, atol=1e-5)
     states_TS, actions_TA = dataset.states(1), dataset.actions(1)
     assert states_TS is not None
@@ -275,8 +279,43 @@ def test_observations_bring_the_state_that_datasets_store(tmp_path: Path) -> Non
         np.testing.assert_allclose([columns.mean(), rows.mean()], state_S, atol=2)
 
 
+def test_environments_of_other_distributions_are_found_by_their_entry_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "their_robot"
+    (tmp_path / "their_robot-1.0.dist-info").mkdir()
+    (tmp_path / "their_robot-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: their-robot\n")
+    (tmp_path / "their_robot-1.0.dist-info" / "entry_points.txt").write_text(
+        "[lapa.environments]\nsquares = their_robot:SQUARES\nbroken = their_robot:MISSING\nno-kind = their_robot:make\n"
+    )
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "from dataclasses import replace\nfrom lapa.envs import make\nfrom lapa.envs.synthetic import SYNTHETIC\n"
+        "SQUARES = replace(SYNTHETIC, max_steps=25)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(kind_of("squares"), EnvironmentKind)
+    config = EvaluateConfig("expert", tmp_path / "out", env="squares", tasks="up", episodes=2, videos=0)
+    report = evaluate(config)
+    assert report["overall"]["successes"] == 2 and report["config"]["max_steps"] == 25
+    with pytest.raises(UserError, match="environment 'broken': cannot load their_robot:MISSING"):
+        kind_of("broken")
+    with pytest.raises(UserError, match=r"their_robot:make is not a lapa\.envs\.EnvironmentKind"):
+        kind_of("no-kind")
+    with pytest.raises(UserError, match="did you mean 'squares'"):
+        kind_of("square")
+
+
+def test_a_users_mistake_in_a_worker_stays_one() -> None:
+    """As where the renderer fails in the worker: the parent raises the same one line."""
+    broken = replace(SQUARES, env="nowhere")
+    with pytest.raises(UserError, match="unknown environment 'nowhere'"):
+        list(play_episodes(broken, [TaskEpisodes("up", (0,))], Obedient(), num_workers=1))
+
+
 def test_every_environment_keeps_the_protocol() -> None:
-    for name, kind in ENVIRONMENTS.items():
+    for name in ENVIRONMENTS:
+        kind = kind_of(name)
         assert kind.max_steps <= kind.longest and kind.size % 2 == 0
         if not kind.in_process:
             continue
@@ -302,15 +341,15 @@ def test_metaworld_rollouts_in_workers() -> None:
         assert len(observations) == 6
         return np.zeros((len(observations), 3, 4), np.float32)
 
-    setup = Setup("metaworld", 32, ("corner4",), seed=4, max_steps=6, actor="policy", slots=3)
-    jobs = [Job("drawer-open", (0, 1, 2)), Job("window-close", (0, 1, 2))]
-    outcomes = list(play_all(setup, jobs, still, workers=2))
-    assert len(outcomes) == 6 and not any(outcome.success for outcome in outcomes)
+    settings = RolloutSettings("metaworld", 32, ("corner4",), seed=4, max_steps=6, actor="policy", num_parallel=3)
+    assignments = [TaskEpisodes("drawer-open", (0, 1, 2)), TaskEpisodes("window-close", (0, 1, 2))]
+    results = list(play_episodes(settings, assignments, still, num_workers=2))
+    assert len(results) == 6 and not any(result.success for result in results)
     alone = Simulator("window-close", size=32)
     alone.reset(episode_seed(4, "evaluation", "window-close", 2))
     np.testing.assert_array_equal(first[5].images["corner4"], alone.render()["corner4"])
     # The state that `lapa data metaworld` stores.
     np.testing.assert_array_equal(first[5].state, alone.state)
-    assert alone.state.shape == (ENVIRONMENTS["metaworld"].state_dim,)
+    assert alone.state.shape == (kind_of("metaworld").state_dim,)
     assert first[5].instruction == alone.instruction
     alone.close()

@@ -13,17 +13,17 @@ import pytest
 from lapa.data.lerobot import JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
+from lapa.envs import episode_seed
 from lapa.envs.metaworld import record as metaworld
 from lapa.envs.metaworld import simulator as metaworld_simulator
-from lapa.envs.metaworld.instructions import INSTRUCTIONS
 from lapa.envs.metaworld.record import FRAMES_AFTER_SUCCESS, MetaworldConfig, record
 from lapa.envs.metaworld.simulator import (
     FPS,
+    INSTRUCTIONS,
     SUITES,
     Simulator,
     check_installation,
     draw_instruction,
-    episode_seed,
     parse_tasks,
 )
 
@@ -97,7 +97,7 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path, change: dict, messag
 
 def test_a_missing_package_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r'pip install "lapa\[metaworld\]"'):
+    with pytest.raises(ValueError, match=r'pip install "lapa-vla\[metaworld\]"'):
         metaworld.run(MetaworldConfig(out=tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 

@@ -11,7 +11,7 @@ from lapa.data.labels import Labels
 from lapa.data.spec import open_dataset
 from lapa.files import read_json
 from lapa.latent.model import lam_fingerprint
-from lapa.stages import Stage, run_stage
+from lapa.subcommand import Stage, run_stage
 from vlms import make_vlm
 
 

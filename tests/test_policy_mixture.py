@@ -10,7 +10,8 @@ from lapa.data.sampling import split_episodes
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.data.writer import DatasetWriter
-from lapa.evaluate.rollout import EvaluateConfig, evaluate
+from lapa.evaluate.config import EvaluateConfig
+from lapa.evaluate.rollout import evaluate
 from lapa.files import read_json
 from lapa.policy import finetune, measure, pretrain, training
 from lapa.policy.actions import ActionBins
@@ -99,7 +100,7 @@ def test_each_dataset_has_statistics_of_its_own_and_a_robot_acts_by_one(two_robo
     measure.run(replace(measured, statistics_key="small"))
     assert read_json(measured.out / "measure.json")["action_error"] <= 0.1 * np.abs(wide.all_actions()).max()
     assert "--statistics-key small" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="sees top, synthetic has the cameras front"):
+    with pytest.raises(ValueError, match="needs the cameras top, synthetic has front"):
         evaluate(replace(evaluated, statistics_key="small"))
     with pytest.raises(ValueError, match="unknown --statistics-key 'smal'; did you mean 'small'"):
         Policy.from_pretrained(config.out, device="cpu", statistics_key="smal")

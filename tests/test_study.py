@@ -14,12 +14,11 @@ from lapa import cli
 from lapa.config import to_dict
 from lapa.data.spec import open_dataset
 from lapa.files import read_json
-from lapa.stages import OutOfTimeError, Stage, run_stage
 from lapa.study import run as study_run
-from lapa.study.collect import steps_of
-from lapa.study.plan import Plan, Step, order
+from lapa.study.plan import PRESETS, Plan, Step, order, sizes_of
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
-from lapa.study.sizes import PRESETS, sizes_of
+from lapa.study.run import steps_of
+from lapa.subcommand import OutOfTimeError, Stage, run_stage
 
 CPU = sizes_of("cpu")
 

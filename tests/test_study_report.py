@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lapa.study import figures, page
-from lapa.study.collect import FIGURES
+from lapa.study import page
+from lapa.study import plots as figures
 from lapa.study.report import ReportConfig, chosen, findings, run
 from lapa.study.results import ARMS, Arm, ArmResult, Curve, Rollout, load_results
+from lapa.study.run import FIGURES
 from lapa.study.statistics import Estimate, Gap, compare
 from lapa.study.tables import FIGURE_MEANINGS, main_table, provenance_table
 from lapa.study.verdicts import cautions, comparison, gap_text, missing, verdicts

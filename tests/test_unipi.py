@@ -20,7 +20,8 @@ from lapa.baselines.video_train import VideoTrainConfig
 from lapa.data.dataset import ActionSpace
 from lapa.data.spec import open_dataset
 from lapa.engine.config import LoopConfig, OptimConfig
-from lapa.evaluate.rollout import EvaluateConfig, evaluate
+from lapa.evaluate.config import EvaluateConfig
+from lapa.evaluate.rollout import evaluate
 from lapa.files import read_json
 from lapa.policy.acting import load_actor
 from lapa.policy.scale import ActionScale

@@ -17,7 +17,7 @@ from rich.table import Table
 from lapa import config as configs
 from lapa.console import console, finish, say
 from lapa.files import claim_output, read_json, write_json
-from lapa.stages import Stage, run_stage
+from lapa.subcommand import Stage, run_stage
 
 SETTINGS, RESULTS = "settings.json", "demo.json"
 # Seeds of the stages lie apart, so that no labelled episode or rollout repeats a video.

@@ -1,8 +1,8 @@
 """A square to be moved in a named direction: a simulator of a few lines of numpy, for tests and the debug preset.
 
-It looks like the made-up videos of lapa.sources.synthetic and has their action, the velocity in pixels a
-frame (right, down), and their state, the square's centre in pixels (right, down), so a policy trained on those can act
-here, without any graphics driver.
+It looks like the synthetic videos of lapa.sources.synthetic and has their action, the velocity in pixels a frame
+(right, down), and their state, the square's centre in pixels (right, down), so a policy trained on those can act here,
+without any graphics driver.
 
     lapa evaluate expert --env synthetic --tasks all --episodes 5 --out RESULTS
 """
@@ -13,29 +13,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lapa.envs import EnvironmentKind
 from lapa.errors import UserError, unknown
-from lapa.sources.synthetic import DIRECTIONS, Square, heading
+from lapa.sources.synthetic import CAMERA, DIRECTIONS, Square, heading
 from lapa.types import Observation
 
-# In pixels of the 64 px picture, on each axis.
+# In pixels of a 64 px image, on each axis.
 LONGEST_STEP = 4.0
-# Share of the picture's width that the square must travel.
+# Share of the image's width that the square must travel.
 DISTANCE = 0.4
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
-    """'all' or directions parted by commas."""
+    """'all' or directions separated by commas -> directions, each once."""
     names = [word.strip() for word in text.split(",") if word.strip()]
     for name in names:
         if name != "all" and name not in DIRECTIONS:
             raise unknown("direction", name, ["all", *DIRECTIONS])
     if not names:
-        raise UserError("no task given; name directions parted by commas, or all")
+        raise UserError("no task given; name directions separated by commas, or all")
     return tuple(dict.fromkeys(DIRECTIONS if "all" in names else names))
 
 
 class SquareEnvironment:
-    """Solved when the square has travelled far enough, nearer to the instructed direction than to any other."""
+    """One direction. Solved when the square has travelled far enough, nearer to that direction than to any other."""
 
     def __init__(self, task: str, size: int, cameras: Sequence[str]) -> None:
         self._heading = heading(DIRECTIONS.index(task))
@@ -63,3 +64,20 @@ class SquareEnvironment:
 
     def close(self) -> None:
         pass
+
+
+SYNTHETIC = EnvironmentKind(
+    make=SquareEnvironment,
+    parse_tasks=parse_tasks,
+    check_machine=lambda: None,
+    known_cameras=(CAMERA,),
+    cameras=(CAMERA,),
+    size=64,
+    fps=10.0,
+    action_dim=2,
+    state_dim=2,
+    action_limit=LONGEST_STEP,
+    max_steps=40,
+    longest=1000,
+    in_process=True,
+)

@@ -1,10 +1,9 @@
-"""Plays episodes in many simulators at once, so that one call of the policy serves all of them.
+"""Plays episodes in many simulators at once, with one call of the policy for all of them.
 
-Each worker process holds several simulators of one task and steps them through the actions it is sent; the parent
-holds the policy. They meet where episodes need a chunk of actions, all at the same steps: observations of all live
-episodes go up as one batch, and chunks come down. A worker of its own (spawn) for each OpenGL context; light
-environments play in the parent.
-Axes: B batch of live episodes, K action chunk, A action dimensions, H W image, C channel.
+Each worker process holds several simulators of one task and executes the actions that it receives; the parent process
+holds the policy. Episodes need a new chunk of actions at the same steps: the observations of all running episodes are
+one batch for the policy. Each OpenGL context needs a process of its own; light environments run in the parent.
+Axes: B batch of running episodes, K action chunk, A action dimensions.
 """
 
 from __future__ import annotations
@@ -21,23 +20,24 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from lapa.envs.metaworld.simulator import episode_seed
-from lapa.envs.registry import Environment, kind_of, make
+from lapa.envs import Environment, episode_seed, kind_of, make
 from lapa.errors import UserError
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
 from lapa.types import Observation
 
-# Recorded videos show about this many frames a second of the environment's own time.
+# Approximate frame rate of recorded videos, in the environment's time.
 VIDEO_FPS = 20
 
 Infer = Callable[[Sequence[Observation]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a worker needs to know. actor: who chooses the actions; `policy` is the parent's, the others are here.
+class RolloutSettings:
+    """What every worker is started with.
 
-    ensemble: the decay with which overlapping chunks are averaged, binary: the dimensions in which they vote.
+    actor: who chooses the actions: the parent's policy, or random actions or the expert in the worker. num_parallel:
+    simulators in one worker. steps_per_call, ensemble: as in EvaluateConfig. binary: for each action dimension, whether
+    it has two values, among which an ensemble votes. num_recorded: episodes of each task recorded for the video.
     """
 
     env: str
@@ -46,7 +46,7 @@ class Setup:
     seed: int
     max_steps: int
     actor: Literal["policy", "random", "expert"]
-    slots: int
+    num_parallel: int
     steps_per_call: int | None = None
     ensemble: float | None = None
     binary: tuple[bool, ...] = ()
@@ -58,14 +58,14 @@ class Setup:
         return max(1, round(kind_of(self.env).fps / VIDEO_FPS))
 
     def execution(self) -> Execution:
-        """What makes single actions of a policy's chunks, for one episode."""
+        """Returns what turns one episode's chunks into single actions."""
         if self.ensemble is None:
             return RecedingHorizon(self.steps_per_call)
         return TemporalEnsemble(self.ensemble, self.steps_per_call or 1, self.binary)
 
 
 @dataclass(frozen=True)
-class Job:
+class TaskEpisodes:
     """Episodes of one task for one worker."""
 
     task: str
@@ -73,8 +73,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How one episode ended. frames: what was recorded of it, HWC uint8."""
+class EpisodeResult:
+    """How one episode ended. frames: its recorded images, HWC uint8."""
 
     task: str
     episode: int
@@ -85,191 +85,196 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Round:
-    """What a worker reports: live episodes' observations, episodes that ended since, whether the job is over."""
+class WorkerReply:
+    """observations: of the running episodes. results: of those that ended since the last reply. done: all have."""
 
     observations: tuple[Observation, ...]
-    outcomes: tuple[Outcome, ...]
-    over: bool
+    results: tuple[EpisodeResult, ...]
+    done: bool
 
 
-def play_all(setup: Setup, jobs: Sequence[Job], infer: Infer | None, workers: int) -> Iterator[Outcome]:
-    """Plays every job and yields outcomes as episodes end.
+def play_episodes(
+    settings: RolloutSettings, assignments: Sequence[TaskEpisodes], infer: Infer | None, num_workers: int
+) -> Iterator[EpisodeResult]:
+    """Plays all episodes and yields their results as they end.
 
-    infer: observations [B] -> actions [B, K, A], for the actor `policy`; workers: processes, 0 to play in this one.
+    infer: observations [B] -> actions [B, K, A], for the actor `policy`. num_workers: processes, 0 to play in this one.
     """
-    queue = deque(jobs)
+    queue = deque(assignments)
     with ExitStack() as stack:
-        players: list[_Player] = [_LocalPlayer(setup)] if workers == 0 else [_Worker(setup) for _ in range(workers)]
-        for player in players:
-            stack.callback(player.close)
-        active = []
-        for player in players[: len(queue)]:
-            player.send(queue.popleft())
-            active.append(player)
+        workers: list[_Worker] = (
+            [_ProcessWorker(settings) for _ in range(num_workers)] if num_workers else [_LocalWorker(settings)]
+        )
+        for worker in workers:
+            stack.callback(worker.close)
+        active = workers[: len(queue)]
+        for worker in active:
+            worker.send(queue.popleft())
         while active:
-            rounds = [player.receive() for player in active]
-            for finished in rounds:
-                yield from finished.outcomes
-            observations = [observation for part in rounds for observation in part.observations]
+            replies = [worker.receive() for worker in active]
+            for reply in replies:
+                yield from reply.results
+            observations = [observation for reply in replies for observation in reply.observations]
             actions_BKA = infer(observations) if infer is not None and observations else np.zeros((0, 0, 0))
             if not np.isfinite(actions_BKA).all():
-                raise UserError("the policy gave actions that are not finite; its checkpoint is damaged")
+                raise UserError("the policy predicted actions that are not finite; its checkpoint is damaged")
             playing, first = [], 0
-            for player, part in zip(active, rounds, strict=True):
-                if not part.over:
-                    player.send(actions_BKA[first : first + len(part.observations)])
-                    first += len(part.observations)
+            for worker, reply in zip(active, replies, strict=True):
+                if not reply.done:
+                    worker.send(actions_BKA[first : first + len(reply.observations)])
+                    first += len(reply.observations)
                 elif queue:
-                    player.send(queue.popleft())
+                    worker.send(queue.popleft())
                 else:
                     continue
-                playing.append(player)
+                playing.append(worker)
             active = playing
 
 
 class _Episode:
     """One episode in one environment."""
 
-    def __init__(self, setup: Setup, environment: Environment, task: str, number: int) -> None:
-        self.setup, self.environment, self.task, self.number = setup, environment, task, number
-        self.seed = episode_seed(setup.seed, "evaluation", task, number)
+    def __init__(self, settings: RolloutSettings, environment: Environment, task: str, number: int) -> None:
+        self.settings, self.environment, self.task, self.number = settings, environment, task, number
+        self.seed = episode_seed(settings.seed, "evaluation", task, number)
         self.steps, self.success = 0, False
-        self._execution = setup.execution()
+        self._execution = settings.execution()
         self._rng = np.random.default_rng([self.seed, 3])
-        self._recorded = number < setup.num_recorded
+        self._recorded = number < settings.num_recorded
         self._frames: list[np.ndarray] = []
-        self._seen: Observation | None = None
+        self._observation: Observation | None = None
         environment.reset(self.seed)
 
     @property
-    def over(self) -> bool:
-        return self.success or self.steps >= self.setup.max_steps
+    def done(self) -> bool:
+        return self.success or self.steps >= self.settings.max_steps
 
     def observe(self) -> Observation:
-        if self._seen is None:
-            self._seen = self.environment.observe()
-        return self._seen
+        if self._observation is None:
+            self._observation = self.environment.observe()
+        return self._observation
 
     def execute(self, actions_KA: np.ndarray) -> None:
-        """Goes on with a chunk that begins now, until another is due or the episode is over."""
+        """Executes a new chunk until the next is due or the episode is done."""
         self._step(self._execution.next(lambda: actions_KA))
-        while not self.over and not self._execution.due:
+        while not self.done and not self._execution.due:
             self._step(self._execution.next(lambda: actions_KA))
 
-    def play_alone(self) -> None:
-        """Plays to the end without a policy."""
-        kind = kind_of(self.setup.env)
-        while not self.over:
-            if self.setup.actor == "expert":
+    def play_baseline(self) -> None:
+        """Plays the whole episode by random actions or the expert."""
+        kind = kind_of(self.settings.env)
+        while not self.done:
+            if self.settings.actor == "expert":
                 self._step(self.environment.expert_action())
             else:
                 self._step(self._rng.uniform(-kind.action_limit, kind.action_limit, kind.action_dim))
 
-    def outcome(self) -> Outcome:
+    def result(self) -> EpisodeResult:
         if self._recorded:
             self._record()
-        return Outcome(self.task, self.number, self.seed, self.success, self.steps, tuple(self._frames))
+        return EpisodeResult(self.task, self.number, self.seed, self.success, self.steps, tuple(self._frames))
 
     def _step(self, action: np.ndarray) -> None:
-        if self._recorded and self.steps % self.setup.video_every == 0:
+        if self._recorded and self.steps % self.settings.video_every == 0:
             self._record()
         self.success = self.environment.step(action)
-        self.steps, self._seen = self.steps + 1, None
+        self.steps, self._observation = self.steps + 1, None
 
     def _record(self) -> None:
-        self._frames.append(self.observe().images[self.setup.cameras[0]])
+        self._frames.append(self.observe().images[self.settings.cameras[0]])
 
 
-class _Player(Protocol):
-    """Takes a Job or the actions for the last round's observations, and answers each with a Round."""
+class _Worker(Protocol):
+    """Takes episodes to play, then actions for the observations of the last reply; each is answered by a reply."""
 
-    def send(self, message: Job | np.ndarray) -> None: ...
-    def receive(self) -> Round: ...
+    def send(self, message: TaskEpisodes | np.ndarray) -> None: ...
+    def receive(self) -> WorkerReply: ...
     def close(self) -> None: ...
 
 
-class _LocalPlayer:
-    """Plays in this process. Keeps its environments until a job for another task comes."""
+class _LocalWorker:
+    """Plays in this process. Keeps its environments until episodes of another task come."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+    def __init__(self, settings: RolloutSettings) -> None:
+        self._settings = settings
         self._task = ""
         self._environments: list[Environment] = []
-        self._game: Generator[Round, np.ndarray, None] | None = None
+        self._playing: Generator[WorkerReply, np.ndarray, None] | None = None
         self._actions: np.ndarray | None = None
 
-    def send(self, message: Job | np.ndarray) -> None:
-        if isinstance(message, Job):
-            self._game, self._actions = self._play(message), None
+    def send(self, message: TaskEpisodes | np.ndarray) -> None:
+        if isinstance(message, TaskEpisodes):
+            self._playing, self._actions = self._play(message), None
         else:
             self._actions = message
 
-    def receive(self) -> Round:
-        assert self._game is not None, "a job comes first"
-        return next(self._game) if self._actions is None else self._game.send(self._actions)
+    def receive(self) -> WorkerReply:
+        assert self._playing is not None, "episodes come first"
+        return next(self._playing) if self._actions is None else self._playing.send(self._actions)
 
     def close(self) -> None:
         for environment in self._environments:
             environment.close()
         self._environments = []
 
-    def _play(self, job: Job) -> Generator[Round, np.ndarray, None]:
-        waiting = deque(job.episodes)
-        free = self._ready(job.task, min(self._setup.slots, len(waiting)))
-        live: list[_Episode] = []
-        outcomes: tuple[Outcome, ...] = ()
-        while waiting or live:
+    def _play(self, assignment: TaskEpisodes) -> Generator[WorkerReply, np.ndarray, None]:
+        waiting = deque(assignment.episodes)
+        free = self._prepare(assignment.task, min(self._settings.num_parallel, len(waiting)))
+        running: list[_Episode] = []
+        results: tuple[EpisodeResult, ...] = ()
+        while waiting or running:
             while waiting and free:
-                live.append(_Episode(self._setup, free.pop(), job.task, waiting.popleft()))
-            if self._setup.actor == "policy":
-                actions_BKA = yield Round(tuple(episode.observe() for episode in live), outcomes, over=False)
-                for episode, actions_KA in zip(live, actions_BKA, strict=True):
+                running.append(_Episode(self._settings, free.pop(), assignment.task, waiting.popleft()))
+            if self._settings.actor == "policy":
+                observations = tuple(episode.observe() for episode in running)
+                actions_BKA = yield WorkerReply(observations, results, done=False)
+                for episode, actions_KA in zip(running, actions_BKA, strict=True):
                     episode.execute(actions_KA)
             else:
-                yield Round((), outcomes, over=False)
-                live[0].play_alone()
-            ended = [episode for episode in live if episode.over]
-            live = [episode for episode in live if not episode.over]
+                yield WorkerReply((), results, done=False)
+                running[0].play_baseline()
+            ended = [episode for episode in running if episode.done]
+            running = [episode for episode in running if not episode.done]
             free += [episode.environment for episode in ended]
-            outcomes = tuple(episode.outcome() for episode in ended)
-        yield Round((), outcomes, over=True)
+            results = tuple(episode.result() for episode in ended)
+        yield WorkerReply((), results, done=True)
 
-    def _ready(self, task: str, num: int) -> list[Environment]:
+    def _prepare(self, task: str, num: int) -> list[Environment]:
+        """Returns `num` environments of the task."""
         if task != self._task:
             self.close()
             self._task = task
+        settings = self._settings
         while len(self._environments) < num:
-            setup = self._setup
-            self._environments.append(make(setup.env, task, size=setup.size, cameras=setup.cameras))
+            self._environments.append(make(settings.env, task, size=settings.size, cameras=settings.cameras))
         return self._environments[:num]
 
 
-class _Worker:
-    """Plays in a process of its own."""
+class _ProcessWorker:
+    """A `_LocalWorker` in a process of its own."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, settings: RolloutSettings) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, setup), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
         self._process.start()
         theirs.close()
 
-    def send(self, message: Job | np.ndarray) -> None:
+    def send(self, message: TaskEpisodes | np.ndarray) -> None:
         self._connection.send(message)
 
-    def receive(self) -> Round:
+    def receive(self) -> WorkerReply:
         try:
-            message = self._connection.recv()
+            reply = self._connection.recv()
         except EOFError:
             self._process.join()
             raise UserError(
                 f"a simulator process died (exit code {self._process.exitcode}), perhaps for lack of memory; "
                 "go on with --resume and a smaller --parallel"
             ) from None
-        if isinstance(message, str):
-            raise RuntimeError(f"a simulator process failed:\n{message}")
-        return message
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def close(self) -> None:
         self._connection.close()
@@ -279,15 +284,17 @@ class _Worker:
             self._process.join()
 
 
-def _serve(connection: Connection, setup: Setup) -> None:
-    """A worker's life: until the parent closes the pipe."""
+def _serve(connection: Connection, settings: RolloutSettings) -> None:
+    """The main loop of a worker process, until the parent closes the pipe. Errors go to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    player = _LocalPlayer(setup)
+    worker = _LocalWorker(settings)
     try:
         while True:
-            player.send(connection.recv())
-            connection.send(player.receive())
+            worker.send(connection.recv())
+            connection.send(worker.receive())
     except (EOFError, ConnectionError):
-        player.close()
+        worker.close()
+    except UserError as error:
+        connection.send(error)
     except Exception:
-        connection.send(traceback.format_exc())
+        connection.send(RuntimeError(f"a simulator process failed:\n{traceback.format_exc()}"))

@@ -21,7 +21,8 @@ import tyro
 from lapa.console import console, finish, say
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
-from lapa.study import figures, page
+from lapa.study import page
+from lapa.study import plots as figures
 from lapa.study.page import Table
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results
 from lapa.study.statistics import Group, by_wording, compare, success_of

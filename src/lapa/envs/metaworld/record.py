@@ -25,6 +25,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter
+from lapa.envs import episode_seed
 from lapa.envs.metaworld.simulator import (
     ACTION_NAMES,
     FPS,
@@ -33,7 +34,6 @@ from lapa.envs.metaworld.simulator import (
     Simulator,
     check_cameras,
     check_installation,
-    episode_seed,
     parse_tasks,
 )
 from lapa.errors import UserError

@@ -1,12 +1,13 @@
-"""A Meta-World task (v3) as a simulator that renders fast without a screen and repeats itself exactly for a seed.
+"""A Meta-World task (v3) as a simulator that renders fast without a screen and is deterministic for a seed.
 
 Meta-World: Yu et al., CoRL 2019, arXiv 1910.10897; version 3 of the `metaworld` package, with its scripted experts.
 
-Pictures come from a `mujoco.Renderer` through EGL, without multisampling, shadows and reflections: several times
-the speed of the environment's own `render()` on a CPU (benchmarks/bench_metaworld.py). A process owns one OpenGL
-context at a time (OSMesa returns garbage when two live), shared by all simulators of the same task and look.
-
+    lapa evaluate POLICY --env metaworld --tasks mt10 --out RESULTS
     python benchmarks/bench_metaworld.py
+
+Images come from a `mujoco.Renderer` through EGL, without multisampling, shadows and reflections: several times
+the speed of the environment's own `render()` on a CPU. A process owns one OpenGL context at a time (OSMesa returns
+garbage when two exist), shared by all simulators of the same task and look.
 """
 
 from __future__ import annotations
@@ -17,16 +18,23 @@ import os
 import subprocess
 import sys
 import warnings
-import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lapa.envs.metaworld.instructions import INSTRUCTIONS
+from lapa.envs import EnvironmentKind
 from lapa.envs.metaworld.look import change_look
 from lapa.errors import UserError, unknown
+from lapa.files import read_json
+from lapa.types import Observation
 
+# Several paraphrases of each task (named without the `-v3`), so that a policy reads and does not memorise. No phrase
+# belongs to two tasks, so an instruction alone identifies the task.
+INSTRUCTIONS = {
+    task: tuple(phrases) for task, phrases in read_json(Path(__file__).with_name("instructions.json")).items()
+}
 TASKS = tuple(INSTRUCTIONS)
 SUITES = {
     "mt10": (
@@ -51,11 +59,8 @@ UPSIDE_DOWN = frozenset({"corner", "corner2", "corner3", "corner4"})
 
 # Frames come and actions go at the control rate: 5 physics steps of 2.5 ms.
 FPS = 80.0
-# The environment itself refuses to go on after so many steps.
+# The environment itself raises after so many steps.
 MAX_STEPS = 500
-
-# Episodes for training and for evaluation never share a seed, whatever seed the user gives to either.
-PURPOSES = {"demonstration": 0, "evaluation": 1}
 
 DEBIAN_PACKAGES = "libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
 
@@ -67,14 +72,14 @@ data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)
 renderer = mujoco.Renderer(model, 32, 32)
 renderer.update_scene(data)
-picture = renderer.render()
+image = renderer.render()
 renderer.close()
-raise SystemExit(0 if picture.std() > 1 else "the picture is blank")
+raise SystemExit(0 if image.std() > 1 else "the image is blank")
 """
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
-    """'mt10', 'mt50' or names parted by commas, with or without '-v3' -> task names, each once, in that order."""
+    """'mt10', 'mt50' or names separated by commas, with or without '-v3' -> task names, each once, in that order."""
     names: list[str] = []
     for word in filter(None, (word.strip().lower() for word in text.split(","))):
         name = word.removesuffix("-v3")
@@ -82,7 +87,7 @@ def parse_tasks(text: str) -> tuple[str, ...]:
             raise unknown("Meta-World task", word, [*SUITES, *TASKS])
         names.extend(SUITES.get(name, (name,)))
     if not names:
-        raise UserError("no task given; name Meta-World tasks parted by commas, or mt10, or mt50")
+        raise UserError("no task given; name Meta-World tasks separated by commas, or mt10, or mt50")
     return tuple(dict.fromkeys(names))
 
 
@@ -96,9 +101,9 @@ def check_cameras(cameras: Sequence[str]) -> None:
 
 
 def check_installation() -> None:
-    """Raises UserError, with the mend, where Meta-World is missing or pictures cannot be rendered.
+    """Raises UserError, with the fix, where Meta-World is missing or images cannot be rendered.
 
-    Renders one picture in a process of its own, so that a driver that crashes takes nothing with it.
+    Renders one image in a process of its own, so that a crash of the driver does not end this one.
     """
     missing = [name for name in ("metaworld", "mujoco", "packaging") if importlib.util.find_spec(name) is None]
     if missing:
@@ -115,26 +120,18 @@ def check_installation() -> None:
         )
 
 
-def episode_seed(seed: int, purpose: str, task: str, episode: int) -> int:
-    """The seed of one episode (a 63-bit integer): the same for every policy, worker count and choice of tasks."""
-    if seed < 0:
-        raise UserError(f"seed must not be negative, got {seed}")
-    entropy = [seed, PURPOSES[purpose], zlib.crc32(task.encode()), episode]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
-
-
 def draw_instruction(task: str, seed: int) -> str:
-    """One paraphrase of the task, drawn by the episode's seed."""
+    """Returns one paraphrase of the task, drawn from the episode's seed."""
     phrases = INSTRUCTIONS[task]
     return phrases[np.random.default_rng([seed, 1]).integers(len(phrases))]
 
 
 class Simulator:
-    """One Meta-World task. Positions of objects and goal are drawn at `reset` from its seed alone.
+    """One Meta-World task, an `Environment`. Positions of objects and goal are drawn at `reset` from its seed alone.
 
-    The shape of things: an action is float32 [4] (ACTION_NAMES, clipped to [-1, 1]; one unit moves the hand by
-    1 cm a step), the state float32 [4] (STATE_NAMES: metres, opening in [0, 1]), a picture uint8 [size, size, 3].
-    look: draws other colours, textures and lights, under which everything moves as before; None: as Meta-World is.
+    An action is float32 [4] (ACTION_NAMES, clipped to [-1, 1]; one unit moves the hand by 1 cm a step), the state
+    float32 [4] (STATE_NAMES: metres, opening in [0, 1]), an image uint8 [size, size, 3].
+    look: draws other colours, textures and lights, and changes no motion; None: Meta-World's own.
     """
 
     def __init__(
@@ -153,12 +150,12 @@ class Simulator:
 
     @property
     def state(self) -> np.ndarray:
-        """Position of the hand and opening of the gripper, float32 [4]."""
+        """Position of the hand (metres) and opening of the gripper (0 to 1), float32 [4]."""
         assert self._observation is not None, "reset comes first"
         return self._observation[:4].astype(np.float32)
 
     def reset(self, seed: int) -> None:
-        """Begins the episode that belongs to `seed`."""
+        """Starts the episode that `seed` determines."""
         from metaworld.policies import ENV_POLICY_MAP
 
         self._environment.seed(seed)
@@ -166,48 +163,49 @@ class Simulator:
         experts: dict[str, Any] = dict(ENV_POLICY_MAP)
         self._expert = experts[f"{self.task}-v3"]()
         self.instruction = draw_instruction(self.task, seed)
-        self._forward()
+        # Some tasks move the goal's marker at the very end of their reset; the next image must show it.
+        import mujoco
+
+        mujoco.mj_forward(self._environment.model, self._environment.data)
 
     def step(self, action: np.ndarray) -> bool:
-        """Executes one action; returns whether the task stands solved after it."""
+        """Executes one action; returns whether the task is solved after it."""
         self._observation, _, _, _, info = self._environment.step(np.clip(action, -1, 1))
         return bool(info["success"])
 
     def expert_action(self) -> np.ndarray:
-        """What the scripted expert would do now, float32 [4] in [-1, 1]."""
+        """Returns the scripted expert's action for the current state, float32 [4] in [-1, 1]."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Constant.s. may be too high")
             action = self._expert.get_action(self._observation)
         return np.clip(action, -1, 1).astype(np.float32)
 
     def render(self) -> dict[str, np.ndarray]:
-        """What each camera sees now, upright."""
-        return {camera: _renderer.picture(self, camera) for camera in self.cameras}
+        """Returns the image of each camera, upright, uint8 [size, size, 3]."""
+        return {camera: _renderer.render(self, camera) for camera in self.cameras}
+
+    def observe(self) -> Observation:
+        """Returns images, instruction and state."""
+        return Observation(self.render(), self.instruction, self.state)
 
     def close(self) -> None:
-        """Frees the environment, and the process's OpenGL context if it was made for this task."""
+        """Frees the environment, and the process's OpenGL context if it renders this task."""
         _renderer.release(self.task)
         self._environment.close()
 
-    def _forward(self) -> None:
-        # Some tasks move the goal's marker last of all in their reset; the picture needs it now.
-        import mujoco
-
-        mujoco.mj_forward(self._environment.model, self._environment.data)
-
 
 class _Renderer:
-    """The process's one `mujoco.Renderer`, remade when another task, size or look asks for it.
+    """The process's one `mujoco.Renderer`, made again for another task, size or look.
 
-    Any simulator of the same task and look can use it: meshes and textures are in the OpenGL context, while positions
-    come from the simulator's own model (objects are placed by writing to it) and data.
+    Every simulator of the same task, size and look can use it: meshes and textures are in the OpenGL context, while
+    positions come from the simulator's own model (objects are placed by writing to it) and data.
     """
 
     def __init__(self) -> None:
         self._key: tuple[str, int, int | None] | None = None
         self._live: Any = None
 
-    def picture(self, simulator: Simulator, camera: str) -> np.ndarray:
+    def render(self, simulator: Simulator, camera: str) -> np.ndarray:
         import mujoco
 
         model, data = simulator._environment.model, simulator._environment.data
@@ -217,8 +215,8 @@ class _Renderer:
         view.fixedcamid = model.camera(camera).id
         every = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), None, view, every, self._live.scene)
-        picture = self._live.render()
-        return np.ascontiguousarray(picture[::-1, ::-1]) if camera in UPSIDE_DOWN else picture
+        image_HWC = self._live.render()
+        return np.ascontiguousarray(image_HWC[::-1, ::-1]) if camera in UPSIDE_DOWN else image_HWC
 
     def release(self, task: str | None = None) -> None:
         if self._live is not None and (task is None or (self._key is not None and self._key[0] == task)):
@@ -236,7 +234,7 @@ class _Renderer:
         self._live.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         self._live.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
         self._key = key
-        # Registered after EGL's own farewell, hence run before it: a context must go before its display.
+        # Registered after EGL's own exit handler, hence run before it: a context must be freed before its display.
         atexit.unregister(self.release)
         atexit.register(self.release)
 
@@ -245,7 +243,7 @@ _renderer = _Renderer()
 
 
 def _choose_backend() -> None:
-    """MuJoCo reads MUJOCO_GL once, when it is imported: EGL on Linux, unless the user chose otherwise."""
+    """Chooses EGL on Linux, unless the user chose otherwise; MuJoCo reads MUJOCO_GL once, when it is imported."""
     if sys.platform != "linux" or "MUJOCO_GL" in os.environ:
         return
     if "mujoco" in sys.modules:
@@ -254,7 +252,7 @@ def _choose_backend() -> None:
 
 
 def _make_environment(task: str, size: int) -> Any:
-    """The task's environment, with its goal observable (the expert looks at it) and drawn anew at every reset."""
+    """Returns the task's environment, its goal observable (the expert needs it) and drawn at every reset."""
     _choose_backend()
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
@@ -263,9 +261,26 @@ def _make_environment(task: str, size: int) -> Any:
     environment._freeze_rand_vec = False
     environment.seeded_rand_vec = True
     environment._set_task_called = True
-    # Cached when it was made, without a goal.
+    # Cached before the goal was observable.
     del environment.sawyer_observation_space
     visual = environment.model.vis
     visual.quality.offsamples = 0
     visual.global_.offwidth = visual.global_.offheight = size
     return environment
+
+
+METAWORLD = EnvironmentKind(
+    make=Simulator,
+    parse_tasks=parse_tasks,
+    check_machine=check_installation,
+    known_cameras=CAMERAS,
+    cameras=("corner4",),
+    size=128,
+    fps=FPS,
+    action_dim=len(ACTION_NAMES),
+    state_dim=len(STATE_NAMES),
+    action_limit=1.0,
+    max_steps=250,
+    longest=MAX_STEPS,
+    packages=("metaworld", "mujoco"),
+)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
 COLOURS: dict[Arm, str] = {
     "scratch": "#7f7f7f",
     "vpt": "#e69f00",

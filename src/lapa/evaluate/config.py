@@ -1,0 +1,50 @@
+"""Options of `lapa evaluate`; imports neither torch nor a simulator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Rolls a policy out and counts its successes."""
+
+    policy: Annotated[str, tyro.conf.Positional]
+    """Folder of a finetuned policy, or `random` or `expert` as baselines."""
+    out: Path
+    """Folder for results.json and the videos."""
+    env: str = "metaworld"
+    """Environment: metaworld or synthetic."""
+    tasks: str = "mt10"
+    """Task names separated by commas; metaworld also takes mt10 and mt50, synthetic takes all."""
+    episodes: int = 20
+    """Episodes of each task."""
+    seed: int = 0
+    """Determines the episodes' goals; policies are comparable under one seed."""
+    max_steps: int | None = None
+    """An episode fails after this many steps; by default 250 in Meta-World."""
+    steps_per_call: int | None = None
+    """Steps between two calls of the policy; by default its whole chunk is executed, or with --ensemble one step."""
+    ensemble: float | None = None
+    """Average overlapping chunks' predictions of one moment, the i-th oldest weighted exp(-ENSEMBLE * i): 0.01 is
+    usual."""
+    prompt_of: str | None = None
+    """Dataset whose prompt the policy reads; by default that of --statistics-key, or the policy's own."""
+    statistics_key: str | None = None
+    """Dataset whose statistics the policy acts by, where it learned from several with actions."""
+    size: int | None = None
+    """Height and width of rendered images; by default 128 in Meta-World."""
+    videos: int = 4
+    """Rollouts of each task shown in its video; 0 for none."""
+    workers: int | None = None
+    """Simulator processes, 0 to simulate in this one; by default one for each CPU core."""
+    parallel: int = 16
+    """Simulators in all processes together, and so the largest batch of the policy."""
+    overwrite: bool = False
+    """Replace what lies at --out."""
+    resume: bool = False
+    """Play only the episodes that are missing at --out."""
