@@ -14,7 +14,6 @@ import json
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +43,8 @@ from lapa.released.checkpoints import (
     require_shapes,
     shapes_of,
 )
-from lapa.released.lwm import VQGAN_FOLDER, LwmConfig, LwmProcessor, llama_config
-from lapa.released.vqgan import VQGANConfig
+from lapa.released.config import ImportLapaConfig, LwmConfig, VQGANConfig
+from lapa.released.lwm import VQGAN_FOLDER, LwmProcessor, llama_config
 
 SHARD_BYTES = 5 << 30
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -56,30 +55,6 @@ PROBES = (
     *("<vision>", "</vision>", "<delta>", "</delta>", "<action>", "</action>"),
     *("Öffne die Schublade", "打开抽屉", "a  b   c", "trailing ", "1234567890", "naïve café \N{ROBOT FACE}", "a\nb\tc"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportLapaConfig:
-    """Import the released LAPA-7B, a policy finetuned from it with the authors' code, or LWM-Chat-1M."""
-
-    params: Path
-    """The released weights: the authors' streaming checkpoint."""
-    vqgan: Path
-    """The released image tokeniser."""
-    tokenizer: Path
-    """The released tokenizer.model, of sentencepiece (needs lapa-vla[import])."""
-    out: Path
-    """Folder of the policy to write."""
-    camera: str = "image"
-    """What to call the picture that the policy sees."""
-    latent_length: int = 4
-    """Tokens of a latent action, where the checkpoint has latent actions."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision to write the language model in; auto: that of the file."""
-    sizes: Path | None = None
-    """JSON with the sizes of a model other than the published one: keys of the authors' Llama config, and `vqgan`."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
 
 
 def run(config: ImportLapaConfig) -> None:

@@ -12,12 +12,10 @@ import pickle
 import shlex
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 
 from lapa import config as configs
@@ -25,6 +23,7 @@ from lapa.console import finish
 from lapa.errors import UserError, unknown
 from lapa.files import claim_output, naming, read_json, write_json
 from lapa.latent.model import CONFIG, LatentActionModel, LatentModelConfig
+from lapa.released.config import ImportLaqConfig
 
 PUBLISHED_CONFIG = {
     "dim": 1024,
@@ -172,20 +171,6 @@ UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
     *(ValueError, TypeError, AttributeError, LookupError, AssertionError, OverflowError),
 )
-
-
-@dataclass(frozen=True)
-class ImportLaqConfig:
-    """Import the released latent action model."""
-
-    weights: tyro.conf.Positional[Path]
-    """The released laq_openx.pt."""
-    out: Path
-    """Folder of the latent action model to write."""
-    sizes: Path | None = None
-    """JSON with the sizes of a model other than the published one, under the authors' names."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
 
 
 def run(config: ImportLaqConfig) -> None:

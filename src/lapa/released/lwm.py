@@ -16,13 +16,12 @@ Axes: B batch, V cameras, H W image, P observation tokens, N codes of a picture,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
@@ -35,52 +34,12 @@ from lapa.policy.backbones.base import PrefixBackbone, Tags, require_room
 from lapa.policy.backbones.tiny import square_images
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
-from lapa.released.vqgan import VQGAN, VQGANConfig
+from lapa.released.config import LwmConfig
+from lapa.released.vqgan import VQGAN
 
 VQGAN_FOLDER = "vqgan"
 VISION_TAGS = "<vision>", "</vision>"
 FIELD_TAGS: dict[Segment, str] = {"latent": "delta", "bins": "action"}
-
-
-@dataclass(frozen=True)
-class LwmConfig:
-    """Sizes of the `lwm` backbone; the defaults are those of LAPA-7B."""
-
-    kind: Annotated[Literal["lwm"], tyro.conf.Suppress] = "lwm"
-    width: int = 4096
-    """Width D of the language model."""
-    inner_width: int = 11008
-    """Width inside its feed-forward layers."""
-    layers: int = 32
-    heads: int = 32
-    rope_theta: float = 5e7
-    """Base of the rotary position embedding."""
-    norm_eps: float = 1e-6
-    max_length: int = 4096
-    """Longest sequence, in tokens."""
-    vqgan: VQGANConfig = field(default_factory=VQGANConfig)
-    """The image tokeniser."""
-    vision_rows: int = 8448
-    """Rows of the image codes' segment: the codes, what ends pictures, and rows that were never used."""
-    end_of_frame: int = 8192
-    """The code after each picture but the last."""
-    end_of_vision: int = 8193
-    """The code after the last picture."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square picture, in pixels."""
-        return self.vqgan.resolution
-
-    def __post_init__(self) -> None:
-        if self.width % (2 * self.heads):
-            raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even width")
-        ends = self.end_of_frame, self.end_of_vision
-        if not self.vqgan.num_embeddings <= min(ends) < max(ends) < self.vision_rows:
-            raise UserError(
-                f"end of frame {ends[0]} and end of vision {ends[1]} must be two codes after the "
-                f"{self.vqgan.num_embeddings} of the image tokeniser, within {self.vision_rows} rows"
-            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,55 +30,10 @@ from lapa import config as configs
 from lapa.errors import UserError
 from lapa.files import atomic_path
 from lapa.released.checkpoints import require_shapes, shapes_of
+from lapa.released.config import NORM_GROUPS, VQGANConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-NORM_GROUPS, NORM_EPS = 32, 1e-6
-
-
-@dataclass(frozen=True)
-class VQGANConfig:
-    """Sizes of the image tokeniser; the defaults are the published ones."""
-
-    resolution: int = 256
-    """Side of the square picture, in pixels."""
-    hidden_channels: int = 128
-    """Channels at full resolution."""
-    channel_mult: tuple[int, ...] = (1, 2, 2, 4, 6)
-    """Channels of each level, as multiples of `hidden_channels`; each level after the first halves the picture."""
-    num_res_blocks: int = 2
-    """Residual blocks of an encoder level; the decoder has one more."""
-    z_channels: int = 64
-    """Channels between the encoder and the codes."""
-    quantized_embed_dim: int = 64
-    """Width of a code."""
-    num_embeddings: int = 8192
-    """How many codes there are."""
-
-    def __post_init__(self) -> None:
-        sizes = (self.resolution, self.hidden_channels, *self.channel_mult, self.num_res_blocks, self.z_channels)
-        if min(*sizes, self.quantized_embed_dim, self.num_embeddings) < 1:
-            raise UserError(f"the sizes of an image tokeniser are at least 1, got {configs.to_dict(self)}")
-        if self.hidden_channels % NORM_GROUPS:
-            raise UserError(f"hidden_channels {self.hidden_channels} is no multiple of {NORM_GROUPS}")
-        if not self.channel_mult or self.resolution % 2 ** (len(self.channel_mult) - 1):
-            raise UserError(
-                f"resolution {self.resolution} cannot be halved {len(self.channel_mult) - 1} times (channel_mult)"
-            )
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(self.hidden_channels * multiple for multiple in self.channel_mult)
-
-    @property
-    def grid(self) -> int:
-        """Side of the square grid of codes."""
-        return self.resolution // 2 ** (len(self.channel_mult) - 1)
-
-    @property
-    def num_tokens(self) -> int:
-        """Codes of one picture."""
-        return self.grid**2
+NORM_EPS = 1e-6
 
 
 class ResidualBlock(nn.Module):
