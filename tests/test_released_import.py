@@ -6,6 +6,7 @@ import ctypes
 import gc
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lapa.released
 from lapa.latent.model import LatentActionModel
 from lapa.policy.checkpoint import is_policy, load_policy
 from lapa.policy.prompts import PROMPTS
@@ -22,6 +24,7 @@ from lapa.released import lapa7b as released
 from lapa.released import laq as import_laq
 from lapa.released.lapa7b import ImportLapaConfig, from_released, llama_tokenizer
 from lapa.released.laq import ImportLaqConfig
+from literal_lapa7b import literal_policy
 from released_files import IMAGE_CODES, arrays, golden, write_stream, write_tokenizer
 
 TEXT_ROWS = 300
@@ -92,7 +95,7 @@ def test_an_imported_policy_says_what_the_released_weights_say(config, capsys):
     batch = parts.inputs.observed([[image]], ["pick up the milk"])
     codes = parts.model.float().predict_codes(batch)
 
-    reference = from_released(released_params(config), SIZES).float()
+    reference = literal_policy(released_params(config), SIZES).float()
     tokens = parts.model.backbone.tokens(batch)
     opening = torch.tensor([policy.latent_opening])
     tokens = torch.cat([tokens, opening], dim=1)
@@ -353,3 +356,11 @@ def test_a_file_of_torch_is_refused_wherever_it_is_malformed_and_without_advice_
     for key, value in (("heads", 0), ("dim", "a"), ("dim", 64.0), ("patch_size", -1)):
         sizes.write_text(json.dumps({**facts["config"], key: value}))
         refused(f"sizes.json: {key} must be a whole number")
+
+
+def test_options_and_the_room_itself_import_no_torch():
+    code = "import sys, lapa.released, lapa.released.config; assert 'torch' not in sys.modules; dir(lapa.released)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert lapa.released.from_released is from_released
+    with pytest.raises(AttributeError, match="from_relesed"):
+        lapa.released.from_relesed  # noqa: B018

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lapa.policy.vocabulary import Vocabulary
+from lapa.released import from_released, lwm
 from lapa.released import lapa7b as released
-from lapa.released import lwm
-from lapa.released.lapa7b import TABLES, from_released, pairs_to_halves
+from lapa.released.lapa7b import TABLES, pairs_to_halves
 from lapa.released.lwm import LwmBackbone, LwmConfig, LwmProcessor
 from lapa.released.vqgan import VQGANConfig
+from literal_lapa7b import literal_policy
 from released_files import IMAGE_CODES, VISION_ROWS, golden
 
 FACTS, TENSORS, PARAMS = golden("vla_delta")
@@ -64,7 +65,7 @@ def test_logits_in_bfloat16_stay_near_those_of_the_released_code():
 
 
 def test_losses_and_gradients_are_those_of_the_released_code():
-    model = from_released(PARAMS, SIZES, layout="released")
+    model = literal_policy(PARAMS, SIZES, "released")
     losses = model.shifted_losses(INPUTS, TARGETS)
     assert losses["latent"].item() == pytest.approx(FACTS["losses"]["delta"], rel=1e-5)
     assert losses["text"].item() == pytest.approx(FACTS["losses"]["text"], rel=1e-5)
@@ -92,7 +93,7 @@ def released_gradient_norms(model) -> dict[str, float]:
 
 
 def test_the_misplaced_parenthesis_is_of_the_released_layout_alone():
-    theirs, fixed = (from_released(PARAMS, SIZES, layout=name) for name in ("released", "fixed"))
+    theirs, fixed = (literal_policy(PARAMS, SIZES, name) for name in ("released", "fixed"))
     with torch.no_grad():
         bug, right = theirs.shifted_losses(INPUTS, TARGETS), fixed.shifted_losses(INPUTS, TARGETS)
         logits = fixed.logits(*INPUTS.values())["text"].log_softmax(-1)
@@ -105,7 +106,7 @@ def test_the_misplaced_parenthesis_is_of_the_released_layout_alone():
 
 
 def test_whole_sequences_give_the_loss_of_shifted_ones(layout):
-    model = from_released(PARAMS, SIZES, layout=layout)
+    model = literal_policy(PARAMS, SIZES, layout)
     whole = {name: torch.cat([INPUTS[name][:, :1], TARGETS[name]], dim=1) for name in NAMES}
     whole["loss_mask_BT"] = torch.nn.functional.pad(TARGETS["loss_mask_BT"], (1, 0))
     with torch.no_grad():
@@ -114,14 +115,14 @@ def test_whole_sequences_give_the_loss_of_shifted_ones(layout):
 
 def test_greedy_codes_are_those_of_the_released_code(layout):
     """The golden's three decodings say the same codes: which layout is which shows in the next test alone."""
-    model = from_released(PARAMS, SIZES, layout=layout)
+    model = literal_policy(PARAMS, SIZES, layout)
     expected = TENSORS["gen.generate_eos2" if layout == "released" else "gen.nocache_greedy"]
     assert torch.equal(model.generate(*START, length=4), expected.long())
 
 
 def test_code_2_ends_the_sequence_in_the_released_layout_alone():
     # The golden's own weights say no code 2; the head that they lack is made to say it second.
-    model = from_released(PARAMS, SIZES, layout="fixed")
+    model = literal_policy(PARAMS, SIZES, "fixed")
     rows = model.vocabulary.rows("latent")
     with torch.no_grad():
         head = model.language.lm_head.weight
@@ -156,7 +157,7 @@ def test_a_finetuned_checkpoint_has_robot_actions_and_lwm_has_no_latent_ones():
         "transformer/ate/embedding": torch.randn(16, 64),
         "action_head/kernel": torch.randn(64, 16),
     }
-    model = from_released(finetuned, {**SIZES, "action_vocab_size": 16})
+    model = literal_policy(finetuned, {**SIZES, "action_vocab_size": 16})
     action_mask = INPUTS["latent_mask_BT"]
     logits = model.logits(INPUTS["tokens_BT"], INPUTS["vision_mask_BT"], torch.zeros_like(action_mask), action_mask)
     assert logits["bins"].shape[-1] == 16
@@ -167,7 +168,7 @@ def test_a_finetuned_checkpoint_has_robot_actions_and_lwm_has_no_latent_ones():
     assert losses["total"] == losses["bins"] > 0
 
     chat = {name: tensor for name, tensor in PARAMS.items() if "dte" not in name and "delta" not in name}
-    model = from_released(chat, SIZES)
+    model = literal_policy(chat, SIZES)
     assert model.vocabulary == Vocabulary(text=256, vision=128)
     none = torch.zeros_like(INPUTS["latent_mask_BT"])
     assert set(model.logits(INPUTS["tokens_BT"], INPUTS["vision_mask_BT"], none)) == {"text", "vision"}

@@ -18,7 +18,6 @@ from lapa.released.laq import (
     released_config,
     released_constants,
     released_names,
-    to_released,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -130,6 +129,15 @@ def literal_twin(golden: Golden) -> LiteralModel:
     literal = LiteralModel(golden.facts["config"])
     literal.load_state_dict(golden.weights)
     return literal
+
+
+def to_released(model: LatentActionModel) -> dict[str, torch.Tensor]:
+    """The weights under the released names: the inverse of `from_released`."""
+    own = model.state_dict()
+    held = {name: own[ours].clone() for name, ours in released_names(model).items()}
+    reference = next(iter(held.values()))
+    empty = {name: reference.new_zeros(shape) for name, shape in released_constants(model).items()}
+    return held | empty
 
 
 def test_names_go_there_and_back(golden):

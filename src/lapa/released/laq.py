@@ -155,17 +155,6 @@ def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[st
     return model.eval()
 
 
-def to_released(model: LatentActionModel) -> dict[str, Tensor]:
-    """The weights under the released names: the inverse of `from_released`."""
-    if model.config.layout != "released":
-        raise UserError('only a model of layout "released" has weights that the released code can read')
-    own = model.state_dict()
-    held = {name: own[ours].clone() for name, ours in released_names(model).items()}
-    reference = next(iter(held.values()))
-    empty = {name: reference.new_zeros(shape) for name, shape in released_constants(model).items()}
-    return held | empty
-
-
 # What torch makes of a file that is not whole, or not its own.
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),

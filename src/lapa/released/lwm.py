@@ -177,17 +177,8 @@ def create(
 
 def renew(config: LwmConfig, vocabulary: Vocabulary, num_cameras: int) -> LwmBackbone:
     """Random weights for a vocabulary that there is already."""
-    sizes = llama_config(
-        vocabulary.size,
-        width=config.width,
-        inner_width=config.inner_width,
-        layers=config.layers,
-        heads=config.heads,
-        rope_theta=config.rope_theta,
-        norm_eps=config.norm_eps,
-        max_length=config.max_length,
-    )
-    language = LlamaForCausalLM(sizes)
+    names = ("width", "inner_width", "layers", "heads", "rope_theta", "norm_eps", "max_length")
+    language = LlamaForCausalLM(llama_config(vocabulary.size, **{name: getattr(config, name) for name in names}))
     return LwmBackbone(config, language, VQGAN(config.vqgan).eval(), vocabulary.rows("vision").start)
 
 
