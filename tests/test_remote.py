@@ -19,11 +19,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from upath.implementations.memory import MemoryPath
 from upath.registry import register_implementation
 
+from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import require_folder
 from lapa.data.spec import open_dataset
 from lapa.files import as_path, is_remote
-from lapa.sources.lerobot import LeRobotConfig, run
+from lapa.sources.lerobot import LeRobotConfig
 from lapa.sources.synthetic import write_synthetic_dataset
 
 
@@ -181,6 +182,6 @@ def test_folders_without_permission_are_said_here_too(
         raise PermissionError(13, "Permission denied")
 
     # Whoever runs the tests as root may read everything.
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ValueError, match=r"meta/info\.json: no permission to read it .*change its permissions"):
         open_dataset(tmp_path / "d")

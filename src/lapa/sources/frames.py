@@ -23,7 +23,6 @@ from jaxtyping import UInt8
 
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
-from lapa.data.convert import run as run  # The command `lapa data frames`.
 from lapa.data.source import Clip, Item, Source
 from lapa.data.video import decode_image
 from lapa.errors import UserError

@@ -20,7 +20,6 @@ import numpy as np
 import tyro
 
 from lapa.data.config import ConvertOptions
-from lapa.data.convert import run as run  # The command `lapa data lerobot`.
 from lapa.data.dataset import ACTION, STATE, Control, Dataset, read_action_space
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Reading, Source

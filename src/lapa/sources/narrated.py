@@ -26,7 +26,6 @@ from jaxtyping import UInt8
 from lapa.console import warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import TIE
-from lapa.data.convert import run as run  # The command `lapa data narrated`.
 from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.video import VideoInfo
 from lapa.errors import UserError

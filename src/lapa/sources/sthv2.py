@@ -17,7 +17,6 @@ import tyro
 
 from lapa.console import warn
 from lapa.data.config import ConvertOptions
-from lapa.data.convert import run as run  # The command `lapa data sthv2`.
 from lapa.data.source import Item, Reading, Source
 from lapa.data.video import probe
 from lapa.errors import UserError

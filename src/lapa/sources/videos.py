@@ -24,7 +24,6 @@ from jaxtyping import UInt8
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import TIE, in_time, resample
-from lapa.data.convert import run as run  # The command `lapa data videos`.
 from lapa.data.source import Clip, Item, Source, with_length
 from lapa.data.video import EARLIER, ClipScan, OpenClip, VideoInfo, frame_times, open_clip, probe, upright
 from lapa.errors import UserError

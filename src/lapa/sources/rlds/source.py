@@ -27,7 +27,6 @@ import tyro
 from lapa.console import progress, say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import BLANK
-from lapa.data.convert import run as run  # The command `lapa data rlds`.
 from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.source import Clip, Item, Reading, Source, with_length
 from lapa.data.video import decode_image
