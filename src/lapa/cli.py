@@ -84,7 +84,7 @@ VERBS = (
          "several LAMs measured side by side"),
     Verb("latent show", "lapa.latent.show:ShowConfig", "lapa.latent.show:run",
          "what each code of a LAM does to an image"),
-    Verb("label", "lapa.label.run:LabelConfig", "lapa.label.run:run",
+    Verb("label", "lapa.label.config:LabelConfig", "lapa.label.run:run",
          "a LAM and a dataset -> latent action labels"),
     Verb("policy pretrain", "lapa.policy.pretrain:PretrainConfig", "lapa.policy.pretrain:run",
          "a dataset and its labels -> a latent policy", presets="pretrain"),
