@@ -28,7 +28,7 @@ class LabelConfig:
     lam: Path
     """Folder of the latent action model, or its id on the hub."""
     data: str
-    """Dataset to label, [NAME=][SOURCE:]PATH[,KEY=VALUE...] (docs/1-data.md); PATH,horizon=SECONDS changes the horizon."""
+    """Dataset to label: [NAME=][SOURCE:]PATH[,KEY=VALUE...]; horizon=SECONDS changes the horizon (docs/1-data.md)."""
     out: str | None = None
     """Folder of the labels, or its URL (s3://...); by default DATASET/labels/FINGERPRINT_OF_THE_LAM."""
     camera: str | None = None
