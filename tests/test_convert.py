@@ -76,7 +76,7 @@ class MadeUp(Source):
         clip.frames = {camera: frames(camera) for camera in self.cameras}
         return clip
 
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         raise NotImplementedError
 
 

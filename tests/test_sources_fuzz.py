@@ -145,8 +145,8 @@ def jsonl_rows(folder: Path, cases: int) -> int:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def read() -> Any:
-        dataset = open_source(LapaJsonlReading(str(path), picture_codes=4))
-        return sum(len(dataset.picture_codes(one.index, range(one.length))) for one in dataset.episodes)
+        dataset = open_source(LapaJsonlReading(str(path), image_codes=4))
+        return sum(len(dataset.image_codes(one.index, range(one.length))) for one in dataset.episodes)
 
     # A file that ends where a row ends is a whole file.
     return fuzz([path], read, lambda found, content: found == len(content.splitlines()), cases, seed=3)

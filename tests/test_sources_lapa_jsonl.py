@@ -100,15 +100,15 @@ def write_pictures(folder: Path, rows: list[dict[str, Any]], seed: int = 0) -> l
 
 
 def opened(path: Path, **options: Any) -> Dataset:
-    return LapaJsonlReading(str(path), **{"picture_codes": CODES, **options}).open().dataset()
+    return LapaJsonlReading(str(path), **{"image_codes": CODES, **options}).open().dataset()
 
 
 def test_published_rows_are_read_in_place(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "öpenx rows.jsonl", [published(number) for number in range(5)])
-    dataset = open_dataset(f"openx=lapa-jsonl:{path},picture_codes={CODES}:0.5")
+    dataset = open_dataset(f"openx=lapa-jsonl:{path},image_codes={CODES}:0.5")
     assert (dataset.name, dataset.weight, dataset.coded, dataset.cameras) == ("openx", 0.5, True, ("image",))
     assert [(one.length, one.instruction) for one in dataset.episodes] == [(1, f"push {n % 2}") for n in range(5)]
-    assert dataset.picture_codes(3, [0, 0]).tolist() == [[3 + place for place in range(CODES)]] * 2
+    assert dataset.image_codes(3, [0, 0]).tolist() == [[3 + place for place in range(CODES)]] * 2
     assert (dataset.action_dim, dataset.state_dim, dataset.image_shape()) == (None, None, (64, 64))
     with pytest.raises(ValueError, match=r"codes of images and no images.*images= with --data"):
         dataset.frames(0)
@@ -119,7 +119,7 @@ def test_published_rows_are_read_in_place(tmp_path: Path) -> None:
 
 def test_of_several_pictures_in_a_row_the_first_is_read(tmp_path: Path) -> None:
     twice = published(0, vision=[str(place) for place in range(2 * CODES)])
-    assert opened(write_rows(tmp_path / "two.jsonl", [twice])).picture_codes(0, [0]).tolist() == [[*range(CODES)]]
+    assert opened(write_rows(tmp_path / "two.jsonl", [twice])).image_codes(0, [0]).tolist() == [[*range(CODES)]]
 
 
 @pytest.mark.parametrize("form", ["list", "lines"])
@@ -162,18 +162,18 @@ def test_labels_lie_beside_what_the_rows_become(tmp_path: Path) -> None:
 
 def test_codes_without_pictures_become_labels_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(4)])
-    config = LapaJsonlConfig(str(path), out=tmp_path / "out", picture_codes=CODES)
+    config = LapaJsonlConfig(str(path), out=tmp_path / "out", image_codes=CODES)
     run(config)
     assert "codes and no images" in capsys.readouterr().err
     labels = Labels.open(tmp_path / "out" / LABELS, dataset_fingerprint=opened(path).fingerprint)
     assert labels.codes(3)[1].tolist() == [[3, 4, 5, 6]]
     with pytest.raises(ValueError, match="not empty"):
         run(config)
-    run(LapaJsonlConfig(str(path), out=tmp_path / "out", picture_codes=CODES, resume=True))
+    run(LapaJsonlConfig(str(path), out=tmp_path / "out", image_codes=CODES, resume=True))
     assert "already complete" in capsys.readouterr().err
     bare = write_rows(tmp_path / "bare.jsonl", [published(0, delta=None, fields=None)])
     with pytest.raises(ValueError, match="no `delta` to label them with"):
-        run(LapaJsonlConfig(str(bare), out=tmp_path / "none", picture_codes=CODES))
+        run(LapaJsonlConfig(str(bare), out=tmp_path / "none", image_codes=CODES))
 
 
 GOOD = published(0)
@@ -271,7 +271,7 @@ def test_a_remote_file_is_read(tmp_path: Path) -> None:
     rows = [published(number, id=f"e/{number}") for number in range(3)]
     path = as_path("memory://jsonl/rows.jsonl")
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert opened(path).picture_codes(0, [2])[0, 0] == 2
+    assert opened(path).image_codes(0, [2])[0, 0] == 2
 
 
 @pytest.mark.parametrize(
@@ -385,13 +385,11 @@ def test_codes_and_the_pictures_they_stand_for_pretrain_alike(tmp_path: Path, po
     path = write_rows(tmp_path / "rows.jsonl", rows)
     losses = {}
     for name, images in (("codes", None), ("pictures", str(tmp_path))):
-        config = LapaJsonlConfig(
-            str(path), out=tmp_path / name, picture_codes=CODES, images=images, size=SIDE, workers=1
-        )
+        config = LapaJsonlConfig(str(path), out=tmp_path / name, image_codes=CODES, images=images, size=SIDE, workers=1)
         if images is None:
             run(config)
             labels = tmp_path / name / LABELS
-        data = f"lapa-jsonl:{path},picture_codes={CODES}" + (f",images={images}" if images else "")
+        data = f"lapa-jsonl:{path},image_codes={CODES}" + (f",images={images}" if images else "")
         if images is not None:
             # The same rows, read as pictures, are another dataset for labels.
             manifest = json.loads((labels / "manifest.json").read_text())
@@ -418,8 +416,8 @@ def test_codes_and_pictures_may_be_in_one_batch(policy: Path) -> None:
 
 def test_other_backbones_refuse_codes(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(8)])
-    run(LapaJsonlConfig(str(path), out=tmp_path / "out", picture_codes=CODES))
-    data = f"lapa-jsonl:{path},picture_codes={CODES}"
+    run(LapaJsonlConfig(str(path), out=tmp_path / "out", image_codes=CODES))
+    data = f"lapa-jsonl:{path},image_codes={CODES}"
     with pytest.raises(ValueError, match=r"the backbone tiny cannot read.*images=FOLDER"):
         pretrained(data, tmp_path / "out" / LABELS, tmp_path / "policy")
 
@@ -429,7 +427,7 @@ def test_codes_are_described_and_not_drawn(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(3)])
-    info.run(info.InfoConfig(f"lapa-jsonl:{path},picture_codes={CODES}"))
+    info.run(info.InfoConfig(f"lapa-jsonl:{path},image_codes={CODES}"))
     assert "no contact sheet" in "".join(capsys.readouterr()) and not [*tmp_path.glob("*.png")]
 
 

@@ -47,7 +47,7 @@ class Dataset(ABC):
     cameras: short names; action_dim, state_dim: None where there are none.
     horizon: seconds between the frames of a pair, where it was given with the dataset (`--data PATH,horizon=2.4`).
     weight: how often it is drawn in a mixture (lapa.data.sampling).
-    coded: whether it has codes of an image tokeniser (`picture_codes`) in place of pictures.
+    coded: whether it has codes of an image tokeniser (`image_codes`) in place of pictures.
     """
 
     coded = False
@@ -67,7 +67,7 @@ class Dataset(ABC):
         self.lengths = lengths
         self._instructions, self._sources = instructions, sources
         self.num_frames = int(lengths.sum())
-        self._camera_keys = {_short(key): key for key in picture_keys(features)}
+        self._camera_keys = {_short(key): key for key in image_keys(features)}
         self.cameras = tuple(self._camera_keys)
         self.action_dim = self._width(ACTION)
         self.state_dim = self._width(STATE)
@@ -90,7 +90,7 @@ class Dataset(ABC):
         """What is noted about the dataset, such as how it was made."""
 
     @abstractmethod
-    def _pictures(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+    def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         """Pictures that exist, uint8 [T, H, W, 3]."""
 
     @abstractmethod
@@ -134,9 +134,9 @@ class Dataset(ABC):
         if len(indices) and not 0 <= min(indices) <= max(indices) < length:
             raise UserError(f"{self.name}: episode {episode_index} has frames 0 to {length - 1}, asked for {indices}")
         self._camera_key(camera)
-        return self._pictures(episode_index, indices, camera or self.cameras[0])
+        return self._images(episode_index, indices, camera or self.cameras[0])
 
-    def picture_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
+    def image_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
         """The codes of pictures, of a dataset that is `coded`."""
         raise UserError(f"{self.root}: has pictures, and no codes of them")
 
@@ -179,7 +179,7 @@ class Dataset(ABC):
         return rows_TD
 
 
-def picture_keys(features: dict[str, dict[str, Any]]) -> list[str]:
+def image_keys(features: dict[str, dict[str, Any]]) -> list[str]:
     """The features that are pictures in colour; depth maps are none."""
     return [key for key, feature in features.items() if feature["dtype"] in ("video", "image") and not _depth(feature)]
 

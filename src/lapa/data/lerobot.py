@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
 
-from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, picture_keys
+from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, image_keys
 from lapa.data.video import decode_clip, decode_image
 from lapa.errors import UserError, unknown
 from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, what_instead
@@ -140,7 +140,7 @@ class LeRobotDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": OrderedDict()}
 
-    def _pictures(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+    def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         key = self._camera_key(camera)
         span = self._span(episode_index)
         if self.features[key]["dtype"] == "image":
@@ -224,7 +224,7 @@ def require_folder(dataset: Dataset) -> LeRobotDataset:
         raise UserError(f"{dataset.root}: this needs a dataset folder on this machine; convert or copy it first")
     if dataset.legacy:
         raise UserError(f"{dataset.root}: this needs LeRobotDataset {CODEBASE_VERSION}, got {dataset.version}; {mend}")
-    if dataset._stored != {ACTION: ACTION, STATE: STATE} or len(dataset.cameras) < len(picture_keys(dataset.features)):
+    if dataset._stored != {ACTION: ACTION, STATE: STATE} or len(dataset.cameras) < len(image_keys(dataset.features)):
         raise UserError(f"{dataset.root}: this needs the dataset as it is, without options; {mend}")
     if len(video_keys(dataset.features)) < len(dataset.cameras):
         raise UserError(f"{dataset.root}: this needs cameras whose pictures are videos; {mend}")
@@ -343,7 +343,7 @@ def require_files(root: Path, files: Sequence[str], what: str, mend: str) -> Non
 
 def video_keys(features: dict[str, dict[str, Any]]) -> list[str]:
     """The features that are videos."""
-    return [key for key in picture_keys(features) if features[key]["dtype"] == "video"]
+    return [key for key in image_keys(features) if features[key]["dtype"] == "video"]
 
 
 def _require_folder(root: Path) -> None:
@@ -364,7 +364,7 @@ def _check_features(root: Path, info: dict[str, Any]) -> None:
     for name, feature in features.items():
         if not isinstance(feature, dict) or not feature.get("dtype") or not isinstance(feature.get("shape"), list):
             raise UserError(f"{root / INFO}: feature {name} needs a dtype and a shape, got {feature}; {AGAIN}")
-    if not picture_keys(features):
+    if not image_keys(features):
         raise UserError(f"{root / INFO}: has no camera (no feature of dtype video or image); lapa learns from video")
 
 

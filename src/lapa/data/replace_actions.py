@@ -28,7 +28,7 @@ import tyro
 
 from lapa import config as configs
 from lapa.console import finish, say
-from lapa.data.dataset import ACTION, STATE, ActionSpace, picture_keys
+from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys
 from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, read_parquet, require_folder
 from lapa.data.spec import open_dataset
 from lapa.data.writer import FRAME_COLUMNS, Moments
@@ -165,7 +165,7 @@ class _Numbering:
 def _features(dataset: LeRobotDataset, space: ActionSpace | None, kept: Sequence[str]) -> dict[str, Any]:
     """The features of the new dataset, as meta/info.json has them."""
     action = {ACTION: {"dtype": "float32", "shape": [space.action_dim], "names": list(space.names)}} if space else {}
-    pictures = picture_keys(dataset.features)
+    pictures = image_keys(dataset.features)
     others = {
         name: feature
         for name, feature in dataset.features.items()

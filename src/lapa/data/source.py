@@ -93,7 +93,7 @@ class Source(ABC):
         """All of an item. UserError naming file and place where it is damaged."""
 
     @abstractmethod
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
         """Single pictures, which exist, at `fps`; in any order, repeats allowed. UserError as `read`."""
 
     def numbers(self, item: Item) -> Mapping[str, Float[np.ndarray, "T D"]]:
@@ -155,8 +155,8 @@ class SourceDataset(Dataset):
         declared = self.source.action_space.declared() if self.source.action_space else {}
         return {"made_by": f"{self.source.kind}, in place", **self.source.settings, **declared}
 
-    def _pictures(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
-        return self.source.pictures(self._items[episode_index], frame_indices, camera)
+    def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+        return self.source.frames(self._items[episode_index], frame_indices, camera)
 
     def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
         item = self._items[episode_index]

@@ -160,7 +160,7 @@ class EpisodeSteps(torch.utils.data.Dataset):
     def _images(self, number: int, episode: int, frame: int, draw: int) -> dict[str, np.ndarray]:
         cameras = self.cameras[number]
         if self.datasets[number].coded:
-            return {camera: self.datasets[number].picture_codes(episode, [frame])[0] for camera in cameras}
+            return {camera: self.datasets[number].image_codes(episode, [frame])[0] for camera in cameras}
         images = {camera: self._frames.get(number, camera, episode, [frame])[0] for camera in cameras}
         if not self.augment:
             return images

@@ -120,7 +120,7 @@ class FramesSource(Source):
         clip.frames = {CAMERA: frames()}
         return clip
 
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
         paths = self._paths(item)
         frames = [read_image(paths[index]) for index in frame_indices]
         for index, frame_HWC in zip(frame_indices, frames, strict=True):

@@ -76,7 +76,7 @@ class LapaJsonlReading(Reading):
     """Read `raw_actions` and `states`."""
     fps: float = 5.0
     """Rows a second, which the files do not contain."""
-    picture_codes: int = 256
+    image_codes: int = 256
     """Codes of one image; of several images in `vision` the first is read."""
     skip_bad: bool = False
     """Leave out, and count, malformed rows."""
@@ -172,7 +172,7 @@ def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config
 def _spec(config: LapaJsonlConfig) -> str:
     """The `--data` of the next command, with the options that the labels depend on."""
     defaults = LapaJsonlReading(config.file)
-    given = {name: getattr(config, name) for name in ("fps", "picture_codes", "skip_bad")}
+    given = {name: getattr(config, name) for name in ("fps", "image_codes", "skip_bad")}
     options = [f",{name}={str(value).lower()}" for name, value in given.items() if value != getattr(defaults, name)]
     return f"lapa-jsonl:{config.file}{''.join(options)}"
 
@@ -188,13 +188,13 @@ class LapaJsonlSource(Source):
     def __init__(self, options: LapaJsonlReading):
         self.options, self.root = options, as_path(options.file)
         require_rate(options.fps)
-        if options.picture_codes < 1:
-            raise UserError(f"picture_codes {options.picture_codes}: must be above 0")
+        if options.image_codes < 1:
+            raise UserError(f"image_codes {options.image_codes}: must be above 0")
         if not self.root.is_file():
             problem = "is a folder" if self.root.is_dir() else "no such file"
             raise UserError(f"{self.root}: {problem}; name a JSONL file, or a JSON list, of the released LAPA code")
         self.name, self.fps = self.root.stem, options.fps
-        key = [file_state(self.root), options.images is not None, options.picture_codes, options.skip_bad]
+        key = [file_state(self.root), options.images is not None, options.image_codes, options.skip_bad]
         found = cached(self.kind, key, lambda: scan_rows(self.root, options))
         for problem in found["problems"][:10]:
             warn(f"left out: {problem}")
@@ -208,8 +208,8 @@ class LapaJsonlSource(Source):
         width = found["action_dim"] if options.actions else 0
         self.action_space = _action_space(width) if width else None
         self.state_names = tuple(found["state_names"]) if options.actions and found["state_names"] else None
-        self.images = as_path(options.images) if options.images is not None else self.root.parent
-        side = round(options.picture_codes**0.5) * CODE_SIDE
+        self._image_folder = as_path(options.images) if options.images is not None else self.root.parent
+        side = round(options.image_codes**0.5) * CODE_SIDE
         self.cameras = {CAMERA: (side, side) if self.coded else self._image(self.items[0], 0).shape[:2]}
         self.settings = {"file": self.root.name, "codes": self.coded}
 
@@ -225,7 +225,7 @@ class LapaJsonlSource(Source):
         images = ((index / self.fps, self._image(item, index)) for index in range(len(item.place)))
         return Clip({CAMERA: images}, item.instruction, numbers.get(ACTION), numbers.get(STATE), notes)
 
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         frames = [self._image(item, int(index)) for index in frame_indices]
         sizes = {frame_HWC.shape[:2] for frame_HWC in frames}
         if len(sizes) > 1:
@@ -235,7 +235,7 @@ class LapaJsonlSource(Source):
     def codes(self, item: Item, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
         """The codes in place of images."""
         rows = [self._row(item, int(index)).vision_N or () for index in frame_indices]
-        return np.array([vision_N[: self.options.picture_codes] for vision_N in rows], np.int64)
+        return np.array([vision_N[: self.options.image_codes] for vision_N in rows], np.int64)
 
     def numbers(self, item: Item) -> Mapping[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
@@ -275,7 +275,7 @@ class LapaJsonlSource(Source):
             raise UserError(f"{self.root}: row {number} {error}") from None
 
     def _image(self, item: Item, index: int) -> np.ndarray:
-        path = self.images / self._row(item, index).image
+        path = self._image_folder / self._row(item, index).image
         where = f"{self.root}: row {item.place[index][0]}"
         try:
             with reading(path, "give the folder of the images as --images (images= with --data)"):
@@ -295,10 +295,10 @@ class CodedDataset(SourceDataset):
     coded = True
     source: LapaJsonlSource
 
-    def picture_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
+    def image_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
         return self.source.codes(self._items[episode_index], frame_indices)
 
-    def _pictures(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+    def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         raise UserError(
             f"{self.root}: has codes of images and no images, which `lapa policy pretrain` and `finetune` with an "
             "`lwm` policy read; give --images (images= with --data) where there are images"
@@ -365,7 +365,7 @@ def scan_rows(path: Path, options: LapaJsonlReading) -> dict[str, Any]:
             try:
                 row = parse_row(content)
                 coded = options.images is None and (first or row).vision_N is not None
-                _require_alike(row, first or row, options.picture_codes if coded else 0, latent_length)
+                _require_alike(row, first or row, options.image_codes if coded else 0, latent_length)
             except UserError as error:
                 if not options.skip_bad:
                     raise UserError(f"{path}: row {number} {error}; {FIX_ROW}") from None
@@ -435,12 +435,12 @@ class Row:
         return (match[1], int(match[2])) if match else None
 
 
-def _require_alike(row: Row, first: Row, picture_codes: int, latent_length: int) -> None:
-    """UserError where a row is unlike the first one. picture_codes: of one image; 0 where images are read."""
-    if picture_codes:
+def _require_alike(row: Row, first: Row, image_codes: int, latent_length: int) -> None:
+    """UserError where a row is unlike the first one. image_codes: of one image; 0 where images are read."""
+    if image_codes:
         num = len(row.vision_N or ())
-        if not num or num % picture_codes:
-            raise UserError(f"has {num} codes in `vision`, which is no multiple of {picture_codes}")
+        if not num or num % image_codes:
+            raise UserError(f"has {num} codes in `vision`, which is no multiple of {image_codes}")
     elif not row.image:
         raise UserError("has neither `vision` nor `image`" if row is first else "lacks `image`, which the first has")
     if row.delta_L is not None and latent_length not in (0, len(row.delta_L)):

@@ -113,7 +113,7 @@ class LeRobotSource(Source):
             notes=(SEVERAL_TASKS,) if self._dataset.num_tasks[episode] > 1 else (),
         )
 
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         return self._dataset.frames(int(item.place[0]), frame_indices, camera)
 
     def numbers(self, item: Item) -> Mapping[str, np.ndarray]:

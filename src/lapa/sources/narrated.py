@@ -110,7 +110,7 @@ class NarratedSource(Source):
         frames = frames_in_order(*self._place(item, range(item.length or 0)))
         return Clip({CAMERA: ((index / self.fps, frame) for index, frame in enumerate(frames))}, item.instruction)
 
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
         return frames_at(*self._place(item, frame_indices))
 
     def _place(self, item: Item, frame_indices: Sequence[int]) -> tuple[Path, list[float]]:

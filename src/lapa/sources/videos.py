@@ -96,7 +96,7 @@ class VideoFilesSource(Source):
         lengths |= {item.key: item.length for item in self.items if item.length is not None}
         return [with_length(item, length) for item in self.items if (length := lengths.get(item.key)) is not None]
 
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
         return frames_at(self.path_of(item), [index / self.fps for index in frame_indices])
 
 

@@ -268,7 +268,7 @@ class RldsSource(Source):
         frames = {camera: images(camera) for camera in self.cameras}
         return Clip(frames, instruction, numbers.get(ACTION), numbers.get(STATE), tuple(notes))
 
-    def pictures(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+    def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         try:
             episode = self._episode(item)
             return np.stack([episode.image(camera, int(step)) for step in frame_indices])

@@ -56,19 +56,19 @@ class Known:
     binary: bool | None = None
 
 
-SAID, TOLD = "language_instruction", "observation/natural_language_instruction"
+TEXT, NATURAL = "language_instruction", "observation/natural_language_instruction"
 ARM = "action/world_vector action/rotation_delta "
 CLOSING = "action/gripper_closedness_action"
 # A delta pose, and a gripper that is 1 where it closes and -1 where it opens.
 INVERTED = "action[:6] not:clip:action[6]"
 RLDS = "_converted_externally_to_rlds"
 STATE, ROBOT_STATE = "observation/state", "observation/robot_state"
-BRIDGE = Known(5, "image_0", "", SAID, "action[:6] settled:action[6]", STATE, "delta", True)
+BRIDGE = Known(5, "image_0", "", TEXT, "action[:6] settled:action[6]", STATE, "delta", True)
 FMB = Known(
     10,
     "image_side_1",
     "image_wrist_1",
-    SAID,
+    TEXT,
     "action",
     "observation/eef_pose observation/state_gripper_pose",
     "delta",
@@ -79,54 +79,55 @@ FMB = Known(
 KNOWN: dict[str, Known] = {
     "bridge_dataset": BRIDGE,
     "bridge_orig": BRIDGE,
-    "bridge": Known(5, "image", "", TOLD, ARM + "action/open_gripper", STATE, "delta", True),
-    "fractal20220817_data": Known(3, "image", "", TOLD, ARM + "moves:" + CLOSING,
+    "bridge": Known(5, "image", "", NATURAL, ARM + "action/open_gripper", STATE, "delta", True),
+    "fractal20220817_data": Known(3, "image", "", NATURAL, ARM + "moves:" + CLOSING,
         "observation/base_pose_tool_reached observation/gripper_closed", "delta", True),
     # Its state is packed (zlib).
-    "kuka": Known(10, "image", "", TOLD, ARM + "moves:" + CLOSING, "", "delta", True),
-    "taco_play": Known(15, "rgb_static", "rgb_gripper", TOLD,
+    "kuka": Known(10, "image", "", NATURAL, ARM + "moves:" + CLOSING, "", "delta", True),
+    "taco_play": Known(15, "rgb_static", "rgb_gripper", NATURAL,
         "action/rel_actions_world[:6] clip:action/rel_actions_world[6]", "observation/robot_obs", "delta", True),
-    "jaco_play": Known(10, "image", "image_wrist", TOLD, "action/world_vector zeros[3] moves:" + CLOSING,
+    "jaco_play": Known(10, "image", "image_wrist", NATURAL, "action/world_vector zeros[3] moves:" + CLOSING,
         "observation/end_effector_cartesian_pos", "delta", True),
     # No gripper moves.
-    "berkeley_cable_routing": Known(10, "image", "wrist45_image", TOLD, ARM + "zeros[1]", ROBOT_STATE, "delta"),
-    "roboturk": Known(10, "front_rgb", "", TOLD, ARM + "not:clip:" + CLOSING, "", "delta"),
-    "viola": Known(20, "agentview_rgb", "eye_in_hand_rgb", TOLD, ARM + "not:clip:" + CLOSING,
+    "berkeley_cable_routing": Known(10, "image", "wrist45_image", NATURAL, ARM + "zeros[1]", ROBOT_STATE, "delta"),
+    "roboturk": Known(10, "front_rgb", "", NATURAL, ARM + "not:clip:" + CLOSING, "", "delta"),
+    "viola": Known(20, "agentview_rgb", "eye_in_hand_rgb", NATURAL, ARM + "not:clip:" + CLOSING,
         "observation/joint_states observation/gripper_states", "delta"),
-    "berkeley_autolab_ur5": Known(5, "image", "hand_image", TOLD, ARM + "moves:" + CLOSING, ROBOT_STATE, "delta", True),
-    "toto": Known(30, "image", "", TOLD, ARM + "action/open_gripper", STATE, "delta", True),
+    "berkeley_autolab_ur5": Known(5, "image", "hand_image", NATURAL, ARM + "moves:" + CLOSING,
+        ROBOT_STATE, "delta", True),
+    "toto": Known(30, "image", "", NATURAL, ARM + "action/open_gripper", STATE, "delta", True),
     # A stick on a table: x and y. Its words are numbers, one a character.
     "language_table": Known(10, "rgb", "", "observation/instruction", "action zeros[4] ones[1]",
         "observation/effector_translation", "delta"),
-    "stanford_hydra_dataset" + RLDS: Known(10, "image", "wrist_image", SAID,
+    "stanford_hydra_dataset" + RLDS: Known(10, "image", "wrist_image", TEXT,
         "action[:6] not:action[6]", STATE, "delta"),
-    "austin_buds_dataset" + RLDS: Known(20, "image", "wrist_image", SAID, INVERTED, STATE, "delta"),
+    "austin_buds_dataset" + RLDS: Known(20, "image", "wrist_image", TEXT, INVERTED, STATE, "delta"),
     # Seven joint velocities come first, the end of the episode last.
-    "nyu_franka_play_dataset" + RLDS: Known(3, "image", "", SAID, "action[7:13] clip:action[13]", STATE, "delta"),
-    "furniture_bench_dataset" + RLDS: Known(10, "image", "wrist_image", SAID,
+    "nyu_franka_play_dataset" + RLDS: Known(3, "image", "", TEXT, "action[7:13] clip:action[13]", STATE, "delta"),
+    "furniture_bench_dataset" + RLDS: Known(10, "image", "wrist_image", TEXT,
         "action[:3] euler:action[3:7] not:clip:action[7]", STATE, "delta"),
-    # The catalog of these three says position and orientation, OpenVLA takes them as deltas: not known.
-    "ucsd_kitchen_dataset" + RLDS: Known(2, "image", "", SAID, "action[:7]", STATE),
-    "dlr_edan_shared_control" + RLDS: Known(5, "image", "", SAID, "action[:6] not:action[6]", STATE),
-    "iamlab_cmu_pickup_insert" + RLDS: Known(20, "image", "wrist_image", SAID,
+    # The catalog of these three names position and orientation, OpenVLA takes them as deltas: not known.
+    "ucsd_kitchen_dataset" + RLDS: Known(2, "image", "", TEXT, "action[:7]", STATE),
+    "dlr_edan_shared_control" + RLDS: Known(5, "image", "", TEXT, "action[:6] not:action[6]", STATE),
+    "iamlab_cmu_pickup_insert" + RLDS: Known(20, "image", "wrist_image", TEXT,
         "action[:3] euler:action[3:7] action[7]", STATE),
-    "austin_sailor_dataset" + RLDS: Known(20, "image", "wrist_image", SAID, INVERTED, STATE, "delta"),
-    "austin_sirius_dataset" + RLDS: Known(20, "image", "wrist_image", SAID, INVERTED, STATE, "delta"),
-    "utaustin_mutex": Known(20, "image", "wrist_image", SAID, INVERTED, STATE, "delta"),
+    "austin_sailor_dataset" + RLDS: Known(20, "image", "wrist_image", TEXT, INVERTED, STATE, "delta"),
+    "austin_sirius_dataset" + RLDS: Known(20, "image", "wrist_image", TEXT, INVERTED, STATE, "delta"),
+    "utaustin_mutex": Known(20, "image", "wrist_image", TEXT, INVERTED, STATE, "delta"),
     # The gripper is in the state alone.
-    "berkeley_fanuc_manipulation": Known(10, "image", "wrist_image", SAID, "action[:6] not:observation/state[6]",
+    "berkeley_fanuc_manipulation": Known(10, "image", "wrist_image", TEXT, "action[:6] not:observation/state[6]",
         STATE, "delta"),
-    "cmu_stretch": Known(10, "image", "", SAID, "action[:7]", STATE, "delta"),
+    "cmu_stretch": Known(10, "image", "", TEXT, "action[:7]", STATE, "delta"),
     # The first of ten future waypoints; the rotation is an axis times its angle.
-    "bc_z": Known(10, "image", "", TOLD,
+    "bc_z": Known(10, "image", "", NATURAL,
         "action/future/xyz_residual[:3] action/future/axis_angle_residual[:3] not:action/future/target_close[0]",
         "observation/present/xyz observation/present/axis_angle observation/present/sensed_close", "delta", True),
     "fmb": FMB,
     "fmb_dataset": FMB,
     # A phone on a stick: the only camera is at the hand.
-    "dobbe": Known(3.75, "wrist_image", "", SAID, "action", STATE, "delta"),
+    "dobbe": Known(3.75, "wrist_image", "", TEXT, "action", STATE, "delta"),
     # Velocities of the end effector, in the robot's frame.
-    "droid": Known(15, "exterior_image_1_left", "wrist_image_left", SAID,
+    "droid": Known(15, "exterior_image_1_left", "wrist_image_left", TEXT,
         "action_dict/cartesian_velocity not:action_dict/gripper_position",
         "observation/cartesian_position observation/gripper_position", "delta"),
 }
