@@ -116,9 +116,16 @@ class Dataset(ABC):
             return None
         return read_action_space(self.features[ACTION], self.extra, f"{self.root}/meta/lapa.json")
 
+    def camera_name(self, camera: str | None = None) -> str:
+        """The camera, or the first where None. Raises UserError where the dataset does not have it."""
+        camera = self.cameras[0] if camera is None else camera
+        if camera not in self._camera_keys:
+            raise UserError(f"{self.root}: {unknown('camera', camera, self.cameras)}")
+        return camera
+
     def camera_feature(self, camera: str | None = None) -> dict[str, Any]:
         """What is known of a camera; None: the first."""
-        return self.features[self._camera_key(camera)]
+        return self.features[self._camera_keys[self.camera_name(camera)]]
 
     def image_shape(self, camera: str | None = None) -> tuple[int, int]:
         """Height and width of a camera's stored pictures."""
@@ -133,8 +140,7 @@ class Dataset(ABC):
         indices = range(length) if frame_indices is None else [int(index) for index in frame_indices]
         if len(indices) and not 0 <= min(indices) <= max(indices) < length:
             raise UserError(f"{self.name}: episode {episode_index} has frames 0 to {length - 1}, asked for {indices}")
-        self._camera_key(camera)
-        return self._images(episode_index, indices, camera or self.cameras[0])
+        return self._images(episode_index, indices, self.camera_name(camera))
 
     def image_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
         """The codes of pictures, of a dataset that is `coded`."""
@@ -160,13 +166,6 @@ class Dataset(ABC):
 
     def _width(self, feature: str) -> int | None:
         return int(np.prod(self.features[feature]["shape"])) if feature in self.features else None
-
-    def _camera_key(self, camera: str | None) -> str:
-        if camera is None:
-            return next(iter(self._camera_keys.values()))
-        if camera not in self._camera_keys:
-            raise UserError(f"{self.root}: {unknown('camera', camera, self.cameras)}")
-        return self._camera_keys[camera]
 
     def _rows(self, feature: str, episode_index: int) -> np.ndarray:
         rows_TD, file = self._numbers(feature, episode_index)

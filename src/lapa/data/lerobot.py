@@ -92,7 +92,7 @@ class LeRobotDataset(Dataset):
         )
         self.num_tasks = self._columns["num_tasks"]
         if cameras:
-            self._camera_keys = {camera: self._camera_key(camera) for camera in cameras}
+            self._camera_keys = {camera: self._camera_keys[self.camera_name(camera)] for camera in cameras}
             self.cameras = tuple(cameras)
         self._tables: OrderedDict[Path, dict[str, np.ndarray]] = OrderedDict()
         # The first row of each episode in its data file, -1 until that was looked through; and what was wrong there.
@@ -130,7 +130,7 @@ class LeRobotDataset(Dataset):
 
     def video_path(self, episode_index: int, camera: str | None = None) -> Path:
         """The mp4 that holds an episode."""
-        key = self._camera_key(camera)
+        key = self._camera_keys[self.camera_name(camera)]
         return self.root / self.info["video_path"].format(video_key=key, **self._place(f"videos/{key}", episode_index))
 
     def data_path(self, episode_index: int) -> Path:
@@ -141,7 +141,7 @@ class LeRobotDataset(Dataset):
         return {**self.__dict__, "_tables": OrderedDict()}
 
     def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
-        key = self._camera_key(camera)
+        key = self._camera_keys[camera]
         span = self._span(episode_index)
         if self.features[key]["dtype"] == "image":
             rows = [span.start + index for index in frame_indices]

@@ -57,11 +57,8 @@ def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) ->
 def choose_cameras(datasets: Sequence[Dataset], cameras: Sequence[str] | None) -> list[list[str]]:
     """The cameras to read of each dataset: the given ones, or else the first. Raises UserError where one is missing."""
     if cameras is None:
-        return [[dataset.cameras[0]] for dataset in datasets]
-    for dataset in datasets:
-        for camera in cameras:
-            dataset.image_shape(camera)
-    return [list(cameras) for _ in datasets]
+        return [[dataset.camera_name()] for dataset in datasets]
+    return [[dataset.camera_name(camera) for camera in cameras] for dataset in datasets]
 
 
 def parse_key(key: int | Sequence[int]) -> tuple[int, int]:

@@ -85,9 +85,8 @@ def make_plan(config: LabelConfig) -> Plan:
             f"{config.lam}: a continuous latent action model, which has no codes to label with; "
             "train one with --quantizer fsq"
         )
-    dataset.image_shape(config.camera)
     seconds = horizon_for(config.lam, dataset, model)
-    horizon, camera = horizon_frames(seconds, dataset.fps), config.camera or dataset.cameras[0]
+    horizon, camera = horizon_frames(seconds, dataset.fps), dataset.camera_name(config.camera)
     if not (dataset.lengths > horizon).any():
         raise UserError(
             f"{dataset.root}: all {len(dataset.lengths)} episodes are too short for the model's horizon of "
