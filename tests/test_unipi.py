@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from lapa import presets
 from lapa.baselines import unipi, video_train
-from lapa.baselines.inverse import InverseConfig, InverseDynamics, Recording
-from lapa.baselines.unipi import UniPi, UniPiConfig
-from lapa.baselines.video_model import VideoConfig, VideoModel
-from lapa.baselines.video_train import VideoTrainConfig
+from lapa.baselines.config import InverseConfig, UniPiConfig, VideoConfig, VideoTrainConfig
+from lapa.baselines.inverse import InverseDynamics, Recording
+from lapa.baselines.unipi import UniPi
+from lapa.baselines.video_model import VideoModel
+from lapa.baselines.video_train import FutureFrames
 from lapa.data.dataset import ActionSpace
 from lapa.data.spec import open_dataset
 from lapa.engine.config import LoopConfig, OptimConfig
@@ -84,7 +85,7 @@ def test_the_instruction_matters(root: Path) -> None:
     model = VideoModel.from_pretrained(root / "video")
     told = model.words(["move right", "move up-right", "move right"])
     with torch.no_grad():
-        text_BTD, _ = model.text(**told, told_B=torch.tensor([True, True, False]))
+        text_BTD, _ = model.text(**told, given_B=torch.tensor([True, True, False]))
     assert not torch.allclose(text_BTD[0], text_BTD[1]) and not torch.allclose(text_BTD[0], text_BTD[2])
     frame = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)
     right, up_right, nothing = (
@@ -132,7 +133,7 @@ def test_changes_have_unit_variance(root: Path) -> None:
 def test_past_the_end_of_an_episode_its_last_frame_stays(root: Path) -> None:
 
     dataset = open_dataset(root / "squares")
-    futures = video_train._futures(training(root, "unused"), [dataset], "train")
+    futures = FutureFrames([dataset], training(root, "unused"), "train")
     frames_THWC = dataset.frames(1)
     assert len(futures) == 16
     for frame, after in ((0, (3, 6)), (3, (6, 7)), (6, (7, 7))):
@@ -147,7 +148,7 @@ def test_where_nothing_is_held_out_the_training_frames_are_decoded_once(
 ) -> None:
 
     dataset, config = open_dataset(root / "squares"), training(root, "unused")
-    futures = video_train._futures(config, [dataset], "train")
+    futures = FutureFrames([dataset], config, "train")
     assert video_train._held_out(config, [dataset], futures) is futures and futures.split == "train"
     assert "no episode is held out" in capsys.readouterr().err
     held_out = video_train._held_out(replace(config, held_out=0.5), [dataset], futures)
@@ -235,7 +236,7 @@ def test_it_plays_in_a_simulator_under_its_own_fingerprint(root: Path, tmp_path:
     ("inverse", "message"),
     [
         ({"horizon": 5}, r"video: its frames are 0.3 s apart, those of .*inverse 0.5 s \(5 frames at 10 fps\)"),
-        ({"size": 48}, "predicts pictures of 32 px, .*inverse sees 48 px"),
+        ({"size": 48}, "predicts images of 32 px, .*inverse takes 48 px"),
     ],
 )
 def test_models_that_do_not_fit_together_are_refused(
@@ -250,7 +251,7 @@ def test_models_that_do_not_fit_together_are_refused(
 def test_another_camera_is_said(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_inverse(tmp_path / "inverse", camera="wrist")
     unipi.run(UniPiConfig(root / "video", tmp_path / "inverse", tmp_path / "policy"))
-    assert "video model saw the camera front; the policy will see wrist" in capsys.readouterr().err
+    assert "video model learned from the camera front; the policy takes wrist" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"observation 0 lacks the camera wrist \(it brings front\)"):
         load_actor(tmp_path / "policy", device="cpu").infer([observation()])
 

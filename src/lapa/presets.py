@@ -11,9 +11,7 @@ from typing import Any
 
 import tyro
 
-from lapa.baselines.inverse import InverseConfig, InverseTrainConfig
-from lapa.baselines.video_model import VideoConfig
-from lapa.baselines.video_train import VideoTrainConfig
+from lapa.baselines.config import InverseConfig, InverseTrainConfig, VideoConfig, VideoTrainConfig
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import unknown
 from lapa.latent.model import LatentModelConfig

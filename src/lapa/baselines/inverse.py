@@ -1,15 +1,15 @@
-"""The inverse dynamics model: two frames in, the robot's actions between them out.
+"""The inverse dynamics model: predicts the robot's actions between two frames.
 
-VPT (https://arxiv.org/abs/2206.11795) labels videos with one that learned from few episodes. Its model sees a long
-window of frames, past and future; this one sees two, as in the baseline that LAPA compares itself with
-(https://arxiv.org/abs/2410.11758): a residual network on both frames, then a perceptron. What goes into the network
-is the first frame and what changed; its grid of features goes on as its mean and, so that places are known, as a
-whole. Actions are learned on the scale of `lapa.policy.scale`, by the L1 loss.
+VPT (https://arxiv.org/abs/2206.11795) labels videos with a model that learned from few episodes. Its model takes a long
+window of frames, past and future; this one takes two, as in the baseline that LAPA compares itself with
+(https://arxiv.org/abs/2410.11758): a residual network on the first frame and the change to the second, then an MLP on
+its features, once as their mean and once as a whole, so that places are known. Actions are learned on the scale of
+`lapa.policy.scale`, by the L1 loss.
 
     lapa baseline inverse --data ROBOT_DATASET --out INVERSE
     actions_BKA = InverseDynamics.from_pretrained("INVERSE").predict(frames_BTCHW)
 
-Axes: B batch, T=2 frames of a pair, C channel, H W image, K steps from one frame to the other, A action dimensions.
+Axes: B batch, N pairs, T=2 frames of a pair, C channel, H W image, K steps between the frames, A action dimensions.
 """
 
 from __future__ import annotations
@@ -18,76 +18,45 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from einops import rearrange, reduce
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapa import config as configs
+from lapa.baselines.config import InverseConfig, InverseTrainConfig
 from lapa.console import finish, is_main_process, say
 from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.data.sampling import require_plain, split_episodes
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.config import LoopConfig
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, fingerprint, read_json, write_json
-from lapa.nn.vision import residual_tower, tower_grid
+from lapa.files import claim_output, fingerprint, read_json, write_json
+from lapa.nn.vision import residual_tower
+from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.figures import action_figures
 from lapa.policy.scale import ActionScale
-from lapa.policy.training import tiny_loop
 from lapa.types import Losses
 
 CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
 # Augmentation: the largest shift as a part of the side, and how far brightness and each colour may change.
 SHIFT, BRIGHTNESS, GAIN = 1 / 16, 0.1, 0.2
-
-
-@dataclass(frozen=True)
-class InverseConfig:
-    """Sizes of the inverse dynamics model, and how far apart its two frames are; the defaults are the preset `tiny`."""
-
-    image_size: int = 64
-    """Side of the square pictures that it sees, in pixels."""
-    horizon_seconds: float = 0.1
-    """Seconds between the two frames."""
-    vision_widths: tuple[int, ...] = (16, 32, 64, 128)
-    """Channels of the residual network's stages; each after the first halves the grid."""
-    vision_depth: int = 2
-    """Residual blocks a stage."""
-    width: int = 256
-    """Width of the perceptron."""
-    augment: bool = True
-    """Shift both frames alike, and change their colours alike, while training."""
-
-    @property
-    def grid(self) -> int:
-        """Side of the grid of features."""
-        return tower_grid(self.image_size, self.vision_widths)
-
-    def __post_init__(self) -> None:
-        if not self.grid:
-            raise UserError(f"image size {self.image_size} must be above 0")
-        if self.horizon_seconds <= 0:
-            raise UserError(f"horizon is {self.horizon_seconds} seconds; it must be above 0")
+# Pairs that an evaluation takes, spread evenly over the validation split.
+EVALUATION_PAIRS, EVALUATION_BATCH = 512, 64
 
 
 @dataclass(frozen=True)
 class Recording:
-    """How the episodes that a model learned from were recorded. horizon_frames: from its first frame to its second."""
+    """How the episodes that a model learned from were recorded. horizon_frames: from the first frame to the second."""
 
     horizon_frames: int
     fps: float
@@ -96,7 +65,7 @@ class Recording:
 
 
 class InverseDynamics(nn.Module):
-    """A model with the scale of its actions. In training `forward(batch)` is its loss."""
+    """The model with the scale of its actions; `forward(batch)` returns the training loss."""
 
     def __init__(self, config: InverseConfig, recording: Recording, scale: ActionScale) -> None:
         super().__init__()
@@ -113,39 +82,19 @@ class InverseDynamics(nn.Module):
         )
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the pictures that it must be given."""
-        return self.config.image_size
-
-    @property
     def horizon_frames(self) -> int:
-        """Frames from the first picture to the second, and actions between them."""
+        """Frames from the first to the second, and actions between them."""
         return self.recording.horizon_frames
-
-    @property
-    def fps(self) -> float:
-        """Frames per second of what it learned from."""
-        return self.recording.fps
-
-    @property
-    def camera(self) -> str:
-        """The camera that it learned from."""
-        return self.recording.camera
-
-    @property
-    def action_space(self) -> ActionSpace:
-        return self.recording.action_space
 
     def forward(self, batch: Mapping[str, Tensor]) -> Losses:
         """The L1 loss of `frames_BTCHW` uint8 and `actions_BKA`, scaled."""
         frames_BTCHW = batch["frames_BTCHW"]
         if self.training and self.config.augment:
             frames_BTCHW = augmented(frames_BTCHW)
-        loss = (self.scaled_actions(frames_BTCHW) - batch["actions_BKA"]).abs().mean()
-        return Losses(loss)
+        return Losses((self.scaled_actions(frames_BTCHW) - batch["actions_BKA"]).abs().mean())
 
     def scaled_actions(self, frames_BTCHW: Tensor) -> Float[Tensor, "B K A"]:
-        """What `scale.decode` takes, for pictures with values from 0 to 255."""
+        """The actions on the model's scale, for frames with values from 0 to 255."""
         frames = frames_BTCHW.to(self.place.weight.dtype) / 127.5 - 1
         seen_BCHW = torch.cat([frames[:, 0], frames[:, 1] - frames[:, 0]], dim=1)
         features = self.tower(seen_BCHW.contiguous(memory_format=torch.channels_last)).last_hidden_state
@@ -155,12 +104,12 @@ class InverseDynamics(nn.Module):
 
     @torch.no_grad()
     def predict(self, frames_BTCHW: UInt8[np.ndarray | Tensor, "B 2 3 H W"]) -> Float[np.ndarray, "B K A"]:
-        """The actions between the two pictures of each pair, float32, in the robot's units.
+        """Returns the actions between the two frames of each pair, float32, in the robot's units.
 
-        The pictures are of side `image_size`, on any device. UserError where they are not, or not uint8.
+        The frames are of side `config.image_size`, on any device. Raises UserError for others.
         """
         frames = torch.as_tensor(frames_BTCHW)
-        expected = (2, 3, self.image_size, self.image_size)
+        expected = (2, 3, self.config.image_size, self.config.image_size)
         if frames.dtype != torch.uint8 or frames.ndim != 5 or tuple(frames.shape[1:]) != expected:
             raise UserError(
                 f"frame pairs must be uint8 of shape [B, {', '.join(map(str, expected))}], "
@@ -171,10 +120,9 @@ class InverseDynamics(nn.Module):
     def save_pretrained(
         self, folder: Path, *, run: Mapping[str, Any] | None = None, metrics: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes weights, scale and metrics, then config.json, which marks the folder as whole."""
+        """Writes weights, scale and metrics, then config.json, which marks the folder as complete."""
         folder = Path(folder)
-        with atomic_path(folder / WEIGHTS) as temporary:
-            save_file({name: value.cpu().contiguous() for name, value in self.state_dict().items()}, temporary)
+        save_weights(self, folder / WEIGHTS)
         self.scale.save(folder / ACTIONS)
         write_json(folder / "metrics.json", dict(metrics or {}))
         model = {"sizes": configs.to_dict(self.config), "recording": configs.to_dict(self.recording)}
@@ -182,40 +130,47 @@ class InverseDynamics(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> InverseDynamics:
-        """A saved model, on the CPU, in evaluation mode. UserError naming the file where anything is amiss."""
+        """Reads a saved model onto the CPU, in evaluation mode. Raises UserError naming the file that does not fit."""
         folder = Path(folder)
-        config, recording = _read_config(folder)
-        _require_files(folder)
-        model = cls(config, recording, ActionScale.load(folder / ACTIONS))
-        try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
-        except (SafetensorError, RuntimeError) as error:
-            raise UserError(
-                f"{folder / WEIGHTS}: not the weights that {CONFIG} beside it describes "
-                f"({str(error).splitlines()[0]}); train it again"
-            ) from None
+        parts = read_inverse_config(folder)
+        model = cls(
+            configs.from_dict(InverseConfig, parts["sizes"], str(folder / CONFIG)),
+            configs.from_dict(Recording, parts["recording"], str(folder / CONFIG)),
+            ActionScale.load(folder / ACTIONS),
+        )
+        load_weights(model, folder / WEIGHTS)
         return model.eval()
 
 
-def is_inverse(folder: Path) -> bool:
-    """Whether `folder` holds a finished inverse dynamics model."""
-    return (Path(folder) / CONFIG).exists()
+def read_inverse_config(folder: Path) -> dict[str, Any]:
+    """The parts "sizes" and "recording" of a model's config. Raises UserError where there is no finished model."""
+    path = Path(folder) / CONFIG
+    if not path.exists():
+        raise UserError(
+            f"{folder}: no finished inverse dynamics model (no {CONFIG}); train one with `lapa baseline inverse`, or "
+            "finish it with --resume"
+        )
+    values = read_json(path)
+    parts = values.get("inverse_dynamics") if isinstance(values, dict) else None
+    if not isinstance(parts, dict) or set(parts) != {"sizes", "recording"}:
+        raise UserError(f"{path}: not the config of an inverse dynamics model; give another folder")
+    for name in (WEIGHTS, ACTIONS):
+        if not (path.parent / name).is_file():
+            raise UserError(f"{path.parent / name}: no such file; train the inverse dynamics model again")
+    return parts
 
 
 def inverse_fingerprint(folder: Path) -> str:
     """Identifies a saved model by its weights, scale and config (16 hex digits): pseudo-labels carry it."""
-    folder = Path(folder)
-    _read_config(folder)
-    _require_files(folder)
-    files = fingerprint(folder / WEIGHTS, folder / ACTIONS)
     # As written: a field that the config gains later leaves the fingerprints of older models as they are.
-    model = read_json(folder / CONFIG)["inverse_dynamics"]
-    described = [json.dumps(model[part], sort_keys=True) for part in ("sizes", "recording")]
+    parts = read_inverse_config(folder)
+    described = [json.dumps(parts[part], sort_keys=True) for part in ("sizes", "recording")]
+    files = fingerprint(folder / WEIGHTS, folder / ACTIONS)
     return hashlib.sha256("".join([files, *described]).encode()).hexdigest()[:16]
 
 
 def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C H W"]:
-    """Pairs shifted by whole pixels (the edge repeated) and recoloured, both frames of a pair alike.
+    """Shifts pairs by whole pixels (the edge repeated) and changes their colours, both frames of a pair alike.
 
     Each pair has draws of its own, from torch's global generator of the frames' device, whose state a checkpoint keeps.
     """
@@ -234,62 +189,8 @@ def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C 
     return (gain * frames + shift).clamp(0, 255)
 
 
-def _read_config(folder: Path) -> tuple[InverseConfig, Recording]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; train an inverse dynamics model with `lapa baseline inverse`")
-    if not is_inverse(folder):
-        raise UserError(f"{folder}: unfinished or not an inverse dynamics model (no {CONFIG}); finish it with --resume")
-    values = read_json(folder / CONFIG)
-    model = values.get("inverse_dynamics") if isinstance(values, dict) else None
-    if not isinstance(model, dict) or set(model) != {"sizes", "recording"}:
-        raise UserError(f"{folder / CONFIG}: not the config of an inverse dynamics model; give another folder")
-    source = str(folder / CONFIG)
-    return (
-        configs.from_dict(InverseConfig, model["sizes"], source),
-        configs.from_dict(Recording, model["recording"], source),
-    )
-
-
-def _require_files(folder: Path) -> None:
-    for name in (WEIGHTS, ACTIONS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file; train the inverse dynamics model again")
-
-
-# Held-out pairs that an evaluation looks at, spread evenly over the held-out episodes.
-EVALUATION_PAIRS = 512
-EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class InverseTrainConfig:
-    """Train an inverse dynamics model, which tells the robot's actions from pictures, on episodes with actions."""
-
-    data: tuple[str, ...]
-    """Datasets with actions to learn from.
-
-    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
-    """
-    out: Path
-    """Folder of the model to write."""
-    preset: str = "tiny"
-    """debug, tiny or base: the values that the other options start from."""
-    model: Annotated[InverseConfig, tyro.conf.arg(name="")] = field(default_factory=InverseConfig)
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 1000))
-    camera: str | None = None
-    """Which camera's pictures, the same of all datasets; by default the first one's first."""
-    held_out: float = 0.1
-    """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
-    cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-    resume: bool = False
-    """Go on with the run that `out` holds."""
-
-
 class InversePairs(torch.utils.data.Dataset):
-    """Pairs of frames with the actions between them, on a scale. Keys and the rest are those of `FramePairs`."""
+    """`FramePairs` with the actions between their frames, on a scale."""
 
     def __init__(self, pairs: FramePairs, scale: ActionScale) -> None:
         self.pairs, self.scale = pairs, scale
@@ -299,23 +200,24 @@ class InversePairs(torch.utils.data.Dataset):
         return len(self.pairs)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
-        """{"frames_TCHW", "index", "episode"} as of `FramePairs`, and "actions_KA", float32, scaled."""
+        """{"frames_TCHW", "index", "episode"} of `FramePairs`, and "actions_KA", float32, scaled."""
         item = self.pairs[key]
         return {**item, "actions_KA": self.scale.encode(self.pairs.actions_between(item["index"]))}
 
     def describe(self, index: int) -> str:
-        """Where a pair comes from, in words."""
+        """Where a pair comes from, for messages."""
         return self.pairs.describe(index)
 
 
 def run(config: InverseTrainConfig) -> None:
     """`lapa baseline inverse`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     next_commands = [f"lapa baseline pseudo-label --inverse {shlex.quote(str(config.out))} --data VIDEOS --out DATASET"]
-    if config.resume and is_inverse(config.out):
+    complete = (config.out / CONFIG).exists()
+    if config.resume and complete:
         finish("inverse dynamics model, already complete", config.out, next_commands)
         return
     if config.loop.shard:
-        raise UserError("--shard: an inverse dynamics model is too small to be shared out; leave the option out")
+        raise UserError("--shard: an inverse dynamics model is too small to be sharded; leave the option out")
     datasets = [open_dataset(path) for path in config.data]
     require_plain(datasets, "lapa baseline inverse", "--horizon-seconds")
     space = common_action_space(datasets)
@@ -324,7 +226,6 @@ def run(config: InverseTrainConfig) -> None:
     actions_NA = _training_actions(config, datasets, recording)
     scale = ActionScale.fit(actions_NA, space.binary)
     if is_main_process():
-        complete = is_inverse(config.out)
         claim_output(
             config.out,
             complete=complete,
@@ -335,7 +236,7 @@ def run(config: InverseTrainConfig) -> None:
     outside = int(scale.count_outside(actions_NA).sum())
     say(f"actions: {scale.action_dim} dimensions, {outside} of {actions_NA.size} values lie outside and are clamped")
     if held_out is None:
-        say("no episode is held out: nothing is evaluated while training")
+        say("no episode is held out: nothing is evaluated during training")
     seed_everything(config.loop.seed)
     model = InverseDynamics(config.model, recording, scale)
     run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
@@ -362,25 +263,25 @@ def collate_inverse(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def held_out_figures(pairs: FramePairs) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation on held-out pairs: the action error, R2 of each dimension that varies, and their mean."""
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, EVALUATION_PAIRS).round().astype(int))
-    frames_NTCHW = collate_pairs([pairs[int(index)] for index in chosen])["frames_BTCHW"]
-    true_NKA = np.stack([pairs.actions_between(int(index)) for index in chosen])
+    """An evaluation on the validation split: the action error, R2 of each dimension that varies, and their mean."""
+    indices = np.unique(np.linspace(0, len(pairs) - 1, EVALUATION_PAIRS).round().astype(int)).tolist()
+    frames_NTCHW = collate_pairs([pairs[index] for index in indices])["frames_BTCHW"]
+    true_NKA = np.stack([pairs.actions_between(index) for index in indices])
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, InverseDynamics)
-        said_NKA = np.concatenate([model.predict(frames) for frames in frames_NTCHW.split(EVALUATION_BATCH)])
+        predicted_NKA = np.concatenate([model.predict(frames) for frames in frames_NTCHW.split(EVALUATION_BATCH)])
         counted_NK, mean_A = np.ones(true_NKA.shape[:2], bool), true_NKA.mean((0, 1))
-        figures = action_figures(said_NKA, true_NKA, counted_NK, mean_A, model.action_space)
+        figures = action_figures(predicted_NKA, true_NKA, counted_NK, mean_A, model.recording.action_space)
         r2 = {f"r2_{name}": values["r2"] for name, values in figures["dimensions"].items()}
-        told = {"action_error": figures["action_error"], "r2": figures["r2"], **r2}
-        return {f"held_out_{name}": value for name, value in told.items() if value is not None}
+        chosen = {"action_error": figures["action_error"], "r2": figures["r2"], **r2}
+        return {f"held_out_{name}": value for name, value in chosen.items() if value is not None}
 
     return evaluate
 
 
 def _recording(config: InverseTrainConfig, datasets: Sequence[Dataset], space: ActionSpace) -> Recording:
-    """UserError where the horizon is not of as many frames in all datasets."""
+    """Raises UserError where the horizon is another number of frames in one dataset than in another."""
     seconds = config.model.horizon_seconds
     frames = [horizon_frames(seconds, dataset.fps) for dataset in datasets]
     for dataset, count in zip(datasets, frames, strict=True):
@@ -395,7 +296,7 @@ def _recording(config: InverseTrainConfig, datasets: Sequence[Dataset], space: A
 def _open_pairs(
     config: InverseTrainConfig, datasets: Sequence[Dataset], recording: Recording
 ) -> tuple[FramePairs, FramePairs | None]:
-    """The training pairs, and the held-out ones where any episode is held out."""
+    """The pairs of the training split, and those of the validation split where there is one."""
     pairs = PairsConfig(
         size=config.model.image_size,
         horizon=config.model.horizon_seconds,

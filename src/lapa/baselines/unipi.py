@@ -1,14 +1,14 @@
-"""UniPi (https://arxiv.org/abs/2302.00111): a policy that plans in pictures and reads its actions off the plan.
+"""UniPi (https://arxiv.org/abs/2302.00111): a policy that plans in images and infers its actions from the plan.
 
-A video model predicts the next frames from what is seen and the instruction; an inverse dynamics model says which
-actions lead from each frame to the next. The one learns from videos without actions, the other from few episodes.
-UniPi plans a whole trajectory and follows it open-loop; a plan here is a short look ahead, F frames one horizon apart,
-and is made anew when it has been followed.
+A video model predicts the next frames from the current one and the instruction; an inverse dynamics model predicts the
+actions that lead from each frame to the next. The one learns from videos without actions, the other from few episodes.
+UniPi plans a whole trajectory and follows it open-loop; a plan here is F frames, one horizon apart, and a new one is
+made when it has been followed.
 
     lapa baseline unipi --video VIDEO --inverse INVERSE --out POLICY
     lapa evaluate POLICY --env metaworld --tasks mt10 --out RESULTS
 
-POLICY holds copies of both in video/ and inverse/, and in config.json how they act.
+POLICY holds copies of both in video/ and inverse/, and in config.json how they are sampled.
 Axes: B batch, F future frames, T=1+F frames, C channel, H W image, K chunk, A action dimensions.
 """
 
@@ -26,6 +26,7 @@ from einops import rearrange
 from jaxtyping import Float
 
 from lapa import config as configs
+from lapa.baselines.config import UniPiConfig
 from lapa.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, TOKENIZER, WEIGHTS, VideoModel
 from lapa.console import finish, warn
@@ -41,28 +42,8 @@ KIND, VIDEO, INVERSE = "unipi", "video", "inverse"
 
 
 @dataclass(frozen=True)
-class UniPiConfig:
-    """Join a video model and an inverse dynamics model into a policy that `lapa evaluate` takes."""
-
-    video: Path
-    """Folder of a video model."""
-    inverse: Path
-    """Folder of an inverse dynamics model, of the same horizon and image size."""
-    out: Path
-    """Folder of the policy to write."""
-    sampling_steps: int = 8
-    """Denoising steps of a plan."""
-    guidance: float = 1.0
-    """How far a plan follows the instruction: 1 as the video model learned it, above 1 beyond, 0 not at all."""
-    seed: int = 0
-    """Draws the noise that every plan starts from."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-
-
-@dataclass(frozen=True)
 class Acting:
-    """What config.json of a joined policy holds. The fingerprints are those of its parts."""
+    """Content of a joined policy's config.json. seed: of the noise that every plan starts from."""
 
     sampling_steps: int
     guidance: float
@@ -73,16 +54,14 @@ class Acting:
 
 
 def run(config: UniPiConfig) -> None:
-    """`lapa baseline unipi`. UserError where the two do not fit together."""
+    """`lapa baseline unipi`. Raises UserError where the two models do not fit together."""
     if config.sampling_steps < 1:
         raise UserError(f"--sampling-steps must be at least 1, got {config.sampling_steps}")
     video, inverse = VideoModel.from_pretrained(config.video), InverseDynamics.from_pretrained(config.inverse)
     require_fit(video, inverse, config.video, config.inverse)
-    learned_from = read_json(config.video / CONFIG)["camera"]
-    if learned_from != inverse.camera:
-        warn(
-            f"the video model saw the camera {learned_from}; the policy will see {inverse.camera}, as {config.inverse}"
-        )
+    learned_from, camera = read_json(config.video / CONFIG)["camera"], inverse.recording.camera
+    if learned_from != camera:
+        warn(f"the video model learned from the camera {learned_from}; the policy takes {camera}, as {config.inverse}")
     claim_output(
         config.out,
         complete=(config.out / CONFIG).exists(),
@@ -93,7 +72,7 @@ def run(config: UniPiConfig) -> None:
     for source, name in ((config.video, VIDEO), (config.inverse, INVERSE)):
         shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png"))
     parts = video_fingerprint(config.out / VIDEO), inverse_fingerprint(config.out / INVERSE)
-    configs.save(Acting(config.sampling_steps, config.guidance, config.seed, *parts), config.out / CONFIG)
+    configs.save(Acting(config.sampling_steps, config.guidance, 0, *parts), config.out / CONFIG)
     finish("policy", config.out, [f"lapa evaluate {shlex.quote(str(config.out))} --env ENVIRONMENT --out RESULTS"])
 
 
@@ -110,26 +89,26 @@ def video_fingerprint(folder: Path) -> str:
 
 
 def require_fit(video: VideoModel, inverse: InverseDynamics, video_name: object, inverse_name: object) -> None:
-    """UserError where the inverse dynamics model does not know what is between two of the video model's frames."""
-    ahead, between = video.config.horizon_seconds, inverse.horizon_frames / inverse.fps
+    """Raises UserError where the horizons or the image sizes of the two models differ."""
+    ahead, between = video.config.horizon_seconds, inverse.horizon_frames / inverse.recording.fps
     if abs(ahead - between) > HORIZON_TOLERANCE * between:
         raise UserError(
             f"{video_name}: its frames are {ahead:.3g} s apart, those of {inverse_name} {between:.3g} s "
-            f"({inverse.horizon_frames} frames at {inverse.fps:g} fps); train one of them again with the other's "
-            "--horizon-seconds"
+            f"({inverse.horizon_frames} frames at {inverse.recording.fps:g} fps); train one of them again with the "
+            "other's --horizon-seconds"
         )
-    if video.config.image_size != inverse.image_size:
+    if video.config.image_size != inverse.config.image_size:
         raise UserError(
-            f"{video_name}: predicts pictures of {video.config.image_size} px, {inverse_name} sees "
-            f"{inverse.image_size} px; train one of them again with the other's --image-size"
+            f"{video_name}: predicts images of {video.config.image_size} px, {inverse_name} takes "
+            f"{inverse.config.image_size} px; train one of them again with the other's --image-size"
         )
 
 
 class UniPi:
-    """Acts like `lapa.policy.runtime.Policy`: observations in, chunks of robot actions out."""
+    """The joined policy, with the interface of `lapa.policy.runtime.Policy`."""
 
     state_dim = 0
-    """The robot's state is not looked at."""
+    """It takes no state."""
 
     def __init__(self, video: VideoModel, inverse: InverseDynamics, acting: Acting, device: torch.device) -> None:
         self.video, self.inverse, self.acting = video.to(device).eval(), inverse.to(device).eval(), acting
@@ -137,13 +116,13 @@ class UniPi:
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: str = "auto", dataset: str | None = None) -> UniPi:
-        """Loads a joined policy. UserError where a part is missing, was changed, or does not fit the other.
+        """Loads a joined policy. Raises UserError where a part is missing, was changed, or does not fit the other.
 
-        dataset: whose prompt is read; a video model reads bare instructions, so that there is none to choose.
+        dataset: the one whose prompt to use; must be None, since a video model has no prompts.
         """
         folder = Path(folder)
         if not is_unipi(folder):
-            raise UserError(f"{folder}: no joined policy; make one with `lapa baseline unipi`")
+            raise UserError(f"{folder}: not a joined policy; make one with `lapa baseline unipi`")
         if dataset is not None:
             raise UserError(f"{folder}: reads bare instructions, not the prompt of {dataset}; leave out --prompt-of")
         acting = configs.load(Acting, folder / CONFIG)
@@ -155,7 +134,7 @@ class UniPi:
     @property
     def cameras(self) -> tuple[str, ...]:
         """The camera that the inverse dynamics model learned from."""
-        return (self.inverse.camera,)
+        return (self.inverse.recording.camera,)
 
     @property
     def chunk(self) -> int:
@@ -169,13 +148,13 @@ class UniPi:
     @property
     def action_space(self) -> ActionSpace:
         """What the actions mean."""
-        return self.inverse.action_space
+        return self.inverse.recording.action_space
 
     def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
-        """The next K actions for each observation, float32, in the robot's own units.
+        """Returns the next K actions for each observation, float32, in the robot's own units.
 
-        Deterministic; what an observation is answered does not depend on the others, up to rounding. Raises UserError
-        for a missing camera and for an image that is not uint8 RGB.
+        Deterministic; the actions for an observation do not depend on the others, up to rounding. Raises UserError for
+        a missing camera and for an image that is not uint8 RGB.
         """
         if not observations:
             return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
@@ -187,7 +166,7 @@ class UniPi:
         return rearrange(actions, "(b f) k a -> b (f k) a", b=len(observations))
 
     def plan(self, observations: Sequence[Observation]) -> torch.Tensor:
-        """What is seen and the frames that should follow: uint8 [B, 1 + F, 3, H, W]."""
+        """Returns the current frames and the predicted ones after them: uint8 [B, 1 + F, 3, H, W]."""
         size, camera = self.video.config.image_size, self.cameras[0]
         seen_BHWC = np.concatenate([resize_and_crop(np.asarray(o.images[camera])[None], size) for o in observations])
         seen_BCHW = torch.from_numpy(rearrange(seen_BHWC, "b h w c -> b c h w").copy()).to(self.device)

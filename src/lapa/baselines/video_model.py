@@ -1,11 +1,11 @@
-"""A small text-conditioned video model: from the frame that is seen and an instruction, the next few frames.
+"""A small text-conditioned video model: predicts the next few frames from the current one and an instruction.
 
 The planner of UniPi (https://arxiv.org/abs/2302.00111) at a modest size: pixel diffusion of F future frames by a UNet
-of diffusers, instead of a cascade of large video models. What is diffused is each frame's change from the frame that
-is seen, at unit variance; the network is given noise, the frame that is seen, and the instruction, which it reads by
-cross-attention and beside the noise level. It predicts the changes themselves: after 100 steps on the made-up videos
-their error was 0.012 so, 0.021 by velocity prediction, and 0.013 for copies of the frame that is seen. The schedule
-ends in pure noise (https://arxiv.org/abs/2305.08891), so that the first of few sampling steps is the mean prediction.
+of diffusers, instead of a cascade of large video models. It diffuses each frame's change from the current frame, at
+unit variance, given noise, the current frame, and the instruction, by cross-attention and next to the noise level. It
+predicts the changes themselves: after 100 steps on made-up videos their error was 0.012, 0.021 by velocity prediction,
+and 0.013 for copies of the current frame. The schedule ends in pure noise (https://arxiv.org/abs/2305.08891), so that
+the first of few sampling steps is the mean prediction.
 
     model = VideoModel.from_pretrained("VIDEO")
     future_BFCHW = model.sample(frames_BCHW, ["open the drawer"])
@@ -16,7 +16,6 @@ Axes: B batch, F future frames, T=1+F frames or tokens of text, C channel, H W i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from lapa import config as configs
+from lapa.baselines.config import NORM_GROUPS, VideoConfig
 from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.policy.backbones.base import load_weights, save_weights
@@ -36,46 +36,10 @@ from lapa.types import Losses
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 NOISE_LEVELS = 1000
-GROUPS = 8
 # Of pixels in [-1, 1]. Videos in which nothing moves have no scale of their own.
 SMALLEST_CHANGE = 0.01
 # Part of a horizon by which frame rates may round it apart.
 HORIZON_TOLERANCE = 0.1
-
-
-@dataclass(frozen=True)
-class VideoConfig:
-    """Sizes of the video model; the defaults are the preset `tiny`."""
-
-    image_size: int = 64
-    """Height and width of the frames in pixels."""
-    num_frames: int = 2
-    """Future frames that are predicted at once, each one horizon after the last."""
-    horizon_seconds: float = 0.1
-    """Time between the frames."""
-    patch_size: int = 4
-    """The network works on patches of this side, as channels: 4 is sixteen times faster than 1, and coarser."""
-    widths: tuple[int, ...] = (32, 64, 128)
-    """Channels of the network's levels; each after the first halves the grid. Text is attended to at the last."""
-    depth: int = 1
-    """Residual blocks a level."""
-    heads: int = 4
-    text_width: int = 64
-    text_layers: int = 1
-    drop_instruction: float = 0.1
-    """Share of the training samples without an instruction, for guidance at sampling."""
-
-    def __post_init__(self) -> None:
-        stride = self.patch_size * 2 ** (len(self.widths) - 1)
-        if self.image_size % stride:
-            raise UserError(f"image size {self.image_size} is not a multiple of the video model's stride {stride}")
-        if self.text_width % self.heads or self.widths[-1] % self.heads or any(w % GROUPS for w in self.widths):
-            raise UserError(
-                f"widths {self.widths} must be multiples of {GROUPS}, the last of them and the text's width "
-                f"{self.text_width} multiples of the {self.heads} heads"
-            )
-        if self.num_frames < 1 or self.horizon_seconds <= 0:
-            raise UserError(f"{self.num_frames} frames {self.horizon_seconds:g} s apart: both must be above 0")
 
 
 class VideoModel(nn.Module):
@@ -93,7 +57,7 @@ class VideoModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> VideoModel:
-        """Reads a folder that `lapa baseline video` wrote. UserError naming what is missing or does not fit."""
+        """Reads a folder of `lapa baseline video`. Raises UserError naming what is missing or does not fit."""
         folder = Path(folder)
         config = read_video_config(folder)
         model = cls(config, load_tokenizer(folder / TOKENIZER))
@@ -101,7 +65,7 @@ class VideoModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: Path, run: dict[str, Any], camera: str) -> None:
-        """Writes the folder, `config.json` last. camera: whose pictures it learned from."""
+        """Writes the folder, `config.json` last. camera: the one that it learned from."""
         save_weights(self, folder / WEIGHTS)
         save_tokenizer(self.tokenizer, folder / TOKENIZER)
         write_json(folder / CONFIG, {"video": configs.to_dict(self.config), "camera": camera, "run": run})
@@ -126,18 +90,18 @@ class VideoModel(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Losses:
         """The mean squared error of the denoised changes, at random noise levels.
 
-        batch: frames_BTCHW uint8, the frame that is seen before the F that follow; tokens_BT, mask_BT.
+        batch: frames_BTCHW uint8, the current frame and the F that follow; tokens_BT, mask_BT.
         """
         frames_BTCHW = batch["frames_BTCHW"]
         clean = self._patches(_changes(frames_BTCHW) / self.scale_F[:, None, None, None])
         levels_B = torch.randint(NOISE_LEVELS, (len(clean),), device=clean.device)
         noise = torch.randn_like(clean)
-        told_B = torch.ones_like(levels_B, dtype=torch.bool)
+        given_B = torch.ones_like(levels_B, dtype=torch.bool)
         if self.training:
-            told_B = torch.rand(len(clean), device=clean.device) >= self.config.drop_instruction
+            given_B = torch.rand(len(clean), device=clean.device) >= self.config.drop_instruction
         noisy = self.schedule.add_noise(clean, noise, levels_B)
-        seen = self._patches(_unit(frames_BTCHW[:, :1]))
-        denoised = self._denoised(noisy, levels_B, seen, batch["tokens_BT"], batch["mask_BT"], told_B)
+        current = self._patches(_unit(frames_BTCHW[:, :1]))
+        denoised = self._denoised(noisy, levels_B, current, batch["tokens_BT"], batch["mask_BT"], given_B)
         return Losses(F.mse_loss(denoised, clean))
 
     @torch.no_grad()
@@ -158,30 +122,30 @@ class VideoModel(nn.Module):
         device, batch = self.scale_F.device, len(frames_BCHW)
         frames_BCHW = frames_BCHW.to(device)
         text = {name: value.to(device) for name, value in self.words(instructions).items()}
-        told_B = torch.ones(batch, dtype=torch.bool, device=device)
-        seen = self._patches(_unit(frames_BCHW[:, None]))
-        shape = (1, 3 * self.config.num_frames * self.config.patch_size**2, *seen.shape[-2:])
+        given_B = torch.ones(batch, dtype=torch.bool, device=device)
+        current = self._patches(_unit(frames_BCHW[:, None]))
+        shape = (1, 3 * self.config.num_frames * self.config.patch_size**2, *current.shape[-2:])
         # Drawn on the CPU, so that every device starts from the same.
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         noisy = noise.to(device).expand(batch, -1, -1, -1).contiguous()
         self.schedule.set_timesteps(steps, device=device)
         for level in self.schedule.timesteps:
             levels_B = level.expand(batch)
-            denoised = self._denoised(noisy, levels_B, seen, text["tokens_BT"], text["mask_BT"], told_B)
+            denoised = self._denoised(noisy, levels_B, current, text["tokens_BT"], text["mask_BT"], given_B)
             if guidance != 1:
-                untold = self._denoised(noisy, levels_B, seen, text["tokens_BT"], text["mask_BT"], ~told_B)
-                denoised = untold + guidance * (denoised - untold)
+                without = self._denoised(noisy, levels_B, current, text["tokens_BT"], text["mask_BT"], ~given_B)
+                denoised = without + guidance * (denoised - without)
             noisy = self.schedule.step(denoised, level, noisy).prev_sample
         changes_BFCHW = self._frames(noisy) * self.scale_F[:, None, None, None]
         predicted = (_unit(frames_BCHW[:, None]) + changes_BFCHW).clamp(-1, 1)
         return ((predicted + 1) * 127.5).round().to(torch.uint8)
 
     def _denoised(
-        self, noisy: Tensor, levels_B: Tensor, seen: Tensor, tokens_BT: Tensor, mask_BT: Tensor, told_B: Tensor
+        self, noisy: Tensor, levels_B: Tensor, current: Tensor, tokens_BT: Tensor, mask_BT: Tensor, given_B: Tensor
     ) -> Tensor:
-        text_BTD, mask_BT = self.text(tokens_BT, mask_BT, told_B)
+        text_BTD, mask_BT = self.text(tokens_BT, mask_BT, given_B)
         weights_BT = (mask_BT / mask_BT.sum(dim=1, keepdim=True)).to(text_BTD.dtype)
-        inputs = torch.cat([noisy, seen], dim=1).contiguous(memory_format=torch.channels_last)
+        inputs = torch.cat([noisy, current], dim=1).contiguous(memory_format=torch.channels_last)
         return self.unet(
             inputs,
             levels_B,
@@ -200,7 +164,7 @@ class VideoModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token embeddings, positions and a small transformer; a learned vector where nothing is told."""
+    """Token embeddings, positions and a small transformer; a learned vector where no instruction is given."""
 
     def __init__(self, num_tokens: int, config: VideoConfig) -> None:
         super().__init__()
@@ -213,23 +177,23 @@ class TextEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, config.text_layers, nn.LayerNorm(width), enable_nested_tensor=False)
 
     def forward(
-        self, tokens_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], told_B: Bool[Tensor, "B"]
+        self, tokens_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], given_B: Bool[Tensor, "B"]
     ) -> tuple[Float[Tensor, "B T D"], Bool[Tensor, "B T"]]:
-        """The text, and which of it counts: of a sample that is not told, its first place, which holds `nothing`."""
+        """The text and its mask; without an instruction that is the first place alone, with the vector `nothing`."""
         from diffusers.models.embeddings import get_timestep_embedding
 
         places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         first_T = places_T == 0
         embedded_BTD = self.embedding(tokens_BT)
         nothing_BTD = repeat(self.nothing_D, "d -> b t d", b=len(tokens_BT), t=len(places_T))
-        x_BTD = torch.where(told_B[:, None, None], embedded_BTD, nothing_BTD)
-        counted_BT = torch.where(told_B[:, None], mask_BT, first_T)
+        x_BTD = torch.where(given_B[:, None, None], embedded_BTD, nothing_BTD)
+        counted_BT = torch.where(given_B[:, None], mask_BT, first_T)
         x_BTD = x_BTD + get_timestep_embedding(places_T, x_BTD.shape[-1])
         return self.layers(x_BTD, src_key_padding_mask=~counted_BT), counted_BT
 
 
 def read_video_config(folder: Path) -> VideoConfig:
-    """The config of a video model's folder. UserError naming what is missing or unfinished."""
+    """Reads the config of a video model's folder. Raises UserError naming what is missing or unfinished."""
     path = Path(folder) / CONFIG
     if not path.exists():
         raise UserError(f"{folder}: no finished video model (no {CONFIG}); train one with `lapa baseline video`")
@@ -244,7 +208,7 @@ def _unit(frames: Tensor) -> Tensor:
 
 
 def _changes(frames_BTCHW: Tensor) -> Tensor:
-    """What each future frame adds to the first, of pixels in [-1, 1]."""
+    """The change of each future frame from the first, of pixels in [-1, 1]."""
     frames = _unit(frames_BTCHW)
     return frames[:, 1:] - frames[:, :1]
 
@@ -271,8 +235,8 @@ def _unet(config: VideoConfig) -> Any:
         down_block_types=("DownBlock2D",) * plain_levels + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain_levels,
         layers_per_block=config.depth,
-        norm_num_groups=GROUPS,
-        # The number of heads, whatever it is called there.
+        norm_num_groups=NORM_GROUPS,
+        # The number of heads, in spite of its name.
         attention_head_dim=config.heads,
         cross_attention_dim=config.text_width,
         class_embed_type="projection",
@@ -283,7 +247,7 @@ def _unet(config: VideoConfig) -> Any:
 
 
 def require_diffusers() -> Any:
-    """The library. UserError saying how to install it where it is missing."""
+    """Returns the library. Raises UserError where it is missing."""
     try:
         import diffusers
     except ImportError as error:

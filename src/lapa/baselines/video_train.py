@@ -1,35 +1,33 @@
 """Trains the video model of the baseline UniPi (https://arxiv.org/abs/2302.00111) on videos without actions.
 
-lapa baseline video --data VIDEOS --out VIDEO
-lapa baseline video --data ROBOT_DATASET --start VIDEO --out FINETUNED
+    lapa baseline video --data VIDEOS --out VIDEO
+    lapa baseline video --data ROBOT_DATASET --start VIDEO --out FINETUNED
 
-Axes: B batch, T=1+F frames (the one that is seen and the F that follow), C channel, H W image.
+Axes: B batch, T=1+F frames (the current one and the F that follow), C channel, H W image.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from lapa import config as configs
-from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, VideoConfig, VideoModel, require_diffusers
+from lapa.baselines.config import VideoTrainConfig
+from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, VideoModel, require_diffusers
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
-from lapa.data.sampling import FrameStore, ItemIndex, choose_cameras, parse_key, require_plain, split_episodes
+from lapa.data.sampling import FrameStore, choose_cameras, parse_key, require_plain, split_items
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
@@ -37,46 +35,17 @@ from lapa.files import atomic_path, claim_output, write_json
 from lapa.policy.tokenizer import train_tokenizer
 
 INITIALISATION_SAMPLES = 256
-# Held-out samples for the loss, those of them that are predicted, and those of these that are drawn.
+# Samples of the validation split: for the loss, for errors of predicted frames, and for the image of samples.
 EVALUATION_SAMPLES, PREDICTED_SAMPLES, DRAWN_SAMPLES = 256, 32, 8
 EVALUATION_BATCH = 32
 CELL, CAPTION, GAP = 128, 14, 2
 
 
-@dataclass(frozen=True)
-class VideoTrainConfig:
-    """Train a video model to predict what follows a frame, given an instruction. No actions are needed."""
-
-    data: tuple[str, ...]
-    """Datasets to learn from. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
-    out: Path
-    """Folder of the video model to write."""
-    start: Path | None = None
-    """A trained video model to go on from, with its sizes and horizon."""
-    preset: str = "tiny"
-    """debug, tiny or base: the values that the other options start from."""
-    model: Annotated[VideoConfig, tyro.conf.arg(name="")] = field(default_factory=VideoConfig)
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: LoopConfig(
-            steps=3000, batch_size=16, optim=OptimConfig(lr=1e-3, weight_decay=0.01), ema_decay=0.995, eval_every=1000
-        )
-    )
-    camera: str | None = None
-    """Which camera's pictures; by default each dataset's first."""
-    held_out: float = 0.1
-    """Share of the episodes kept for evaluation."""
-    cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-    resume: bool = False
-    """Go on with the run that `out` holds."""
-
-
 def run(config: VideoTrainConfig) -> None:
     """`lapa baseline video`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     next_commands = [f"lapa baseline unipi --video {shlex.quote(str(config.out))} --inverse INVERSE --out POLICY"]
-    if config.resume and (config.out / CONFIG).exists():
+    complete = (config.out / CONFIG).exists()
+    if config.resume and complete:
         finish("video model, already complete", config.out, next_commands)
         return
     require_diffusers()
@@ -85,12 +54,12 @@ def run(config: VideoTrainConfig) -> None:
     seed_everything(config.loop.seed)
     model = _starting_model(config, datasets)
     config = replace(config, model=model.config)
-    training = _futures(config, datasets, "train")
+    training = FutureFrames(datasets, config, "train")
     held_out = _held_out(config, datasets, training)
     if is_main_process():
         claim_output(
             config.out,
-            complete=(config.out / CONFIG).exists(),
+            complete=complete,
             overwrite=config.overwrite,
             resume=config.resume,
             inputs=[*(dataset.root for dataset in datasets), *([config.start] if config.start else [])],
@@ -98,15 +67,12 @@ def run(config: VideoTrainConfig) -> None:
 
     def prepare(model: nn.Module) -> None:
         assert isinstance(model, VideoModel)
-        # A model that goes on keeps the scale that its weights know.
+        # A model that goes on keeps its scale.
         if config.start is None:
             first = collated(model, _spread(training, INITIALISATION_SAMPLES))
             model.standardise(first["frames_BTCHW"].to(_device_of(model)))
 
-    run_config = {
-        **configs.to_dict(config),
-        "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
-    }
+    run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     result = train(
         model,
         training,
@@ -131,38 +97,34 @@ def run(config: VideoTrainConfig) -> None:
 class FutureFrames(torch.utils.data.Dataset):
     """Every frame of the datasets with the F that follow, each a horizon after the last.
 
-    Past an episode's end its last frame stays: what follows the goal is the goal, and so the model plans to it.
+    Past an episode's end its last frame repeats: the goal follows the goal, and so the model plans to it.
     Keys are an index or a draw `(index, number)`. split: 'train' or 'held_out', by episode, from the seed.
-    .in_memory: whether the pictures are in memory, where DataLoader workers are of no use.
+    in_memory: whether the frames are in memory, where DataLoader workers are of no use.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        model: VideoConfig,
-        camera: str | None,
-        *,
-        split: str,
-        held_out: float,
-        seed: int,
-        cache_gib: float,
-    ):
-        self.datasets, self.num_frames = tuple(datasets), model.num_frames
-        self.horizon_frames = tuple(horizon_frames(model.horizon_seconds, dataset.fps) for dataset in datasets)
-        self.split, self._rows = split, self._choose(split, held_out, seed)
-        self._cameras = choose_cameras(datasets, None if camera is None else [camera])
+    def __init__(self, datasets: Sequence[Dataset], config: VideoTrainConfig, split: str):
+        self.datasets, self.split, self.num_frames = tuple(datasets), split, config.model.num_frames
+        self.horizon_frames = tuple(horizon_frames(config.model.horizon_seconds, dataset.fps) for dataset in datasets)
+        self._index = split_items(
+            datasets,
+            lambda number, episodes: datasets[number].lengths[episodes],
+            split=split,
+            held_out=config.held_out,
+            seed=config.loop.seed,
+        )
+        self._cameras = choose_cameras(datasets, None if config.camera is None else [config.camera])
         self.camera = self._cameras[0][0]
-        episodes = [self._rows.of_dataset(number) for number in range(len(datasets))]
-        self._frames = FrameStore(datasets, self._cameras, episodes, model.image_size, cache_gib)
+        episodes = [self._index.of_dataset(number) for number in range(len(datasets))]
+        self._frames = FrameStore(datasets, self._cameras, episodes, config.model.image_size, config.cache_gib)
         self.in_memory = self._frames.in_memory
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index)
 
     def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
         """{"frames_TCHW": uint8 [1 + F, 3, size, size], "instruction", "index"}."""
         index, _ = parse_key(key)
-        number, episode, frame = self._rows.locate(index)
+        number, episode, frame = self._index.locate(index)
         dataset = self.datasets[number]
         wanted_T = frame + self.horizon_frames[number] * np.arange(1 + self.num_frames)
         wanted_T = np.minimum(wanted_T, dataset.lengths[episode] - 1)
@@ -174,16 +136,9 @@ class FutureFrames(torch.utils.data.Dataset):
         }
 
     def describe(self, index: int) -> str:
-        """Where a sample comes from, in words."""
-        number, episode, frame = self._rows.locate(index)
+        """Where a sample comes from, for messages."""
+        number, episode, frame = self._index.locate(index)
         return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
-
-    def _choose(self, split: str, held_out: float, seed: int) -> ItemIndex:
-        chosen = [
-            split_episodes(len(dataset.lengths), held_out, seed + number, split)
-            for number, dataset in enumerate(self.datasets)
-        ]
-        return ItemIndex(chosen, [d.lengths[episodes] for d, episodes in zip(self.datasets, chosen, strict=True)])
 
 
 def collated(model: VideoModel, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -194,16 +149,16 @@ def collated(model: VideoModel, items: Sequence[dict[str, Any]]) -> dict[str, Te
 
 
 def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation: the loss, and the error of some predicted frames beside those of simpler guesses.
+    """An evaluation: the loss, and the error of some predicted frames compared with those of simpler guesses.
 
     The loss is always under the same noise. Errors are mean squared, of pixels in [0, 1]: of the predicted frames, of
-    copies of the frame that is seen, and of frames predicted under another sample's instruction.
+    copies of the current frame, and of frames predicted under another sample's instruction.
     Names begin with the split: held_out_mse, or train_mse where nothing is held out.
     """
     some = [items[place] for place in _places(len(items), PREDICTED_SAMPLES)]
     frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in some]))
-    words = [item["instruction"] for item in some]
-    others = _other_words(words)
+    instructions = [item["instruction"] for item in some]
+    others = _other_instructions(instructions)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, VideoModel)
@@ -216,7 +171,7 @@ def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[
                 total += float(model(batch).loss) * len(group)
         figures = {
             "loss": total / len(items),
-            "mse": _error(model.sample(frames_BTCHW[:, 0], words), frames_BTCHW),
+            "mse": _error(model.sample(frames_BTCHW[:, 0], instructions), frames_BTCHW),
             "mse_copy": _error(frames_BTCHW[:, :1], frames_BTCHW),
         }
         if others is not None:
@@ -227,27 +182,28 @@ def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[
 
 
 def samples_sheet(model: VideoModel, items: Sequence[dict[str, Any]]) -> Image.Image:
-    """A row for each sample under its instruction: the frame that is seen, the predicted ones, the true ones."""
+    """Draws a row for each sample under its instruction: the current frame, the predicted ones, the true ones."""
     frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in items]))
     predicted_BFCHW = model.sample(frames_BTCHW[:, 0], [item["instruction"] for item in items]).cpu()
     count, row_height = model.config.num_frames, CELL + CAPTION + GAP
-    picture = Image.new("RGB", ((1 + 2 * count) * (CELL + GAP), CAPTION + len(items) * row_height), "white")
-    drawing = ImageDraw.Draw(picture)
-    titles = ["seen", *(f"predicted +{n}" for n in range(1, count + 1)), *(f"true +{n}" for n in range(1, count + 1))]
+    sheet = Image.new("RGB", ((1 + 2 * count) * (CELL + GAP), CAPTION + len(items) * row_height), "white")
+    drawing = ImageDraw.Draw(sheet)
+    steps = range(1, count + 1)
+    titles = ["current", *(f"predicted +{n}" for n in steps), *(f"true +{n}" for n in steps)]
     for column, title in enumerate(titles):
         drawing.text((column * (CELL + GAP) + 2, 1), title, fill="gray")
-    for row, (item, seen_TCHW, predicted_FCHW) in enumerate(zip(items, frames_BTCHW, predicted_BFCHW, strict=True)):
+    for row, (item, true_TCHW, predicted_FCHW) in enumerate(zip(items, frames_BTCHW, predicted_BFCHW, strict=True)):
         top = CAPTION + row * row_height
         drawing.text((2, top + 1), item["instruction"], fill="black")
-        cells_NCHW = torch.cat([seen_TCHW[:1], predicted_FCHW, seen_TCHW[1:]])
+        cells_NCHW = torch.cat([true_TCHW[:1], predicted_FCHW, true_TCHW[1:]])
         for column, cell_HWC in enumerate(rearrange(cells_NCHW, "n c h w -> n h w c").numpy()):
             cell = Image.fromarray(cell_HWC).resize((CELL, CELL), Image.Resampling.NEAREST)
-            picture.paste(cell, (column * (CELL + GAP), top + CAPTION))
-    return picture
+            sheet.paste(cell, (column * (CELL + GAP), top + CAPTION))
+    return sheet
 
 
 def _starting_model(config: VideoTrainConfig, datasets: Sequence[Dataset]) -> VideoModel:
-    """A new model, its horizon as the datasets' frame rates round it, or the one to go on from."""
+    """A new model, its horizon in whole frames of the datasets, or the one to go on from."""
     if config.start is None:
         horizon = _common_horizon(datasets, config.model.horizon_seconds)
         instructions = [episode.instruction for dataset in datasets for episode in dataset.episodes]
@@ -264,43 +220,31 @@ def _starting_model(config: VideoTrainConfig, datasets: Sequence[Dataset]) -> Vi
 
 
 def _common_horizon(datasets: Sequence[Dataset], seconds: float) -> float:
-    """The horizon in whole frames of the datasets, in seconds. UserError where their rates round it far apart."""
+    """The horizon in whole frames of the datasets, in seconds. Raises UserError where their rates disagree on it."""
     rounded = {dataset.name: horizon_frames(seconds, dataset.fps) / dataset.fps for dataset in datasets}
     if max(rounded.values()) - min(rounded.values()) > HORIZON_TOLERANCE * seconds:
-        told = ", ".join(f"{name} {value:.3g} s" for name, value in rounded.items())
+        found = ", ".join(f"{name} {value:.3g} s" for name, value in rounded.items())
         raise UserError(
-            f"a horizon of {seconds:g} s in whole frames is {told}; give one with --horizon-seconds that all can keep"
+            f"a horizon of {seconds:g} s in whole frames is {found}; give one with --horizon-seconds that fits all"
         )
     return next(iter(rounded.values()))
 
 
-def _futures(config: VideoTrainConfig, datasets: Sequence[Dataset], split: str) -> FutureFrames:
-    return FutureFrames(
-        datasets,
-        config.model,
-        config.camera,
-        split=split,
-        held_out=config.held_out,
-        seed=config.loop.seed,
-        cache_gib=config.cache_gib,
-    )
-
-
 def _held_out(config: VideoTrainConfig, datasets: Sequence[Dataset], training: FutureFrames) -> FutureFrames:
-    """What to evaluate on: the held-out episodes or, where there are none, those for training, decoded already."""
+    """The validation split or, where there is none, the training split, which is decoded already."""
     if config.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets):
-        return _futures(config, datasets, "held_out")
+        return FutureFrames(datasets, config, "held_out")
     warn("no episode is held out: evaluating on the training episodes instead")
     return training
 
 
 def _conclude(figures: dict[str, float], split: str) -> None:
-    """The summary of the predictions, and a warning of what it shows."""
+    """Reports the error of the predictions, and warns where copies of the current frame are better."""
     error, copy = figures[f"{split}_mse"], figures[f"{split}_mse_copy"]
     whose = "held-out" if split == "held_out" else "training"
-    say(f"frames of {whose} episodes: error {error:.5f}, copying the frame that is seen {copy:.5f}")
+    say(f"frames of {whose} episodes: error {error:.5f}, of copies of the current frame {copy:.5f}")
     if error >= copy:
-        warn("predicted frames are worse than copies of the one that is seen; train for longer")
+        warn("predicted frames are worse than copies of the current one; train for longer")
 
 
 def _places(count: int, most: int) -> list[int]:
@@ -312,7 +256,7 @@ def _spread(samples: FutureFrames, most: int) -> list[dict[str, Any]]:
     return [samples[place] for place in _places(len(samples), most)]
 
 
-def _other_words(words: Sequence[str]) -> list[str] | None:
+def _other_instructions(words: Sequence[str]) -> list[str] | None:
     """For each instruction the next one that differs; None where all are the same."""
     if len(set(words)) == 1:
         return None

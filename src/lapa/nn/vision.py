@@ -17,11 +17,6 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetModel
 
-from lapa.errors import UserError
-
-# The stem halves the image twice, each further stage once.
-STEM_STRIDE = 4
-
 
 def residual_tower(widths: Sequence[int], depth: int, *, in_channels: int = 3) -> ResNetModel:
     """A tower of `depth` residual blocks a stage, one stage for each width, its convolutions in channels_last.
@@ -39,14 +34,6 @@ def residual_tower(widths: Sequence[int], depth: int, *, in_channels: int = 3) -
     )
     _replace_batch_norm(tower)
     return tower.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
-
-
-def tower_grid(image_size: int, widths: Sequence[int]) -> int:
-    """Side of the grid of features that a tower of these widths gives. UserError where its stride does not divide."""
-    stride = STEM_STRIDE * 2 ** (len(widths) - 1)
-    if image_size % stride:
-        raise UserError(f"image size {image_size} is not a multiple of the vision tower's stride {stride}")
-    return image_size // stride
 
 
 def _replace_batch_norm(module: nn.Module) -> None:

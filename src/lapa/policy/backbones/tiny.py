@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
-from lapa.nn.vision import residual_tower, tower_grid
+from lapa.nn.config import tower_grid
+from lapa.nn.vision import residual_tower
 from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
