@@ -288,9 +288,9 @@ def test_a_missing_library_is_named_with_its_install(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ValueError, match=r'needs diffusers .*pip install "lapa\[study\]"'):
+    with pytest.raises(ValueError, match=r'needs diffusers .*pip install "lapa-vla\[study\]"'):
         video_train.run(replace(training(root, "x"), out=tmp_path / "out"))
-    with pytest.raises(ValueError, match="lapa\\[study\\]"):
+    with pytest.raises(ValueError, match="lapa-vla\\[study\\]"):
         load_actor(root / "policy")
 
 

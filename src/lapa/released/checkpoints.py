@@ -200,7 +200,7 @@ class _Cursor:
             import msgpack
         except ImportError:
             raise UserError(
-                f'{path}: reading a streaming checkpoint needs msgpack; install it: pip install "lapa[import]"'
+                f'{path}: reading a streaming checkpoint needs msgpack; install it: pip install "lapa-vla[import]"'
             ) from None
         self.path, self.position, self.size = path, 0, path.stat().st_size
         self._file, self._msgpack = file, msgpack
