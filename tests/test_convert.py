@@ -28,7 +28,7 @@ SIDE = 32
 
 
 def shade(level: float, side: int = SIDE) -> np.ndarray:
-    """A picture whose left half is brighter than its right half."""
+    """An image whose left half is brighter than its right half."""
     frame = np.full((side, side, 3), level, np.uint8)
     frame[:, : side // 2] += 20
     return frame
@@ -69,9 +69,9 @@ class MadeUp(Source):
             for number in range(length - (kind == "uneven" and camera == "side")):
                 if kind == "lossy" and number == 5 and camera == "front":
                     clip.lost += 1
-                    clip.damage = "picture 5: broken"
+                    clip.damage = "image 5: broken"
                     continue
-                yield (-number if kind == "backwards" else number) / self.fps, _picture(kind, number, camera)
+                yield (-number if kind == "backwards" else number) / self.fps, _image(kind, number, camera)
 
         clip.frames = {camera: frames(camera) for camera in self.cameras}
         return clip
@@ -80,14 +80,14 @@ class MadeUp(Source):
         raise NotImplementedError
 
 
-def _picture(kind: str, number: int, camera: str) -> np.ndarray:
+def _image(kind: str, number: int, camera: str) -> np.ndarray:
     if kind == "black" or (kind == "dark" and camera == "front"):
         return np.zeros((SIDE, SIDE, 3), np.uint8)
     if kind == "tiny":
         return shade(10 * number, 16)
     if kind == "cuts":
-        picture = shade((30, 200, 90)[number // 6])
-        return picture[::-1] if number // 6 == 2 else picture
+        image = shade((30, 200, 90)[number // 6])
+        return image[::-1] if number // 6 == 2 else image
     return shade(80 if kind == "still" else 10 * number)
 
 
@@ -109,12 +109,12 @@ def converted(tmp_path: Path, names: Sequence[str], out: str = "out", **settings
     return open_dataset(tmp_path / out)
 
 
-def told(dataset: Dataset) -> list[tuple[str, int, str]]:
+def summary(dataset: Dataset) -> list[tuple[str, int, str]]:
     return [(episode.source, episode.length, episode.instruction) for episode in dataset.episodes]
 
 
 def same(one: Dataset, other: Dataset) -> bool:
-    """The same episodes, with the same pictures and metadata."""
+    """The same episodes, with the same images and metadata."""
     assert one.fingerprint == other.fingerprint
     frames = [
         (one.frames(e, None, c) == other.frames(e, None, c)).all() for e in range(len(one.lengths)) for c in one.cameras
@@ -130,7 +130,7 @@ FILTERS = {"cut_shots": True, "min_seconds": 0.4, "min_motion": 0.01}
 
 def test_items_become_episodes_in_order_whatever_the_workers(tmp_path: Path) -> None:
     alone = converted(tmp_path, NAMES)
-    assert [row[0] for row in told(alone)] == [name for name in NAMES if name != "black-1"]
+    assert [row[0] for row in summary(alone)] == [name for name in NAMES if name != "black-1"]
     assert alone.cameras == ("front", "side")
     assert same(alone, converted(tmp_path, NAMES, "many", workers=2))
     assert not any(alone.root.glob(f"{convert.INCOMING}*"))
@@ -139,7 +139,7 @@ def test_items_become_episodes_in_order_whatever_the_workers(tmp_path: Path) -> 
 def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = (*NAMES, "bad-1", "lossy-1", "dark-1")
     dataset = converted(tmp_path, names, skip_bad=True, min_seconds=0.5, min_motion=0.01)
-    kept = [row[0] for row in told(dataset)]
+    kept = [row[0] for row in summary(dataset)]
     assert kept == ["move-1", "cuts-1", "move-2", "cuts-2", "noted-1", "lossy-1", "dark-1"]
     printed = capsys.readouterr().err
     for line in (
@@ -150,7 +150,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
         "noted: 1",
         "damaged, the readable part is kept: 1",
         "frames lost in what is damaged: 1",
-        "picture 5: broken: damaged; 12 frames kept, 1 lost",
+        "image 5: broken: damaged; 12 frames kept, 1 lost",
         "bad-1: is damaged",
     ):
         assert line in printed, line
@@ -159,7 +159,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_an_item_of_which_one_camera_shows_nothing_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert [row[0] for row in told(converted(tmp_path, ("dark-1", "black-1")))] == ["dark-1"]
+    assert [row[0] for row in summary(converted(tmp_path, ("dark-1", "black-1")))] == ["dark-1"]
     assert "no camera shows anything: 1" in capsys.readouterr().err
     with pytest.raises(ValueError, match="none of its 1 items became an episode"):
         converted(tmp_path, ("dark-1",), "front", camera=("front",))
@@ -167,7 +167,7 @@ def test_an_item_of_which_one_camera_shows_nothing_is_kept(tmp_path: Path, capsy
 
 def test_shots_become_episodes_of_all_cameras(tmp_path: Path) -> None:
     dataset = converted(tmp_path, ("cuts-1", "move-1"), cut_shots=True, with_actions=True, control="delta")
-    assert [row[:2] for row in told(dataset)] == [
+    assert [row[:2] for row in summary(dataset)] == [
         ("cuts-1#0000", 6),
         ("cuts-1#0001", 6),
         ("cuts-1#0002", 6),
@@ -179,10 +179,8 @@ def test_shots_become_episodes_of_all_cameras(tmp_path: Path) -> None:
     assert converted(tmp_path, ("cuts-1",), "whole").lengths.tolist() == [18]
 
 
-def test_pictures_that_are_too_small_are_those_of_the_item_itself(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert [row[0] for row in told(converted(tmp_path, ("move-1", "tiny-1"), min_side=20))] == ["move-1"]
+def test_images_that_are_too_small_are_those_of_the_item_itself(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert [row[0] for row in summary(converted(tmp_path, ("move-1", "tiny-1"), min_side=20))] == ["move-1"]
     assert "images too small: 1" in capsys.readouterr().err
     assert len(converted(tmp_path, ("move-1", "tiny-1"), "all", min_side=16).lengths) == 2
 
@@ -377,20 +375,20 @@ def test_numbers_and_times_that_are_wrong_are_named_and_left_out(tmp_path: Path,
     with pytest.raises(ValueError, match=r"backwards-1: its timestamps go backwards at frame 1"):
         converted(tmp_path, ("backwards-1",), "backwards", **settings)
     kept = converted(tmp_path, ("nan-1", "backwards-1", "move-1"), skip_bad=True, **settings)
-    assert [row[0] for row in told(kept)] == ["move-1"]
+    assert [row[0] for row in summary(kept)] == ["move-1"]
     assert "left out, damaged: 2" in capsys.readouterr().err
 
 
 def test_times_that_run_backwards_or_leap_are_named() -> None:
-    picture = shade(10)
-    assert len(list(in_time([(0.0, picture), (0.1, picture), (0.1, picture)], "a"))) == 3
+    image = shade(10)
+    assert len(list(in_time([(0.0, image), (0.1, image), (0.1, image)], "a"))) == 3
     for times, wrong in (
         ([0.0, 0.2, 0.1], r"a: its timestamps go backwards at frame 2 \(from 0\.200 to 0\.100 s\)"),
         ([0.0, 1e9], "a: its timestamps leap at frame 1"),
         ([0.0, float("nan")], "a: its timestamps leap at frame 1"),
     ):
         with pytest.raises(ValueError, match=wrong):
-            list(in_time([(seconds, picture) for seconds in times], "a"))
+            list(in_time([(seconds, image) for seconds in times], "a"))
 
 
 def test_two_items_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -423,4 +421,4 @@ def test_where_nothing_becomes_an_episode_the_folder_stays_free(tmp_path: Path) 
 
 
 def test_a_limit_counts_items(tmp_path: Path) -> None:
-    assert [row[0] for row in told(converted(tmp_path, NAMES, limit=2))] == ["move-1", "cuts-1"]
+    assert [row[0] for row in summary(converted(tmp_path, NAMES, limit=2))] == ["move-1", "cuts-1"]

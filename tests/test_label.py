@@ -252,7 +252,7 @@ def interrupted(*_: object) -> None:
 def test_damaged_shards_are_made_again(
     data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Shards that a dying disk has emptied, cut short or bent, or that lack rows, beside whole ones."""
+    """Shards that a dying disk has emptied, cut short or bent, or that lack rows, among whole ones."""
     config = LabelConfig(lam=lam, data=data, out=tmp_path / "out", shard_episodes=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("lapa.label.run.make_manifest", interrupted)
@@ -266,9 +266,9 @@ def test_damaged_shards_are_made_again(
     write_shard(paths[3], {3: EpisodeLabels(np.arange(4), np.zeros((4, 4), np.int64))})
     run(replace(config, resume=True))
     assert [path.read_bytes() for path in paths] == contents
-    told = capfd.readouterr().err
-    assert all(path.name in told for path in paths[:4]) and "2 of 6 shards are there already" in told
-    assert "accounts for 4 pairs where its episodes have 9" in told
+    printed = capfd.readouterr().err
+    assert all(path.name in printed for path in paths[:4]) and "2 of 6 shards are there already" in printed
+    assert "accounts for 4 pairs where its episodes have 9" in printed
     assert Labels.open(tmp_path / "out").manifest.num_rows == EPISODES * (FRAMES - HORIZON)
     paths[0].write_bytes(b"")
     with pytest.raises(ValueError, match=rf"{paths[0].name}: damaged"):
@@ -363,13 +363,13 @@ def test_outputs_on_a_store_are_claimed_as_on_disk() -> None:
 
 
 def test_a_dataset_in_place_needs_an_out(data: Path, lam: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "films"
+    folder = tmp_path / "videos"
     folder.mkdir()
     for episode in range(2):
         encode_clip(folder / f"{episode}.mp4", open_dataset(data).frames(episode), 10)
     in_place = f"videos:{folder},caption=a square"
     with pytest.raises(
-        ValueError, match=r"is read in place, and nothing is written into .*films; give a folder .* with --out"
+        ValueError, match=r"is read in place, and nothing is written into .*videos; give a folder .* with --out"
     ):
         run(LabelConfig(lam=lam, data=in_place))
     run(LabelConfig(lam=lam, data=in_place, out=tmp_path / "labels"))

@@ -108,7 +108,7 @@ def test_windows_hold_each_pair_once_and_the_frames_of_the_dataset(
     assert pairs == [(episode, frame) for episode in (4, 1) for frame in range(FRAMES - horizon)]
 
 
-def test_a_killed_decoder_is_told_and_the_run_goes_on_from_there(
+def test_a_killed_decoder_is_reported_and_the_run_continues_from_there(
     data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, write = options(data, lam, tmp_path / "out", decoders=1), shards.write_shard
@@ -132,7 +132,7 @@ def test_a_killed_decoder_is_told_and_the_run_goes_on_from_there(
 
 
 class DyingActor(LabelActor):
-    """Is killed twice: amid its first shard, with a half written file, and after the last, before it can tell."""
+    """Is killed twice: amid its first shard, with a half written file, and after the last, before it can report."""
 
     def _make(self, shard: Shard, labeller: Labeller) -> None:
         folder = shard.path.parent.parent
@@ -245,7 +245,7 @@ def with_an_empty_video(data: Path, folder: Path) -> tuple[Path, str]:
     return damaged, video.name
 
 
-def test_an_actor_tells_what_goes_wrong(data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_actor_returns_its_error(data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     damaged, video = with_an_empty_video(data, tmp_path)
     config, identity = (
@@ -253,16 +253,16 @@ def test_an_actor_tells_what_goes_wrong(data: Path, lam: Path, tmp_path: Path, m
         make_plan(options(damaged, lam, tmp_path / "out")).identity,
     )
     rows = {"path": [str(tmp_path / "episodes-000002-000003.parquet")], "first": [2], "last": [3]}
-    told = LabelActor(config, identity, str(tmp_path))(rows)["error"][0]
-    assert video in told and "--skip-bad to leave the episode out" in told and "--resume" in told
-    told = LabelActor(config, {**identity, "dataset_fingerprint": "of another"}, str(tmp_path))(rows)["error"][0]
-    assert "has another model or dataset under these names: dataset_fingerprint was 'of another'" in told
-    told = LabelActor(replace(config, data="nowhere"), identity, str(tmp_path))(rows)["error"][0]
-    assert told.startswith("a worker could not begin: nowhere: no such")
+    error = LabelActor(config, identity, str(tmp_path))(rows)["error"][0]
+    assert video in error and "--skip-bad to leave the episode out" in error and "--resume" in error
+    error = LabelActor(config, {**identity, "dataset_fingerprint": "of another"}, str(tmp_path))(rows)["error"][0]
+    assert "has another model or dataset under these names: dataset_fingerprint was 'of another'" in error
+    error = LabelActor(replace(config, data="nowhere"), identity, str(tmp_path))(rows)["error"][0]
+    assert error.startswith("a worker could not begin: nowhere: no such")
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_with_ray_is_told_as_it_is_here(ray: Any, data: Path, lam: Path, tmp_path: Path) -> None:
+def test_errors_with_ray_are_those_of_this_machine(ray: Any, data: Path, lam: Path, tmp_path: Path) -> None:
     damaged, video = with_an_empty_video(data, tmp_path)
     config = options(damaged, lam, tmp_path / "out", engine="ray", ray=RayConfig(num_cpus=0.5, num_workers=1))
     with pytest.raises(ValueError, match=rf"{video}.*--skip-bad to leave the episode out"):

@@ -116,8 +116,8 @@ def test_shares_are_by_weight_times_frames_or_episodes_or_by_weight_alone(root: 
     for by, share in expected.items():
         assert shares[by] == pytest.approx((share, 1 - share))
     Mixture.of(datasets, both, "frames").report(1000)
-    told = capsys.readouterr().err
-    assert "66.7%" in told and "11.11" in told and "2.78" in told, "shares, and epochs of 1000 draws"
+    printed = capsys.readouterr().err
+    assert "66.7%" in printed and "11.11" in printed and "2.78" in printed, "shares, and epochs of 1000 draws"
     lacking = Mixture.of(datasets, ItemIndex([np.arange(6), np.arange(0)], [np.full(6, 10), np.arange(0)]), "equal")
     assert lacking.groups is None and lacking.shares == (1, 0)
     lacking.report(10)
@@ -163,8 +163,8 @@ def test_pairs_that_do_not_move_are_left_out_and_counted(root: Path, capsys, cac
     config = PairsConfig(size=32, held_out=0.0, min_motion=0.02, cache_gib=cache_gib)
     plain = FramePairs([clips], replace(config, min_motion=0.0))
     moving = FramePairs([clips], config)
-    told = " ".join(capsys.readouterr().err.split())
-    assert f"own: {moving.num_still[0]} of {len(plain)} pairs" in told and "warning" in told, "more than half"
+    printed = " ".join(capsys.readouterr().err.split())
+    assert f"own: {moving.num_still[0]} of {len(plain)} pairs" in printed and "warning" in printed, "more than half"
     assert len(moving) + moving.num_still[0] == len(plain)
     kept = [moving.location(index) for index in range(len(moving))]
     assert {episode for _, episode, _ in kept} == {1, 3, 5}, "the even clips stand still"
@@ -198,7 +198,7 @@ def test_a_horizon_of_its_own_goes_before_the_common_one(root: Path) -> None:
 def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_horizons(
     root: Path, tmp_path: Path, capsys
 ) -> None:
-    """A dataset folder and a folder of films, unequal weights, a horizon of its own, still pairs left out."""
+    """A dataset folder and a folder of videos, unequal weights, a horizon of its own, still pairs left out."""
     loop = replace(DEBUG.loop, steps=4, batch_size=8)
     config = replace(DEBUG, data=specs(root), out=tmp_path / "whole", loop=loop, mix_by="episodes", min_motion=0.01)
     training.run(config)
@@ -217,7 +217,7 @@ def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_hori
     assert noted[squares.fingerprint]["horizon_seconds"] == lam.horizon == 0.3
     unsaid = open_dataset(specs(root, "")[1])
     assert horizon_for(config.out, unsaid, lam) == 0.2, "as it was trained"
-    assert horizon_for(config.out, open_dataset(specs(root, ",horizon=0.4")[1]), lam) == 0.4, "as it is told"
+    assert horizon_for(config.out, open_dataset(specs(root, ",horizon=0.4")[1]), lam) == 0.4, "the given one"
     probe.run(ProbeConfig(config.out, specs(root, "")[1], tmp_path / "probe", num_pairs=8, device="cpu"))
     assert read_json(tmp_path / "probe" / "probe.json")["horizon_seconds"] == 0.2
     lines = [line for line in capsys.readouterr().err.splitlines() if "next: lapa label" in line]

@@ -20,17 +20,17 @@ def scene(seed: int, width: int = 96) -> np.ndarray:
     """A made-up landscape of soft blots, float [64, width]."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:64, :width]
-    picture = np.full((64, width), rng.uniform(60, 180))
+    image = np.full((64, width), rng.uniform(60, 180))
     for _ in range(40):
         y, x, radius = rng.uniform(0, 64), rng.uniform(0, width), rng.uniform(3, 14)
-        picture += rng.uniform(-70, 70) * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius**2)
-    return picture
+        image += rng.uniform(-70, 70) * np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / radius**2)
+    return image
 
 
-def film(pictures: list[np.ndarray], noise: float = 3.0, seed: int = 0) -> np.ndarray:
+def video(images: list[np.ndarray], noise: float = 3.0, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    noisy = [np.clip(picture + rng.normal(0, noise, picture.shape), 0, 255).astype(np.uint8) for picture in pictures]
-    return thumbnails([np.repeat(picture[..., None], 3, axis=2) for picture in noisy])
+    noisy = [np.clip(image + rng.normal(0, noise, image.shape), 0, 255).astype(np.uint8) for image in images]
+    return thumbnails([np.repeat(image[..., None], 3, axis=2) for image in noisy])
 
 
 def still(seed: int, length: int) -> list[np.ndarray]:
@@ -55,49 +55,49 @@ def starts(small_THW: np.ndarray) -> list[int]:
 
 def test_hard_cuts_are_found() -> None:
     for seed in range(8):
-        small = film([*still(seed, 12), *still(seed + 100, 20), *pan(seed + 200, 15, 2)], seed=seed)
+        small = video([*still(seed, 12), *still(seed + 100, 20), *pan(seed + 200, 15, 2)], seed=seed)
         assert [(shot.start, shot.stop) for shot in shots(small)] == [(0, 12), (12, 32), (32, 47)]
 
 
 def test_a_film_without_cut_is_one_shot() -> None:
-    assert shots(film(still(0, 30))) == [range(30)]
-    assert shots(film(still(0, 1))) == [range(1)]
+    assert shots(video(still(0, 30))) == [range(30)]
+    assert shots(video(still(0, 1))) == [range(1)]
     assert shots(thumbnails([])) == [range(0)]
 
 
 @pytest.mark.parametrize("step", [1, 4, 10])
 def test_a_pan_is_no_cut(step: int) -> None:
     for seed in range(6):
-        assert starts(film(pan(seed, 40, step))) == [0]
+        assert starts(video(pan(seed, 40, step))) == [0]
         moving = pan(seed, 20, step)
-        assert starts(film([*moving[:1] * 10, *moving, *moving[-1:] * 10])) == [0]
+        assert starts(video([*moving[:1] * 10, *moving, *moving[-1:] * 10])) == [0]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_a_flash_is_no_cut(length: int) -> None:
     white = [np.full((64, 96), 250.0)] * length
     for seed in range(6):
-        assert starts(film([*still(seed, 15), *white, *still(seed, 15)])) == [0]
+        assert starts(video([*still(seed, 15), *white, *still(seed, 15)])) == [0]
 
 
 def test_a_light_that_is_faded_in_is_no_cut() -> None:
-    assert starts(film([scene(3) * level for level in np.linspace(0.1, 1, 12)])) == [0]
+    assert starts(video([scene(3) * level for level in np.linspace(0.1, 1, 12)])) == [0]
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 6, 10])
 def test_pictures_that_come_several_times_are_no_cuts(repeats: int) -> None:
-    """As where film of 3 pictures a second is stored at 30; its first and last move are no different from cuts."""
+    """As where video of 3 images a second is stored at 30; its first and last move are no different from cuts."""
     for seed in range(4):
-        moving = [picture for picture in pan(seed, 12, 12) for _ in range(repeats)]
-        assert set(starts(film(moving))) <= {0, repeats, 11 * repeats}
+        moving = [image for image in pan(seed, 12, 12) for _ in range(repeats)]
+        assert set(starts(video(moving))) <= {0, repeats, 11 * repeats}
 
 
 def test_motion_of_a_meter_equals_that_of_the_whole_film() -> None:
     for length, horizon in ((1, 3), (3, 3), (4, 3), (20, 3)):
-        small = film(pan(1, length, 3))
+        small = video(pan(1, length, 3))
         meter = MotionMeter(horizon)
-        for picture in small:
-            meter.add(picture)
+        for image in small:
+            meter.add(image)
         energy = motion_energy(small, min(horizon, length - 1)) if length > 1 else np.zeros(1)
         assert meter.greatest == pytest.approx(energy.max(), abs=1e-6)
     assert MotionMeter(3).greatest == 0.0
@@ -108,9 +108,9 @@ def test_shots_are_told_a_few_frames_behind() -> None:
 
     def counted():
         nonlocal taken
-        for picture in film([*still(0, 20), *still(1, 20)]):
+        for image in video([*still(0, 20), *still(1, 20)]):
             taken += 1
-            yield picture
+            yield image
 
     behind = [taken - place for place, _ in enumerate(shot_numbers(counted()))]
     assert max(behind) <= AROUND + 1

@@ -121,11 +121,11 @@ def test_a_number_that_is_not_finite_is_named(feature: str, tmp_path: Path) -> N
 
 def test_augmentation_depends_on_the_seed_and_the_draw(square: Dataset) -> None:
     first, second, other = (EpisodeSteps([square], 32, chunk=1, augment=True, seed=seed) for seed in (0, 0, 1))
-    picture = first[(4, 100)]["images"]["front"]
+    image = first[(4, 100)]["images"]["front"]
     second[(7, 3)]
-    assert (picture == second[(4, 100)]["images"]["front"]).all()
-    assert (picture != first[(4, 101)]["images"]["front"]).any()
-    assert (picture != other[(4, 100)]["images"]["front"]).any()
+    assert (image == second[(4, 100)]["images"]["front"]).all()
+    assert (image != first[(4, 101)]["images"]["front"]).any()
+    assert (image != other[(4, 100)]["images"]["front"]).any()
 
 
 def test_steps_from_memory_and_from_video_agree(square: Dataset) -> None:
@@ -162,8 +162,8 @@ def test_datasets_must_agree_on_the_width_of_states(square: Dataset, tmp_path: P
     writer = DatasetWriter(
         tmp_path / "arm", fps=10, cameras={"front": (32, 32)}, action_names=["x", "y"], state_names=["x", "y", "z"]
     )
-    pictures = np.zeros((4, 32, 32, 3), np.uint8)
-    writer.add_episode({"front": pictures}, "wait", actions=np.zeros((4, 2)), states=np.zeros((4, 3)))
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    writer.add_episode({"front": images}, "wait", actions=np.zeros((4, 2)), states=np.zeros((4, 3)))
     arm = writer.finish()
     assert len(EpisodeSteps([square, arm], 32, chunk=1)) == 34
     with pytest.raises(ValueError, match=r"differ in the width of their state: {'d': 2, 'arm': 3}"):
@@ -189,9 +189,9 @@ def test_what_cannot_be_trained_on_is_said(square: Dataset, labels: Labels, tmp_
 
 
 def test_augmentation_by_nothing_is_the_picture_and_by_the_papers_amounts_stays_near() -> None:
-    picture = np.random.default_rng(0).integers(40, 216, (32, 32, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(40, 216, (32, 32, 3), dtype=np.uint8)
     rng = np.random.default_rng(1)
-    same = augment(picture, rng, crop=1, brightness=0, contrast=0, hue=0, saturation=0, value=0)
-    assert np.abs(same.astype(int) - picture).max() <= 8, "rounding on the way to HSV and back"
+    same = augment(image, rng, crop=1, brightness=0, contrast=0, hue=0, saturation=0, value=0)
+    assert np.abs(same.astype(int) - image).max() <= 8, "rounding on the way to HSV and back"
     warmer = augment(np.full((8, 8, 3), (200, 60, 60), np.uint8), rng, crop=1, brightness=0, contrast=0, hue=20)
     assert warmer[0, 0].argmax() == 0 and tuple(warmer[0, 0]) != (200, 60, 60)

@@ -18,7 +18,7 @@ from lapa.sources.synthetic import moving_squares
 
 
 def numbered_frames(num: int, size: int = 32) -> np.ndarray:
-    """Grey pictures, each a little lighter than the one before."""
+    """Grey images, each a little lighter than the one before."""
     return np.stack([np.full((size, size, 3), 20 + 5 * number, np.uint8) for number in range(num)])
 
 
@@ -171,14 +171,14 @@ def test_a_failed_encoding_leaves_nothing(tmp_path: Path) -> None:
 
 
 def write_with_b_frames(path: Path, codec: str, options: dict[str, str]) -> None:
-    """40 frames of a picture that moves."""
-    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    """40 frames of an image that moves."""
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=exact_rate(29.97), options=options)
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         for number in range(40):
-            moved = np.roll(picture, 2 * number, axis=1)
+            moved = np.roll(image, 2 * number, axis=1)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
         container.mux(stream.encode(None))
 
@@ -204,9 +204,9 @@ def test_resize_and_crop_takes_the_centre() -> None:
 
 
 def test_augmentation_depends_on_its_generator_only() -> None:
-    picture = np.ascontiguousarray(moving_squares(1)[0][0, 0].transpose(1, 2, 0))
-    once, again, other = (augment(picture, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    image = np.ascontiguousarray(moving_squares(1)[0][0, 0].transpose(1, 2, 0))
+    once, again, other = (augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert (once == again).all()
     assert (once != other).any()
-    assert once.shape == picture.shape
+    assert once.shape == image.shape
     assert once.dtype == np.uint8
