@@ -62,6 +62,20 @@ def test_numbers_and_pictures_come_back(tmp_path: Path) -> None:
     assert not (tmp_path / "d" / JOURNAL).exists()
 
 
+def test_a_dataset_is_a_sequence_of_episodes(square: Dataset) -> None:
+    assert len(square) == 4 == len(list(square))
+    assert square[0] == square.episodes[0] and square[-1] == square.episodes[3]
+    assert (square[1].index, square[1].length, square[1].instruction) == (1, 12, "move up-right")
+    for index in (4, -5):
+        with pytest.raises(IndexError, match=f"has 4 episodes, no episode {index}"):
+            square[index]
+        with pytest.raises(IndexError, match=f"has 4 episodes, no episode {index}"):
+            square.frames(index)
+    assert (square.actions(-1) == square.actions(3)).all() and (square.frames(-1) == square.frames(3)).all()
+    shown = "4 episodes; 48 frames at 10 fps; cameras front 64x64; action_dim 2; state_dim 2"
+    assert repr(square) == f"<LeRobotDataset {square.name} at {square.root}; {shown}>"
+
+
 def test_the_layout_is_lerobots(square: Dataset) -> None:
     info = json.loads((square.root / "meta/info.json").read_text())
     assert info["codebase_version"] == "v3.0"
@@ -314,7 +328,6 @@ def test_wrong_names_are_corrected(square: Dataset) -> None:
 
 
 def test_many_episodes_span_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lapa.data.writer.CHUNK_SIZE", 2)
     monkeypatch.setattr("lapa.data.writer.CHUNK_SIZE", 2)
     monkeypatch.setattr("lapa.data.writer.ROWS_PER_FILE", 5)
     monkeypatch.setattr("lapa.data.writer.EPISODES_PER_GROUP", 2)

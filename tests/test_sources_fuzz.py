@@ -19,7 +19,7 @@ from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, write_shard
 from lapa.data.labels import shard_path as labels_shard
-from lapa.data.spec import open_dataset, open_source
+from lapa.data.spec import open_dataset
 from lapa.errors import UserError
 from lapa.sources import lapa_jsonl
 from lapa.sources.lapa_jsonl import LapaJsonlReading
@@ -119,7 +119,7 @@ def tfrecords(folder: Path, cases: int) -> int:
     files = [shard_path(root, number) for number in range(2)]
 
     def read() -> Any:
-        return everything(open_source(RldsReading(str(root), fps=5.0)))
+        return everything(RldsReading(str(root), fps=5.0).open().dataset())
 
     wanted = read()
     return fuzz(files, read, lambda found, _: same(found, wanted), cases, seed=1)
@@ -129,7 +129,7 @@ def tfds_metadata(folder: Path, cases: int) -> int:
     root = write_folder(folder, [episode(number, steps=3) for number in range(4)])
 
     def read() -> Any:
-        return [length for length, *_ in everything(open_source(RldsReading(str(root), fps=5.0)))]
+        return [length for length, *_ in everything(RldsReading(str(root), fps=5.0).open().dataset())]
 
     wanted = read()
     files = [root / "features.json", root / "dataset_info.json"]
@@ -145,7 +145,7 @@ def jsonl_rows(folder: Path, cases: int) -> int:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def read() -> Any:
-        dataset = open_source(LapaJsonlReading(str(path), image_codes=4))
+        dataset = LapaJsonlReading(str(path), image_codes=4).open().dataset()
         return sum(len(dataset.image_codes(one.index, range(one.length))) for one in dataset.episodes)
 
     # A file that ends where a row ends is a whole file.

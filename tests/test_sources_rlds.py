@@ -24,7 +24,7 @@ from lapa.data.convert import run
 from lapa.data.dataset import CONTROLS, Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.pairs import FramePairs, PairsConfig
-from lapa.data.spec import open_dataset, open_source
+from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.files import as_path
@@ -59,7 +59,7 @@ def convert(folder: Path, **options: Any) -> Dataset:
 
 def opened(folder: Path | str, **options: Any) -> Dataset:
     """The same in place."""
-    return open_source(RldsReading(str(folder), **{"fps": 5.0, **options}))
+    return RldsReading(str(folder), **{"fps": 5.0, **options}).open().dataset()
 
 
 @pytest.fixture(autouse=True)
@@ -656,7 +656,7 @@ def test_real_bridge_episodes(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert re.search(r"camera image_3 shows one colour throughout.*: 25\n", capsys.readouterr().err)
     # In Bridge, the first action of each episode is no motion.
     assert max(np.abs(dataset.actions(number)[0, :6]).max() for number in range(25)) < 1e-6
-    inplace = open_source(RldsReading(str(folder)))
+    inplace = RldsReading(str(folder)).open().dataset()
     assert inplace.cameras == dataset.cameras and [*_told(inplace)] == [*_told(dataset)]
     for number, camera in ((0, "image_0"), (24, "image_1")):
         same = resize_and_crop(inplace.frames(number, None, camera), 64).astype(int) - dataset.frames(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapa.data.spec import DataSpec, typed_options
+from lapa.data.spec import DataSpec, open_dataset, typed_options
+from lapa.errors import UserError
 
 SOURCES = ("rlds", "videos", "lerobot", "lapa-jsonl")
 
@@ -76,7 +77,7 @@ def test_a_spec_may_be_longer_than_any_name_of_a_file() -> None:
         ("rlds:", "names no path"),
         ("rlds:,camera=x", "names no path"),
         ("data:0", "a weight must be above 0"),
-        ("data/clips:1.2.3", r"'1\.2\.3' is no weight"),
+        ("data/clips:1.2.3", r"'1\.2\.3' is not a weight"),
     ],
 )
 def test_specs_that_cannot_be_read_are_said(text: str, told: str) -> None:
@@ -124,3 +125,49 @@ def test_options_have_the_types_of_their_fields() -> None:
     ):
         with pytest.raises(ValueError, match=told):
             typed_options(Options, "x", text, "rlds")
+
+
+BROUGHT = """
+import dataclasses, pathlib
+import numpy as np
+from lapa.data.source import Clip, Item, Reading, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class GreyReading(Reading):
+    path: pathlib.Path
+    level: int = 0
+
+    def open(self):
+        return Grey(self)
+
+
+class Grey(Source):
+    kind, fps, cameras, settings = "grey", 5.0, {"front": (8, 8)}, {}
+
+    def __init__(self, reading):
+        self.root, self.name, self.level = reading.path, reading.path.name, reading.level
+        self.items = [Item("a", (), "wait", 3), Item("b", (), "wait", 2)]
+
+    def read(self, item):
+        raise NotImplementedError
+
+    def frames(self, item, frame_indices, camera):
+        return np.full((len(frame_indices), 8, 8, 3), self.level, np.uint8)
+"""
+
+
+def test_another_distribution_brings_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brought_source.py").write_text(BROUGHT)
+    metadata = tmp_path / "brought-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: brought\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[lapa.sources]\ngrey = brought_source:GreyReading\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    dataset = open_dataset("mine=grey:somewhere,level=7")
+    assert (dataset.name, len(dataset), dataset[1].length) == ("mine", 2, 2)
+    assert (dataset.frames(-1) == 7).all() and dataset.in_place
+    with pytest.raises(UserError, match="unknown option of grey:somewhere 'levl'; did you mean 'level'"):
+        open_dataset("grey:somewhere,levl=7")
+    with pytest.raises(UserError, match="unknown source 'gray'; did you mean 'grey'"):
+        open_dataset("gray:somewhere")

@@ -1,8 +1,8 @@
-"""What a source is: somebody else's data, seen as episodes, to convert (lapa.data.convert) or to read in place.
+"""Interface of a source: somebody else's data as episodes, to convert (lapa.data.convert) or to read in place.
 
-A source has `Reading` options (a dataclass that says how to read it, also what `--data SOURCE:PATH,key=value` may say)
-and opens as a `Source`: a list of items, most often files, each of which is an episode or holds what becomes episodes.
-Opening looks at names and metadata only. Sources are sent to worker processes, so they pickle and hold no open file.
+A source has `Reading` options (a dataclass; `--data SOURCE:PATH,key=value` gives the same) and opens as a `Source`: a
+list of items, most often files, each of which holds one episode or several. Opening looks at names and metadata only.
+Sources are sent to worker processes, so they pickle and hold no open file.
 Axes: T time, H W image, C channel, D numbers of a feature.
 """
 
@@ -27,10 +27,10 @@ from lapa.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What becomes one episode (or, cut into shots, several).
+    """The origin of one episode (or, cut into shots, of several).
 
-    key: names it within the source for good; a resumed conversion and the dataset's `source` column go by it.
-    place: what the source needs to find it: plain values.
+    key: its name within the source, which never changes: resumed conversions and the dataset's `source` column use it.
+    place: plain values by which the source finds it.
     instruction, length (frames): where they are known without reading it; else "" and None.
     """
 
@@ -44,10 +44,10 @@ class Item:
 class Clip:
     """An item, read for conversion.
 
-    frames: for each camera (seconds from the start, picture) in order, read as it is asked for; `lost` counts frames
-    that could not be, once they have been iterated, and `damage` says why the first of them. notes: what should be
-    counted and told ("the instruction changes").
-    actions, states: [T, D] float32 of as many rows as frames, or None.
+    frames: for each camera an iterable of (seconds from the start, image) in order, read lazily. Once it is exhausted,
+        `lost` counts the frames that could not be read, and `damage` is the error of the first of them.
+    actions, states: float32 of as many rows as frames, or None.
+    notes: oddities to count and report ("the instruction changes").
     """
 
     frames: Mapping[str, Iterable[tuple[float, UInt8[np.ndarray, "H W 3"]]]]
@@ -64,17 +64,17 @@ class Reading(ABC):
 
     @abstractmethod
     def open(self) -> Source:
-        """The source. Raises UserError naming the file that is wrong and how to fix it."""
+        """Returns the source. Raises UserError naming the file that is wrong and how to fix it."""
 
 
 class Source(ABC):
     """Episodes of a folder, in a fixed order.
 
-    kind: the source's name on the command line; root: where it lies; name: what a dataset made of it is called.
-    fps: frames a second of its episodes (videos of other rates are resampled); cameras: name -> (height, width).
+    kind: the source's name on the command line; root: its location; name: the default name of a dataset made of it.
+    fps: frames per second of its episodes (videos of other rates are resampled); cameras: name -> (height, width).
     action_space, state_names: None without.
-    settings: the options that decide what is read, as plain JSON values: noted in a converted dataset.
-    inputs: what is read beside the root, such as a table of captions.
+    settings: the options that the content depends on, as plain JSON values: noted in a converted dataset.
+    inputs: files that are read besides the root, such as a table of captions.
     """
 
     kind: str
@@ -90,37 +90,39 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, item: Item) -> Clip:
-        """All of an item. UserError naming file and place where it is damaged."""
+        """Returns all of an item. Raises UserError naming file and place where it is damaged."""
 
     @abstractmethod
     def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
-        """Single pictures, which exist, at `fps`; in any order, repeats allowed. UserError as `read`."""
+        """Returns single images, which exist, at `fps`; in any order, repeats allowed. Raises UserError as `read`."""
 
     def numbers(self, item: Item) -> Mapping[str, Float[np.ndarray, "T D"]]:
-        """The rows of `action` and `observation.state`, those of them that there are."""
+        """Returns the rows of `action` and `observation.state`, as far as the source has them."""
         return {}
 
     def measured(self) -> Sequence[Item]:
-        """All items with instruction and length, for reading in place; may take a pass over the files."""
+        """Returns all items with instruction and length, for reading in place; may take a pass over the files."""
         return self.items
 
     def dataset(self, name: str | None = None) -> Dataset:
-        """The source as a dataset, in place."""
+        """Returns the source as a dataset, in place."""
         return SourceDataset(self, name)
 
     def without_items(self) -> Source:
-        """A copy for worker processes, which are told their items one by one."""
+        """Returns a copy for worker processes, which receive their items one by one."""
         light = copy.copy(self)
         light.items = ()
         return light
 
     def file_of(self, item: Item) -> str:
-        """Where an item is, for messages."""
+        """Returns the location of an item, for messages."""
         return f"{self.root}: {item.key}"
 
 
 class SourceDataset(Dataset):
-    """A source read in place, without a converted copy. Labels and checkpoints know it by its items and settings."""
+    """A source read in place, without a converted copy; its items and settings make its fingerprint."""
+
+    in_place = True
 
     def __init__(self, source: Source, name: str | None = None):
         self.source = source
@@ -137,10 +139,6 @@ class SourceDataset(Dataset):
             sources=[item.key for item in self._items],
         )
 
-    @property
-    def in_place(self) -> bool:
-        return True
-
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the source's settings and of its items' names, lengths and instructions."""
@@ -151,7 +149,7 @@ class SourceDataset(Dataset):
 
     @property
     def extra(self) -> dict[str, Any]:
-        """How it is read, and what is known of its actions."""
+        """The source's settings and what is known of its actions."""
         declared = self.source.action_space.declared() if self.source.action_space else {}
         return {"made_by": f"{self.source.kind}, in place", **self.source.settings, **declared}
 
@@ -164,12 +162,12 @@ class SourceDataset(Dataset):
 
 
 def with_length(item: Item, length: int, instruction: str | None = None) -> Item:
-    """The item, measured."""
+    """Returns the item with its length, and its instruction where one is given."""
     return replace(item, length=length, instruction=item.instruction if instruction is None else instruction)
 
 
 def _features(source: Source) -> dict[str, dict[str, Any]]:
-    """The source's features as LeRobot's meta/info.json would describe them."""
+    """Returns the source's features as LeRobot's meta/info.json would describe them."""
     features: dict[str, dict[str, Any]] = {}
     names = {ACTION: source.action_space.names if source.action_space else None, STATE: source.state_names}
     for feature, its_names in names.items():
