@@ -113,7 +113,8 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     try:
         with reading(path, MAKE_AGAIN), open_binary(path) as file:
             table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
-    except pa.ArrowException as error:
+    # Names of columns that are not UTF-8 raise UnicodeDecodeError.
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged ({str(error).splitlines()[0]}); {MAKE_AGAIN}") from None
     odd = {field.name for field in table.schema if (field.name in LISTS) != pa.types.is_fixed_size_list(field.type)}
     if wrong := sorted(odd | (set(columns or ()) - set(table.column_names))):
