@@ -457,8 +457,11 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A table of a dataset. UserError naming the file where it cannot be read."""
     try:
         with reading(path, AGAIN), open_binary(path) as file:
-            return pq.ParquetFile(file).read(columns=columns)
-    except pa.ArrowException as error:
+            table = pq.ParquetFile(file).read(columns=columns)
+        # Finds texts that are not UTF-8, which would raise where they are used.
+        table.validate(full=True)
+        return table
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
 
 
@@ -467,7 +470,7 @@ def column_names(path: Path) -> list[str]:
     try:
         with reading(path, AGAIN), open_binary(path) as file:
             return pq.read_schema(file).names
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
 
 
@@ -553,7 +556,7 @@ class StoredPictures:
             try:
                 with reading(path, AGAIN), open_binary(path) as file:
                     metadata = pq.ParquetFile(file).metadata
-            except pa.ArrowException as error:
+            except (pa.ArrowException, UnicodeDecodeError) as error:
                 raise _unreadable(path, error) from None
             sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             self._starts[path] = np.cumsum([0, *sizes])
@@ -579,7 +582,7 @@ class StoredPictures:
             try:
                 with reading(path, AGAIN), open_binary(path) as file:
                     self._groups[key] = pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
-            except (pa.ArrowException, KeyError) as error:
+            except (pa.ArrowException, UnicodeDecodeError, KeyError) as error:
                 raise _unreadable(path, error) from None
             if len(self._groups) > OPEN_GROUPS:
                 self._groups.popitem(last=False)
