@@ -40,6 +40,7 @@ from lapa.latent.metrics import (
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
 from lapa.sources.synthetic import moving_squares
+from lapa.types import TrainingDataset
 
 TINY = LATENT["tiny"]
 PAIRS, TEST_PAIRS, INITIALISATION_PAIRS = 4096, 2048, 256
@@ -99,7 +100,7 @@ class AblationConfig:
     """Steps between measurements."""
 
 
-class SyntheticPairs(torch.utils.data.Dataset):
+class SyntheticPairs(TrainingDataset):
     """Pairs of moving squares in memory, as `lapa.data.pairs.FramePairs` gives them; `directions_N` is the truth."""
 
     in_memory = True

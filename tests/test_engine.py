@@ -20,14 +20,14 @@ from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.distributed import pick_device
 from lapa.engine.loop import TrainResult, train
 from lapa.engine.optim import build_optimizer, learning_rate
-from lapa.types import Losses
+from lapa.types import Losses, TrainableModel, TrainingDataset
 
 LOOP = LoopConfig(
     steps=4, batch_size=4, optim=OptimConfig(lr=1e-2, warmup_steps=2), device="cpu", log_every=1, eval_every=2
 )
 
 
-class Line:
+class Line(TrainingDataset):
     """Points of y = 2x, jittered by the draw number alone."""
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Line:
         return f"point {index}"
 
 
-class Slope(nn.Module):
+class Slope(TrainableModel, nn.Module):
     """Dropout draws from torch's global generator, so a resume must restore that too."""
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ def test_weights_are_of_one_precision_frozen_ones_too(tmp_path: Path) -> None:
     model.net[0].requires_grad_(False)
     model.register_buffer("angles", torch.ones(2))
     model.tokeniser = nn.Linear(1, 1, dtype=torch.float16).requires_grad_(False)
-    model.tokeniser.keeps_precision = True
+    model.full_precision = lambda: [model.tokeniser]
     kept = [torch.float16] * 2
     loop = replace(LOOP, precision="bf16", steps=1)
     train(model, Line(), collate, loop, tmp_path / "fp32", run_config={}, description="test")
@@ -195,7 +195,7 @@ def test_weights_are_of_one_precision_frozen_ones_too(tmp_path: Path) -> None:
     assert model.angles.dtype == torch.float32
 
 
-class Wide(nn.Module):
+class Wide(TrainableModel, nn.Module):
     """Wide enough for moments in 8 bits."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lapa.engine.config import LoopConfig
 from lapa.engine.loop import TrainResult, train
-from lapa.types import Losses
+from lapa.types import Losses, TrainableModel
 from test_engine import LOOP, Line, collate, log
 
 SHARD = replace(LOOP, shard=True, save_every_steps=1)
@@ -41,7 +41,7 @@ class Block(nn.Module):
         return x_BD + self.out(self.trained(self.frozen(x_BD + self.offset)).relu())
 
 
-class Tower(nn.Module):
+class Tower(TrainableModel, nn.Module):
     """Blocks between a table and a head that are one, as in language models. `held`: what it held at evaluations."""
 
     sharded_methods = ("predict",)

@@ -45,7 +45,7 @@ from lapa.nn.vision import residual_tower
 from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.figures import action_figures
 from lapa.policy.scale import ActionScale
-from lapa.types import Losses
+from lapa.types import Losses, TrainableModel, TrainingDataset
 
 CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
 # Augmentation: the largest shift as a part of the side, and how far brightness and each colour may change.
@@ -64,7 +64,7 @@ class Recording:
     action_space: ActionSpace
 
 
-class InverseDynamics(nn.Module):
+class InverseDynamics(TrainableModel, nn.Module):
     """The model with the scale of its actions; `forward(batch)` returns the training loss."""
 
     def __init__(self, config: InverseConfig, recording: Recording, scale: ActionScale) -> None:
@@ -189,7 +189,7 @@ def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C 
     return (gain * frames + shift).clamp(0, 255)
 
 
-class InversePairs(torch.utils.data.Dataset):
+class InversePairs(TrainingDataset):
     """`FramePairs` with the actions between their frames, on a scale."""
 
     def __init__(self, pairs: FramePairs, scale: ActionScale) -> None:

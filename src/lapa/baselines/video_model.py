@@ -32,7 +32,7 @@ from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.tokenizer import load_tokenizer, save_tokenizer
-from lapa.types import Losses
+from lapa.types import Losses, TrainableModel
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 NOISE_LEVELS = 1000
@@ -42,7 +42,7 @@ SMALLEST_CHANGE = 0.01
 HORIZON_TOLERANCE = 0.1
 
 
-class VideoModel(nn.Module):
+class VideoModel(TrainableModel, nn.Module):
     """Denoises the changes of F frames. Its tokenizer belongs to it."""
 
     scale_F: Tensor

@@ -33,6 +33,7 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.policy.tokenizer import train_tokenizer
+from lapa.types import TrainingDataset
 
 INITIALISATION_SAMPLES = 256
 # Samples of the validation split: for the loss, for errors of predicted frames, and for the image of samples.
@@ -94,7 +95,7 @@ def run(config: VideoTrainConfig) -> None:
         finish("video model", config.out, next_commands)
 
 
-class FutureFrames(torch.utils.data.Dataset):
+class FutureFrames(TrainingDataset):
     """Every frame of the datasets with the F that follow, each a horizon after the last.
 
     Past an episode's end its last frame repeats: the goal follows the goal, and so the model plans to it.

@@ -34,6 +34,7 @@ from lapa.data.sampling import (
     split_items,
 )
 from lapa.errors import UserError
+from lapa.types import TrainingDataset
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class PairsConfig:
 MANY_STILL = 0.5
 
 
-class FramePairs(torch.utils.data.Dataset):
+class FramePairs(TrainingDataset):
     """All pairs of the datasets, one after another: dataset, episode, frame.
 
     Keys are an index or a draw `(index, number)`. split: 'train', 'held_out' or 'all', by episode, from the seed.

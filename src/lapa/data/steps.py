@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64
 
 from lapa.console import warn
@@ -19,9 +18,10 @@ from lapa.data.labels import Labels
 from lapa.data.sampling import FrameStore, Mixture, choose_cameras, parse_key, split_items
 from lapa.data.transforms import augment
 from lapa.errors import UserError
+from lapa.types import TrainingDataset
 
 
-class EpisodeSteps(torch.utils.data.Dataset):
+class EpisodeSteps(TrainingDataset):
     """One item per frame of the datasets (with `chunk`), or per labelled frame (with `labels` alone).
 
     Keys are an index or a draw `(index, number)`; augmentation depends on (seed, number) only, so that a resumed run

@@ -19,13 +19,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from lapa.errors import UserError
+from lapa.types import TrainingDataset
 
 # Draws among which the parts of a mixture are shuffled.
 BLOCK = 1024
@@ -158,7 +159,7 @@ class StepSampler(Sampler[list[Draw]]):
 
 
 def batch_loader(
-    dataset: Dataset[Any],
+    dataset: TrainingDataset,
     collate: Callable[[list[Any]], dict[str, Any]],
     sampler: StepSampler,
     *,
@@ -186,5 +187,6 @@ def _begin_worker(worker: int) -> None:
     # Connections to a store (upath is imported for those alone) do not survive a fork; a copy by pickle has none yet.
     info = torch.utils.data.get_worker_info()
     assert info is not None, "called in a worker"
-    if "upath" in sys.modules and not getattr(info.dataset, "in_memory", False):
-        vars(info.dataset).update(pickle.loads(pickle.dumps(vars(info.dataset))))
+    dataset = cast(TrainingDataset, info.dataset)
+    if "upath" in sys.modules and not dataset.in_memory:
+        vars(dataset).update(pickle.loads(pickle.dumps(vars(dataset))))

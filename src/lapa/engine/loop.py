@@ -42,7 +42,7 @@ from lapa.engine.metrics import MetricLog
 from lapa.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from lapa.engine.sharding import gather, load_sharded, prepare_moments, reshard, save_sharded, shard
 from lapa.errors import UserError
-from lapa.types import Losses
+from lapa.types import Losses, TrainableModel, TrainingDataset
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class TrainResult:
 
 
 def train(
-    model: nn.Module,
-    dataset: Any,
+    model: TrainableModel,
+    dataset: TrainingDataset,
     collate: Callable[[list[Any]], dict[str, Any]],
     config: LoopConfig,
     out: Path,
@@ -70,7 +70,6 @@ def train(
     """Trains `model` in place, keeping its state in `out/training`.
 
     prepare: data-dependent initialisation, on the device, only at the start of a new run.
-    dataset: may say `.groups`, the parts that it mixes (lapa.engine.batches), and `.in_memory`.
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
     with `shard` on all of them. With `shard`, the main process has the whole model in the end, on the CPU.
     Raises FloatingPointError naming the samples where the loss or its gradient is not finite; UserError where a
@@ -80,7 +79,7 @@ def train(
     _require_sense(config)
     half = _uses_half(config, pick_device(config.device))
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        model.checkpoint_activations()
     with (
         start(config.device, alone=config.shard) as processes,
         _stop_signals() as stop_asked,
@@ -114,10 +113,10 @@ def train(
         sampler = StepSampler(
             len(dataset), config.batch_size, seed=config.seed, first_step=first_step, last_step=last_step,
             accumulate=config.accumulate, rank=processes.rank, world=processes.world,
-            groups=getattr(dataset, "groups", None),
+            groups=dataset.groups,
         )  # fmt: skip
         # Samples that are in memory already need no processes to read them.
-        needs_workers = device.type == "cuda" and not getattr(dataset, "in_memory", False)
+        needs_workers = device.type == "cuda" and not dataset.in_memory
         workers = config.workers if config.workers is not None else 4 * needs_workers
         loader = batch_loader(dataset, collate, sampler, workers=workers, pin_memory=device.type == "cuda")
         stepped = model if config.shard else processes.averaged(_compiled(model) if config.compile else model)
@@ -157,12 +156,12 @@ def train(
                     with _gradient_sync(stepped, last=micro == config.accumulate - 1):
                         with autocast():
                             losses: Losses = stepped(batch)
-                        loss: torch.Tensor = losses.loss  # type: ignore[assignment]
+                        loss = losses.loss
                         (loss / config.accumulate).backward()
                     _require_finite("loss", loss, batch, dataset, step)
                     if (step + 1) % config.log_every == 0 or step + 1 == last_step:
                         for name, value in {"loss": loss.detach(), **losses.parts}.items():
-                            parts[name] = parts.get(name, 0.0) + float(value) / config.accumulate  # type: ignore[arg-type]
+                            parts[name] = parts.get(name, 0.0) + float(value) / config.accumulate
                 gradient_norm = _clip(model, config.optim.clip)
                 _require_finite("gradient norm", gradient_norm, batch, dataset, step)
                 optimizer.step()
@@ -268,22 +267,16 @@ def _uses_half(config: LoopConfig, device: torch.device) -> bool:
     return config.precision == "bf16" or (config.precision == "auto" and automatic)
 
 
-def _cast(model: nn.Module, weights: str) -> None:
-    """All weights in one precision, frozen ones too: models of transformers cast by what their first weight is in.
+def _cast(model: TrainableModel, weights: str) -> None:
+    """Casts all weights but those of `model.full_precision()`; buffers (angles, counts) stay as they are.
 
-    Weights only: what buffers hold (angles, counts) may not bear it, nor modules that say `keeps_precision`.
+    Frozen weights too: models of transformers cast their inputs to the precision of their first weight.
     """
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    kept = {id(p) for m in model.modules() if getattr(m, "keeps_precision", False) for p in m.parameters()}
+    kept = {id(p) for module in model.full_precision() for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    if not hasattr(model, "checkpoint_activations"):
-        raise UserError(f"--gradient-checkpointing: {type(model).__name__} cannot do it; leave the option out")
-    model.checkpoint_activations()  # type: ignore[operator]
 
 
 def _require_room(model: nn.Module, config: LoopConfig, processes: Processes, what: str, *, half: bool) -> None:
@@ -348,7 +341,7 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     }
 
 
-def _require_finite(what: str, value: torch.Tensor, batch: dict[str, Any], dataset: Any, step: int) -> None:
+def _require_finite(what: str, value: torch.Tensor, batch: dict[str, Any], dataset: TrainingDataset, step: int) -> None:
     if torch.isfinite(value):
         return
     samples = [dataset.describe(int(index)) for index in batch["index"]]

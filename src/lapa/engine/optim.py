@@ -9,22 +9,22 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from lapa.console import warn
 from lapa.engine.config import OptimConfig
 from lapa.errors import UserError
+from lapa.types import TrainableModel
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters that require a gradient. UserError where there is none, or torchao is absent.
 
-    Besides gains and biases, weight decay leaves alone what `model.undecayed()` names, where the model has it.
+    Weight decay touches matrices only, and not those of `model.undecayed()`.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise UserError("nothing to train: every parameter is frozen")
-    kept = {id(p) for p in getattr(model, "undecayed", list)()}
+    kept = {id(p) for p in model.undecayed()}
     decays = [p.ndim >= 2 and id(p) not in kept for p in trained]
     groups = [
         {"params": [p for p, yes in zip(trained, decays, strict=True) if yes], "weight_decay": config.weight_decay},

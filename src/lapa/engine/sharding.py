@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from lapa.engine.checkpoint import RunState, lasting, require_same_run, restore_
 from lapa.engine.distributed import Processes
 from lapa.errors import UserError
 from lapa.files import read_json, write_json
+from lapa.types import TrainableModel
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,12 @@ class PlainModule:
 
 
 def shard(
-    model: nn.Module, processes: Processes, *, half: bool = False, compile: bool = False
+    model: TrainableModel, processes: Processes, *, half: bool = False, compile: bool = False
 ) -> dict[nn.Module, PlainModule]:
     """Shares the parameters of `model` out over the processes, in place; returns what `gather` needs to undo it.
 
-    Units are `model.shard_units()` where it has them, and the model itself. Methods of the model named in its
-    `sharded_methods` may be called as its forward may, and its `after_sharding()` is called in the end. The model may
-    be on the CPU: units go to the device one by one.
+    Units are those of `model.shard_units()` and the model itself. The model may be on the CPU: units go to the device
+    one by one.
     half: a unit is gathered in bf16, weights stay as they are, gradients are added up in fp32. What is computed in
     which precision is left to autocast, as without sharding.
     Raises UserError for a parameter that is a single number without an axis, which cannot be shared out.
@@ -60,19 +59,18 @@ def shard(
     for parameter in model.parameters():
         # FSDP2 takes no other layout, such as the channels_last of convolutions.
         parameter.data = parameter.data.contiguous()
-    units: Sequence[nn.Module] = model.shard_units() if hasattr(model, "shard_units") else []  # type: ignore[operator]
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     policy = MixedPrecisionPolicy()
     if half:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for unit in units:
+    for unit in model.shard_units():
         if compile:
             unit.compile()
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    for name in getattr(model, "sharded_methods", ()):
+    for name in model.sharded_methods:
         register_fsdp_forward_method(model, name)
-    getattr(model, "after_sharding", lambda: None)()
+    model.after_sharding()
     return before
 
 

@@ -36,7 +36,7 @@ from lapa.latent.config import LatentModelConfig
 from lapa.latent.quantizers import NO_CODES, build_quantizer, mean_everywhere
 from lapa.nn.patches import PatchEmbedding, PatchPixels, PatchSummary, PositionBias, sinusoids
 from lapa.nn.transformer import Transformer
-from lapa.types import Losses
+from lapa.types import Losses, TrainableModel
 
 if TYPE_CHECKING:
     from lapa.data.dataset import Dataset
@@ -75,7 +75,7 @@ class View:
         return View(self.pixels_BTCHW[:, time : time + 1], None if features is None else features[:, time : time + 1])
 
 
-class LatentActionModel(nn.Module):
+class LatentActionModel(TrainableModel, nn.Module):
     """Encoder, quantiser and decoder; `forward` is the training loss.
 
     z = latents(x_{t+h}) - latents(x_t), each read from the tokens of a spatial and a temporal transformer over both

@@ -41,7 +41,7 @@ from lapa.policy.lora import add_lora, has_lora, hold_old_rows, merge_lora, voca
 from lapa.policy.prompts import Prompts
 from lapa.policy.statistics import KeyedSpace
 from lapa.policy.vocabulary import Segment, Vocabulary
-from lapa.types import Losses
+from lapa.types import Losses, TrainableModel
 
 LossAndParts = tuple[Float[Tensor, ""], dict[str, Tensor]]
 
@@ -127,7 +127,7 @@ class Field:
         return len(self.sizes_F)
 
 
-class LatentPolicy(nn.Module):
+class LatentPolicy(TrainableModel, nn.Module):
     """The whole policy as one module; `forward` is the training loss.
 
     A batch holds what the backbone's processor made of an observation, `state_BS` where the policy is told the state,
@@ -266,15 +266,16 @@ class LatentPolicy(nn.Module):
             hold_old_rows(self.backbone.language, self._adapted_rows)
 
     def shard_units(self) -> list[nn.Module]:
-        """What FSDP2 shards one by one."""
         return self.backbone.blocks
 
     def undecayed(self) -> list[nn.Parameter]:
         """What weight decay must leave alone: the rows of words that a batch does not hold."""
         return vocabulary_weights(self.backbone.language)
 
+    def full_precision(self) -> list[nn.Module]:
+        return self.backbone.full_precision
+
     def checkpoint_activations(self) -> None:
-        """Recomputes activations in the backward pass instead of keeping them."""
         language = self.backbone.language
         # The second is the name that transformers gave up in 5.23.
         enable = getattr(language, "activation_checkpointing_enable", language.gradient_checkpointing_enable)

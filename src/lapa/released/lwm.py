@@ -146,6 +146,11 @@ class LwmBackbone(PrefixBackbone):
         # The image tokeniser may be of another precision than the rest, which one unit of sharding cannot be.
         return [*self.language.model.layers, self.vqgan]
 
+    @property
+    def full_precision(self) -> list[nn.Module]:
+        # In bf16 the codes would change.
+        return [self.vqgan]
+
     def tokens(self, batch: Mapping[str, Tensor]) -> Int[Tensor, "B P"]:
         """The observation's tokens with the codes of its pictures in their places."""
         tokens_BP, images_BVHWC = batch["tokens_BT"], batch["images_BVHWC"]

@@ -117,9 +117,6 @@ class Decoder(nn.Module):
 class VQGAN(nn.Module):
     """The frozen image tokeniser. Nothing here learns: parameters take no gradient."""
 
-    # In bf16 the codes would change.
-    keeps_precision = True
-
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config

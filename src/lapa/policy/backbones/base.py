@@ -102,6 +102,11 @@ class Backbone(nn.Module, ABC):
     def blocks(self) -> list[nn.Module]:
         """The repeated layers, each a unit of sharding."""
 
+    @property
+    def full_precision(self) -> list[nn.Module]:
+        """Submodules whose weights keep the precision they have, whatever --weights says."""
+        return []
+
     @abstractmethod
     def read(
         self, batch: Mapping[str, Tensor], tokens_BF: Int[Tensor, "B F"]
