@@ -1,6 +1,8 @@
 """The study: its steps are shared, made once and resumed; all five arms run in the made-up world and are reported."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,15 +17,16 @@ from lapa.config import to_dict
 from lapa.data.spec import open_dataset
 from lapa.files import read_json
 from lapa.study import run as study_run
-from lapa.study.plan import PRESETS, Plan, Step, order, sizes_of
+from lapa.study.config import PRESETS, StudyConfig, sizes_of
+from lapa.study.plan import Plan, Step, order
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
 from lapa.study.run import steps_of
-from lapa.subcommand import OutOfTimeError, Stage, run_stage
+from lapa.subcommand import Stage, run_stage
 
 CPU = sizes_of("cpu")
 
 
-def in_this_process(stage: Stage, seconds: float | None = None, hold: tuple[int, ...] = ()) -> float:
+def in_this_process(stage: Stage, hold: tuple[int, ...] = ()) -> float:
     with pytest.raises(SystemExit) as exit_:
         cli.main(stage.command)
     assert exit_.value.code == 0, stage.command
@@ -39,7 +42,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("study") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_run, "run_stage", in_this_process)
-        study_run.run(study_run.StudyConfig(out=out, preset="debug", demonstrations=1))
+        study_run.run(StudyConfig(out=out, preset="debug", demonstrations=1))
     return out
 
 
@@ -73,8 +76,8 @@ def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch
     again = tmp_path / "study"
     shutil.copytree(study, again)
     ran: list[str] = []
-    monkeypatch.setattr(study_run, "run_stage", lambda stage, seconds=None, hold=(): ran.append(stage.title))
-    config = study_run.StudyConfig(out=again, preset="debug", demonstrations=1)
+    monkeypatch.setattr(study_run, "run_stage", lambda stage, hold=(): ran.append(stage.title))
+    config = StudyConfig(out=again, preset="debug", demonstrations=1)
     before = (again / "results" / "in-domain-1-lapa-0.json").read_bytes()
     study_run.run(config)
     assert ran == []
@@ -84,33 +87,23 @@ def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_study_in_slices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first slice ends in finetuning; nothing is lost, and nothing said to be finished."""
-    config = study_run.StudyConfig(out=tmp_path / "s", preset="debug", arm=("scratch",), minutes=10.0)
+    """The first slice ends in finetuning; nothing is lost, and nothing is reported as finished."""
+    config = StudyConfig(out=tmp_path / "s", preset="debug", arm=("scratch",))
     ran: list[str] = []
 
-    def out_of_time_once(stage: Stage, seconds: float | None = None, hold: tuple[int, ...] = ()) -> float:
-        assert seconds is not None and 0 < seconds <= 600
+    def stopped_once(stage: Stage, hold: tuple[int, ...] = ()) -> float:
         ran.append(stage.title)
         if ran.count("finetuning scratch") == 1 and stage.title == "finetuning scratch":
-            raise OutOfTimeError(stage.title)
+            raise KeyboardInterrupt
         return in_this_process(stage)
 
-    monkeypatch.setattr(study_run, "run_stage", out_of_time_once)
-    with pytest.raises(SystemExit) as exit_:
+    monkeypatch.setattr(study_run, "run_stage", stopped_once)
+    with pytest.raises(KeyboardInterrupt):
         study_run.run(config)
-    assert exit_.value.code == study_run.GO_ON
     assert not (tmp_path / "s" / "results").exists()
     study_run.run(config)
     assert load_result(tmp_path / "s" / "results" / "in-domain-2-scratch-0.json").arm == "scratch"
     assert ran.count("labelled episodes") == 1
-    with pytest.raises(ValueError, match=r"--minutes 0\.1"):
-        study_run.run(replace(config, minutes=0.1))
-
-
-def test_a_step_is_not_begun_when_time_is_nearly_up(tmp_path: Path) -> None:
-    step = Step("one", "label", (), "manifest.json")
-    with pytest.raises(OutOfTimeError, match="one"), study_run._alone(tmp_path, step) as lock:
-        study_run._make(tmp_path, step, "1/1", time.monotonic() + 1, lock)
 
 
 def test_inputs_of_a_step_that_is_done_are_not_made_again() -> None:
@@ -197,7 +190,7 @@ def test_splits_differ_in_their_videos_alone() -> None:
 def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def slowly(stage: Stage, seconds: float | None = None, hold: tuple[int, ...] = ()) -> float:
+    def slowly(stage: Stage, hold: tuple[int, ...] = ()) -> float:
         made.append(stage.title)
         time.sleep(0.2)
         stage.artifact.parent.mkdir(parents=True)
@@ -209,8 +202,7 @@ def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkey
     step = Step("one", "label", (), "manifest.json")
 
     def one_run() -> None:
-        with study_run._alone(tmp_path, step) as lock:
-            study_run._make(tmp_path, step, "1/1", None, lock)
+        study_run._run_step(tmp_path, step, "1/1")
 
     runs = [threading.Thread(target=one_run) for _ in range(3)]
     for thread in runs:
@@ -223,25 +215,31 @@ def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkey
 def test_a_step_stays_locked_while_its_command_lives(tmp_path: Path) -> None:
     """A run that is killed outright leaves its command behind, which goes on writing."""
     step = Step("one", "label", (), "manifest.json")
-    with study_run._alone(tmp_path, step) as lock:
+    with study_run._locked(tmp_path, step) as lock:
         orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock])
-    with pytest.raises(OutOfTimeError), study_run._alone(tmp_path, step, deadline=time.monotonic()):
-        pass
-    orphan.kill()
-    orphan.wait()
-    with study_run._alone(tmp_path, step, deadline=time.monotonic()):
-        pass
+    with (tmp_path / "artifacts" / f".{step.key}.lock").open("w") as file:
+        assert not study_run._try_lock(file.fileno())
+        orphan.kill()
+        orphan.wait()
+        assert study_run._try_lock(file.fileno())
 
 
-def test_a_stage_is_stopped_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_stops_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by `timeout 9m lapa study run`: SIGTERM is passed on to the stage, whose checkpoint the next run continues."""
     real = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda words, pass_fds: real([sys.executable, "-c", "import time; time.sleep(60)"])
-    )
-    begun = time.monotonic()
-    with pytest.raises(OutOfTimeError, match="long"):
-        run_stage(Stage("long", ["label"], tmp_path / "never"), seconds=0.5)
-    assert time.monotonic() - begun < 30
+    started: list[subprocess.Popen] = []
+
+    def sleeping(words: list[str], pass_fds: tuple[int, ...]) -> subprocess.Popen:
+        started.append(real([sys.executable, "-c", "import time; time.sleep(60)"]))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", sleeping)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(Stage("long", ["label"], tmp_path / "never"))
+    assert started[0].returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_settings_are_kept_beside_the_results(study: Path) -> None:

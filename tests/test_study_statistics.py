@@ -5,22 +5,21 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from lapa.study.report import PAPER
 from lapa.study.results import Arm, ArmResult, Rollout
 from lapa.study.statistics import (
-    Played,
+    SharedRollouts,
     bootstrap,
     by_wording,
     compare,
+    correlations,
     estimate,
+    figure_and_success,
     gap_recovered,
     mean_ranks,
-    ranks,
     shared,
-    success_of,
     success_rates,
 )
-from lapa.study.tables import correlations, figure_and_success
-from lapa.study.verdicts import PAPER
 
 
 def run_of(arm: Arm, seed: int, outcomes: dict[str, Sequence[bool | int]], **rest: object) -> ArmResult:
@@ -33,18 +32,18 @@ def run_of(arm: Arm, seed: int, outcomes: dict[str, Sequence[bool | int]], **res
     return ArmResult(arm=arm, seed=seed, rollouts=tuple(rollouts), **values)  # type: ignore[arg-type]
 
 
-def played(success_ASKE: np.ndarray) -> Played:
+def played(success_ASKE: np.ndarray) -> SharedRollouts:
     tasks = tuple(map(str, range(success_ASKE.shape[2])))
-    return Played(success_ASKE.astype(float), np.ones(success_ASKE.shape[1:]), tasks)
+    return SharedRollouts(success_ASKE.astype(float), np.ones(success_ASKE.shape[1:]), tasks)
 
 
-def rollouts(rates: Sequence[float], num_seeds: int = 3, num: int = 50, seed: int = 0) -> Played:
+def rollouts(rates: Sequence[float], num_seeds: int = 3, num: int = 50, seed: int = 0) -> SharedRollouts:
     """Independent rollouts of one task, one arm a rate."""
     random = np.random.default_rng(seed)
     return played(random.random((len(rates), num_seeds, 1, num)) < np.array(rates)[:, None, None, None])
 
 
-def interval(each: Played, *weights: float) -> tuple[float, float]:
+def interval(each: SharedRollouts, *weights: float) -> tuple[float, float]:
     found = estimate(each, weights or (1,))
     assert found.low is not None and found.high is not None
     return found.low, found.high
@@ -171,8 +170,8 @@ def test_the_paired_interval_is_narrower_than_the_unpaired_on_correlated_arms() 
 def test_one_runs_success_rate_is_that_of_the_comparison() -> None:
     run = run_of("lapa", 0, {"push": [1, 1, 1, 1], "reach": [0, 1]})
     both = shared([run])
-    assert both is not None and success_of(run) == success_rates(both)[0] == 0.75
-    assert success_of(run_of("lapa", 0, {})) is None
+    assert both is not None and run.success_rate() == success_rates(both)[0] == 0.75
+    assert run_of("lapa", 0, {}).success_rate() is None
 
 
 def test_arms_are_compared_on_what_both_played() -> None:
@@ -233,11 +232,7 @@ def test_draws_without_a_gap_widen_its_interval_rather_than_drop_out() -> None:
     assert gap.low < left[0] and gap.high > left[1] and np.isfinite([gap.low, gap.high]).all()
 
 
-def test_equal_values_share_the_mean_of_their_ranks() -> None:
-    assert ranks(np.array([3.0, 1.0, 3.0, 7.0])).tolist() == [2.5, 1.0, 2.5, 4.0]
-
-
-def test_the_mean_rank_averages_over_tasks_and_seeds() -> None:
+def test_the_mean_rank_averages_over_tasks_and_seeds_and_ties_share_theirs() -> None:
     both = shared(
         [run_of("scratch", 0, {"push": [0, 0], "reach": [1, 1]})],
         [run_of("lapa", 0, {"push": [1, 0], "reach": [1, 1]})],

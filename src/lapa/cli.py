@@ -104,12 +104,12 @@ VERBS = (
          "the released latent action model, laq_openx.pt -> a LAM"),
     Verb("import lapa-7b", "lapa.released.config:ImportLapaConfig", "lapa.released.lapa7b:run",
          "the released LAPA-7B or LWM-Chat-1M -> a policy"),
-    Verb("evaluate", "lapa.evaluate.rollout:EvaluateConfig", "lapa.evaluate.rollout:run",
+    Verb("evaluate", "lapa.evaluate.config:EvaluateConfig", "lapa.evaluate.rollout:run",
          "a policy in a simulator -> success rates with intervals, and videos"),
-    Verb("study run", "lapa.study.run:StudyConfig", "lapa.study.run:run",
+    Verb("study run", "lapa.study.config:StudyConfig", "lapa.study.run:run",
          "arms of the study: LAPA beside training from scratch, VPT, UniPi and true actions"),
-    Verb("study report", "lapa.study.report:ReportConfig", "lapa.study.report:run",
-         "the study's table, figures and page"),
+    Verb("study report", "lapa.study.config:ReportConfig", "lapa.study.report:run",
+         "the study's table, plots and page"),
 )
 # fmt: on
 

@@ -1,19 +1,20 @@
-"""The parts of a report: tables that become Markdown, HTML or a terminal's, and a page that needs no other file.
+"""A report as a list of blocks, written as Markdown or as an HTML page that needs no other file.
 
-    table = Table("Success", ("arm", "rate"), (("lapa", "0.62"),))
-    page = document("Study", [heading("Results"), table_html(table), picture(Path("success.png"), "Success by arm")])
+    blocks = [Heading("Results"), Table("Success", ("arm", "rate"), (("lapa", "0.62"),)), Figure(path, "By arm")]
+    page = html_page("Study", blocks)
 
-Every function escapes the text it is given. The page loads nothing: its pictures are data URIs, its style is inside,
-there is no script. It is read in light and dark; pictures keep their white ground.
+Text is escaped. The page loads nothing: images are data URIs, the style is inside, there is no script. It has a light
+and a dark form; images keep their white background.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from rich.markup import escape as escape_markup
 from rich.table import Table as RichTable
@@ -39,98 +40,128 @@ tr.new td { border-top: 2px solid var(--line); }
 figure { margin: 1.2rem 0; }
 figure img { background: #ffffff; border: 1px solid var(--line); border-radius: 6px; max-width: 100%; height: auto; }
 figcaption { font-size: .9rem; }
-.verdicts { background: var(--soft); border-left: 4px solid var(--mark); padding: .6rem 1rem .6rem 2rem; }
-details { margin: .6rem 0; } summary { cursor: pointer; }
+.findings { background: var(--soft); border-left: 4px solid var(--mark); padding: .6rem 1rem .6rem 2rem; }
 """.strip()
 
 
 @dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """address: where the whole paragraph links to."""
+
+    text: str
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """A list of words and texts; the word may be empty. highlighted: set apart on the page."""
+
+    items: tuple[tuple[str, str], ...]
+    highlighted: bool = False
+
+
+@dataclass(frozen=True)
 class Table:
-    """Cells of text; a row begins a new part of the table where its first cell differs from that above it."""
+    """Cells of text. A row starts a new part of the table where its first cell differs from the one above."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
-    def begins_part(self, number: int) -> bool:
+    def starts_part(self, number: int) -> bool:
         return number > 0 and self.rows[number][0] != self.rows[number - 1][0]
 
 
-def table_markdown(table: Table) -> str:
-    """GitHub's Markdown, without the title."""
-    rows = [table.header, ("---",) * len(table.header), *table.rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows
-    )
+@dataclass(frozen=True)
+class Figure:
+    """A PNG file; left out of Markdown."""
+
+    path: Path
+    caption: str
 
 
-def table_rich(table: Table) -> RichTable:
-    """For the terminal."""
+Block: TypeAlias = Heading | Paragraph | Bullets | Table | Figure
+
+
+def markdown(title: str, blocks: Sequence[Block]) -> str:
+    """Returns the blocks in GitHub's Markdown."""
+    return "\n\n".join([f"# {title}", *filter(None, map(_markdown, blocks))]) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {text}"
+        case Paragraph(text, address):
+            return f"[{text}]({address})" if address else text
+        case Bullets(items):
+            return "\n".join(f"- **{word}**: {text}" if word else f"- {text}" for word, text in items)
+        case Table(title, header, rows):
+            lines = [header, ("---",) * len(header), *rows]
+            cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines]
+            return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
+        case Figure():
+            return ""
+
+
+def rich_table(table: Table) -> RichTable:
+    """Returns the table for the terminal."""
     rich = RichTable(*map(escape_markup, table.header), title=escape_markup(table.title))
     for number, row in enumerate(table.rows):
-        if table.begins_part(number):
+        if table.starts_part(number):
             rich.add_section()
         rich.add_row(*map(escape_markup, row))
     return rich
 
 
-def table_html(table: Table) -> str:
-    head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in table.header)
-    body = "".join(
-        f"<tr{' class=new' if table.begins_part(number) else ''}>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-        + "</tr>\n"
-        for number, row in enumerate(table.rows)
-    )
-    caption = f"<caption>{html.escape(table.title)}</caption>"
-    return f"<div class='wide'><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"
-
-
-def heading(text: str, level: int = 2) -> str:
-    return f"<h{level}>{html.escape(text)}</h{level}>"
-
-
-def paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
-
-
-def bullets(items: Iterable[str], kind: str = "") -> str:
-    inner = "\n".join(f"<li>{html.escape(item)}</li>" for item in items)
-    return f"<ul class='{html.escape(kind)}'>\n{inner}\n</ul>"
-
-
-def terms(items: Iterable[tuple[str, str]]) -> str:
-    """Words and what each means."""
-    inner = "\n".join(f"<li><b>{html.escape(word)}</b>: {html.escape(meaning)}</li>" for word, meaning in items)
-    return f"<ul>\n{inner}\n</ul>"
-
-
-def link(address: str, text: str) -> str:
-    """A line of its own; a link is followed only when it is clicked."""
-    return f"<p><a href='{html.escape(address)}' rel='noreferrer'>{html.escape(text)}</a></p>"
-
-
-def details(summary: str, parts: Sequence[str]) -> str:
-    """Parts (HTML) that are shown when they are asked for."""
-    return f"<details><summary>{html.escape(summary)}</summary>\n{chr(10).join(parts)}\n</details>"
-
-
-def picture(path: Path, caption: str) -> str:
-    """A PNG file inside the page. UserError where it is none."""
-    content = path.read_bytes()
-    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
-        raise UserError(f"{path}: not a PNG picture; make it again with `lapa study run`, or remove it")
-    data = base64.b64encode(content).decode("ascii")
-    text = html.escape(caption)
-    return f"<figure><img src='data:image/png;base64,{data}' alt='{text}'><figcaption>{text}</figcaption></figure>"
-
-
-def document(title: str, parts: Sequence[str]) -> str:
-    """The page: `parts` are HTML, in order."""
-    body = "\n".join(parts)
+def html_page(title: str, blocks: Sequence[Block]) -> str:
+    """Returns the page. Raises UserError where the file of a figure is not a PNG image."""
+    body = "\n".join(map(_html, blocks))
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"
         f"<title>{html.escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
         f"<h1>{html.escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )
+
+
+def _html(block: Block) -> str:
+    escape = html.escape
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{escape(text)}</h{level}>"
+        case Paragraph(text, ""):
+            return f"<p>{escape(text)}</p>"
+        case Paragraph(text, address):
+            return f"<p><a href='{escape(address)}' rel='noreferrer'>{escape(text)}</a></p>"
+        case Bullets(items, highlighted):
+            words = [f"<b>{escape(word)}</b>: " if word else "" for word, _ in items]
+            lines = [f"<li>{word}{escape(text)}</li>\n" for word, (_, text) in zip(words, items, strict=True)]
+            return f"<ul{' class=findings' if highlighted else ''}>\n{''.join(lines)}</ul>"
+        case Table():
+            return _html_table(block)
+        case Figure(path, caption):
+            content = path.read_bytes()
+            if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+                raise UserError(f"{path}: not a PNG image; remove it and run the same `lapa study run` again")
+            source = f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+            text = escape(caption)
+            return f"<figure><img src='{source}' alt='{text}'><figcaption>{text}</figcaption></figure>"
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in table.header)
+    body = "".join(
+        f"<tr{' class=new' if table.starts_part(number) else ''}>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        + "</tr>\n"
+        for number, row in enumerate(table.rows)
+    )
+    caption = f"<caption>{html.escape(table.title)}</caption>"
+    return f"<div class='wide'><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"

@@ -1,7 +1,7 @@
-"""The steps of a study: each a `lapa` command whose output folder is named by a hash of what it depends on.
+"""The steps of a study: each a `lapa` command whose output folder is named by a hash of its options and inputs.
 
-A step's words may be other steps, which stand for their folders. So a step that several arms or seeds need is the same
-step, made once; and a step whose settings or inputs changed is another one, in another folder.
+An option of a step may be another step, which stands for its folder. A step that several arms or seeds need is the same
+step and runs once; a step with other options or inputs is another step, in another folder.
 
     plan = Plan(sizes_of("cpu"), "in-domain", demonstrations=2, seed=0)
     for step in order(plan.rollouts("lapa")):
@@ -16,25 +16,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from lapa import presets
 from lapa.config import to_dict
-from lapa.errors import UserError, unknown
+from lapa.errors import UserError
+from lapa.study.config import StudySizes
 from lapa.study.results import Arm, Split
 from lapa.subcommand import Stage
 
 Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
-# Episodes of different purposes are drawn from seeds that lie apart; evaluation has seeds of its own kind.
+# Seeds of recorded episodes are far apart for different purposes; evaluation has seeds of its own kind.
 VIDEO_SEED, DEMONSTRATION_SEED, MEASURED_SEED, ROLLOUT_SEED = 0, 1000, 5000, 0
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its words; `artifact` is the file in its folder that it writes last.
+    """A command and its options (`words`).
 
-    again: the option with which the command is run again after a kill.
+    artifact: the file in its folder that it writes last. again: the option that continues or repeats a killed command.
     """
 
     title: str
@@ -45,7 +46,7 @@ class Step:
 
     @cached_property
     def key(self) -> str:
-        """Eight hex digits that stand for the command and all that it depends on."""
+        """Eight hex digits: a hash of the command, its options and its inputs."""
         words = [self.verb, *(word.key if isinstance(word, Step) else word for word in self.words)]
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]
 
@@ -68,9 +69,9 @@ class Step:
 
 
 def order(*wanted: Step, unless: Callable[[Step], bool] = lambda step: False) -> Iterator[Step]:
-    """The steps and all that they need, each once, inputs first.
+    """Yields the steps and all their inputs, each once, inputs first.
 
-    Steps of which `unless` is true are left out, with what they alone need.
+    Steps for which `unless` is true are left out, and the inputs that only they need.
     """
     seen: set[str] = set()
 
@@ -88,12 +89,12 @@ def order(*wanted: Step, unless: Callable[[Step], bool] = lambda step: False) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one seed on one split. The seed draws the labelled episodes and everything that is trained.
+    """The steps of one seed on one split. Labelled episodes and all training depend on the seed.
 
     Videos, measured episodes and evaluation goals are the same for all seeds.
     """
 
-    sizes: Sizes
+    sizes: StudySizes
     split: Split
     demonstrations: int
     seed: int
@@ -108,14 +109,14 @@ class Plan:
             raise UserError("--split cross-environment: this preset has no other view; choose another split or preset")
 
     def rollouts(self, arm: Arm) -> Step:
-        """The arm's policy in the simulator."""
+        """Rollouts of the arm's policy in the simulator."""
         sizes, world = self.sizes, self.sizes.world
         words = (
             self.policy(arm),
             *("--env", world.env),
             *("--tasks", world.tasks),
             *("--episodes", str(sizes.rollouts)),
-            # A plan of several frames is followed to its end.
+            # UniPi executes the whole chunk of its planned frames.
             *(() if arm == "unipi" else ("--steps-per-call", str(sizes.steps_per_call))),
             *("--max-steps", str(sizes.max_steps)),
             *("--seed", str(ROLLOUT_SEED)),
@@ -124,13 +125,13 @@ class Plan:
         return Step(f"rollouts {arm}", "evaluate", words, "results.json")
 
     def action_error(self, arm: Arm) -> Step:
-        """What the arm's policy says of recorded episodes."""
+        """Open-loop evaluation of the arm's policy on recorded episodes."""
         words = (self.policy(arm), "--data", self.measured, "--steps", str(self.sizes.chunk))
         return Step(f"action error {arm}", "policy measure", words, "measure.json", "--overwrite")
 
     @cached_property
     def token_accuracy(self) -> Step:
-        """How often the pretrained policy says the latent action that the label has, on videos it did not see."""
+        """How often the pretrained policy predicts the labelled latent action, on videos that it was not trained on."""
         words = (self.pretrained("lapa"), "--data", self.measured, "--labels", self.measured_labels)
         return Step("token accuracy", "policy measure", words, "measure.json", "--overwrite")
 
@@ -140,7 +141,7 @@ class Plan:
         return Step("labels of measured episodes", "label", words, "manifest.json")
 
     def policy(self, arm: Arm) -> Step:
-        """The arm's policy, ready to act."""
+        """The arm's finetuned policy."""
         if arm == "unipi":
             joined = ("--video", self.finetuned_video_model, "--inverse", self.inverse_dynamics)
             return Step("planner unipi", "baseline unipi", joined, "config.json", "--overwrite")
@@ -149,15 +150,14 @@ class Plan:
         return self._train(f"finetuning {arm}", "policy finetune", words, self.sizes.finetune_steps)
 
     def pretrained(self, arm: Arm) -> Step:
-        """The policy before it has seen the labelled episodes. UserError for arms without one."""
+        """The policy before finetuning, of the arms lapa, vpt and actionvla."""
         words: Words
         if arm == "lapa":
             words = ("--data", self.videos_without_actions, "--labels", self.labels, *self.sizes.policy)
             return self._train("pretraining lapa", "policy pretrain", words, self.sizes.pretrain_steps)
-        if arm not in ("vpt", "actionvla"):
-            raise UserError(f"the arm {arm} has no pretrained policy")
+        assert arm in ("vpt", "actionvla"), f"the arm {arm} has no pretrained policy"
         data = self.videos if arm == "actionvla" else self.pseudo_labelled
-        # Guessed actions, their mean over many pairs above all, have a narrower range than the robot's.
+        # Pseudo-actions have a narrower range than the robot's actions.
         words = ("--from-scratch", "--data", data, "--statistics", self.labelled, *self._acting)
         return self._train(f"pretraining {arm}", "policy finetune", words, self.sizes.pretrain_steps)
 
@@ -190,19 +190,18 @@ class Plan:
 
     @cached_property
     def video_model(self) -> Step:
-        """Trained on the videos."""
         words: Words = ("--data", self.videos_without_actions, *self._horizon)
         return self._train("video model", "baseline video", words, self.sizes.video_steps)
 
     @cached_property
     def finetuned_video_model(self) -> Step:
-        """Trained on, as policies are, with the labelled episodes."""
+        """The video model, finetuned on the labelled episodes as policies are."""
         words: Words = ("--start", self.video_model, "--data", self.labelled, "--held-out", "0", *self._horizon)
         return self._train("video model finetuning", "baseline video", words, self.sizes.finetune_steps)
 
     @cached_property
     def videos(self) -> Step:
-        """The videos of the split, with the true actions, which only the arm actionvla may see."""
+        """The videos of the split, with the true actions that only the arm actionvla may use."""
         world = self.sizes.world
         tasks = world.other_tasks if self.split == "cross-task" else world.tasks
         look: tuple[str, ...] = ()
@@ -250,132 +249,8 @@ class Plan:
         return Step(title, f"data {world.env}", (*words, "--seed", str(seed)), "meta/info.json")
 
 
-@dataclass(frozen=True)
-class World:
-    """Where episodes come from and are played.
-
-    tasks: those with labelled episodes, on which arms are evaluated. other_tasks: those of the videos of the split
-    cross-task. camera, other_camera, other_look: what the robot sees, and what the videos of cross-environment show.
-    """
-
-    env: Literal["metaworld", "synthetic"]
-    tasks: str
-    other_tasks: str = ""
-    camera: str = ""
-    other_camera: str = ""
-    other_look: int = 0
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """videos, measured, rollouts: episodes of each task. stage: the preset of the stages' own commands.
-
-    measured: recorded episodes that no arm learns from, on which action errors and probes are measured.
-    """
-
-    world: World
-    stage: Literal["debug", "tiny", "base"]
-    videos: int
-    measured: int
-    rollouts: int
-    horizon_seconds: float
-    latent_steps: int
-    inverse_steps: int
-    video_steps: int
-    pretrain_steps: int
-    finetune_steps: int
-    chunk: int
-    steps_per_call: int
-    max_steps: int
-    head: Literal["bins", "chunk"] = "bins"
-    policy: tuple[str, ...] = ()
-    """Further options of every policy, pretraining and finetuning alike."""
-
-
-# Of Meta-World's fifty tasks: six that two cores can learn, and as many others of the same kinds of motion.
-MT6 = "reach,push,drawer-open,button-press-topdown,window-open,door-open"
-MT10 = Sizes(
-    world=World(
-        env="metaworld",
-        tasks="mt10",
-        other_tasks="button-press,button-press-wall,door-close,door-lock,door-unlock,faucet-open,faucet-close,"
-        "handle-press,push-back,plate-slide",
-        camera="corner4",
-        other_camera="corner3",
-        other_look=1,
-    ),
-    stage="base",
-    videos=100,
-    measured=10,
-    rollouts=50,
-    horizon_seconds=0.1,
-    latent_steps=10_000,
-    inverse_steps=5_000,
-    video_steps=10_000,
-    pretrain_steps=10_000,
-    finetune_steps=2_000,
-    chunk=8,
-    steps_per_call=8,
-    max_steps=250,
-    # The stages' own presets differ in both.
-    policy=("--batch-size", "128", "--augment"),
-)
-PRESETS = {
-    # A minute or two: says whether everything works, and nothing about the method.
-    "debug": Sizes(
-        world=World(env="synthetic", tasks="all"),
-        stage="debug",
-        videos=3,
-        measured=2,
-        rollouts=1,
-        horizon_seconds=0.3,
-        latent_steps=20,
-        inverse_steps=10,
-        video_steps=4,
-        pretrain_steps=10,
-        finetune_steps=10,
-        chunk=3,
-        steps_per_call=3,
-        max_steps=40,
-    ),
-    "cpu": Sizes(
-        world=World(
-            env="metaworld",
-            tasks=MT6,
-            other_tasks="push-back,drawer-close,button-press,window-close,door-close,faucet-open",
-            camera="corner4",
-            other_camera="corner3",
-            other_look=1,
-        ),
-        stage="tiny",
-        videos=30,
-        measured=5,
-        rollouts=50,
-        horizon_seconds=0.1,
-        latent_steps=1200,
-        inverse_steps=600,
-        video_steps=1200,
-        pretrain_steps=1200,
-        finetune_steps=600,
-        chunk=8,
-        steps_per_call=8,
-        max_steps=150,
-        head="chunk",
-        policy=("--layers", "2"),
-    ),
-    "gpu": MT10,
-}
-
-
-def sizes_of(preset: str) -> Sizes:
-    """UserError with the nearest known name."""
-    if preset not in PRESETS:
-        raise unknown("study preset", preset, PRESETS)
-    return PRESETS[preset]
-
-
-def stage_presets(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """What the stages' own presets say, without what has no default, by stage."""
+def stage_presets(sizes: StudySizes) -> dict[str, dict[str, Any]]:
+    """Returns the stages' own presets as plain values, without required options, by stage."""
     named = {stage: to_dict(presets.named(stage, sizes.stage)) for stage in presets.STAGES}
     return {
         stage: {name: value for name, value in values.items() if value is not presets.REQUIRED}

@@ -1,8 +1,8 @@
-"""The figures of a study's report, drawn by matplotlib without a display or any global state.
+"""The plots of a study's report, by matplotlib without a display or any global state.
 
     save(success_by_split(groups), Path("success.png"))
 
-An arm has one colour everywhere (of Okabe and Ito, told apart by the colour-blind) and one marker.
+An arm has one colour everywhere (of Okabe and Ito, which the colour-blind can distinguish) and one marker.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import numpy as np
 from lapa.errors import UserError
 from lapa.files import atomic_path
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve
-from lapa.study.statistics import Estimate, Group
-from lapa.study.tables import Correlation, figure_and_success
-from lapa.study.verdicts import stage_of
+from lapa.study.statistics import Correlation, Estimate, Group, figure_and_success
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,18 +33,18 @@ COLOURS: dict[Arm, str] = {
 }
 MARKERS: dict[Arm, str] = {"scratch": "o", "vpt": "s", "unipi": "v", "lapa": "D", "actionvla": "^"}
 MAX_SCATTERS = 12
-# Of these, a row of small plots shows those that the curves have.
+# Validation metrics that are shown first, of those that the curves have.
 HELD_OUT = ("held_out_token_accuracy", "held_out_action_error", "held_out_loss")
 MAX_HELD_OUT = 2
 LEGEND_WIDTH = 5.4  # inches
 
 
 def require_matplotlib() -> None:
-    """UserError where it is not installed."""
+    """Raises UserError where it is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError('the report draws with matplotlib, not installed: pip install "lapa-vla[study]"') from None
+        raise UserError('the report needs matplotlib; install it: pip install "lapa-vla[study]"') from None
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -56,7 +54,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def success_by_split(groups: Sequence[Group]) -> Figure:
-    """Bars with their intervals: a row each number of labelled episodes, splits side by side."""
+    """Bars with their intervals: one row for each number of labelled episodes, splits side by side."""
     numbers = sorted({group.demonstrations for group in groups})
     splits = [split for split in SPLITS if any(group.split == split for group in groups)]
     arms = _arms_of(groups)
@@ -82,7 +80,7 @@ def success_by_split(groups: Sequence[Group]) -> Figure:
 
 
 def success_by_task(groups: Sequence[Group]) -> Figure:
-    """A heat map a group: tasks down, arms across, the mean over tasks below. A task not played stays white."""
+    """One heat map for each group: tasks down, arms across, the mean over tasks at the bottom."""
     tasks = sorted({task for group in groups for cell in group.cells.values() for task in cell.by_task})
     arms = _arms_of(groups)
     figure, axes = _panels(1, len(groups), width=1.9 + 0.55 * len(arms), height=1.3 + 0.26 * (len(tasks) + 1))
@@ -106,7 +104,7 @@ def success_by_task(groups: Sequence[Group]) -> Figure:
 
 
 def success_by_demonstrations(groups: Sequence[Group]) -> Figure:
-    """A panel each split with several numbers of labelled episodes: a line an arm, its interval as a band."""
+    """One panel for each split with several numbers of labelled episodes: a line for each arm, its interval a band."""
     splits = [split for split in SPLITS if sum(group.split == split for group in groups) > 1]
     figure, axes = _panels(1, len(splits), width=3.4, height=3.2)
     for axis, split in zip(axes[0], splits, strict=True):
@@ -136,11 +134,11 @@ def success_by_demonstrations(groups: Sequence[Group]) -> Figure:
 
 
 def learning_curves(results: Sequence[ArmResult]) -> Figure | None:
-    """A row each training stage: its loss, then what was measured on held-out episodes; None without curves.
+    """One row for each training stage: its loss, then validation metrics; None without curves.
 
-    A line each run, or a point where there is one value.
+    A line for each run, or a point where there is one value.
     """
-    curves = [(stage_of(curve.name, result), result.arm, curve) for result in results for curve in result.curves]
+    curves = [(result.stage_of(curve.name), result.arm, curve) for result in results for curve in result.curves]
     stages = list(dict.fromkeys(stage for stage, _, _ in curves))
     if not stages:
         return None
@@ -164,7 +162,7 @@ def learning_curves(results: Sequence[ArmResult]) -> Figure | None:
 
 
 def figures_against_success(results: Sequence[ArmResult], found: Sequence[Correlation]) -> Figure | None:
-    """A panel each figure that has a correlation, those of largest rank correlation first, at most 12; or None."""
+    """One panel for each figure with a correlation, largest rank correlation first, at most 12; None without any."""
     shown = [correlation for correlation in found if correlation.spearman is not None]
     shown = sorted(shown, key=lambda correlation: -abs(correlation.spearman or 0.0))[:MAX_SCATTERS]
     if not shown:
@@ -189,14 +187,14 @@ def figures_against_success(results: Sequence[ArmResult], found: Sequence[Correl
 
 
 def _held_out(curves: Sequence[Curve]) -> list[str]:
-    """The figures of evaluations that the curves have: the best known first, at most two."""
+    """Returns at most two validation metrics of the curves, those of HELD_OUT first."""
     keys = sorted({key for curve in curves for row in curve.rows for key in row if key.startswith("eval/")})
     known = [f"eval/{key}" for key in HELD_OUT if f"eval/{key}" in keys]
     return [*known, *(key for key in keys if key not in known)][:MAX_HELD_OUT]
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:
-    """Of the interval; both at the value where there is none."""
+    """The ends of the interval; both the value where there is none."""
     if estimate.low is None or estimate.high is None:
         return estimate.value, estimate.value
     return estimate.low, estimate.high

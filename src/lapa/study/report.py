@@ -1,11 +1,11 @@
-"""`lapa study report`: from the results of a study to a page, tables and figures.
+"""`lapa study report`: turns the results of a study into a page, tables and plots.
 
     lapa study report runs/study
     lapa study report slice1 slice2 slice3 --out runs/report        # results of several machines, as one study
 
-Reads what `lapa study run` left in STUDY/results (lapa.study.results) and nothing else. Writes report.html (one file,
-loads nothing), table.md, report.json and PNGs. A study that is not whole is reported as what it is: what is missing is
-listed. How intervals are made: lapa.study.statistics. What each figure means: docs/metrics.md.
+Reads the results that `lapa study run` wrote to STUDY/results, and nothing else. Writes report.html (one file that
+loads nothing), table.md (the same without images), report.json and PNGs. The intervals: lapa.study.statistics. The
+meaning of each figure: docs/metrics.md. The paper is LAPA (Ye et al., https://arxiv.org/abs/2410.11758).
 """
 
 from __future__ import annotations
@@ -16,134 +16,174 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from lapa.console import console, finish, say
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
-from lapa.study import page
-from lapa.study import plots as figures
-from lapa.study.page import Table
-from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results
-from lapa.study.statistics import Group, by_wording, compare, success_of
-from lapa.study.tables import (
-    ABOUT_CORRELATIONS,
+from lapa.study import plots
+from lapa.study.config import ReportConfig
+from lapa.study.page import Block, Bullets, Figure, Heading, Paragraph, Table, html_page, markdown, rich_table
+from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split, load_results
+from lapa.study.statistics import (
+    LEAST_GOALS,
+    NUM_DRAWS,
+    TOO_FEW,
+    TRAININGS,
     Correlation,
-    correlation_table,
+    Estimate,
+    Gap,
+    Group,
+    by_wording,
+    compare,
     correlations,
-    main_table,
-    meanings,
-    paper_table,
-    provenance_table,
-    seconds_table,
-    sizes_table,
-    task_table,
-    wording_table,
-)
-from lapa.study.verdicts import (
-    ARM_MEANINGS,
-    CODES,
-    INTERVALS,
-    PAPER,
-    SPLIT_MEANINGS,
-    STRIP,
-    WHY_WORDING,
-    cautions,
-    missing,
-    verdicts,
-    where,
 )
 
 PAGE, MARKDOWN, REPORT = "report.html", "table.md", "report.json"
-PAPER_ADDRESS = "https://arxiv.org/abs/2410.11758"
+TITLE = "Does latent pretraining pay?"
+# A whole study has these many seeds of each arm and rollouts of each task under each seed.
+WHOLE_SEEDS, WHOLE_ROLLOUTS = 3, 50
+MAX_VALUES = 4  # of one setting that are shown
+
+QUESTION = (
+    "Demonstrations with a robot's actions are expensive, videos are plenty. With only a few labelled episodes of each "
+    "task, does it pay to pretrain a robot policy on videos without actions? The arms compared here have the same "
+    "labelled episodes, finetuning budget, goals in the simulator and (except unipi, which plans in images) network. "
+    "They differ in their use of the videos:"
+)
+ARM_MEANINGS: dict[Arm, str] = {
+    "scratch": "is trained on the labelled robot episodes alone.",
+    "vpt": "an inverse dynamics model, trained on the labelled episodes, predicts the actions between the frames of "
+    "the videos; the policy is pretrained on these pseudo-actions, then finetuned.",
+    "unipi": "a video model predicts the next frames from the image and the instruction; the same inverse dynamics "
+    "model predicts the actions between them.",
+    "lapa": "a latent action model learns, without any action, a short code for the change between two frames of a "
+    "video; the policy is pretrained to predict these codes, then finetuned.",
+    "actionvla": "is pretrained on the true actions of the same videos, which no other arm may use, then finetuned: "
+    "the upper bound.",
+}
+SPLIT_MEANINGS: dict[Split, str] = {
+    "in-domain": "the videos show the tasks of the labelled episodes, in the same surroundings.",
+    "cross-task": "the videos show other tasks.",
+    "cross-environment": "the videos show the same tasks from another camera, in other colours and textures.",
+}
+INTERVALS = (
+    f"Intervals are 95% percentile intervals of {NUM_DRAWS} draws of the goals of each task, the same for every arm "
+    f"(differences are paired), each with {TRAININGS} draws of the error of a mean over few trainings, by Student's t "
+    "over the seeds. With one seed they cover goals alone and hold for that training only. "
+    f"Under {LEAST_GOALS} goals a task there is no interval. The success rate is the mean over tasks of the mean over "
+    "seeds. Gap recovered is (arm - scratch) / (actionvla - scratch): 0 is no better than without video, 1 is as good "
+    "as with true actions. Mean rank: 1 is the best arm, over the tasks and seeds that all arms played."
+)
+WHY_WORDING = (
+    "Videos come with captions in every phrasing of a task, the few labelled episodes contain only some. On goals in a "
+    "wording that scratch was not trained on (unheard), an arm with video may win by the captions alone; on heard "
+    "goals scratch knows the words too."
+)
+ABOUT_CORRELATIONS = (
+    "Correlations pool runs of different arms, splits and numbers of labelled episodes (lam_* figures: runs of lapa "
+    "alone): they may show how arms differ, and no cause. Of many figures one correlates by chance. Equal runs count "
+    "once; runs of an arm and seed that share one value are one point."
+)
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """Report a study: a page, tables, figures and intervals."""
+class PaperResult:
+    """Success rates in percent from the paper's tables."""
 
-    studies: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of the study; several, as of several machines, are reported as one."""
-    out: Path | None = None
-    """Folder of the report; by default `report` in the first study."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
+    setting: str
+    success: dict[Arm, float]
+
+    def gap(self, arm: Arm) -> float:
+        """Gap recovered."""
+        return (self.success[arm] - self.success["scratch"]) / (self.success["actionvla"] - self.success["scratch"])
+
+
+# Language Table (250 rollouts a cell) with goals seen and unseen in finetuning, and SIMPLER's WidowX average.
+PAPER = tuple(
+    PaperResult(setting, dict(zip(ARMS, success, strict=True)))
+    for setting, *success in (  #  scratch  vpt  unipi  lapa  actionvla
+        ("in-domain, seen", 15.6, 44.0, 22.0, 62.0, 77.0),
+        ("in-domain, unseen", 15.2, 32.8, 13.2, 49.6, 58.8),
+        ("cross-task, seen", 27.2, 72.0, 20.8, 73.2, 77.0),
+        ("cross-task, unseen", 22.4, 60.8, 16.0, 54.8, 58.8),
+        ("cross-environment, seen", 15.6, 18.0, 13.6, 33.6, 64.8),
+        ("cross-environment, unseen", 15.2, 18.4, 12.0, 29.6, 54.0),
+        ("SIMPLER", 34.4, 51.0, 1.3, 57.3, 63.5),
+    )
+)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What the report says. verdicts: sentences, by what `where` calls their group.
-
-    heard, unheard: groups on the goals whose wording the labelled episodes hold, and on the others; wording: of both.
-    """
+    """Everything in the report. heard, unheard: groups on goals whose wording the labelled episodes contain, or not."""
 
     results: tuple[ArmResult, ...]
     groups: tuple[Group, ...]
     heard: tuple[Group, ...]
     unheard: tuple[Group, ...]
-    wording: Table
-    cautions: list[str]
-    verdicts: dict[str, list[str]]
-    missing: list[str]
     correlations: list[Correlation]
 
 
 def run(config: ReportConfig) -> None:
-    """`lapa study report`. Raises UserError where there are no results, or of different studies."""
+    """`lapa study report`. Raises UserError where there are no results, or results of different studies."""
     if not config.studies:
         raise UserError("name at least one folder of a study: lapa study report STUDY")
-    figures.require_matplotlib()
+    plots.require_matplotlib()
     found = findings(load_results(config.studies))
     out = config.out or config.studies[0] / "report"
     claim_output(
-        out,
-        complete=(out / PAGE).exists(),
-        overwrite=config.overwrite,
-        resumable=False,
-        inputs=config.studies,
+        out, complete=(out / PAGE).exists(), overwrite=config.overwrite, resumable=False, inputs=config.studies
     )
-    pictures = draw(found, out)
+    blocks = content(found, draw(found, out))
     write_json(out / REPORT, as_json(found))
-    _write(out / MARKDOWN, as_markdown(found))
-    _write(out / PAGE, as_html(found, pictures))
-    for caution in found.cautions:
-        say(caution)
-    console.print(page.table_rich(main_table(found.groups)))
-    if found.wording.rows:
-        console.print(page.table_rich(found.wording))
-    for group in found.groups:
-        say(f"{where(group)}:")
-        for sentence in found.verdicts[where(group)]:
-            say(f"  {sentence}")
-    if found.missing:
-        say(f"not whole: {len(found.missing)} things are missing, listed in {MARKDOWN}")
-    finish(f"{PAGE}, {MARKDOWN}, {REPORT} and {len(pictures)} figures", out)
+    for name, text in ((MARKDOWN, markdown(TITLE, blocks)), (PAGE, html_page(TITLE, blocks))):
+        with atomic_path(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    for line in cautions(found.results):
+        say(line)
+    console.print(rich_table(main_table(found.groups)))
+    for line in comparisons(found.groups):
+        say(line)
+    finish(f"{PAGE}, {MARKDOWN}, {REPORT} and plots", out)
 
 
 def findings(results: Sequence[ArmResult]) -> Findings:
-    """What the results say. UserError where none holds a rollout."""
+    """Compares the arms. Raises UserError where no result has a rollout."""
     groups = tuple(group for group in compare(results) if group.cells)
     if not groups:
-        raise UserError(f"{results[0].folder}: no result holds a rollout; run `lapa study run` to its end")
+        raise UserError(f"{results[0].folder}: no result has a rollout; run `lapa study run` to its end")
     heard, unheard = by_wording(results, heard=True), by_wording(results, heard=False)
-    of_heard = {where(group): group for group in heard}
-    return Findings(
-        results=tuple(results),
-        groups=groups,
-        heard=heard,
-        unheard=unheard,
-        wording=wording_table(heard, unheard),
-        cautions=cautions(results),
-        verdicts={where(group): verdicts(group, of_heard.get(where(group))) for group in groups},
-        missing=missing(results, groups),
-        correlations=correlations(results),
-    )
+    return Findings(tuple(results), groups, heard, unheard, correlations(results))
 
 
-def chosen(groups: Sequence[Group]) -> list[Group]:
-    """One group a split, to be shown in detail: that with most arms.
+def content(found: Findings, drawn: Mapping[str, Path]) -> list[Block]:
+    """The report for a reader who does not know the paper. drawn: caption -> file of each plot."""
+    blocks: list[Block] = [
+        Paragraph(QUESTION),
+        Bullets(tuple(ARM_MEANINGS.items())),
+        Paragraph("There are three splits:"),
+        Bullets(tuple(SPLIT_MEANINGS.items())),
+        Paragraph("The method: Latent Action Pretraining from Videos (LAPA)", "https://arxiv.org/abs/2410.11758"),
+        Heading("Results"),
+        Bullets(tuple(("", line) for line in comparisons(found.groups)), highlighted=True),
+        main_table(found.groups),
+        Paragraph(INTERVALS),
+    ]
+    if lines := cautions(found.results):
+        blocks.insert(0, Bullets(tuple(("", line) for line in lines), highlighted=True))
+    if found.heard or found.unheard:
+        blocks += [wording_table(found.heard, found.unheard), Paragraph(WHY_WORDING)]
+    blocks += [coverage_table(found.results, found.groups), Heading("Plots")]
+    blocks += [Figure(path, caption) for caption, path in drawn.items()]
+    blocks += [*_images_of_runs(found), Heading("Tables"), *map(task_table, detailed_groups(found.groups))]
+    tables = [paper_table(), correlation_table(found.correlations), seconds_table(found.results)]
+    blocks += [table for table in (*tables, settings_table(found.results)) if table.rows]
+    return [*blocks, Paragraph(ABOUT_CORRELATIONS), Paragraph("docs/metrics.md explains every figure.")]
 
-    Of those, the one whose number of labelled episodes most groups share, and then the least.
+
+def detailed_groups(groups: Sequence[Group]) -> list[Group]:
+    """Returns one group a split, to be shown in detail: the one with most arms.
+
+    Of several, the one whose number of labelled episodes most groups share, then the one with fewest.
     """
     numbers = [group.demonstrations for group in groups]
     best: dict[str, Group] = {}
@@ -153,33 +193,24 @@ def chosen(groups: Sequence[Group]) -> list[Group]:
 
 
 def draw(found: Findings, out: Path) -> dict[str, Path]:
-    """Writes the PNGs that the results allow; caption -> file."""
-    detailed = chosen(found.groups)
-    drawings = [
-        (
-            "success",
-            "Success by arm and split; the black lines are 95% intervals (with one seed, over goals alone).",
-            figures.success_by_split(found.groups),
-        ),
-        ("tasks", "Success by task, %.", figures.success_by_task(detailed)),
+    """Writes the plots that the results allow; returns caption -> file."""
+    detailed = detailed_groups(found.groups)
+    text = "Success by arm and split; the black lines are 95% intervals."
+    drawings: list[tuple[str, str, Any]] = [
+        ("success", text, plots.success_by_split(found.groups)),
+        ("tasks", "Success by task, %.", plots.success_by_task(detailed)),
     ]
     if len(found.groups) > len(detailed):
         text = "Success against the number of labelled episodes, with 95% intervals."
-        drawings.append(("demonstrations", text, figures.success_by_demonstrations(found.groups)))
+        drawings.append(("demonstrations", text, plots.success_by_demonstrations(found.groups)))
     for group in detailed:
-        if (curves := figures.learning_curves(_runs_of(group, found))) is not None:
-            text = (
-                f"Learning curves, a line each run: {where(group)}. Losses of different arms are of different things."
-            )
-            drawings.append((f"curves-{group.split}", text, curves))
-    if (scatter := figures.figures_against_success(found.results, found.correlations)) is not None:
-        text = (
-            "What may explain success: a point each run, at their mean success where runs share the very same figure; "
-            "the correlations stand in the table below."
-        )
-        drawings.append(("figures", text, scatter))
+        text = f"Learning curves, a line each run: {group.name}. Losses of different arms are not comparable."
+        drawings.append((f"curves-{group.split}", text, plots.learning_curves(_runs_of(group, found))))
+    text = "Figures that may explain success, a point each run; their correlations are in a table below."
+    drawings.append(("figures", text, plots.figures_against_success(found.results, found.correlations)))
+    drawings = [drawing for drawing in drawings if drawing[2] is not None]
     for name, _, figure in drawings:
-        figures.save(figure, out / f"{name}.png")
+        plots.save(figure, out / f"{name}.png")
     return {caption: out / f"{name}.png" for name, caption, _ in drawings}
 
 
@@ -188,122 +219,239 @@ def _runs_of(group: Group, found: Findings) -> list[ArmResult]:
     return [result for result in found.results if (result.split, result.demonstrations) == key]
 
 
-def as_markdown(found: Findings) -> str:
-    """For benchmarks/results: verdicts, tables, what is missing."""
-    first = found.results[0]
-    parts = [
-        f"## Study, preset {first.preset}",
-        *(f"**{caution}**" for caution in found.cautions),
-        *_verdicts_markdown(found),
-        page.table_markdown(main_table(found.groups)),
-    ]
-    if found.wording.rows:
-        parts += [f"### {found.wording.title}", WHY_WORDING, page.table_markdown(found.wording)]
-    parts += [INTERVALS, "### What is missing", "\n".join(f"- {text}" for text in found.missing) or "Nothing."]
-    for table in (*map(task_table, chosen(found.groups)), *_tables(found)):
-        parts += [f"### {table.title}", page.table_markdown(table)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _verdicts_markdown(found: Findings) -> list[str]:
-    return [f"**{name}.** {' '.join(sentences)}" for name, sentences in found.verdicts.items()]
-
-
-def _tables(found: Findings) -> list[Table]:
-    tables = [paper_table(), correlation_table(found.correlations), seconds_table(found.results)]
-    tables += [sizes_table(found.results[0]), provenance_table(found.results)]
-    return [table for table in tables if table.rows]
-
-
-def as_html(found: Findings, pictures: Mapping[str, Path]) -> str:
-    """The page, for someone who has not read the paper."""
-    first, detailed = found.results[0], chosen(found.groups)
-    parts = [page.bullets(found.cautions, "verdicts")] if found.cautions else []
-    parts += [
-        page.paragraph(
-            "Demonstrations with a robot's actions are dear, videos are plenty. If a robot policy has only a few "
-            "labelled episodes of each task, does it pay to pretrain it on videos that carry no actions? The five arms "
-            "compared here have the same labelled episodes, the same finetuning budget, the same goals to reach in the "
-            "simulator and (but for unipi, which plans in pictures) the same network. They differ in what they do with "
-            "the videos:"
-        ),
-        page.terms(ARM_MEANINGS.items()),
-        page.paragraph("The videos are, in three splits:"),
-        page.terms(SPLIT_MEANINGS.items()),
-        page.link(PAPER_ADDRESS, "The method: Latent Action Pretraining from Videos (LAPA), arXiv 2410.11758"),
-        page.paragraph(f"Run at the preset {first.preset}; sizes, versions and hardware stand at the end."),
-        page.heading("What the numbers say"),
-    ]
-    for name, sentences in found.verdicts.items():
-        parts += [page.heading(name, 3), page.bullets(sentences, "verdicts")]
-    parts.append(page.table_html(main_table(found.groups)))
-    if found.wording.rows:
-        parts += [page.table_html(found.wording), page.paragraph(WHY_WORDING)]
-    parts.append(page.paragraph(INTERVALS))
-    parts += [page.heading("What is missing"), page.bullets(found.missing or ["Nothing."])]
-    parts += [page.heading("Figures"), *(page.picture(path, caption) for caption, path in pictures.items())]
-    parts.append(
-        page.details("Success by task, in numbers", [page.table_html(task_table(group)) for group in detailed])
-    )
-    parts += _pictures_of_runs(found, detailed)
-    parts += [page.heading("Numbers beside it"), *map(page.table_html, _tables(found))]
-    parts.append(page.paragraph(ABOUT_CORRELATIONS))
-    if words := meanings(found.results):
-        parts += [page.heading("What the figures are", 3), page.terms(words)]
-    return page.document("Does latent pretraining pay?", parts)
-
-
-def _pictures_of_runs(found: Findings, detailed: Sequence[Group]) -> list[str]:
-    """Strips of rollouts of each arm, and what codes do: of each split, the first seed that has a picture."""
-    strips, codes = [], []
-    for group in detailed:
-        own = _runs_of(group, found)
-        with_strip: dict[Arm, ArmResult] = {}
-        for result in (result for result in own if result.strip):
-            with_strip.setdefault(result.arm, result)
-        for arm, result in with_strip.items():
-            assert result.strip is not None
-            strips.append(
-                page.picture(result.strip, f"{arm}: rollouts of seed {result.seed}, {where(group)} ({STRIP}).")
+def _images_of_runs(found: Findings) -> list[Block]:
+    """Rollouts of each arm, and the effect of the codes: of each split, the first seed that has an image."""
+    rollouts: list[Block] = []
+    codes: list[Block] = []
+    for group in detailed_groups(found.groups):
+        first: dict[Arm, ArmResult] = {}
+        for result in (result for result in _runs_of(group, found) if result.strip):
+            first.setdefault(result.arm, result)
+        for arm, result in first.items():
+            text = f"{arm}: rollouts of seed {result.seed}, {group.name}. Each row is a task, from start to end."
+            rollouts.append(Figure(result.strip, text))  # type: ignore[arg-type]
+        for result in [result for result in _runs_of(group, found) if result.codes][:1]:
+            text = (
+                f"The effect of each code of the latent action model, seed {result.seed}, {group.name}. Rows: pairs of "
+                "frames. Columns: the first frame, the true second frame, the model's prediction with the pair's own "
+                "codes, then with the code at position p set to k (p:k); green: the pair's own code."
             )
-        for result in [result for result in own if result.codes][:1]:
-            assert result.codes is not None
-            text = "What the codes of the latent action model do to a picture"
-            codes.append(page.picture(result.codes, f"{text}: seed {result.seed}, {where(group)} ({CODES})."))
-    parts = [page.heading("Rollouts"), *strips] if strips else []
-    return [*parts, page.heading("Codes"), *codes] if codes else parts
+            codes.append(Figure(result.codes, text))  # type: ignore[arg-type]
+    return [*([Heading("Rollouts"), *rollouts] if rollouts else []), *([Heading("Codes"), *codes] if codes else [])]
 
 
 def as_json(found: Findings) -> dict[str, Any]:
     """All figures, for programs. Rollouts and curves stay in the study's results."""
-    first = found.results[0]
     return {
-        "preset": first.preset,
-        "sizes": first.sizes,
-        "cautions": found.cautions,
-        "heard": [dataclasses.asdict(group) for group in found.heard],
-        "unheard": [dataclasses.asdict(group) for group in found.unheard],
-        "groups": [{**dataclasses.asdict(group), "verdicts": found.verdicts[where(group)]} for group in found.groups],
-        "missing": found.missing,
+        "preset": found.results[0].preset,
+        "sizes": found.results[0].sizes,
+        "cautions": cautions(found.results),
+        "comparisons": comparisons(found.groups),
+        **{
+            name: [dataclasses.asdict(group) for group in getattr(found, name)]
+            for name in ("heard", "unheard", "groups")
+        },
         "correlations": [dataclasses.asdict(each) for each in found.correlations],
         "paper": [
-            {**dataclasses.asdict(column), "gap_recovered": {arm: column.gap(arm) for arm in ARMS}} for column in PAPER
+            {**dataclasses.asdict(each), "gap_recovered": {arm: each.gap(arm) for arm in ARMS}} for each in PAPER
         ],
-        "runs": [_run_as_json(result) for result in found.results],
+        "runs": [
+            {
+                "name": result.name,
+                "success": result.success_rate(),
+                "num_rollouts": len(result.rollouts),
+                "figures": result.figures,
+                "seconds": result.seconds,
+                "provenance": result.provenance,
+            }
+            for result in found.results
+        ],
     }
 
 
-def _run_as_json(result: ArmResult) -> dict[str, Any]:
-    return {
-        "name": result.name,
-        "success": success_of(result),
-        "num_rollouts": len(result.rollouts),
-        "figures": result.figures,
-        "seconds": result.seconds,
-        "provenance": result.provenance,
+def cautions(results: Sequence[ArmResult]) -> list[str]:
+    """Notes that a reader needs before any number."""
+    lines = ["preset debug: these numbers measure nothing"] if results[0].preset == "debug" else []
+    versions = {str(result.provenance.get("code", "not noted")) for result in results}
+    if len(versions) > 1:
+        lines.append(f"the runs are of {len(versions)} versions of the code (report.json has each)")
+    return lines
+
+
+def comparisons(groups: Sequence[Group]) -> list[str]:
+    """One line for each arm against scratch, and for lapa against vpt."""
+    return [
+        f"{group.name}: {comparison(arm, other, difference)}"
+        for group in groups
+        for arm, cell in group.cells.items()
+        for other, difference in cell.versus.items()
+    ]
+
+
+def comparison(arm: Arm, other: Arm, difference: Estimate) -> str:
+    """Returns the comparison as a sentence: above, below, indistinguishable, or too few rollouts."""
+    seeds = "1 seed, goals alone" if difference.num_seeds == 1 else f"{difference.num_seeds} seeds"
+    if difference.low is None or difference.high is None:
+        return f"{arm} is not compared with {other}: {TOO_FEW} ({_points(difference.value):+.1f} points, {seeds})"
+    interval = f"95% interval {_points(difference.low):+.1f} to {_points(difference.high):+.1f}, {seeds}"
+    if difference.sign:
+        side = "above" if difference.sign > 0 else "below"
+        return f"{arm} is {abs(_points(difference.value)):.1f} points {side} {other} ({interval})"
+    return (
+        f"{arm} and {other} are statistically indistinguishable: {_points(difference.value):+.1f} points ({interval})"
+    )
+
+
+def main_table(groups: Sequence[Group]) -> Table:
+    """Success, difference to scratch, gap recovered and rank of each arm."""
+    rows = [
+        (
+            f"{group.split}, {group.demonstrations}",
+            arm,
+            _percent(cell.success),
+            str(len(cell.seeds)),
+            str(cell.num_rollouts),
+            _difference(cell.versus.get("scratch")),
+            gap_text(cell.gap),
+            "-" if cell.mean_rank is None else f"{cell.mean_rank:.2f}",
+        )
+        for group in groups
+        for arm, cell in group.cells.items()
+    ]
+    header = ("split, labelled episodes a task", "arm", "success, %", "seeds", "rollouts", "minus scratch, points")
+    return Table("Success of each arm, with 95% intervals", (*header, "gap recovered", "mean rank"), tuple(rows))
+
+
+def wording_table(heard: Sequence[Group], unheard: Sequence[Group]) -> Table:
+    """Success on the goals whose wording the labelled episodes contain, and on the others."""
+    both = [{(each.split, each.demonstrations): each.cells for each in groups} for groups in (heard, unheard)]
+    rows = []
+    for split, number in dict.fromkeys([*both[0], *both[1]]):
+        own, other = (found.get((split, number), {}) for found in both)
+        for arm in (arm for arm in ARMS if arm in own or arm in other):
+            rates = [_percent(cells[arm].success) if arm in cells else "-" for cells in (own, other)]
+            versus = own[arm].versus.get("scratch") if arm in own else None
+            rows.append((f"{split}, {number}", arm, *rates, _difference(versus)))
+    header = ("split, labelled episodes a task", "arm", "success on heard goals, %", "success on unheard goals, %")
+    return Table("By wording", (*header, "minus scratch on heard goals, points"), tuple(rows))
+
+
+def coverage_table(results: Sequence[ArmResult], groups: Sequence[Group]) -> Table:
+    """Seeds of each arm, and the fewest rollouts of a task under a seed; `-` where there are none."""
+    rows = []
+    keys = [(group.split, group.demonstrations) for group in groups]
+    missing = [(split, 0) for split in SPLITS if split not in {split for split, _ in keys}]
+    tasks = {
+        (group.split, group.demonstrations): {t for cell in group.cells.values() for t in cell.by_task}
+        for group in groups
     }
+    for split, number in [*keys, *missing]:
+        cells = []
+        for arm in ARMS:
+            runs = [r for r in results if (r.split, r.demonstrations, r.arm) == (split, number, arm) and r.rollouts]
+            played = [[rollout.task for rollout in run.rollouts] for run in runs]
+            least = min((names.count(task) for names in played for task in tasks[split, number]), default=0)
+            cells.append(f"{len(runs)} x {least}" if runs else "-")
+        rows.append((f"{split}, {number}" if number else split, *cells))
+    title = f"Seeds x rollouts of each task; a whole study has {WHOLE_SEEDS} x {WHOLE_ROLLOUTS} everywhere"
+    return Table(title, ("split, labelled episodes a task", *ARMS), tuple(rows))
 
 
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def task_table(group: Group) -> Table:
+    tasks = sorted({task for cell in group.cells.values() for task in cell.by_task})
+    rows = [
+        (task, *(f"{100 * cell.by_task[task]:.0f}" if task in cell.by_task else "-" for cell in group.cells.values()))
+        for task in tasks
+    ]
+    return Table(f"Success by task, %: {group.name}", ("task", *group.cells), tuple(rows))
+
+
+def paper_table() -> Table:
+    """The published success rates, and the gap recovered computed from them."""
+    rows = [
+        (
+            each.setting,
+            *(f"{each.success[arm]:.1f}" for arm in ARMS),
+            f"{each.gap('vpt'):.2f}",
+            f"{each.gap('lapa'):.2f}",
+        )
+        for each in PAPER
+    ]
+    header = ("setting, goals", *ARMS, "gap recovered by vpt", "by lapa")
+    return Table("The paper's success rates, % (Language Table, 250 rollouts each; SIMPLER)", header, tuple(rows))
+
+
+def correlation_table(found: Sequence[Correlation]) -> Table:
+    rows = []
+    for each in found:
+        values = (each.note, "")
+        if each.spearman is not None and each.pearson is not None:
+            values = (f"{each.spearman:+.2f}", f"{each.pearson:+.2f}")
+        rows.append((each.figure, str(each.num_runs), ", ".join(each.arms), *values))
+    header = ("figure", "runs, each once", "of arms", "rank correlation", "correlation")
+    return Table("Figures and success over runs", header, tuple(rows))
+
+
+def seconds_table(results: Sequence[ArmResult]) -> Table:
+    """Mean seconds of each stage over the runs of an arm that have it."""
+    arms = [arm for arm in ARMS if any(result.arm == arm for result in results)]
+    spent: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        stages = {result.stage_of(title): seconds for title, seconds in result.seconds.items()}
+        for stage, seconds in {**stages, "all of a run": sum(stages.values())}.items() if stages else ():
+            spent.setdefault(stage, {}).setdefault(result.arm, []).append(seconds)
+    rows = [
+        (stage, *(f"{sum(each[arm]) / len(each[arm]):.0f}" if arm in each else "-" for arm in arms))
+        for stage, each in sorted(spent.items(), key=lambda item: item[0] == "all of a run")
+    ]
+    title = "Seconds of each stage, mean over runs; a stage that several runs share counts in each"
+    return Table(title, ("stage", *arms), tuple(rows))
+
+
+def settings_table(results: Sequence[ArmResult]) -> Table:
+    """Sizes, versions, hardware and commands, with the different values of each entry."""
+    flat = [_flat({"preset": result.preset, **result.sizes, **result.provenance}) for result in results]
+    rows = []
+    for key in dict.fromkeys(key for entries in flat for key in entries):
+        values = list(dict.fromkeys(str(entries[key]) for entries in flat if key in entries))
+        more = f"; and {len(values) - MAX_VALUES} others" if len(values) > MAX_VALUES else ""
+        rows.append((key, "; ".join(values[:MAX_VALUES]) + more))
+    return Table("Sizes, versions, hardware, commands", ("setting", "values"), tuple(rows))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _difference(estimate: Estimate | None) -> str:
+    """A difference of success rates, and its seeds where they are few: `+12.0 [4.0, 20.0] (1 seed)`."""
+    if estimate is None:
+        return "-"
+    seeds = f" ({estimate.num_seeds} seed{'s' if estimate.num_seeds > 1 else ''})"
+    return f"{_points(estimate.value):+.1f} {_interval(estimate)}{seeds if estimate.num_seeds < WHOLE_SEEDS else ''}"
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f} {_interval(estimate)}"
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"({TOO_FEW})"
+    return f"[{_points(estimate.low):.1f}, {_points(estimate.high):.1f}]"
+
+
+def gap_text(gap: Gap | None) -> str:
+    if gap is None:
+        return "-"
+    value = "-" if gap.value is None else f"{gap.value:.2f}"
+    return f"{value} ({gap.note})" if gap.low is None else f"{value} [{gap.low:.2f}, {gap.high:.2f}]"
+
+
+def _points(rate: float) -> float:
+    """Percentage points, rounded to a tenth; never -0.0."""
+    return round(100 * rate, 1) + 0.0

@@ -1,10 +1,10 @@
-"""What one arm of a study gave under one seed: a small JSON file, the only thing that `lapa study report` reads.
+"""The result of one arm of a study under one seed: a small JSON file. `lapa study report` reads nothing else.
 
     STUDY/results/in-domain-2-lapa-0.json      split, labelled episodes a task, arm, seed
-    STUDY/results/in-domain-2-lapa-0.png       a strip of its rollouts
-    STUDY/results/in-domain-2-lapa-0-codes.png what the codes of its latent action model do (arm lapa)
+    STUDY/results/in-domain-2-lapa-0.png       images of its rollouts
+    STUDY/results/in-domain-2-lapa-0-codes.png the effect of each code of its latent action model (arm lapa)
 
-So results of several machines are merged by giving `report` all their folders, or by copying files together.
+Results of several machines are merged by giving `report` all their folders, or by copying the files into one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from lapa import config as configs
 from lapa.errors import UserError
 from lapa.files import read_json, write_json
@@ -24,7 +26,7 @@ Split = Literal["in-domain", "cross-task", "cross-environment"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
 SPLITS: tuple[Split, ...] = typing.get_args(Split)
 FOLDER = "results"
-# Beside them: what the study was begun with, and how long its steps took, by which code.
+# The settings of the study, and the seconds and the code version of each step.
 SETTINGS, SECONDS = "study.json", "seconds.jsonl"
 
 
@@ -32,8 +34,8 @@ SETTINGS, SECONDS = "study.json", "seconds.jsonl"
 class Rollout:
     """How one evaluation episode ended.
 
-    heard: whether the labelled episodes hold its instruction word for word, or only another phrasing of it; None where
-    a task has one phrasing. Videos with captions teach more phrasings than a few labelled episodes hold.
+    heard: whether the labelled episodes contain its instruction word for word, or only another phrasing of it; None
+    where a task has one phrasing. Videos with captions teach more phrasings than a few labelled episodes contain.
     """
 
     task: str
@@ -45,9 +47,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Curve:
-    """Figures of a training run: `name` of the stage (pretraining, finetuning, ...), rows as its metrics.jsonl has
+    """Metrics of one training run. name: the stage; rows: those of its metrics.jsonl.
 
-    them: {"step": 20, "seconds": 3.1, "loss": 2.0, ...}; rows of evaluations also hold "eval/..." figures.
+    A row is {"step": 20, "seconds": 3.1, "loss": 2.0, ...}; rows of a validation have "eval/..." entries.
     """
 
     name: str
@@ -58,9 +60,9 @@ class Curve:
 class ArmResult:
     """One arm under one seed.
 
-    preset, sizes: what the study was run at; results of one study have the same. demonstrations: labelled episodes a
-    task. figures: what explains the success rate, by name (docs/metrics.md), such as token_accuracy, action_error,
-    lam_linear_r2. seconds: of each stage that ran. provenance: the command, versions and hardware.
+    preset, sizes: the same in all results of one study. demonstrations: labelled episodes a task. figures: measures
+    that may explain the success rate, by name (docs/metrics.md), such as token_accuracy, action_error, lam_linear_r2.
+    seconds: of each stage. provenance: the command, versions and hardware.
     """
 
     arm: Arm
@@ -75,22 +77,33 @@ class ArmResult:
     seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     folder: Path = Path()
-    """Where it was read from; not saved."""
+    """The folder that it was read from; not saved."""
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The stem of its files' names."""
         return f"{self.split}-{self.demonstrations}-{self.arm}-{self.seed}"
 
     @property
     def strip(self) -> Path | None:
-        """The picture of its rollouts, where there is one."""
+        """The image of its rollouts, or None."""
         return _existing(self.folder / f"{self.name}.png")
 
     @property
     def codes(self) -> Path | None:
-        """The picture of its latent action model's codes, where there is one."""
+        """The image of its latent action model's codes, or None."""
         return _existing(self.folder / f"{self.name}-codes.png")
+
+    def stage_of(self, title: str) -> str:
+        """Returns a stage's name without the arm's: `pretraining` for `pretraining lapa`."""
+        return title.removesuffix(f" {self.arm}")
+
+    def success_rate(self) -> float | None:
+        """Returns the mean over tasks of the success rate; None without rollouts."""
+        by_task: dict[str, list[bool]] = {}
+        for rollout in self.rollouts:
+            by_task.setdefault(rollout.task, []).append(rollout.success)
+        return float(np.mean([np.mean(successes) for successes in by_task.values()])) if by_task else None
 
     def save(self, study: Path) -> Path:
         """Writes STUDY/results/NAME.json and returns its path."""
@@ -102,7 +115,7 @@ class ArmResult:
 
 
 def load_result(path: Path) -> ArmResult:
-    """Reads what `save` wrote. UserError naming the file."""
+    """Reads the file that `save` wrote. Raises UserError naming it where it is damaged."""
     values = read_json(path)
     return configs.from_dict(ArmResult, {**values, "folder": str(path.parent)}, source=str(path))
 
@@ -110,19 +123,19 @@ def load_result(path: Path) -> ArmResult:
 def load_results(studies: Sequence[Path]) -> list[ArmResult]:
     """The results of one study in several folders, ordered by split, labelled episodes, arm and seed.
 
-    UserError where there is none, where they are of different presets or sizes, or where two folders disagree on one.
+    Raises UserError where there is none, where presets or sizes differ, and where two folders disagree on a result.
     """
     found: dict[str, ArmResult] = {}
     for study in studies:
         paths = sorted((study / FOLDER).glob("*.json"))
         if not paths:
-            raise UserError(f"{study}: holds no results; make some with `lapa study run --out {study} --arm ARM`")
+            raise UserError(f"{study}: no results; make some with `lapa study run --out {study}`")
         for path in paths:
             result = load_result(path)
             _require_one_study(next(iter(found.values()), result), result)
-            twin = found.setdefault(result.name, result)
-            if twin.rollouts != result.rollouts:
-                raise UserError(f"{path}: differs from {twin.folder / path.name}; leave one of them out")
+            same = found.setdefault(result.name, result)
+            if same.rollouts != result.rollouts:
+                raise UserError(f"{path}: differs from {same.folder / path.name}; leave one of them out")
     return sorted(found.values(), key=lambda r: (SPLITS.index(r.split), r.demonstrations, ARMS.index(r.arm), r.seed))
 
 
@@ -130,7 +143,7 @@ def _require_one_study(first: ArmResult, other: ArmResult) -> None:
     then, now = ({"preset": result.preset, "sizes": result.sizes} for result in (first, other))
     if changed := configs.differences(then, now):
         raise UserError(
-            f"{other.folder / other.name}.json: not of the study in {first.folder} ({'; '.join(changed)}); "
+            f"{other.folder / other.name}.json: of another study than {first.folder} ({'; '.join(changed)}); "
             "report them one by one"
         )
 

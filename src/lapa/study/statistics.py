@@ -1,19 +1,19 @@
-"""What the rollouts of a study say: success rates, differences and gap recovered, with bootstrap intervals.
+"""Success rates of a study's arms, differences, gap recovered and ranks, with paired bootstrap intervals.
 
-An arm's success rate is the mean over tasks of the mean over seeds of the mean over rollouts: each task weighs the same
-however often it was played. All arms and seeds of a study play the same goals (task, episode). So a draw of the
-bootstrap takes, of each task, goals with replacement, the same for every arm and seed: what arms differ in does not
-drown in what goals differ in, and a hard goal is not counted as several when several seeds met it. To that a draw adds
-how far the mean of a few trainings may lie from that of many: Student's t with one degree of freedom fewer than seeds,
-times the standard error that the seeds' rates show, the same draw for every arm. With one seed there is nothing to go
-by: intervals cover goals alone. Tasks are not drawn: the intervals are about these tasks.
+An arm's success rate is the mean over tasks of the mean over seeds of the mean over rollouts: each task has the same
+weight. All arms and seeds of a study play the same goals (task, episode). A draw of the bootstrap takes goals of each
+task with replacement, the same for every arm and seed: differences of goals cancel in differences of arms, and a goal
+that several seeds played counts once. Each draw adds the error of a mean over few trainings: Student's t with one
+degree of freedom fewer than seeds, times the standard error of the seeds' rates, the same draw for every arm. With one
+seed intervals cover goals alone. Tasks are not drawn: the intervals hold for these tasks.
 
-In 400 simulated studies (6 tasks, 50 goals; rates vary by 15 points between goals, by 0, 4 or 8 between seeds) the true
-rate was held by 95%, 72%, 45% with 1 seed; 99%, 99%, 99% with 2; 99%, 97%, 95% with 3; 99%, 97%, 96% with 5; the true
-difference about as often. Resampling seeds, scaled by sqrt(S / (S - 1)), held 78% with 2 and 86% with 3, at 8 points.
+In 400 simulated studies (6 tasks, 50 goals; rates vary by 15 points between goals, by 0, 4 or 8 between seeds) the
+interval contained the true rate in 95%, 72%, 45% with 1 seed; 99%, 99%, 99% with 2; 99%, 97%, 95% with 3; 99%, 97%, 96%
+with 5; the true difference about as often. Resampling seeds, scaled by sqrt(S / (S - 1)), contained it in 78% with 2
+and 86% with 3, at 8 points.
 
     groups = compare(load_results([Path("runs/study")]))
-    groups[0].cells["lapa"].versus["scratch"]        # Estimate(value=0.12, low=0.04, high=0.20)
+    groups[0].cells["lapa"].versus["scratch"]        # Estimate(value=0.12, low=0.04, high=0.20, num_seeds=3)
 
 Gap recovered is that of LAPA (Ye et al., https://arxiv.org/abs/2410.11758).
 Axes: A arms, S seeds, K tasks, E episodes, D draws of goals, N draws of goals and trainings.
@@ -21,25 +21,28 @@ Axes: A arms, S seeds, K tasks, E episodes, D draws of goals, N draws of goals a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from einops import rearrange
+from scipy.stats import pearsonr, rankdata, spearmanr
 
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split
 
 NUM_DRAWS = 2000  # of goals
-TRAININGS = 8  # drawn with each of them: the tails of Student's t are long, and cost less than goals
-LEAST_GAP = 0.02  # of actionvla over scratch, from which a gap recovered is given although it may be chance
-LEAST_GOALS = 10  # a task, in the mean over tasks, from which there is an interval
+TRAININGS = 8  # drawn for each of them: the tails of Student's t are long, and cost less than goals
+LEAST_GAP = 0.02  # of actionvla over scratch, for a value of gap recovered where the gap may be chance
+LEAST_GOALS = 10  # a task, in the mean over tasks, for an interval
+LEAST_RUNS = 5  # for a correlation
 TOO_FEW = f"too few rollouts, under {LEAST_GOALS} goals a task"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95% interval (None where too few goals were played), over so many seeds."""
+    """A value and its 95% interval (None where too few goals were rollouts), over `num_seeds` seeds."""
 
     value: float
     low: float | None
@@ -48,13 +51,13 @@ class Estimate:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval lies above or below zero, else 0."""
+        """1 or -1 where the whole interval is above or below zero, else 0."""
         return 0 if self.low is None or self.high is None else int(self.low > 0) - int(self.high < 0)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """(arm - scratch) / (actionvla - scratch). note: why there is no interval, or no value either."""
+    """(arm - scratch) / (actionvla - scratch). note: why there is no interval, or no value."""
 
     value: float | None
     low: float | None = None
@@ -67,8 +70,8 @@ class Gap:
 class Cell:
     """One arm on one split with one number of labelled episodes.
 
-    versus: this arm minus another, paired, on what both played: scratch, and vpt for lapa. mean_rank: 1 is best, mean
-    over tasks and seeds that all arms of the group played, ties averaged.
+    versus: this arm minus another, paired, on the goals that both played: scratch, and vpt for lapa. mean_rank: 1 is
+    best; mean over tasks and seeds that all arms of the group played, ties averaged.
     """
 
     arm: Arm
@@ -89,10 +92,14 @@ class Group:
     demonstrations: int
     cells: dict[Arm, Cell]
 
+    @property
+    def name(self) -> str:
+        return f"{self.split}, {self.demonstrations} labelled episode{'s' if self.demonstrations > 1 else ''} a task"
+
 
 @dataclass(frozen=True)
-class Played:
-    """What several arms all played: success [A, S, K, E] (0 where absent), present [S, K, E]."""
+class SharedRollouts:
+    """The rollouts that several arms share: success [A, S, K, E] (0 where absent), present [S, K, E]."""
 
     success_ASKE: np.ndarray
     present_SKE: np.ndarray
@@ -100,7 +107,7 @@ class Played:
 
 
 def compare(results: Sequence[ArmResult], num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[Group, ...]:
-    """Every split and number of labelled episodes with its arms, in the order of SPLITS and ARMS."""
+    """Compares the arms of every split and number of labelled episodes, in the order of SPLITS and ARMS."""
     keys = sorted({(SPLITS.index(result.split), result.demonstrations) for result in results})
     groups = []
     for position, demonstrations in keys:
@@ -115,15 +122,15 @@ def compare(results: Sequence[ArmResult], num_draws: int = NUM_DRAWS, seed: int 
 
 
 def by_wording(results: Sequence[ArmResult], heard: bool) -> tuple[Group, ...]:
-    """Compares on the goals whose wording the labelled episodes of the seed hold, or on those where they do not."""
+    """Compares on the goals whose wording the labelled episodes of the seed contain, or on the others."""
     kept = [replace(run, rollouts=tuple(each for each in run.rollouts if each.heard is heard)) for run in results]
     return tuple(group for group in compare(kept) if group.cells)
 
 
 def _cell(arm: Arm, runs: dict[Arm, list[ArmResult]], mean_rank: float | None, num_draws: int, seed: int) -> Cell:
-    played = shared(runs[arm])
-    assert played is not None
-    rates_SK, present_SK = task_rates(played)
+    rollouts = shared(runs[arm])
+    assert rollouts is not None
+    rates_SK, present_SK = task_rates(rollouts)
     by_task = rates_SK[0].sum(axis=0) / present_SK.sum(axis=0)
     versus: dict[Arm, Estimate] = {}
     others: list[Arm] = ["scratch", "vpt"] if arm == "lapa" else ["scratch"]
@@ -139,16 +146,16 @@ def _cell(arm: Arm, runs: dict[Arm, list[ArmResult]], mean_rank: float | None, n
         arm=arm,
         seeds=tuple(sorted({run.seed for run in runs[arm]})),
         num_rollouts=sum(len(run.rollouts) for run in runs[arm]),
-        success=estimate(played, (1,), num_draws, seed),
-        by_task={task: float(rate) for task, rate in zip(played.tasks, by_task, strict=True)},
+        success=estimate(rollouts, (1,), num_draws, seed),
+        by_task={task: float(rate) for task, rate in zip(rollouts.tasks, by_task, strict=True)},
         versus=versus,
         gap=gap,
         mean_rank=mean_rank,
     )
 
 
-def shared(*arms: Sequence[ArmResult]) -> Played | None:
-    """What all arms (each given as its runs) played, by seed, task and episode; None where that is nothing."""
+def shared(*arms: Sequence[ArmResult]) -> SharedRollouts | None:
+    """Returns the rollouts (seed, task, episode) that all arms, each given as its runs, share; None without any."""
     each = [
         {(run.seed, rollout.task, rollout.episode): rollout.success for run in runs for rollout in run.rollouts}
         for runs in arms
@@ -168,49 +175,41 @@ def shared(*arms: Sequence[ArmResult]) -> Played | None:
         where = (seeds.index(number), *place[task, goal])
         present_SKE[where] = 1
         success_ASKE[:, *where] = [outcomes[number, task, goal] for outcomes in each]
-    return Played(success_ASKE, present_SKE, tuple(tasks))
+    return SharedRollouts(success_ASKE, present_SKE, tuple(tasks))
 
 
-def success_of(run: ArmResult) -> float | None:
-    """The success rate of one run, each task weighing the same; None without rollouts."""
-    by_task: dict[str, list[bool]] = {}
-    for rollout in run.rollouts:
-        by_task.setdefault(rollout.task, []).append(rollout.success)
-    return float(np.mean([np.mean(ends) for ends in by_task.values()])) if by_task else None
+def estimate(rollouts: SharedRollouts, weights: Sequence[float], num_draws: int = NUM_DRAWS, seed: int = 0) -> Estimate:
+    """Estimates a weighted sum of the arms' success rates: (1,) is a rate, (1, -1) a difference.
 
-
-def estimate(played: Played, weights: Sequence[float], num_draws: int = NUM_DRAWS, seed: int = 0) -> Estimate:
-    """The weighted sum of the arms' success rates: (1,) is a rate, (1, -1) a difference.
-
-    Its interval runs between percentiles of the draws, within what such a sum can be.
+    Its interval is between percentiles of the draws, clipped to the values that such a sum can have.
     """
     weights_A = np.array(weights, dtype=float)
-    value, num_seeds = float(weights_A @ success_rates(played)), len(played.present_SKE)
-    if played.present_SKE.any(axis=0).sum() < LEAST_GOALS * len(played.tasks):
+    value, num_seeds = float(weights_A @ success_rates(rollouts)), len(rollouts.present_SKE)
+    if rollouts.present_SKE.any(axis=0).sum() < LEAST_GOALS * len(rollouts.tasks):
         return Estimate(value, None, None, num_seeds)
-    ends = np.percentile(weights_A @ bootstrap(played, num_draws, seed), [2.5, 97.5])
+    ends = np.percentile(weights_A @ bootstrap(rollouts, num_draws, seed), [2.5, 97.5])
     low, high = np.clip(ends, weights_A[weights_A < 0].sum(), weights_A[weights_A > 0].sum())
     return Estimate(value, float(low), float(high), num_seeds)
 
 
-def success_rates(played: Played) -> np.ndarray:
+def success_rates(rollouts: SharedRollouts) -> np.ndarray:
     """The success rate of each arm: [A]."""
-    return _rates(played, np.ones((1, *played.present_SKE.shape[1:])))[:, 0]
+    return _rates(rollouts, np.ones((1, *rollouts.present_SKE.shape[1:])))[:, 0]
 
 
-def bootstrap(played: Played, num_draws: int = NUM_DRAWS, seed: int = 0) -> np.ndarray:
-    """Success rates of each arm with other goals and other trainings: [A, N]; they may lie outside 0 to 1.
+def bootstrap(rollouts: SharedRollouts, num_draws: int = NUM_DRAWS, seed: int = 0) -> np.ndarray:
+    """Draws success rates of each arm with other goals and other trainings: [A, N]; they may be outside 0 to 1.
 
-    The draws depend on the shape alone, so arms that played the same are drawn alike in separate calls too.
+    The draws depend on the shape alone, so arms with the same goals have the same draws in separate calls too.
     """
-    goals_K = played.present_SKE.any(axis=0).sum(axis=-1)
-    goals_DKE, students_NS = _drawn(len(played.present_SKE), tuple(map(int, goals_K)), num_draws, seed)
-    return np.repeat(_rates(played, goals_DKE), TRAININGS, axis=1) + _seed_shares(played) @ students_NS.T
+    goals_K = rollouts.present_SKE.any(axis=0).sum(axis=-1)
+    goals_DKE, students_NS = _drawn(len(rollouts.present_SKE), tuple(map(int, goals_K)), num_draws, seed)
+    return np.repeat(_rates(rollouts, goals_DKE), TRAININGS, axis=1) + _seed_shares(rollouts) @ students_NS.T
 
 
 @lru_cache(maxsize=4)
 def _drawn(num_seeds: int, goals: tuple[int, ...], num_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each draw took each goal of each task [D, K, E], and by what each seed's share is multiplied [N, S]."""
+    """How often each draw took each goal of each task [D, K, E], and the factor of each seed's share [N, S]."""
     random = np.random.default_rng(seed)
     widest, goals_K1 = max(goals), np.array(goals)[:, None]
     goals_DKE = random.integers(0, np.broadcast_to(goals_K1, (num_draws, len(goals), widest)))
@@ -223,9 +222,9 @@ def _drawn(num_seeds: int, goals: tuple[int, ...], num_draws: int, seed: int) ->
     return _counted(goals_DKE, kept_KE, widest), students_NS
 
 
-def _seed_shares(played: Played) -> np.ndarray:
-    """By how much each seed moves the rate of each arm: [A, S]; they add up to zero over seeds."""
-    rates_ASK, present_SK = task_rates(played)
+def _seed_shares(rollouts: SharedRollouts) -> np.ndarray:
+    """The deviation of the rate of each arm that each seed causes: [A, S]; zero in the sum over seeds."""
+    rates_ASK, present_SK = task_rates(rollouts)
     num_K = present_SK.sum(axis=0)
     away_ASK = (rates_ASK - rates_ASK.sum(axis=1, keepdims=True) / num_K) * present_SK
     return (away_ASK / num_K).mean(axis=-1)
@@ -238,64 +237,103 @@ def _counted(drawn: np.ndarray, kept: np.ndarray, num: int) -> np.ndarray:
     return np.bincount(flat.reshape(-1), weights, minlength=num * len(rows)).reshape(*drawn.shape[:-1], num)
 
 
-def _rates(played: Played, goals_DKE: np.ndarray) -> np.ndarray:
-    """[A, D]. A task is left out of a draw that holds none of its rollouts."""
-    both = np.concatenate([played.success_ASKE, played.present_SKE[None]])
+def _rates(rollouts: SharedRollouts, goals_DKE: np.ndarray) -> np.ndarray:
+    """[A, D]. A task is left out of a draw that has none of its rollouts."""
+    both = np.concatenate([rollouts.success_ASKE, rollouts.present_SKE[None]])
     sums = rearrange(goals_DKE, "d k e -> k d e") @ rearrange(both, "a s k e -> k e (a s)")
-    sums_ADSK = rearrange(sums, "k d (a s) -> a d s k", s=len(played.present_SKE))
+    sums_ADSK = rearrange(sums, "k d (a s) -> a d s k", s=len(rollouts.present_SKE))
     rates_ADSK, present_DSK = _divided(sums_ADSK[:-1], sums_ADSK[-1])
     rates_ADK, present_DK = _divided(rates_ADSK.sum(axis=2), present_DSK.sum(axis=1))
     return _divided(rates_ADK.sum(axis=-1), present_DK.sum(axis=-1))[0]
 
 
 def _divided(sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The means (0 where there is nothing), and where there is something."""
+    """The means (0 where the count is 0), and where the count is above 0."""
     return sums / np.where(counts > 0, counts, 1), (counts > 0).astype(float)
 
 
-def task_rates(played: Played) -> tuple[np.ndarray, np.ndarray]:
+def task_rates(rollouts: SharedRollouts) -> tuple[np.ndarray, np.ndarray]:
     """Success rates [A, S, K] (0 where a seed did not play a task), and where they are [S, K]."""
-    return _divided(played.success_ASKE.sum(axis=-1), played.present_SKE.sum(axis=-1))
+    return _divided(rollouts.success_ASKE.sum(axis=-1), rollouts.present_SKE.sum(axis=-1))
 
 
-def gap_recovered(played: Played | None, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> Gap:
-    """Of three arms: scratch, the arm in question, actionvla.
+def gap_recovered(rollouts: SharedRollouts | None, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> Gap:
+    """The gap recovered of three arms: scratch, the arm in question, actionvla.
 
-    No interval where that of actionvla - scratch does not lie above zero, and no value where besides the difference is
-    below 0.02. A draw in which actionvla is not above scratch (at most one in forty, then) bounds the ratio on no side:
-    it counts as beyond the low end and as beyond the high end.
+    No interval where the interval of actionvla - scratch is not above zero, and no value where also the difference is
+    below 0.02. A draw in which actionvla is not above scratch (then at most one in forty) counts as below the low end
+    and as above the high end.
     """
-    if played is None:
+    if rollouts is None:
         return Gap(None, note="needs scratch and actionvla")
-    scratch, arm, _ = success_rates(played)
-    whole = estimate(played, (-1, 0, 1), num_draws, seed)
+    scratch, arm, _ = success_rates(rollouts)
+    whole = estimate(rollouts, (-1, 0, 1), num_draws, seed)
     if whole.sign < 1 and whole.value <= LEAST_GAP:
         return Gap(None, note="gap not above zero", num_seeds=whole.num_seeds)
     value = float((arm - scratch) / whole.value)
     if whole.sign < 1:
         note = TOO_FEW if whole.low is None else "gap not above zero for certain"
         return Gap(value, note=note, num_seeds=whole.num_seeds)
-    scratch_N, arm_N, actionvla_N = bootstrap(played, num_draws, seed)
+    scratch_N, arm_N, actionvla_N = bootstrap(rollouts, num_draws, seed)
     whole_N = actionvla_N - scratch_N
     bounded_N = whole_N > 0
     recovered_N = (arm_N - scratch_N) / np.where(bounded_N, whole_N, 1)
-    # These percentiles are draws, not points between two: at most one in forty is unbounded, so they are finite.
+    # These percentiles are draws, not points between two: at most one in forty is infinite, so they are finite.
     low = np.percentile(np.where(bounded_N, recovered_N, -np.inf), 2.5, method="higher")
     high = np.percentile(np.where(bounded_N, recovered_N, np.inf), 97.5, method="lower")
     return Gap(value, float(low), float(high), num_seeds=whole.num_seeds)
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the smallest of the last axis; equal values share the mean of their ranks."""
-    below = (values[..., None, :] < values[..., :, None]).sum(axis=-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(axis=-1)
-    return below + (equal + 1) / 2
-
-
-def mean_ranks(played: Played | None) -> list[float] | None:
-    """The rank of each arm (1 is best), mean over tasks and seeds; None where not two arms share rollouts."""
-    if played is None or len(played.success_ASKE) < 2:
+def mean_ranks(rollouts: SharedRollouts | None) -> list[float] | None:
+    """The rank of each arm (1 is best), mean over tasks and seeds; None where fewer than two arms share rollouts."""
+    if rollouts is None or len(rollouts.success_ASKE) < 2:
         return None
-    rates_ASK, present_SK = task_rates(played)
-    ranks_SKA = ranks(-rearrange(rates_ASK, "a s k -> s k a"))
-    return ranks_SKA[present_SK > 0].mean(axis=0).tolist()
+    rates_ASK, present_SK = task_rates(rollouts)
+    ranks_ASK = rankdata(-rates_ASK, axis=0)
+    return ranks_ASK[:, present_SK > 0].mean(axis=1).tolist()
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of a figure with the success rate over runs of these arms. note: why there are no values."""
+
+    figure: str
+    num_runs: int
+    arms: tuple[Arm, ...]
+    spearman: float | None = None
+    pearson: float | None = None
+    note: str = ""
+
+
+def correlations(results: Sequence[ArmResult]) -> list[Correlation]:
+    """Correlates every figure with the success rate, over the runs that have it; lam_* figures over those of lapa."""
+    found = []
+    for name in sorted({name for result in results for name in result.figures}):
+        points = figure_and_success(results, name)
+        arms = tuple(arm for arm in ARMS if any(arm == own for own, _, _ in points))
+        xs, ys = (np.array([point[axis] for point in points], dtype=float) for axis in (1, 2))
+        if len(points) < LEAST_RUNS:
+            found.append(Correlation(name, len(points), arms, note=f"too few (fewer than {LEAST_RUNS} runs)"))
+        elif np.ptp(xs) == 0 or np.ptp(ys) == 0:
+            found.append(Correlation(name, len(points), arms, note="the figure or success does not vary"))
+        else:
+            spearman, pearson = float(spearmanr(xs, ys).statistic), float(pearsonr(xs, ys).statistic)
+            found.append(Correlation(name, len(points), arms, spearman, pearson))
+    return found
+
+
+def figure_and_success(results: Sequence[ArmResult], name: str) -> list[tuple[Arm, float, float]]:
+    """Returns arm, value and success rate of the runs with that figure, each once.
+
+    A run that several splits share (scratch) counts once. Runs of an arm, seed and split with equal values, such as of
+    one latent action model under several numbers of labelled episodes, are one point at their mean success.
+    """
+    distinct = {(run.arm, run.seed, run.rollouts, tuple(sorted(run.figures.items()))): run for run in results}
+    points: dict[tuple[Arm, int, Split, float], list[float]] = {}
+    for run in distinct.values():
+        value, success = run.figures.get(name), run.success_rate()
+        if value is None or success is None or not math.isfinite(value):
+            continue
+        if not name.startswith("lam_") or run.arm == "lapa":
+            points.setdefault((run.arm, run.seed, run.split, float(value)), []).append(success)
+    return [(arm, value, float(np.mean(rates))) for (arm, _, _, value), rates in points.items()]

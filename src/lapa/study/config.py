@@ -1,0 +1,167 @@
+"""Options of `lapa study run` and `lapa study report`, and the presets of a study's size; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from lapa.errors import unknown
+from lapa.study.results import ARMS, Arm, Split
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Run arms of the study: each is pretrained, finetuned on the same few labelled episodes, and rolled out."""
+
+    out: Path
+    """Folder of the study, shared by all arms, seeds and splits."""
+    preset: str = "cpu"
+    """debug: a minute or two, measures nothing. cpu: two cores, hours. gpu: one GPU."""
+    arm: tuple[Arm, ...] = ARMS
+    """Arms to run, in this order."""
+    seed: tuple[int, ...] = (0,)
+    """Seeds of labelled episodes and training; a study needs at least three."""
+    split: Split = "in-domain"
+    """in-domain: videos of the same tasks. cross-task: of other tasks. cross-environment: another camera and look."""
+    demonstrations: int = 2
+    """Labelled episodes of each task."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Report a study: a page, tables, plots and intervals."""
+
+    studies: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the study; several, as of several machines, are reported as one."""
+    out: Path | None = None
+    """Folder of the report; by default `report` in the first study."""
+    overwrite: bool = False
+    """Replace what lies at --out."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Where episodes are recorded and rolled out.
+
+    tasks: those with labelled episodes, on which arms are evaluated. other_tasks: those of the videos of the split
+    cross-task. camera: the robot's; other_camera, other_look: those of the videos of the split cross-environment.
+    """
+
+    env: Literal["metaworld", "synthetic"]
+    tasks: str
+    other_tasks: str = ""
+    camera: str = ""
+    other_camera: str = ""
+    other_look: int = 0
+
+
+@dataclass(frozen=True)
+class StudySizes:
+    """World, models and budgets, shared by all arms of a study.
+
+    Policies of all arms but UniPi are alike; UniPi's video model takes the policy's place and has the same number of
+    samples in pretraining and finetuning. What an arm needs besides (latent action model, inverse dynamics, video
+    model) has steps and batches of its own.
+    videos, measured, rollouts: episodes of each task. measured: recorded episodes that no arm learns from, for action
+    errors and probes. stage: the preset of the stages' own commands. policy: further options of every policy.
+    """
+
+    world: World
+    stage: Literal["debug", "tiny", "base"]
+    videos: int
+    measured: int
+    rollouts: int
+    horizon_seconds: float
+    latent_steps: int
+    inverse_steps: int
+    video_steps: int
+    pretrain_steps: int
+    finetune_steps: int
+    chunk: int
+    steps_per_call: int
+    max_steps: int
+    head: Literal["bins", "chunk"] = "bins"
+    policy: tuple[str, ...] = ()
+
+
+PRESETS = {
+    # A minute or two: checks that everything works, and measures nothing.
+    "debug": StudySizes(
+        world=World(env="synthetic", tasks="all"),
+        stage="debug",
+        videos=3,
+        measured=2,
+        rollouts=1,
+        horizon_seconds=0.3,
+        latent_steps=20,
+        inverse_steps=10,
+        video_steps=4,
+        pretrain_steps=10,
+        finetune_steps=10,
+        chunk=3,
+        steps_per_call=3,
+        max_steps=40,
+    ),
+    # Of Meta-World's fifty tasks: six that two cores can learn, and as many others with the same kinds of motion.
+    "cpu": StudySizes(
+        world=World(
+            env="metaworld",
+            tasks="reach,push,drawer-open,button-press-topdown,window-open,door-open",
+            other_tasks="push-back,drawer-close,button-press,window-close,door-close,faucet-open",
+            camera="corner4",
+            other_camera="corner3",
+            other_look=1,
+        ),
+        stage="tiny",
+        videos=30,
+        measured=5,
+        rollouts=50,
+        horizon_seconds=0.1,
+        latent_steps=1200,
+        inverse_steps=600,
+        video_steps=1200,
+        pretrain_steps=1200,
+        finetune_steps=600,
+        chunk=8,
+        steps_per_call=8,
+        max_steps=150,
+        head="chunk",
+        policy=("--layers", "2"),
+    ),
+    "gpu": StudySizes(
+        world=World(
+            env="metaworld",
+            tasks="mt10",
+            other_tasks="button-press,button-press-wall,door-close,door-lock,door-unlock,faucet-open,faucet-close,"
+            "handle-press,push-back,plate-slide",
+            camera="corner4",
+            other_camera="corner3",
+            other_look=1,
+        ),
+        stage="base",
+        videos=100,
+        measured=10,
+        rollouts=50,
+        horizon_seconds=0.1,
+        latent_steps=10_000,
+        inverse_steps=5_000,
+        video_steps=10_000,
+        pretrain_steps=10_000,
+        finetune_steps=2_000,
+        chunk=8,
+        steps_per_call=8,
+        max_steps=250,
+        # The presets of pretraining and finetuning differ in both.
+        policy=("--batch-size", "128", "--augment"),
+    ),
+}
+
+
+def sizes_of(preset: str) -> StudySizes:
+    """Returns the sizes of a preset. Raises UserError with the nearest known name."""
+    if preset not in PRESETS:
+        raise unknown("study preset", preset, PRESETS)
+    return PRESETS[preset]
