@@ -57,7 +57,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Nested NumPy arrays, which the authors' image tokeniser was pickled as."""
+    """Nested NumPy arrays, which the authors' image tokenizer was pickled as."""
     return nested({name: np.asarray(tensor.numpy()) for name, tensor in tensors.items()})
 
 

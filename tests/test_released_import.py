@@ -176,10 +176,10 @@ def test_whatever_is_refused_leaves_the_policy_that_was_to_be_overwritten_whole(
     write_stream(tmp_path / "whole_numbers", {name: weight.int() for name, weight in made_up(SIZES).items()})
     write_stream(tmp_path / "double", {name: weight.double() for name, weight in made_up(SIZES).items()})
     changed = [
-        ("--latent-length is at least 1", {"latent_length": 0}),
-        ("--latent-length is at least 1", {"latent_length": -1}),
+        ("--latent-length must be at least 1", {"latent_length": 0}),
+        ("--latent-length must be at least 1", {"latent_length": -1}),
         (r"(?s)whole_numbers: .*wte/embedding: torch.int32", {"params": tmp_path / "whole_numbers"}),
-        (r"double: of torch.float64; give --dtype", {"params": tmp_path / "double"}),
+        (r"double: weights in torch.float64 .*; give --dtype", {"params": tmp_path / "double"}),
     ]
     for number, (complaint, wrong) in enumerate(
         [
@@ -345,9 +345,9 @@ def test_a_file_of_torch_is_refused_wherever_it_is_malformed_and_without_advice_
     weight = torch.ones(2, 2)
     for tensor, complaint in [
         (weight.to_sparse(), "sparse"),
-        (weight.to("meta"), "without its numbers"),
-        (weight.long(), "of torch.int64"),
-        (weight / 0, "not all of its numbers are finite"),
+        (weight.to("meta"), "without numbers"),
+        (weight.long(), "torch.int64"),
+        (weight / 0, "not finite"),
     ]:
         torch.save({"vq.codebooks": tensor, "fine": weight}, path)
         refused(rf"(?s)laq.pt: expected finite floating-point numbers:\n  vq.codebooks: [^\n]*{complaint}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lapa.errors import UserError
 from lapa.policy.vocabulary import Vocabulary
 from lapa.released import from_released, lwm
 from lapa.released import lapa7b as released
@@ -337,8 +338,15 @@ def test_a_model_folder_that_lacks_weights_is_refused(small, tmp_path):
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "model" / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing, left over or misshapen: model\.layers\.1"):
         load()
-    (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no complete Llama"):
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="no complete Llama"):
+        load()
+    weights.unlink()
+    with pytest.raises(UserError, match="no complete Llama"):
+        load()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    with pytest.raises(UserError, match="no complete Llama"):
         load()
 
 

@@ -1,4 +1,4 @@
-"""The image tokeniser: the golden of the released code, the published sizes, and what is refused."""
+"""The image tokenizer: the golden of the released code, the published sizes, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lapa import config as configs
+from lapa.errors import UserError
 from lapa.released.vqgan import VQGAN, VQGANConfig, from_released, released_shapes
 from released_files import golden
 
@@ -44,7 +45,7 @@ def test_it_is_frozen_and_keeps_its_precision_under_autocast(vqgan):
         assert torch.equal(vqgan(IMAGES), TENSORS["out.indices"].long())
 
 
-def test_a_saved_tokeniser_says_the_same_codes(vqgan, tmp_path):
+def test_a_saved_tokenizer_gives_the_same_codes(vqgan, tmp_path):
     vqgan.save(tmp_path)
     loaded = VQGAN.load(tmp_path)
     assert loaded.config == CONFIG
@@ -61,6 +62,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert "extra/kernel: not a name" in str(error.value)
     assert "quant_conv/bias: shape (3,), expected (16,)" in str(error.value)
     VQGAN(CONFIG).save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(UserError, match=r"model\.safetensors: does not fit config.json"):
+        VQGAN.load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors: missing"):
         VQGAN.load(tmp_path)
@@ -75,6 +79,6 @@ def test_impossible_sizes_are_refused(sizes, complaint):
         VQGANConfig(**sizes)
 
 
-def test_a_picture_of_another_size_is_refused(vqgan):
+def test_an_image_of_another_size_is_refused(vqgan):
     with pytest.raises(ValueError, match="64 x 64"):
         vqgan.encode(IMAGES[:, :32])

@@ -410,7 +410,7 @@ def test_codes_and_pictures_may_be_in_one_batch(policy: Path) -> None:
     for images in ([[frame_HWC], [codes_N]], [[codes_N], [frame_HWC]], [[codes_N], [codes_N]]):
         assert torch.equal(backbone.tokens(processor(images, prompts)), wanted)  # type: ignore
     for wrong in (codes_N[1:], codes_N + 64, codes_N - 64):
-        with pytest.raises(ValueError, match="another image tokeniser"):
+        with pytest.raises(ValueError, match="another image tokenizer"):
             processor([[wrong]], ["push"])
 
 

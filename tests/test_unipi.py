@@ -39,6 +39,8 @@ LOOP = LoopConfig(
     log_every=20,
     eval_every=1000,
 )
+# The video model is a UNet of diffusers, which only the extra `study` brings.
+pytest.importorskip("diffusers")
 RNG = np.random.default_rng(0)
 
 

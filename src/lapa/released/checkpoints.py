@@ -8,7 +8,7 @@ Two formats, recognised by their first bytes:
 
 streaming  msgpack records one after another, each a pair: the parts of a tensor's name, and the tensor as Flax writes
            one (LAPA's and LWM's `params`, bfloat16). A whole train state has its weights under `params`, next to the
-           optimiser's state and the step, which stay unread and are listed in `skipped`.
+           optimizer's state and the step, which stay unread and are listed in `skipped`.
 pickle     a pickled map of maps of NumPy or JAX arrays (the released `vqgan`). Only the names of `ALLOWED` may stand
            in it, and each is replaced by a stand-in that holds data.
 
@@ -33,13 +33,16 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lapa.errors import UserError
 
 # What code that expects a sound file raises on a malformed one. RecursionError is a RuntimeError.
 MALFORMED = (
-    *(pickle.UnpicklingError, struct.error, EOFError, MemoryError, RuntimeError),
+    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError, struct.error),
+    *(EOFError, OSError, MemoryError, RuntimeError),
     *(ValueError, TypeError, AttributeError, LookupError, AssertionError, ArithmeticError),
 )
 TRUNCATED = "truncated: the file ends before its end; download it again"
@@ -56,7 +59,8 @@ def malformed(path: Path, what: str) -> Iterator[None]:
     except MALFORMED as error:
         if isinstance(error, UserError) and str(error).startswith(f"{path}: "):
             raise
-        raise UserError(f"{path}: {what} ({str(error) or type(error).__name__})") from None
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: {what} ({why})") from None
 
 
 @dataclass(frozen=True)
@@ -238,11 +242,11 @@ class _Cursor:
             raise ValueError(f"byte {self.position:,}: expected binary data or an extension")
         length = FIXED_EXTENSION.get(code) or int.from_bytes(head[1 : 1 + width], "big")
         begin = 1 + width + (code not in BINARY)
-        span = Span(self.position + begin, length, None if code in BINARY else head[begin - 1])
-        if len(head) < begin or span.start + length > self.size:
+        start, end = self.position + begin, self.position + begin + length
+        if end > self.size:
             raise UserError(f"{self.path}: {TRUNCATED}")
-        self.position = span.start + length
-        return span
+        self.position = end
+        return Span(start, length, None if code in BINARY else head[begin - 1])
 
     def _peek(self, count: int) -> bytes:
         self._file.seek(self.position)

@@ -32,6 +32,7 @@ import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ PUBLISHED: dict[str, Any] = {
     "eof_token": 8192,
     "eov_token": 8193,
 }
-# Of these a checkpoint has as many rows as its own tables.
+# Taken from the checkpoint's tables where a config lacks them.
 OPTIONAL_SIZES = ("delta_vocab_size", "action_vocab_size")
 REQUIRED = (
     "vocab_size",
@@ -87,7 +88,7 @@ REQUIRED = (
     "num_attention_heads",
 )
 REAL = ("rms_norm_eps", "theta")
-# Keys by whose beginning they say how the released code ran, and not what the model is.
+# Beginnings of keys that configure how the released code ran, and not the model.
 OF_THE_RUN = ("scan_", "remat_", "mesh_", "param_scan_", "use_", "tie_", "initializer_", "bos_", "eos_", "pad_")
 
 TABLES: dict[Segment, tuple[str, str, str]] = {
@@ -135,7 +136,7 @@ PROBES = (
 
 
 def from_released(params: Mapping[str, Any], config: Mapping[str, Any]) -> ReleasedPolicy:
-    """The policy with the released weights (arrays or tensors under the released names), in evaluation mode.
+    """Returns the policy with the released weights (arrays or tensors under the released names), in evaluation mode.
 
     config: the released model's (keys of PUBLISHED). Raises UserError on unknown or missing keys, and one that lists
     every tensor that is missing, left over or of another shape.
@@ -163,7 +164,7 @@ class ReleasedPolicy(nn.Module):
         latent_mask_BT: Tensor,
         action_mask_BT: Tensor | None = None,
     ) -> dict[Segment, Float[Tensor, "B T R"]]:
-        """Logits of each segment's head at every position.
+        """Returns the logits of each segment's head at every position.
 
         A token is a number within the segment whose mask is True, else within the text.
         """
@@ -200,31 +201,32 @@ def run(config: ImportLapaConfig) -> None:
         vocabulary = check_weights(params, sizes)
         require_floats(params)
     if isinstance(params, StoredTensors) and params.skipped:
-        say(f"{config.params}: {len(params.skipped)} entries beside the weights are left out (the optimiser's state)")
+        say(f"{config.params}: {len(params.skipped)} entries next to the weights are left out (the optimizer's state)")
     images = open_checkpoint(config.vqgan)
     with naming(config.vqgan):
-        require_shapes("the image tokeniser", shapes_of(images), vqgan.released_shapes(image_sizes))
+        require_shapes("the image tokenizer", shapes_of(images), vqgan.released_shapes(image_sizes))
         require_floats(images)
     tokenizer = llama_tokenizer(config.tokenizer)
     if len(tokenizer) != vocabulary.text:
         raise UserError(
-            f"{config.tokenizer}: {len(tokenizer)} pieces, but {config.params} has {vocabulary.text} of text"
+            f"{config.tokenizer}: {len(tokenizer)} pieces, but {config.params} has {vocabulary.text} rows of text; "
+            "name the tokenizer.model released with it"
         )
     processor = LwmProcessor(tokenizer, backbone, vocabulary.rows("vision").start)
     policy = policy_config(config, backbone, vocabulary, processor)
     dtype = TORCH_DTYPES.get(config.dtype) or params[FINAL_NORM].dtype
     if dtype not in SAFETENSORS_DTYPES:
-        raise UserError(f"{config.params}: of {dtype}; give --dtype bf16 or fp32")
+        raise UserError(f"{config.params}: weights in {dtype} cannot be kept; give --dtype bf16 or fp32")
     llama = released_llama(sizes, vocabulary)
     shapes = llama_shapes(llama)
-    tokeniser = vqgan.from_released(images, image_sizes)
+    image_tokenizer = vqgan.from_released(images, image_sizes)
     inputs = [config.params, config.vqgan, config.tokenizer]
     complete = is_policy(config.out)
     claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=inputs)
 
     processor.save(config.out / PROCESSOR)
-    tokeniser.save(config.out / MODEL / VQGAN_FOLDER)
-    del images, tokeniser
+    image_tokenizer.save(config.out / MODEL / VQGAN_FOLDER)
+    del images, image_tokenizer
     write_llama(config.out / MODEL, llama, shapes, dtype, llama_tensors(params, sizes))
     write_json(config.out / "metrics.json", {})
     write_json(config.out / CONFIG, {"policy": configs.to_dict(policy), "run": configs.to_dict(config)})
@@ -232,9 +234,9 @@ def run(config: ImportLapaConfig) -> None:
 
 
 def read_sizes(path: Path | None) -> tuple[dict[str, Any], VQGANConfig]:
-    """The sizes of the language model and of the image tokeniser: the published ones, or those of a JSON file.
+    """Returns the sizes of the language model and of the image tokenizer: published ones, or those of a JSON file.
 
-    How many latent and robot actions there are is left to the checkpoint, unless the JSON file says it.
+    The numbers of latent and robot actions are those of the checkpoint, unless the JSON file has them.
     """
     published = {key: value for key, value in PUBLISHED.items() if key not in OPTIONAL_SIZES}
     if path is None:
@@ -250,9 +252,9 @@ def read_sizes(path: Path | None) -> tuple[dict[str, Any], VQGANConfig]:
 def policy_config(
     config: ImportLapaConfig, backbone: LwmConfig, vocabulary: Vocabulary, processor: LwmProcessor
 ) -> PolicyConfig:
-    """The policy that a checkpoint is: with the paper's prompt, and latent actions where it has them."""
+    """The config of a checkpoint's policy: the paper's prompt, and latent actions where it has them."""
     if vocabulary.latent and config.latent_length < 1:
-        raise UserError(f"--latent-length is at least 1 for {config.params}, which has latent actions")
+        raise UserError(f"--latent-length must be at least 1 for {config.params}, which has latent actions")
     opening, closing = processor.tags("latent") if vocabulary.latent else ((), ())
     return PolicyConfig(
         vocabulary=vocabulary,
@@ -267,7 +269,7 @@ def policy_config(
 
 
 def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that say what the model is. UserError on unknown, missing or impossible ones, and a tied vocabulary."""
+    """Returns the keys that define the model. Raises UserError on unknown, missing or impossible ones."""
     if config.get("tie_word_embeddings"):
         raise UserError("the released config ties heads to embeddings; the released models do not")
     kept = {key: value for key, value in config.items() if not key.startswith(OF_THE_RUN)}
@@ -288,7 +290,7 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def released_vocabulary(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Vocabulary:
-    """The segments that a checkpoint has. Latent and action rows are as many as the config or else its tables say."""
+    """The segments of a checkpoint; the rows of latent and robot actions are the config's, or else its tables' own."""
     rows = {"text": config["vocab_size"], "vision": config["vision_vocab_size"]}
     for segment in OPTIONAL:
         table, head, key = TABLES[segment]
@@ -324,7 +326,7 @@ def llama_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def released_llama(config: Mapping[str, Any], vocabulary: Vocabulary) -> LlamaConfig:
     """The language model's config in transformers."""
-    return llama_config(vocabulary.size, **llama_sizes(config))
+    return llama_config(vocabulary.size, SimpleNamespace(**llama_sizes(config)))
 
 
 def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -335,7 +337,7 @@ def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(params: Mapping[str, Any], config: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a checkpoint. UserError listing every tensor that is missing, extra or misshapen."""
+    """Returns the vocabulary of a checkpoint. Raises UserError that lists every tensor that does not fit."""
     shapes = shapes_of(params)
     stacked = any(name.startswith(f"{STACKED}/") for name in shapes) or not any(
         name.startswith("transformer/h/") for name in shapes
@@ -346,15 +348,13 @@ def check_weights(params: Mapping[str, Any], config: Mapping[str, Any]) -> Vocab
 
 
 def llama_tensors(params: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and weight in transformers, in the order of `llama_shapes`; of a file only what the next needs is read."""
+    """Yields name and weight in transformers, in the order of `llama_shapes`, and reads no more than the next needs."""
     segments = [segment for segment in TABLES if TABLES[segment][0] in params]
     yield "model.embed_tokens.weight", torch.cat([_take(params, TABLES[segment][0]) for segment in segments])
     for layer in range(config["num_hidden_layers"]):
         for theirs, ours in LAYER.items():
-            stacked = f"{STACKED}/{theirs}"
-            tensor = (
-                _take(params, stacked, layer) if stacked in params else _take(params, f"transformer/h/{layer}/{theirs}")
-            )
+            stacked, apart = f"{STACKED}/{theirs}", f"transformer/h/{layer}/{theirs}"
+            tensor = _take(params, stacked, layer) if stacked in params else _take(params, apart)
             if theirs in ROTATED:
                 tensor = pairs_to_halves(tensor, config["num_attention_heads"])
             yield f"model.layers.{layer}.{ours}", tensor.T.contiguous() if tensor.ndim == 2 else tensor
@@ -364,15 +364,15 @@ def llama_tensors(params: Mapping[str, Any], config: Mapping[str, Any]) -> Itera
 
 
 def pairs_to_halves(kernel_DO: Float[Tensor, "D O"], heads: int) -> Float[Tensor, "D O"]:
-    """Outputs of each head reordered from (x0 y0 x1 y1 ...), rotated as pairs, to (x0 x1 ... y0 y1 ...), as halves."""
+    """Reorders each head's outputs from (x0 y0 x1 y1 ...), rotated as pairs, to (x0 x1 ... y0 y1 ...), as halves."""
     return rearrange(kernel_DO, "d (heads pairs two) -> d (heads two pairs)", heads=heads, two=2)
 
 
 def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """A sentencepiece model, as Llama has one, as an ordinary tokenizer of transformers.
+    """Turns a sentencepiece model of Llama's kind into an ordinary tokenizer of transformers.
 
-    As in the authors' code, text is split at `<s>` and `</s>`, the spaces beside them go, and each piece of text
-    begins with a space. Raises UserError where the file cannot be read, or where the result would not give the
+    As in the authors' code, text is split at `<s>` and `</s>`, the spaces around them are dropped, and each piece of
+    text begins with a space. Raises UserError where the file cannot be read, or where the result would not give the
     same tokens (Llama's is byte-pair encoding without normalisation).
     """
     try:
@@ -383,17 +383,14 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         ) from None
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; name the released tokenizer.model")
-    try:
+    with malformed(path, "not a model of sentencepiece; name the released tokenizer.model"):
         pieces = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError):
-        raise UserError(f"{path}: not a model of sentencepiece; name the released tokenizer.model") from None
     numbers = pieces.unk_id(), pieces.bos_id(), pieces.eos_id()
     if min(numbers) < 0:
         raise UserError(f"{path}: not a tokenizer of Llama's kind: it lacks a token for unknown, beginning or end")
     special = [pieces.id_to_piece(number) for number in numbers]
-    tokenizer = Tokenizer(
-        models.BPE(*_pieces_and_merges(pieces), unk_token=special[0], fuse_unk=True, byte_fallback=True)
-    )
+    model = models.BPE(*_pieces_and_merges(pieces), unk_token=special[0], fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -417,7 +414,7 @@ def llama_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _pieces_and_merges(pieces: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary, and the merges that its scores imply: the better a piece's score, the earlier it is made."""
+    """The vocabulary, and the merges that its scores imply: the better a piece's score, the earlier its merge."""
     vocabulary = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
     merges = []
     for piece, number in vocabulary.items():
@@ -437,7 +434,7 @@ def write_llama(
     dtype: torch.dtype,
     tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
-    """Writes the language model as transformers does, in memory for one tensor at a time."""
+    """Writes the language model as transformers does, with one tensor in memory at a time."""
     llama.dtype = dtype
     with progress() as bar:
         task = bar.add_task("tensors", total=len(shapes), note="")
@@ -459,9 +456,9 @@ def write_safetensors(
     tensors: Iterable[tuple[str, Tensor]],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes `model.safetensors`, or shards and their index, from tensors that come in the order of `shapes`.
+    """Writes `model.safetensors`, or shards and their index, from tensors in the order of `shapes`.
 
-    The headers are known beforehand, so that no tensor has to wait in memory for the others of its file.
+    The headers come first, from the shapes alone, so that no tensor waits in memory for the others of its file.
     """
     shards = _shards(shapes, dtype.itemsize, shard_bytes)
     source = iter(tensors)
@@ -473,7 +470,7 @@ def write_safetensors(
             file.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 given, tensor = next(source)
-                assert (given, tuple(tensor.shape)) == (name, shapes[name]), "tensors come as announced"
+                assert (given, tuple(tensor.shape)) == (name, shapes[name]), "tensors come in the order of their shapes"
                 raw = tensor.to(dtype).contiguous().flatten().view(torch.uint8)
                 file.write(memoryview(raw.numpy()))  # type: ignore[arg-type]
     if len(shards) > 1:
@@ -495,7 +492,7 @@ def _shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, shard_bytes: i
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """What precedes the tensors in a safetensors file: its length, and as JSON where each of them lies."""
+    """The header of a safetensors file: its length, and as JSON the place of each tensor."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, shape in shapes.items():

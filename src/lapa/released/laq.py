@@ -1,16 +1,15 @@
-"""The published latent action model's weights (laq_openx.pt of LAPA) under our names, and back.
+"""Imports the latent action model that LAPA's authors released (`laq_openx.pt`).
 
-    from lapa.released.laq import from_released
+    lapa import laq laq_openx.pt --out LAM
     model = from_released(torch.load("laq_openx.pt", weights_only=True), PUBLISHED_CONFIG)
 
-Code and weights: https://github.com/LatentActionPretraining/LAPA (arXiv 2410.11758). Every name is accounted for.
+LAPA (https://arxiv.org/abs/2410.11758), https://github.com/LatentActionPretraining/LAPA. The file is a state dict of
+493 tensors, 343,796,080 parameters; it is read without running what a pickle may hold, and every name is accounted for.
 """
 
 from __future__ import annotations
 
-import pickle
 import shlex
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from lapa.console import finish
 from lapa.errors import UserError, unknown
 from lapa.files import claim_output, naming, read_json, write_json
 from lapa.latent.model import CONFIG, LatentActionModel, LatentModelConfig
+from lapa.released.checkpoints import MALFORMED
 from lapa.released.config import ImportLaqConfig
 
 PUBLISHED_CONFIG = {
@@ -92,10 +92,12 @@ BLOCK_NAMES = {
 
 
 def released_config(published: Mapping[str, Any]) -> LatentModelConfig:
-    """Our config for a published one (the keys of PUBLISHED_CONFIG). UserError on unknown or missing keys."""
-    for key in published:
+    """Returns our config for a published one (the keys of PUBLISHED_CONFIG). Raises UserError where it is not one."""
+    for key, value in published.items():
         if key not in PUBLISHED_CONFIG:
             raise unknown("key of the published config", key, PUBLISHED_CONFIG)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{key} must be a whole number of at least 1, got {value!r}")
     if missing := sorted(PUBLISHED_CONFIG.keys() - published.keys()):
         raise UserError(f"the published config needs the keys {', '.join(missing)}")
     sizes: dict[str, Any] = dict(published)
@@ -108,7 +110,7 @@ def released_config(published: Mapping[str, Any]) -> LatentModelConfig:
 
 
 def released_names(model: LatentActionModel) -> dict[str, str]:
-    """Released name -> our name, for every released tensor that holds something."""
+    """Released name -> our name, for every released tensor that has a counterpart."""
     names = dict(MODEL_NAMES)
     ours = model.state_dict().keys()
     for released, own in TRANSFORMER_NAMES.items():
@@ -121,7 +123,7 @@ def released_names(model: LatentActionModel) -> dict[str, str]:
 
 
 def released_constants(model: LatentActionModel) -> dict[str, tuple[int, ...]]:
-    """Released name -> shape, for every released tensor that holds nothing: zero offsets of norms, empty nulls."""
+    """Released name -> shape, for every released tensor without content: zero offsets of norms, empty nulls."""
     config = model.config
     shapes: dict[str, tuple[int, ...]] = {}
     for name in released_names(model):
@@ -133,10 +135,10 @@ def released_constants(model: LatentActionModel) -> dict[str, tuple[int, ...]]:
 
 
 def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[str, Any]) -> LatentActionModel:
-    """The model with the released weights, in evaluation mode.
+    """Returns the model with the released weights, in evaluation mode.
 
-    Raises UserError listing every released name that is missing, left over, of another shape, or (a norm's
-    offset, which the released code holds at zero) not zero.
+    Raises UserError that lists every released name that is missing, left over or of another shape, and every norm's
+    offset that is not zero, as the released code keeps it.
     """
     model = LatentActionModel(released_config(published_config))
     own, names, constants = model.state_dict(), released_names(model), released_constants(model)
@@ -155,19 +157,13 @@ def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[st
     return model.eval()
 
 
-# What torch makes of a file that is not whole, or not its own.
-UNREADABLE = (
-    *(pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError),
-    *(ValueError, TypeError, AttributeError, LookupError, AssertionError, OverflowError),
-)
-
-
 def run(config: ImportLaqConfig) -> None:
     """`lapa import laq`. Raises UserError on a file that is missing, truncated or does not fit."""
     published = PUBLISHED_CONFIG if config.sizes is None else read_json(config.sizes)
     if not isinstance(published, dict):
         raise UserError(f"{config.sizes}: expected an object with the sizes of a released model")
-    require_sizes(published, config.sizes)
+    with naming(config.sizes):
+        released_config(published)
     weights = read_weights(config.weights)
     with naming(config.weights):
         model = from_released(weights, published)
@@ -181,29 +177,20 @@ def run(config: ImportLaqConfig) -> None:
     finish(f"latent action model of {parameters:,} parameters", config.out, next_commands)
 
 
-def require_sizes(published: Mapping[str, Any], path: Path | None) -> None:
-    """UserError naming the file where a size is none, or no model of these sizes can be."""
-    with naming(path):
-        for key, value in published.items():
-            if key in PUBLISHED_CONFIG and (type(value) is not int or value < 1):
-                raise UserError(f"{key} must be a whole number of at least 1, got {value!r}")
-        released_config(published)
-
-
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file of torch, without running any code in it.
+    """Reads the tensors of a file of torch, without running any code in it.
 
-    UserError naming the file where that fails, or where a tensor is not of finite floating-point numbers.
+    Raises UserError naming the file where that fails, or where a tensor is not of finite floating-point numbers.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the released laq_openx.pt")
     try:
         weights: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE:
-        # Torch's own text advises to run what is in the file.
+    except MALFORMED:
+        # Torch's own message advises to run what is in the file.
         raise UserError(
-            f"{path}: truncated, or not a file of tensors alone; nothing in it was run; download it again, or name "
-            "the released laq_openx.pt"
+            f"{path}: truncated, or not a file of tensors alone; nothing in it was run; download the released "
+            "laq_openx.pt again"
         ) from None
     if not isinstance(weights, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
@@ -216,9 +203,9 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def _fault(tensor: Tensor) -> str | None:
-    """What keeps a tensor from being a weight, if anything does."""
+    """The reason why a tensor cannot be a weight, if there is one."""
     if tensor.layout != torch.strided or tensor.is_meta:
-        return "sparse, or without its numbers"
+        return "sparse, or without numbers"
     if not tensor.is_floating_point():
-        return f"of {tensor.dtype}"
-    return None if bool(tensor.isfinite().all()) else "not all of its numbers are finite"
+        return str(tensor.dtype)
+    return None if bool(tensor.isfinite().all()) else "not finite"

@@ -1,8 +1,8 @@
-"""The image tokeniser of the released policy: a VQGAN that turns a picture into a grid of codes, and back.
+"""The image tokenizer of the released policy: a VQGAN that turns an image into a grid of codes, and back.
 
 Large World Model (https://arxiv.org/abs/2402.08268), as LAPA uses it (https://arxiv.org/abs/2410.11758): residual
 blocks without attention, the nearest of 8192 codes for each 16 x 16 pixels. It is frozen and runs in float32: a code
-is an argmin, and a picture's codes are not to depend on the precision that the policy trains in.
+is an argmin, and an image's codes must not depend on the precision that the policy trains in.
 
     vqgan = from_released(open_checkpoint(Path("vqgan")), VQGANConfig())      # 146,244,675 parameters
     codes_Bhw = vqgan.encode(images_BHWC)      # uint8 of side 256 -> 16 x 16 codes in [0, 8192)
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 from lapa import config as configs
 from lapa.errors import UserError
 from lapa.files import atomic_path
-from lapa.released.checkpoints import require_shapes, shapes_of
+from lapa.released.checkpoints import malformed, require_shapes, shapes_of
 from lapa.released.config import NORM_GROUPS, VQGANConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -115,7 +114,7 @@ class Decoder(nn.Module):
 
 
 class VQGAN(nn.Module):
-    """The frozen image tokeniser. Nothing here learns: parameters take no gradient."""
+    """The frozen image tokenizer: its parameters take no gradient."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -129,11 +128,11 @@ class VQGAN(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Int[Tensor, "B h w"]:
-        """`encode`, for what hooks into a module's call, as sharding does."""
+        """Calls `encode`, since sharding hooks into a module's call."""
         return self.encode(images_BHWC)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQGAN:
-        """Moves to other devices, and stays in float32 whatever a policy is cast to."""
+        """Moves to other devices, and stays in float32 when a policy is cast."""
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -144,10 +143,10 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def latents(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Float[Tensor, "B h w D"]:
-        """What the codes stand for, before the nearest one is chosen. UserError for pictures of another size."""
+        """Returns the latents whose nearest codes `encode` takes. Raises UserError for images of another size."""
         side = self.config.resolution
         if tuple(images_BHWC.shape[1:]) != (side, side, 3):
-            raise UserError(f"the image tokeniser takes pictures of {side} x {side} x 3, got {images_BHWC.shape[1:]}")
+            raise UserError(f"the image tokenizer takes {side} x {side} x 3 images, got {list(images_BHWC.shape[1:])}")
         # A permuted NHWC tensor already lies in memory as channels_last.
         pixels = images_BHWC.permute(0, 3, 1, 2).to(self.codebook_KD.dtype) / 127.5 - 1
         with torch.autocast(images_BHWC.device.type, enabled=False):
@@ -155,7 +154,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Int[Tensor, "B h w"]:
-        """The code of each cell of the grid, row by row from the top left."""
+        """Returns the code of each cell of the grid, row by row from the top left."""
         z_BhwD, codebook_KD = self.latents(images_BHWC).float(), self.codebook_KD.float()
         flat_ND = rearrange(z_BhwD, "b h w d -> (b h w) d")
         # |z|^2 is the same for every code, so it does not change which one is nearest.
@@ -165,7 +164,7 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes_Bhw: Int[Tensor, "B h w"]) -> Float[Tensor, "B H W 3"]:
-        """The picture that the codes say, in [-1, 1]."""
+        """Returns the images of the codes, in [-1, 1]."""
         code_BDhw = self.codebook_KD[codes_Bhw].permute(0, 3, 1, 2)
         return self.decoder(self.from_code(code_BDhw)).permute(0, 2, 3, 1).clamp(-1, 1)
 
@@ -177,17 +176,15 @@ class VQGAN(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> VQGAN:
-        """What `save` wrote. UserError naming the file that is missing or does not fit."""
+        """Reads what `save` wrote. Raises UserError naming the file that is missing or does not fit."""
         config = configs.load(VQGANConfig, Path(folder) / CONFIG)
         path = Path(folder) / WEIGHTS
+        if not path.is_file():
+            raise UserError(f"{path}: missing; the policy folder is incomplete, import it again")
         with torch.device("meta"):
             model = cls(config)
-        try:
+        with malformed(path, f"does not fit {CONFIG} next to it"):
             model.load_state_dict(load_file(path), assign=True)
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing; the policy folder is incomplete, import it again") from None
-        except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path}: does not fit {CONFIG} beside it ({str(error).splitlines()[0]})") from error
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.requires_grad_(False).eval()
 
@@ -227,11 +224,11 @@ def released_shapes(config: VQGANConfig) -> dict[str, tuple[int, ...]]:
 
 
 def from_released(params: Mapping[str, Any], config: VQGANConfig) -> VQGAN:
-    """The tokeniser with the released weights (arrays or tensors), in evaluation mode.
+    """Returns the tokenizer with the released weights (arrays or tensors), in evaluation mode.
 
-    Raises UserError listing every name that is missing, left over or of another shape.
+    Raises UserError that lists every name that is missing, left over or of another shape.
     """
-    require_shapes("the image tokeniser", shapes_of(params), released_shapes(config))
+    require_shapes("the image tokenizer", shapes_of(params), released_shapes(config))
     model = VQGAN(config)
     for name, own in model.state_dict().items():
         theirs = torch.as_tensor(params[released_name(name)])
