@@ -24,6 +24,7 @@ from lapa.data.lerobot import INFO, find_episodes, require_folder
 from lapa.data.replace_actions import HideActionsConfig
 from lapa.data.replace_actions import run as hide_actions
 from lapa.data.spec import open_dataset
+from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading
 
@@ -223,7 +224,7 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
     with pytest.raises(ValueError, match=r"needs LeRobotDataset v3\.0, got v2\.1; `lapa data lerobot"):
         hide_actions(HideActionsConfig(data=str(old), out=tmp_path / "out"))
     pictures = with_pictures_in_tables(robot, tmp_path / "d")
-    with pytest.raises(ValueError, match="needs cameras whose pictures are videos; `lapa data lerobot"):
+    with pytest.raises(ValueError, match="needs cameras whose images are videos; `lapa data lerobot"):
         hide_actions(HideActionsConfig(data=str(pictures), out=tmp_path / "out"))
     assert require_folder(open_dataset(f"lerobot:{robot.root}")).root == robot.root
 
@@ -242,14 +243,20 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
         ({"fps": None}, "lacks fps"),
         ({"fps": "ten"}, "fps must be a number above 0, got 'ten'"),
         ({"fps": -3}, "fps must be a number above 0"),
+        ({"fps": float("inf")}, "fps must be a number above 0"),
+        ({"features": {"action": {"dtype": "float32", "shape": ["x"]}}}, "feature action needs a dtype and a shape"),
+        ({"features": {FRONT: {"dtype": "video", "shape": [3]}}}, "feature .*front is not as LeRobot describes images"),
+        ({"chunks_size": "x"}, "chunks_size must be a whole number above 0, got 'x'"),
+        ({"data_path": "{chunk_index.x}"}, "may name chunk_index, file_index"),
+        ({"data_path": 3}, "data_path is 3; it may name chunk_index"),
         ({"data_path": "data/{episode}.parquet"}, "may name chunk_index, file_index"),
     ],
 )
 def test_what_is_wrong_with_info_is_said(robot: Dataset, tmp_path: Path, change: dict[str, Any], told: str) -> None:
     (tmp_path / "meta").mkdir()
     info = {key: value for key, value in {**robot.info, **change}.items() if value is not None}
-    write_json(tmp_path / INFO, info)
-    with pytest.raises(ValueError, match=rf"meta/info\.json: .*{told}"):
+    (tmp_path / INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match=rf"meta/info\.json: .*{told}"):
         open_dataset(tmp_path)
 
 
@@ -298,6 +305,9 @@ def test_empty_files_and_pointers_of_git_lfs_are_told_apart(old: Path, tmp_path:
         ("episodes", "", "holds no episode"),
         ("tasks", "[1]\n", "line 1 lacks task_index, task"),
         ("tasks", None, "no such file"),
+        ("episodes", "[" * 100_000, "line 1 is not JSON"),
+        ("episodes", '{"episode_index": 0, "length": ' + "9" * 30 + "}", "cannot be read"),
+        ("episodes", '{"episode_index": 0, "length": 9, "tasks": 3}', "cannot be read"),
     ],
 )
 def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str | None, told: str) -> None:
@@ -309,6 +319,30 @@ def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str
         path.write_text(text)
     with pytest.raises(ValueError, match=told):
         open_dataset(root)
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "values", "told"),
+    [
+        ("meta/tasks.parquet", "task_index", [None, 1], "task_index holds empty values, expected whole numbers"),
+        ("meta/tasks.parquet", "task_index", ["a", "b"], "task_index holds string, expected whole numbers"),
+        ("meta/episodes/chunk-000/file-000.parquet", "length", [9.5, 1, 1], "length holds double, expected whole"),
+        ("meta/episodes/chunk-000/file-000.parquet", "tasks", [1, 2, 3], r"cannot be read \("),
+        ("meta/episodes/chunk-000/file-000.parquet", f"videos/{FRONT}/from_timestamp", [None, 0, 0], "is not finite"),
+        ("meta/episodes/chunk-000/file-000.parquet", f"videos/{FRONT}/from_timestamp", ["a"] * 3, r"cannot be read \("),
+        (DATA, "episode_index", ["a"] * 47, "episode_index holds string, expected whole numbers"),
+        (DATA, "timestamp", ["a"] * 47, r"cannot be read \("),
+    ],
+)
+def test_columns_of_other_types_are_named(
+    robot: Dataset, tmp_path: Path, file: str, column: str, values: list, told: str
+) -> None:
+    root = copied(robot.root, tmp_path)
+    table = pq.read_table(root / file)
+    pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), root / file)
+    where = "meta/episodes" if "episodes" in file else file
+    with pytest.raises(UserError, match=rf"{where}: .*{told}"):
+        open_dataset(root).actions(0)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +421,7 @@ def test_damaged_pictures_in_tables_are_named(robot: Dataset, tmp_path: Path) ->
     root = with_pictures_in_tables(robot, tmp_path / "d")
     first = LENGTHS[0]
     for picture, told in (
-        ({"bytes": None, "path": "x.png"}, "holds no picture in row 11"),
+        ({"bytes": None, "path": "x.png"}, "holds no image in row 11"),
         ({"bytes": png(np.zeros((64, 64, 3), np.uint8))[:60], "path": None}, r"cannot be decoded in row 11 \("),
         ({"bytes": b"nothing", "path": None}, r"cannot be decoded in row 11 \(no image in JPEG, PNG"),
         ({"bytes": png(np.zeros((8, 8, 3), np.uint8)), "path": None}, "differ in size"),

@@ -1,24 +1,31 @@
-"""Dataset folders in the LeRobotDataset v3.0 layout, which `lapa.data.writer` writes, and in that of v2.1.
+"""Dataset folders in the LeRobotDataset v3.0 layout, which `lapa.data.writer` writes, and in those of v2.1 and v2.0.
 
-    meta/info.json                       what there is: fps, features, path templates
-    meta/tasks.parquet                   instruction (index) -> task_index
-    meta/episodes/chunk-*/file-*.parquet one row an episode: its instruction, length, and where it lies
-    data/chunk-*/file-*.parquet          one row a frame: action, observation.state, timestamp, indices
-    videos/KEY/chunk-*/file-*.mp4        pictures; several episodes may share a file
+    v3.0                                               v2.1 and v2.0
+    meta/info.json: fps, features, path templates      meta/info.json
+    meta/tasks.parquet: instruction -> task_index      meta/tasks.jsonl
+    meta/episodes/chunk-*/file-*.parquet: one row      meta/episodes.jsonl
+      per episode: instruction, length, location
+    data/chunk-*/file-*.parquet: one row per frame:    data/chunk-*/episode_*.parquet
+      action, observation.state, timestamp, indices
+    videos/KEY/chunk-*/file-*.mp4                      videos/chunk-*/KEY/episode_*.mp4
 
-Pictures may also be PNG or JPEG in columns of the data files (features of dtype `image`). Action-free video has no
-`action` feature. `lapa data info DATASET` shows what is inside; lapa.data.lerobot has the layout of v2.1.
-Axes: T time, H W image, C channel, A action dimensions, S state dimensions.
+Files of v3.0 hold many episodes, those of v2.1 one each. Images may also be PNG or JPEG in columns of the data files
+(features of dtype `image`). Action-free video has no `action` feature. LeRobot's statistics are not read.
+`lapa data info DATASET` shows the content of a dataset.
+Formats: https://huggingface.co/docs/lerobot/lerobot-dataset-v3, https://github.com/huggingface/lerobot (v0.3.3: v2.1).
+Axes: T time, H W image, C channel, D numbers of a feature, N rows of a file, E episodes of it, P episodes with rows.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,36 +37,38 @@ from lapa.data.video import decode_clip, decode_image
 from lapa.errors import UserError, unknown
 from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, what_instead
 
-__all__ = [
-    "CODEBASE_VERSION",
-    "DATA_PATH",
-    "EPISODES_PATH",
-    "EXTRA",
-    "INFO",
-    "JOURNAL",
-    "STATS",
-    "TASKS",
-    "VIDEO_PATH",
-    "LeRobotDataset",
-    "require_folder",
-]
-
+CODEBASE_VERSION = "v3.0"
+# One file per episode.
+LEGACY_VERSIONS = ("v2.1", "v2.0")
+INFO = "meta/info.json"
+TASKS = "meta/tasks.parquet"
+JOURNAL = "meta/journal.jsonl"
 STATS = "meta/stats.json"
 EXTRA = "meta/lapa.json"
-EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+EPISODES = "meta/episodes"
+EPISODES_PATH = EPISODES + "/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-# Episodes of a folder in v2.1, where meta/info.json does not say.
+PLACE = ("chunk_index", "file_index")
+LEGACY_TASKS = "meta/tasks.jsonl"
+LEGACY_EPISODES = "meta/episodes.jsonl"
+# Episodes per chunk folder in v2.1, where meta/info.json does not have the number.
 LEGACY_CHUNK = 1000
-# Parquet files whose numbers stay in memory; they are read episode by episode, mostly in order.
+# Parquet files whose numbers stay in memory: they are read episode by episode, mostly in order.
 OPEN_TABLES = 8
+# Row groups of images that stay in memory: LeRobot writes one per episode, and an item has one image per camera.
+OPEN_GROUPS = 4
+AGAIN = "write the dataset again"
+
+Value = TypeVar("Value")
 
 
 class LeRobotDataset(Dataset):
-    """A dataset folder; `LeRobotDataset(root)` raises UserError naming the file, what is wrong with it, and the mend.
+    """A dataset folder. `LeRobotDataset(root)` raises UserError naming the file, what is wrong, and how to fix it.
 
-    .info: meta/info.json; .version: its codebase_version; .tasks: the instructions by task_index.
-    .num_tasks: how many tasks each episode has, of which the first is its instruction.
+    info: meta/info.json; version: its codebase_version; tasks: the instructions by task_index.
+    num_tasks: how many tasks each episode has, of which the first is its instruction.
+    legacy: whether it is of v2.1 or v2.0: one data file and one video per episode.
     """
 
     def __init__(
@@ -71,21 +80,23 @@ class LeRobotDataset(Dataset):
         columns: Mapping[str, str] | None = None,
         declared: Mapping[str, Any] | None = None,
     ):
-        """cameras: those to offer, in this order, by default all. columns: other names under which `action` and
+        """Opens a folder.
 
-        `observation.state` are stored. declared: what is known of the actions that meta/lapa.json does not say.
+        cameras: the cameras to use, in this order; by default all. columns: other names under which `action` and
+        `observation.state` are stored. declared: entries of the action space that meta/lapa.json lacks.
         """
         self.info = read_info(root)
         self.version = str(self.info["codebase_version"])
-        self.tasks = read_tasks(root, self.version)
-        self._columns = read_episodes(root, self.version, video_keys(self.info["features"]))
+        self.legacy = self.version in LEGACY_VERSIONS
+        self.tasks = read_tasks(root, self.legacy)
+        self._columns = read_episodes(root, self.legacy, video_keys(self.info["features"]))
         self._stored = {ACTION: ACTION, STATE: STATE, **(columns or {})}
         self._declared = dict(declared or {})
         super().__init__(
             root,
             name or root.name or root.absolute().name,
             fps=float(self.info["fps"]),
-            features=_features(self.info["features"], self._stored, f"{root / INFO}"),
+            features=_renamed(self.info["features"], self._stored, root / INFO),
             lengths=self._columns["length"],
             instructions=self._columns["instruction"],
             sources=self._columns["source"],
@@ -94,82 +105,94 @@ class LeRobotDataset(Dataset):
         if cameras:
             self._camera_keys = {camera: self._camera_keys[self.camera_name(camera)] for camera in cameras}
             self.cameras = tuple(cameras)
-        self._tables: OrderedDict[Path, dict[str, np.ndarray]] = OrderedDict()
-        # The first row of each episode in its data file, -1 until that was looked through; and what was wrong there.
+        self._tables: OrderedDict[Any, dict[str, np.ndarray]] = OrderedDict()
+        # Of data files with images: the first row of each row group, and the last few row groups.
+        self._group_rows: dict[Path, np.ndarray] = {}
+        self._groups: OrderedDict[Any, pa.ChunkedArray] = OrderedDict()
+        # The first row of each episode in its data file, -1 before that is read; and the errors found there.
         self._first_rows = np.full(len(self.lengths), -1)
         self._flaws: dict[int, str] = {}
-        self._pictures_stored = StoredPictures()
         self._require_videos()
-
-    @property
-    def legacy(self) -> bool:
-        """Whether it is of v2.1 or v2.0: one data file and one video an episode."""
-        return self.version in LEGACY_VERSIONS
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the dataset: a hash of its metadata files."""
-        return fingerprint(*metadata_files(self.root, self.version))
+        """A hash of the metadata files."""
+        files = [LEGACY_TASKS, LEGACY_EPISODES] if self.legacy else [TASKS]
+        episodes = [] if self.legacy else _episode_files(self.root)
+        return fingerprint(*(self.root / file for file in (INFO, *files)), *episodes)
 
     @cached_property
     def extra(self) -> dict[str, Any]:
-        """What the command that wrote the dataset noted about it; empty for datasets from elsewhere."""
-        noted = read_json(self.root / EXTRA) if (self.root / EXTRA).exists() else {}
-        return {**noted, ACTION_SPACE: {**noted.get(ACTION_SPACE, {}), **self._declared}} if self._declared else noted
+        """The notes of the command that wrote the dataset; empty for datasets from elsewhere."""
+        path = self.root / EXTRA
+        noted = read_json(path) if path.exists() else {}
+        if not isinstance(noted, dict):
+            raise UserError(f"{path}: expected an object, got {noted!r}; correct it, or delete it")
+        known = noted.get(ACTION_SPACE, {})
+        declared = self._declared and isinstance(known, dict)
+        return {**noted, ACTION_SPACE: {**known, **self._declared}} if declared else noted
 
     def image_shape(self, camera: str | None = None) -> tuple[int, int]:
-        """Height and width of a camera's stored pictures."""
+        """Returns the height and width of a camera's stored images."""
         feature = self.camera_feature(camera)
-        shape = [int(side) for side in feature["shape"]]
-        names = feature.get("names")
-        # LeRobot's older datasets say channels first of pictures that are stored as any others.
+        shape, names = feature["shape"], feature.get("names")
+        # LeRobot's older datasets declare channels first, of images that are stored as all others.
         if isinstance(names, list) and "height" in names and "width" in names and len(names) == len(shape):
             return shape[names.index("height")], shape[names.index("width")]
         height, width = shape[1:] if len(shape) == 3 and shape[0] == 3 and shape[2] != 3 else shape[:2]
         return height, width
 
     def video_path(self, episode_index: int, camera: str | None = None) -> Path:
-        """The mp4 that holds an episode."""
+        """Returns the mp4 that holds an episode."""
         key = self._camera_keys[self.camera_name(camera)]
         return self.root / self.info["video_path"].format(video_key=key, **self._place(f"videos/{key}", episode_index))
 
     def data_path(self, episode_index: int) -> Path:
-        """The parquet file that holds an episode's rows."""
+        """Returns the parquet file that holds an episode's rows."""
         return self.root / self.info["data_path"].format(**self._place("data", episode_index))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict()}
+        return {**self.__dict__, "_tables": OrderedDict(), "_group_rows": {}, "_groups": OrderedDict()}
 
     def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
-        key = self._camera_keys[camera]
-        span = self._span(episode_index)
+        key, span = self._camera_keys[camera], self._span(episode_index)
         if self.features[key]["dtype"] == "image":
-            rows = [span.start + index for index in frame_indices]
-            return self._pictures_stored.get(self.data_path(episode_index), key, rows)
+            return self._stored_images(self.data_path(episode_index), key, [span.start + i for i in frame_indices])
         start = 0.0 if self.legacy else float(self._columns[f"videos/{key}/from_timestamp"][episode_index])
         return decode_clip(self.video_path(episode_index, camera), frame_indices, self.fps, start)
 
     def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
         path, span = self.data_path(episode_index), self._span(episode_index)
-        return self._table(path)[feature][span], str(path)
+        table = _recent(self._tables, path, OPEN_TABLES, partial(self._read_numbers, path))
+        return table[feature][span], str(path)
+
+    def _read_numbers(self, path: Path) -> dict[str, np.ndarray]:
+        wanted = {name: stored for name, stored in self._stored.items() if name in self.features}
+        table = read_parquet(path, list(wanted.values()))
+        return {
+            name: _matrix(table[stored], self._width(name) or 0, f"{path}: {stored}") for name, stored in wanted.items()
+        }
 
     def _place(self, kind: str, episode_index: int) -> dict[str, int]:
-        """What a path template asks for."""
+        """Returns the fields of a path template."""
         if self.legacy:
             chunk = episode_index // int(self.info.get("chunks_size") or LEGACY_CHUNK)
             return {"episode_chunk": chunk, "episode_index": episode_index}
-        return {name: int(self._columns[f"{kind}/{name}"][episode_index]) for name in ("chunk_index", "file_index")}
+        return {name: int(self._columns[f"{kind}/{name}"][episode_index]) for name in PLACE}
 
     def _span(self, episode_index: int) -> slice:
-        """An episode's rows in its data file, which is looked through once. UserError where something is wrong."""
+        """Returns an episode's rows in its data file, which is checked once. Raises UserError where it is damaged."""
         if self._first_rows[episode_index] < 0:
             path = self.data_path(episode_index)
-            timed = ["timestamp"] if "timestamp" in column_names(path) else []
+            timed = ["timestamp"] if "timestamp" in _column_names(path) else []
             table = read_parquet(path, ["episode_index", *timed])
-            seconds = table["timestamp"].to_numpy().astype(np.float64) if timed else None
-            owners, episodes = table["episode_index"].to_numpy(), self._episodes_in(episode_index)
-            lengths = self.lengths[episodes]
-            self._first_rows[episodes], flaws = find_episodes(owners, seconds, episodes, lengths, self.fps)
+            owners = _integers(table, "episode_index", path)
+            with _parsing(path):
+                seconds = table["timestamp"].to_numpy().astype(np.float64) if timed else None
+            episodes = self._episodes_in(episode_index)
+            self._first_rows[episodes], flaws = find_episodes(
+                owners, seconds, episodes, self.lengths[episodes], self.fps
+            )
             self._flaws |= {episode: f"{path}: {flaw}" for episode, flaw in flaws.items()}
         if episode_index in self._flaws:
             raise UserError(self._flaws[episode_index])
@@ -177,317 +200,158 @@ class LeRobotDataset(Dataset):
         return slice(first, first + int(self.lengths[episode_index]))
 
     def _episodes_in(self, episode_index: int) -> np.ndarray:
-        """The episodes of one's data file."""
+        """Returns the episodes that share one's data file."""
         if self.legacy:
             return np.array([episode_index])
         chunks, files = self._columns["data/chunk_index"], self._columns["data/file_index"]
-        same = (chunks == chunks[episode_index]) & (files == files[episode_index])
-        return np.flatnonzero(same)
+        return np.flatnonzero((chunks == chunks[episode_index]) & (files == files[episode_index]))
 
-    def _table(self, path: Path) -> dict[str, np.ndarray]:
-        """The numbers of one data file, the last few kept."""
-        if path not in self._tables:
-            wanted = {name: stored for name, stored in self._stored.items() if name in self.features}
-            table = read_parquet(path, list(wanted.values()))
-            lacking = [stored for stored in wanted.values() if stored not in table.column_names]
-            if lacking:
-                raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
-            self._tables[path] = {
-                name: matrix(table[stored], self._width(name) or 0, f"{path}: {stored}")
-                for name, stored in wanted.items()
-            }
-            if len(self._tables) > OPEN_TABLES:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(path)
-        return self._tables[path]
+    def _stored_images(self, path: Path, column: str, rows: Sequence[int]) -> UInt8[np.ndarray, "T H W 3"]:
+        """Returns images of a column of {bytes, path}. Raises UserError naming file and row of a damaged one."""
+        if path not in self._group_rows:
+            with _parsing(path), open_binary(path) as file:
+                metadata = pq.ParquetFile(file).metadata
+                sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            self._group_rows[path] = np.cumsum([0, *sizes])
+        starts, images = self._group_rows[path], []
+        for row in rows:
+            number = int(np.searchsorted(starts, row, side="right")) - 1
+            read = partial(_read_group, path, number, column)
+            group = _recent(self._groups, (path, number, column), OPEN_GROUPS, read)
+            value = group[int(row - starts[number])].as_py()
+            encoded = value.get("bytes") if isinstance(value, dict) else value
+            if not encoded:
+                raise UserError(f"{path}: {column} holds no image in row {row}; {AGAIN}")
+            try:
+                images.append(decode_image(encoded))
+            except UserError as error:
+                raise UserError(f"{path}: {column} cannot be decoded in row {row} ({error}); {AGAIN}") from None
+        if len({image_HWC.shape for image_HWC in images}) > 1:
+            raise UserError(f"{path}: images of {column} differ in size between rows {rows[0]} and {rows[-1]}")
+        return np.stack(images)
 
     def _require_videos(self) -> None:
-        """UserError naming the first and the number of those video files that are not there."""
+        """Raises UserError with the first missing video file and their number.
+
+        Each folder is listed once, which is much faster than asking for every file.
+        """
         for key in video_keys(self.features):
             if key not in self._camera_keys.values():
                 continue
             if self.legacy:
-                places = [self._place("", episode) for episode in range(len(self.lengths))]
+                places = [self._place("", episode) for episode in range(len(self))]
             else:
-                names = ("chunk_index", "file_index")
-                numbers = zip(*(self._columns[f"videos/{key}/{name}"].tolist() for name in names), strict=True)
-                places = [dict(zip(names, pair, strict=True)) for pair in dict.fromkeys(numbers)]
+                numbers = zip(*(self._columns[f"videos/{key}/{name}"].tolist() for name in PLACE), strict=True)
+                places = [dict(zip(PLACE, pair, strict=True)) for pair in dict.fromkeys(numbers)]
             files = [self.info["video_path"].format(video_key=key, **place) for place in places]
-            mend = "download the dataset again, or leave the camera out"
-            require_files(self.root, files, f"video files of {key}", mend)
+            folders = {file.rpartition("/")[0] for file in files}
+            present = {f"{folder}/{name}" for folder in folders for name in _names_in(self.root / folder)}
+            if missing := [file for file in files if file not in present]:
+                raise UserError(
+                    f"{self.root / missing[0]}: no such file; {len(missing)} of {len(files)} video files of {key} are "
+                    "missing; download the dataset again, or leave the camera out"
+                )
 
 
 def require_folder(dataset: Dataset) -> LeRobotDataset:
-    """The dataset, which must be a v3.0 folder on this machine, of videos. UserError, with the mend, where not."""
-    mend = f"`lapa data lerobot {dataset.root} --out DATASET` makes such a one"
+    """Returns the dataset, which must be a v3.0 folder of videos on this machine, opened without options.
+
+    Raises UserError with the way to make one.
+    """
+    make = f"`lapa data lerobot {dataset.root} --out DATASET` makes one"
     if not isinstance(dataset, LeRobotDataset) or is_remote(dataset.root):
         raise UserError(f"{dataset.root}: this needs a dataset folder on this machine; convert or copy it first")
     if dataset.legacy:
-        raise UserError(f"{dataset.root}: this needs LeRobotDataset {CODEBASE_VERSION}, got {dataset.version}; {mend}")
+        raise UserError(f"{dataset.root}: this needs LeRobotDataset {CODEBASE_VERSION}, got {dataset.version}; {make}")
     if dataset._stored != {ACTION: ACTION, STATE: STATE} or len(dataset.cameras) < len(image_keys(dataset.features)):
-        raise UserError(f"{dataset.root}: this needs the dataset as it is, without options; {mend}")
+        raise UserError(f"{dataset.root}: this needs the dataset as it is, without options; {make}")
     if len(video_keys(dataset.features)) < len(dataset.cameras):
-        raise UserError(f"{dataset.root}: this needs cameras whose pictures are videos; {mend}")
+        raise UserError(f"{dataset.root}: this needs cameras whose images are videos; {make}")
     return dataset
 
 
-def _features(features: dict[str, Any], stored: Mapping[str, str], source: str) -> dict[str, Any]:
-    """The features, with those that are stored under other names under their own. UserError naming `source`."""
-    renamed = dict(features)
-    for name, column in stored.items():
-        if column == name:
-            continue
-        if column not in features:
-            raise UserError(f"{source}: {unknown('feature', column, features)}")
-        if features[column]["dtype"] in ("video", "image", "string"):
-            raise UserError(f"{source}: {column} is {features[column]['dtype']}; {name} needs numbers")
-        renamed[name] = features[column]
-    return renamed
-
-
-CODEBASE_VERSION = "v3.0"
-# One file an episode.
-LEGACY_VERSIONS = ("v2.1", "v2.0")
-INFO = "meta/info.json"
-TASKS = "meta/tasks.parquet"
-JOURNAL = "meta/journal.jsonl"
-LEGACY_TASKS = "meta/tasks.jsonl"
-LEGACY_EPISODES = "meta/episodes.jsonl"
+def video_keys(features: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the features that are videos."""
+    return [key for key in image_keys(features) if features[key]["dtype"] == "video"]
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """meta/info.json of a dataset. UserError saying what `root` is instead, or what is wrong with the file."""
+    """Reads meta/info.json. Raises UserError with what `root` is instead, or what is wrong with the file."""
+    path = root / INFO
     if is_remote(root):
-        with reading(root / INFO, "a dataset folder holds one; correct the path"):
-            (root / INFO).stat()
+        with reading(path, "a dataset folder holds one; correct the path"):
+            path.stat()
     else:
         _require_folder(root)
-    info = read_json(root / INFO)
+    info = read_json(path)
     if not isinstance(info, dict):
-        raise UserError(f"{root / INFO}: expected an object; {AGAIN}")
+        raise UserError(f"{path}: expected an object; {AGAIN}")
     version = info.get("codebase_version")
     if version is None:
-        raise UserError(f"{root / INFO}: lacks codebase_version; {AGAIN}")
+        raise UserError(f"{path}: lacks codebase_version; {AGAIN}")
     if version not in (CODEBASE_VERSION, *LEGACY_VERSIONS):
         known = ", ".join((CODEBASE_VERSION, *LEGACY_VERSIONS))
-        mend = "convert it with LeRobot's own scripts" if str(version) < "v2.0" else "update lapa"
-        raise UserError(f"{root / INFO}: is LeRobotDataset {version}, {known} are read; {mend}")
-    _check_features(root, info)
+        fix = "convert it with LeRobot's own scripts" if str(version) < "v2.0" else "update lapa"
+        raise UserError(f"{path}: is LeRobotDataset {version}, {known} are read; {fix}")
+    _check_features(path, info.get("features"))
     needed = ["fps", "data_path"]
-    needed += ["video_path"] if video_keys(info["features"]) else []
-    lacking = [key for key in needed if not info.get(key)]
-    if lacking:
-        raise UserError(f"{root / INFO}: lacks {', '.join(lacking)}; {AGAIN}")
-    if not isinstance(info["fps"], int | float) or info["fps"] <= 0:
-        raise UserError(f"{root / INFO}: fps must be a number above 0, got {info['fps']!r}")
-    _check_templates(root, info)
+    if video_keys(info["features"]):
+        needed.append("video_path")
+    if lacking := [key for key in needed if info.get(key) is None]:
+        raise UserError(f"{path}: lacks {', '.join(lacking)}; {AGAIN}")
+    if not isinstance(info["fps"], int | float) or not 0 < info["fps"] < math.inf:
+        raise UserError(f"{path}: fps must be a number above 0, got {info['fps']!r}")
+    _check_templates(path, info)
     return info
 
 
-def read_tasks(root: Path, version: str) -> tuple[str, ...]:
-    """The instructions, by task_index."""
-    if version in LEGACY_VERSIONS:
+def read_tasks(root: Path, legacy: bool) -> tuple[str, ...]:
+    """Reads the instructions, in the order of task_index."""
+    if legacy:
         rows = _json_lines(root / LEGACY_TASKS, {"task_index": int, "task": str})
         return tuple(row["task"] for row in sorted(rows, key=lambda row: row["task_index"]))
     path = root / TASKS
     table = read_parquet(path)
-    # pandas calls an index without a name so.
+    # pandas gives an index without a name this one.
     names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
     if not names or "task_index" not in table.column_names:
         raise UserError(f"{path}: needs the columns task and task_index; {AGAIN}")
-    pairs = zip(table["task_index"].to_pylist(), table[names[0]].to_pylist(), strict=True)
-    return tuple(task for _, task in sorted(pairs))
+    pairs = zip(_integers(table, "task_index", path).tolist(), table[names[0]].to_pylist(), strict=True)
+    return tuple(task for _, task in sorted(pairs, key=lambda pair: pair[0]))
 
 
-def read_episodes(root: Path, version: str, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """The metadata of all episodes, in order, as columns.
+def read_episodes(root: Path, legacy: bool, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads the metadata of all episodes, in order, as columns.
 
     length, instruction (the first of its tasks), num_tasks, source (what it was made from, where that is noted), and
-    for v3.0 where it lies: data/chunk_index, data/file_index, and for each video key videos/KEY/chunk_index,
+    for v3.0 its location: data/chunk_index, data/file_index, and for each video key videos/KEY/chunk_index,
     videos/KEY/file_index, videos/KEY/from_timestamp.
     """
-    columns = _legacy_episodes(root) if version in LEGACY_VERSIONS else _episodes(root, video_keys)
-    where = root / (LEGACY_EPISODES if version in LEGACY_VERSIONS else "meta/episodes")
-    tasks = columns.pop("tasks")
-    columns["num_tasks"] = np.array([len(its) for its in tasks], np.int64)
-    columns["instruction"] = np.array([str(its[0]) if len(its) else "" for its in tasks], object)
+    path = root / (LEGACY_EPISODES if legacy else EPISODES)
+    with _parsing(path):
+        columns = _legacy_episodes(path) if legacy else _episodes(root, video_keys)
+        tasks = columns.pop("tasks")
+        columns["num_tasks"] = np.array([len(its) for its in tasks], np.int64)
+        columns["instruction"] = np.array([str(its[0]) if len(its) else "" for its in tasks], object)
     if not len(columns["length"]):
         raise UserError(f"{root}: holds no episode; write it again")
     if (columns.pop("episode_index") != np.arange(len(tasks))).any():
-        raise UserError(f"{where}: episode_index does not count from 0; {AGAIN}")
+        raise UserError(f"{path}: episode_index does not count from 0; {AGAIN}")
     if columns["length"].min() < 1:
         episode = int(columns["length"].argmin())
-        raise UserError(f"{where}: episode {episode} has length {columns['length'][episode]}; {AGAIN}")
+        raise UserError(f"{path}: episode {episode} has length {columns['length'][episode]}; {AGAIN}")
     return columns
 
 
-def metadata_files(root: Path, version: str) -> list[Path]:
-    """The files that say what a dataset holds."""
-    if version in LEGACY_VERSIONS:
-        return [root / INFO, root / LEGACY_TASKS, root / LEGACY_EPISODES]
-    return [root / INFO, root / TASKS, *_episode_files(root)]
-
-
-def require_files(root: Path, files: Sequence[str], what: str, mend: str) -> None:
-    """UserError naming the first and the number of those files below `root` that are not there.
-
-    Each folder is listed once, which is much faster than asking for every file.
-    """
-    present = {folder: set(_names_in(root / folder)) for folder in {file.rpartition("/")[0] for file in files}}
-    places = (file.rpartition("/") for file in files)
-    missing = [file for file, (folder, _, name) in zip(files, places, strict=True) if name not in present[folder]]
-    if missing:
-        told = f"{len(missing)} of {len(files)} {what} are missing"
-        raise UserError(f"{root / missing[0]}: no such file; {told}; {mend}")
-
-
-def video_keys(features: dict[str, dict[str, Any]]) -> list[str]:
-    """The features that are videos."""
-    return [key for key in image_keys(features) if features[key]["dtype"] == "video"]
-
-
-def _require_folder(root: Path) -> None:
-    if not root.is_dir():
-        hub = f"; `lerobot:{root}` reads it from the hub" if len(root.parts) == 2 and not root.is_absolute() else ""
-        make = f"make one with `lapa data videos FOLDER --out {root}`"
-        raise UserError(f"{root}: no such dataset folder; {make}{hub}")
-    if not (root / INFO).exists():
-        if (root / JOURNAL).exists():
-            raise UserError(f"{root}: unfinished dataset; run the command that was writing it again with --resume")
-        raise UserError(f"{root}: not a dataset (no {INFO}); `lapa data videos {root} --out DATASET` makes one")
-
-
-def _check_features(root: Path, info: dict[str, Any]) -> None:
-    features = info.get("features")
-    if not isinstance(features, dict) or not features:
-        raise UserError(f"{root / INFO}: lacks features; {AGAIN}")
-    for name, feature in features.items():
-        if not isinstance(feature, dict) or not feature.get("dtype") or not isinstance(feature.get("shape"), list):
-            raise UserError(f"{root / INFO}: feature {name} needs a dtype and a shape, got {feature}; {AGAIN}")
-    if not image_keys(features):
-        raise UserError(f"{root / INFO}: has no camera (no feature of dtype video or image); lapa learns from video")
-
-
-def _check_templates(root: Path, info: dict[str, Any]) -> None:
-    legacy = info["codebase_version"] in LEGACY_VERSIONS
-    fields = ("episode_chunk", "episode_index") if legacy else ("chunk_index", "file_index")
-    for key in ("data_path", "video_path"):
-        try:
-            (info.get(key) or "").format(video_key="", **dict.fromkeys(fields, 0))
-        except (KeyError, IndexError, ValueError) as error:
-            told = f"may name {', '.join(fields)}"
-            raise UserError(f"{root / INFO}: {key} is {info[key]!r}; it {told} (got {error}); {AGAIN}") from None
-
-
-def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, Any]:
-    wanted = ["episode_index", "length", "data/chunk_index", "data/file_index", "tasks"]
-    wanted += [f"videos/{key}/{name}" for key in video_keys for name in ("chunk_index", "file_index", "from_timestamp")]
-    tables = []
-    for path in _episode_files(root):
-        names = column_names(path)
-        lacking = [name for name in wanted if name not in names]
-        if lacking:
-            raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
-        tables.append(read_parquet(path, [*wanted, *(["source"] if "source" in names else [])]))
-    table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
-    columns: dict[str, Any] = {name: table[name].to_numpy() for name in wanted if name != "tasks"}
-    sources = table["source"].to_pylist() if "source" in table.column_names else [""] * len(table)
-    columns["source"] = np.array([source or "" for source in sources], object)
-    return {**columns, "tasks": [its or [] for its in table["tasks"].to_pylist()]}
-
-
-def _legacy_episodes(root: Path) -> dict[str, Any]:
-    rows = _json_lines(root / LEGACY_EPISODES, {"episode_index": int, "length": int})
-    rows.sort(key=lambda row: row["episode_index"])
-    return {
-        "episode_index": np.array([row["episode_index"] for row in rows], np.int64),
-        "length": np.array([row["length"] for row in rows], np.int64),
-        "source": np.array([str(row.get("source") or "") for row in rows], object),
-        "tasks": [row.get("tasks") or [] for row in rows],
-    }
-
-
-def _episode_files(root: Path) -> list[Path]:
-    with reading(root / "meta/episodes", AGAIN):
-        paths = sorted(root.glob("meta/episodes/*/*.parquet"))
-    if not paths:
-        raise UserError(f"{root / 'meta/episodes'}: holds no parquet file; {AGAIN}")
-    return paths
-
-
-def _json_lines(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]:
-    rows = []
-    try:
-        with reading(path, AGAIN):
-            lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); {AGAIN}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error}); {AGAIN}") from None
-        lacking = [key for key, kind in keys.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
-        if lacking:
-            raise UserError(f"{path}: line {number} lacks {', '.join(lacking)}; {AGAIN}")
-        rows.append(row)
-    return rows
-
-
-def _names_in(folder: Path) -> list[str]:
-    with reading(folder):
-        try:
-            if not is_remote(folder):
-                return [path.name for path in folder.iterdir()]
-            # UPath takes a folder that may not be listed for one that is not there.
-            remote = cast(Any, folder)
-            return [name.rstrip("/").rsplit("/", 1)[-1] for name in remote.fs.ls(remote.path, detail=False)]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-AGAIN = "write the dataset again"
-# Row groups of pictures that stay in memory; LeRobot writes one an episode, and an item has a picture a camera.
-OPEN_GROUPS = 4
-
-
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A table of a dataset. UserError naming the file where it cannot be read."""
-    try:
-        with reading(path, AGAIN), open_binary(path) as file:
-            table = pq.ParquetFile(file).read(columns=columns)
+    """Reads a table of a dataset. Raises UserError naming the file where it is damaged or lacks a column."""
+    with _parsing(path), open_binary(path) as file:
+        table = pq.ParquetFile(file).read(columns=columns)
         # Finds texts that are not UTF-8, which would raise where they are used.
         table.validate(full=True)
-        return table
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def column_names(path: Path) -> list[str]:
-    """The columns of a table. UserError as `read_parquet`."""
-    try:
-        with reading(path, AGAIN), open_binary(path) as file:
-            return pq.read_schema(file).names
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray, "T D"]:
-    """A column as rows of `width` numbers; one number a row may be stored plainly. UserError naming `source`."""
-    flat = column.combine_chunks()
-    num_rows = len(flat)
-    if isinstance(flat, pa.ExtensionArray):
-        flat = flat.storage
-    while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
-        flat = flat.flatten()
-    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type) or pa.types.is_boolean(flat.type)):
-        raise UserError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
-    values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    if len(values) != num_rows * width:
-        raise UserError(f"{source} is not {width} numbers wide in every row, as meta/info.json says; {AGAIN}")
-    return values.reshape(num_rows, width)
+    if lacking := [name for name in columns or () if name not in table.column_names]:
+        raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
+    return table
 
 
 def find_episodes(
@@ -497,10 +361,10 @@ def find_episodes(
     lengths_E: Int[np.ndarray, "E"],
     fps: float,
 ) -> tuple[Int[np.ndarray, "E"], dict[int, str]]:
-    """The first row of each of the episodes in a data file, and what is wrong, by episode.
+    """Returns the first row of each episode in a data file, and by episode what is wrong with its rows.
 
     owners_N: the episode of each row; seconds_N: its time in the episode, None where the file has no such column.
-    Frame i of an episode must be at i / fps seconds, to half a frame: pictures are found by it.
+    Frame i of an episode must be at i / fps seconds, to half a frame, since images are found by it.
     """
     present_P, firsts_P, kinds_N, counts_P = np.unique(
         owners_N, return_index=True, return_inverse=True, return_counts=True
@@ -528,68 +392,192 @@ def find_episodes(
 
 
 def _time_flaw(seconds_T: np.ndarray, fps: float) -> str:
-    """What is wrong with the times of an episode, in words."""
     forward = np.diff(seconds_T) > 0
     if not forward.all():
         frame = int(np.argmin(forward)) + 1
-        told = f"{seconds_T[frame]:.3f} s after {seconds_T[frame - 1]:.3f} s"
-        return f"timestamps go backwards at frame {frame} ({told}); correct them or leave the episode out"
+        order = f"{seconds_T[frame]:.3f} s after {seconds_T[frame - 1]:.3f} s"
+        return f"timestamps go backwards at frame {frame} ({order}); correct them or leave the episode out"
     expected_T = np.arange(len(seconds_T)) / fps
     frame = int(np.argmin(np.abs(seconds_T - expected_T) < 0.5 / fps))
-    told = f"frame {frame} is at {seconds_T[frame]:.3f} s, should be at {expected_T[frame]:.3f} s"
-    return f"timestamps do not match {fps:g} fps ({told}); correct them, or fps in meta/info.json"
+    found = f"frame {frame} is at {seconds_T[frame]:.3f} s, should be at {expected_T[frame]:.3f} s"
+    return f"timestamps do not match {fps:g} fps ({found}); correct them, or fps in meta/info.json"
 
 
-class StoredPictures:
-    """Pictures in tables: columns of {bytes, path}, of which the last few row groups stay in memory."""
-
-    def __init__(self) -> None:
-        self._starts: dict[Path, np.ndarray] = {}
-        self._groups: OrderedDict[tuple[Path, int, str], pa.ChunkedArray] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_starts": {}, "_groups": OrderedDict()}
-
-    def get(self, path: Path, column: str, rows: Sequence[int]) -> UInt8[np.ndarray, "T H W 3"]:
-        """The pictures of rows that exist. UserError naming file and row where one cannot be decoded."""
-        if path not in self._starts:
-            try:
-                with reading(path, AGAIN), open_binary(path) as file:
-                    metadata = pq.ParquetFile(file).metadata
-            except (pa.ArrowException, UnicodeDecodeError) as error:
-                raise _unreadable(path, error) from None
-            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-            self._starts[path] = np.cumsum([0, *sizes])
-        starts = self._starts[path]
-        pictures = []
-        for row in rows:
-            group = int(np.searchsorted(starts, row, side="right")) - 1
-            value = self._group(path, group, column)[int(row - starts[group])].as_py()
-            encoded = value.get("bytes") if isinstance(value, dict) else value
-            if not encoded:
-                raise UserError(f"{path}: {column} holds no picture in row {row}; {AGAIN}")
-            try:
-                pictures.append(decode_image(encoded))
-            except ValueError as error:
-                raise UserError(f"{path}: {column} cannot be decoded in row {row} ({error}); {AGAIN}") from None
-        if len({picture_HWC.shape for picture_HWC in pictures}) > 1:
-            raise UserError(f"{path}: pictures of {column} differ in size between rows {rows[0]} and {rows[-1]}")
-        return np.stack(pictures)
-
-    def _group(self, path: Path, group: int, column: str) -> pa.ChunkedArray:
-        key = path, group, column
-        if key not in self._groups:
-            try:
-                with reading(path, AGAIN), open_binary(path) as file:
-                    self._groups[key] = pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
-            except (pa.ArrowException, UnicodeDecodeError, KeyError) as error:
-                raise _unreadable(path, error) from None
-            if len(self._groups) > OPEN_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
+def _require_folder(root: Path) -> None:
+    if not root.is_dir():
+        hub = f"; `lerobot:{root}` reads it from the hub" if len(root.parts) == 2 and not root.is_absolute() else ""
+        make = f"make one with `lapa data videos FOLDER --out {root}`"
+        raise UserError(f"{root}: no such dataset folder; {make}{hub}")
+    if not (root / INFO).exists():
+        if (root / JOURNAL).exists():
+            raise UserError(f"{root}: unfinished dataset; run the command that was writing it again with --resume")
+        raise UserError(f"{root}: not a dataset (no {INFO}); `lapa data videos {root} --out DATASET` makes one")
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
-    told = what_instead(path) or str(error).splitlines()[0]
-    return UserError(f"{path}: cannot be read ({told}); {AGAIN}")
+def _check_features(path: Path, features: Any) -> None:
+    if not isinstance(features, dict) or not features:
+        raise UserError(f"{path}: lacks features; {AGAIN}")
+    for name, feature in features.items():
+        known = isinstance(feature, dict) and feature.get("dtype") and isinstance(feature.get("shape"), list)
+        if not known or not all(type(side) is int and side > 0 for side in feature["shape"]):
+            raise UserError(f"{path}: feature {name} needs a dtype and a shape, got {feature}; {AGAIN}")
+        if feature["dtype"] in ("video", "image") and (
+            len(feature["shape"]) not in (2, 3)
+            or not all(isinstance(feature.get(key) or {}, dict) for key in ("info", "video_info"))
+        ):
+            raise UserError(f"{path}: feature {name} is not as LeRobot describes images, got {feature}; {AGAIN}")
+    if not image_keys(features):
+        raise UserError(f"{path}: has no camera (no feature of dtype video or image); lapa learns from video")
+
+
+def _check_templates(path: Path, info: dict[str, Any]) -> None:
+    legacy = info["codebase_version"] in LEGACY_VERSIONS
+    fields = ("episode_chunk", "episode_index") if legacy else PLACE
+    chunk = info.get("chunks_size") or LEGACY_CHUNK
+    if type(chunk) is not int or chunk < 1:
+        raise UserError(f"{path}: chunks_size must be a whole number above 0, got {chunk!r}; {AGAIN}")
+    for key in ("data_path", "video_path"):
+        try:
+            (info.get(key) or "").format(video_key="", **dict.fromkeys(fields, 0))
+        except (AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+            form = f"may name {', '.join(fields)}"
+            raise UserError(f"{path}: {key} is {info[key]!r}; it {form} (got {error}); {AGAIN}") from None
+
+
+def _renamed(features: dict[str, Any], stored: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Returns the features, with those that are stored under other names under their own."""
+    renamed = dict(features)
+    for name, column in stored.items():
+        if column == name:
+            continue
+        if column not in features:
+            raise UserError(f"{path}: {unknown('feature', column, features)}")
+        if features[column]["dtype"] in ("video", "image", "string"):
+            raise UserError(f"{path}: {column} is {features[column]['dtype']}; {name} needs numbers")
+        renamed[name] = features[column]
+    return renamed
+
+
+def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, Any]:
+    integers = ["episode_index", "length", *(f"data/{name}" for name in PLACE)]
+    integers += [f"videos/{key}/{name}" for key in video_keys for name in PLACE]
+    starts = [f"videos/{key}/from_timestamp" for key in video_keys]
+    tables = []
+    for path in _episode_files(root):
+        sources = ["source"] if "source" in _column_names(path) else []
+        tables.append(read_parquet(path, [*integers, *starts, "tasks", *sources]))
+    table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
+    columns: dict[str, Any] = {name: _integers(table, name, root / EPISODES) for name in integers}
+    for name in starts:
+        columns[name] = table[name].to_numpy().astype(np.float64)
+        if not np.isfinite(columns[name]).all():
+            raise UserError(f"{root / EPISODES}: {name} is not finite; {AGAIN}")
+    sources = table["source"].to_pylist() if "source" in table.column_names else [""] * len(table)
+    columns["source"] = np.array([source or "" for source in sources], object)
+    return {**columns, "tasks": [its or [] for its in table["tasks"].to_pylist()]}
+
+
+def _legacy_episodes(path: Path) -> dict[str, Any]:
+    rows = _json_lines(path, {"episode_index": int, "length": int})
+    rows.sort(key=lambda row: row["episode_index"])
+    return {
+        "episode_index": np.array([row["episode_index"] for row in rows], np.int64),
+        "length": np.array([row["length"] for row in rows], np.int64),
+        "source": np.array([str(row.get("source") or "") for row in rows], object),
+        "tasks": [row.get("tasks") or [] for row in rows],
+    }
+
+
+def _episode_files(root: Path) -> list[Path]:
+    with reading(root / EPISODES, AGAIN):
+        paths = sorted(root.glob(f"{EPISODES}/*/*.parquet"))
+    if not paths:
+        raise UserError(f"{root / EPISODES}: holds no parquet file; {AGAIN}")
+    return paths
+
+
+def _json_lines(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]:
+    with _parsing(path):
+        lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is not JSON ({error}); {AGAIN}") from None
+        lacking = [key for key, kind in keys.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+        if lacking:
+            raise UserError(f"{path}: line {number} lacks {', '.join(lacking)}; {AGAIN}")
+        rows.append(row)
+    return rows
+
+
+def _names_in(folder: Path) -> list[str]:
+    with reading(folder):
+        try:
+            if not is_remote(folder):
+                return [path.name for path in folder.iterdir()]
+            # UPath takes a folder that may not be listed for one that is not there.
+            remote = cast(Any, folder)
+            return [name.rstrip("/").rsplit("/", 1)[-1] for name in remote.fs.ls(remote.path, detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+@contextmanager
+def _parsing(path: Path) -> Iterator[None]:
+    """Raises what pyarrow, NumPy and Python raise of a damaged file as UserError naming `path`."""
+    try:
+        with reading(path, AGAIN):
+            yield
+    except UserError:
+        raise
+    except (pa.ArrowException, LookupError, MemoryError, OverflowError, TypeError, ValueError) as error:
+        reason = what_instead(path) or (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read ({reason}); {AGAIN}") from None
+
+
+def _column_names(path: Path) -> list[str]:
+    with _parsing(path), open_binary(path) as file:
+        return pq.read_schema(file).names
+
+
+def _read_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
+    with _parsing(path), open_binary(path) as file:
+        return pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
+
+
+def _integers(table: pa.Table, name: str, path: Path) -> Int[np.ndarray, "N"]:
+    column = table[name]
+    if not pa.types.is_integer(column.type) or column.null_count:
+        kind = "empty values" if column.null_count else column.type
+        raise UserError(f"{path}: {name} holds {kind}, expected whole numbers; {AGAIN}")
+    return column.to_numpy()
+
+
+def _matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray, "N D"]:
+    """Returns a column as rows of `width` numbers; rows of one number may be stored as plain numbers."""
+    flat = column.combine_chunks()
+    num_rows = len(flat)
+    if isinstance(flat, pa.ExtensionArray):
+        flat = flat.storage
+    while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+        flat = flat.flatten()
+    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type) or pa.types.is_boolean(flat.type)):
+        raise UserError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
+    values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    if len(values) != num_rows * width:
+        raise UserError(f"{source} is not {width} numbers wide in every row, as meta/info.json says; {AGAIN}")
+    return values.reshape(num_rows, width)
+
+
+def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, read: Callable[[], Value]) -> Value:
+    """Returns cache[key], read where it is absent; the cache keeps the `most` last used."""
+    if key not in cache:
+        cache[key] = read()
+        if len(cache) > most:
+            cache.popitem(last=False)
+    cache.move_to_end(key)
+    return cache[key]
