@@ -236,6 +236,7 @@ def test_a_hostile_pickle_is_refused_at_once_with_its_name(tmp_path):
             for array in (np.array([{}], dtype=object), np.array(["x"]), np.zeros(2, dtype=[("x", "f4")]))
         ],
         "keys are not all text": [pickle.dumps({("a",): np.zeros(1)})],
+        "a name of more than 4096 letters": [pickle.dumps({"a" * 3000: {"b" * 2000: np.zeros(1)}})],
         "recursion": [b"\x80\x02" + b"}X\x01\x00\x00\x00a" * deep + b"}" + b"s" * deep + b"."],
         # One buffer under many names, more numbers than bytes, and a place in the memo beyond what the file can fill.
         "24,000,000 bytes of arrays in a file of": [pickle.dumps({str(number): one for number in range(300)})],

@@ -198,8 +198,8 @@ def read_video_config(folder: Path) -> VideoConfig:
     if not path.exists():
         raise UserError(f"{folder}: no finished video model (no {CONFIG}); train one with `lapa baseline video`")
     written = read_json(path)
-    if not isinstance(written, dict) or "video" not in written:
-        raise UserError(f"{path}: not the config of a video model (no key 'video')")
+    if not isinstance(written, dict) or not {"video", "camera"} <= set(written):
+        raise UserError(f"{path}: not the config of a video model (no keys video and camera); give another folder")
     return configs.from_dict(VideoConfig, written["video"], source=str(path))
 
 

@@ -187,12 +187,12 @@ def _read_into(file: BinaryIO, pieces: tuple[Span, ...], skip: int, raw: Tensor)
             return
 
 
-# Streaming checkpoints. First byte of a msgpack value -> width of its length in bytes, or the length itself.
+# First byte of a msgpack value -> width of its length in bytes, or the length itself.
 BINARY = {0xC4: 1, 0xC5: 2, 0xC6: 4}
 EXTENSION = {0xC7: 1, 0xC8: 2, 0xC9: 4}
 FIXED_EXTENSION = {0xD4: 1, 0xD5: 2, 0xD6: 4, 0xD7: 8, 0xD8: 16}
 TENSOR_EXTENSIONS = (1, 3)
-# Bytes in which a name, a shape or a header must fit.
+# Most bytes of a name, a shape or a header.
 WINDOW = 4096
 
 
@@ -321,7 +321,7 @@ def _checked(stored: Stored) -> Stored:
     return stored
 
 
-# Pickles. How many times as long as the file its arrays may be: two names may share one.
+# How many times as long as a pickle its arrays may be: two names may share one.
 MOST_BYTES = 2
 
 
@@ -344,8 +344,10 @@ class _Dtype:
 class _Array:
     """Stands in for an array: made empty, then by BUILD given its shape, dtype and bytes, which are not copied."""
 
-    def __init__(self) -> None:
+    def __init__(self, *state: Any) -> None:
         self.shape: tuple[int, ...] | None = None
+        if state:
+            self.__setstate__(state)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.shape, dtype, self.fortran, self.raw = state[-4:]
@@ -363,22 +365,16 @@ class _Array:
         return torch.from_numpy(np.array(array, dtype=self.dtype.newbyteorder("="), order="C"))
 
 
-def _filled(state: tuple[Any, ...]) -> _Array:
-    array = _Array()
-    array.__setstate__(state)
-    return array
-
-
 def _empty(kind: Any, shape: Any, code: Any) -> _Array:
     return _Array()
 
 
 def _of_jax(build: Any, arguments: Any, state: tuple[Any, ...], aval: Any) -> _Array:
-    return _filled(state)
+    return _Array(*state)
 
 
 def _from_buffer(raw: bytes, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
-    return _filled((shape, dtype, order == "F", raw))
+    return _Array(shape, dtype, order == "F", raw)
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -474,9 +470,11 @@ def _flatten(tree: Mapping[Any, Any], prefix: str, flat: dict[str, _Array], seen
     for key, value in tree.items():
         if not isinstance(key, str):
             raise TypeError("keys are not all text")
+        if len(name := f"{prefix}{key}") > WINDOW:
+            raise ValueError(f"a name of more than {WINDOW} letters")
         if isinstance(value, dict):
-            _flatten(value, f"{prefix}{key}/", flat, seen)
+            _flatten(value, f"{name}/", flat, seen)
         elif isinstance(value, _Array) and value.shape is not None:
-            flat[f"{prefix}{key}"] = value
+            flat[name] = value
         else:
             raise TypeError(f"{type(value).__name__} where an array was expected")
