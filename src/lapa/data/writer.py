@@ -1,7 +1,7 @@
-"""Writes a dataset (layout: lapa.data.dataset) so that a kill at any instant loses and doubles nothing.
+"""Writes a dataset (layout: lapa.data.lerobot) so that a kill at any instant loses and doubles nothing.
 
-Each episode is one mp4 per camera, written atomically, and then one line of `meta/journal.jsonl`, which alone says
-that the episode exists. A killed writer leaves whole episodes and perhaps an mp4 without a line, which the next one
+Each episode is one mp4 per camera, written atomically, and then one line of `meta/journal.jsonl`; an episode exists
+once its line does. A killed writer leaves whole episodes and perhaps an mp4 without a line, which the next writer
 replaces. `finish` turns the journal into the tables of the layout; `meta/info.json` comes last and makes the dataset
 readable. Memory does not grow with the number of frames.
 """
@@ -38,37 +38,35 @@ from lapa.data.video import encode_clip, probe
 from lapa.errors import UserError
 from lapa.files import atomic_path, write_json
 
-
-def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Whether `out` holds a finished dataset that is to be resumed; says so."""
-    done = resume and not overwrite and (out / INFO).exists()
-    if done:
-        say(f"{out}: already complete")
-    return done
-
-
-def require_even(size: int) -> None:
-    """H.264 takes even sizes only. Raises UserError for another --size."""
-    if size < 2 or size % 2:
-        raise UserError(f"--size {size}: must be an even number of pixels")
+CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
+ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
+EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
+FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+# Statistics need no more than a sample of the pixels.
+FRAME_STRIDE, PIXEL_STRIDE = 5, 4
 
 
 class DatasetWriter:
-    """Writes one dataset, episode by episode; `finish()` makes it readable.
+    """Writes one dataset, episode by episode; `finish()` makes it readable and returns it.
 
-    root: the folder (`files.claim_output` has been asked already); fps: of all episodes.
-    cameras: short name -> (height, width), both even. action_names, state_names: one name a dimension, or None.
-    binary_actions, control: what is declared of the actions (lapa.data.dataset): the names of those that are
-        switches, and whether the robot moves by the action or to it.
+        writer = lapa.DatasetWriter("data/arm", fps=10, cameras={"front": (96, 128)}, action_names=["dx", "dy", "grip"])
+        writer.add_episode({"front": images}, "lift the cup", actions=actions)  # uint8 [T, 96, 128, 3], float [T, 3]
+        dataset = writer.finish()
+
+    root: the folder; fps: frames per second of all episodes.
+    cameras: short name -> (height, width), both even. action_names, state_names: one name per dimension, or None.
+    binary_actions, control: the action space: names of the dimensions that are switches, and whether actions are
+        `delta` or `absolute` (lapa.data.dataset).
+    robot_type: for meta/info.json. keyframe_interval: frames between two keyframes of the videos.
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
-    resume: go on after the last whole episode; `done_sources` says which sources those were, `done_items` which items
-        are dealt with, and `notes` what was counted of them.
-    Raises UserError where `root` was begun with other settings.
+    resume: continue after the last whole episode of a writer with the same settings. `done_sources` are the sources of
+        its episodes, `done_items` the items that are closed, and `notes` what was counted of them.
+    Raises UserError where `root` holds a finished dataset, or was begun with other settings.
     """
 
     def __init__(
         self,
-        root: Path,
+        root: Path | str,
         *,
         fps: float,
         cameras: Mapping[str, tuple[int, int]],
@@ -94,6 +92,7 @@ class DatasetWriter:
         self.done_items: set[str] = set()
         self.notes: Counter[str] = Counter()
         self._journal = self.root / JOURNAL
+        self._image_keys = [CAMERA_PREFIX + camera for camera in self.cameras]
         for camera, (height, width) in self.cameras.items():
             if height % 2 or width % 2:
                 raise UserError(f"{root}: camera {camera} is {width}x{height}; width and height must be even")
@@ -110,23 +109,21 @@ class DatasetWriter:
     ) -> int:
         """Writes an episode and returns its index.
 
-        frames: for every camera an array or any iterable of pictures; all of one length, as actions and states are.
-        Raises UserError (nothing is added) where shapes do not fit or numbers are not finite.
+        frames: for every camera an array or any iterable of RGB images; row t of `actions` belongs to image t.
+        Raises UserError, and adds nothing, where shapes or lengths do not fit or numbers are not finite.
         """
         rows = self._checked_rows({ACTION: actions, STATE: states}, source)
         if set(frames) != set(self.cameras):
-            raise UserError(
-                f"episode {source or self.num_episodes}: has cameras {sorted(frames)}, not {sorted(self.cameras)}"
-            )
+            raise UserError(f"{self._name(source)}: has cameras {sorted(frames)}, not {sorted(self.cameras)}")
         lengths, pixels = {}, {}
-        for camera, pictures in frames.items():
+        for camera, images in frames.items():
             pixels[camera] = PixelMoments()
-            sized = self._checked_frames(pictures, camera, source)
+            checked = self._checked_frames(images, camera, source)
             path = self.video_path(camera, self.num_episodes)
-            lengths[camera] = encode_clip(path, pixels[camera].watch(sized), self.fps, self.keyframe_interval)
-        return self._add(
-            lengths, rows, {name: moments.to_dict() for name, moments in pixels.items()}, instruction, source
-        )
+            lengths[camera] = encode_clip(path, pixels[camera].watch(checked), self.fps, self.keyframe_interval)
+        length = self._common_length(lengths, rows, source)
+        stats = {camera: moments.to_dict() for camera, moments in pixels.items()}
+        return self._add(length, rows, stats, instruction, source)
 
     def add_episode_files(
         self,
@@ -139,24 +136,22 @@ class DatasetWriter:
         states: Float[np.ndarray, "T S"] | None = None,
         source: str = "",
     ) -> int:
-        """Adds an episode whose mp4 files (camera -> path, on the same file system) are ready; they move.
+        """Adds an episode from mp4 files (camera -> path, on the same file system), which are moved.
 
         pixel_stats: camera -> PixelMoments.to_dict() of its frames. Otherwise as `add_episode`.
         """
         rows = self._checked_rows({ACTION: actions, STATE: states}, source)
-        lengths = {**dict.fromkeys(files, length), **{name: len(values) for name, values in rows.items()}}
-        if len(set(lengths.values())) != 1:
-            raise UserError(f"episode {source}: lengths differ: {lengths}; all need one row a frame")
+        self._common_length(dict.fromkeys(files, length), rows, source)
         for camera, path in files.items():
             target = self.video_path(camera, self.num_episodes)
             target.parent.mkdir(parents=True, exist_ok=True)
             Path(path).replace(target)
-        return self._add(dict.fromkeys(files, length), rows, pixel_stats, instruction, source)
+        return self._add(length, rows, pixel_stats, instruction, source)
 
     def close_item(self, item: str, notes: Mapping[str, int] | None = None) -> None:
-        """Notes that `item` is dealt with: what of it was to become episodes has been added, or left out.
+        """Records that all episodes of `item` have been added or left out.
 
-        notes: what is to be counted of it; `notes` counts them over all runs, and `done_items` names the items.
+        notes: counts to report; `notes` adds them up over all runs, and `done_items` has the items.
         """
         notes = notes or {}
         self._append({"item": item, "notes": dict(notes)}, sync=False)
@@ -164,39 +159,33 @@ class DatasetWriter:
         self.notes.update(notes)
 
     def discard(self) -> None:
-        """Takes the journal back, where there is no episode: the folder is as if nothing had been begun."""
+        """Removes the journal of a writer without episodes, as if nothing had been begun."""
         self._journal.unlink()
         self._journal.parent.rmdir()
 
     def video_path(self, camera: str, episode_index: int) -> Path:
-        """Where an episode's mp4 lies."""
-        return self.root / VIDEO_PATH.format(
-            video_key=CAMERA_PREFIX + camera,
-            chunk_index=episode_index // CHUNK_SIZE,
-            file_index=episode_index % CHUNK_SIZE,
-        )
+        """Returns the mp4 of an episode."""
+        return self.root / VIDEO_PATH.format(video_key=CAMERA_PREFIX + camera, **_place(episode_index))
 
     def finish(self) -> LeRobotDataset:
-        """Writes the tables, meta/info.json last, and opens the dataset. UserError where there is no episode."""
+        """Writes the tables, meta/info.json last, and opens the dataset. Raises UserError without an episode."""
         if not self.num_episodes:
             raise UserError(f"{self.root}: no episode was written; there is nothing to finish")
         tasks: dict[str, int] = {}
-        totals = {name: Moments() for name in (*self._image_keys(), *self.widths, *FRAME_COLUMNS)}
-        tables = Tables(self.root, self._data_schema())
+        totals = {name: Moments() for name in (*self._image_keys, *self.widths, *FRAME_COLUMNS)}
+        tables = _Tables(self.root)
         num_frames = 0
         for index, record in enumerate(self._records()):
             task = tasks.setdefault(record["instruction"], len(tasks))
-            stats = {**record["stats"], **frame_stats(record["length"], index, num_frames, task, self.fps)}
+            columns = self._frame_columns(record["length"], index, num_frames, task)
+            stats = {**record["stats"], **{name: _moments(values[:, None]) for name, values in columns.items()}}
             for name, values in stats.items():
                 totals[name].merge(values)
-            tables.add(
-                self._frame_table(record, index, num_frames, task), self._episode_row(record, index, num_frames, stats)
-            )
+            tables.add(self._frame_table(record, columns), self._episode_row(record, index, num_frames, stats))
             num_frames += record["length"]
         tables.close()
-        write_tasks(self.root / TASKS, list(tasks))
-        image_keys = self._image_keys()
-        stats = {name: shaped(moments.to_dict(), name in image_keys) for name, moments in totals.items()}
+        _write_tasks(self.root / TASKS, list(tasks))
+        stats = {name: self._shaped(moments.to_dict(), name) for name, moments in totals.items()}
         write_json(self.root / STATS, stats)
         write_json(self.root / EXTRA, self.extra_info)
         write_json(self.root / INFO, self._info(num_frames, len(tasks)))
@@ -225,19 +214,18 @@ class DatasetWriter:
                 if not line.endswith(b"\n"):
                     break
                 whole += len(line)
-                record = json.loads(line)
+                record = self._parsed(line)
                 if number == 0:
                     if record != settings:
                         raise UserError(f"{self.root}: was begun with other settings; --overwrite to start anew")
-                    continue
-                if "item" in record:
+                elif "item" in record:
                     self.done_items.add(record["item"])
                     self.notes.update(record["notes"])
-                    continue
-                self.num_episodes += 1
-                self.done_sources.add(record["source"])
+                else:
+                    self.num_episodes += 1
+                    self.done_sources.add(record["source"])
         os.truncate(self._journal, whole)
-        # What a kill left half-written keeps its suffix, and a reader that lists the tables would take it for one.
+        # Half-written tables keep their suffix, and a reader that lists the folder would take them for whole ones.
         for leftover in self.root.glob("*/**/.*.partial*"):
             leftover.unlink()
         if not whole:
@@ -260,48 +248,55 @@ class DatasetWriter:
             os.truncate(self._journal, before)
             raise
 
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self._journal}: is damaged ({error}); --overwrite to start anew") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{self._journal}: is damaged (got {record!r}); --overwrite to start anew")
+        return record
+
     def _records(self) -> Iterator[dict[str, Any]]:
         with self._journal.open("rb") as lines:
             next(lines)
             for line in lines:
-                record = json.loads(line)
+                record = self._parsed(line)
                 if "item" not in record:
                     yield record
 
     def _add(
         self,
-        lengths: Mapping[str, int],
+        length: int,
         rows: Mapping[str, np.ndarray],
         pixel_stats: Mapping[str, dict[str, list[float]]],
         instruction: str,
         source: str,
     ) -> int:
-        counts = {**lengths, **{name: len(values) for name, values in rows.items()}}
-        if len(set(counts.values())) != 1:
-            raise UserError(
-                f"episode {source or self.num_episodes}: lengths differ: {counts}; all need one row a frame"
-            )
         stats = {CAMERA_PREFIX + camera: values for camera, values in pixel_stats.items()}
-        for name, values in rows.items():
-            moments = Moments()
-            moments.add(values)
-            stats[name] = moments.to_dict()
-        record = {"source": source, "instruction": instruction, "length": next(iter(lengths.values())), "stats": stats}
+        stats |= {name: _moments(values) for name, values in rows.items()}
+        record = {"source": source, "instruction": instruction, "length": length, "stats": stats}
         self._append({**record, **{name: values.tolist() for name, values in rows.items()}})
         self.num_episodes += 1
         self.done_sources.add(source)
         return self.num_episodes - 1
 
+    def _name(self, source: str) -> str:
+        return f"episode {source or self.num_episodes}"
+
     def _checked_rows(self, rows: Mapping[str, np.ndarray | None], source: str) -> dict[str, np.ndarray]:
         checked = {}
         for name, values in rows.items():
-            where, width = f"episode {source or self.num_episodes}: {name}", self.widths.get(name)
+            where, width = f"{self._name(source)}: {name}", self.widths.get(name)
             if (values is None) != (width is None):
-                told = "missing" if values is None else "given, though the dataset was begun without it"
-                raise UserError(f"{where} is {told}; every episode of a dataset has the same features")
+                problem = "missing" if values is None else "given, though the dataset was begun without it"
+                raise UserError(f"{where} is {problem}; every episode of a dataset has the same features")
             if values is None:
                 continue
-            array = np.asarray(values, dtype=np.float32)
+            try:
+                array = np.asarray(values, dtype=np.float32)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{where} is no array of numbers ({error})") from None
             if array.ndim != 2 or array.shape[1] != width:
                 raise UserError(f"{where} has shape {array.shape}, expected (frames, {width}): one column a name")
             if not np.isfinite(array).all():
@@ -311,38 +306,37 @@ class DatasetWriter:
         return checked
 
     def _checked_frames(self, frames: Iterable[np.ndarray], camera: str, source: str) -> Iterator[np.ndarray]:
+        expected = (*self.cameras[camera], 3)
         for number, frame_HWC in enumerate(frames):
-            if frame_HWC.shape != (*self.cameras[camera], 3) or frame_HWC.dtype != np.uint8:
+            frame_HWC = np.asarray(frame_HWC)
+            if frame_HWC.shape != expected or frame_HWC.dtype != np.uint8:
                 raise UserError(
-                    f"episode {source or self.num_episodes}: frame {number} of {camera} is {frame_HWC.dtype} "
-                    f"{frame_HWC.shape}, expected uint8 {(*self.cameras[camera], 3)}"
+                    f"{self._name(source)}: frame {number} of {camera} is {frame_HWC.dtype} "
+                    f"{frame_HWC.shape}, expected uint8 {expected}"
                 )
             yield frame_HWC
 
-    def _image_keys(self) -> list[str]:
-        return [CAMERA_PREFIX + camera for camera in self.cameras]
+    def _common_length(self, lengths: Mapping[str, int], rows: Mapping[str, np.ndarray], source: str) -> int:
+        counts = {**lengths, **{name: len(values) for name, values in rows.items()}}
+        if len(set(counts.values())) != 1:
+            raise UserError(f"{self._name(source)}: lengths differ: {counts}; all need one row a frame")
+        return next(iter(counts.values()))
 
-    def _data_schema(self) -> pa.Schema:
-        # A feature of width 1 is a plain number in LeRobot's tables.
-        numbers = [
-            (name, pa.list_(pa.float32(), width) if width > 1 else pa.float32()) for name, width in self.widths.items()
-        ]
-        indices = [(name, pa.float32() if name == "timestamp" else pa.int64()) for name in FRAME_COLUMNS]
-        return pa.schema([*numbers, *indices])
+    def _frame_columns(self, length: int, episode: int, first: int, task: int) -> dict[str, np.ndarray]:
+        """Returns the columns that every dataset has, in the order of FRAME_COLUMNS."""
+        steps = np.arange(length)
+        values = (steps / self.fps, steps, np.full(length, episode), first + steps, np.full(length, task))
+        return dict(zip(FRAME_COLUMNS, values, strict=True))
 
-    def _frame_table(self, record: dict[str, Any], episode: int, first: int, task: int) -> pa.Table:
-        length = record["length"]
-        columns: dict[str, Any] = {
-            "timestamp": (np.arange(length) / self.fps).astype(np.float32),
-            "frame_index": np.arange(length),
-            "episode_index": np.full(length, episode),
-            "index": np.arange(first, first + length),
-            "task_index": np.full(length, task),
-        }
+    def _frame_table(self, record: dict[str, Any], columns: Mapping[str, np.ndarray]) -> pa.Table:
+        arrays: dict[str, pa.Array] = {}
         for name, width in self.widths.items():
             flat = pa.array(np.asarray(record[name], dtype=np.float32).reshape(-1))
-            columns[name] = pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
-        return pa.table(columns).select(self._data_schema().names).cast(self._data_schema())
+            # A feature of width 1 is a plain number in LeRobot's tables.
+            arrays[name] = pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
+        for name, values in columns.items():
+            arrays[name] = pa.array(values.astype(np.float32 if name == "timestamp" else np.int64))
+        return pa.table(arrays)
 
     def _episode_row(
         self, record: dict[str, Any], episode: int, first: int, stats: Mapping[str, dict[str, list[float]]]
@@ -356,16 +350,18 @@ class DatasetWriter:
             "dataset_to_index": first + length,
             "source": record["source"],
         }
-        for key in self._image_keys():
-            row[f"videos/{key}/chunk_index"] = episode // CHUNK_SIZE
-            row[f"videos/{key}/file_index"] = episode % CHUNK_SIZE
-            row[f"videos/{key}/from_timestamp"] = 0.0
-            row[f"videos/{key}/to_timestamp"] = length / self.fps
-        image_keys = self._image_keys()
+        for key in self._image_keys:
+            row |= {f"videos/{key}/{name}": number for name, number in _place(episode).items()}
+            row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / self.fps}
         for name, values in stats.items():
-            for statistic, value in shaped(values, name in image_keys).items():
-                row[f"stats/{name}/{statistic}"] = value
+            row |= {f"stats/{name}/{statistic}": value for statistic, value in self._shaped(values, name).items()}
         return row
+
+    def _shaped(self, values: dict[str, list[float]], feature: str) -> dict[str, Any]:
+        """Returns statistics in LeRobot's shapes: those of images are [3, 1, 1], to broadcast over C H W."""
+        if feature not in self._image_keys:
+            return values
+        return {name: value if name == "count" else [[[item]] for item in value] for name, value in values.items()}
 
     def _info(self, num_frames: int, num_tasks: int) -> dict[str, Any]:
         fps = int(self.fps) if self.fps.is_integer() else self.fps
@@ -409,134 +405,32 @@ class DatasetWriter:
         }
 
 
-CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
-ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
-EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
-FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-
-
-class Tables:
-    """The data files and the episodes files, filled in step, each closed when it is full."""
-
-    def __init__(self, root: Path, schema: pa.Schema):
-        self.root, self.schema = root, schema
-        # A table of a few rows takes as much memory as one of a thousand, so they are merged now and then.
-        self.small: list[pa.Table] = []
-        self.frames: list[pa.Table] = []
-        self.rows: list[dict[str, Any]] = []
-        self.num_rows = self.data_file = self.episode_file = 0
-
-    def add(self, frames: pa.Table, row: dict[str, Any]) -> None:
-        """Takes an episode: its frames, and what is known of it."""
-        if self.num_rows and self.num_rows + len(frames) > ROWS_PER_FILE:
-            self._write_frames()
-        if len(self.rows) >= EPISODES_PER_GROUP:
-            self._write_episodes()
-        here = {"data/chunk_index": self.data_file // CHUNK_SIZE, "data/file_index": self.data_file % CHUNK_SIZE}
-        meta = {"meta/episodes/chunk_index": self.episode_file // CHUNK_SIZE}
-        meta["meta/episodes/file_index"] = self.episode_file % CHUNK_SIZE
-        self.small.append(frames)
-        if len(self.small) >= EPISODES_PER_GROUP:
-            self._merge()
-        self.rows.append({**row, **here, **meta})
-        self.num_rows += len(frames)
-
-    def close(self) -> None:
-        """Writes what is left."""
-        self._write_frames()
-        self._write_episodes()
-
-    def _merge(self) -> None:
-        if self.small:
-            self.frames.append(pa.concat_tables(self.small).combine_chunks())
-            self.small = []
-
-    def _write_frames(self) -> None:
-        self._merge()
-        path = DATA_PATH.format(chunk_index=self.data_file // CHUNK_SIZE, file_index=self.data_file % CHUNK_SIZE)
-        with atomic_path(self.root / path) as temporary:
-            pq.write_table(pa.concat_tables(self.frames), temporary)
-        self.frames, self.num_rows = [], 0
-        self.data_file += 1
-
-    def _write_episodes(self) -> None:
-        chunk, number = divmod(self.episode_file, CHUNK_SIZE)
-        with atomic_path(self.root / EPISODES_PATH.format(chunk_index=chunk, file_index=number)) as temporary:
-            pq.write_table(pa.Table.from_pylist(self.rows), temporary)
-        self.rows = []
-        self.episode_file += 1
-
-
-def frame_stats(length: int, episode: int, first: int, task: int, fps: float) -> dict[str, dict[str, list[float]]]:
-    """Statistics of the columns that every dataset has."""
-    steps = np.arange(length, dtype=np.float64)
-    columns = {
-        "timestamp": steps / fps,
-        "frame_index": steps,
-        "episode_index": np.full(length, episode),
-        "index": first + steps,
-        "task_index": np.full(length, task),
-    }
-    stats = {}
-    for name, values in columns.items():
-        moments = Moments()
-        moments.add(values[:, None])
-        stats[name] = moments.to_dict()
-    return stats
-
-
-def shaped(values: dict[str, list[float]], image: bool) -> dict[str, Any]:
-    """Statistics as LeRobot shapes them: those of pictures are [3, 1, 1], so that they broadcast over C H W."""
-    if not image:
-        return values
-    return {name: value if name == "count" else [[[item]] for item in value] for name, value in values.items()}
-
-
-def write_tasks(path: Path, tasks: list[str]) -> None:
-    """A table that pandas reads with the instructions as its index, as LeRobot's own reader expects."""
-    text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
-    number = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
-    pandas = {
-        "index_columns": ["task"],
-        "column_indexes": [{"name": None, "field_name": None, **text, "metadata": {"encoding": "UTF-8"}}],
-        "columns": [
-            {"name": "task_index", "field_name": "task_index", **number},
-            {"name": "task", "field_name": "task", **text},
-        ],
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "2.2.0",
-    }
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
-    with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), temporary)
-
-
-# Pictures are sampled for statistics: each pixel of each frame would tell no more.
-FRAME_STRIDE, PIXEL_STRIDE = 5, 4
-
-
 class Moments:
-    """Statistics of rows [N, D] that arrive in parts, merged exactly (Chan et al., 1979)."""
+    """Running minimum, maximum, mean and deviation of rows [N, D] that arrive in parts, merged exactly.
+
+    LeRobotDataset keeps them for each episode and for the whole. Chan et al., 1979, "Updating Formulae and a Pairwise
+    Algorithm for Computing Sample Variances".
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.minimum = self.maximum = self.mean = self.squares = np.zeros(0)
 
     def add(self, rows_ND: Float[np.ndarray, "N D"]) -> None:
-        """Takes in rows."""
+        """Adds rows."""
         rows = np.asarray(rows_ND, dtype=np.float64)
         if len(rows):
             mean = rows.mean(axis=0)
             self._merge(len(rows), rows.min(axis=0), rows.max(axis=0), mean, ((rows - mean) ** 2).sum(axis=0))
 
     def merge(self, values: dict[str, list[float]]) -> None:
-        """Takes in what another one's `to_dict` gave."""
+        """Adds the rows of another one, given its `to_dict`."""
         count = int(values["count"][0])
         low, high, mean, deviation = (np.array(values[name]) for name in ("min", "max", "mean", "std"))
         self._merge(count, low, high, mean, deviation**2 * count)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """The statistics under LeRobot's names, each a list of D numbers (count: one)."""
+        """Returns the statistics under LeRobot's names, each a list of D numbers (count: one)."""
         deviation = np.sqrt(self.squares / max(self.count, 1))
         values = {"min": self.minimum, "max": self.maximum, "mean": self.mean, "std": deviation}
         return {**{name: array.tolist() for name, array in values.items()}, "count": [self.count]}
@@ -553,11 +447,103 @@ class Moments:
 
 
 class PixelMoments(Moments):
-    """Statistics of each colour channel, in [0, 1], of frames that pass by."""
+    """Statistics of each colour channel, in [0, 1], of a stream of frames."""
 
     def watch(self, frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        """Hands the frames on, taking in every few of them."""
+        """Yields the frames, adding every few of them."""
         for number, frame_HWC in enumerate(frames):
             if number % FRAME_STRIDE == 0:
                 self.add(frame_HWC[::PIXEL_STRIDE, ::PIXEL_STRIDE].reshape(-1, 3) / 255.0)
             yield frame_HWC
+
+
+def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Returns whether `out` holds a finished dataset that is to be resumed, and reports it."""
+    done = resume and not overwrite and (out / INFO).exists()
+    if done:
+        say(f"{out}: already complete")
+    return done
+
+
+def require_even(size: int) -> None:
+    """Raises UserError for a --size that H.264 does not take: an odd one."""
+    if size < 2 or size % 2:
+        raise UserError(f"--size {size}: must be an even number of pixels")
+
+
+def _place(number: int) -> dict[str, int]:
+    return {"chunk_index": number // CHUNK_SIZE, "file_index": number % CHUNK_SIZE}
+
+
+def _moments(rows_ND: Float[np.ndarray, "N D"]) -> dict[str, list[float]]:
+    moments = Moments()
+    moments.add(rows_ND)
+    return moments.to_dict()
+
+
+class _Tables:
+    """The data files and the episodes files, filled in step, each closed when it is full."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        # A table of a few rows takes as much memory as one of a thousand, so they are merged now and then.
+        self.small: list[pa.Table] = []
+        self.frames: list[pa.Table] = []
+        self.rows: list[dict[str, Any]] = []
+        self.num_rows = self.data_file = self.episode_file = 0
+
+    def add(self, frames: pa.Table, row: dict[str, Any]) -> None:
+        """Adds an episode: its frames, and its row of metadata."""
+        if self.num_rows and self.num_rows + len(frames) > ROWS_PER_FILE:
+            self._write_frames()
+        if len(self.rows) >= EPISODES_PER_GROUP:
+            self._write_episodes()
+        self.small.append(frames)
+        if len(self.small) >= EPISODES_PER_GROUP:
+            self._merge()
+        for folder, number in (("data", self.data_file), ("meta/episodes", self.episode_file)):
+            row |= {f"{folder}/{name}": value for name, value in _place(number).items()}
+        self.rows.append(row)
+        self.num_rows += len(frames)
+
+    def close(self) -> None:
+        """Writes the rest."""
+        self._write_frames()
+        self._write_episodes()
+
+    def _merge(self) -> None:
+        if self.small:
+            self.frames.append(pa.concat_tables(self.small).combine_chunks())
+            self.small = []
+
+    def _write_frames(self) -> None:
+        self._merge()
+        with atomic_path(self.root / DATA_PATH.format(**_place(self.data_file))) as temporary:
+            pq.write_table(pa.concat_tables(self.frames), temporary)
+        self.frames, self.num_rows = [], 0
+        self.data_file += 1
+
+    def _write_episodes(self) -> None:
+        with atomic_path(self.root / EPISODES_PATH.format(**_place(self.episode_file))) as temporary:
+            pq.write_table(pa.Table.from_pylist(self.rows), temporary)
+        self.rows = []
+        self.episode_file += 1
+
+
+def _write_tasks(path: Path, tasks: list[str]) -> None:
+    """Writes a table that pandas reads with the instructions as its index, as LeRobot's own reader expects."""
+    text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
+    number = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [{"name": None, "field_name": None, **text, "metadata": {"encoding": "UTF-8"}}],
+        "columns": [
+            {"name": "task_index", "field_name": "task_index", **number},
+            {"name": "task", "field_name": "task", **text},
+        ],
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.2.0",
+    }
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    with atomic_path(path) as temporary:
+        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), temporary)
