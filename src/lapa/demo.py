@@ -1,9 +1,9 @@
 """The whole flow on Meta-World: action-free videos and a few demonstrations in, a table of success rates out.
 
-lapa demo --out runs/demo
+    lapa demo --out runs/demo
 
-Each stage is a command of its own, shown before it runs; what the demo adds is their order. Interrupted, it goes on
-where it was: finished artifacts are kept, and the stage that was cut short resumes.
+Each stage is a command of its own, shown before it runs. An interrupted demo continues with --resume: finished
+artifacts are kept, and the interrupted stage resumes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lapa.files import claim_output, read_json, write_json
 from lapa.subcommand import Stage, run_stage
 
 SETTINGS, RESULTS = "settings.json", "demo.json"
-# Seeds of the stages lie apart, so that no labelled episode or rollout repeats a video.
+# Seeds of the stages are far apart, so that no labelled episode or rollout repeats a video.
 DEMONSTRATION_SEED, ROLLOUT_SEED = 1000, 2000
 
 
@@ -29,13 +29,13 @@ class DemoConfig:
     """Run every stage, and compare random actions, training without pretraining, and with it."""
 
     out: Path = Path("runs/demo")
-    """Folder of everything the demo makes."""
+    """Folder for all artifacts of the demo."""
     preset: Literal["tiny", "debug"] = "tiny"
-    """tiny: Meta-World, about a quarter of an hour on two cores. debug: a made-up world, a minute, learns little."""
+    """tiny: Meta-World, about a quarter of an hour on two cores. debug: a synthetic world, a minute, learns little."""
     policy: str = "tiny"
-    """What the policy is made of: tiny, or hf: and the folder or hub id of an image-text model of transformers."""
+    """Backbone of the policy: tiny, or hf: and the folder or hub id of an image-text model of transformers."""
     tasks: str = "button-press-topdown,window-open,door-open"
-    """Meta-World tasks, parted by commas."""
+    """Meta-World tasks, separated by commas."""
     videos: int = 30
     """Action-free videos of each task."""
     demonstrations: int = 5
@@ -44,13 +44,13 @@ class DemoConfig:
     """Rollouts of each task and policy."""
     seed: int = 0
     overwrite: bool = False
-    """Replace what `out` holds."""
+    """Replace what lies at --out."""
     resume: bool = False
-    """Go on with the demo that `out` holds."""
+    """Continue the demo at --out."""
 
 
 def run(config: DemoConfig) -> None:
-    """`lapa demo`. Raises UserError where `out` holds another demo or a stage fails."""
+    """`lapa demo`. Raises UserError where a demo with other settings is at `out`, and where a stage fails."""
     out = config.out
     claim_output(out, complete=(out / RESULTS).exists(), overwrite=config.overwrite, resume=config.resume)
     _require_same_settings(config)
@@ -72,8 +72,9 @@ def stages(config: DemoConfig) -> list[Stage]:
     videos, robot, lam, labels = out / "videos", out / "demonstrations", out / "lam", out / "labels"
     latent_policy, policy, scratch = out / "latent_policy", out / "policy", out / "policy_from_scratch"
     world = [] if config.preset == "debug" else ["--horizon-seconds", "0.2"]
-    # So few episodes are all needed to learn from.
+    # With so few episodes none is left for validation.
     robot_data = ["--data", str(robot), "--held-out", "0"]
+    labelled_videos = ["--data", str(videos), "--labels", str(labels)]
 
     def train(verb: str, artifact: Path, *options: str) -> list[str]:
         return [*verb.split(), *preset, *options, "--seed", seed, "--out", str(artifact), "--resume"]
@@ -81,13 +82,9 @@ def stages(config: DemoConfig) -> list[Stage]:
     plan = [
         Stage("videos without actions", _data(config, videos, actions=False), videos / "meta" / "info.json"),
         Stage("a few demonstrations with actions", _data(config, robot, actions=True), robot / "meta" / "info.json"),
+        Stage("latent action model", train("latent train", lam, "--data", str(videos), *world), lam / "config.json"),
         Stage(
-            "latent action model",
-            train("latent train", lam, "--data", str(videos), *world),
-            lam / "config.json",
-        ),
-        Stage(
-            "what the latent actions know of the true ones",
+            "probe of the latent actions",
             ["latent", "probe", str(lam), "--data", str(robot), "--out", str(out / "probe"), "--overwrite"],
             out / "probe" / "probe.json",
         ),
@@ -98,16 +95,7 @@ def stages(config: DemoConfig) -> list[Stage]:
         ),
         Stage(
             "pretraining on latent actions",
-            train(
-                "policy pretrain",
-                latent_policy,
-                "--backbone",
-                config.policy,
-                "--data",
-                str(videos),
-                "--labels",
-                str(labels),
-            ),
+            train("policy pretrain", latent_policy, "--backbone", config.policy, *labelled_videos),
             latent_policy / "config.json",
         ),
         Stage(
@@ -127,9 +115,9 @@ def stages(config: DemoConfig) -> list[Stage]:
 
 
 def arms(config: DemoConfig) -> dict[str, str]:
-    """The columns of the table: what they are called, and what `lapa evaluate` is given.
+    """Returns the columns of the table: name -> the policy argument of `lapa evaluate`.
 
-    `from scratch` is the pretrained policy's architecture, trained on the demonstrations alone.
+    `from scratch` has the pretrained policy's architecture, trained on the demonstrations alone.
     """
     return {
         "random actions": "random",
@@ -139,7 +127,7 @@ def arms(config: DemoConfig) -> dict[str, str]:
 
 
 def report(config: DemoConfig, seconds: dict[str, float]) -> None:
-    """Prints the table, writes demo.json, and says what there is now and how to go on."""
+    """Prints the table and the artifacts, and writes demo.json."""
     out = config.out
     before = read_json(out / RESULTS)["seconds"] if (out / RESULTS).exists() else {}
     results = {name: read_json(_results(config, who)) for name, who in arms(config).items()}
@@ -155,7 +143,7 @@ def report(config: DemoConfig, seconds: dict[str, float]) -> None:
         "videos": "dataset without actions",
         "demonstrations": "dataset with actions",
         "lam": "latent action model",
-        "probe": "what the latent actions know (probe.json, grid.png)",
+        "probe": "probe of the latent actions (probe.json, grid.png)",
         "labels": "latent action labels",
         "latent_policy": "latent policy",
         "policy": "policy",

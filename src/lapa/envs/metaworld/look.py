@@ -1,12 +1,11 @@
-"""Another look for a Meta-World scene: colours, textures and lights drawn from a number; what moves stays as it is.
+"""Another look for a Meta-World scene: colours, textures and lights drawn from a number; no motion changes.
 
-    Simulator("push", look=3)
     lapa data metaworld --tasks mt10 --look 3 --cameras corner3 --out VIDEOS
 
-Table, floor, wall, robot and lights are the same in all tasks of a look. Goal markers are sites, which keep their
-colours; what is painted anew is kept apart from those, from the table, and from what it was.
+Table, floor, wall, robot and lights are the same in all tasks of a look. Goal markers (sites) keep their colours; every
+new colour is far from those, from the table's, and from the one that it replaces.
 
-Axes: H W texture, N candidates, C colour (3: red, green, blue in [0, 1]), K colours to keep away from.
+Axes: H W texture, N candidates, C colour (3: red, green, blue in [0, 1]), K colours to avoid.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lapa.errors import UserError
 # Textures of the scene around the task, and the colours of the robot: arm, pedestal, hand, and the two fingers.
 SURFACES = ("T_table", "T_floor", "T_wallmetal")
 ROBOT = ((0.5, 0.1, 0.1), (0.2, 0.2, 0.2), (0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
-# What MuJoCo gives a geom without a colour; a geom that has it shows its material's.
+# MuJoCo's colour of a geom without one, which shows its material's.
 UNPAINTED = (0.5, 0.5, 0.5, 1.0)
 # The colours of Meta-World's goal markers.
 MARKERS = ((0, 0.8, 0), (0.8, 0, 0), (1, 0, 0), (0, 0, 0.8), (0, 0, 1))
@@ -32,12 +31,12 @@ SKYBOX = 2
 
 
 def change_look(model: Any, look: int) -> None:
-    """Paints a `mujoco.MjModel` anew, in place. The same number gives the same look.
+    """Paints a `mujoco.MjModel`, in place. The same number gives the same look.
 
-    Textures are copied to an OpenGL context when it is made: change the look before. UserError for a negative number.
+    Call it before an OpenGL context is made, which copies the textures. Raises UserError for a negative number.
     """
     if look < 0:
-        raise UserError(f"the look is {look}; it is a number that is not negative")
+        raise UserError(f"the look must not be negative, got {look}")
     table = _paint_surfaces(model, look)
     _paint_objects(model, look, table)
     _light(model, look)
@@ -65,7 +64,7 @@ def _paint_surfaces(model: Any, look: int) -> np.ndarray:
 
 
 def _paint_objects(model: Any, look: int, table_C: np.ndarray) -> None:
-    """Paints the robot and the task's objects: what had one colour before has one colour after."""
+    """Paints the robot and the task's objects: parts of one colour get one new colour."""
     surfaces = {model.texture(name).id for name in SURFACES}
     rows: dict[tuple[float, ...], list[np.ndarray]] = {key: [] for key in ROBOT}
     for material in range(model.nmat):
@@ -75,7 +74,7 @@ def _paint_objects(model: Any, look: int, table_C: np.ndarray) -> None:
         key = _key(model.mat_rgba[material, :3])
         for texture in textures:
             pixels_HWC = _pixels(model, texture)
-            # Materials of one colour and several textures look different: the texture's colour is theirs too.
+            # Materials of one colour differ by their textures: multiply by the texture's mean colour.
             key = _key(np.array(key) * pixels_HWC.mean((0, 1)) / 255)
         rows.setdefault(key, []).append(model.mat_rgba[material])
     for texture in set(range(model.ntex)) - surfaces - set(np.flatnonzero(model.tex_type == SKYBOX).tolist()):
@@ -94,7 +93,7 @@ def _paint_objects(model: Any, look: int, table_C: np.ndarray) -> None:
 
 
 def _light(model: Any, look: int) -> None:
-    """Turns the lights about the vertical, and makes them brighter or darker, warmer or colder."""
+    """Rotates the lights about the vertical axis, and scales their brightness and tint."""
     rng = _generator(look, "light")
     angle = rng.uniform(-np.pi, np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -115,7 +114,7 @@ def _draw(
     *,
     apart: float,
 ) -> np.ndarray:
-    """A colour at least `apart` from those to avoid: the first of the candidates that is, else the farthest."""
+    """Draws a colour at least `apart` from those to avoid: the first such candidate, else the farthest."""
     hsv_NC = rng.uniform((0, saturation[0], value[0]), (1, saturation[1], value[1]), (CANDIDATES, 3))
     colours_NC = np.array([colorsys.hsv_to_rgb(*hsv_C) for hsv_C in hsv_NC])
     distances_N = np.full(CANDIDATES, np.inf)
@@ -125,7 +124,7 @@ def _draw(
 
 
 def _pattern(pixels_HWC: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The texture's own grain in grey, uint8 [H, W]; with `rng` perhaps under stripes or checks."""
+    """The texture's own grain in grey, uint8 [H, W]; with `rng` plain, striped or checked."""
     grey_HW = pixels_HWC.mean(-1)
     pattern_HW = np.clip(grey_HW / max(grey_HW.mean(), 1.0), 0.4, 1.2) / 1.2
     if rng is not None:
@@ -152,5 +151,5 @@ def _key(colour_C: np.ndarray) -> tuple[float, ...]:
 
 
 def _generator(look: int, name: str) -> np.random.Generator:
-    """Of its own for each name, so that what a task lacks changes nothing of the rest."""
+    """Returns a generator for each name, so that parts that a task lacks do not change the others."""
     return np.random.default_rng([look, zlib.crc32(name.encode())])

@@ -5,7 +5,7 @@
 
 The control rate is 80 Hz and an expert needs 40 to 120 steps, about one second: a horizon of 0.1 to 0.2 seconds
 (8 to 16 frames) suits these episodes; the paper's 0.6 seconds would span half of one.
-The dataset depends on tasks, episodes, seed and the picture's settings, not on the number of workers.
+The dataset depends on tasks, episodes, seed and image settings, not on the number of workers.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from lapa.envs.metaworld.simulator import (
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json
 
-# Frames kept after success: enough to see the result, too few to teach standing still.
+# Frames kept after success: enough to show the result, too few to train a policy to stand still.
 FRAMES_AFTER_SUCCESS = 5
 BEGUN = "meta/metaworld.json"
-# Settings that leave the dataset as it is.
+# Settings that do not change the dataset.
 RUN_ONLY = ("out", "workers", "overwrite", "resume")
 
 
@@ -53,34 +53,34 @@ class MetaworldConfig:
     out: Path
     """Folder for the dataset."""
     tasks: str = "mt10"
-    """mt10, mt50, or task names parted by commas."""
+    """mt10, mt50, or task names separated by commas."""
     episodes: int = 10
     """Successful episodes of each task."""
     seed: int = 0
-    """Draws goals, object positions and phrasing; other seeds give other episodes."""
+    """Determines goals, object positions and phrasing; other seeds give other episodes."""
     actions: bool = True
     """Store actions and robot states; --no-actions leaves video and instruction only."""
     size: int = 128
-    """Height and width of the pictures in pixels."""
+    """Height and width of the images in pixels."""
     cameras: tuple[str, ...] = ("corner4",)
     """Camera views to record."""
     look: int | None = None
-    """Other colours and textures, drawn from this number; by default as Meta-World has them."""
+    """Other colours and textures, drawn from this number; by default Meta-World's own."""
     noise: float = 0.0
     """Standard deviation of noise on the expert's motion; the noisy action is executed and stored."""
     max_steps: int = 250
-    """An episode that has not succeeded by then is dropped."""
+    """An episode without success after this many steps is dropped."""
     workers: int | None = None
     """Simulator processes; by default one for each CPU core."""
     overwrite: bool = False
     """Replace what lies at --out."""
     resume: bool = False
-    """Go on with an unfinished dataset."""
+    """Continue an unfinished dataset."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One successful episode: row t holds what was seen before action t."""
+    """One successful episode. Row t: frames and state before action t, and action t."""
 
     frames_THWC: dict[str, np.ndarray]
     states_TS: np.ndarray
@@ -118,7 +118,7 @@ def run(config: MetaworldConfig) -> None:
 
 
 def record(simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: int = MAX_STEPS) -> Demonstration | None:
-    """Lets the expert play the episode of `seed`; None where it has not succeeded within `max_steps`."""
+    """Records the expert in the episode of `seed`; None without success within `max_steps`."""
     rng = np.random.default_rng([seed, 2])
     frames: dict[str, list[np.ndarray]] = {camera: [] for camera in simulator.cameras}
     states, actions = [], []
@@ -128,8 +128,8 @@ def record(simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: in
         action = simulator.expert_action()
         action[:3] += noise * rng.standard_normal(3)
         action = np.clip(action, -1, 1)
-        for camera, picture in simulator.render().items():
-            frames[camera].append(picture)
+        for camera, image in simulator.render().items():
+            frames[camera].append(image)
         states.append(simulator.state)
         actions.append(action)
         if simulator.step(action) and left is None:
@@ -140,12 +140,12 @@ def record(simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: in
                 break
     if left is None:
         return None
-    pictures = {camera: np.stack(images) for camera, images in frames.items()}
-    return Demonstration(pictures, np.stack(states), np.stack(actions), simulator.instruction)
+    frames_THWC = {camera: np.stack(images) for camera, images in frames.items()}
+    return Demonstration(frames_THWC, np.stack(states), np.stack(actions), simulator.instruction)
 
 
 def _record_all(config: MetaworldConfig, tasks: tuple[str, ...], writer: DatasetWriter) -> Counter[str]:
-    """Fills the writer with `config.episodes` of each task, in an order that only the config decides."""
+    """Fills the writer with `config.episodes` of each task, in an order that depends on the config alone."""
     dropped: Counter[str] = Counter()
     tried = dict.fromkeys(tasks, 0)
     kept = dict.fromkeys(tasks, 0)
@@ -153,7 +153,7 @@ def _record_all(config: MetaworldConfig, tasks: tuple[str, ...], writer: Dataset
     num_frames, begun = 0, time.monotonic()
     with progress() as bar, Workers(config.workers or os.cpu_count() or 1) as workers:
         line = bar.add_task("episodes", total=config.episodes * len(tasks), note="")
-        # The first round tries what is asked for; each later one replaces what the round before dropped.
+        # The first round tries the wanted number of episodes; each later one replaces the failed ones.
         while attempts := _next_attempts(config.episodes, kept, tried, most):
             done = [f"{task}/{episode}" in writer.done_sources for task, episode in attempts]
             new = [attempt for attempt, have in zip(attempts, done, strict=True) if not have]
@@ -171,15 +171,13 @@ def _record_all(config: MetaworldConfig, tasks: tuple[str, ...], writer: Dataset
                 bar.update(line, advance=1, note=f"{task}, {rate:.0f} frames/s")
     for task in tasks:
         if kept[task] < config.episodes:
-            warn(
-                f"{task}: {kept[task]} of {config.episodes} episodes; the expert failed {dropped[task]} times, given up"
-            )
+            warn(f"{task}: {kept[task]} of {config.episodes} episodes; the expert failed {dropped[task]} times")
     say(f"{num_frames} frames in {time.monotonic() - begun:.0f} s")
     return dropped
 
 
 def _next_attempts(wanted: int, kept: dict[str, int], tried: dict[str, int], most: int) -> list[tuple[str, int]]:
-    """The (task, episode number) pairs still to try, which are then counted as tried."""
+    """Returns the (task, episode number) pairs to try next, and counts them as tried."""
     attempts = []
     for task, have in kept.items():
         stop = min(tried[task] + wanted - have, most)
@@ -202,7 +200,7 @@ _simulator: Simulator | None = None
 
 
 def _attempt(config: MetaworldConfig, task: str, episode: int) -> Demonstration | None:
-    """Runs in a worker, which keeps its simulator until another task comes."""
+    """Runs in a worker process, which keeps its simulator until another task comes."""
     global _simulator
     if _simulator is None or _simulator.task != task:
         if _simulator is not None:
@@ -229,12 +227,12 @@ def _check(config: MetaworldConfig) -> None:
 
 
 def _settings(config: MetaworldConfig) -> dict[str, Any]:
-    """What the dataset depends on."""
+    """The settings that the dataset depends on."""
     return {name: value for name, value in to_dict(config).items() if name not in RUN_ONLY}
 
 
 def _noted(config: MetaworldConfig) -> dict[str, Any]:
-    """The settings as the dataset notes them: no look where it has none, like a dataset begun before there were any."""
+    """The settings stored in the dataset; without `look` where it is None, as in datasets made before looks existed."""
     return {name: value for name, value in _settings(config).items() if name != "look" or value is not None}
 
 
