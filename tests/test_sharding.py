@@ -45,6 +45,7 @@ class Tower(TrainableModel, nn.Module):
     """Blocks between a table and a head that are one, as in language models. `held`: what it held at evaluations."""
 
     sharded_methods = ("predict",)
+    held: list[int] = []  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +54,6 @@ class Tower(TrainableModel, nn.Module):
         self.head = nn.Linear(16, 10, bias=False)
         nn.init.normal_(self.head.weight, std=0.3)
         self.table.weight = self.head.weight
-        self.held: list[int] = []
 
     def shard_units(self) -> list[nn.Module]:
         return list(self.blocks)
@@ -95,6 +95,7 @@ def evaluate(model: nn.Module) -> dict[str, float]:
 def run(out: Path, loop: LoopConfig, *, cls: type[Tower] = Tower, **options: Any) -> tuple[Tower, TrainResult]:
     torch.manual_seed(0)
     model = cls()
+    cls.held.clear()
     out.mkdir(exist_ok=True, parents=True)
     options = {"run_config": {"a": 1}, "description": "tower", "evaluate": evaluate, **options}
     return model, train(model, Line(), collate, loop, out, **options)

@@ -93,7 +93,9 @@ def train(
         _cast(model, config.weights)
         if prepare is not None and not resuming:
             prepare(model.to(device))
-        plain_modules = shard(model, processes, half=half, compile=config.compile) if config.shard else {}
+        plain = model
+        if config.shard:
+            model = shard(model, processes, half=half, compile=config.compile)
         model.to(device)
         ema = _averaged(model, config.ema_decay)
         optimizer = build_optimizer(model, config.optim)
@@ -209,7 +211,7 @@ def train(
         if stop_asked.is_set() and not finished:
             raise KeyboardInterrupt
         if config.shard:
-            gather(model, plain_modules, keep=processes.is_main)
+            gather(model, into=plain, keep=processes.is_main)
         return TrainResult(metrics, finished, step)
 
 

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from lapa.engine.checkpoint import RunState, lasting, require_same_run, restore_random_states
 from lapa.engine.distributed import Processes
@@ -32,22 +36,11 @@ from lapa.files import read_json, write_json
 from lapa.types import TrainableModel
 
 
-@dataclass(frozen=True)
-class PlainModule:
-    """What a module was before it was sharded: its class, its attributes' names, and its hooks."""
+def shard(model: TrainableModel, processes: Processes, *, half: bool = False, compile: bool = False) -> TrainableModel:
+    """A copy of `model` whose parameters are shared out over the processes; `gather` brings them back into `model`.
 
-    cls: type[nn.Module]
-    names: frozenset[str]
-    hooks: dict[str, Any]
-
-
-def shard(
-    model: TrainableModel, processes: Processes, *, half: bool = False, compile: bool = False
-) -> dict[nn.Module, PlainModule]:
-    """Shares the parameters of `model` out over the processes, in place; returns what `gather` needs to undo it.
-
-    Units are those of `model.shard_units()` and the model itself. The model may be on the CPU: units go to the device
-    one by one.
+    Until then the parameters of `model` have no storage (meta). Units are those of `model.shard_units()` and the model
+    itself; they go to the device one by one, so `model` may be on the CPU.
     half: a unit is gathered in bf16, weights stay as they are, gradients are added up in fp32. What is computed in
     which precision is left to autocast, as without sharding.
     Raises UserError for a parameter that is a single number without an axis, which cannot be shared out.
@@ -55,7 +48,7 @@ def shard(
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     if scalars:
         raise UserError(f"cannot shard the parameter {scalars[0]!r}, which has no axis; give it the shape [1]")
-    before = {module: _plain(module) for module in model.modules()}
+    sharded = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for parameter in model.parameters():
         # FSDP2 takes no other layout, such as the channels_last of convolutions.
         parameter.data = parameter.data.contiguous()
@@ -63,15 +56,16 @@ def shard(
     policy = MixedPrecisionPolicy()
     if half:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for unit in model.shard_units():
+    for unit in sharded.shard_units():
         if compile:
             unit.compile()
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for name in model.sharded_methods:
-        register_fsdp_forward_method(model, name)
-    model.after_sharding()
-    return before
+    fully_shard(sharded, mesh=mesh, mp_policy=policy)
+    for name in sharded.sharded_methods:
+        register_fsdp_forward_method(sharded, name)
+    _replace_parameters(model, {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()})
+    sharded.after_sharding()
+    return sharded
 
 
 def reshard(model: nn.Module) -> None:
@@ -81,26 +75,20 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def gather(model: nn.Module, before: dict[nn.Module, PlainModule], *, keep: bool) -> None:
-    """Undoes `shard`: an ordinary module on the CPU, whole where `keep` is set, without storage (meta) elsewhere.
+def gather(sharded: nn.Module, into: nn.Module, *, keep: bool) -> None:
+    """Ends what `shard` began: `into`, the model that it was given, gets the weights where `keep` is set, on the CPU.
 
-    Every process must call this. The optimiser is of no use afterwards, and the same module cannot be sharded again.
+    Every process must call this. Without `keep` the parameters of `into` stay without storage (meta).
     """
-    reshard(model)
-    whole: dict[nn.Parameter, nn.Parameter] = {}
-    for module, plain in before.items():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in whole:
-                whole[parameter] = _gathered(parameter, keep=keep)
-            module._parameters[name] = whole[parameter]
-        module.__class__ = plain.cls
-        for name in vars(module).keys() - plain.names:
-            delattr(module, name)
-        vars(module).update(plain.hooks)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(sharded, options=options)
+    into.train(sharded.training)
     if keep:
-        model.to("cpu")
+        _replace_parameters(into, weights)
+        for name, buffer in into.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+        into.to("cpu")
 
 
 def prepare_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -156,15 +144,12 @@ def load_sharded(path: Path, run: RunState, *, rank: int, world: int) -> int:
     return step
 
 
-def _plain(module: nn.Module) -> PlainModule:
-    hooks = {name: copy.copy(value) for name, value in vars(module).items() if "hooks" in name}
-    return PlainModule(type(module), frozenset(vars(module)), hooks)
-
-
-def _gathered(parameter: nn.Parameter, *, keep: bool) -> nn.Parameter:
-    full = parameter.data.full_tensor() if isinstance(parameter.data, DTensor) else parameter.data
-    full = full.cpu() if keep else torch.empty_like(full, device="meta")
-    return nn.Parameter(full, requires_grad=parameter.requires_grad)
+def _replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Puts new parameters in the place of the old ones, which may be on another device; tied ones stay tied."""
+    new = {old: nn.Parameter(values[name], old.requires_grad) for name, old in model.named_parameters()}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, new[old])
 
 
 def _reason(error: BaseException) -> str:
