@@ -50,7 +50,7 @@ class LiteralPolicy(ReleasedPolicy):
 
         A checkpoint without latent actions has no such total.
         The batch holds sequences `tokens_BT`, what they are (`vision_mask_BT`, `latent_mask_BT`, `action_mask_BT` in
-        a finetuned policy) and `loss_mask_BT`; the model reads all but the last token and is to say all but the first.
+        a finetuned policy) and `loss_mask_BT`; the model reads all but the last token and predicts all but the first.
         """
         inputs = {name: tensor[:, :-1] for name, tensor in batch.items()}
         targets = {name: tensor[:, 1:] for name, tensor in batch.items()}
@@ -59,7 +59,7 @@ class LiteralPolicy(ReleasedPolicy):
     def shifted_losses(
         self, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]
     ) -> dict[str, Float[Tensor, ""]]:
-        """`losses` where what is read and what is to be said are given apart, under the same names."""
+        """`losses` of inputs and targets that are given apart, under the same names."""
         logits = self.logits(
             inputs["tokens_BT"], inputs["vision_mask_BT"], inputs["latent_mask_BT"], inputs.get("action_mask_BT")
         )
@@ -67,9 +67,9 @@ class LiteralPolicy(ReleasedPolicy):
         vision, latent = targets["vision_mask_BT"].bool(), targets["latent_mask_BT"].bool()
         action = targets["action_mask_BT"].bool() if "action_mask_BT" in targets else torch.zeros_like(vision)
         text = ~(vision | latent | action)
-        said = {"text": text, "vision": vision, "latent": latent, "bins": action}
+        segments = {"text": text, "vision": vision, "latent": latent, "bins": action}
         losses = {}
-        for segment, here in said.items():
+        for segment, here in segments.items():
             if segment not in logits:
                 continue
             codes = torch.where(here, targets["tokens_BT"], 0)

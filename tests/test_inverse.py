@@ -75,9 +75,9 @@ def test_pseudo_labels_are_near_the_truth_of_new_videos(root: Path, trained: Pat
     before = open_dataset(root / "videos")
     pseudo_label.run(PseudoLabelConfig(inverse=trained, data=root / "videos", out=root / "labelled", device="cpu"))
     labelled, truth = open_dataset(root / "labelled"), open_dataset(root / "truth")
-    said_NA, true_NA = (np.concatenate([d.actions(e) for e in range(8)]) for d in (labelled, truth))
+    predicted_NA, true_NA = (np.concatenate([d.actions(e) for e in range(8)]) for d in (labelled, truth))
     constant = np.abs(true_NA - true_NA.mean(0)).mean()
-    assert np.abs(said_NA - true_NA).mean() < 0.6 * constant
+    assert np.abs(predicted_NA - true_NA).mean() < 0.6 * constant
     assert labelled.episodes == truth.episodes and labelled.action_space == truth.action_space
     assert np.array_equal(labelled.frames(3), truth.frames(3)) and labelled.state_dim is None
     assert labelled.extra["inverse_fingerprint"] == inverse_fingerprint(trained)
@@ -93,7 +93,7 @@ def test_training_resumes_bitwise(root: Path, tmp_path: Path) -> None:
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_a_saved_model_says_the_same(tmp_path: Path) -> None:
+def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
     before = model()
     before.save_pretrained(tmp_path, run={"seed": 0}, metrics={"action_error": 1.0})
     after = InverseDynamics.from_pretrained(tmp_path)
@@ -104,9 +104,9 @@ def test_a_saved_model_says_the_same(tmp_path: Path) -> None:
 
 
 def test_predictions_are_in_the_robots_units_and_switches_are_exact() -> None:
-    said_BKA = model().predict(torch.from_numpy(pairs(5)))
-    assert said_BKA.shape == (5, 3, 2) and said_BKA.dtype == np.float32
-    assert set(np.unique(said_BKA[..., 1])) <= {0.0, 1.0} and np.abs(said_BKA[..., 0] - 1).max() <= 2.0
+    predicted_BKA = model().predict(torch.from_numpy(pairs(5)))
+    assert predicted_BKA.shape == (5, 3, 2) and predicted_BKA.dtype == np.float32
+    assert set(np.unique(predicted_BKA[..., 1])) <= {0.0, 1.0} and np.abs(predicted_BKA[..., 0] - 1).max() <= 2.0
     assert model().predict(pairs(0)).shape == (0, 3, 2)
 
 
@@ -117,17 +117,17 @@ def test_a_prediction_depends_on_its_own_pair_only() -> None:
 
 @pytest.mark.parametrize("horizon", [1, 3, 5])
 @pytest.mark.parametrize("num_pairs", [1, 2, 7])
-def test_pseudo_labels_are_the_weighted_mean_of_all_that_is_said_of_a_step(horizon: int, num_pairs: int) -> None:
+def test_pseudo_labels_are_the_weighted_mean_of_all_predictions_of_a_step(horizon: int, num_pairs: int) -> None:
     """The slow, literal twin: for every step, look through all pairs, which count by its distance to their ends."""
     rng = np.random.default_rng(horizon)
-    said_PKA = np.stack([rng.normal(size=(num_pairs, horizon)), rng.integers(0, 2, (num_pairs, horizon))], axis=-1)
+    predicted_PKA = np.stack([rng.normal(size=(num_pairs, horizon)), rng.integers(0, 2, (num_pairs, horizon))], axis=-1)
     expected = []
     for step in range(num_pairs + horizon - 1):
         within = {p: step - p for p in range(num_pairs) if p <= step < p + horizon}
         weights = [min(k, horizon - 1 - k) + 1 for k in within.values()]
-        x, grip = np.average([said_PKA[p, k] for p, k in within.items()], axis=0, weights=weights)
+        x, grip = np.average([predicted_PKA[p, k] for p, k in within.items()], axis=0, weights=weights)
         expected.append([x, float(grip >= 0.5)])
-    merged_TA = merge_pairs(said_PKA.astype(np.float32), model().scale)
+    merged_TA = merge_pairs(predicted_PKA.astype(np.float32), model().scale)
     np.testing.assert_allclose(merged_TA, [*expected, expected[-1]], rtol=1e-5, atol=1e-6)
 
 
@@ -212,7 +212,7 @@ def test_augmentation_is_left_out_where_it_is_not_asked_for() -> None:
 def test_held_out_figures_are_those_worked_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pairs, an action each; the second dimension never changes and so has no R2."""
     true_NKA = np.array([[[0.0, 5.0]], [[2.0, 5.0]]], np.float32)
-    said_NKA = np.array([[[1.0, 5.0]], [[2.0, 5.0]]], np.float32)
+    predicted_NKA = np.array([[[1.0, 5.0]], [[2.0, 5.0]]], np.float32)
 
     class Pairs:
         def __len__(self) -> int:
@@ -225,7 +225,7 @@ def test_held_out_figures_are_those_worked_by_hand(monkeypatch: pytest.MonkeyPat
             return true_NKA[index]
 
     trained = model(horizon=1)
-    monkeypatch.setattr(trained, "predict", lambda frames_BTCHW: said_NKA[: len(frames_BTCHW)])
+    monkeypatch.setattr(trained, "predict", lambda frames_BTCHW: predicted_NKA[: len(frames_BTCHW)])
     figures = held_out_figures(Pairs())(trained)  # type: ignore[arg-type]
     assert figures == {"held_out_action_error": 0.25, "held_out_r2": 0.5, "held_out_r2_x": 0.5}
 
@@ -296,7 +296,7 @@ def test_pseudo_labelling_refuses_what_does_not_fit(root: Path, trained: Path, t
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_wrong_with_a_saved_model_is_said(tmp_path: Path) -> None:
+def test_a_damaged_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no finished inverse dynamics model"):
         InverseDynamics.from_pretrained(tmp_path)
     model().save_pretrained(tmp_path / "model")
@@ -315,7 +315,7 @@ def test_what_is_wrong_with_a_saved_model_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "frames", [pairs(2).astype(np.float32), pairs(2)[:, :1], pairs(2)[0], np.zeros((1, 2, 3, 16, 16), np.uint8)]
 )
-def test_pictures_of_another_kind_are_refused(frames: np.ndarray) -> None:
+def test_frames_of_another_kind_are_refused(frames: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"must be uint8 of shape \[B, 2, 3, 32, 32\], got"):
         model().predict(frames)
 

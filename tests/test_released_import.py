@@ -82,7 +82,7 @@ def released_params(config: ImportLapaConfig) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_an_imported_policy_says_what_the_released_weights_say(config, capsys):
+def test_an_imported_policy_predicts_what_the_released_weights_predict(config, capsys):
     import_lapa.run(config)
     assert "next: lapa policy finetune --preset paper --policy" in capsys.readouterr().err
     parts = load_policy(config.out)
@@ -137,7 +137,7 @@ def test_the_tokenizer_gives_the_tokens_of_the_authors_code(tokenizer_model, tmp
     for tokenizer in (llama_tokenizer(tokenizer_model), AutoTokenizer.from_pretrained(tmp_path)):
         words = "You are a helpful assistant. USER: What action should the robot take to `öffne  打开` ASSISTANT:"
         assert tokenizer.encode(words, add_special_tokens=False) == pieces.encode(words)
-        # Split at the special token, spaces beside it dropped: the released prompt's own beginning of a sequence.
+        # Split at the special token, spaces around it dropped: the released prompt's own beginning of a sequence.
         assert tokenizer.encode(f"<s> {words}", add_special_tokens=False) == [1, *pieces.encode(words)]
         assert tokenizer.encode("", add_special_tokens=False) == []
         assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)

@@ -101,8 +101,8 @@ def test_the_misplaced_parenthesis_is_of_the_released_layout_alone():
     assert bug["latent"] == right["latent"] and bug["text"] != right["text"]
     by_hand = []
     for row in range(3):
-        said = TARGETS["loss_mask_BT"][row].bool() & ~TARGETS["latent_mask_BT"][row].bool()
-        by_hand.append(-logits[row][said, TARGETS["tokens_BT"][row][said].long()].mean())
+        counted = TARGETS["loss_mask_BT"][row].bool() & ~TARGETS["latent_mask_BT"][row].bool()
+        by_hand.append(-logits[row][counted, TARGETS["tokens_BT"][row][counted].long()].mean())
     torch.testing.assert_close(right["text"], torch.stack(by_hand).mean())
 
 
@@ -175,11 +175,11 @@ def test_a_finetuned_checkpoint_has_robot_actions_and_lwm_has_no_latent_ones():
     assert set(model.logits(INPUTS["tokens_BT"], INPUTS["vision_mask_BT"], none)) == {"text", "vision"}
     with pytest.raises(ValueError, match="no latent segment"):
         model.logits(*INPUTS.values())
-    read, said = ({**given, "latent_mask_BT": none} for given in (INPUTS, TARGETS))
-    assert set(model.shifted_losses(read, said)) == {"text", "vision"}
+    inputs, targets = ({**given, "latent_mask_BT": none} for given in (INPUTS, TARGETS))
+    assert set(model.shifted_losses(inputs, targets)) == {"text", "vision"}
 
 
-def test_robot_actions_are_as_many_as_the_tables_have_unless_the_config_says_it():
+def test_robot_actions_are_as_many_as_the_tables_have_unless_the_config_has_it():
     tables = {"transformer/ate/embedding": torch.zeros(245, 64), "action_head/kernel": torch.zeros(64, 245)}
     sizes = {key: value for key, value in SIZES.items() if key != "action_vocab_size"}
     assert released.check_weights({**PARAMS, **tables}, sizes).bins == 245
@@ -273,26 +273,26 @@ def small() -> tuple[LwmBackbone, LwmProcessor, Vocabulary]:
     return lwm.create(SMALL, texts=["open the drawer", "close it"], num_cameras=2, segments={"latent": 8})
 
 
-def pictures(seed: int) -> list[np.ndarray]:
+def images(seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, size, dtype=np.uint8) for size in ((16, 16, 3), (20, 30, 3))]
 
 
-def test_the_backbone_reads_the_codes_of_the_pictures(small):
+def test_the_backbone_reads_the_codes_of_the_images(small):
     backbone, processor, vocabulary = small
-    batch = processor([pictures(0), pictures(1)], ["open the drawer", ""])
+    batch = processor([images(0), images(1)], ["open the drawer", ""])
     tokens = backbone.tokens(batch)
     codes = backbone.vqgan.encode(batch["images_BVHWC"].flatten(0, 1)).view(2, 2, 16)
     for row in range(2):
         vision = [token for token in tokens[row].tolist() if token in vocabulary.rows("vision")]
-        said = [token - vocabulary.rows("vision").start for token in vision]
-        assert said == [*codes[row, 0].tolist(), 126, *codes[row, 1].tolist(), 127]
+        codes_read = [token - vocabulary.rows("vision").start for token in vision]
+        assert codes_read == [*codes[row, 0].tolist(), 126, *codes[row, 1].tolist(), 127]
     assert len(codes.unique()) > 3
 
 
 def test_a_padded_batch_equals_single_ones_and_caching_equals_reading_at_once(small):
     backbone, processor, vocabulary = small
-    both = processor([pictures(0), pictures(1)], ["open the drawer", ""])
+    both = processor([images(0), images(1)], ["open the drawer", ""])
     tokens = torch.tensor([[vocabulary.rows("latent").start + code for code in (1, 5, 2)]] * 2)
     with torch.no_grad():
         hidden, mask = backbone.read(both, tokens)
@@ -300,7 +300,7 @@ def test_a_padded_batch_equals_single_ones_and_caching_equals_reading_at_once(sm
         cached = torch.cat([first, backbone.advance(memory, tokens)], dim=1)
         torch.testing.assert_close(cached, hidden[:, -4:], atol=1e-5, rtol=1e-4)
         for row, prompt in enumerate(["open the drawer", ""]):
-            alone, _ = backbone.read(processor([pictures(row)], [prompt]), tokens[:1])
+            alone, _ = backbone.read(processor([images(row)], [prompt]), tokens[:1])
             torch.testing.assert_close(hidden[row][mask[row].bool()], alone[0], atol=1e-5, rtol=1e-4)
 
 
@@ -311,7 +311,7 @@ def test_a_saved_backbone_comes_back_and_grows_without_changing_old_rows(small, 
     loaded, its_processor = lwm.load(
         SMALL, tmp_path / "model", tmp_path / "processor", vocabulary=vocabulary, num_cameras=2
     )
-    batch, again = (p([pictures(0)], ["open the drawer"]) for p in (processor, its_processor))
+    batch, again = (p([images(0)], ["open the drawer"]) for p in (processor, its_processor))
     none = torch.zeros(1, 0, dtype=torch.long)
     with torch.no_grad():
         expected = backbone.read(batch, none)[0]

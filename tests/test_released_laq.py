@@ -172,10 +172,10 @@ def test_every_name_is_accounted_for():
     weights[offset] = torch.ones(64)
     with pytest.raises(ValueError) as error:
         from_released(weights, golden.facts["config"])
-    said = str(error.value)
-    assert f"{missing}: missing" in said and f"{extra}: not a name" in said
-    assert f"{misshapen}: shape (3, 4), expected (16, 64)" in said and f"{offset}: expected zeros" in said
-    assert len(said.splitlines()) == 5
+    message = str(error.value)
+    assert f"{missing}: missing" in message and f"{extra}: not a name" in message
+    assert f"{misshapen}: shape (3, 4), expected (16, 64)" in message and f"{offset}: expected zeros" in message
+    assert len(message.splitlines()) == 5
 
 
 def test_published_config_is_checked():

@@ -76,7 +76,7 @@ def observation(words: str = "move up", size: int = 48) -> Observation:
     return Observation({"front": RNG.integers(0, 256, (size, size, 3), dtype=np.uint8)}, words)
 
 
-def test_predicted_frames_beat_copies_of_the_one_that_is_seen(root: Path) -> None:
+def test_predicted_frames_beat_copies_of_the_current_one(root: Path) -> None:
     figures = read_json(root / "video" / "metrics.json")
     # Nothing is held out, and the names say so.
     assert figures["train_mse"] < 0.8 * figures["train_mse_copy"]
@@ -85,9 +85,9 @@ def test_predicted_frames_beat_copies_of_the_one_that_is_seen(root: Path) -> Non
 
 def test_the_instruction_matters(root: Path) -> None:
     model = VideoModel.from_pretrained(root / "video")
-    told = model.words(["move right", "move up-right", "move right"])
+    text = model.words(["move right", "move up-right", "move right"])
     with torch.no_grad():
-        text_BTD, _ = model.text(**told, given_B=torch.tensor([True, True, False]))
+        text_BTD, _ = model.text(**text, given_B=torch.tensor([True, True, False]))
     assert not torch.allclose(text_BTD[0], text_BTD[1]) and not torch.allclose(text_BTD[0], text_BTD[2])
     frame = torch.full((1, 3, 32, 32), 90, dtype=torch.uint8)
     right, up_right, nothing = (
@@ -104,12 +104,12 @@ def test_without_guidance_any_instruction_gives_the_same(root: Path) -> None:
     assert torch.equal(one, other)
 
 
-def test_padding_says_nothing(root: Path) -> None:
+def test_padding_changes_nothing(root: Path) -> None:
     model = VideoModel.from_pretrained(root / "video")
     frames = torch.full((2, 3, 32, 32), 90, dtype=torch.uint8)
     alone = model.sample(frames[:1], ["move right"]).int()
-    beside = model.sample(frames, ["move right", "move up-right " * 9]).int()
-    assert (alone[0] - beside[0]).abs().max() <= 1
+    together = model.sample(frames, ["move right", "move up-right " * 9]).int()
+    assert (alone[0] - together[0]).abs().max() <= 1
 
 
 def test_patches_are_put_together_again(root: Path) -> None:
@@ -189,11 +189,11 @@ def test_a_model_goes_on_with_its_sizes_horizon_and_scale(root: Path, tmp_path: 
 
 def test_a_joined_policy_answers_the_same_alone_and_in_a_batch(root: Path) -> None:
     actor = load_actor(root / "policy", device="cpu")
-    seen = [observation(), observation("move down-left", 32), observation("")]
-    together = actor.infer(seen)
+    observations = [observation(), observation("move down-left", 32), observation("")]
+    together = actor.infer(observations)
     assert together.shape == (3, 6, 2) and together.dtype == np.float32
-    np.testing.assert_array_equal(actor.infer(seen), together)
-    np.testing.assert_allclose(np.concatenate([actor.infer([one]) for one in seen]), together, atol=0.02)
+    np.testing.assert_array_equal(actor.infer(observations), together)
+    np.testing.assert_allclose(np.concatenate([actor.infer([one]) for one in observations]), together, atol=0.02)
     assert np.abs(together[0] - together[1]).max() > 0.05
     assert actor.infer([]).shape == (0, 6, 2)
     assert (actor.cameras, actor.chunk, actor.action_dim, actor.state_dim) == (("front",), 6, 2, 0)
@@ -202,11 +202,11 @@ def test_a_joined_policy_answers_the_same_alone_and_in_a_batch(root: Path) -> No
 
 def test_actions_are_read_off_each_pair_of_the_plan_in_turn(root: Path) -> None:
     actor = UniPi.from_pretrained(root / "policy", device="cpu")
-    seen = [observation(), observation()]
-    frames_BTCHW = actor.plan(seen)
+    observations = [observation(), observation()]
+    frames_BTCHW = actor.plan(observations)
     assert frames_BTCHW.shape == (2, 3, 3, 32, 32)
     halves = [actor.inverse.predict(frames_BTCHW[:, first : first + 2]) for first in (0, 1)]
-    np.testing.assert_allclose(actor.infer(seen), np.concatenate(halves, axis=1), atol=1e-5)
+    np.testing.assert_allclose(actor.infer(observations), np.concatenate(halves, axis=1), atol=1e-5)
 
 
 def test_the_folder_is_all_that_is_needed(root: Path, tmp_path: Path) -> None:
@@ -215,9 +215,9 @@ def test_the_folder_is_all_that_is_needed(root: Path, tmp_path: Path) -> None:
     unipi.run(UniPiConfig(tmp_path / "video", tmp_path / "inverse", tmp_path / "policy", sampling_steps=2))
     for name in ("video", "inverse"):
         (tmp_path / name).unlink()
-    seen = [observation()]
+    observations = [observation()]
     moved, before = (load_actor(folder / "policy", device="cpu") for folder in (tmp_path, root))
-    np.testing.assert_array_equal(moved.infer(seen), before.infer(seen))
+    np.testing.assert_array_equal(moved.infer(observations), before.infer(observations))
     assert not (tmp_path / "policy" / "video" / "training").exists()
 
 
@@ -250,7 +250,7 @@ def test_models_that_do_not_fit_together_are_refused(
     assert not (tmp_path / "policy").exists()
 
 
-def test_another_camera_is_said(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_camera_is_reported(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_inverse(tmp_path / "inverse", camera="wrist")
     unipi.run(UniPiConfig(root / "video", tmp_path / "inverse", tmp_path / "policy"))
     assert "video model learned from the camera front; the policy takes wrist" in capsys.readouterr().err
@@ -316,7 +316,7 @@ def test_a_part_that_was_changed_is_named(root: Path, tmp_path: Path, part: str)
 
 
 @pytest.mark.parametrize("name", presets.VIDEO)
-def test_a_preset_sees_pictures_of_one_size_in_all_stages(name: str) -> None:
+def test_a_preset_takes_images_of_one_size_in_all_stages(name: str) -> None:
     sizes = {
         "latent": presets.LATENT[name].model.image_size,
         "policy": presets.BACKBONES[name].image_size,
