@@ -8,6 +8,7 @@ Axes: B batch, K chunk, A action dimensions.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,12 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from lapa.baselines.unipi import UniPi, is_unipi
 from lapa.data.dataset import ActionSpace
-from lapa.files import naming
+from lapa.files import naming, read_json
 from lapa.policy.runtime import Policy
 from lapa.policy.statistics import require_key
 from lapa.types import Observation
+
+# The kind in a folder's config.json -> module and class; a folder of another kind is a Policy.
+KINDS = {"unipi": ("lapa.baselines.unipi", "UniPi")}
 
 
 class Actor(Protocol):
@@ -51,15 +54,19 @@ class Actor(Protocol):
 
 
 def load_actor(folder: Path | str, statistics_key: str | None = None, **options: Any) -> Actor:
-    """The actor in a folder, of the kind that its config.json says.
+    """Loads the actor in a folder, of the kind that its config.json names.
 
     statistics_key: as `Policy.from_pretrained` takes it; options: `dataset` and `device`, likewise. UserError where
     nothing there can act.
     """
-    if is_unipi(Path(folder)):
+    config = Path(folder) / "config.json"
+    written = read_json(config) if config.exists() else None
+    kind = written.get("kind") if isinstance(written, dict) else None
+    if kind in KINDS:
         with naming(Path(folder)):
             require_key(statistics_key, [])
-        return UniPi.from_pretrained(folder, **options)
+        module, name = KINDS[kind]
+        return getattr(importlib.import_module(module), name).from_pretrained(folder, **options)
     if statistics_key is not None:
         options["statistics_key"] = statistics_key
     return Policy.from_pretrained(folder, **options)
