@@ -118,7 +118,7 @@ class LeRobotDataset(Dataset):
     def fingerprint(self) -> str:
         """A hash of the metadata files."""
         files = [LEGACY_TASKS, LEGACY_EPISODES] if self.legacy else [TASKS]
-        episodes = [] if self.legacy else _episode_files(self.root)
+        episodes = [] if self.legacy else episode_files(self.root)
         return fingerprint(*(self.root / file for file in (INFO, *files)), *episodes)
 
     @cached_property
@@ -151,36 +151,7 @@ class LeRobotDataset(Dataset):
         """Returns the parquet file that holds an episode's rows."""
         return self.root / self.info["data_path"].format(**self._place("data", episode_index))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict(), "_group_rows": {}, "_groups": OrderedDict()}
-
-    def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
-        key, span = self._camera_keys[camera], self._span(episode_index)
-        if self.features[key]["dtype"] == "image":
-            return self._stored_images(self.data_path(episode_index), key, [span.start + i for i in frame_indices])
-        start = 0.0 if self.legacy else float(self._columns[f"videos/{key}/from_timestamp"][episode_index])
-        return decode_clip(self.video_path(episode_index, camera), frame_indices, self.fps, start)
-
-    def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
-        path, span = self.data_path(episode_index), self._span(episode_index)
-        table = _recent(self._tables, path, OPEN_TABLES, partial(self._read_numbers, path))
-        return table[feature][span], str(path)
-
-    def _read_numbers(self, path: Path) -> dict[str, np.ndarray]:
-        wanted = {name: stored for name, stored in self._stored.items() if name in self.features}
-        table = read_parquet(path, list(wanted.values()))
-        return {
-            name: _matrix(table[stored], self._width(name) or 0, f"{path}: {stored}") for name, stored in wanted.items()
-        }
-
-    def _place(self, kind: str, episode_index: int) -> dict[str, int]:
-        """Returns the fields of a path template."""
-        if self.legacy:
-            chunk = episode_index // int(self.info.get("chunks_size") or LEGACY_CHUNK)
-            return {"episode_chunk": chunk, "episode_index": episode_index}
-        return {name: int(self._columns[f"{kind}/{name}"][episode_index]) for name in PLACE}
-
-    def _span(self, episode_index: int) -> slice:
+    def rows(self, episode_index: int) -> slice:
         """Returns an episode's rows in its data file, which is checked once. Raises UserError where it is damaged."""
         if self._first_rows[episode_index] < 0:
             path = self.data_path(episode_index)
@@ -198,6 +169,35 @@ class LeRobotDataset(Dataset):
             raise UserError(self._flaws[episode_index])
         first = int(self._first_rows[episode_index])
         return slice(first, first + int(self.lengths[episode_index]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": OrderedDict(), "_group_rows": {}, "_groups": OrderedDict()}
+
+    def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+        key, span = self._camera_keys[camera], self.rows(episode_index)
+        if self.features[key]["dtype"] == "image":
+            return self._stored_images(self.data_path(episode_index), key, [span.start + i for i in frame_indices])
+        start = 0.0 if self.legacy else float(self._columns[f"videos/{key}/from_timestamp"][episode_index])
+        return decode_clip(self.video_path(episode_index, camera), frame_indices, self.fps, start)
+
+    def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
+        path, span = self.data_path(episode_index), self.rows(episode_index)
+        table = _recent(self._tables, path, OPEN_TABLES, partial(self._read_numbers, path))
+        return table[feature][span], str(path)
+
+    def _read_numbers(self, path: Path) -> dict[str, np.ndarray]:
+        wanted = {name: stored for name, stored in self._stored.items() if name in self.features}
+        table = read_parquet(path, list(wanted.values()))
+        return {
+            name: _matrix(table[stored], self._width(name) or 0, f"{path}: {stored}") for name, stored in wanted.items()
+        }
+
+    def _place(self, kind: str, episode_index: int) -> dict[str, int]:
+        """Returns the fields of a path template."""
+        if self.legacy:
+            chunk = episode_index // int(self.info.get("chunks_size") or LEGACY_CHUNK)
+            return {"episode_chunk": chunk, "episode_index": episode_index}
+        return {name: int(self._columns[f"{kind}/{name}"][episode_index]) for name in PLACE}
 
     def _episodes_in(self, episode_index: int) -> np.ndarray:
         """Returns the episodes that share one's data file."""
@@ -343,6 +343,15 @@ def read_episodes(root: Path, legacy: bool, video_keys: Sequence[str]) -> dict[s
     return columns
 
 
+def episode_files(root: Path) -> list[Path]:
+    """Returns the parquet files with the episodes of a v3.0 dataset."""
+    with reading(root / EPISODES, AGAIN):
+        paths = sorted(root.glob(f"{EPISODES}/*/*.parquet"))
+    if not paths:
+        raise UserError(f"{root / EPISODES}: holds no parquet file; {AGAIN}")
+    return paths
+
+
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     """Reads a table of a dataset. Raises UserError naming the file where it is damaged or lacks a column."""
     with _parsing(path), open_binary(path) as file:
@@ -463,7 +472,7 @@ def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, Any]:
     integers += [f"videos/{key}/{name}" for key in video_keys for name in PLACE]
     starts = [f"videos/{key}/from_timestamp" for key in video_keys]
     tables = []
-    for path in _episode_files(root):
+    for path in episode_files(root):
         sources = ["source"] if "source" in _column_names(path) else []
         tables.append(read_parquet(path, [*integers, *starts, "tasks", *sources]))
     table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
@@ -486,14 +495,6 @@ def _legacy_episodes(path: Path) -> dict[str, Any]:
         "source": np.array([str(row.get("source") or "") for row in rows], object),
         "tasks": [row.get("tasks") or [] for row in rows],
     }
-
-
-def _episode_files(root: Path) -> list[Path]:
-    with reading(root / EPISODES, AGAIN):
-        paths = sorted(root.glob(f"{EPISODES}/*/*.parquet"))
-    if not paths:
-        raise UserError(f"{root / EPISODES}: holds no parquet file; {AGAIN}")
-    return paths
 
 
 def _json_lines(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]:

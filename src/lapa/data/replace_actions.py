@@ -1,10 +1,10 @@
-"""The same videos with other actions, or with none: a new dataset beside one that there is.
+"""The same videos with other actions, or with none, as a new dataset.
 
     lapa data hide-actions DATASET --out VIDEOS
 
-Video files are hard-linked (copied where the file system cannot), pictures and instructions stay as they are, whatever
-the chunking of the source. What is numbers is written anew: data, statistics, meta/info.json last, which makes the
-dataset readable. Statistics that cannot be merged from those of the episodes (quantiles) are left out.
+Video files are hard-linked (copied where the file system cannot); images, instructions and the layout of the files stay
+as they are. Numbers are written anew: data, statistics, and meta/info.json last, which makes the dataset readable.
+Statistics that cannot be merged from those of the episodes (quantiles) are left out.
 
 Axes: T time, A action dimensions.
 """
@@ -15,8 +15,9 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,13 +30,24 @@ import tyro
 from lapa import config as configs
 from lapa.console import finish, say
 from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys
-from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS, TASKS, LeRobotDataset, read_parquet, require_folder
+from lapa.data.lerobot import (
+    EXTRA,
+    INFO,
+    JOURNAL,
+    STATS,
+    TASKS,
+    LeRobotDataset,
+    episode_files,
+    read_parquet,
+    require_folder,
+)
 from lapa.data.spec import open_dataset
-from lapa.data.writer import FRAME_COLUMNS, Moments
+from lapa.data.writer import FRAME_COLUMNS, Moments, moments_of
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
 
 NO_ACTIONS = "lapa data hide-actions"
+STATISTICS = ("min", "max", "mean", "std", "count")
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,13 @@ class HideActionsConfig:
     out: Path
     """Folder of the dataset to write."""
     overwrite: bool = False
-    """Replace what `out` holds."""
+    """Replace the contents of `out`."""
     resume: bool = False
-    """Accept what `out` holds where it is finished; else begin it again."""
+    """Accept `out` where it is finished; else begin it again."""
 
 
 def run(config: HideActionsConfig) -> None:
-    """`lapa data hide-actions`. Raises UserError where `out` is, contains or lies inside the dataset."""
+    """`lapa data hide-actions`. Raises UserError where `out` is, contains or is inside the dataset."""
     dataset = require_folder(open_dataset(config.data))
     note = {"made_by": NO_ACTIONS, "source_fingerprint": dataset.fingerprint}
     next_commands = [f"lapa latent train --data {shlex.quote(str(config.out))} --out LAM"]
@@ -67,7 +79,7 @@ def run(config: HideActionsConfig) -> None:
 
 
 def is_dataset(out: Path) -> bool:
-    """Whether `out` holds a finished dataset."""
+    """Returns whether `out` holds a finished dataset."""
     return (out / INFO).exists()
 
 
@@ -80,10 +92,10 @@ def claim_rewrite(
     resume: bool,
     inputs: Sequence[Path] = (),
 ) -> None:
-    """Makes `out` ready for `rewrite_actions` under this note, or raises UserError saying why not.
+    """Makes `out` ready for `rewrite_actions` under this note, or raises UserError with the reason.
 
-    A finished dataset that is to be resumed must have been accepted before; an unfinished one is begun again.
-    inputs: what the command reads besides the dataset.
+    The caller accepts a finished dataset that is to be resumed; an unfinished one is begun again here.
+    inputs: further files that the command reads.
     """
     if out.resolve().is_relative_to(dataset.root.resolve()):
         raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
@@ -106,12 +118,12 @@ def rewrite_actions(
 ) -> LeRobotDataset:
     """Writes the videos of `dataset` with these actions into `out`, which `claim_rewrite` has made ready.
 
-    actions: those of an episode, [T, A] in the units of `action_space`, asked for once and in order; None leaves the
-    episode out, which is counted and said. Without `actions` the dataset has none. note: goes into meta/lapa.json.
+    actions: returns the actions of an episode, [T, A] in the units of `action_space`; called once for each, in order.
+        None leaves the episode out, which is counted and reported. Without `actions` the new dataset has none.
+    note: goes into meta/lapa.json.
     Raises UserError where actions do not fit, or every episode is left out.
     """
-    if (actions is None) != (action_space is None):
-        raise UserError("actions need an action space that says what they are, and it needs them")
+    assert (actions is None) == (action_space is None), "actions come with their action space"
     kept_features = [STATE] if keep_states and STATE in dataset.features else []
     features = _features(dataset, action_space, kept_features)
     left_out = [name for name in dataset.features if name not in features]
@@ -140,7 +152,7 @@ def rewrite_actions(
 
 
 class _Numbering:
-    """The episodes that are kept, by their number in the source: new numbers, first frames, statistics."""
+    """New numbers, first frames and statistics of the episodes that are kept, by their number in the source."""
 
     def __init__(self) -> None:
         self.numbers: dict[int, int] = {}
@@ -155,23 +167,14 @@ class _Numbering:
         columns = {"episode_index": np.full((length, 1), number), "index": first + np.arange(length)[:, None]}
         if actions_TA is not None:
             columns[ACTION] = actions_TA
-        self.stats[episode] = {}
-        for name, values in columns.items():
-            moments = Moments()
-            moments.add(values)
-            self.stats[episode][name] = moments.to_dict()
+        self.stats[episode] = {name: moments_of(values) for name, values in columns.items()}
 
 
 def _features(dataset: LeRobotDataset, space: ActionSpace | None, kept: Sequence[str]) -> dict[str, Any]:
-    """The features of the new dataset, as meta/info.json has them."""
+    """Returns the features of the new dataset for meta/info.json."""
     action = {ACTION: {"dtype": "float32", "shape": [space.action_dim], "names": list(space.names)}} if space else {}
-    pictures = image_keys(dataset.features)
-    others = {
-        name: feature
-        for name, feature in dataset.features.items()
-        if name in pictures or name in kept or name in FRAME_COLUMNS
-    }
-    return {**action, **others}
+    wanted = {*image_keys(dataset.features), *kept, *FRAME_COLUMNS}
+    return {**action, **{name: feature for name, feature in dataset.features.items() if name in wanted}}
 
 
 def _write_data(
@@ -181,33 +184,32 @@ def _write_data(
     space: ActionSpace | None,
     columns: Sequence[str],
 ) -> _Numbering:
-    """The data files, each under its old name, without the rows of episodes that are left out."""
+    """Writes the data files, each under its old name, without the rows of episodes that are left out."""
     numbering = _Numbering()
-    for path, episodes in _data_files(dataset):
-        table = read_parquet(dataset.root / path, list(columns))
-        owners_T = table["episode_index"].to_numpy()
+    files: dict[Path, list[int]] = {}
+    for episode in range(len(dataset)):
+        files.setdefault(dataset.data_path(episode), []).append(episode)
+    for path, episodes in files.items():
+        table = read_parquet(path, list(columns))
         parts = []
         for episode in episodes:
-            rows = np.flatnonzero(owners_T == episode)
-            length = int(dataset.lengths[episode])
-            if len(rows) != length:
-                raise UserError(f"{dataset.root / path}: lacks rows of episode {episode}; write the dataset again")
+            span, length = dataset.rows(episode), int(dataset.lengths[episode])
             actions_TA = None if actions is None else actions(episode)
             if actions is not None and actions_TA is None:
                 continue
             if space is not None and actions_TA is not None:
                 actions_TA = _checked(actions_TA, (length, space.action_dim), episode)
             numbering.keep(episode, length, actions_TA)
-            parts.append(_renumbered(table.take(rows), numbering, episode, actions_TA))
+            parts.append(_renumbered(table[span], numbering, episode, actions_TA))
         if parts:
-            with atomic_path(out / path) as temporary:
+            with atomic_path(out / path.relative_to(dataset.root)) as temporary:
                 pq.write_table(pa.concat_tables(parts), temporary)
     return numbering
 
 
 def _renumbered(table: pa.Table, numbering: _Numbering, episode: int, actions_TA: np.ndarray | None) -> pa.Table:
-    """The rows of one episode under its new number, with its actions."""
-    # What LeRobot's readers note there speaks of columns that are gone.
+    """Returns the rows of one episode under its new number, with its actions."""
+    # LeRobot's notes there describe columns that are gone.
     table = table.replace_schema_metadata(None)
     new = {
         "episode_index": np.full(len(table), numbering.numbers[episode]),
@@ -226,23 +228,19 @@ def _renumbered(table: pa.Table, numbering: _Numbering, episode: int, actions_TA
 def _write_episodes(
     dataset: LeRobotDataset, out: Path, numbering: _Numbering, features: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """The tables of episodes, under their old names; returns the statistics of the whole."""
+    """Writes the tables of episodes, under their old names; returns the statistics of the whole dataset."""
     totals = {name: Moments() for name in features}
     shapes: dict[str, Any] = {}
-    for path in _episode_files(dataset):
+    for path in episode_files(dataset.root):
         table = read_parquet(path)
         kept = pc.is_in(table["episode_index"], pa.array(list(numbering.numbers), table["episode_index"].type))
-        rows = [
-            _episode_row(row, numbering, features) for row in table.filter(kept).sort_by("episode_index").to_pylist()
-        ]
-        for row in rows:
-            for name in features:
-                values: dict[str, Any] = {
-                    key: row.get(f"stats/{name}/{key}") for key in ("min", "max", "mean", "std", "count")
-                }
-                if all(value is not None for value in values.values()):
-                    shapes[name] = np.shape(values["mean"])
-                    totals[name].merge({key: np.ravel(value).tolist() for key, value in values.items()})
+        table = table.filter(kept).sort_by("episode_index")
+        rows = [_episode_row(row, numbering, features) for row in table.to_pylist()]
+        for row, name in product(rows, features):
+            values: dict[str, Any] = {key: row.get(f"stats/{name}/{key}") for key in STATISTICS}
+            if all(value is not None for value in values.values()):
+                shapes[name] = np.shape(values["mean"])
+                totals[name].merge({key: np.ravel(value).tolist() for key, value in values.items()})
         if rows:
             with atomic_path(out / path.relative_to(dataset.root)) as temporary:
                 pq.write_table(pa.Table.from_pylist(rows), temporary)
@@ -257,7 +255,7 @@ def _write_episodes(
 
 
 def _episode_row(row: Mapping[str, Any], numbering: _Numbering, features: Sequence[str]) -> dict[str, Any]:
-    """The row of an episode that is kept: new numbers, the statistics of the new columns, none of what is left out."""
+    """Returns the row of an episode that is kept: new numbers, and statistics of the new columns only."""
     episode = int(row["episode_index"])
     first, stats = numbering.firsts[episode], numbering.stats[episode]
     new: dict[str, Any] = {
@@ -276,7 +274,7 @@ def _episode_row(row: Mapping[str, Any], numbering: _Numbering, features: Sequen
 
 
 def _link_videos(dataset: LeRobotDataset, out: Path, episodes: Sequence[int]) -> None:
-    """Every video file that the episodes lie in, once."""
+    """Links every video file of the episodes, once."""
     paths = {dataset.video_path(episode, camera) for episode in episodes for camera in dataset.cameras}
     num_copied = 0
     for path in sorted(paths):
@@ -292,20 +290,6 @@ def _link_videos(dataset: LeRobotDataset, out: Path, episodes: Sequence[int]) ->
                 shutil.copyfile(path, temporary)
             num_copied += 1
     say(f"videos: {len(paths) - num_copied} files linked, {num_copied} copied")
-
-
-def _data_files(dataset: LeRobotDataset) -> Iterator[tuple[str, list[int]]]:
-    """The data files, relative to the dataset, each with its episodes in order."""
-    names = ["episode_index", "data/chunk_index", "data/file_index"]
-    table = pa.concat_tables([read_parquet(path, names) for path in _episode_files(dataset)]).sort_by("episode_index")
-    files: dict[str, list[int]] = {}
-    for episode, chunk, number in zip(*(table[name].to_pylist() for name in names), strict=True):
-        files.setdefault(dataset.info["data_path"].format(chunk_index=chunk, file_index=number), []).append(episode)
-    yield from files.items()
-
-
-def _episode_files(dataset: LeRobotDataset) -> list[Path]:
-    return sorted(dataset.root.glob("meta/episodes/*/*.parquet"))
 
 
 def _checked(actions_TA: np.ndarray, shape: tuple[int, int], episode: int) -> np.ndarray:

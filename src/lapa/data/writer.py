@@ -178,7 +178,7 @@ class DatasetWriter:
         for index, record in enumerate(self._records()):
             task = tasks.setdefault(record["instruction"], len(tasks))
             columns = self._frame_columns(record["length"], index, num_frames, task)
-            stats = {**record["stats"], **{name: _moments(values[:, None]) for name, values in columns.items()}}
+            stats = {**record["stats"], **{name: moments_of(values[:, None]) for name, values in columns.items()}}
             for name, values in stats.items():
                 totals[name].merge(values)
             tables.add(self._frame_table(record, columns), self._episode_row(record, index, num_frames, stats))
@@ -274,7 +274,7 @@ class DatasetWriter:
         source: str,
     ) -> int:
         stats = {CAMERA_PREFIX + camera: values for camera, values in pixel_stats.items()}
-        stats |= {name: _moments(values) for name, values in rows.items()}
+        stats |= {name: moments_of(values) for name, values in rows.items()}
         record = {"source": source, "instruction": instruction, "length": length, "stats": stats}
         self._append({**record, **{name: values.tolist() for name, values in rows.items()}})
         self.num_episodes += 1
@@ -475,7 +475,8 @@ def _place(number: int) -> dict[str, int]:
     return {"chunk_index": number // CHUNK_SIZE, "file_index": number % CHUNK_SIZE}
 
 
-def _moments(rows_ND: Float[np.ndarray, "N D"]) -> dict[str, list[float]]:
+def moments_of(rows_ND: Float[np.ndarray, "N D"]) -> dict[str, list[float]]:
+    """Returns the statistics of rows."""
     moments = Moments()
     moments.add(rows_ND)
     return moments.to_dict()
