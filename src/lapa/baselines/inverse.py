@@ -19,6 +19,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from lapa.nn.vision import residual_tower
 from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.figures import action_figures
 from lapa.policy.scale import ActionScale
-from lapa.types import Losses, TrainableModel, TrainingDataset
+from lapa.types import Losses, TrainableModel
 
 CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
 # Augmentation: the largest shift as a part of the side, and how far brightness and each colour may change.
@@ -189,26 +190,6 @@ def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C 
     return (gain * frames + shift).clamp(0, 255)
 
 
-class InversePairs(TrainingDataset):
-    """`FramePairs` with the actions between their frames, on a scale."""
-
-    def __init__(self, pairs: FramePairs, scale: ActionScale) -> None:
-        self.pairs, self.scale = pairs, scale
-        self.in_memory = pairs.in_memory
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: int | Sequence[int]) -> dict[str, Any]:
-        """{"frames_TCHW", "index", "episode"} of `FramePairs`, and "actions_KA", float32, scaled."""
-        item = self.pairs[key]
-        return {**item, "actions_KA": self.scale.encode(self.pairs.actions_between(item["index"]))}
-
-    def describe(self, index: int) -> str:
-        """Where a pair comes from, for messages."""
-        return self.pairs.describe(index)
-
-
 def run(config: InverseTrainConfig) -> None:
     """`lapa baseline inverse`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     next_commands = [f"lapa baseline pseudo-label --inverse {shlex.quote(str(config.out))} --data VIDEOS --out DATASET"]
@@ -242,8 +223,8 @@ def run(config: InverseTrainConfig) -> None:
     run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     result = train(
         model,
-        InversePairs(training, scale),
-        collate_inverse,
+        training,
+        partial(collate_inverse, training, scale),
         config.loop,
         config.out,
         run_config=run_config,
@@ -256,10 +237,10 @@ def run(config: InverseTrainConfig) -> None:
         finish("inverse dynamics model", config.out, next_commands)
 
 
-def collate_inverse(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Items of InversePairs as a batch: frames_BTCHW uint8, actions_BKA float32, index int64."""
-    actions_BKA = torch.from_numpy(np.stack([item["actions_KA"] for item in items]))
-    return {**collate_pairs(items), "actions_BKA": actions_BKA}
+def collate_inverse(pairs: FramePairs, scale: ActionScale, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Items of `pairs` as a batch: frames_BTCHW uint8, index int64, actions_BKA float32, scaled."""
+    actions_BKA = np.stack([scale.encode(pairs.actions_between(item["index"])) for item in items])
+    return {**collate_pairs(items), "actions_BKA": torch.from_numpy(actions_BKA)}
 
 
 def held_out_figures(pairs: FramePairs) -> Callable[[nn.Module], dict[str, float]]:
