@@ -234,7 +234,7 @@ class _Cursor:
         return self._peek(1)[0] in (*EXTENSION, *FIXED_EXTENSION)
 
     def skip(self) -> Span:
-        """Steps over binary data or an extension."""
+        """Steps over binary data or an extension, which msgpack's own `skip` would read into memory."""
         head = self._peek(6)
         code = head[0] if head else -1
         width = BINARY.get(code, 0) or EXTENSION.get(code, 0)
