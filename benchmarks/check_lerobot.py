@@ -49,8 +49,8 @@ def write_robot(folder: Path) -> Any:
 
 def write(folder: Path) -> None:
     """Datasets of this project: video only, a robot with two cameras, the latter without actions, and from v2.1."""
+    from lapa.data.config import HideActionsConfig
     from lapa.data.convert import run as convert
-    from lapa.data.replace_actions import HideActionsConfig
     from lapa.data.replace_actions import run as hide_actions
     from lapa.data.spec import open_dataset
     from lapa.sources.lerobot import LeRobotConfig

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from lapa.data.config import InfoConfig
 from lapa.data.dataset import Dataset
-from lapa.data.info import InfoConfig, summary
 from lapa.data.info import run as run_info
+from lapa.data.info import summary
 from lapa.data.lerobot import INFO, JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip

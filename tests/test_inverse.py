@@ -14,9 +14,9 @@ from lapa.baselines.config import InverseConfig, InverseTrainConfig, PseudoLabel
 from lapa.baselines.inverse import InverseDynamics, Recording, augmented, held_out_figures, inverse_fingerprint
 from lapa.baselines.pseudo_label import merge_pairs, pseudo_actions
 from lapa.data import replace_actions as rewrite
+from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.lerobot import EXTRA
-from lapa.data.replace_actions import HideActionsConfig
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.config import LoopConfig, OptimConfig

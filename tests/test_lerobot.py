@@ -18,10 +18,10 @@ import pytest
 from check_lerobot import LENGTHS, made_up, write_robot, write_v21
 from PIL import Image
 
+from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO, find_episodes, require_folder
-from lapa.data.replace_actions import HideActionsConfig
 from lapa.data.replace_actions import run as hide_actions
 from lapa.data.spec import open_dataset
 from lapa.errors import UserError

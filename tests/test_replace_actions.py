@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from lapa.data import replace_actions as rewrite
+from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS
-from lapa.data.replace_actions import HideActionsConfig, claim_rewrite, rewrite_actions
+from lapa.data.replace_actions import claim_rewrite, rewrite_actions
 from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip
 from lapa.files import read_json

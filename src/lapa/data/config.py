@@ -1,10 +1,12 @@
-"""Options that several commands share: of the converter, and of mixtures of datasets."""
+"""Options of the converter, of mixtures of datasets, of `lapa data info` and of `lapa data hide-actions`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from lapa.data.source import Reading
 
@@ -46,3 +48,28 @@ class ConvertOptions(Reading):
     """Replace the contents of `out`."""
     resume: bool = False
     """Continue an interrupted run."""
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Show the content of a dataset, and draw a contact sheet of it."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """The dataset. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    sheet: Path | None = None
+    """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset's folder, or, for a source in place
+    and for a remote dataset, NAME_contact_sheet.png here."""
+
+
+@dataclass(frozen=True)
+class HideActionsConfig:
+    """Write a dataset of the same videos without actions and states."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """The dataset's folder."""
+    out: Path
+    """Folder of the dataset to write."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+    resume: bool = False
+    """Accept `out` where it is finished; else begin it again."""

@@ -16,19 +16,18 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import tyro
 
 from lapa import config as configs
 from lapa.console import finish, say
+from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys
 from lapa.data.lerobot import (
     EXTRA,
@@ -48,20 +47,6 @@ from lapa.files import atomic_path, claim_output, read_json_lines, write_json
 
 NO_ACTIONS = "lapa data hide-actions"
 STATISTICS = ("min", "max", "mean", "std", "count")
-
-
-@dataclass(frozen=True)
-class HideActionsConfig:
-    """Write a dataset of the same videos without actions and states."""
-
-    data: Annotated[str, tyro.conf.Positional]
-    """The dataset's folder."""
-    out: Path
-    """Folder of the dataset to write."""
-    overwrite: bool = False
-    """Replace the contents of `out`."""
-    resume: bool = False
-    """Accept `out` where it is finished; else begin it again."""
 
 
 def run(config: HideActionsConfig) -> None:
