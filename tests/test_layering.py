@@ -14,7 +14,7 @@ RANKS = {
     **dict.fromkeys(["sources", "latent", "policy"], 2),
     **dict.fromkeys(["released", "baselines", "label", "envs"], 3),
     **dict.fromkeys(["evaluate"], 4),
-    **dict.fromkeys(["presets", "subcommand", "demo", "study", "cli", "__main__"], 5),
+    **dict.fromkeys(["presets", "subcommand", "demo", "study", "cli", "help", "__main__"], 5),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

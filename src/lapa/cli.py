@@ -146,7 +146,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     config = parse(verb, arguments[len(verb.name.split()) :])
     require_inputs(config)
-    _imported(verb.run)(config)
+    imported(verb.run)(config)
     return 0
 
 
@@ -170,18 +170,23 @@ def find_verb(arguments: Sequence[str]) -> Verb | None:
 def parse(verb: Verb, options: Sequence[str]) -> Any:
     """The verb's config from its options, starting from the preset that `--preset` names, if it has presets.
 
-    Raises UserError on an unknown preset; tyro ends the process with status 2 on unknown or missing options.
+    Raises UserError on an unknown preset; ends the process with status 0 after `--help`, and by tyro with status 2 on
+    unknown or missing options.
     """
     import tyro
 
-    default = {}
+    config, default = imported(verb.config), None
     if verb.presets is not None:
         from lapa import presets
 
-        default = {"default": presets.named(verb.presets, preset_name(options))}
-    return tyro.cli(
-        _imported(verb.config), args=gathered(options), prog=f"lapa {verb.name}", description=verb.help, **default
-    )
+        default = presets.named(verb.presets, preset_name(options))
+    if {"-h", "--help"} & set(options):
+        from lapa.help import command_help
+
+        print(command_help(verb.name, verb.help, config, default, verb.run), end="")
+        raise SystemExit(0)
+    start = {} if default is None else {"default": default}
+    return tyro.cli(config, args=gathered(options), prog=f"lapa {verb.name}", description=verb.help, **start)
 
 
 # By the name of an option: what opens its value, and raises the UserError that names what is missing.
@@ -225,10 +230,10 @@ def _require_opening(option: str, item: str | Path) -> None:
         path = DataSpec.parse(path, SOURCES).path
     if "://" not in path and not Path(path).exists():
         extra = ((),) if option in ("lam", "lams") else ()
-        _imported(OPENERS[option])(item, *extra)
+        imported(OPENERS[option])(item, *extra)
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
     """What "module:name" or "module:class.name" stands for."""
     module, _, attribute = name.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))

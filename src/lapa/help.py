@@ -1,0 +1,138 @@
+"""Help of one command: example commands, then its options under headings, the required and the common ones first.
+
+The options are those that tyro makes of the command's config; their texts are the docstrings below the fields.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+COMMON = ("preset", "steps", "batch_size", "lr", "seed", "device", "overwrite", "resume")
+# Headings of the options of a nested config, by its field, where the field's name is not enough.
+HEADINGS = {"loop": "Training loop", "optim": "Optimiser", "tiny": "Model, for --backbone tiny", "flow": "Flow head"}
+METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+REQUIRED: tuple[Any, ...] = (dataclasses.MISSING, tyro.MISSING)
+WIDTH, COLUMN = 100, 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of a command. call: its name and the form of its value; heading: what it is listed under."""
+
+    call: str
+    text: str
+    heading: str
+
+
+def command_help(name: str, description: str, config: type, default: Any, run: str) -> str:
+    """The help of the command `name`. default: the config that its options start from, or None; run: "module:function",
+    whose module's docstring has the examples.
+    """
+    options = list(_options(config, default))
+    positional = "".join(f" {option.call}" for option in options if not option.call.startswith("--"))
+    parts = [f"usage: lapa {name}{positional} [OPTIONS]", description]
+    if lines := _examples(name, run.partition(":")[0]):
+        parts.append("Examples:\n" + "\n".join(f"  {line}" for line in lines))
+    headings = ["Required", "Common", "Options", *(option.heading for option in options)]
+    for heading in dict.fromkeys(headings):
+        if listed := [option for option in options if option.heading == heading]:
+            parts.append(f"{heading}:\n" + "\n".join(map(_listed, listed)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _options(config: type, default: Any, prefix: str = "", heading: str = "Options") -> Iterator[Option]:
+    hints, texts = typing.get_type_hints(config, include_extras=True), _texts(config)
+    for field in dataclasses.fields(config):
+        marks: tuple[Any, ...] = getattr(hints[field.name], "__metadata__", ())
+        hint = _stripped(hints[field.name])
+        value = getattr(default, field.name) if default is not None else _default(field)
+        if tyro.conf.Suppress in marks:
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            flat = any(getattr(mark, "name", None) == "" for mark in marks)
+            title = HEADINGS.get(field.name, field.name.capitalize())
+            yield from _options(type(value), value, prefix if flat else f"{prefix}{field.name}.", title)
+            continue
+        required = any(value is missing for missing in REQUIRED)
+        common = "Common" if field.name in COMMON and prefix == "" else heading
+        shown = "" if required or value in (None, ()) else f" (default: {_shown(value)})"
+        text = " ".join(texts.get(field.name, "").split()) + shown
+        call = _call(f"{prefix}{field.name}".replace("_", "-"), hint, positional=tyro.conf.Positional in marks)
+        yield Option(call, text.strip(), "Required" if required else common)
+
+
+def _stripped(hint: Any) -> Any:
+    """A type without its marks and without None."""
+    if typing.get_origin(hint) is typing.Annotated:
+        return _stripped(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(option for option in typing.get_args(hint) if option is not type(None))
+    return hint
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _call(name: str, hint: Any, *, positional: bool) -> str:
+    if positional:
+        return f"{name.upper()} ..." if typing.get_origin(hint) is tuple else name.upper()
+    return f"--[no-]{name}" if hint is bool else f"--{name} {_metavar(hint)}"
+
+
+def _metavar(hint: Any) -> str:
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(map(str, arguments))
+    if typing.get_origin(hint) in (tuple, list):
+        return " ".join("..." if argument is Ellipsis else _metavar(argument) for argument in arguments)
+    return METAVARS.get(hint, "VALUE")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@cache
+def _texts(config: type) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass and of its bases."""
+    texts: dict[str, str] = {}
+    for cls in reversed([cls for cls in config.__mro__ if dataclasses.is_dataclass(cls)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, below in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                texts[field.target.id] = ast.literal_eval(below.value)
+    return texts
+
+
+def _examples(name: str, module: str) -> list[str]:
+    """The commands in a module's docstring, which is read without importing the module."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, f"{module} is a file"
+    lines = map(str.strip, (ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or "").splitlines())
+    return [line for line in lines if line.startswith(("lapa ", "torchrun ")) and f"lapa {name} " in line]
+
+
+def _listed(option: Option) -> str:
+    width = min(WIDTH, max(60, shutil.get_terminal_size((WIDTH, 24)).columns)) - COLUMN
+    lines = textwrap.wrap(option.text, width, break_long_words=False, break_on_hyphens=False) or [""]
+    call = f"  {option.call}"
+    if len(call) > COLUMN - 2:
+        return "\n".join([call, *(f"{'':{COLUMN}}{line}" for line in lines)])
+    return f"\n{'':{COLUMN}}".join([f"{call:<{COLUMN}}{lines[0]}".rstrip(), *lines[1:]])
