@@ -20,7 +20,8 @@ from pathlib import Path
 
 from lapa.console import say
 from lapa.data.spec import open_dataset
-from lapa.envs.metaworld.record import MetaworldConfig, run
+from lapa.envs.metaworld import MetaworldConfig
+from lapa.envs.metaworld.record import run
 from lapa.envs.metaworld.simulator import Simulator, check_installation
 
 TASK, SIZE, SECONDS = "door-open", 128, 6.0

@@ -14,9 +14,10 @@ from lapa.data.lerobot import JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.envs import episode_seed
+from lapa.envs.metaworld import MetaworldConfig
 from lapa.envs.metaworld import record as metaworld
 from lapa.envs.metaworld import simulator as metaworld_simulator
-from lapa.envs.metaworld.record import FRAMES_AFTER_SUCCESS, MetaworldConfig, record
+from lapa.envs.metaworld.record import FRAMES_AFTER_SUCCESS, record
 from lapa.envs.metaworld.simulator import (
     FPS,
     INSTRUCTIONS,

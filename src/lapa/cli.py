@@ -68,7 +68,7 @@ VERBS = (
          "long videos with narrations (Ego4D, EPIC-KITCHENS) -> a dataset of clips without actions"),
     Verb("data lapa-jsonl", "lapa.sources.lapa_jsonl:LapaJsonlConfig", "lapa.sources.lapa_jsonl:run",
          "JSON lines of the released LAPA code -> a dataset, and its labels"),
-    Verb("data metaworld", "lapa.envs.metaworld.record:MetaworldConfig", "lapa.envs.metaworld.record:run",
+    Verb("data metaworld", "lapa.envs.metaworld:MetaworldConfig", "lapa.envs.metaworld.record:run",
          "demonstrations rendered in Meta-World -> a dataset"),
     Verb("data synthetic", "lapa.sources.synthetic:SyntheticConfig", "lapa.sources.synthetic:run",
          "made-up videos of a moving square -> a dataset, for trying things out"),

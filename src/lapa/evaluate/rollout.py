@@ -127,8 +127,6 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[RolloutSett
     cameras, infer, actor = kind.cameras, None, config.policy
     binary: tuple[bool, ...] = ()
     if config.policy not in BASELINES:
-        if not Path(config.policy).is_dir():
-            raise UserError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
         from lapa.policy.acting import load_actor
 
         policy = load_actor(config.policy, config.statistics_key, dataset=config.prompt_of)
@@ -254,6 +252,9 @@ def _row(result: EpisodeResult) -> dict[str, Any]:
 
 
 def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
+    """Raises UserError for options that cannot be meant, before anything is imported or rendered."""
+    if config.policy not in BASELINES and not Path(config.policy).is_dir():
+        raise UserError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
     least = {"episodes": 1, "parallel": 1, "videos": 0, "workers": 0, "max_steps": 1, "steps_per_call": 1, "size": 16}
     for name, minimum in least.items():
         value = getattr(config, name)
