@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import pickle
 import sys
+import tracemalloc
 import types
 from _codecs import encode as codecs_encode
 
@@ -269,3 +270,20 @@ def test_names_and_shapes_are_known_without_reading_a_tensor(tmp_path, monkeypat
     shapes = checkpoints.shapes_of(stored)
     with pytest.raises(ValueError, match="step: not a name of a test"):
         require_shapes("a test", shapes, {name: shape for name, shape in shapes.items() if name != "step"})
+
+
+def test_a_large_tensor_is_indexed_without_being_read(tmp_path):
+    """One of 1 GiB, a hole in the file: opening takes memory for its header, reading for one row."""
+    rows, data = 2**14, 2**30
+    described = b"\x93" + msgpack.packb((rows, rows)) + msgpack.packb("float32") + b"\xc6" + data.to_bytes(4, "big")
+    extension = b"\xc9" + (len(described) + data).to_bytes(4, "big") + b"\x01" + described
+    with (tmp_path / "params").open("wb") as file:
+        file.write(b"\x92" + msgpack.packb(("a",)) + b"\xc6" + (len(extension) + data).to_bytes(4, "big") + extension)
+        file.truncate(file.tell() + data)
+    tracemalloc.start()
+    try:
+        stored = open_checkpoint(tmp_path / "params")
+        assert stored.shapes == {"a": (rows, rows)} and not stored.read("a", rows - 1).any()
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
