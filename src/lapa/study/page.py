@@ -90,11 +90,14 @@ Block: TypeAlias = Heading | Paragraph | Bullets | Table | Figure
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """Returns the blocks in GitHub's Markdown."""
-    return "\n\n".join([f"# {title}", *filter(None, map(_markdown, blocks))]) + "\n"
+    """Returns the blocks in GitHub's Markdown, without figures and headings of figures alone."""
+    texts = [block for block in blocks if not isinstance(block, Figure)]
+    pairs = zip(texts, [*texts[1:], None], strict=True)
+    kept = [block for block, after in pairs if not isinstance(block, Heading) or not isinstance(after, Heading | None)]
+    return "\n\n".join([f"# {title}", *map(_markdown, kept)]) + "\n"
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: Heading | Paragraph | Bullets | Table) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {text}"
@@ -106,8 +109,6 @@ def _markdown(block: Block) -> str:
             lines = [header, ("---",) * len(header), *rows]
             cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines]
             return f"**{title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
-        case Figure():
-            return ""
 
 
 def rich_table(table: Table) -> RichTable:
