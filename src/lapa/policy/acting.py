@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lapa.data.dataset import ActionSpace
-from lapa.files import naming, read_json
+from lapa.files import errors_about, read_json
 from lapa.policy.runtime import Policy
 from lapa.policy.statistics import require_key
 from lapa.types import Observation
@@ -63,7 +63,7 @@ def load_actor(folder: Path | str, statistics_key: str | None = None, **options:
     written = read_json(config) if config.exists() else None
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind in KINDS:
-        with naming(Path(folder)):
+        with errors_about(Path(folder)):
             require_key(statistics_key, [])
         module, name = KINDS[kind]
         return getattr(importlib.import_module(module), name).from_pretrained(folder, **options)

@@ -32,7 +32,7 @@ from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError, unknown
-from lapa.files import claim_output, naming, write_json
+from lapa.files import claim_output, errors_about, write_json
 from lapa.policy.acting import Actor, load_actor
 from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.policy.figures import action_figures, code_figures
@@ -228,7 +228,7 @@ def _actor(parts: PolicyParts | None, config: MeasureConfig) -> Actor | None:
 
 def _parts(config: MeasureConfig) -> PolicyParts:
     parts = load_policy(config.policy)
-    with naming(config.policy):
+    with errors_about(config.policy):
         return parts.under(config.statistics_key)
 
 

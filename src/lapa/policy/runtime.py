@@ -18,7 +18,7 @@ from jaxtyping import Float
 from lapa.data.dataset import ActionSpace
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
-from lapa.files import naming
+from lapa.files import errors_about
 from lapa.policy.checkpoint import PolicyParts, load_policy
 from lapa.types import Observation
 
@@ -70,7 +70,7 @@ class Policy:
                 f"{folder}: only pretrained, it knows no robot actions; "
                 f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
             )
-        with naming(Path(folder)):
+        with errors_about(Path(folder)):
             parts = parts.under(statistics_key)
         where = pick_device(device)
         if dtype is None and where.type == "cuda":
