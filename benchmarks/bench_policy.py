@@ -44,17 +44,14 @@ from lapa.engine.config import OptimConfig
 from lapa.engine.distributed import pick_device
 from lapa.engine.optim import build_optimizer
 from lapa.files import write_json
-from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import BackboneConfig, LwmConfig, TinyConfig, renew_backbone
+from lapa.policy.actions import ActionBins, ActionScale, KeyedSpace, Statistics
+from lapa.policy.backbones import renew_backbone
 from lapa.policy.backbones.base import PrefixBackbone
-from lapa.policy.backbones.tiny import TinyProcessor
-from lapa.policy.checkpoint import PolicyParts
-from lapa.policy.heads import HeadKind
+from lapa.policy.backbones.tiny import TinyProcessor, train_tokenizer
+from lapa.policy.config import BackboneConfig, HeadKind, LwmConfig, TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import PROMPTS, Prompts
 from lapa.policy.runtime import Policy
-from lapa.policy.scale import ActionScale
-from lapa.policy.tokenizer import train_tokenizer
 from lapa.policy.vocabulary import Vocabulary
 from lapa.released.lwm import LwmBackbone, LwmProcessor
 from lapa.released.vqgan import VQGAN
@@ -204,7 +201,7 @@ class Bench:
             else:
                 item |= {"actions_KA": _actions(rng, chunk, policy.action_dim), "action_mask_K": np.ones(chunk, bool)}
             items.append(item)
-        return {name: value.to(self.device) for name, value in policy.inputs.collate(items).items()}
+        return {name: value.to(self.device) for name, value in policy.collate(items).items()}
 
 
 @dataclass
@@ -314,7 +311,7 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
         latent_opening=opening,
         latent_closing=closing,
         action_opening=processor.tags("bins")[0],
-        action_space=ActionSpace.named([f"action_{number}" for number in range(config.action_dim)]),
+        spaces=(KeyedSpace("robot", ActionSpace.named([f"action_{number}" for number in range(config.action_dim)])),),
         action_bins=tuple(bins.counts_A.tolist()),
         chunk=config.bins_chunk,
     )
@@ -323,7 +320,8 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
         of_head = said if head == "bins" else replace(said, head=head, action_bins=(), chunk=config.chunk)
         with _created_on(device, dtype):
             model = LatentPolicy(of_head, backbone)
-        policies[head] = Policy(PolicyParts(model, processor, bins if head == "bins" else scale), device)
+        statistics = {"robot": Statistics(bins if head == "bins" else scale)}
+        policies[head] = Policy(model, processor, statistics).to(str(device))
     policies["latent"] = policies["bins"]
     words = INSTRUCTIONS[0]
     if isinstance(sizes, LwmConfig):
@@ -425,12 +423,11 @@ def twin_step(
 
 def act_literally(twin: LiteralPolicy, policy: Policy, observations: Sequence[Observation]) -> np.ndarray:
     """`Policy.infer` with the twin in the model's place."""
-    images, words = [[seen.images[CAMERA]] for seen in observations], [seen.instruction for seen in observations]
-    batch = {name: value.to(policy.device) for name, value in policy.inputs.observed(images, words).items()}
+    batch = policy.observe(observations)
+    assert batch is not None
     tokens_BF = twin.act(batch, policy.model.action_field)
     bins_BKA = policy.model.config.vocabulary.codes("bins", tokens_BF).view(len(tokens_BF), -1, policy.action_dim)
-    assert policy.inputs.codec is not None
-    return policy.inputs.codec.decode(bins_BKA.cpu().numpy())
+    return policy.decode(bins_BKA.cpu().numpy())
 
 
 def training_flops(bench: Bench, head: str) -> float:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from literal_policy import LiteralPolicy
 
-from lapa.policy.backbones import LwmConfig
-from lapa.released.vqgan import VQGANConfig
+from lapa.policy.config import LwmConfig, VQGANConfig
 
 CPU = torch.device("cpu")
 SMALL_LWM = LwmConfig(

@@ -215,7 +215,7 @@ def of_robot(robot: Robot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **va
 
     (tmp_path / "policy" / "model").mkdir(parents=True, exist_ok=True)
     (tmp_path / "policy" / "model" / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(Policy, "from_pretrained", lambda folder, dataset=None: robot)
+    monkeypatch.setattr(Policy, "from_pretrained", lambda folder, device, statistics_key: robot)
     values = {"env": "synthetic", "tasks": "up,left", "episodes": 2, "videos": 0, **values}
     return EvaluateConfig(str(tmp_path / "policy"), tmp_path / "results", **values)
 

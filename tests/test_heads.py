@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lapa.policy.heads import LAST_TIME, ActionHead, ChunkHead, FlowConfig, FlowHead, build_head, draw_times
+from lapa.policy.config import FlowConfig
+from lapa.policy.heads import LAST_TIME, ActionHead, ChunkHead, FlowHead, build_head, draw_times
 
 WIDTH, CHUNK, ACTION_DIM = 12, 3, 2
 SMALL = FlowConfig(width=32, layers=2, heads=2, steps=10)

@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from lapa.policy.backbones import hf
-from lapa.policy.backbones.hf import HfBackbone, HfConfig
-from lapa.policy.backbones.hf_inputs import HfProcessor
+from lapa.policy.backbones.hf import HfBackbone
+from lapa.policy.backbones.hf_processor import HfProcessor
+from lapa.policy.config import HfConfig
 from lapa.policy.vocabulary import Vocabulary
 from vlms import FAMILIES, IMAGE_SIZE, PADDING_ROWS, make_vlm
 

@@ -23,7 +23,7 @@ from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.files import read_json, write_json
 from lapa.nn.config import tower_grid
 from lapa.nn.vision import residual_tower
-from lapa.policy.scale import ActionScale
+from lapa.policy.actions import ActionScale
 from lapa.sources.synthetic import write_synthetic_dataset
 
 SMALL = InverseConfig(image_size=32, horizon_seconds=0.3, vision_widths=(16, 32), vision_depth=1, width=64)

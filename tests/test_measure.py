@@ -14,13 +14,12 @@ import torch
 from lapa import config as configs
 from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
-from lapa.policy import measure
-from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import TinyConfig, create_backbone
-from lapa.policy.checkpoint import PolicyParts, save_policy
-from lapa.policy.figures import action_figures, code_figures
-from lapa.policy.measure import MeasureConfig, measure_actions
+from lapa.policy import open_loop as measure
+from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
+from lapa.policy.backbones import create_backbone
+from lapa.policy.config import MeasureConfig, TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
+from lapa.policy.open_loop import action_figures, code_figures, measure_actions
 from lapa.policy.runtime import Policy
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
@@ -60,17 +59,17 @@ def policies(square: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone, processor, vocabulary = create_backbone(SMALL, texts=texts, num_cameras=1, segments={"latent": 8})
     config = PolicyConfig(vocabulary, square.cameras, SMALL, latent_length=4, lam_fingerprint="lam")
     pretrained = LatentPolicy(config, backbone)
-    save_policy(root / "pretrained", PolicyParts(pretrained, processor), run={})
+    Policy(pretrained, processor).save(root / "pretrained", run={})
     acting = pretrained.grown(
         replace(
             pretrained.config,
             vocabulary=replace(vocabulary, bins=256),
-            action_space=space,
+            spaces=(KeyedSpace("robot", space),),
             action_bins=tuple(bins.counts_A.tolist()),
             chunk=CHUNK,
         )
     )
-    save_policy(root / "acting", PolicyParts(acting, processor, bins), run={})
+    Policy(acting, processor, {"robot": Statistics(bins)}).save(root / "acting", run={})
     return root
 
 
@@ -238,7 +237,7 @@ def test_mistakes_are_named_before_anything_is_written(
         ({"steps": CHUNK + 1}, f"at most that|chunks of {CHUNK}"),
         ({"samples": 0}, "--samples"),
         ({"data": bare.root, "labels": labels}, "labels another dataset"),
-        ({"prompt_of": "nobody"}, "nobody"),
+        ({"statistics_key": "nobody"}, "nobody"),
     ):
         config = replace(MeasureConfig(policies / "acting", square.root, out, device="cpu"), **changes)
         with pytest.raises(ValueError, match=message):

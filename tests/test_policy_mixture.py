@@ -12,13 +12,12 @@ from lapa.data.steps import EpisodeSteps
 from lapa.data.writer import DatasetWriter
 from lapa.evaluate.config import EvaluateConfig
 from lapa.evaluate.rollout import evaluate
-from lapa.files import read_json
-from lapa.policy import finetune, measure, pretrain, training
+from lapa.files import read_json, write_json
+from lapa.policy import finetune, pretrain, training
+from lapa.policy import open_loop as measure
 from lapa.policy.actions import ActionBins
-from lapa.policy.checkpoint import load_policy
-from lapa.policy.finetune import FinetuneConfig
-from lapa.policy.measure import MeasureConfig
-from lapa.policy.runtime import Policy
+from lapa.policy.config import FinetuneConfig, MeasureConfig
+from lapa.policy.runtime import Policy, load_policy
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
 from test_policy_training import finetune_config, loop, pretrain_config, weights, write_labels, write_robot
@@ -70,7 +69,7 @@ def test_each_dataset_has_statistics_of_its_own_and_a_robot_acts_by_one(two_robo
     assert "held_out_action_error" not in figures
     assert "datasets differ in control" in told and "--statistics-key big" in told and "75.0%" in told
     parts = load_policy(config.out)
-    assert parts.codec is None and set(parts.by_key) == {"big", "small"}
+    assert set(parts.statistics) == {"big", "small"}
     wide, narrow = (open_dataset(two_robots / name) for name in ("wide", "narrow"))
     observation = Observation({"top": wide.frames(0, [0])[0]}, "move up", wide.states(0)[0])
     for key, dataset in {"big": wide, "small": narrow}.items():
@@ -83,10 +82,10 @@ def test_each_dataset_has_statistics_of_its_own_and_a_robot_acts_by_one(two_robo
         rows_NA = np.concatenate([dataset.actions(episode) for episode in training])
         literal = ActionBins.fit(rows_NA, 256, dataset.action_space.binary)
         if head == "bins":
-            np.testing.assert_array_equal(policy.inputs.codec.centres_AN, literal.centres_AN)
+            np.testing.assert_array_equal(policy.statistics[key].codec.centres_AN, literal.centres_AN)
             assert policy.model.config.action_bins == tuple(literal.counts_A.tolist())
             states_NS = np.concatenate([dataset.states(episode) for episode in training])
-            np.testing.assert_array_equal(policy.inputs.states.low_A, states_NS.min(0))
+            np.testing.assert_array_equal(policy.statistics[key].states.low_A, states_NS.min(0))
     assert set(policy.infer([observation])[0, :, 1].round(3)) <= {0.0, np.float32(0.1)}, "the binary dimension"
     measured = MeasureConfig(config.out, str(two_robots / "narrow"), tmp_path / "measured", device="cpu", samples=9)
     evaluated = EvaluateConfig(str(config.out), tmp_path / "results", env="synthetic", tasks="up", episodes=1)
@@ -95,7 +94,7 @@ def test_each_dataset_has_statistics_of_its_own_and_a_robot_acts_by_one(two_robo
         lambda: measure.run(measured),
         lambda: evaluate(evaluated),
     ):
-        with pytest.raises(ValueError, match=r"out: has statistics of several datasets; say .* whose: big, small"):
+        with pytest.raises(ValueError, match=r"out: has statistics of several .*--statistics-key: big, small"):
             refused()
     measure.run(replace(measured, statistics_key="small"))
     assert read_json(measured.out / "measure.json")["action_error"] <= 0.1 * np.abs(wide.all_actions()).max()
@@ -113,9 +112,9 @@ def test_samples_are_said_in_the_statistics_of_their_dataset(two_robots, tmp_pat
     datasets = [open_dataset(spec) for spec in config.data]
     steps = EpisodeSteps(datasets, 32, chunk=2, state=True)
     indices = [0, len(steps) - 3]
-    batch = parts.inputs.collate([steps[index] for index in indices])
+    batch = parts.collate([steps[index] for index in indices])
     for row, dataset, episode, frame in ((0, datasets[0], 0, 0), (1, datasets[1], 3, 7)):
-        of, vocabulary = parts.by_key[dataset.name], parts.model.config.vocabulary
+        of, vocabulary = parts.statistics[dataset.name], parts.model.config.vocabulary
         actions_KA = of.codec.encode(dataset.actions(episode)[frame : frame + 2])
         assert (vocabulary.codes("bins", batch["action_BKA"][row]).numpy() == actions_KA).all()
         state_S = of.states.encode(dataset.states(episode)[frame])
@@ -140,7 +139,7 @@ def test_a_small_dataset_is_looked_at_beside_a_large_one_and_figures_go_by_the_s
 
     @torch.no_grad()
     def figures_of(*specs):
-        return training.held_out_figures(parts.inputs, steps_of(*specs))(parts.model)
+        return training.held_out_figures(parts, steps_of(*specs))(parts.model)
 
     monkeypatch.setattr(training, "EVALUATION_STEPS", 6)
     monkeypatch.setattr(training, "LEAST_STEPS", 1)
@@ -154,17 +153,12 @@ def test_a_small_dataset_is_looked_at_beside_a_large_one_and_figures_go_by_the_s
 
 
 def test_a_robot_reads_the_prompt_of_its_statistics_key(two_robots, tmp_path):
-    config = robots_config(
-        two_robots, tmp_path / "out", loop=loop(1), prompts=("big=openvla", "small=Do {instruction}")
-    )
+    write_json(tmp_path / "prompts.json", {"big": "openvla", "small": "Do {instruction}"})
+    config = robots_config(two_robots, tmp_path / "out", loop=loop(1), prompt=str(tmp_path / "prompts.json"))
     finetune.run(config)
-    for key, options, prompt in (
-        ("small", {}, "Do it"),
-        ("small", {"dataset": "big"}, "In: What action should the robot take to it?\nOut:"),
-        ("big", {}, "In: What action should the robot take to it?\nOut:"),
-    ):
-        policy = Policy.from_pretrained(config.out, device="cpu", statistics_key=key, **options)
-        assert policy.inputs.config.prompts.text("it", policy.dataset) == prompt
+    for key, prompt in {"small": "Do it", "big": "In: What action should the robot take to it?\nOut:"}.items():
+        policy = Policy.from_pretrained(config.out, device="cpu", statistics_key=key)
+        assert policy.config.prompts.text("it") == prompt
 
 
 def test_datasets_without_a_common_camera_are_refused_with_the_mend(two_robots, tmp_path):
@@ -199,9 +193,9 @@ def test_a_policy_of_several_datasets_goes_on_by_their_names(two_robots, tmp_pat
     again = replace(first, out=tmp_path / "again", policy=first.out, from_scratch=False, data=first.data[1:])
     finetune.run(again)
     before, after = load_policy(first.out), load_policy(again.out)
-    assert set(after.by_key) == {"big", "small"} and after.model.config.spaces == before.model.config.spaces
+    assert set(after.statistics) == {"big", "small"} and after.model.config.spaces == before.model.config.spaces
     for name, (data, message) in {
-        "unknown": ((str(two_robots / "narrow"),), r"unknown dataset with statistics 'narrow'.*say with --data NAME="),
+        "unknown": ((str(two_robots / "narrow"),), r"unknown dataset with statistics 'narrow'.*--data NAME="),
         "wrong": ((f"big={two_robots / 'narrow'}",), "declares its actions otherwise"),
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -216,9 +210,9 @@ def test_statistics_may_be_pooled_and_datasets_of_one_name_are_refused(root, two
     with pytest.raises(ValueError, match=r"has the name 'robot' of another one.*--data NAME="):
         finetune.run(config)
     finetune.run(replace(config, pool_statistics=True))
-    assert load_policy(config.out).codec is not None
+    assert list(load_policy(config.out).statistics) == ["pooled"]
     assert Policy.from_pretrained(config.out, device="cpu").action_dim == 2
-    with pytest.raises(ValueError, match="has one set of statistics, for all that it learned from"):
+    with pytest.raises(ValueError, match=r"unknown --statistics-key .*known: pooled"):
         Policy.from_pretrained(config.out, device="cpu", statistics_key="robot")
     pooled = robots_config(two_robots, tmp_path / "no", pool_statistics=True)
     with pytest.raises(ValueError, match="declares grip binary"):

@@ -1,6 +1,7 @@
 """The latent policy as a model: its tokenizer, its losses, and decoding against a literal twin."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,13 +10,12 @@ from torch.nn import functional as F
 
 from lapa import config as configs
 from lapa.data.dataset import ActionSpace
-from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import TinyConfig, renew_backbone
-from lapa.policy.backbones.tiny import TinyProcessor
-from lapa.policy.heads import FlowConfig
-from lapa.policy.inputs import PolicyInputs
+from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
+from lapa.policy.backbones import renew_backbone
+from lapa.policy.backbones.tiny import TinyProcessor, load_tokenizer, train_tokenizer
+from lapa.policy.config import FlowConfig, TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.tokenizer import load_tokenizer, train_tokenizer
+from lapa.policy.runtime import collate_steps, observe
 from lapa.policy.vocabulary import Vocabulary
 
 SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=32, layers=2, heads=2)
@@ -35,7 +35,7 @@ def small_policy(**changes) -> LatentPolicy:
         "cameras": CAMERAS,
         "backbone": SMALL,
         "latent_length": 3,
-        "action_space": TWO,
+        "spaces": (KeyedSpace("robot", TWO),),
         "action_bins": (5, 3),
         "chunk": 2,
     }
@@ -53,7 +53,7 @@ def policy() -> LatentPolicy:
 def batch(policy) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(0)
     images = [[rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in CAMERAS] for _ in INSTRUCTIONS]
-    return PolicyInputs(policy.config, PROCESSOR).observed(images, INSTRUCTIONS)
+    return observe(policy.config, PROCESSOR, {}, images, INSTRUCTIONS)
 
 
 def with_latents(batch):
@@ -205,13 +205,13 @@ def test_token_accuracy_of_its_own_words_is_one(policy, batch):
 
 
 def test_finetuning_keeps_everything_but_the_new_rows():
-    none = {"action_space": None, "action_bins": (), "chunk": 0}
+    none = {"spaces": (), "action_bins": (), "chunk": 0}
     pretrained = small_policy(vocabulary=Vocabulary(text=TEXT, latent=8), **none)
     before = {name: tensor.clone() for name, tensor in pretrained.state_dict().items()}
     config = replace(
         pretrained.config,
         vocabulary=Vocabulary(text=TEXT, latent=8, bins=256),
-        action_space=TWO,
+        spaces=(KeyedSpace("robot", TWO),),
         action_bins=(200, 3),
         chunk=4,
         cameras=("a", "b"),
@@ -271,17 +271,17 @@ def test_the_language_model_is_an_ordinary_one(policy, batch):
 def test_collating_says_actions_as_tokens_and_refuses_codes_that_are_not_there():
     config = small_policy().config
     bins = ActionBins.fit(np.stack([np.arange(5.0), np.arange(5.0) % 3], axis=1))
-    inputs = PolicyInputs(config, PROCESSOR, bins)
+    collate = partial(collate_steps, config, PROCESSOR, {"robot": Statistics(bins)})
     image = np.zeros((32, 32, 3), np.uint8)
     item = {"images": {"front": image, "wrist": image}, "instruction": "open the drawer", "index": 4, "dataset": "a"}
     actions = {"actions_KA": np.array([[4, 2], [0, 1]], np.float32), "action_mask_K": np.array([True, False])}
-    batch = inputs.collate([{**item, **actions}])
+    batch = collate([{**item, **actions}])
     assert (batch["action_BKA"] - TEXT - 8).tolist() == [[[4, 2], [0, 1]]]
     assert batch["action_mask_BK"].tolist() == [[True, False]] and batch["index"].tolist() == [4]
     with pytest.raises(ValueError, match=r"latent segment lie in \[0, 8\)"):
-        inputs.collate([{**item, "codes_L": np.array([0, 8, 1]), "has_codes": True}])
+        collate([{**item, "codes_L": np.array([0, 8, 1]), "has_codes": True}])
     with pytest.raises(ValueError, match="expected actions of 2 dimensions"):
-        inputs.collate([{**item, **actions, "actions_KA": np.zeros((2, 7), np.float32)}])
+        collate([{**item, **actions, "actions_KA": np.zeros((2, 7), np.float32)}])
 
 
 @pytest.mark.parametrize(

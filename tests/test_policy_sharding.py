@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapa.policy.checkpoint import PolicyParts, save_policy
+from lapa.policy.config import VQGANConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
+from lapa.policy.runtime import Policy
 from lapa.released import lwm
-from lapa.released.vqgan import VQGANConfig
 from lapa.sources.synthetic import write_synthetic_dataset
 from test_policy_training import write_labels
 from vlms import make_vlm
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     backbone, processor, vocabulary = lwm.create(SMALL_LWM, texts=["move right"], num_cameras=1, segments={})
     model = LatentPolicy(PolicyConfig(vocabulary, ("front",), SMALL_LWM), backbone)
-    save_policy(root / "lwm", PolicyParts(model, processor), run={})
+    Policy(model, processor).save(root / "lwm", run={})
     return root
 
 

@@ -16,14 +16,10 @@ from lapa.data.sampling import split_episodes
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.config import LoopConfig, OptimConfig
-from lapa.files import read_json
+from lapa.files import read_json, write_json
 from lapa.policy import finetune, pretrain
-from lapa.policy.backbones import TinyConfig
-from lapa.policy.checkpoint import load_policy, save_policy
-from lapa.policy.finetune import FinetuneConfig
-from lapa.policy.heads import FlowConfig
-from lapa.policy.pretrain import PretrainConfig
-from lapa.policy.runtime import Policy
+from lapa.policy.config import FinetuneConfig, FlowConfig, PretrainConfig, TinyConfig
+from lapa.policy.runtime import Policy, load_policy
 from lapa.sources.synthetic import DIRECTIONS, write_synthetic_dataset
 from lapa.types import Observation
 from vlms import make_vlm
@@ -105,7 +101,7 @@ def test_pretraining_learns_the_labels(pretrained):
     assert metrics["train_loss"] < 0.6 * np.log(4), metrics
     assert {"held_out_loss", "held_out_token_accuracy"} <= metrics.keys()
     parts = load_policy(pretrained)
-    assert parts.codec is None and parts.model.config.vocabulary.latent == 4
+    assert not parts.statistics and parts.model.config.vocabulary.latent == 4
     assert parts.model.config.latent_length == 2 and parts.model.config.cameras == ("front",)
     assert read_json(pretrained / "config.json")["run"]["lam_fingerprint"] == LAM
 
@@ -126,7 +122,8 @@ def test_finetuning_overfits_a_few_episodes(root):
 
 def test_finetuning_starts_from_the_pretrained_policy(root, pretrained, finetuned):
     before, after = load_policy(pretrained), load_policy(finetuned)
-    assert after.codec is not None and after.model.config.action_bins == tuple(after.codec.counts_A.tolist())
+    codec = after.statistics["robot"].codec
+    assert after.config.action_bins == tuple(codec.counts_A.tolist())
     assert after.processor.tokenizer.get_vocab() == before.processor.tokenizer.get_vocab()
     name = "language.model.layers.0.mlp.up_proj.weight"
     moved = (weights(finetuned)[name] - weights(pretrained)[name]).abs().mean()
@@ -172,7 +169,8 @@ def test_a_policy_that_acts_keeps_its_bins(root, finetuned, tmp_path):
     again = finetune_config(root, tmp_path / "again", policy=finetuned, from_scratch=False, loop=loop(1), chunk=3)
     finetune.run(again)
     before, after = load_policy(finetuned), load_policy(tmp_path / "again")
-    np.testing.assert_array_equal(after.codec.centres_AN, before.codec.centres_AN)
+    one, other = before.statistics["robot"].codec, after.statistics["robot"].codec
+    np.testing.assert_array_equal(other.centres_AN, one.centres_AN)
     assert after.model.config.chunk == 3
     with pytest.raises(ValueError, match="has --num-bins 256 already"):
         finetune.run(replace(again, out=tmp_path / "no", num_bins=7))
@@ -211,7 +209,8 @@ def test_statistics_may_be_another_datasets(root, tmp_path):
     fields = {"from_scratch": True, "head": "chunk", "held_out": 0.0, "data": (tmp_path / "guessed",)}
     config = finetune_config(root, tmp_path / "policy", loop=loop(1), statistics=(root / "robot",), **fields)
     finetune.run(config)
-    codec = load_policy(tmp_path / "policy").codec
+    (statistics,) = load_policy(tmp_path / "policy").statistics.values()
+    codec = statistics.codec
     every = np.concatenate([robot.actions(episode) for episode in range(len(robot.episodes))])
     np.testing.assert_allclose(codec.low_A, np.percentile(every, 1, axis=0), rtol=1e-5)
     assert (codec.high_A > 5 * np.concatenate([0.1 * robot.actions(e) for e in range(2)]).max(0)).all()
@@ -306,7 +305,7 @@ def test_every_head_finetunes_and_acts_with_the_state(root, pretrained, tmp_path
     picture, state = dataset.frames(0, [0])[0], dataset.states(0)[0]
     actions_BKA = policy.infer([Observation({"front": picture}, "move right", state)])
     assert actions_BKA.shape == (1, 3, 2) and np.isfinite(actions_BKA).all()
-    with pytest.raises(ValueError, match="brings no state; this policy is told 2 numbers"):
+    with pytest.raises(ValueError, match="it has no state; this policy reads 2 numbers"):
         policy.infer([Observation({"front": picture}, "move right")])
     assert "held_out_action_error" in read_json(tmp_path / "out" / "metrics.json")
     with pytest.raises(ValueError, match="go on with the same --head and --state"):
@@ -366,13 +365,16 @@ def test_a_prompt_is_kept_or_replaced_as_told(root, pretrained, tmp_path, capsys
     other = replace(config, out=tmp_path / "other", prompt="openvla")
     finetune.run(other)
     assert load_policy(other.out).model.config.prompts.default.startswith("In: What action")
-    with pytest.raises(ValueError, match="unknown dataset in --prompts 'robbot'; did you mean 'robot'"):
-        finetune.run(replace(config, out=tmp_path / "no", prompts=("robbot=paper",)))
-    own = replace(config, out=tmp_path / "own", prompts=("robot=paper",))
+    prompts = tmp_path / "prompts.json"
+    write_json(prompts, {"robbot": "paper"})
+    with pytest.raises(ValueError, match="unknown dataset 'robbot'; did you mean 'robot'"):
+        finetune.run(replace(config, out=tmp_path / "no", prompt=str(prompts)))
+    write_json(prompts, {"robot": "paper"})
+    own = replace(config, out=tmp_path / "own", prompt=str(prompts))
     finetune.run(own)
-    assert Policy.from_pretrained(own.out, device="cpu", dataset="robot")
-    with pytest.raises(ValueError, match="unknown dataset with a prompt of its own 'rt1'"):
-        Policy.from_pretrained(own.out, device="cpu", dataset="rt1")
+    assert Policy.from_pretrained(own.out, device="cpu").config.prompts.default.startswith("<s> You are")
+    with pytest.raises(ValueError, match="unknown --statistics-key 'rt1'"):
+        Policy.from_pretrained(own.out, device="cpu", statistics_key="rt1")
 
 
 def test_the_weight_of_text_needs_text(root, tmp_path):
@@ -416,7 +418,7 @@ def test_rows_for_bins_that_came_without_bins_are_used(root, pretrained, tmp_pat
     parts = load_policy(pretrained)
     vocabulary = replace(parts.model.config.vocabulary, bins=7)
     model = parts.model.grown(replace(parts.model.config, vocabulary=vocabulary))
-    save_policy(tmp_path / "imported", replace(parts, model=model), run={})
+    Policy(model, parts.processor).save(tmp_path / "imported", run={})
     config = finetune_config(root, tmp_path / "out", policy=tmp_path / "imported", from_scratch=False, loop=loop(1))
     finetune.run(config)
     after = load_policy(tmp_path / "out").model.config

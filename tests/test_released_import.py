@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lapa.released
 from lapa.latent.model import LatentActionModel
-from lapa.policy.checkpoint import is_policy, load_policy
 from lapa.policy.prompts import PROMPTS
+from lapa.policy.runtime import is_policy, load_policy, observe
 from lapa.released import lapa7b as import_lapa
 from lapa.released import lapa7b as released
 from lapa.released import laq as import_laq
@@ -92,7 +92,7 @@ def test_an_imported_policy_predicts_what_the_released_weights_predict(config, c
     assert parts.model.backbone.language.dtype == torch.bfloat16
 
     image = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=GENERATOR).numpy()
-    batch = parts.inputs.observed([[image]], ["pick up the milk"])
+    batch = observe(parts.config, parts.processor, parts.statistics, [[image]], ["pick up the milk"])
     codes = parts.model.float().predict_codes(batch)
 
     reference = literal_policy(released_params(config), SIZES).float()

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lapa.errors import UserError
+from lapa.policy.config import LwmConfig, VQGANConfig
 from lapa.policy.vocabulary import Vocabulary
 from lapa.released import from_released, lwm
 from lapa.released import lapa7b as released
 from lapa.released.lapa7b import TABLES, pairs_to_halves
-from lapa.released.lwm import LwmBackbone, LwmConfig, LwmProcessor
-from lapa.released.vqgan import VQGANConfig
+from lapa.released.lwm import LwmBackbone, LwmProcessor
 from literal_lapa7b import literal_policy
 from released_files import IMAGE_CODES, VISION_ROWS, golden
 

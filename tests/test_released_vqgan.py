@@ -9,7 +9,8 @@ import torch
 
 from lapa import config as configs
 from lapa.errors import UserError
-from lapa.released.vqgan import VQGAN, VQGANConfig, from_released, released_shapes
+from lapa.policy.config import VQGANConfig
+from lapa.released.vqgan import VQGAN, from_released, released_shapes
 from released_files import golden
 
 FACTS, TENSORS, PARAMS = golden("vqgan_small")

@@ -9,13 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from lapa.data.dataset import ActionSpace
-from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import TinyConfig, create_backbone
-from lapa.policy.checkpoint import PolicyParts, load_policy, save_policy
+from lapa.errors import UserError
+from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
+from lapa.policy.backbones import create_backbone
+from lapa.policy.config import TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.runtime import Policy
+from lapa.policy.runtime import Policy, load_policy
 from lapa.types import Observation
 
 RNG = np.random.default_rng(0)
@@ -34,17 +37,17 @@ def folders(tmp_path_factory):
         SMALL, texts=["open the drawer"], num_cameras=2, segments={"latent": 8}
     )
     pretrained = LatentPolicy(PolicyConfig(vocabulary, ("front", "wrist"), SMALL, latent_length=4), backbone)
-    save_policy(root / "pretrained", PolicyParts(pretrained, processor), run={})
+    Policy(pretrained, processor).save(root / "pretrained", run={})
     acting = pretrained.grown(
         replace(
             pretrained.config,
             vocabulary=replace(vocabulary, bins=256),
-            action_space=SPACE,
+            spaces=(KeyedSpace("robot", SPACE),),
             action_bins=tuple(bins.counts_A.tolist()),
             chunk=3,
         )
     )
-    save_policy(root / "acting", PolicyParts(acting, processor, bins), run={"loop": {"steps": 1}})
+    Policy(acting, processor, {"robot": Statistics(bins)}).save(root / "acting", run={"loop": {"steps": 1}})
     return root
 
 
@@ -88,7 +91,7 @@ def test_the_folder_is_all_that_is_needed(folders, policy, tmp_path):
 
 
 def test_a_missing_camera_is_named(policy):
-    with pytest.raises(ValueError, match=r"observation 1 lacks the camera wrist \(it brings front\)"):
+    with pytest.raises(ValueError, match=r"observation 1 lacks the camera wrist \(it has front\)"):
         policy.infer([OBSERVATIONS[0], Observation({"front": picture()}, "open the drawer")])
 
 
@@ -99,7 +102,7 @@ def test_a_state_that_is_not_finite_is_refused(policy):
 
 
 def test_a_picture_without_pixels_is_refused(policy):
-    with pytest.raises(ValueError, match="camera front: expected a uint8 image"):
+    with pytest.raises(ValueError, match="camera front: expected an RGB image"):
         policy.infer([Observation({"front": np.zeros((0, 8, 3), np.uint8), "wrist": picture()}, "")])
 
 
@@ -118,7 +121,7 @@ def test_weights_survive_the_folder(folders):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, "no such policy folder"),
+        (shutil.rmtree, "no such folder"),
         (lambda folder: (folder / "config.json").unlink(), "unfinished or not a policy"),
         (lambda folder: (folder / "config.json").write_text('{"model": 1}'), "not the config of a policy"),
         (lambda folder: (folder / "model" / "model.safetensors").unlink(), r"model\.safetensors: missing"),
@@ -148,16 +151,74 @@ def test_weights_of_another_size_are_refused(folders, tmp_path):
         Policy.from_pretrained(folder)
 
 
-def test_a_policy_of_before_there_were_several_statistics_loads(folders, policy, tmp_path):
+def test_a_policy_saved_before_statistics_had_names_loads(folders, policy, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(folders / "acting", folder)
     written = json.loads((folder / "config.json").read_text())
-    assert written["policy"].pop("spaces") == []
+    (space,) = written["policy"].pop("spaces")
+    written["policy"]["action_space"] = space["space"]
     (folder / "config.json").write_text(json.dumps(written))
+    save_file(
+        {name.split("/")[1]: array for name, array in load_file(folder / "actions.safetensors").items()},
+        folder / "actions.safetensors",
+    )
     again = Policy.from_pretrained(folder, device="cpu")
     np.testing.assert_array_equal(again.infer(OBSERVATIONS), policy.infer(OBSERVATIONS))
-    with pytest.raises(ValueError, match=r"policy: has one set of statistics, .* leave out --statistics-key bridge"):
+    with pytest.raises(ValueError, match=r"policy: unknown --statistics-key 'bridge'.*known: default"):
         Policy.from_pretrained(folder, statistics_key="bridge")
+
+
+def test_one_observation_is_a_dict_of_images_of_any_kind(policy):
+    front, wrist = picture(), picture()
+    expected = policy.infer([Observation({"front": front, "wrist": wrist}, "open the drawer")])[0]
+    for one, other in (
+        (front, wrist),
+        (Image.fromarray(front), Image.fromarray(wrist)),
+        (torch.from_numpy(front), np.moveaxis(wrist, -1, 0)),
+        (front / 255, torch.from_numpy(np.moveaxis(wrist, -1, 0).copy()).float() / 255),
+    ):
+        actions_KA = policy.infer({"front": one, "wrist": other, "instruction": "open the drawer"})
+        np.testing.assert_array_equal(actions_KA, expected)
+    assert policy.infer({"front": front, "wrist": wrist}).shape == (3, 2), "no instruction is an empty one"
+
+
+def test_steps_go_through_each_chunk_and_a_reset_begins_anew(policy):
+    observation = {"front": picture(), "wrist": picture(), "instruction": "open the drawer"}
+    expected_KA = policy.infer(observation)
+    other = {**observation, "front": picture()}
+    policy.reset()
+    for step in range(3):
+        np.testing.assert_array_equal(policy.select_action(observation if step == 0 else other), expected_KA[step])
+    np.testing.assert_array_equal(policy.select_action(other), policy.infer(other)[0])
+    policy.reset()
+    np.testing.assert_array_equal(policy.select_action(observation), expected_KA[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("open the drawer", "takes an observation or a list of them, got str"),
+        (3, "takes an observation or a list of them, got int"),
+        ([3], "observation 0 is a int; give a dict such as {'front': image"),
+        ({"front": np.zeros((8, 8, 3), np.uint8)}, "lacks the camera wrist"),
+        (
+            {"front": np.zeros((8, 8), np.uint8), "wrist": picture()},
+            r"camera front: expected an RGB image.*got uint8 \[8, 8\]",
+        ),
+        ({"front": np.full((8, 8, 3), 255.0), "wrist": picture()}, r"floats must lie in \[0, 1\], got 255 to 255"),
+        ({"front": picture(), "wrist": picture(), "instruction": None}, "its instruction is None"),
+        ({"front": picture(), "wrist": picture(), "state": "up"}, "not numbers"),
+    ],
+)
+def test_what_is_no_observation_is_named(policy, wrong, message):
+    with pytest.raises(UserError, match=message):
+        policy.infer(wrong)
+
+
+def test_a_policy_describes_itself(policy):
+    text = repr(policy)
+    assert all(words in text for words in ("front, wrist", "4 codes of 8", "3 x 2 actions by bins", "robot")), text
+    assert policy.fps is None, "the rate of its data is not known"
 
 
 def test_a_full_disk_is_named_with_the_folder(folders, tmp_path):

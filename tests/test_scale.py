@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lapa.policy.actions import ActionBins
-from lapa.policy.scale import ActionScale
+from lapa.policy.actions import ActionBins, ActionScale
 
 RNG = np.random.default_rng(0)
 # As BridgeData's: open or shut, and now and then on the way.

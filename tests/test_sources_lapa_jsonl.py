@@ -22,11 +22,10 @@ from lapa.data.steps import EpisodeSteps
 from lapa.engine.config import LoopConfig
 from lapa.files import as_path, read_json_lines
 from lapa.policy import pretrain
-from lapa.policy.checkpoint import PolicyParts, load_policy, save_policy
+from lapa.policy.config import PretrainConfig, VQGANConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.pretrain import PretrainConfig
+from lapa.policy.runtime import Policy, load_policy
 from lapa.released import lwm
-from lapa.released.vqgan import VQGANConfig
 from lapa.sources.lapa_jsonl import LABELS, LapaJsonlConfig, LapaJsonlReading, find_rows, parse_row, run, task_in_words
 
 SIDE = 16
@@ -361,9 +360,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [PROMPT.format("push 0")]
     backbone, processor, vocabulary = lwm.create(SMALL, texts=texts, num_cameras=1, segments={})
     folder = tmp_path_factory.mktemp("lwm") / "policy"
-    save_policy(
-        folder, PolicyParts(LatentPolicy(PolicyConfig(vocabulary, ("image",), SMALL), backbone), processor), run={}
-    )
+    Policy(LatentPolicy(PolicyConfig(vocabulary, ("image",), SMALL), backbone), processor).save(folder, run={})
     return folder
 
 

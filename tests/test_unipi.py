@@ -24,9 +24,9 @@ from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.evaluate.config import EvaluateConfig
 from lapa.evaluate.rollout import evaluate
 from lapa.files import read_json
-from lapa.policy.acting import load_actor
-from lapa.policy.scale import ActionScale
-from lapa.policy.tokenizer import train_tokenizer
+from lapa.policy.actions import ActionScale
+from lapa.policy.backbones.tiny import train_tokenizer
+from lapa.policy.runtime import load_actor
 from lapa.sources.synthetic import DIRECTIONS, write_synthetic_dataset
 from lapa.types import Observation
 
@@ -254,7 +254,7 @@ def test_another_camera_is_reported(root: Path, tmp_path: Path, capsys: pytest.C
     write_inverse(tmp_path / "inverse", camera="wrist")
     unipi.run(UniPiConfig(root / "video", tmp_path / "inverse", tmp_path / "policy"))
     assert "video model learned from the camera front; the policy takes wrist" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"observation 0 lacks the camera wrist \(it brings front\)"):
+    with pytest.raises(ValueError, match=r"observation 0 lacks the camera wrist \(it has front\)"):
         load_actor(tmp_path / "policy", device="cpu").infer([observation()])
 
 
@@ -280,8 +280,8 @@ def test_folders_that_cannot_act_are_named(root: Path) -> None:
         load_actor(root / "video")
     with pytest.raises(ValueError, match="not the config of a video model"):
         VideoModel.from_pretrained(root / "inverse")
-    with pytest.raises(ValueError, match="not the prompt of rt1; leave out --prompt-of"):
-        load_actor(root / "policy", dataset="rt1")
+    with pytest.raises(ValueError, match="no statistics of datasets; leave out --statistics-key rt1"):
+        load_actor(root / "policy", statistics_key="rt1")
     with pytest.raises(ValueError, match="--sampling-steps must be at least 1"):
         unipi.run(UniPiConfig(root / "video", root / "inverse", root / "new", sampling_steps=0))
 

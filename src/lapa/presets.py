@@ -16,9 +16,7 @@ from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import unknown
 from lapa.latent.model import LatentModelConfig
 from lapa.latent.train import LatentTrainConfig
-from lapa.policy.backbones import TinyConfig
-from lapa.policy.finetune import FinetuneConfig
-from lapa.policy.pretrain import PretrainConfig
+from lapa.policy.config import FinetuneConfig, PretrainConfig, TinyConfig
 
 # An option without a sensible default, which the user must give.
 REQUIRED: Any = tyro.MISSING

@@ -4,7 +4,7 @@ VPT (https://arxiv.org/abs/2206.11795) labels videos with a model that learned f
 window of frames, past and future; this one takes two, as in the baseline that LAPA compares itself with
 (https://arxiv.org/abs/2410.11758): a residual network on the first frame and the change to the second, then an MLP on
 its features, once as their mean and once as a whole, so that places are known. Actions are learned on the scale of
-`lapa.policy.scale`, by the L1 loss.
+`lapa.policy.actions`, by the L1 loss.
 
     lapa baseline inverse --data ROBOT_DATASET --out INVERSE
     actions_BKA = InverseDynamics.from_pretrained("INVERSE").predict(frames_BTCHW)
@@ -43,9 +43,9 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json, write_json
 from lapa.nn.vision import residual_tower
+from lapa.policy.actions import ActionScale
 from lapa.policy.backbones.base import load_weights, save_weights
-from lapa.policy.figures import action_figures
-from lapa.policy.scale import ActionScale
+from lapa.policy.open_loop import action_figures
 from lapa.types import Losses, TrainableModel
 
 CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"

@@ -35,7 +35,7 @@ from lapa.data.replace_actions import claim_rewrite, is_dataset, rewrite_actions
 from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
-from lapa.policy.scale import ActionScale
+from lapa.policy.actions import ActionScale
 
 # Pairs in one forward pass.
 BATCH = 128

@@ -35,7 +35,7 @@ from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json
-from lapa.policy.runtime import check_observation
+from lapa.policy.runtime import as_observation
 from lapa.types import Observation
 
 KIND, VIDEO, INVERSE = "unipi", "video", "inverse"
@@ -115,16 +115,11 @@ class UniPi:
         self.device = device
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device: str = "auto", dataset: str | None = None) -> UniPi:
-        """Loads a joined policy. Raises UserError where a part is missing, was changed, or does not fit the other.
-
-        dataset: the one whose prompt to use; must be None, since a video model has no prompts.
-        """
+    def from_pretrained(cls, folder: Path | str, device: str = "auto") -> UniPi:
+        """Loads a joined policy. Raises UserError where a part is missing, was changed, or does not fit the other."""
         folder = Path(folder)
         if not is_unipi(folder):
             raise UserError(f"{folder}: not a joined policy; make one with `lapa baseline unipi`")
-        if dataset is not None:
-            raise UserError(f"{folder}: reads bare instructions, not the prompt of {dataset}; leave out --prompt-of")
         acting = configs.load(Acting, folder / CONFIG)
         video, inverse = VideoModel.from_pretrained(folder / VIDEO), InverseDynamics.from_pretrained(folder / INVERSE)
         _require_unchanged(folder, acting)
@@ -158,8 +153,7 @@ class UniPi:
         """
         if not observations:
             return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
-        for number, observation in enumerate(observations):
-            check_observation(observation, number, self.cameras, self.state_dim)
+        observations = [as_observation(one, number, self.cameras, 0) for number, one in enumerate(observations)]
         frames_BTCHW = self.plan(observations)
         pairs = torch.stack([frames_BTCHW[:, :-1], frames_BTCHW[:, 1:]], dim=2)
         actions = self.inverse.predict(rearrange(pairs, "b f t c h w -> (b f) t c h w"))

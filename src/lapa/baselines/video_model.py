@@ -31,7 +31,7 @@ from lapa.baselines.config import NORM_GROUPS, VideoConfig
 from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.policy.backbones.base import load_weights, save_weights
-from lapa.policy.tokenizer import load_tokenizer, save_tokenizer
+from lapa.policy.backbones.tiny import load_tokenizer, save_tokenizer
 from lapa.types import Losses, TrainableModel
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"

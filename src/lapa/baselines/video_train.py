@@ -32,7 +32,7 @@ from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
-from lapa.policy.tokenizer import train_tokenizer
+from lapa.policy.backbones.tiny import train_tokenizer
 from lapa.types import TrainingDataset
 
 INITIALISATION_SAMPLES = 256

@@ -35,7 +35,7 @@ from jaxtyping import Float, Int, UInt8
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, image_keys
 from lapa.data.video import decode_clip, decode_image
 from lapa.errors import UserError, unknown
-from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, why_unreadable
+from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, what_instead
 
 CODEBASE_VERSION = "v3.0"
 # One file per episode.
@@ -446,12 +446,11 @@ def _check_templates(path: Path, info: dict[str, Any]) -> None:
     if type(chunk) is not int or chunk < 1:
         raise UserError(f"{path}: chunks_size must be a whole number above 0, got {chunk!r}; {AGAIN}")
     for key in ("data_path", "video_path"):
-        template = info.get(key) if info.get(key) is not None else ""
         try:
-            template.format(video_key="", **dict.fromkeys(fields, 0))
+            (info.get(key) or "").format(video_key="", **dict.fromkeys(fields, 0))
         except (AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
             form = f"may name {', '.join(fields)}"
-            raise UserError(f"{path}: {key} is {template!r}; it {form} (got {error}); {AGAIN}") from None
+            raise UserError(f"{path}: {key} is {info[key]!r}; it {form} (got {error}); {AGAIN}") from None
 
 
 def _renamed(features: dict[str, Any], stored: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -537,7 +536,7 @@ def _parsing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, LookupError, MemoryError, OverflowError, TypeError, ValueError) as error:
-        reason = why_unreadable(path) or (str(error) or type(error).__name__).splitlines()[0]
+        reason = what_instead(path) or (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read ({reason}); {AGAIN}") from None
 
 

@@ -5,9 +5,39 @@ Axes: T time, H W image, C channel.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+from lapa.errors import UserError
+
+
+def as_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "H W 3"]:
+    """An RGB image as uint8 [H, W, 3].
+
+    image: a PIL image of any mode, or an array or tensor [H, W, 3] or [3, H, W], uint8 or floats in [0, 1].
+    Raises UserError, which begins with `name`, for anything else.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    # torch.Tensor, without importing torch.
+    array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
+    shape = array.shape
+    if array.ndim == 3 and shape[0] == 3 and shape[2] != 3:
+        array = np.moveaxis(array, 0, -1)
+    known = array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)
+    if not known or array.ndim != 3 or array.shape[-1] != 3 or 0 in shape:
+        raise UserError(
+            f"{name}: expected an RGB image, uint8 or floats in [0, 1], [H, W, 3] or [3, H, W]; "
+            f"got {array.dtype} {list(shape)}"
+        )
+    if array.dtype == np.uint8:
+        return array
+    if not (array.min() >= 0 and array.max() <= 1):
+        raise UserError(f"{name}: floats must lie in [0, 1], got {array.min():g} to {array.max():g}")
+    return (array * 255).round().astype(np.uint8)
 
 
 def resize_and_crop(frames_THWC: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray, "T size size 3"]:

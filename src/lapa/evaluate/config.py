@@ -18,7 +18,7 @@ class EvaluateConfig:
     out: Path
     """Folder for results.json and the videos."""
     env: str = "metaworld"
-    """Environment: metaworld, synthetic, or one that another distribution registers."""
+    """Environment: metaworld or synthetic."""
     tasks: str = "mt10"
     """Task names separated by commas; metaworld also takes mt10 and mt50, synthetic takes all."""
     episodes: int = 20
@@ -32,8 +32,6 @@ class EvaluateConfig:
     ensemble: float | None = None
     """Average overlapping chunks' predictions of one moment, the i-th oldest weighted exp(-ENSEMBLE * i): 0.01 is
     usual."""
-    prompt_of: str | None = None
-    """Dataset whose prompt the policy reads; by default that of --statistics-key, or the policy's own."""
     statistics_key: str | None = None
     """Dataset whose statistics the policy acts by, where it learned from several with actions."""
     size: int | None = None

@@ -34,7 +34,7 @@ from lapa.evaluate.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSetti
 from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
 
 if TYPE_CHECKING:
-    from lapa.policy.acting import Actor
+    from lapa.policy.runtime import Actor
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS = "config.json", "episodes.jsonl", "results.json"
@@ -127,9 +127,9 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[RolloutSett
     cameras, infer, actor = kind.cameras, None, config.policy
     binary: tuple[bool, ...] = ()
     if config.policy not in BASELINES:
-        from lapa.policy.acting import load_actor
+        from lapa.policy.runtime import load_actor
 
-        policy = load_actor(config.policy, config.statistics_key, dataset=config.prompt_of)
+        policy = load_actor(config.policy, config.statistics_key)
         _check_policy(config, kind, policy)
         cameras, infer, actor = policy.cameras, policy.infer, "policy"
         binary = policy.action_space.binary

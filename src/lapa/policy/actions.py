@@ -18,17 +18,19 @@ Axes: T time, A action dimensions, N bins of the widest dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lapa.data.dataset import ActionSpace
 from lapa.errors import UserError
 from lapa.files import atomic_path
+from lapa.policy.config import HeadKind
 
 ARRAYS = ("edges", "centres", "counts", "low", "high")
 # A binary dimension may pass through other values on its way from one to the other, as a gripper that takes a moment
@@ -121,7 +123,7 @@ class ActionBins:
 
     @classmethod
     def load(cls, path: Path, key: str | None = None) -> ActionBins:
-        """Reads what `save` wrote, or one of several that `lapa.policy.statistics` wrote.
+        """Reads what `save` wrote, or the set `key` of several that `save_keyed` wrote.
 
         UserError naming the file where it is missing or something else.
         """
@@ -202,13 +204,14 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_arrays(path: Path, names: Sequence[str], what: str, key: str | None = None) -> dict[str, np.ndarray]:
-    """Reads what `save_arrays` wrote, of several sets those under KEY/.
+    """Reads arrays of these names, those under KEY/ where the file has any (files of one set once had no key).
 
-    UserError naming the file where it is missing or lacks any of the names.
+    Raises UserError naming the file where it is missing or lacks any of the names.
     """
     try:
         arrays = load_file(path)
-        return {name: arrays[name if key is None else f"{key}/{name}"] for name in names}
+        prefix = f"{key}/" if key is not None and any(name.startswith(f"{key}/") for name in arrays) else ""
+        return {name: arrays[f"{prefix}{name}"] for name in names}
     except FileNotFoundError:
         raise UserError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
     except (SafetensorError, KeyError) as error:
@@ -239,3 +242,141 @@ def _bins_of_distinct(counts_U: np.ndarray, num_bins: int) -> np.ndarray:
     after_heavy_U = np.concatenate([[False], heavy_U[:-1]])
     starts_U = heavy_U | after_heavy_U | (np.diff(shared_U, prepend=-1) > 0)
     return np.cumsum(starts_U) - 1
+
+
+PERCENTILES = (1, 99)
+SCALE_ARRAYS = ("scale_low", "scale_high", "scale_binary")
+
+
+@dataclass(frozen=True, eq=False)
+class ActionScale:
+    """The scale of A action dimensions.
+
+    low_A, high_A: what becomes -1 and 1, float32. binary_A: the dimensions that take no other value.
+    """
+
+    low_A: Float[np.ndarray, "A"]
+    high_A: Float[np.ndarray, "A"]
+    binary_A: Bool[np.ndarray, "A"]
+
+    @classmethod
+    def fit(cls, actions_TA: Float[np.ndarray, "T A"], binary: Sequence[bool] = ()) -> ActionScale:
+        """The scale of the given actions.
+
+        binary: one flag a dimension, as the dataset declares them; none given: none is. UserError for NaN, no
+        actions, and a dimension that is declared binary and is not.
+        """
+        actions_TA, binary = checked_actions(actions_TA, binary)
+        ranges = [
+            two_values(values_T, dimension) if binary[dimension] else _usual_range(values_T)
+            for dimension, values_T in enumerate(actions_TA.T)
+        ]
+        low_A, high_A = np.array(ranges, dtype=np.float32).T.copy()
+        return cls(low_A, high_A, np.array(binary))
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.low_A)
+
+    def encode(self, actions: Float[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
+        """Actions as numbers in [-1, 1], float32. UserError for NaN or wrong width."""
+        actions = self._checked(actions)
+        low_A, span_A = self.low_A.astype(np.float64), self._span_A
+        scaled = np.where(span_A > 0, 2 * (actions - low_A) / np.where(span_A > 0, span_A, 1) - 1, 0)
+        sides = np.where(actions < self._middle_A, -1, 1) * (span_A > 0)
+        return np.where(self.binary_A, sides, np.clip(scaled, -1, 1)).astype(np.float32)
+
+    def decode(self, scaled: Float[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
+        """Numbers as actions in the robot's units, float32; beyond [-1, 1] clamped. UserError for NaN, wrong width."""
+        scaled = self._checked(scaled)
+        share = (np.clip(scaled, -1, 1) + 1) / 2
+        actions = (1 - share) * self.low_A + share * self.high_A
+        sides = np.where(scaled < 0, self.low_A, self.high_A)
+        return np.where(self.binary_A, sides, actions).astype(np.float32)
+
+    def count_outside(self, actions: Float[np.ndarray, "*T A"]) -> Int[np.ndarray, "A"]:
+        """How many values of each dimension lie beyond what becomes -1 and 1, and so are clamped by `encode`."""
+        return count_outside(actions, self.low_A, self.high_A)
+
+    def clamp(self, scaled: Float[np.ndarray, "*T A"]) -> Float[np.ndarray, "*T A"]:
+        """As they are: `decode` takes any number."""
+        return scaled
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is saved, by name."""
+        return dict(zip(SCALE_ARRAYS, (self.low_A, self.high_A, self.binary_A), strict=True))
+
+    def save(self, path: Path) -> None:
+        """Writes the arrays as safetensors, atomically."""
+        save_arrays(path, self.arrays())
+
+    @classmethod
+    def load(cls, path: Path, key: str | None = None) -> ActionScale:
+        """Reads what `save` wrote, or the set `key` of several that `save_keyed` wrote.
+
+        UserError naming the file where it is missing or something else.
+        """
+        return cls(*load_arrays(path, SCALE_ARRAYS, "action scales", key).values())
+
+    def _checked(self, values: np.ndarray) -> np.ndarray:
+        """In double precision: then both ends come back exactly, and no span of float32 numbers overflows."""
+        values = np.asarray(values, dtype=np.float64)
+        require_width(values, self.action_dim)
+        require_finite(values)
+        return values
+
+    @property
+    def _span_A(self) -> Float[np.ndarray, "A"]:
+        return self.high_A.astype(np.float64) - self.low_A
+
+    @property
+    def _middle_A(self) -> Float[np.ndarray, "A"]:
+        return np.array([middle(low, high) for low, high in zip(self.low_A, self.high_A, strict=True)])
+
+
+def _usual_range(values_T: Float[np.ndarray, "T"]) -> tuple[float, float]:
+    low, high = np.percentile(values_T.astype(np.float64), PERCENTILES)
+    return (float(low), float(high)) if low < high else (float(values_T.min()), float(values_T.max()))
+
+
+ActionCodec = ActionBins | ActionScale
+
+
+@dataclass(frozen=True)
+class KeyedSpace:
+    """What the actions of a dataset mean: part of a policy's config. key: the name of the dataset.
+
+    fps: actions a second; None where datasets of different rates share one set of statistics, or it is not known.
+    """
+
+    key: str
+    space: ActionSpace
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Bins or scale of the actions of a dataset, and the bins of its states where the policy reads them."""
+
+    codec: ActionCodec
+    states: ActionBins | None = None
+
+
+def fit_codec(
+    head: HeadKind, actions_NA: Float[np.ndarray, "N A"], binary: Sequence[bool], num_bins: int
+) -> ActionCodec:
+    """The bins or scale in which a head predicts these actions. Raises UserError where they are of no use to it."""
+    return ActionBins.fit(actions_NA, num_bins, binary) if head == "bins" else ActionScale.fit(actions_NA, binary)
+
+
+def save_keyed(path: Path, sets: Mapping[str, ActionCodec | None]) -> None:
+    """Writes several sets into one file, each array under KEY/, atomically; no file where there is none."""
+    arrays = {f"{key}/{name}": a for key, each in sets.items() if each for name, a in each.arrays().items()}
+    if arrays:
+        save_arrays(path, arrays)
+
+
+def most_bins(sets: Iterable[ActionCodec | None]) -> tuple[int, ...]:
+    """Of each dimension, the bins of the dataset that has the most; nothing where no set has bins."""
+    counts = [each.counts_A.tolist() for each in sets if isinstance(each, ActionBins)]
+    return tuple(max(bins) for bins in zip(*counts, strict=True))

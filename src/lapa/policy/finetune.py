@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Annotated
+from dataclasses import replace
 
 import numpy as np
-import tyro
 
 from lapa import config as configs
 from lapa.console import finish, say, warn
@@ -28,55 +25,26 @@ from lapa.data.sampling import require_names
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.config import LoopConfig
 from lapa.errors import UserError, unknown
-from lapa.policy.actions import ActionBins
-from lapa.policy.backbones import HfConfig, LwmConfig, renew_backbone
-from lapa.policy.checkpoint import PolicyParts, is_policy, read_config
-from lapa.policy.heads import FlowConfig, HeadKind
+from lapa.policy.actions import ActionBins, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins
+from lapa.policy.backbones import renew_backbone
+from lapa.policy.config import FinetuneConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.pretrain import open_labels
-from lapa.policy.statistics import ALL, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins
+from lapa.policy.runtime import Policy, is_policy, read_config, statistics_of
 from lapa.policy.training import (
-    TrainingOptions,
     choose_cameras,
     choose_prompts,
     load_start,
     new_policy,
     open_steps,
     require_same_codes,
-    tiny_loop,
     train_policy,
 )
 
 STATE_BINS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingOptions):
-    """Finetune a policy on robot episodes with actions, or train the same policy without pretraining."""
-
-    from_scratch: bool = False
-    """Leave the pretraining out: start from new weights (`tiny`), or from the model as it came (`hf`)."""
-    head: HeadKind = "bins"
-    """bins: actions are said as tokens, one by one (the paper). chunk: all at once. flow: by flow matching."""
-    chunk: int = 5
-    """Time steps of actions that the policy says at once."""
-    num_bins: int = 256
-    """Bins of an action dimension, at most."""
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    statistics: tuple[str, ...] = ()
-    """Datasets whose actions, together, set the policy's bins or scale, where it has none yet; by default those of
-    --data, each its own. For training on guessed actions, or another robot's, before the robot's own."""
-    pool_statistics: bool = False
-    """One set of statistics for all datasets together, and so no --statistics-key."""
-    state: bool = False
-    """Tell the policy the robot's state (`observation.state` of the datasets)."""
-    labels: tuple[str, ...] = ()
-    """Labels of the datasets, to go on learning latent actions beside the robot's (arXiv 2412.04445)."""
-    latent_weight: float = 1.0
-    """Weight of the loss of latent actions, where there are labels."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 500))
+# The key of one set of statistics for several datasets.
+POOLED = "pooled"
 
 
 def run(config: FinetuneConfig) -> None:
@@ -87,23 +55,23 @@ def run(config: FinetuneConfig) -> None:
     datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets) if config.labels else None
     start = _starting_policy(config, datasets)
-    cameras = choose_cameras(config, start.model.config, datasets)
+    cameras = choose_cameras(config, start.config, datasets)
     if labels:
-        require_same_codes(start.model.config, labels[0].manifest, config.policy)
-    _check_continuation(config, start.model.config, datasets)
+        require_same_codes(start.config, labels[0].manifest, config.policy)
+    _check_continuation(config, start.config, datasets)
 
     training, held_out = open_steps(
         config,
         datasets,
-        start.model.config.backbone.image_size,
+        start.config.backbone.image_size,
         cameras,
         labels=labels,
         chunk=config.chunk,
         state=config.state,
     )
-    parts = _with_actions(config, start, datasets, training, cameras)
+    policy = _with_actions(config, start, datasets, training, cameras)
     finished = train_policy(
-        parts,
+        policy,
         training,
         held_out,
         config,
@@ -115,15 +83,15 @@ def run(config: FinetuneConfig) -> None:
         description="policy from scratch" if config.from_scratch else "policy",
     )
     if finished:
-        finish("policy", config.out, _next_commands(config, parts.model.config))
+        finish("policy", config.out, _next_commands(config, policy.config))
 
 
 def _next_commands(config: FinetuneConfig, policy: PolicyConfig) -> list[str]:
-    key = ["--statistics-key", policy.spaces[0].key] if policy.spaces else []
+    key = ["--statistics-key", policy.spaces[0].key] if len(policy.spaces) > 1 else []
     return [shlex.join(["lapa", "evaluate", str(config.out), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"])]
 
 
-def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> PolicyParts:
+def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Policy:
     """What training starts from: a pretrained policy, one of its architecture without pretraining, or a new one."""
     seed_everything(config.loop.seed)
     if config.policy is None:
@@ -134,15 +102,15 @@ def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Pol
     return _without_pretraining(pretrained) if config.from_scratch else pretrained
 
 
-def _without_pretraining(pretrained: PolicyParts) -> PolicyParts:
+def _without_pretraining(pretrained: Policy) -> Policy:
     """The policy as it was before it learned any action; it reads what the pretrained one reads."""
-    before = pretrained.model.config
-    if isinstance(before.backbone, HfConfig) and before.chunk:
+    before = pretrained.config
+    if before.backbone.kind == "hf" and before.chunk:
         raise UserError(
             "--from-scratch: this policy's tokenizer knows its actions already; give the policy that it was finetuned "
             "from as --policy, or the model itself as --backbone"
         )
-    if isinstance(before.backbone, LwmConfig):
+    if before.backbone.kind == "lwm":
         raise UserError(
             "--from-scratch: an imported model cannot forget its pretraining; give LWM-Chat-1M, imported, as --policy"
         )
@@ -154,7 +122,7 @@ def _without_pretraining(pretrained: PolicyParts) -> PolicyParts:
         latent_length=before.latent_length,
     )
     backbone = renew_backbone(config.backbone, config.vocabulary, num_cameras=len(config.cameras))
-    return PolicyParts(LatentPolicy(config, backbone), pretrained.processor)
+    return Policy(LatentPolicy(config, backbone), pretrained.processor)
 
 
 def _each_its_own(config: FinetuneConfig, datasets: Sequence[Dataset]) -> bool:
@@ -169,119 +137,113 @@ def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: 
     """
     if config.labels and not policy.latent_length:
         raise UserError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
-    if policy.action_space is None:
+    if not policy.chunk:
         if _each_its_own(config, datasets):
             require_names(datasets)
         return
     for option, given in {"statistics": config.statistics, "pool-statistics": config.pool_statistics}.items():
         if given:
             raise UserError(f"--{option}: the policy {config.policy} has its own already; leave the option out")
-    mend = "; finetune a policy that was only pretrained"
+    remedy = "; finetune a policy that was only pretrained"
     if (config.head, config.state) != (policy.head, bool(policy.state_dim)):
         raise UserError(
             f"{config.policy}: acts by --head {policy.head} {'with' if policy.state_dim else 'without'} the robot's "
-            f"state; go on with the same --head and --state, or{mend[1:]}"
+            f"state; go on with the same --head and --state, or{remedy[1:]}"
         )
     if policy.head == "bins" and config.num_bins != policy.vocabulary.bins:
-        raise UserError(f"{config.policy}: has --num-bins {policy.vocabulary.bins} already{mend}")
+        raise UserError(f"{config.policy}: has --num-bins {policy.vocabulary.bins} already{remedy}")
     if policy.head == "flow" and (config.flow, config.chunk) != (policy.flow, policy.chunk):
-        raise UserError(f"{config.policy}: its flow head was made for --chunk {policy.chunk} and {policy.flow}{mend}")
+        raise UserError(f"{config.policy}: its flow head was made for --chunk {policy.chunk} and {policy.flow}{remedy}")
     for dataset in datasets:
-        space, found = _known_space(policy, dataset, mend), common_action_space([dataset])
+        space, found = _known_space(policy, dataset, remedy), common_action_space([dataset])
         if space.action_dim != found.action_dim:
             raise UserError(
                 f"{dataset.root}: has actions of {found.action_dim} dimensions ({', '.join(found.names)}), the policy "
-                f"{config.policy} of {space.action_dim}{mend}"
+                f"{config.policy} of {space.action_dim}{remedy}"
             )
         if space.binary != found.binary or (space.control and found.control and space.control != found.control):
             raise UserError(
                 f"{dataset.root}: declares its actions otherwise than the policy {config.policy} has them (binary "
-                f"dimensions, delta or absolute); correct its meta/lapa.json, or{mend[1:]}"
+                f"dimensions, delta or absolute); correct its meta/lapa.json, or{remedy[1:]}"
             )
     if policy.state_dim and any(dataset.state_dim != policy.state_dim for dataset in datasets):
         raise UserError(
-            f"{config.data[0]}: the policy {config.policy} is told {policy.state_dim} numbers of state{mend}"
+            f"{config.data[0]}: the policy {config.policy} is told {policy.state_dim} numbers of state{remedy}"
         )
 
 
-def _known_space(policy: PolicyConfig, dataset: Dataset, mend: str) -> ActionSpace:
+def _known_space(policy: PolicyConfig, dataset: Dataset, remedy: str) -> ActionSpace:
     """What the actions of a dataset mean to a policy that acts already."""
-    assert policy.action_space is not None, "asked of a policy that acts"
     known = {item.key: item.space for item in policy.spaces}
-    if known and dataset.name not in known:
+    if len(known) > 1 and dataset.name not in known:
         raise UserError(
-            f"{unknown('dataset with statistics', dataset.name, known)}; say with --data NAME={dataset.root} whose it "
-            f"is to take, or{mend[1:]}"
+            f"{unknown('dataset with statistics', dataset.name, known)}; name the one to take in "
+            f"--data NAME={dataset.root}, or{remedy[1:]}"
         )
-    return known.get(dataset.name, policy.action_space)
+    return known.get(dataset.name, policy.spaces[0].space)
 
 
 def _with_actions(
     config: FinetuneConfig,
-    start: PolicyParts,
+    start: Policy,
     datasets: Sequence[Dataset],
     training: EpisodeSteps,
     cameras: tuple[str, ...],
-) -> PolicyParts:
+) -> Policy:
     """The starting policy with robot actions: statistics of the training actions, or kept where it already acts."""
-    before = start.model.config
+    before = start.config
     # An imported policy may have rows for bins that were not released with it.
     num_bins = before.vocabulary.bins or config.num_bins
-    sets, spaces = _statistics(config, start, training, num_bins)
-    alone = sets.get(ALL, Statistics())
+    statistics, spaces = start.statistics, before.spaces
+    if not start.acts:
+        statistics, spaces = _statistics(config, training, num_bins)
     for number, dataset in enumerate(datasets):
-        _say_statistics(dataset.name, sets.get(dataset.name, alone).codec, training.actions(number))
-    vocabulary = before.vocabulary
+        _report(dataset.name, statistics_of(statistics, dataset.name).codec, training.actions(number))
     vocabulary = replace(
-        vocabulary,
-        bins=num_bins if config.head == "bins" else vocabulary.bins,
-        state=vocabulary.state or (STATE_BINS if config.state else 0),
-        query=max(vocabulary.query, config.chunk if config.head == "chunk" else 0),
+        before.vocabulary,
+        bins=num_bins if config.head == "bins" else before.vocabulary.bins,
+        state=before.vocabulary.state or (STATE_BINS if config.state else 0),
+        query=max(before.vocabulary.query, config.chunk if config.head == "chunk" else 0),
     )
     grown = replace(
         before,
         vocabulary=vocabulary,
         cameras=cameras,
         prompts=choose_prompts(config, datasets, before.prompts).acting_as([dataset.name for dataset in datasets]),
-        state_bins=most_bins(of.states for of in sets.values()),
+        state_bins=most_bins(each.states for each in statistics.values()),
         action_opening=start.processor.tags("bins")[0],
-        action_space=next(iter(spaces.values())),
-        spaces=tuple(KeyedSpace(key, space) for key, space in spaces.items() if key != ALL),
+        spaces=spaces,
         head=config.head,
-        action_bins=most_bins(of.codec for of in sets.values()),
+        action_bins=most_bins(each.codec for each in statistics.values()),
         flow=config.flow,
         chunk=config.chunk,
         latent_weight=config.latent_weight if config.labels else 0.0,
     )
     start.processor.grow(vocabulary)
-    by_key = {} if ALL in sets else sets
-    return PolicyParts(start.model.grown(grown), start.processor, alone.codec, alone.states, by_key)
+    return Policy(start.model.grown(grown), start.processor, statistics)
 
 
 def _statistics(
-    config: FinetuneConfig, start: PolicyParts, training: EpisodeSteps, num_bins: int
-) -> tuple[dict[str, Statistics], dict[str, ActionSpace]]:
-    """What actions and states are said in, and what the actions mean: of each dataset, or under ALL for all of them."""
+    config: FinetuneConfig, training: EpisodeSteps, num_bins: int
+) -> tuple[dict[str, Statistics], tuple[KeyedSpace, ...]]:
+    """Statistics of the training actions and states, and what the actions mean: of each dataset, or of all in one."""
     datasets = training.datasets
-    if start.by_key:
-        return dict(start.by_key), {item.key: item.space for item in start.model.config.spaces}
-    if start.codec is None and _each_its_own(config, datasets):
-        spaces = {dataset.name: common_action_space([dataset]) for dataset in datasets}
-        controls = {name: space.control for name, space in spaces.items() if space.control}
-        if len(set(controls.values())) > 1:
-            warn(f"datasets differ in control ({controls}): a robot acts as its --statistics-key does")
-        sets = {
-            dataset.name: Statistics(
-                fit_codec(config.head, training.actions(number), spaces[dataset.name].binary, num_bins),
-                ActionBins.fit(training.states(number), STATE_BINS) if config.state else None,
-            )
-            for number, dataset in enumerate(datasets)
-        }
-        return sets, spaces
-    space = common_action_space(datasets)
-    codec = start.codec or fit_codec(config.head, _pooled_actions(config, training), space.binary, num_bins)
-    states = start.states or (ActionBins.fit(training.states(), STATE_BINS) if config.state else None)
-    return {ALL: Statistics(codec, states)}, {ALL: space}
+
+    def of(space: ActionSpace, actions_NA: np.ndarray, number: int | None) -> Statistics:
+        states = ActionBins.fit(training.states(number), STATE_BINS) if config.state else None
+        return Statistics(fit_codec(config.head, actions_NA, space.binary, num_bins), states)
+
+    if not _each_its_own(config, datasets):
+        space, rates = common_action_space(datasets), {dataset.fps for dataset in datasets}
+        key = datasets[0].name if len(datasets) == 1 else POOLED
+        fps = rates.pop() if len(rates) == 1 else None
+        return {key: of(space, _pooled_actions(config, training), None)}, (KeyedSpace(key, space, fps),)
+    spaces = tuple(KeyedSpace(d.name, common_action_space([d]), d.fps) for d in datasets)
+    controls = {item.key: item.space.control for item in spaces if item.space.control}
+    if len(set(controls.values())) > 1:
+        warn(f"datasets differ in control ({controls}): a robot acts as that of its --statistics-key")
+    sets = {item.key: of(item.space, training.actions(number), number) for number, item in enumerate(spaces)}
+    return sets, spaces
 
 
 def _pooled_actions(config: FinetuneConfig, training: EpisodeSteps) -> np.ndarray:
@@ -293,8 +255,7 @@ def _pooled_actions(config: FinetuneConfig, training: EpisodeSteps) -> np.ndarra
     return np.concatenate([other.all_actions() for other in others])
 
 
-def _say_statistics(name: str, codec: ActionCodec | None, actions_NA: np.ndarray) -> None:
-    assert codec is not None, "there are statistics by now"
+def _report(name: str, codec: ActionCodec, actions_NA: np.ndarray) -> None:
     outside_A = codec.count_outside(actions_NA)
     how = f" of {', '.join(map(str, codec.counts_A))} bins" if isinstance(codec, ActionBins) else ""
     clamped = f"; {outside_A.sum()} of {actions_NA.size} values lie outside and are clamped" if outside_A.any() else ""

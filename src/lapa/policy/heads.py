@@ -3,7 +3,7 @@
 `chunk`: one regression for each of K query tokens, L1 loss (OpenVLA-OFT, https://arxiv.org/abs/2502.19645).
 `flow`: flow matching over the whole chunk, given the observation (pi0, https://arxiv.org/abs/2410.24164).
 
-Both learn and say actions on the scale of `lapa.policy.scale.ActionScale`, both have the same two methods, and
+Both learn and say actions on the scale of `lapa.policy.actions.ActionScale`, both have the same two methods, and
 neither knows the model whose hidden states it reads:
 
     head = build_head("flow", width=576, chunk=10, action_dim=7)
@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -28,36 +27,14 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lapa.errors import UserError
+from lapa.policy.config import FlowConfig
 
-HeadKind = Literal["bins", "chunk", "flow"]
 # pi0 draws the flow's time as LAST_TIME (1 - u), u ~ Beta(1.5, 1): more of it where there is most noise, none at the
 # very end.
 TIME_BETA, LAST_TIME = 1.5, 0.999
 # Periods of the time embedding, as in pi0: from a fraction of an Euler step to four times the whole way.
 SHORTEST_PERIOD, LONGEST_PERIOD = 4e-3, 4.0
 CHUNK_BLOCKS = 2
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """The transformer of the flow head, and how it acts."""
-
-    width: int = 256
-    """Width of its tokens, one a time step of the chunk."""
-    layers: int = 4
-    """Layers; each attends to the chunk and to the observation."""
-    heads: int = 4
-    """Attention heads; they divide the width."""
-    steps: int = 10
-    """Euler steps from noise to actions; training does not depend on it."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"the flow head's {name} must be at least 1, got {getattr(self, name)}")
-        if self.width % (2 * self.heads):
-            raise UserError(f"the flow head's width {self.width} must be a multiple of twice its {self.heads} heads")
 
 
 class ActionHead(nn.Module, ABC):

@@ -33,13 +33,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lapa.data.dataset import ActionSpace
 from lapa.errors import UserError
-from lapa.policy.backbones import Backbone, BackboneConfig, TinyConfig
-from lapa.policy.heads import ActionHead, FlowConfig, HeadKind, build_head
+from lapa.policy.actions import KeyedSpace
+from lapa.policy.backbones import Backbone
+from lapa.policy.config import BackboneConfig, FlowConfig, HeadKind, TinyConfig
+from lapa.policy.heads import ActionHead, build_head
 from lapa.policy.lora import add_lora, has_lora, hold_old_rows, merge_lora, vocabulary_weights
 from lapa.policy.prompts import Prompts
-from lapa.policy.statistics import KeyedSpace
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.types import Losses, TrainableModel
 
@@ -66,10 +66,8 @@ class PolicyConfig:
     text_weight: float = 0.0
     """Weight of the loss of those text tokens; the latent action has the rest."""
     action_opening: tuple[int, ...] = ()
-    action_space: ActionSpace | None = None
-    """What the robot's actions mean; none before finetuning."""
     spaces: tuple[KeyedSpace, ...] = ()
-    """The same for each dataset that has statistics of its own, where a policy learned from several."""
+    """What the robot's actions mean, for each set of statistics by the name of its dataset; none before finetuning."""
     head: HeadKind = "bins"
     """How robot actions are said."""
     action_bins: tuple[int, ...] = ()
@@ -88,8 +86,8 @@ class PolicyConfig:
             raise UserError(f"a policy needs at least one camera, each named once, got {self.cameras}")
         if self.latent_length < 0 or bool(self.latent_length) != bool(self.vocabulary.latent):
             raise UserError("latent length and codebook size come together, or neither")
-        if bool(self.chunk) != (self.action_space is not None):
-            raise UserError("chunk and action space come together, or neither")
+        if bool(self.chunk) != bool(self.spaces):
+            raise UserError("chunk and action spaces come together, or neither")
         if self.chunk and self.head == "bins":
             _require_rows("action", self.action_bins, self.action_dim, self.vocabulary.bins)
         if self.state_bins:
@@ -105,7 +103,7 @@ class PolicyConfig:
 
     @property
     def action_dim(self) -> int:
-        return len(self.action_space.names) if self.action_space else 0
+        return self.spaces[0].space.action_dim if self.spaces else 0
 
     @property
     def state_dim(self) -> int:

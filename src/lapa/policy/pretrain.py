@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from lapa import config as configs
 from lapa.console import finish
@@ -23,34 +19,18 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.config import LoopConfig
 from lapa.errors import UserError
-from lapa.policy.checkpoint import PolicyParts, is_policy
-from lapa.policy.model import PolicyConfig
+from lapa.policy.config import PretrainConfig
+from lapa.policy.runtime import Policy, is_policy
 from lapa.policy.training import (
-    TrainingOptions,
     choose_cameras,
     choose_prompts,
     load_start,
     new_policy,
     open_steps,
     require_same_codes,
-    tiny_loop,
     train_policy,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingOptions):
-    """Pretrain a policy on the latent actions of videos. No robot actions are needed."""
-
-    labels: tuple[str, ...]
-    """The datasets' labels, one folder or URL for each dataset, in the same order."""
-    lam_fingerprint: str | None = None
-    """Refuse labels that another latent action model made."""
-    text_weight: float | None = None
-    """Weight of the loss of the text around a latent action (`lwm` backbones; paper: 0.01); by default as before."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 700))
 
 
 def run(config: PretrainConfig) -> None:
@@ -63,18 +43,17 @@ def run(config: PretrainConfig) -> None:
     datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets, config.lam_fingerprint)
     seed_everything(config.loop.seed)
-    parts = _starting_policy(config, datasets, labels[0].manifest)
-    policy = parts.model.config
+    policy = _starting_policy(config, datasets, labels[0].manifest)
 
     cameras = policy.cameras if config.policy else config.cameras or None
-    training, held_out = open_steps(config, datasets, policy.backbone.image_size, cameras, labels=labels)
+    training, held_out = open_steps(config, datasets, policy.config.backbone.image_size, cameras, labels=labels)
     run_config = {
         **configs.to_dict(config),
         "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
         "lam_fingerprint": labels[0].manifest.lam_fingerprint,
     }
     finished = train_policy(
-        parts,
+        policy,
         training,
         held_out,
         config,
@@ -107,36 +86,31 @@ def open_labels(
     return labels
 
 
-def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manifest: Manifest) -> PolicyParts:
+def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manifest: Manifest) -> Policy:
     """A new policy, or the one to go on from, with the segment of the labels' latent actions."""
     if config.policy is None:
         segments = {"latent": manifest.codebook_size}
-        parts = new_policy(config, datasets, segments, latent_length=manifest.latent_length)
-        return replace(parts, model=parts.model.grown(_saying(parts, parts.model.config, config, manifest)))
-    parts = load_start(config, config.policy)
-    policy = parts.model.config
-    if policy.chunk:
-        raise UserError(f"{config.policy}: has robot actions already; pretrain a policy that does not act yet")
-    require_same_codes(policy, manifest, config.policy)
+        start = new_policy(config, datasets, segments, latent_length=manifest.latent_length)
+        grown = start.config
+    else:
+        start = load_start(config, config.policy)
+        if start.acts:
+            raise UserError(f"{config.policy}: has robot actions already; pretrain a policy that does not act yet")
+        require_same_codes(start.config, manifest, config.policy)
+        grown = replace(
+            start.config,
+            vocabulary=replace(start.config.vocabulary, latent=manifest.codebook_size),
+            latent_length=manifest.latent_length,
+            cameras=choose_cameras(config, start.config, datasets),
+            prompts=choose_prompts(config, datasets, start.config.prompts),
+        )
+        start.processor.grow(grown.vocabulary)
+    opening, closing = start.processor.tags("latent")
     grown = replace(
-        policy,
-        vocabulary=replace(policy.vocabulary, latent=manifest.codebook_size),
-        latent_length=manifest.latent_length,
-        cameras=choose_cameras(config, policy, datasets),
-        prompts=choose_prompts(config, datasets, policy.prompts),
-    )
-    parts.processor.grow(grown.vocabulary)
-    return replace(parts, model=parts.model.grown(_saying(parts, grown, config, manifest)))
-
-
-def _saying(parts: PolicyParts, policy: PolicyConfig, config: PretrainConfig, manifest: Manifest) -> PolicyConfig:
-    """The config of a policy that says the labels' latent actions, between the backbone's tags."""
-    opening, closing = parts.processor.tags("latent")
-    weight = policy.text_weight if config.text_weight is None else config.text_weight
-    return replace(
-        policy,
+        grown,
         latent_opening=opening,
         latent_closing=closing,
-        text_weight=weight,
+        text_weight=grown.text_weight if config.text_weight is None else config.text_weight,
         lam_fingerprint=manifest.lam_fingerprint,
     )
+    return Policy(start.model.grown(grown), start.processor)

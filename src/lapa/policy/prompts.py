@@ -1,6 +1,6 @@
 """What the policy reads: a template around the task in words, one for all datasets or one for each.
 
-    prompts = parse_prompts("paper", ["bridge=In: {instruction}\\nOut:", "rt1=plain"], datasets=["bridge", "rt1"])
+    prompts = parse_prompts("prompts.json")     # {"default": "paper", "bridge": "In: {instruction}\\nOut:"}
     prompts.text("open the drawer", "bridge")
 
 `paper` is LAPA's (https://arxiv.org/abs/2410.11758), `openvla` OpenVLA's (https://arxiv.org/abs/2406.09246).
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lapa.console import warn
 from lapa.errors import UserError, unknown
+from lapa.files import naming, read_json
 
 PLACE = "{instruction}"
 PROMPTS = {
@@ -44,12 +46,6 @@ class Prompts:
         """The template of a dataset; the default one where it has none of its own."""
         return dict(self.by_dataset).get(dataset or "", self.default)
 
-    def require(self, dataset: str) -> None:
-        """UserError for a dataset that has no prompt of its own."""
-        known = [name for name, _ in self.by_dataset]
-        if dataset not in known:
-            raise unknown("dataset with a prompt of its own", dataset, known)
-
     def text(self, instruction: str, dataset: str | None = None) -> str:
         """What the policy reads. The instruction may be empty and hold any character; its braces stay as they are."""
         # Half a surrogate pair, as some JSON brings it, is no character: tokenizers stop at it.
@@ -64,28 +60,30 @@ class Prompts:
         templates = {self.template(dataset) for dataset in datasets}
         if len(templates) > 1:
             warn(
-                "several prompts are learned: a robot at work reads that of its --statistics-key, or else the default "
-                "one, unless it is said whose (`lapa evaluate --prompt-of DATASET`)"
+                "several prompts are learned: the policy acts with that of its --statistics-key, or else with the "
+                "default one"
             )
             return self
         return replace(self, default=templates.pop()) if templates else self
 
 
-def parse_prompts(default: str, pairs: Sequence[str] = (), datasets: Sequence[str] | None = None) -> Prompts:
-    """What the options `--prompt NAME_OR_TEMPLATE` and `--prompts DATASET=NAME_OR_TEMPLATE ...` mean.
+def parse_prompts(prompt: str, datasets: Sequence[str] | None = None) -> Prompts:
+    """The prompts that `--prompt` means: a name, a template, or a JSON file of either by the name of a dataset.
 
-    datasets: the names that may be given a prompt of their own; None: any. Raises UserError on an unknown name, a
-    template without `{instruction}`, and a dataset that is not among them or is given twice.
+    The file's key "default" is for datasets without a prompt of their own. datasets: the names that may have one;
+    None: any. Raises UserError on an unknown name, a template without `{instruction}`, and an unknown dataset.
     """
-    by_dataset = []
-    for pair in pairs:
-        name, equals, prompt = pair.partition("=")
-        if not equals or not name:
-            raise UserError(f"--prompts takes DATASET=PROMPT, got {pair!r}; --prompt sets the one for all datasets")
-        if datasets is not None and name not in datasets:
-            raise unknown("dataset in --prompts", name, datasets)
-        by_dataset.append((name, _template(prompt)))
-    return Prompts(_template(default), tuple(by_dataset))
+    if not prompt.endswith(".json"):
+        return Prompts(_template(prompt))
+    written = read_json(Path(prompt))
+    if not isinstance(written, dict) or not all(isinstance(value, str) for value in written.values()):
+        raise UserError(f'{prompt}: expected an object of prompts by dataset, such as {{"default": "plain"}}')
+    default = written.pop("default", "plain")
+    with naming(Path(prompt)):
+        for name in written:
+            if datasets is not None and name not in datasets:
+                raise unknown("dataset", name, datasets)
+        return Prompts(_template(default), tuple((name, _template(value)) for name, value in written.items()))
 
 
 def _template(name_or_template: str) -> str:

@@ -1,154 +1,468 @@
-"""A trained policy that acts: observations in, robot actions out.
+"""A policy: its module, its processor, and the statistics of each dataset that it learned actions from.
 
     policy = Policy.from_pretrained("POLICY")                    # statistics_key="bridge" where it has several
-    actions_BKA = policy.infer([Observation({"corner4": image_HWC}, "open the drawer")])
+    actions_KA = policy.infer({"front": image, "instruction": "open the drawer"})
+    policy.reset(); action_A = policy.select_action({"front": image, "instruction": "open the drawer"})
 
-Axes: B batch, H W image, K chunk, A action dimensions, S state dimensions.
+A policy folder holds everything that a policy needs to act:
+
+config.json         the policy's config and the run that made it; written last, it marks the folder as complete
+model/              the backbone's weights; of an `hf` or `lwm` backbone an ordinary folder of transformers
+processor/          an ordinary tokenizer of transformers, and an image processor where the backbone has one
+head.safetensors    the weights of the head `chunk` or `flow`
+actions.safetensors bins or scale of the robot's actions, of each dataset under its name: bridge/edges, rt1/edges, ...
+state.safetensors   the same for the bins of the robot's state, where the policy reads it
+metrics.json        the last evaluation
+training/           checkpoints and metrics of the run, for --resume
+
+Axes: B batch, V cameras, H W image, S state dimensions, L latent action length, K chunk, A action dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 
+from lapa import config as configs
 from lapa.data.dataset import ActionSpace
+from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
-from lapa.errors import UserError
-from lapa.files import errors_about
-from lapa.policy.checkpoint import PolicyParts, load_policy
+from lapa.errors import UserError, unknown
+from lapa.files import hub_folder, naming, read_json, write_json
+from lapa.policy.actions import ActionBins, ActionScale, Statistics, most_bins, save_keyed
+from lapa.policy.backbones import Processor, load_backbone
+from lapa.policy.backbones.base import load_weights, save_weights
+from lapa.policy.execution import Execution, RecedingHorizon
+from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.types import Observation
+
+CONFIG, HEAD, ACTIONS, STATES = "config.json", "head.safetensors", "actions.safetensors", "state.safetensors"
+MODEL, PROCESSOR = "model", "processor"
+# The key of the statistics in policies saved before statistics were always kept by dataset.
+UNNAMED = "default"
+# `kind` in the config.json of what else can act -> its class.
+OTHER_ACTORS = {"unipi": "lapa.baselines.unipi:UniPi"}
+
+
+class Actor(Protocol):
+    """What `lapa evaluate` and `lapa policy measure` ask of a policy."""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras that every observation must have."""
+
+    @property
+    def chunk(self) -> int:
+        """K, the time steps of actions that `infer` returns."""
+
+    @property
+    def action_dim(self) -> int:
+        """A, the dimensions of an action."""
+
+    @property
+    def state_dim(self) -> int:
+        """Dimensions of the state that every observation must have; 0: none is needed."""
+
+    @property
+    def action_space(self) -> ActionSpace:
+        """Names of the action dimensions, which are binary, delta or absolute control."""
+
+    def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
+        """The next K actions for each observation, float32, in the robot's own units."""
 
 
 class Policy:
-    """A finetuned policy on a device. Its pictures pass through the same transform as in training.
+    """A policy on a device, from observation to action.
 
-    dataset: whose prompt it reads, for a policy that learned from several; by default its own.
+    model: the module. processor: images and text to tensors. statistics: bins or scale of actions and states by the
+    name of the dataset; none before finetuning, one set where a policy learned from one dataset or pools several.
+    execution: how `select_action` turns chunks into single actions (lapa.policy.execution).
     """
 
     def __init__(
-        self,
-        parts: PolicyParts,
-        device: torch.device,
-        dataset: str | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        compile: bool = False,
+        self, model: LatentPolicy, processor: Processor, statistics: Mapping[str, Statistics] | None = None
     ) -> None:
-        if dataset is not None:
-            parts.model.config.prompts.require(dataset)
-        self.model = parts.model.to(device=device, dtype=dtype).eval()
-        if compile:
-            self.model.backbone.compile_steps()
-        self.inputs = parts.inputs
-        self.device = device
-        self.dataset = dataset
+        self.model, self.processor = model, processor
+        self.statistics = dict(statistics or {})
+        self.execution: Execution = RecedingHorizon()
 
     @classmethod
     def from_pretrained(
         cls,
         folder: Path | str,
         device: str = "auto",
-        dataset: str | None = None,
         *,
         statistics_key: str | None = None,
         dtype: torch.dtype | None = None,
         compile: bool = False,
     ) -> Policy:
-        """Loads a policy folder. UserError where it is unfinished, or was pretrained and never finetuned.
+        """Loads a policy that acts, from a folder or by its id on the hub.
 
-        statistics_key: the dataset whose statistics it acts by, where it learned from several.
+        statistics_key: the dataset whose statistics and prompt it acts by, where it learned from several.
         dtype: of the weights; by default as they were saved, and bfloat16 on a GPU, where policies are trained so.
         compile: decode through torch.compile, on a GPU as CUDA graphs; the first calls take long.
+        Raises UserError where the folder is unfinished, or the policy was pretrained and never finetuned.
         """
-        parts = load_policy(Path(folder))
-        if not parts.acts:
+        policy = load_policy(hub_folder(folder, None))
+        if not policy.acts:
             raise UserError(
                 f"{folder}: only pretrained, it knows no robot actions; "
                 f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
             )
-        with errors_about(Path(folder)):
-            parts = parts.under(statistics_key)
+        with naming(Path(folder)):
+            policy = policy.under(statistics_key)
+        return policy.to(device, dtype=dtype, compile=compile)
+
+    def to(self, device: str, *, dtype: torch.dtype | None = None, compile: bool = False) -> Policy:
+        """This policy on a device, ready to act; arguments as of `from_pretrained`."""
         where = pick_device(device)
         if dtype is None and where.type == "cuda":
             dtype = torch.bfloat16
-        return cls(parts, where, dataset, dtype=dtype, compile=compile)
+        self.model.to(device=where, dtype=dtype).eval()
+        if compile:
+            self.model.backbone.compile_steps()
+        return self
+
+    def __repr__(self) -> str:
+        config = self.config
+        parts = [f"{config.backbone.kind} backbone", f"cameras {', '.join(config.cameras)}"]
+        if config.state_dim:
+            parts.append(f"state of {config.state_dim}")
+        if config.latent_length:
+            parts.append(f"latent actions of {config.latent_length} codes of {config.vocabulary.latent}")
+        if self.acts:
+            rate = f" at {self.fps:g} fps" if self.fps else ""
+            parts.append(f"{config.chunk} x {config.action_dim} actions by {config.head}{rate}")
+            parts.append(f"statistics of {', '.join(self.statistics)}")
+        return f"Policy({'; '.join(parts)})"
+
+    @property
+    def config(self) -> PolicyConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def acts(self) -> bool:
+        """Whether it knows robot actions."""
+        return bool(self.config.chunk)
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The cameras that every observation must bring."""
-        return self.model.config.cameras
+        """The cameras that every observation must have."""
+        return self.config.cameras
 
     @property
     def chunk(self) -> int:
         """K, the time steps of actions that `infer` returns."""
-        return self.model.config.chunk
+        return self.config.chunk
 
     @property
     def action_dim(self) -> int:
-        return self.model.config.action_dim
+        return self.config.action_dim
 
     @property
     def state_dim(self) -> int:
-        """Dimensions of the state that every observation must bring; 0: none is needed."""
-        return self.model.config.state_dim
+        """Dimensions of the state that every observation must have; 0: none is needed."""
+        return self.config.state_dim
 
     @property
     def action_space(self) -> ActionSpace:
-        """What the actions mean: names, which dimensions are binary, delta or absolute control."""
-        space = self.model.config.action_space
-        assert space is not None, "from_pretrained refuses a policy without actions"
-        return space
+        """Names of the action dimensions, which are binary, delta or absolute control."""
+        return self.config.spaces[0].space
 
-    def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
-        """The next K actions for each observation, float32, in the robot's own units.
+    @property
+    def fps(self) -> float | None:
+        """Actions a second; None for a policy of datasets with different rates, or made before it was kept."""
+        return self.config.spaces[0].fps if self.config.spaces else None
 
-        Raises UserError for a missing camera, an image that is not uint8 RGB, and a state that is missing, of
-        another width or not finite.
+    def under(self, key: str | None) -> Policy:
+        """The policy that acts by one of its sets of statistics, and reads the prompt of that dataset.
+
+        Where there is but one set, None is that one. Raises UserError listing the keys.
         """
-        if not observations:
-            return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
-        for number, observation in enumerate(observations):
-            check_observation(observation, number, self.cameras, self.state_dim)
-        batch = self.inputs.observed(
-            [[observation.images[camera] for camera in self.cameras] for observation in observations],
-            [observation.instruction for observation in observations],
-            [observation.state for observation in observations if observation.state is not None],
-            [self.dataset] * len(observations),
+        keys = list(self.statistics)
+        if key is None and len(keys) > 1:
+            raise UserError(f"has statistics of several datasets; choose with --statistics-key: {', '.join(keys)}")
+        if key is not None and key not in keys:
+            raise unknown("--statistics-key", key, keys)
+        if len(keys) < 2:
+            return self
+        assert key is not None
+        chosen, config = self.statistics[key], self.config
+        config = replace(
+            config,
+            spaces=tuple(item for item in config.spaces if item.key == key),
+            prompts=replace(config.prompts, default=config.prompts.template(key)),
+            action_bins=most_bins([chosen.codec]),
+            state_bins=most_bins([chosen.states]),
         )
-        said_BKA = self.model.predict_actions({name: value.to(self.device) for name, value in batch.items()})
-        assert self.inputs.codec is not None, "from_pretrained refuses a policy without actions"
-        return self.inputs.codec.decode(said_BKA.cpu().numpy())
+        return Policy(self.model.grown(config).eval(), self.processor, {key: chosen})
+
+    @property
+    def collate(self) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
+        """The function `collate_steps` of this policy. It holds no weights, so that worker processes can have it."""
+        return partial(collate_steps, self.config, self.processor, self.statistics)
+
+    def decode(self, predicted_BKA: np.ndarray, datasets: Sequence[str | None] | None = None) -> np.ndarray:
+        """Bins or scaled numbers as actions in the units of each sample's robot. datasets: None for the only one."""
+        names = [None] * len(predicted_BKA) if datasets is None else datasets
+        codecs = [statistics_of(self.statistics, name).codec for name in names]
+        return np.stack([codec.decode(codec.clamp(row)) for codec, row in zip(codecs, predicted_BKA, strict=True)])
+
+    @overload
+    def infer(self, observations: Observation | Mapping[str, Any]) -> Float[np.ndarray, "K A"]: ...
+    @overload
+    def infer(self, observations: Sequence[Observation | Mapping[str, Any]]) -> Float[np.ndarray, "B K A"]: ...
+    def infer(self, observations: Any) -> np.ndarray:
+        """The next K actions for one observation [K, A] or several [B, K, A], float32, in the robot's own units.
+
+        An observation is an `Observation`, or a dict of an image by the name of each camera, "instruction", and
+        "state" where the policy reads it. An image is a PIL image, or an array or tensor, [H, W, 3] or [3, H, W], uint8
+        or floats in [0, 1]. Raises UserError for anything else, for a missing camera, and for a state that is missing,
+        of another width or not finite.
+        """
+        if isinstance(observations, Observation | Mapping):
+            return self.infer([observations])[0]
+        batch = self.observe(observations)
+        if batch is None:
+            return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
+        return self.decode(self.model.predict_actions(batch).cpu().numpy())
+
+    def predict_codes(self, observations: Sequence[Observation | Mapping[str, Any]]) -> np.ndarray:
+        """The latent action of each observation, codes [B, L]. Observations and errors as of `infer`."""
+        batch = self.observe(observations)
+        if batch is None:
+            return np.zeros((0, self.config.latent_length), np.int64)
+        return self.model.predict_codes(batch).cpu().numpy()
+
+    def observe(self, observations: Any) -> dict[str, Tensor] | None:
+        """Several observations as the model's batch, on its device; None for none."""
+        if isinstance(observations, str | bytes) or not isinstance(observations, Sequence):
+            raise UserError(
+                f"infer takes an observation or a list of them, got {type(observations).__name__}; "
+                f"give {{{self.cameras[0]!r}: image, 'instruction': '...'}}"
+            )
+        if not observations:
+            return None
+        checked = [as_observation(one, number, self.cameras, self.state_dim) for number, one in enumerate(observations)]
+        batch = observe(
+            self.config,
+            self.processor,
+            self.statistics,
+            [[one.images[camera] for camera in self.cameras] for one in checked],
+            [one.instruction for one in checked],
+            [one.state for one in checked if one.state is not None],
+        )
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def reset(self) -> None:
+        """Begins an episode: forgets the chunks that `select_action` has left."""
+        self.execution.reset()
+
+    def select_action(self, observation: Observation | Mapping[str, Any]) -> Float[np.ndarray, "A"]:
+        """The action to execute now: step by step through each chunk, as `execution` decides; see `infer`."""
+        return self.execution.next(lambda: self.infer(observation))
+
+    def save(self, folder: Path, *, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Writes a policy folder, `config.json` last. run: the resolved config of the run that made it."""
+        folder = Path(folder)
+        for inner in (MODEL, PROCESSOR):
+            (folder / inner).mkdir(parents=True, exist_ok=True)
+        self.model.backbone.save(folder / MODEL)
+        self.processor.save(folder / PROCESSOR)
+        if self.model.head is not None:
+            save_weights(self.model.head, folder / HEAD)
+        save_keyed(folder / ACTIONS, {key: each.codec for key, each in self.statistics.items()})
+        save_keyed(folder / STATES, {key: each.states for key, each in self.statistics.items()})
+        write_json(folder / "metrics.json", metrics or {})
+        write_json(folder / CONFIG, {"policy": configs.to_dict(self.config), "run": run})
 
 
-def check_observation(observation: Observation, number: int, cameras: Sequence[str], state_dim: int) -> None:
-    """UserError saying what is wrong with the `number`-th observation.
+def observe(
+    config: PolicyConfig,
+    processor: Processor,
+    statistics: Mapping[str, Statistics],
+    images: Sequence[Sequence[np.ndarray]],
+    instructions: Sequence[str],
+    states: Sequence[np.ndarray] | None = None,
+    datasets: Sequence[str | None] | None = None,
+) -> dict[str, Tensor]:
+    """Observations as tensors, the same way in training and acting.
 
-    cameras, state_dim: what the policy sees, and how many numbers of state it is told.
+    images: of each sample, uint8 HWC of any size, in the order of the image slots; an `lwm` policy also takes the codes
+    of its image tokenizer, int [N], in place of one. states: for a policy that reads them. datasets: whose prompt and
+    statistics each sample gets; by default the policy's own.
     """
-    missing = [camera for camera in cameras if camera not in observation.images]
-    if missing:
+    if config.backbone.kind != "lwm" and any(image.ndim == 1 for one in images for image in one):
+        raise UserError(
+            "the data hold codes of images in place of images, which a policy with the backbone "
+            f"{config.backbone.kind} cannot read; take one with the backbone lwm (`lapa import lapa-7b`), or give the "
+            "images: images=FOLDER with --data lapa-jsonl:FILE"
+        )
+    names = datasets or [None] * len(instructions)
+    prompts = [config.prompts.text(words, name) for words, name in zip(instructions, names, strict=True)]
+    batch = processor(images, prompts)
+    if config.state_dim:
+        assert states is not None and len(states) == len(names), "the policy reads a state, but none is given"
+        bins = [statistics_of(statistics, name).states for name in names]
+        bins_BS = np.stack([each.encode(state) for each, state in zip(bins, states, strict=True) if each is not None])
+        batch["state_BS"] = config.vocabulary.tokens("state", torch.from_numpy(bins_BS))
+    return batch
+
+
+def collate_steps(
+    config: PolicyConfig,
+    processor: Processor,
+    statistics: Mapping[str, Statistics],
+    items: Sequence[Mapping[str, Any]],
+) -> dict[str, Tensor]:
+    """Items of `EpisodeSteps` as a training batch: what is observed, and what is to be predicted.
+
+    Raises UserError for a code that the vocabulary lacks, and for actions of the wrong width or not finite.
+    """
+    names = [item["dataset"] for item in items]
+    batch = observe(
+        config,
+        processor,
+        statistics,
+        [list(item["images"].values()) for item in items],
+        [item["instruction"] for item in items],
+        [item["state_S"] for item in items] if config.state_dim else None,
+        names,
+    )
+    batch["index"] = torch.tensor([int(item["index"]) for item in items])
+    if "codes_L" in items[0]:
+        codes_BL = torch.from_numpy(np.stack([item["codes_L"] for item in items]))
+        batch["latent_BL"] = config.vocabulary.tokens("latent", codes_BL)
+        batch["latent_mask_B"] = torch.tensor([bool(item["has_codes"]) for item in items])
+    if "actions_KA" in items[0]:
+        encoded = [
+            statistics_of(statistics, name).codec.encode(item["actions_KA"])
+            for name, item in zip(names, items, strict=True)
+        ]
+        actions_BKA = torch.from_numpy(np.stack(encoded))
+        batch["action_BKA"] = config.vocabulary.tokens("bins", actions_BKA) if config.head == "bins" else actions_BKA
+        batch["action_mask_BK"] = torch.from_numpy(np.stack([item["action_mask_K"] for item in items]))
+    return batch
+
+
+def statistics_of(statistics: Mapping[str, Statistics], dataset: str | None) -> Statistics:
+    """The statistics of a dataset; of any dataset where there is only one set."""
+    return next(iter(statistics.values())) if len(statistics) == 1 else statistics[dataset or ""]
+
+
+def as_observation(
+    observation: Observation | Mapping[str, Any], number: int, cameras: Sequence[str], state_dim: int
+) -> Observation:
+    """An observation with uint8 images [H, W, 3] of these cameras, and a state where the policy reads one.
+
+    number: its place in the list, for messages. Raises UserError as `Policy.infer` does.
+    """
+    if isinstance(observation, Mapping):
+        images = {str(key): value for key, value in observation.items() if key not in ("instruction", "state")}
+        instruction, state = observation.get("instruction", ""), observation.get("state")
+    elif isinstance(observation, Observation):
+        images, instruction, state = dict(observation.images), observation.instruction, observation.state
+    else:
+        raise UserError(
+            f"observation {number} is a {type(observation).__name__}; give a dict such as "
+            f"{{{cameras[0]!r}: image, 'instruction': '...'}}, or an Observation"
+        )
+    if missing := [camera for camera in cameras if camera not in images]:
         raise UserError(
             f"observation {number} lacks the camera{'s' * (len(missing) > 1)} {', '.join(missing)} "
-            f"(it brings {', '.join(observation.images) or 'none'}); this policy sees {', '.join(cameras)}"
+            f"(it has {', '.join(images) or 'none'}); this policy needs {', '.join(cameras)}"
         )
-    for camera in cameras:
-        image = np.asarray(observation.images[camera])
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise UserError(
-                f"observation {number}, camera {camera}: expected a uint8 image [H, W, 3], "
-                f"got {image.dtype} {list(image.shape)}"
-            )
-    if not isinstance(observation.instruction, str):
-        raise UserError(f"observation {number}: its instruction is {observation.instruction!r}; give text, or ''")
-    state = observation.state
+    with naming(f"observation {number}"):
+        images = {camera: as_image(images[camera], f"camera {camera}") for camera in cameras}
+        if not isinstance(instruction, str):
+            raise UserError(f"its instruction is {instruction!r}; give text, or ''")
+        return Observation(images, instruction, _state(state, state_dim))
+
+
+def _state(state: Any, state_dim: int) -> Float[np.ndarray, "S"] | None:
+    if isinstance(state, Tensor):
+        state = state.detach().cpu().numpy()
     if state is not None and not np.issubdtype(np.asarray(state).dtype, np.number):
-        raise UserError(f"observation {number}: its state is {np.asarray(state).dtype}, not numbers")
+        raise UserError(f"its state is {np.asarray(state).dtype}, not numbers")
     if state is not None and not np.isfinite(state).all():
-        raise UserError(f"observation {number}: its state is not finite; mend the sensor's reading")
-    if state_dim and (state is None or np.shape(state) != (state_dim,)):
-        brought = "no state" if state is None else f"a state of shape {np.shape(state)}"
-        raise UserError(f"observation {number} brings {brought}; this policy is told {state_dim} numbers")
+        raise UserError("its state is not finite; check the sensor's reading")
+    if state_dim and np.shape(state) != (state_dim,):
+        given = "no state" if state is None else f"a state of shape {np.shape(state)}"
+        raise UserError(f"it has {given}; this policy reads {state_dim} numbers")
+    return None if state is None else np.asarray(state, np.float32)
+
+
+def load_actor(folder: Path | str, statistics_key: str | None = None, device: str = "auto") -> Actor:
+    """What acts in a folder, of the kind that its config.json names: a finetuned policy, or another (OTHER_ACTORS).
+
+    statistics_key: as `Policy.from_pretrained` takes it. Raises UserError where nothing there can act.
+    """
+    path = Path(folder) / CONFIG
+    written = read_json(path) if path.exists() else None
+    kind = written.get("kind") if isinstance(written, dict) else None
+    if kind not in OTHER_ACTORS:
+        return Policy.from_pretrained(folder, device, statistics_key=statistics_key)
+    if statistics_key is not None:
+        raise UserError(f"{folder}: has no statistics of datasets; leave out --statistics-key {statistics_key}")
+    module, _, name = OTHER_ACTORS[kind].partition(":")
+    return getattr(importlib.import_module(module), name).from_pretrained(folder, device)
+
+
+def is_policy(folder: Path) -> bool:
+    """Whether `folder` holds a finished policy."""
+    return (Path(folder) / CONFIG).exists()
+
+
+def read_config(folder: Path) -> PolicyConfig:
+    """The config of a policy folder. Raises UserError naming what is missing or unfinished."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such policy folder; make one with `lapa policy pretrain` or `finetune`")
+    if not is_policy(folder):
+        raise UserError(f"{folder}: unfinished or not a policy (no {CONFIG}); finish its training with --resume")
+    written = read_json(folder / CONFIG)
+    if not isinstance(written, dict) or not isinstance(written.get("policy"), dict):
+        raise UserError(f"{folder / CONFIG}: not the config of a policy (no key 'policy')")
+    values = dict(written["policy"])
+    # Before statistics were always kept by dataset, `action_space` was that of all datasets or of the first.
+    space = values.pop("action_space", None)
+    if space is not None and not values.get("spaces"):
+        values["spaces"] = [{"key": UNNAMED, "space": space}]
+    return configs.from_dict(PolicyConfig, values, source=str(folder / CONFIG))
+
+
+def load_policy(folder: Path) -> Policy:
+    """Reads a policy folder, on the CPU. Raises UserError naming what is missing, unfinished or does not fit."""
+    folder = Path(folder)
+    config = read_config(folder)
+    backbone, processor = load_backbone(
+        config.backbone,
+        folder / MODEL,
+        folder / PROCESSOR,
+        vocabulary=config.vocabulary,
+        num_cameras=len(config.cameras),
+    )
+    model = LatentPolicy(config, backbone)
+    if model.head is not None:
+        load_weights(model.head, folder / HEAD)
+    codec = ActionBins if config.head == "bins" else ActionScale
+    statistics = {
+        key: Statistics(
+            codec.load(folder / ACTIONS, key), ActionBins.load(folder / STATES, key) if config.state_dim else None
+        )
+        for key in (item.key for item in config.spaces)
+    }
+    return Policy(model.eval(), processor, statistics)

@@ -6,131 +6,78 @@ Axes: B batch, K chunk, A action dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 from torch import Tensor, nn
 
 from lapa.console import is_main_process, say, warn
-from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
 from lapa.data.steps import EpisodeSteps
-from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output
-from lapa.policy.backbones import BackboneConfig, HfConfig, TinyConfig, create_backbone
+from lapa.policy.backbones import create_backbone
 from lapa.policy.backbones.hf import native_image_size
-from lapa.policy.checkpoint import PolicyParts, is_policy, load_policy, save_policy
-from lapa.policy.inputs import PolicyInputs
+from lapa.policy.config import HF, BackboneConfig, HfConfig, TrainingOptions
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
+from lapa.policy.runtime import Policy, is_policy, load_policy
 
 # Held-out steps that an evaluation looks at, spread evenly over the held-out episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
 LEAST_STEPS = 32
 EVALUATION_BATCH = 64
-HF = "hf:"
-
-
-def tiny_loop(steps: int) -> LoopConfig:
-    """The preset `tiny` of both stages."""
-    return LoopConfig(steps=steps, batch_size=32, optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """What `lapa policy pretrain` and `lapa policy finetune` have in common."""
-
-    data: tuple[str, ...]
-    """Datasets to learn from. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
-    out: Path
-    """Folder of the policy to write."""
-    policy: Path | None = None
-    """The policy to start from."""
-    preset: str = "tiny"
-    """Where the other options start: debug, tiny, base, paper, smolvlm2-500m, qwen3-vl-2b or paligemma-3b."""
-    backbone: str = "tiny"
-    """Without --policy: `tiny`, or `hf:` and the folder or hub id of an image-text model of transformers."""
-    hf_image_size: int | None = None
-    """Side of the square pictures that an `hf` backbone is given, in pixels; by default what it was made for."""
-    tiny: Annotated[TinyConfig, tyro.conf.arg(name="")] = field(default_factory=TinyConfig)
-    cameras: tuple[str, ...] = ()
-    """Cameras to see, one image slot each; by default those of the policy to start from, or each dataset's first."""
-    prompt: str | None = None
-    """What the policy reads: plain, paper, openvla, or a template with {instruction}; by default as before."""
-    prompts: tuple[str, ...] = ()
-    """Prompts of single datasets: DATASET=PROMPT."""
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
-    freeze_vision: bool = False
-    """Keep the vision tower as it is (the paper's recipe, for towers that were trained before)."""
-    freeze_language: bool = False
-    """Keep the language model's layers as they are."""
-    lora_rank: int = 0
-    """Train low-rank adapters in the language model's layers instead of these (needs lapa-vla[lora]); 0: none."""
-    augment: bool = False
-    """Random crops and changed colours."""
-    mix_by: MixBy = "frames"
-    """Datasets are drawn in proportion to their weights times their frames, times their episodes, or alone."""
-    held_out: float = 0.1
-    """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
-    cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-    resume: bool = False
-    """Go on with the run that `out` holds."""
-
-    def backbone_config(self) -> BackboneConfig:
-        """UserError for a backbone that is not known."""
-        if self.backbone == "tiny":
-            return self.tiny
-        if self.backbone.startswith(HF) and self.backbone != HF:
-            source = self.backbone.removeprefix(HF)
-            return HfConfig(source=source, image_size=self.hf_image_size or native_image_size(source))
-        if self.backbone == "lwm":
-            raise UserError(
-                "the backbone lwm has no weights of its own: import LWM-Chat-1M or LAPA-7B with `lapa import lapa-7b`, "
-                "and give the folder with --policy"
-            )
-        raise UserError(
-            f"--backbone {self.backbone!r}: expected tiny, or hf:FOLDER or hf:HUB_ID of an image-text model; a policy "
-            "folder goes to --policy"
-        )
 
 
 def new_policy(
     options: TrainingOptions, datasets: Sequence[Dataset], segments: dict[str, int], latent_length: int = 0
-) -> PolicyParts:
+) -> Policy:
     """A policy that has not learned any action yet: a fresh backbone, or a pretrained vision-language model."""
     prompts = choose_prompts(options, datasets)
     cameras = options.cameras or datasets[0].cameras[:1]
-    config = options.backbone_config()
+    config = backbone_config(options)
     backbone, processor, vocabulary = create_backbone(
         config, texts=instructions(datasets, prompts), num_cameras=len(cameras), segments=segments
     )
     policy = PolicyConfig(vocabulary, cameras, config, prompts, latent_length=latent_length)
-    return PolicyParts(LatentPolicy(policy, backbone), processor)
+    return Policy(LatentPolicy(policy, backbone), processor)
 
 
-def load_start(options: TrainingOptions, folder: Path) -> PolicyParts:
+def backbone_config(options: TrainingOptions) -> BackboneConfig:
+    """The backbone that `--backbone` names. Raises UserError for one that is not known."""
+    if options.backbone == "tiny":
+        return options.tiny
+    if options.backbone.startswith(HF) and options.backbone != HF:
+        source = options.backbone.removeprefix(HF)
+        return HfConfig(source=source, image_size=options.hf_image_size or native_image_size(source))
+    if options.backbone == "lwm":
+        raise UserError(
+            "the backbone lwm has no weights of its own: import LWM-Chat-1M or LAPA-7B with `lapa import lapa-7b`, "
+            "and give the folder with --policy"
+        )
+    raise UserError(
+        f"--backbone {options.backbone!r}: expected tiny, or hf:FOLDER or hf:HUB_ID of an image-text model; a policy "
+        "folder goes to --policy"
+    )
+
+
+def load_start(options: TrainingOptions, folder: Path) -> Policy:
     """The policy to start from. Its backbone is its own, whatever --backbone or the preset say, which the user is told.
 
     UserError where the output would take its place.
     """
     if folder.resolve() == options.out.resolve():
         raise UserError(f"{options.out}: is the policy to start from; give another --out")
-    parts = load_policy(folder)
-    backbone = parts.model.config.backbone
+    policy = load_policy(folder)
+    backbone = policy.config.backbone
     own = f"{HF}{backbone.source}" if isinstance(backbone, HfConfig) else backbone.kind
     if options.backbone not in ("tiny", own):
         warn(f"--backbone {options.backbone} is not looked at: {folder} has its own, {own}")
-    return parts
+    return policy
 
 
 def instructions(datasets: Sequence[Dataset], prompts: Prompts) -> list[str]:
@@ -155,10 +102,9 @@ def require_same_codes(policy: PolicyConfig, manifest: Manifest, folder: Path | 
 
 def choose_prompts(options: TrainingOptions, datasets: Sequence[Dataset], known: Prompts | None = None) -> Prompts:
     """As the options say, else those of the policy to start from (`known`), else plain ones."""
-    if known is not None and options.prompt is None and not options.prompts:
+    if known is not None and options.prompt is None:
         return known
-    default = options.prompt or (known.default if known else "plain")
-    return parse_prompts(default, options.prompts, [dataset.name for dataset in datasets])
+    return parse_prompts(options.prompt or "plain", [dataset.name for dataset in datasets])
 
 
 def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Sequence[Dataset]) -> tuple[str, ...]:
@@ -201,7 +147,7 @@ def choose_what_learns(model: LatentPolicy, options: TrainingOptions) -> None:
 
 
 def train_policy(
-    parts: PolicyParts,
+    policy: Policy,
     training: EpisodeSteps,
     held_out: EpisodeSteps | None,
     options: TrainingOptions,
@@ -214,7 +160,7 @@ def train_policy(
 
     labels: folders that are read beside the datasets and the policy to start from, none of which may be written over.
     """
-    choose_what_learns(parts.model, options)
+    choose_what_learns(policy.model, options)
     if is_main_process():
         claim_output(
             options.out,
@@ -227,14 +173,14 @@ def train_policy(
                 *([options.policy] if options.policy else []),
             ],
         )
-    evaluate = None if held_out is None else held_out_figures(parts.inputs, held_out)
+    evaluate = None if held_out is None else held_out_figures(policy, held_out)
     if held_out is None:
         say("no episode is held out: nothing is evaluated while training")
     training.mixture.report(options.loop.steps * options.loop.batch_size)
     result = train(
-        parts.model,
+        policy.model,
         training,
-        parts.inputs.collate,
+        policy.collate,
         options.loop,
         options.out,
         run_config=run_config,
@@ -243,12 +189,12 @@ def train_policy(
         evaluate=evaluate,
     )
     if result.finished and is_main_process():
-        parts.model.merge_adapters()
-        save_policy(options.out, parts, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
+        policy.model.merge_adapters()
+        policy.save(options.out, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
     return result.finished
 
 
-def held_out_figures(inputs: PolicyInputs, steps: EpisodeSteps) -> Callable[[nn.Module], dict[str, float]]:
+def held_out_figures(policy: Policy, steps: EpisodeSteps) -> Callable[[nn.Module], dict[str, float]]:
     """An evaluation on held-out steps: the loss and its parts given the true tokens before each, and for robot
 
     actions `action_error`, the mean absolute difference of the decoded chunk, in the robot's units; for each dataset,
@@ -261,16 +207,16 @@ def held_out_figures(inputs: PolicyInputs, steps: EpisodeSteps) -> Callable[[nn.
         for share, items in parts
         for first in range(0, len(items), EVALUATION_BATCH)
     ]
-    batches = [inputs.collate(group) for _, _, group in groups]
+    batches = [policy.collate(group) for _, _, group in groups]
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, LatentPolicy)
         device = next(model.parameters()).device
         totals: dict[str, float] = {}
         for (share, num_items, group), batch in zip(groups, batches, strict=True):
-            figures = _figures(model, inputs, group, {name: value.to(device) for name, value in batch.items()})
+            figures = _figures(model, policy, group, {name: value.to(device) for name, value in batch.items()})
             for name, value in figures.items():
-                by_dataset = name == "action_error" and inputs.by_key
+                by_dataset = name == "action_error" and len(policy.statistics) > 1
                 key = f"{name}_{group[0]['dataset']}" if by_dataset else name
                 weight = len(group) / num_items * (1.0 if by_dataset else share)
                 totals[key] = totals.get(key, 0.0) + value * weight
@@ -331,12 +277,12 @@ def open_steps(
 
 
 def _figures(
-    model: LatentPolicy, inputs: PolicyInputs, items: Sequence[dict[str, Any]], batch: dict[str, Tensor]
+    model: LatentPolicy, policy: Policy, items: Sequence[dict[str, Any]], batch: dict[str, Tensor]
 ) -> dict[str, float]:
     losses = model(batch)
     figures = {"loss": float(losses.loss), **{name: float(value) for name, value in losses.parts.items()}}
     if "action_BKA" in batch:
-        decoded_BKA = inputs.decode(model.predict_actions(batch).cpu().numpy(), [item["dataset"] for item in items])
+        decoded_BKA = policy.decode(model.predict_actions(batch).cpu().numpy(), [item["dataset"] for item in items])
         true_BKA = np.stack([item["actions_KA"] for item in items])
         counted_BK = np.stack([item["action_mask_K"] for item in items])
         figures["action_error"] = float(np.abs(decoded_BKA - true_BKA).mean(-1)[counted_BK].mean())

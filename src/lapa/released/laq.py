@@ -20,7 +20,7 @@ from torch import Tensor
 from lapa import config as configs
 from lapa.console import finish
 from lapa.errors import UserError, unknown
-from lapa.files import claim_output, errors_about, read_json, write_json
+from lapa.files import claim_output, naming, read_json, write_json
 from lapa.latent.model import CONFIG, LatentActionModel, LatentModelConfig
 from lapa.released.checkpoints import MALFORMED
 from lapa.released.config import ImportLaqConfig
@@ -162,10 +162,10 @@ def run(config: ImportLaqConfig) -> None:
     published = PUBLISHED_CONFIG if config.sizes is None else read_json(config.sizes)
     if not isinstance(published, dict):
         raise UserError(f"{config.sizes}: expected an object with the sizes of a released model")
-    with errors_about(config.sizes):
+    with naming(config.sizes):
         released_config(published)
     weights = read_weights(config.weights)
-    with errors_about(config.weights):
+    with naming(config.weights):
         model = from_released(weights, published)
     complete = (config.out / CONFIG).exists()
     claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.weights])

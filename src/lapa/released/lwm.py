@@ -30,11 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lapa.errors import UserError
 from lapa.files import writing
 from lapa.policy.backbones.base import PrefixBackbone, Tags, require_room
-from lapa.policy.backbones.tiny import square_images
-from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from lapa.policy.backbones.tiny import load_tokenizer, save_tokenizer, square_images, train_tokenizer
+from lapa.policy.config import LwmConfig
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.released.checkpoints import malformed
-from lapa.released.config import LwmConfig
 from lapa.released.vqgan import VQGAN
 
 VQGAN_FOLDER = "vqgan"

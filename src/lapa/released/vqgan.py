@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from lapa import config as configs
 from lapa.errors import UserError
 from lapa.files import atomic_path
+from lapa.policy.config import NORM_GROUPS, VQGANConfig
 from lapa.released.checkpoints import malformed, require_shapes, shapes_of
-from lapa.released.config import NORM_GROUPS, VQGANConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NORM_EPS = 1e-6

@@ -32,7 +32,7 @@ from lapa.data.video import decode_clip, probe
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.errors import UserError
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, write_json
-from lapa.policy.figures import action_figures
+from lapa.policy.open_loop import action_figures
 from lapa.study.config import StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import ARTIFACTS, Plan, Step, order, stage_presets
 from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout

@@ -15,33 +15,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lapa.policy.backbones.base import Backbone, Memory, Processor, Tags
-from lapa.policy.backbones.hf import HfConfig
-from lapa.policy.backbones.tiny import TinyConfig
+from lapa.policy.backbones.base import Backbone, Processor
+from lapa.policy.config import BackboneConfig
 from lapa.policy.vocabulary import Vocabulary
-from lapa.released.lwm import LwmConfig
 
-BackboneConfig = TinyConfig | HfConfig | LwmConfig
 # Kind -> the module that holds its `create`, `renew` and `load`.
 MODULES = {
     "tiny": "lapa.policy.backbones.tiny",
     "hf": "lapa.policy.backbones.hf",
     "lwm": "lapa.released.lwm",
 }
-
-__all__ = [
-    "Backbone",
-    "BackboneConfig",
-    "HfConfig",
-    "LwmConfig",
-    "Memory",
-    "Processor",
-    "Tags",
-    "TinyConfig",
-    "create_backbone",
-    "load_backbone",
-    "renew_backbone",
-]
 
 
 def create_backbone(

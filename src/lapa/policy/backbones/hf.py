@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -36,7 +34,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lapa import files
 from lapa.errors import UserError
 from lapa.policy.backbones.base import Backbone, Memory, positions, require_room
-from lapa.policy.backbones.hf_inputs import HfProcessor, model_images
+from lapa.policy.backbones.hf_processor import HfProcessor, model_images
+from lapa.policy.config import HfConfig
 from lapa.policy.lora import vocabulary_weights
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
 
@@ -44,17 +43,6 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PROVEN = "SmolVLM, Qwen2.5-VL, Qwen3-VL or PaliGemma"
 # Of a row's distance from the mean: new rows differ from one another, but hardly from an average word.
 NEW_ROW_NOISE = 0.1
-
-
-@dataclass(frozen=True)
-class HfConfig:
-    """An image-text model of transformers."""
-
-    kind: Annotated[Literal["hf"], tyro.conf.Suppress] = "hf"
-    source: str = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
-    """Folder or hub id of the model that training starts from."""
-    image_size: int = 512
-    """Side of the square image that the model sees, in pixels; which sizes it can take depends on the model."""
 
 
 class HfBackbone(Backbone):

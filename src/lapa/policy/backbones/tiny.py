@@ -12,53 +12,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import tyro
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
-from lapa.nn.config import tower_grid
+from lapa.files import writing
 from lapa.nn.vision import residual_tower
 from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
-from lapa.policy.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from lapa.policy.config import TinyConfig
 from lapa.policy.vocabulary import Segment, Vocabulary
 
 WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class TinyConfig:
-    """Sizes of the `tiny` backbone; the defaults are the preset `tiny`."""
-
-    kind: Annotated[Literal["tiny"], tyro.conf.Suppress] = "tiny"
-    image_size: int = 64
-    """Side of the square image that the vision tower sees, in pixels."""
-    vision_widths: tuple[int, ...] = (32, 64, 128)
-    """Channels of the vision tower's stages; each after the first halves the grid."""
-    vision_depth: int = 1
-    """Residual blocks a stage."""
-    width: int = 128
-    """Width D of the language model."""
-    layers: int = 4
-    heads: int = 4
-
-    @property
-    def grid(self) -> int:
-        """Side of the square grid of image tokens of one camera."""
-        return tower_grid(self.image_size, self.vision_widths)
-
-    def __post_init__(self) -> None:
-        tower_grid(self.image_size, self.vision_widths)
-        if self.width % (2 * self.heads):
-            raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even width")
 
 
 @dataclass(frozen=True)
@@ -175,3 +147,51 @@ def _llama_config(config: TinyConfig, vocabulary_size: int) -> LlamaConfig:
         eos_token_id=None,
         pad_token_id=None,
     )
+
+
+PAD, BEGIN, END = "<pad>", "<s>", "</s>"
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most `vocabulary_size` tokens: three special ones, 256 bytes, and the texts' pieces and words.
+
+    The same texts give the same tokenizer, in whatever order and however often each comes.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=1,
+        special_tokens=[PAD, BEGIN, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {END}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        padding_side="left",
+        # An instruction that spells "</s>" is words, not a control token.
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer as transformers does. OSError naming the folder where the system refuses."""
+    with writing(folder):
+        tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Reads a saved tokenizer. UserError naming the folder where there is none."""
+    if not (folder / "tokenizer.json").exists():
+        raise UserError(f"{folder}: no tokenizer.json; the policy folder is incomplete, train it again")
+    return PreTrainedTokenizerFast.from_pretrained(folder)

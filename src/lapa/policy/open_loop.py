@@ -13,68 +13,30 @@ L latent action length.
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import torch
-import tyro
 from rich.table import Table
 
 from lapa import config as configs
 from lapa.console import console, finish, progress, say
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.labels import Labels
 from lapa.data.spec import open_dataset
 from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError, unknown
-from lapa.files import claim_output, errors_about, write_json
-from lapa.policy.acting import Actor, load_actor
-from lapa.policy.checkpoint import PolicyParts, load_policy
-from lapa.policy.figures import action_figures, code_figures
-from lapa.policy.runtime import Policy
+from lapa.files import claim_output, naming, write_json
+from lapa.policy.config import MeasureConfig
+from lapa.policy.runtime import Actor, Policy, load_actor, load_policy
 from lapa.policy.training import require_same_codes
 from lapa.types import Observation
 
 MEASURES = "measure.json"
 Place = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class MeasureConfig:
-    """Measure a policy on recorded episodes."""
-
-    policy: Annotated[Path, tyro.conf.Positional]
-    """Folder of a policy."""
-    data: str
-    """Dataset to measure on; with actions, or with --labels.
-
-    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
-    """
-    out: Path | None = None
-    """Folder of measure.json; by default POLICY/measure_DATASET."""
-    labels: str | None = None
-    """Labels of the dataset, to measure latent actions; all there is to measure of a policy that does not act yet."""
-    samples: int = 512
-    """Steps measured, spread evenly over all episodes."""
-    steps: int | None = None
-    """Of each chunk the first so many actions count; by default all."""
-    cameras: tuple[str, ...] = ()
-    """Which of the dataset's cameras fill the image slots; by default those of the same names, or the only one."""
-    prompt_of: str | None = None
-    """Whose prompt the policy reads, of the datasets it learned from; by default --statistics-key's, or its own."""
-    statistics_key: str | None = None
-    """By which dataset's statistics the policy acts, where it learned from several with actions."""
-    batch_size: int = 64
-    """Observations answered at once."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
 
 
 def run(config: MeasureConfig) -> None:
@@ -85,15 +47,16 @@ def run(config: MeasureConfig) -> None:
     labels = None
     if config.labels is not None:
         labels = Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
-    parts = _parts(config) if labels is not None else None
-    actor = _actor(parts, config)
+    policy, actor = _load(config, latent=labels is not None)
     places: list[Place] = []
     if actor is not None:
         check_actor(actor, dataset, config.steps)
         _slots(actor.cameras, dataset, config.cameras)
-    if parts is not None and labels is not None:
-        _check_latent(parts, labels, config)
-        _slots(parts.model.config.cameras, dataset, config.cameras)
+    if policy is not None and labels is not None:
+        if not policy.config.latent_length:
+            raise UserError(f"{config.policy}: has no latent actions to compare with --labels; leave them out")
+        require_same_codes(policy.config, labels.manifest, config.policy)
+        _slots(policy.cameras, dataset, config.cameras)
         places = _labelled_places(labels, dataset, config)
     out = config.out or config.policy / f"measure_{dataset.name}"
     claim_output(
@@ -106,8 +69,8 @@ def run(config: MeasureConfig) -> None:
     figures: dict[str, Any] = {}
     if actor is not None:
         figures |= measure_actions(actor, dataset, config)
-    if parts is not None and labels is not None:
-        figures |= measure_codes(parts, dataset, labels, places, config)
+    if policy is not None and labels is not None:
+        figures |= measure_codes(policy, dataset, labels, places, config)
     console.print(table_of(figures, dataset.name))
     write_json(out / MEASURES, {**figures, "config": configs.to_dict(config), **versions_and_hardware()})
     key = ["--statistics-key", config.statistics_key] if config.statistics_key else []
@@ -120,11 +83,11 @@ def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> di
     places = _spread([np.arange(length) for length in dataset.lengths], config.samples)
     cameras = _slots(actor.cameras, dataset, config.cameras)
     say(f"{len(places)} of {dataset.num_frames} steps of {dataset.name}")
-    said, true, counted = [], [], []
+    predicted, true, counted = [], [], []
     with progress() as bar:
         line = bar.add_task("steps", total=len(places), note="")
         for group in _groups(places, config.batch_size):
-            said.append(actor.infer(_observations(dataset, group, cameras, bool(actor.state_dim))))
+            predicted.append(actor.infer(_observations(dataset, group, cameras, bool(actor.state_dim))))
             for episode, frame in group:
                 actions_TA = dataset.actions(episode)
                 steps_K = frame + np.arange(actor.chunk)
@@ -133,35 +96,26 @@ def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> di
             bar.update(line, advance=len(group))
     mean_A = dataset.all_actions().mean(0)
     first = slice(config.steps)
-    said_NKA, true_NKA, counted_NK = np.concatenate(said), np.stack(true), np.stack(counted)
+    predicted_NKA, true_NKA, counted_NK = np.concatenate(predicted), np.stack(true), np.stack(counted)
     assert dataset.action_space is not None, "check_actor refuses a dataset without actions"
-    return action_figures(said_NKA[:, first], true_NKA[:, first], counted_NK[:, first], mean_A, dataset.action_space)
+    return action_figures(
+        predicted_NKA[:, first], true_NKA[:, first], counted_NK[:, first], mean_A, dataset.action_space
+    )
 
 
 def measure_codes(
-    parts: PolicyParts, dataset: Dataset, labels: Labels, places: Sequence[Place], config: MeasureConfig
+    policy: Policy, dataset: Dataset, labels: Labels, places: Sequence[Place], config: MeasureConfig
 ) -> dict[str, Any]:
-    """Latent actions as the policy says them, greedily, against the labels of these frames: `code_figures`' keys."""
-    policy = parts.model.config
+    """Latent actions that the policy predicts, greedily, against the labels of these frames: `code_figures`' keys."""
     cameras = _slots(policy.cameras, dataset, config.cameras)
-    device = pick_device(config.device)
-    model = parts.model.to(device).eval()
-    said = []
+    predicted = []
     with progress() as bar:
         line = bar.add_task("labelled frames", total=len(places), note="")
         for group in _groups(places, config.batch_size):
-            seen = _observations(dataset, group, cameras, bool(policy.state_dim))
-            batch = parts.inputs.observed(
-                [[observation.images[camera] for camera in policy.cameras] for observation in seen],
-                [observation.instruction for observation in seen],
-                [observation.state for observation in seen if observation.state is not None],
-                [config.prompt_of] * len(seen),
-            )
-            codes_BL = model.predict_codes({name: value.to(device) for name, value in batch.items()})
-            said.append(codes_BL.cpu().numpy())
+            predicted.append(policy.predict_codes(_observations(dataset, group, cameras, bool(policy.state_dim))))
             bar.update(line, advance=len(group))
     true_NL = np.stack([codes_at(labels, episode, frame)[0] for episode, frame in places])
-    return code_figures(np.concatenate(said), true_NL)
+    return code_figures(np.concatenate(predicted), true_NL)
 
 
 def check_actor(actor: Actor, dataset: Dataset, steps: int | None = None) -> None:
@@ -214,31 +168,19 @@ def table_of(figures: dict[str, Any], name: str) -> Table:
     return table
 
 
-def _actor(parts: PolicyParts | None, config: MeasureConfig) -> Actor | None:
-    """What acts: the policy that was loaded for its latent actions or else is loaded here; None if only pretrained."""
-    if parts is None:
-        return load_actor(config.policy, config.statistics_key, device=config.device, dataset=config.prompt_of)
-    if not parts.acts:
-        return None
-    device = pick_device(config.device)
-    # As `Policy.from_pretrained` has it, so that actions are the same with and without --labels.
-    dtype = torch.bfloat16 if device.type == "cuda" else None
-    return Policy(parts, device, config.prompt_of, dtype=dtype)
-
-
-def _parts(config: MeasureConfig) -> PolicyParts:
-    parts = load_policy(config.policy)
-    with errors_about(config.policy):
-        return parts.under(config.statistics_key)
-
-
-def _check_latent(parts: PolicyParts, labels: Labels, config: MeasureConfig) -> None:
-    policy = parts.model.config
-    if not policy.latent_length:
-        raise UserError(f"{config.policy}: has no latent actions to hold against --labels; leave them out")
-    require_same_codes(policy, labels.manifest, config.policy)
-    if config.prompt_of is not None:
-        policy.prompts.require(config.prompt_of)
+def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor | None]:
+    """The policy whose latent actions are measured, if any are, and what acts; None for a policy that does not."""
+    if not latent:
+        return None, load_actor(config.policy, config.statistics_key, config.device)
+    policy = load_policy(config.policy)
+    with naming(config.policy):
+        policy = policy.under(config.statistics_key)
+    if policy.acts:
+        # As `Policy.from_pretrained` has it, so that actions are the same with and without --labels.
+        policy.to(config.device)
+        return policy, policy
+    policy.model.to(pick_device(config.device))
+    return policy, None
 
 
 def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig) -> list[Place]:
@@ -301,3 +243,90 @@ def _observations(
 
 def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+# A true action has a direction where it is longer than this share of the actions' root mean square.
+LEAST_MOTION = 0.1
+
+
+def action_figures(
+    predicted_NKA: np.ndarray, true_NKA: np.ndarray, counted_NK: np.ndarray, mean_A: np.ndarray, space: ActionSpace
+) -> dict[str, Any]:
+    """The errors of predicted chunks, in the robot's units, beside those of always saying the mean action.
+
+    counted_NK: False where the episode had ended. A figure that is not defined is None: the R2 and the normalised error
+    of a dimension that never changes, the direction where nothing moves.
+    """
+    predicted_MA, true_MA = predicted_NKA[counted_NK].astype(np.float64), true_NKA[counted_NK].astype(np.float64)
+    errors_MA, mean_errors_MA = np.abs(predicted_MA - true_MA), np.abs(mean_A - true_MA)
+    variance_A = true_MA.var(0)
+    unexplained_A = ((predicted_MA - true_MA) ** 2).mean(0)
+    dimensions = {}
+    for number, name in enumerate(space.names):
+        error, mean_error = float(errors_MA[:, number].mean()), float(mean_errors_MA[:, number].mean())
+        dimensions[name] = {
+            "action_error": error,
+            "mean_action_error": mean_error,
+            "normalised_error": _ratio(error, mean_error),
+            "r2": None if variance_A[number] < 1e-12 else float(1 - unexplained_A[number] / variance_A[number]),
+        }
+    defined = [values["r2"] for values in dimensions.values() if values["r2"] is not None]
+    error, mean_error = float(errors_MA.mean()), float(mean_errors_MA.mean())
+    moving = [number for number, name in enumerate(space.names) if _moves(name, space.binary[number])]
+    first_NA = true_NKA[:, 0, moving].astype(np.float64)
+    return {
+        "num_steps": len(predicted_NKA),
+        "chunk_steps": predicted_NKA.shape[1],
+        "action_error": error,
+        "mean_action_error": mean_error,
+        "normalised_error": _ratio(error, mean_error),
+        "r2": float(np.mean(defined)) if defined else None,
+        "direction": _direction(predicted_NKA[:, 0, moving], first_NA),
+        "mean_action_direction": _direction(np.broadcast_to(mean_A[moving], first_NA.shape), first_NA),
+        "action_error_by_step": [
+            float(np.abs(predicted_NKA - true_NKA)[:, step][counted_NK[:, step]].mean())
+            for step in range(predicted_NKA.shape[1])
+            if counted_NK[:, step].any()
+        ],
+        "dimensions": dimensions,
+    }
+
+
+def code_figures(predicted_NL: np.ndarray, true_NL: np.ndarray) -> dict[str, Any]:
+    """Shares of right tokens and right whole latent actions, beside what always saying the most frequent would get."""
+    right_NL = predicted_NL == true_NL
+    most_L = [Counter(column).most_common(1)[0][1] / len(true_NL) for column in true_NL.T.tolist()]
+    most_whole = Counter(map(tuple, true_NL.tolist())).most_common(1)[0][1] / len(true_NL)
+    return {
+        "num_labels": len(true_NL),
+        "token_accuracy": float(right_NL.mean()),
+        "token_accuracy_per_position": [float(share) for share in right_NL.mean(0)],
+        "most_frequent_token": float(np.mean(most_L)),
+        "most_frequent_token_per_position": most_L,
+        "latent_action_accuracy": float(right_NL.all(1).mean()),
+        "most_frequent_latent_action": most_whole,
+    }
+
+
+def _moves(name: str, binary: bool) -> bool:
+    """Whether a dimension is part of the motion; a gripper's effort would drown it in the cosine."""
+    return not binary and "gripper" not in name.lower()
+
+
+def _direction(predicted_NA: np.ndarray, true_NA: np.ndarray) -> float | None:
+    """Mean cosine where the true action is not tiny; a prediction of zero has the cosine 0."""
+    lengths_N = np.linalg.norm(true_NA, axis=1)
+    counted_N = lengths_N > LEAST_MOTION * np.sqrt((lengths_N**2).mean())
+    if not counted_N.any():
+        return None
+    predicted_NA, true_NA, lengths_N = (
+        predicted_NA[counted_N].astype(np.float64),
+        true_NA[counted_N],
+        lengths_N[counted_N],
+    )
+    predicted_lengths_N = np.maximum(np.linalg.norm(predicted_NA, axis=1), 1e-12)
+    return float(((predicted_NA * true_NA).sum(1) / (predicted_lengths_N * lengths_N)).mean())
+
+
+def _ratio(value: float, over: float) -> float | None:
+    return value / over if over > 1e-12 else None

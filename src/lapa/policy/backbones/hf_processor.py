@@ -33,7 +33,7 @@ from lapa.console import warn
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.policy.backbones.base import Tags
-from lapa.policy.tokenizer import save_tokenizer
+from lapa.policy.backbones.tiny import save_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
