@@ -1,4 +1,4 @@
-"""LeRobot datasets: v2.1, pictures in tables, other names, the hub, conversion, and what damaged ones say."""
+"""LeRobot datasets: v2.1, images in tables, other names, the hub, conversion, and damage."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def copied(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "d"
 
 
-def with_pictures_in_tables(robot: Dataset, root: Path, rows_per_group: int = 5) -> Path:
+def with_images_in_tables(robot: Dataset, root: Path, rows_per_group: int = 5) -> Path:
     """The dataset as LeRobot writes it with `use_videos=False`: PNGs in the data file."""
     shutil.copytree(robot.root, root)
     shutil.rmtree(root / "videos")
@@ -112,8 +112,8 @@ def test_old_versions_hold_what_the_new_one_does(robot: Dataset, old: Path, tmp_
     assert dataset.fingerprint == open_dataset(f"lerobot:{root}").fingerprint != robot.fingerprint
 
 
-def test_pictures_in_tables_are_read_across_row_groups(robot: Dataset, tmp_path: Path) -> None:
-    dataset = open_dataset(with_pictures_in_tables(robot, tmp_path / "d"))
+def test_images_in_tables_are_read_across_row_groups(robot: Dataset, tmp_path: Path) -> None:
+    dataset = open_dataset(with_images_in_tables(robot, tmp_path / "d"))
     for episode in (2, 0, 1):
         frames = made_up(episode)[0]
         for camera in ("front", "wrist"):
@@ -223,7 +223,7 @@ def test_damaged_episodes_are_left_out_and_counted(old: Path, tmp_path: Path, ca
 def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs LeRobotDataset v3\.0, got v2\.1; `lapa data lerobot"):
         hide_actions(HideActionsConfig(data=str(old), out=tmp_path / "out"))
-    pictures = with_pictures_in_tables(robot, tmp_path / "d")
+    pictures = with_images_in_tables(robot, tmp_path / "d")
     with pytest.raises(ValueError, match="needs cameras whose images are videos; `lapa data lerobot"):
         hide_actions(HideActionsConfig(data=str(pictures), out=tmp_path / "out"))
     assert require_folder(open_dataset(f"lerobot:{robot.root}")).root == robot.root
@@ -252,7 +252,7 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
         ({"data_path": "data/{episode}.parquet"}, "may name chunk_index, file_index"),
     ],
 )
-def test_what_is_wrong_with_info_is_said(robot: Dataset, tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_what_is_wrong_with_info_is_named(robot: Dataset, tmp_path: Path, change: dict[str, Any], told: str) -> None:
     (tmp_path / "meta").mkdir()
     info = {key: value for key, value in {**robot.info, **change}.items() if value is not None}
     (tmp_path / INFO).write_text(json.dumps(info))
@@ -277,7 +277,7 @@ def test_missing_videos_are_counted_when_opened(old: Path, robot: Dataset, tmp_p
         open_dataset(new)
 
 
-def test_empty_files_and_pointers_of_git_lfs_are_told_apart(old: Path, tmp_path: Path) -> None:
+def test_empty_files_and_pointers_of_git_lfs_are_distinguished(old: Path, tmp_path: Path) -> None:
     root = copied(old, tmp_path)
     video = root / f"videos/chunk-000/{FRONT}/episode_000001.mp4"
     video.write_bytes(b"")
@@ -417,8 +417,8 @@ def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, 
         open_dataset(new).frames(0)
 
 
-def test_damaged_pictures_in_tables_are_named(robot: Dataset, tmp_path: Path) -> None:
-    root = with_pictures_in_tables(robot, tmp_path / "d")
+def test_damaged_images_in_tables_are_named(robot: Dataset, tmp_path: Path) -> None:
+    root = with_images_in_tables(robot, tmp_path / "d")
     first = LENGTHS[0]
     for picture, told in (
         ({"bytes": None, "path": "x.png"}, "holds no image in row 11"),
@@ -432,7 +432,7 @@ def test_damaged_pictures_in_tables_are_named(robot: Dataset, tmp_path: Path) ->
         assert len(open_dataset(root).frames(0)) == first
 
 
-def test_a_name_on_the_hub_without_network_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub_without_network_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     with pytest.raises(ValueError, match=r"made-up/nothing: neither a folder here nor a dataset on the hub \(.+\)"):
         open_dataset("lerobot:made-up/nothing")

@@ -1,4 +1,4 @@
-"""What `--data` may say: names, sources, options, weights; paths that look like any of them."""
+"""Data specs: names, sources, options, weights; paths that look like any of them; sources of other distributions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_spec_may_be_longer_than_any_name_of_a_file() -> None:
         ("data/clips:1.2.3", r"'1\.2\.3' is not a weight"),
     ],
 )
-def test_specs_that_cannot_be_read_are_said(text: str, told: str) -> None:
+def test_specs_that_cannot_be_read_are_named(text: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         parse(text)
 

@@ -1,4 +1,4 @@
-"""Datasets on disk: written and read back, LeRobot's layout, kills and full disks, and what bad ones say."""
+"""Datasets on disk: written and read back, LeRobot's layout, kills and full disks, damage, action spaces."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from lapa.data.config import InfoConfig
-from lapa.data.dataset import Dataset
+from lapa.data.dataset import ActionSpace, Dataset, common_action_space, read_action_space
 from lapa.data.info import run as run_info
 from lapa.data.info import summary
-from lapa.data.lerobot import INFO, JOURNAL
+from lapa.data.lerobot import EXTRA, INFO, JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter, Moments
+from lapa.errors import UserError
 from lapa.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
 from lapa.sources.synthetic import run as run_synthetic
 
@@ -42,7 +44,7 @@ def writer(root: Path, **changes) -> DatasetWriter:
     return DatasetWriter(root, **settings)
 
 
-def test_numbers_and_pictures_come_back(tmp_path: Path) -> None:
+def test_numbers_and_images_come_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     actions = [rng.normal(size=(n, 2)).astype(np.float32) for n in (5, 3)]
     writing = writer(tmp_path / "d", state_names=["s"])
@@ -256,6 +258,7 @@ def test_a_full_disk_leaves_only_whole_episodes(tmp_path: Path, monkeypatch: pyt
         (np.zeros((4, 3)), r"action has shape \(4, 3\), expected \(frames, 2\)"),
         (np.zeros((5, 2)), "lengths differ"),
         (None, "action is missing"),
+        ([["x", "y"]] * 4, "action is no array of numbers"),
     ],
 )
 def test_bad_actions_are_refused(tmp_path: Path, actions: np.ndarray | None, told: str) -> None:
@@ -265,7 +268,22 @@ def test_bad_actions_are_refused(tmp_path: Path, actions: np.ndarray | None, tol
     assert writing.num_episodes == 0
 
 
-def test_bad_pictures_are_refused(tmp_path: Path) -> None:
+def test_images_of_pillow_are_taken(tmp_path: Path) -> None:
+    writing = writer(tmp_path / "d", action_names=None)
+    writing.add_episode({"front": [Image.fromarray(image) for image in grey(3, 90)]}, "task")
+    assert np.abs(writing.finish().frames(0).astype(int) - 90).max() <= 4
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "[" * 100_000])
+def test_a_damaged_journal_is_named(tmp_path: Path, line: str) -> None:
+    writer(tmp_path / "d")
+    with (tmp_path / "d" / JOURNAL).open("a") as journal:
+        journal.write(f"{line}\n")
+    with pytest.raises(UserError, match=r"journal\.jsonl: is damaged .*--overwrite to start anew"):
+        writer(tmp_path / "d", resume=True)
+
+
+def test_bad_images_are_refused(tmp_path: Path) -> None:
     writing = writer(tmp_path / "d", action_names=None)
     with pytest.raises(ValueError, match="frame 0 of front"):
         writing.add_episode({"front": np.zeros((2, 16, 16, 3), np.uint8)}, "task")
@@ -277,7 +295,7 @@ def test_bad_pictures_are_refused(tmp_path: Path) -> None:
         writer(tmp_path / "odd", cameras={"front": (33, 32)})
 
 
-def test_what_is_wrong_with_a_folder_is_said(square: Dataset, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_folder_is_named(square: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such dataset folder"):
         open_dataset(tmp_path / "none")
     with pytest.raises(ValueError, match="not a dataset"):
@@ -351,6 +369,117 @@ def test_info_draws_a_contact_sheet(square: Dataset, tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
-def test_info_says_what_made_the_dataset(square: Dataset, capsys: pytest.CaptureFixture) -> None:
+def test_info_shows_what_made_the_dataset(square: Dataset, capsys: pytest.CaptureFixture) -> None:
     Console(width=200).print(summary(square))
     assert "lapa data synthetic: episodes 4, frames 12, seed 0" in capsys.readouterr().out
+
+
+def arm(root: Path, names: tuple[str, ...] | None = ("x", "gripper"), **declared) -> Dataset:
+    """A dataset of one short episode."""
+    writer = DatasetWriter(root, fps=10, cameras={"front": (16, 16)}, action_names=names, **declared)
+    actions = None if names is None else np.zeros((3, len(names)), np.float32)
+    writer.add_episode({"front": np.full((3, 16, 16, 3), 90, np.uint8)}, "wait", actions=actions)
+    return writer.finish()
+
+
+def test_what_is_declared_comes_back_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    dataset = arm(tmp_path / "d", binary_actions=("gripper",), control="delta")
+    assert dataset.action_space == ActionSpace(("x", "gripper"), (False, True), "delta")
+    assert open_dataset(dataset.root).action_space == dataset.action_space
+    Console(width=200).print(summary(dataset))
+    assert "2 numbers: x, gripper (binary); delta control" in capsys.readouterr().out
+
+
+def test_nothing_declared_leaves_the_files_as_they_were(tmp_path: Path) -> None:
+    plain = arm(tmp_path / "plain")
+    assert plain.action_space == ActionSpace(("x", "gripper"), (False, False), None)
+    assert plain.extra == {}
+    video = arm(tmp_path / "video", names=None, control="delta")
+    assert video.action_space is None and video.extra == {}
+    declared = arm(tmp_path / "declared", binary_actions=("gripper",), control="delta")
+    assert declared.fingerprint == plain.fingerprint, "labels of a dataset outlive what is declared of its actions"
+    assert (plain.root / INFO).read_bytes() == (declared.root / INFO).read_bytes()
+
+
+def test_a_dataset_from_elsewhere_is_declared_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    dataset = arm(tmp_path / "d")
+    (dataset.root / EXTRA).unlink()
+    assert open_dataset(dataset.root).action_space == ActionSpace(("x", "gripper"), (False, False))
+    (dataset.root / EXTRA).write_text(json.dumps({"action_space": {"binary": ["gripper"], "control": "absolute"}}))
+    opened = open_dataset(dataset.root)
+    assert opened.action_space == ActionSpace(("x", "gripper"), (False, True), "absolute")
+    Console(width=200).print(summary(opened))
+    assert "absolute control" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("declared", "told"),
+    [
+        ({"binary": ["griper"]}, r"unknown binary action dimension 'griper'; did you mean 'gripper'"),
+        ({"binary": "gripper"}, r"`binary` must be a list of names"),
+        ({"control": "relative"}, r"unknown control 'relative'.*known: delta, absolute"),
+        ({"gripper": "binary"}, r"action_space must be like"),
+        (["gripper"], r"action_space must be like"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, declared: object, told: str) -> None:
+    dataset = arm(tmp_path / "d")
+    (dataset.root / EXTRA).write_text(json.dumps({"action_space": declared}))
+    with pytest.raises(ValueError, match=rf"meta/lapa\.json: {told}"):
+        _ = open_dataset(dataset.root).action_space
+
+
+def test_a_mistake_in_code_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'gripper'"):
+        arm(tmp_path / "d", binary_actions=("griper",))
+    with pytest.raises(ValueError, match="unknown control 'position'"):
+        arm(tmp_path / "d", control="position")
+    with pytest.raises(ValueError, match="2 action names and 1 flags"):
+        ActionSpace(("x", "y"), (True,))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["x", "gripper"], ("x", "gripper")),
+        ({"motors": ["shoulder", "elbow"]}, ("shoulder", "elbow")),
+        ({"left": ["a"], "right": ["b"]}, ("a", "b")),
+        ({"gripper": 1, "x": 0}, ("x", "gripper")),
+        (["x"], ("action_0", "action_1")),
+        (None, ("action_0", "action_1")),
+        ({"motors": 3}, ("action_0", "action_1")),
+        ("xy", ("action_0", "action_1")),
+    ],
+)
+def test_names_are_read_as_lerobot_writes_them(names: object, read: tuple[str, ...]) -> None:
+    assert read_action_space({"shape": [2], "names": names}, {}, "here").names == read
+
+
+def test_synthetic_actions_are_velocities(tmp_path: Path) -> None:
+    dataset = write_synthetic_dataset(tmp_path / "d", episodes=1, frames=3, actions=True)
+    assert dataset.action_space == ActionSpace(("right", "down"), (False, False), "delta")
+
+
+def test_datasets_of_one_robot_have_one_action_space(tmp_path: Path) -> None:
+    first = arm(tmp_path / "a")
+    second = arm(tmp_path / "b", names=("dx", "grip"), control="absolute")
+    assert common_action_space([first]) == first.action_space
+    assert common_action_space([first, second]) == ActionSpace(("x", "gripper"), (False, False), "absolute")
+
+
+def test_what_datasets_differ_in_is_named(tmp_path: Path) -> None:
+    switch = arm(tmp_path / "switch", binary_actions=("gripper",), control="delta")
+    for other, told in (
+        (arm(tmp_path / "wide", names=("x", "y", "gripper")), r"wide: has actions of 3 dimensions \(x, y, gripper\)"),
+        (arm(tmp_path / "plain"), r"plain: declares nothing binary, .*switch gripper; correct"),
+        (
+            arm(tmp_path / "absolute", binary_actions=("gripper",), control="absolute"),
+            r"differ in control: .*switch delta, .*absolute absolute",
+        ),
+        (arm(tmp_path / "video", names=None), r"video: has no actions"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            common_action_space([switch, other])
+    with pytest.raises(ValueError, match="no dataset"):
+        common_action_space([])
