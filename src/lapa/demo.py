@@ -43,6 +43,7 @@ class DemoConfig:
     rollouts: int = 20
     """Rollouts of each task and policy."""
     seed: int = 0
+    """Seed of all stages."""
     overwrite: bool = False
     """Replace what lies at --out."""
     resume: bool = False

@@ -18,7 +18,7 @@ class EvaluateConfig:
     out: Path
     """Folder for results.json and the videos."""
     env: str = "metaworld"
-    """Environment: metaworld or synthetic."""
+    """Environment: metaworld, synthetic, or one that another distribution registers."""
     tasks: str = "mt10"
     """Task names separated by commas; metaworld also takes mt10 and mt50, synthetic takes all."""
     episodes: int = 20
