@@ -21,9 +21,9 @@ from lapa.policy.config import FinetuneConfig, PretrainConfig, TinyConfig
 # An option without a sensible default, which the user must give.
 REQUIRED: Any = tyro.MISSING
 
-# What keeps the codebook in use and the decoder reading it (docs/log.md): patches whose brightness can be seen, a
-# codebook that cannot starve, latents at its scale, and a decoder that starts from "nothing changes" and so needs the
-# codes for all that does.
+# Options that keep the codebook in use and make the decoder use the codes (docs/log.md): the brightness of patches is
+# not normalised away, no code of FSQ can die, latents have the scale of the codebook, and the decoder predicts the
+# change, for which it needs the codes.
 STEADY: dict[str, Any] = {
     "patch_norm": False,
     "quantizer": "fsq",
@@ -86,7 +86,7 @@ LATENT = {
             steps=50_000, batch_size=256, optim=OptimConfig(lr=3e-4, warmup_steps=1000), log_every=50, eval_every=2000
         ),
     ),
-    # The published model and recipe, with the repairs of docs/log.md that do not change its mathematics.
+    # The published model and recipe, with the fixes of docs/log.md that do not change its mathematics.
     "paper": _latent(
         "paper",
         LatentModelConfig(),
@@ -109,16 +109,17 @@ BACKBONES = {
     ),
 }
 LARGE_POLICY_OPTIM = OptimConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01, warmup_steps=500)
-# LAPA's recipe for a 7B model that was trained before.
+# LAPA's recipe for a pretrained 7B model.
 PAPER_OPTIM = OptimConfig(lr=2e-5, betas=(0.9, 0.95), warmup_steps=0, schedule="constant")
 VLM_OPTIM = OptimConfig(lr=2e-5, betas=(0.9, 0.95), warmup_steps=500)
 
 
 @dataclass(frozen=True)
 class Vlm:
-    """A vision-language model of the hub. image_size: what its vision tower was trained on, or, where it takes any
+    """A vision-language model of the hub.
 
-    size, one that gives few image tokens. checkpointing: whether 80 GiB need it to train a batch of 64.
+    image_size: the size its vision tower was trained on or, where it takes any, one that gives few image tokens.
+    checkpointing: whether training a batch of 64 on a GPU of 80 GiB needs gradient checkpointing.
     """
 
     source: str
@@ -134,7 +135,7 @@ VLMS = {
 
 
 def _on_vlm(config: Any, name: str, loop: LoopConfig, **changes: Any) -> Any:
-    """A stage's config on a vision-language model, its vision tower kept as it is."""
+    """A stage's config on a vision-language model, with its vision tower frozen."""
     vlm = VLMS[name]
     return config(
         out=REQUIRED,
@@ -210,7 +211,7 @@ FINETUNE = {
         for name in VLMS
     },
 }
-# What UniPi reads actions off must be of the size that its video model draws.
+# UniPi needs an inverse dynamics model and a video model of the same image size.
 INVERSE = {
     "debug": InverseTrainConfig(
         data=REQUIRED,
