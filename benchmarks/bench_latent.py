@@ -31,7 +31,8 @@ from lapa import presets
 from lapa.engine.config import OptimConfig
 from lapa.engine.distributed import pick_device
 from lapa.engine.optim import build_optimizer
-from lapa.latent.model import LatentActionModel, LatentModelConfig
+from lapa.latent.config import LatentModelConfig
+from lapa.latent.model import LatentActionModel
 from lapa.released.laq import PUBLISHED_CONFIG, released_config
 
 MINI = {

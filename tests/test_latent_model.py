@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from lapa.latent.model import LatentActionModel, LatentModelConfig, lam_fingerprint
+from lapa import files
+from lapa.errors import UserError
+from lapa.latent.config import LatentModelConfig
+from lapa.latent.model import FEATURE_WEIGHT, LatentActionModel, lam_fingerprint
 
 PAPER = LatentModelConfig(
     image_size=32, patch_size=8, dim=16, spatial_depth=1, temporal_depth=1, heads=2, dim_head=8, quant_dim=6
@@ -201,7 +204,7 @@ def test_vision_features_as_inputs_and_targets(tower, tmp_path, inputs, targets,
     losses = model.loss(frames())
     if targets == "both":
         parts = losses.parts
-        expected = parts["reconstruction"] + config.feature_weight * parts["feature_reconstruction"]
+        expected = parts["reconstruction"] + FEATURE_WEIGHT * parts["feature_reconstruction"]
     else:
         expected = (prediction - target).square().mean()
     torch.testing.assert_close(losses.loss.detach(), expected)
@@ -335,3 +338,18 @@ def test_standardize_over_two_processes_is_that_of_the_whole_batch(tmp_path):
     torch.testing.assert_close(dict(model.named_buffers()), buffers)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_a_config_with_retired_keys_loads_at_their_only_value(tmp_path):
+    torch.manual_seed(0)
+    model = LatentActionModel(TINY).eval()
+    model.save_pretrained(tmp_path)
+    before, config = lam_fingerprint(tmp_path), files.read_json(tmp_path / "config.json")
+    config["model"] |= {"commitment_weight": 0.25, "feature_weight": 0.01, "kl_weight": 0.0001}
+    files.write_json(tmp_path / "config.json", config)
+    assert LatentActionModel.from_pretrained(tmp_path).config == TINY
+    assert lam_fingerprint(tmp_path) == before
+    config["model"]["kl_weight"] = 0.5
+    files.write_json(tmp_path / "config.json", config)
+    with pytest.raises(UserError, match=r"config.json: kl_weight 0.5 is no longer supported, only 0.0001"):
+        LatentActionModel.from_pretrained(tmp_path)

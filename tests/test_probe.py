@@ -1,5 +1,6 @@
 """The probe can fail: it tells a model that knows from one that ignores its codes and from one that cheats."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,7 +119,9 @@ class Cheat(Fake):
 @pytest.fixture(scope="module")
 def figures(data: Path) -> dict[str, dict[str, Any]]:
     sample = sample_of(data, 192)
-    return {kind.__name__: probe(kind(), sample) for kind in (Oracle, Ignorant, Cheat)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # None reaches the user, of convergence least of all.
+        return {kind.__name__: probe(kind(), sample) for kind in (Oracle, Ignorant, Cheat)}
 
 
 def test_an_oracle_passes_every_figure(figures: dict[str, dict[str, Any]]) -> None:
@@ -321,6 +324,7 @@ def test_show_says_what_is_wrong(
 
 
 def test_show_refuses_a_continuous_model(continuous: Path, tmp_path: Path, capsys: Any) -> None:
+    Image.new("RGB", (50, 40), "teal").save(tmp_path / "any.png")
     assert lapa("latent", "show", continuous, "--image", tmp_path / "any.png") == 2
     assert "no codes" in capsys.readouterr().err
 

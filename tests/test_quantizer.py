@@ -67,7 +67,7 @@ def test_a_vocabulary_is_split_into_levels_whose_product_it_is():
 
 def test_moving_averages_follow_the_latents_and_revive_dead_codes():
     torch.manual_seed(0)
-    quantizer, centres = MovingAverages(4, 8, commitment=0.25), 5 * torch.randn(8, 4)
+    quantizer, centres = MovingAverages(4, 8), 5 * torch.randn(8, 4)
 
     def data():
         return (centres[torch.randint(8, (256,))] + 0.01 * torch.randn(256, 4))[:, None]
@@ -83,7 +83,7 @@ def test_moving_averages_follow_the_latents_and_revive_dead_codes():
 
 def test_a_continuous_latent_is_sampled_in_training_and_its_mean_in_evaluation():
     torch.manual_seed(0)
-    quantizer, z = Continuous(4, kl_weight=0.5), torch.randn(256, 2, 4)
+    quantizer, z = Continuous(4), torch.randn(256, 2, 4)
     one, two = (quantizer.train()(z) for _ in range(2))
     assert one.codes_BL is None
     assert not torch.equal(one.quantized_BLD, two.quantized_BLD)
@@ -94,7 +94,7 @@ def test_a_continuous_latent_is_sampled_in_training_and_its_mean_in_evaluation()
     # A unit normal is what the divergence wants; any other mean costs half its square.
     assert quantizer.train()(z).loss == 0
     quantizer.moments.bias.data[:4] = 2.0
-    torch.testing.assert_close(quantizer(z).loss, torch.tensor(0.5 * 2.0))
+    torch.testing.assert_close(quantizer(z).loss, torch.tensor(quantizers.KL_WEIGHT * 2.0))
     with pytest.raises(ValueError, match="has no codes"):
         quantizer.embed(torch.zeros(1, 2, dtype=torch.int64))
 

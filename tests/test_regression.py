@@ -15,6 +15,9 @@ from lapa.latent.metrics import (
     scores,
 )
 
+# No warning of the libraries that fit reaches the user.
+pytestmark = pytest.mark.filterwarnings("error")
+
 
 def ridge_r2(features_BF, targets_BA, test_B):
     return r2(ridge(features_BF, targets_BA, test_B)[test_B], targets_BA[test_B], targets_BA[~test_B].mean(0))

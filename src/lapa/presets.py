@@ -14,8 +14,7 @@ import tyro
 from lapa.baselines.config import InverseConfig, InverseTrainConfig, VideoConfig, VideoTrainConfig
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import unknown
-from lapa.latent.model import LatentModelConfig
-from lapa.latent.train import LatentTrainConfig
+from lapa.latent.config import LatentModelConfig, LatentTrainConfig
 from lapa.policy.config import FinetuneConfig, PretrainConfig, TinyConfig
 
 # An option without a sensible default, which the user must give.

@@ -1,17 +1,27 @@
-"""The shape and the options of a latent action model; `lapa latent train --help` lists them."""
+"""Options of a latent action model and of the commands `lapa latent ...`; imports nothing heavy.
+
+lapa latent train --help
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from lapa import config as configs
+from lapa.data.config import MixBy
+from lapa.engine.config import LoopConfig
 from lapa.errors import UserError
 
 LARGEST_LEVELS = 16
 FACTORS = range(8, 1, -1)
+# Keys of configs of earlier versions, with the only value that this version computes.
+RETIRED = {"commitment_weight": 0.25, "feature_weight": 0.01, "kl_weight": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -19,63 +29,58 @@ class LatentModelConfig:
     """Shape and options of a latent action model. The defaults are the paper's sizes in the clean layout."""
 
     image_size: int = 256
-    """Pixels on a side; frames are square."""
+    """Height and width of the frames, in pixels."""
     patch_size: int = 32
-    """Pixels on a side of one token."""
+    """Height and width of one patch, in pixels; a patch is a token."""
     patch_norm: bool = True
     """Normalise the pixels of each patch (paper), which hides its brightness and contrast from the model."""
     dim: int = 1024
     """Width of the tokens."""
     spatial_depth: int = 8
-    """Layers over patches, in the encoder and in the decoder."""
+    """Layers of attention over patches, in the encoder and in the decoder."""
     temporal_depth: int = 8
-    """Layers over time, in the encoder."""
+    """Layers of attention over time, in the encoder."""
     heads: int = 16
     """Attention heads."""
     dim_head: int = 64
     """Width of one attention head."""
     latent_length: int = 4
-    """Codes in a latent action."""
+    """Codes of one latent action."""
     codebook_size: int = 8
-    """Values a code can take."""
+    """Number of values of a code."""
     quant_dim: int = 32
-    """Width of a latent before it is quantised."""
+    """Width of a latent before quantisation."""
     quantizer: Literal["nsvq", "vq", "fsq", "continuous"] = "nsvq"
-    """nsvq: the paper's; vq: moving averages; fsq: finite scalar quantisation; continuous: no codes."""
+    """nsvq: noise substitution (paper); vq: moving averages; fsq: finite scalar quantisation; continuous: no codes."""
     fsq_levels: tuple[int, ...] | None = None
     """Levels of each scalar of fsq, product codebook_size; by default one scalar up to 16 levels, then several."""
-    commitment_weight: float = 0.25
-    """Of the loss that holds latents to their codes, in vq."""
-    kl_weight: float = 1e-4
-    """Of the divergence from the unit normal, in continuous."""
     standardize_z: bool = False
-    """Bring latents to zero mean and unit variance before they are quantised."""
+    """Bring latents to zero mean and unit variance before quantisation."""
     predict: Literal["frame", "change"] = "frame"
     """Whether the decoder predicts the second frame or its difference from the first."""
     action_input: Literal["attend", "attend_and_add"] = "attend"
-    """How the decoder sees the action: by cross-attention, or also added to every token."""
+    """How the decoder reads the latent action: by cross-attention, or also added to every token."""
     inputs: Literal["pixels", "features", "both"] = "pixels"
-    """What the encoder reads: pixels, or the frozen features of vision_tower."""
+    """Input of the encoder: pixels, or the frozen features of vision_tower."""
     targets: Literal["pixels", "features", "both"] = "pixels"
-    """What the decoder predicts: pixels, or the frozen features of vision_tower."""
+    """Target of the decoder: pixels, or the frozen features of vision_tower."""
     vision_tower: str | None = None
-    """Name on the hub or local folder of a vision model of transformers (DINOv2, DINOv3, SigLIP)."""
-    feature_weight: float = 0.01
-    """Of the features' error beside the pixels' in targets=both; features have unit scale."""
+    """Hub id or local folder of a vision model of transformers (DINOv2, DINOv3, SigLIP)."""
     augment: Literal["off", "data", "view"] = "off"
-    """Random crop and colour change, one for both frames: of all that the model sees, or of the encoder's view only."""
+    """One random crop and colour change for both frames. data: of all that the model reads; view: of the encoder's
+    input only."""
     action_dim: Annotated[int, tyro.conf.Suppress] = 0
-    """Dimensions of the true actions that supervise the latent; the datasets' own, where --action-share is above 0."""
+    """Dimensions of the true actions that supervise the latent; set from the datasets by --action-share."""
     action_weight: float = 0.1
-    """Of the error of the true action, read linearly from the latent, in units of its variance."""
+    """Weight of the error of the true action, predicted linearly from the latent, in units of its variance."""
     reversal_weight: float = 0.0
-    """Of the loss that wants the latent of the reversed pair to be the negative one."""
+    """Weight of the loss that pulls the latent of the reversed pair to the negative of the pair's own."""
     composition_weight: float = 0.0
-    """Of the loss that wants the latents of the two halves of a pair to add up to the whole's."""
+    """Weight of the loss that pulls the sum of the latents of a pair's two halves to the latent of the whole pair."""
     layout: Literal["clean", "released"] = "clean"
-    """released: with the quirks that only serve the published weights (see docs/2-latent.md)."""
+    """released: with the quirks of the published weights (docs/2-latent.md); of no other use."""
     horizon_seconds: float = 0.6
-    """Time between the two frames that the model was trained on."""
+    """Seconds between the two frames of a training pair."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -84,7 +89,7 @@ class LatentModelConfig:
             )
         if self.latent_length < 1 or self.codebook_size < 2 or min(self.levels) < 2:
             raise UserError(
-                f"latent_length {self.latent_length} of codebook_size {self.codebook_size} says nothing; "
+                f"latent_length {self.latent_length} and codebook_size {self.codebook_size} carry no information; "
                 "give at least 1 code of at least 2 values, and fsq_levels of at least 2"
             )
         if self.fsq_levels is not None and self.quantizer != "fsq":
@@ -99,15 +104,35 @@ class LatentModelConfig:
             )
         if self.uses_features and self.vision_tower is None:
             raise UserError(
-                f"inputs={self.inputs}, targets={self.targets} need a vision tower: give --vision-tower, "
+                f"inputs={self.inputs}, targets={self.targets} need a vision tower: add --vision-tower, "
                 "such as facebook/dinov2-small or a folder"
             )
         if self.vision_tower is not None and not self.uses_features:
             raise UserError("--vision-tower is given but not used: add --inputs features or --targets features")
         if self.layout == "released" and (self.uses_features or not self.patch_norm):
             raise UserError(
-                "the released layout has pixels only, normed patch by patch; leave --layout clean for anything else"
+                "--layout released reads pixels only, normalised patch by patch; use --layout clean for anything else"
             )
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any], source: str) -> LatentModelConfig:
+        """The config that a saved model's config.json holds, of this version or an earlier one.
+
+        Raises UserError naming `source` where a key is unknown, or a retired one is not at its only value.
+        """
+        retired = RETIRED.keys() & values.keys() if isinstance(values, Mapping) else ()
+        for key in sorted(retired):
+            if values[key] != RETIRED[key]:
+                raise UserError(
+                    f"{source}: {key} {values[key]} is no longer supported, only {RETIRED[key]}; "
+                    "load the model with an earlier version of lapa-vla"
+                )
+        kept = {key: values[key] for key in values if key not in retired} if retired else values
+        return configs.from_dict(cls, kept, source)
+
+    def identity(self) -> dict[str, Any]:
+        """All keys as plain values, retired ones too: the same for a model whichever version saved it."""
+        return {**configs.to_dict(self), **RETIRED}
 
     @property
     def grid(self) -> int:
@@ -135,3 +160,107 @@ class LatentModelConfig:
         """Rows and columns of the codes: the most nearly square factors of latent_length, rows first."""
         columns = max(n for n in range(1, int(self.latent_length**0.5) + 1) if self.latent_length % n == 0)
         return self.latent_length // columns, columns
+
+
+@dataclass(frozen=True)
+class LatentTrainConfig:
+    """Train a latent action model on one or more datasets. No actions are needed."""
+
+    data: tuple[str, ...]
+    """Datasets to learn from; the key horizon=SECONDS sets the horizon of one.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
+    out: Path
+    """Folder of the latent action model to write."""
+    preset: str = "tiny"
+    """debug, tiny, base or paper: the defaults of all other options."""
+    model: Annotated[LatentModelConfig, tyro.conf.arg(name="")] = field(default_factory=LatentModelConfig)
+    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
+    camera: str | None = None
+    """Camera to read; by default each dataset's first."""
+    held_out: float = 0.1
+    """Fraction of the episodes kept from training, for evaluation."""
+    action_share: float = 0.0
+    """Fraction of the episodes with actions whose true actions supervise the latent; 0 for none."""
+    mix_by: MixBy = "frames"
+    """Datasets are drawn in proportion to weight times frames (pairs), to weight times episodes, or to weight alone."""
+    min_motion: float = 0.0
+    """Leave out training pairs that change less than this: 0.005 is noise, 0.05 an object of a fiftieth that moves."""
+    cache_gib: float = 4.0
+    """Keep decoded frames in memory where they fit into this much, training and held-out episodes each."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+    resume: bool = False
+    """Continue the run in `out`."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Measure a latent action model on a dataset."""
+
+    lam: tyro.conf.Positional[Path]
+    """Folder of the latent action model, or its id on the hub."""
+    data: str
+    """Dataset to measure on. If it has actions, regressions to them are fitted.
+
+    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    """
+    out: Path | None = None
+    """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
+    num_pairs: int = 4000
+    """Pairs drawn from the dataset."""
+    num_rows: int = 6
+    """Pairs shown in grid.png."""
+    camera: str | None = None
+    """Camera to read; by default the dataset's first."""
+    seed: int = 0
+    """Seed of the drawn pairs, the held-out episodes and the MLP."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Measure several latent action models on the same pairs of a dataset."""
+
+    lams: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the latent action models, or their ids on the hub."""
+    data: str
+    """Dataset to measure on. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    out: Path | None = None
+    """Folder of compare.json; by default compare_DATASET here."""
+    num_pairs: int = 4000
+    """Pairs drawn from the dataset."""
+    camera: str | None = None
+    """Camera to read; by default the dataset's first."""
+    seed: int = 0
+    """Seed of the drawn pairs, the held-out episodes and the MLPs."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Draw the effect of each code on an image."""
+
+    lam: tyro.conf.Positional[Path]
+    """Folder of the latent action model, or its id on the hub."""
+    image: Path
+    """Image to start from; its short side is scaled to the model's size, the centre cropped."""
+    out: Path | None = None
+    """Folder of the results; by default LAM/show_IMAGE, or show_IMAGE for a model from the hub."""
+    codes: str | None = None
+    """Codes of the positions that are not changed, as 3,1,4,1; by default the middle of the codebook everywhere."""
+    rollout: tuple[str, ...] = ()
+    """Latent actions to apply one after the other, as 3,1,4,1 2,2,2,2 or in one as 3,1,4,1,2,2,2,2."""
+    max_codes: int = 16
+    """Codes shown of each position; of a larger codebook, this many at even distances."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from lapa.data.pairs import FramePairs, collate_pairs
 from lapa.latent.model import LatentAction, LatentActionModel
@@ -26,6 +26,14 @@ from lapa.latent.model import LatentAction, LatentActionModel
 BATCH = 64
 RARE_CODE = 0.01
 MOVING = 0.05  # change of any channel, in [0, 1], from which a pixel counts as moving
+PIXEL_BASELINE_SIDE = 8
+MAX_TASKS = 50
+ACTION_BINS, PERMUTATIONS = 8, 20
+HELD_OUT = 0.2
+MLP_STEPS, MLP_PATIENCE, MLP_PENALTY = 500, 50, 10.0
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge, on standardised features, as a share of the number of rows
+LOGISTIC_PENALTY = 1e-3
+NEVER_CHANGES = 1e-12  # variance below which a target counts as constant
 
 
 @dataclass(frozen=True)
@@ -275,14 +283,7 @@ def _perplexity(share: Tensor) -> Tensor:
     return torch.special.entr(share).sum(dim=-1).exp()
 
 
-PIXEL_BASELINE_SIDE = 8
-MAX_TASKS = 50
-ACTION_BINS = 8
-
-
-def action_figures(
-    sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0, device: str | torch.device = "cpu"
-) -> dict[str, Any]:
+def action_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any]:
     """Linear (ridge) and MLP probes to the mean true action, scored on held-out episodes; see regression.scores.
 
     From the codes (one-hot), the quantised latent action, the continuous one and, as a yardstick, the difference of
@@ -300,7 +301,7 @@ def action_figures(
         if name != "first_frame"
     }
     nonlinear = {
-        name: scores(mlp(features[name], actions_BA, test_B, episodes_B, seed, device), actions_BA, test_B)
+        name: scores(mlp(features[name], actions_BA, test_B, episodes_B, seed), actions_BA, test_B)
         for name in ("quantized", "continuous", "pixel_difference")
     }
     return {
@@ -322,12 +323,12 @@ def returned_action_r2(sample: Sample, encoded: LatentAction, returned: LatentAc
     test_B = hold_out(sample.episodes_B, seed)
     given_BF, returned_BF = (latent.quantized_BLD.flatten(1).double().numpy() for latent in (encoded, returned))
     probe = fit_ridge(given_BF[~test_B], sample.actions_BA[~test_B], sample.episodes_B[~test_B])
-    reading_BA = probe(given_BF)
+    reading_BA = probe.predict(given_BF)
     # A dimension of which the probe reads next to nothing would divide by next to nothing.
     told_A = reading_BA[test_B].var(0) > 0.01 * sample.actions_BA[test_B].var(0)
     if not told_A.any():
         return None
-    return float(scores(probe(returned_BF)[:, told_A], reading_BA[:, told_A], test_B)["r2"])
+    return float(scores(probe.predict(returned_BF)[:, told_A], reading_BA[:, told_A], test_B)["r2"])
 
 
 def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0) -> dict[str, Any]:
@@ -404,114 +405,73 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-HELD_OUT = 0.2
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of ridge, on standardised features, as a share of the number of rows
-LOGISTIC_PENALTY = 1e-3
-HIDDEN, MLP_STEPS, MLP_PATIENCE = 128, 500, 50
-NEVER_CHANGES = 1e-12  # variance below which a target counts as constant
-
-
 def hold_out(groups_B: np.ndarray, seed: int = 0, share: float = HELD_OUT) -> np.ndarray:
     """Marks the rows of a share of the groups (at least one group, at most all but one), bool [B]."""
     groups = np.random.default_rng(seed).permutation(np.unique(groups_B))
     return np.isin(groups_B, groups[: min(max(1, round(share * len(groups))), len(groups) - 1)])
 
 
-@dataclass(frozen=True)
-class Standardised:
-    """Zero mean and unit variance on the rows it was fitted on; a column that never changes there becomes 0."""
+def fit_ridge(features_BF: np.ndarray, targets_BA: np.ndarray, groups_B: np.ndarray | None = None) -> Any:
+    """A fitted ridge regression on standardised features and targets; `.predict(features_BF)` returns [B, A].
 
-    mean_F: np.ndarray
-    scale_F: np.ndarray
-
-    @classmethod
-    def of(cls, values_BF: np.ndarray) -> Standardised:
-        std_F = values_BF.std(0)
-        return cls(values_BF.mean(0), np.divide(1.0, std_F, out=np.zeros_like(std_F), where=std_F > 1e-6))
-
-    def __call__(self, values_BF: np.ndarray) -> np.ndarray:
-        return (values_BF - self.mean_F) * self.scale_F
-
-
-@dataclass(frozen=True)
-class Ridge:
-    """A fitted ridge regression; call it on features [B, F] for predictions [B, A]."""
-
-    standardised: Standardised
-    weights_FA: np.ndarray
-    mean_A: np.ndarray
-
-    def __call__(self, features_BF: np.ndarray) -> np.ndarray:
-        return self.standardised(np.asarray(features_BF, np.float64)) @ self.weights_FA + self.mean_A
-
-
-def fit_ridge(features_BF: np.ndarray, targets_BA: np.ndarray, groups_B: np.ndarray | None = None) -> Ridge:
-    """Ridge regression whose penalty is the best of PENALTIES on a part of the groups (by default of the rows).
-
-    The choice keeps the comparison fair between narrow and wide representations.
+    Its penalty is the best of PENALTIES on a part of the groups (by default of the rows), which keeps the comparison
+    fair between narrow and wide representations.
     """
-    features_BF, targets_BA = np.asarray(features_BF, np.float64), np.asarray(targets_BA, np.float64)
-    groups_B = np.arange(len(features_BF)) if groups_B is None else groups_B
-    validation_B = hold_out(groups_B)
-    penalty = PENALTIES[1]
-    if 0 < validation_B.sum() < len(validation_B):
-        trials = _ridges(features_BF[~validation_B], targets_BA[~validation_B], PENALTIES)
-        scale_A = Standardised.of(targets_BA).scale_F
-        errors = [
-            np.square((trial(features_BF[validation_B]) - targets_BA[validation_B]) * scale_A).mean()
-            for trial in trials
-        ]
-        penalty = PENALTIES[int(np.argmin(errors))]
-    return _ridges(features_BF, targets_BA, (penalty,))[0]
+    from sklearn.linear_model import Ridge, RidgeCV
+
+    validation_B = hold_out(np.arange(len(features_BF)) if groups_B is None else groups_B)
+    alphas = len(features_BF) * np.array(PENALTIES)
+    if validation_B.any():
+        split = (np.flatnonzero(~validation_B), np.flatnonzero(validation_B))
+        regression = RidgeCV(alphas, cv=[split], scoring="neg_mean_squared_error")
+    else:
+        regression = Ridge(alphas[1])
+    return _standardised(regression).fit(features_BF, targets_BA)
 
 
 def ridge(
     features_BF: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray, groups_B: np.ndarray | None = None
 ) -> np.ndarray:
     """Predictions [B, A] of a ridge regression fitted on the rows that are not marked as test."""
-    train_B = ~test_B
-    groups = None if groups_B is None else groups_B[train_B]
-    return fit_ridge(features_BF[train_B], targets_BA[train_B], groups)(features_BF)
+    groups = None if groups_B is None else groups_B[~test_B]
+    return fit_ridge(features_BF[~test_B], targets_BA[~test_B], groups).predict(features_BF)
 
 
 def mlp(
-    features_BF: np.ndarray,
-    targets_BA: np.ndarray,
-    test_B: np.ndarray,
-    groups_B: np.ndarray,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    features_BF: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray, groups_B: np.ndarray, seed: int = 0
 ) -> np.ndarray:
-    """Predictions [B, A] of two hidden layers of 128, stopped early on a part of the training groups.
+    """Predictions [B, A] of an MLP with two hidden layers of 128, fitted on the rows that are not marked as test.
 
-    Full batches, AdamW, features and targets standardised; the same seed gives the same result.
+    Full batches, features and targets standardised, stopped early on a part of the training groups (scikit-learn's own
+    early stopping would part rows of one episode). The same seed gives the same result.
     """
+    from sklearn.neural_network import MLPRegressor
+    from sklearn.preprocessing import StandardScaler
+
     train_B = ~test_B
-    validation_B = train_B & np.isin(groups_B, np.unique(groups_B[train_B][hold_out(groups_B[train_B], seed)]))
-    fitted_B = train_B & ~validation_B if (train_B & ~validation_B).any() else train_B
-    x_scale, y_scale = Standardised.of(features_BF[train_B]), Standardised.of(targets_BA[train_B])
-    x, y = (torch.from_numpy(scaled).float().to(device) for scaled in (x_scale(features_BF), y_scale(targets_BA)))
-    fitted, validation = (torch.from_numpy(mask).to(device) for mask in (fitted_B, validation_B))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers = (nn.Linear(x.shape[1], HIDDEN), nn.GELU(), nn.Linear(HIDDEN, HIDDEN), nn.GELU())
-        network = nn.Sequential(*layers, nn.Linear(HIDDEN, y.shape[1])).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-    best, best_step, predicted = float("inf"), 0, torch.zeros_like(y)
+    validation_B = train_B & np.isin(groups_B, groups_B[train_B][hold_out(groups_B[train_B], seed)])
+    fitted_B = train_B & ~validation_B
+    stopped_by_B = validation_B if validation_B.any() else fitted_B
+    y_scale = StandardScaler().fit(targets_BA[train_B])
+    x_BF, y_BA = StandardScaler().fit(features_BF[train_B]).transform(features_BF), y_scale.transform(targets_BA)
+    network = MLPRegressor(
+        hidden_layer_sizes=(128, 128),
+        activation="tanh",
+        alpha=MLP_PENALTY,
+        batch_size=int(fitted_B.sum()),
+        learning_rate_init=2e-3,
+        random_state=seed,
+    )
+    best, best_step, predicted_BA = np.inf, 0, np.zeros_like(y_BA)
     for step in range(MLP_STEPS):
-        with torch.enable_grad():
-            loss = F.mse_loss(network(x[fitted]), y[fitted])
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            present = network(x)
-        error = F.mse_loss(present[validation], y[validation]).item() if validation.any() else loss.item()
+        network.partial_fit(x_BF[fitted_B], y_BA[fitted_B].squeeze())
+        error = np.square(network.predict(x_BF[stopped_by_B]).reshape(-1, y_BA.shape[1]) - y_BA[stopped_by_B]).mean()
         if error < best:
-            best, best_step, predicted = error, step, present
+            best, best_step = error, step
+            predicted_BA = network.predict(x_BF).reshape(y_BA.shape)
         if step - best_step >= MLP_PATIENCE:
             break
-    return predicted.cpu().double().numpy() * targets_BA[train_B].std(0) + y_scale.mean_F
+    return y_scale.inverse_transform(predicted_BA)
 
 
 def scores(predicted_BA: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray) -> dict[str, Any]:
@@ -543,36 +503,19 @@ def r2(predicted_BA: np.ndarray, targets_BA: np.ndarray, mean_A: np.ndarray) -> 
     )
 
 
-def linear_accuracy(
-    features_BF: Tensor | np.ndarray, labels_B: Tensor | np.ndarray, test_B: Tensor | np.ndarray
-) -> float:
-    """Accuracy on the test rows of a multinomial logistic regression fitted on the others.
+def linear_accuracy(features_BF: Any, labels_B: Any, test_B: Any) -> float:
+    """Accuracy on the test rows of a logistic regression fitted on the others; arrays or tensors.
 
-    Features are standardised on the fitted rows; a small L2 penalty; LBFGS to convergence, hence without a seed.
+    Features are standardised on the fitted rows; a small L2 penalty; no random numbers.
     """
-    test = torch.as_tensor(test_B).cpu().bool()
-    features = torch.as_tensor(features_BF).detach().cpu().flatten(1).double()
-    names, labels = torch.unique(torch.as_tensor(labels_B).cpu(), return_inverse=True)
-    std_F, mean_F = torch.std_mean(features[~test], dim=0, correction=0)
-    x_BF = torch.where(std_F > 1e-6, (features - mean_F) / std_F.clamp(min=1e-6), 0.0)
-    if x_BF.shape[1] > int((~test).sum()):
-        # The weights of least norm lie in the span of the fitted rows: fewer of them, with the same solution.
-        x_BF = x_BF @ torch.linalg.qr(x_BF[~test].T).Q
-    weights_FC = torch.zeros(x_BF.shape[1], len(names), dtype=torch.double, requires_grad=True)
-    bias_C = torch.zeros(len(names), dtype=torch.double, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights_FC, bias_C], max_iter=200, line_search_fn="strong_wolfe")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            penalty = LOGISTIC_PENALTY * weights_FC.square().sum()
-            value = F.cross_entropy(x_BF[~test] @ weights_FC + bias_C, labels[~test]) + penalty
-            value.backward()
-        return value.detach()
-
-    optimizer.step(loss)
-    predicted = (x_BF[test] @ weights_FC + bias_C).argmax(1)
-    return float((predicted == labels[test]).double().mean())
+    features_BF, labels_B, test_B = (np.asarray(values) for values in (features_BF, labels_B, test_B))
+    strength = 1 / (2 * LOGISTIC_PENALTY * (~test_B).sum())
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+    return float(model.fit(features_BF[~test_B], labels_B[~test_B]).score(features_BF[test_B], labels_B[test_B]))
 
 
 def equal_frequency_bins(values_B: np.ndarray, bins: int = 8) -> np.ndarray:
@@ -582,43 +525,32 @@ def equal_frequency_bins(values_B: np.ndarray, bins: int = 8) -> np.ndarray:
     return np.unique(np.searchsorted(edges, values_B, side="right"), return_inverse=True)[1]
 
 
-def mutual_information(
-    symbols_B: np.ndarray, others_B: np.ndarray, permutations: int = 20, seed: int = 0
-) -> dict[str, float | None]:
+def mutual_information(symbols_B: np.ndarray, others_B: np.ndarray, seed: int = 0) -> dict[str, float | None]:
     """Mutual information in nats of two columns of integers, and the same with one of them permuted.
 
     nats: counted from the sample, biased upwards. permuted: mean of the same with shuffled rows: the bias.
-    known: (nats - permuted) / (entropy of others - permuted): 0 is chance, 1 says that the first column tells the
-    second; None where the second never changes, or where the sample is too small to tell anything.
+    known: (nats - permuted) / (entropy of others - permuted): 0 is chance, 1 where the first column determines the
+    second; None where the second never changes, or where the sample is too small.
     """
-    symbols, others = (np.unique(column, return_inverse=True)[1] for column in (symbols_B, others_B))
+    from scipy.stats import entropy
+    from sklearn.metrics import mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    def information(others: np.ndarray) -> float:
+        return float(mutual_info_score(None, None, contingency=contingency_matrix(symbols_B, others, sparse=True)))
+
     rng = np.random.default_rng(seed)
-    nats = _information(symbols, others)
-    permuted = float(np.mean([_information(symbols, rng.permutation(others)) for _ in range(permutations)]))
-    room = _entropy(np.bincount(others)) - permuted
+    nats = information(others_B)
+    permuted = float(np.mean([information(rng.permutation(others_B)) for _ in range(PERMUTATIONS)]))
+    room = float(entropy(np.unique(others_B, return_counts=True)[1])) - permuted
     return {"nats": nats, "permuted": permuted, "known": (nats - permuted) / room if room > 1e-3 else None}
 
 
-def _ridges(features_BF: np.ndarray, targets_BA: np.ndarray, penalties: tuple[float, ...]) -> list[Ridge]:
-    """One fit for each penalty, by the normal equations or, with more features than rows, by their dual."""
-    standardised, mean_A = Standardised.of(features_BF), targets_BA.mean(0)
-    x_BF, y_BA = standardised(features_BF), targets_BA - mean_A
-    wide = x_BF.shape[1] > x_BF.shape[0]
-    gram = x_BF @ x_BF.T if wide else x_BF.T @ x_BF
-    fits = []
-    for penalty in penalties:
-        regular = gram + penalty * len(x_BF) * np.eye(len(gram))
-        weights_FA = x_BF.T @ np.linalg.solve(regular, y_BA) if wide else np.linalg.solve(regular, x_BF.T @ y_BA)
-        fits.append(Ridge(standardised, weights_FA, mean_A))
-    return fits
+def _standardised(regression: Any) -> Any:
+    """The same regression on features and targets of zero mean and unit variance; it predicts in the targets' units."""
+    from sklearn.compose import TransformedTargetRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-
-def _information(symbols_B: np.ndarray, others_B: np.ndarray) -> float:
-    width = int(others_B.max()) + 1
-    _, joint = np.unique(symbols_B * width + others_B, return_counts=True)
-    return max(0.0, _entropy(np.bincount(symbols_B)) + _entropy(np.bincount(others_B)) - _entropy(joint))
-
-
-def _entropy(counts: np.ndarray) -> float:
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log(share)).sum())
+    fit = make_pipeline(StandardScaler(), regression)
+    return TransformedTargetRegressor(fit, transformer=StandardScaler(), check_inverse=False)

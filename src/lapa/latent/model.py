@@ -48,6 +48,7 @@ WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
 DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
 SMALLEST_STD = 1e-6
+FEATURE_WEIGHT = 0.01  # of the features' error where pixels are a target too; features have unit scale
 SMALLEST_SCALE = 1e-12
 
 
@@ -326,7 +327,7 @@ class LatentActionModel(TrainableModel, nn.Module):
             error = F.mse_loss(predicted.pixels_BTCHW.float(), second.pixels_BTCHW)
             copy = F.mse_loss(first.pixels_BTCHW, second.pixels_BTCHW)
             parts |= {"reconstruction": error.detach(), "copy": copy}
-            loss = error if self.config.targets == "pixels" else error + self.config.feature_weight * loss
+            loss = error if self.config.targets == "pixels" else error + FEATURE_WEIGHT * loss
         return loss, parts
 
     def save_pretrained(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -361,7 +362,7 @@ def lam_fingerprint(folder_or_hub_id: str | Path) -> str:
     for path in weights:
         if not path.is_file():
             raise UserError(f"{path}: no such file; the model was not saved to its end")
-    identity = [*map(files.fingerprint, weights), json.dumps(configs.to_dict(config), sort_keys=True)]
+    identity = [*map(files.fingerprint, weights), json.dumps(config.identity(), sort_keys=True)]
     return hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
 
 
@@ -420,4 +421,4 @@ def _read_config(folder: Path) -> LatentModelConfig:
     values = files.read_json(folder / CONFIG)
     if not isinstance(values, dict) or "model" not in values:
         raise UserError(f'{folder / CONFIG}: has no "model"; this is not the folder of a latent action model')
-    return configs.from_dict(LatentModelConfig, values["model"], source=str(folder / CONFIG))
+    return LatentModelConfig.from_saved(values["model"], str(folder / CONFIG))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
+import numpy as np
 from rich.table import Table
 
 from lapa import config as configs
@@ -26,51 +26,23 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
+from lapa.latent.config import CompareConfig, ProbeConfig
 from lapa.latent.metrics import (
     Sample,
     action_figures,
     consistency_figures,
-    device_of,
     draw_sample,
     encode,
     information_figures,
     reconstruction_figures,
     returned_action_r2,
+    take_sample,
     task_figures,
     transfer,
     usage_figures,
 )
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.show import probe_sheet
-
-NUM_PAIRS = 4000
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Measure a latent action model on a dataset."""
-
-    lam: tyro.conf.Positional[Path]
-    """Folder of the latent action model, or its id on the hub."""
-    data: str
-    """Dataset to measure on. Where it has actions, probes to them are fitted.
-
-    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
-    """
-    out: Path | None = None
-    """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
-    num_pairs: int = NUM_PAIRS
-    """Pairs drawn from the dataset."""
-    num_rows: int = 6
-    """Pairs shown in the picture."""
-    camera: str | None = None
-    """Which camera's pictures; by default the dataset's first."""
-    seed: int = 0
-    """Draws the pairs, the held-out episodes and the start of the MLP."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +133,45 @@ def run(config: ProbeConfig) -> None:
     finish("probe.json and grid.png", out, [next_command] if model.discrete else [])
 
 
+def compare(config: CompareConfig) -> None:
+    """`lapa latent compare`. Raises UserError on bad input."""
+    if len(set(config.lams)) < max(2, len(config.lams)):
+        raise UserError("give two or more different latent action models to compare, as LAM1 LAM2")
+    if config.num_pairs < 1:
+        raise UserError("--num-pairs must be at least 1")
+    dataset = open_dataset(config.data)
+    models = [LatentActionModel.from_pretrained(lam) for lam in config.lams]
+    out = config.out or Path(f"compare_{dataset.name}")
+    inputs = [*config.lams, dataset.root]
+    claim_output(
+        out, complete=(out / "compare.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
+    )
+    horizons = [horizon_for(lam, dataset, model) for lam, model in zip(config.lams, models, strict=True)]
+    longest = int(np.argmax(horizons))
+    pairs = pairs_of(models[longest], dataset, config.camera, horizons[longest])
+    drawn = np.random.default_rng(config.seed).permutation(len(pairs))[: config.num_pairs]
+    places = [pairs.location(int(index)) for index in drawn]
+    figures: dict[str, dict[str, Any]] = {}
+    for name, model, horizon in zip(short_names(config.lams), models, horizons, strict=True):
+        say(f"{name}: {len(places)} pairs, {horizon:g} s apart, of {dataset.name}")
+        own = pairs_of(model, dataset, config.camera, horizon)
+        sample = take_sample(own, [own.index_of(*place) for place in places], actions=True)
+        figures[name] = probe(model.to(pick_device(config.device)).eval(), sample, seed=config.seed)
+        model.cpu()
+    console.print(table_of(figures, f"latent action models on {dataset.name}"))
+    apart = dict(zip(figures, horizons, strict=True))
+    result = {"models": figures, "horizon_seconds": apart, "config": configs.to_dict(config), **versions_and_hardware()}
+    write_json(out / "compare.json", result)
+    probes = [shlex.join(["lapa", "latent", "probe", str(lam), "--data", str(config.data)]) for lam in config.lams]
+    finish("compare.json", out, probes)
+
+
+def short_names(lams: tuple[Path, ...]) -> list[str]:
+    """The last part of each path, or the whole of it where two end alike."""
+    names = [lam.name for lam in lams]
+    return names if len(set(names)) == len(names) else [str(lam) for lam in lams]
+
+
 def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None, horizon: float) -> FramePairs:
     """All pairs of a dataset, so many seconds apart, as the model wants them, with middle frames where there are any.
 
@@ -190,7 +201,7 @@ def probe(
             figures["transfer"]["action_r2"] = returned_action_r2(sample, encoded, returned, seed)
     figures["consistency"] = consistency_figures(model, sample, encoded)
     if sample.actions_BA is not None and fits:
-        figures["action"] = action_figures(sample, encoded, codebook_size, seed, device_of(model))
+        figures["action"] = action_figures(sample, encoded, codebook_size, seed)
     if sample.actions_BA is not None and codes_BL is not None:
         figures["information"] = information_figures(codes_BL, sample.actions_BA, seed)
     if sample.tasks_B is not None and (tasks := task_figures(sample, encoded, codebook_size, seed)) is not None:

@@ -8,12 +8,10 @@ Axes: C channel, H W image, S steps, L latent action length.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from einops import rearrange
 from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw, UnidentifiedImageError
@@ -25,30 +23,9 @@ from lapa.data.video import encode_clip
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output
+from lapa.latent.config import ShowConfig
 from lapa.latent.metrics import BATCH, Sample, device_of, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
-
-
-@dataclass(frozen=True)
-class ShowConfig:
-    """Draw what each code does to an image."""
-
-    lam: tyro.conf.Positional[Path]
-    """Folder of the latent action model, or its id on the hub."""
-    image: Path
-    """Picture to start from; its short side is scaled to the model's size, the centre cropped."""
-    out: Path | None = None
-    """Folder of the results; by default LAM/show_IMAGE, or show_IMAGE for a model from the hub."""
-    codes: str | None = None
-    """Codes of the positions that are not changed, as 3,1,4,1; by default the middle of the codebook everywhere."""
-    rollout: tuple[str, ...] = ()
-    """Latent actions to apply one after the other, as 3,1,4,1 2,2,2,2 or in one as 3,1,4,1,2,2,2,2."""
-    max_codes: int = 16
-    """Codes shown of each position; of a larger codebook, this many at even distances."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
 
 
 def run(config: ShowConfig) -> None:

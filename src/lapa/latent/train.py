@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Any
 
-import tyro
 from torch import nn
 
 from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
-from lapa.data.config import MixBy
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
-from lapa.engine.config import LoopConfig
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
-from lapa.latent.config import LatentModelConfig
+from lapa.latent.config import LatentModelConfig, LatentTrainConfig
 from lapa.latent.metrics import Sample, draw_sample, reconstruction_figures, usage_figures
 from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
 
@@ -37,39 +33,6 @@ EVALUATION_PAIRS = 512
 COLLAPSING = 1.5  # perplexity of a position below which its code says next to nothing
 READ, UNREAD = 1.2, 1.05  # error with another pair's latent action, over that with the right one
 SMALLEST_ERROR = 1e-12
-
-
-@dataclass(frozen=True)
-class LatentTrainConfig:
-    """Train a latent action model on one or more datasets. No actions are needed."""
-
-    data: tuple[str, ...]
-    """Datasets to learn from; horizon=SECONDS is a key.
-
-    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
-    """
-    out: Path
-    """Folder of the latent action model to write."""
-    preset: str = "tiny"
-    """debug, tiny, base or paper: the values that the other options start from."""
-    model: Annotated[LatentModelConfig, tyro.conf.arg(name="")] = field(default_factory=LatentModelConfig)
-    loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
-    camera: str | None = None
-    """Which camera's pictures; by default each dataset's first."""
-    held_out: float = 0.1
-    """Share of the episodes kept for evaluation."""
-    action_share: float = 0.0
-    """Share of the episodes with actions whose true actions supervise the latent; 0 for none."""
-    mix_by: MixBy = "frames"
-    """Datasets are drawn in proportion to their weights times their frames (pairs), times their episodes, or alone."""
-    min_motion: float = 0.0
-    """Leave out training pairs that change less than this: 0.005 is noise, 0.05 an object of a fiftieth that moves."""
-    cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
-    overwrite: bool = False
-    """Replace what `out` holds."""
-    resume: bool = False
-    """Go on with the run that `out` holds."""
 
 
 def run(config: LatentTrainConfig) -> None:

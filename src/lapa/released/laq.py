@@ -21,7 +21,8 @@ from lapa import config as configs
 from lapa.console import finish
 from lapa.errors import UserError, unknown
 from lapa.files import claim_output, naming, read_json, write_json
-from lapa.latent.model import CONFIG, LatentActionModel, LatentModelConfig
+from lapa.latent.config import LatentModelConfig
+from lapa.latent.model import CONFIG, LatentActionModel
 from lapa.released.checkpoints import MALFORMED
 from lapa.released.config import ImportLaqConfig
 
