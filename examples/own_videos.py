@@ -10,12 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-from einops import rearrange
-
 from lapa.data.pairs import horizon_frames
 from lapa.data.spec import open_dataset
-from lapa.data.transforms import resize_and_crop
 from lapa.latent.model import LatentActionModel
 
 
@@ -25,9 +21,7 @@ def main(lam: Path, data: Path) -> None:
     for episode in dataset.episodes:
         starts = range(0, episode.length - horizon, horizon)
         for start in starts:
-            frames_THWC = dataset.frames(episode.index, [start, start + horizon])
-            frames_THWC = resize_and_crop(frames_THWC, model.config.image_size)
-            codes_BL = model.codes(rearrange(torch.from_numpy(frames_THWC), "t h w c -> 1 t c h w"))
+            codes_BL = model.codes(dataset.frames(episode.index, [start, start + horizon]))
             print(f"episode {episode.index}, frames {start} to {start + horizon}: {codes_BL[0].tolist()}")
 
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lapa import files
+from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.model import FEATURE_WEIGHT, LatentActionModel, lam_fingerprint
@@ -20,6 +22,13 @@ PAPER = LatentModelConfig(
 TINY = replace(
     PAPER, patch_norm=False, quantizer="fsq", standardize_z=True, predict="change", action_input="attend_and_add"
 )
+
+
+def reconstruct(model, frames_BTCHW, codes_BL=None):
+    """The second frame predicted from the first and its own codes, or the given ones."""
+    return model.decode(frames_BTCHW[:, 0], model.codes(frames_BTCHW) if codes_BL is None else codes_BL)
+
+
 CONFIGS = {
     "paper": PAPER,
     "released": replace(PAPER, layout="released"),
@@ -53,9 +62,9 @@ def test_shapes_and_types(model):
     assert action.codes_BL.min() >= 0
     assert action.codes_BL.max() < config.codebook_size
     assert torch.equal(model.codes(frames()), action.codes_BL)
-    assert model.reconstruct(frames()).shape == (3, 3, 32, 32)
-    assert model.reconstruct(frames()).dtype == torch.float32
-    assert torch.equal(model.reconstruct(frames(), action.codes_BL), model.reconstruct(frames()))
+    assert reconstruct(model, frames()).shape == (3, 3, 32, 32)
+    assert reconstruct(model, frames()).dtype == torch.float32
+    assert torch.equal(reconstruct(model, frames(), action.codes_BL), reconstruct(model, frames()))
 
 
 def test_every_trainable_parameter_gets_a_gradient_in_training(model):
@@ -74,12 +83,12 @@ def test_evaluation_is_deterministic_and_changes_nothing(model):
     assert model.loss(frames()).loss == model.loss(frames()).loss
     model.train()
     model.codes(frames())
-    model.reconstruct(frames())
+    reconstruct(model, frames())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_evaluation_loss_is_the_error_of_the_reconstruction(model):
-    expected = (model.eval().reconstruct(frames()) - frames()[:, 1] / 255).square().mean()
+    expected = (reconstruct(model.eval(), frames()) - frames()[:, 1] / 255).square().mean()
     torch.testing.assert_close(model.loss(frames()).loss.detach(), expected)
 
 
@@ -89,7 +98,7 @@ def test_saved_and_loaded_is_the_same_model(model, tmp_path):
     assert again.config == model.config
     assert again.horizon == model.config.horizon_seconds
     assert not again.training
-    assert torch.equal(again.reconstruct(frames()), model.reconstruct(frames()))
+    assert torch.equal(reconstruct(again, frames()), reconstruct(model, frames()))
     assert json.loads((tmp_path / "config.json").read_text())["pairs"] == {"horizon": 0.6}
 
 
@@ -106,7 +115,7 @@ def test_a_continuous_model_has_latent_actions_and_no_codes(tmp_path):
     assert action.codes_BL is None
     assert torch.equal(action.quantized_BLD, model.encode(frames()).quantized_BLD)
     assert model.predict(frames()[:, 0], action.quantized_BLD).shape == (3, 3, 32, 32)
-    for ask in (model.codes, model.reconstruct):
+    for ask in (model.codes, lambda frames_BTCHW: reconstruct(model, frames_BTCHW)):
         with pytest.raises(ValueError, match="a continuous latent action model has no codes"):
             ask(frames())
 
@@ -214,7 +223,7 @@ def test_vision_features_as_inputs_and_targets(tower, tmp_path, inputs, targets,
     assert torch.equal(again.predict(frames()[:, 0], action.quantized_BLD), prediction)
     if targets == "features":
         with pytest.raises(ValueError, match="predicts features, not pixels"):
-            again.reconstruct(frames())
+            reconstruct(again, frames())
     fingerprint = lam_fingerprint(tmp_path / "lam")
     weights = tmp_path / "lam" / "vision_tower" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
@@ -226,7 +235,7 @@ def test_vision_features_as_inputs_and_targets(tower, tmp_path, inputs, targets,
 
 def test_predicting_the_change_begins_at_the_first_frame():
     model = LatentActionModel(TINY).eval()
-    assert torch.equal(model.reconstruct(frames()), frames()[:, 0] / 255)
+    assert torch.equal(reconstruct(model, frames()), frames()[:, 0] / 255)
     losses = model.loss(frames())
     torch.testing.assert_close(losses.loss.detach(), losses.parts["copy"])
 
@@ -268,12 +277,12 @@ def test_fingerprint_changes_with_weights_and_config_only(tmp_path):
         ({"patch_size": 7}, "patch_size 7 does not divide image_size 32"),
         ({"quantizer": "fsq", "fsq_levels": (3, 3)}, r"fsq_levels \(3, 3\) make 9 codes, but codebook_size is 8"),
         ({"latent_length": 5}, "laid out as 5 x 1 codes, which does not fit the 4 x 4 patches"),
-        ({"latent_length": 0}, "latent_length 0 of codebook_size 8 says nothing"),
-        ({"codebook_size": 1}, "latent_length 4 of codebook_size 1 says nothing"),
+        ({"latent_length": 0}, "latent_length 0 and codebook_size 8 carry no information"),
+        ({"codebook_size": 1}, "latent_length 4 and codebook_size 1 carry no information"),
         ({"fsq_levels": (8,)}, "fsq_levels are given, but the quantizer is nsvq"),
-        ({"inputs": "features"}, "need a vision tower: give --vision-tower"),
+        ({"inputs": "features"}, "need a vision tower: add --vision-tower"),
         ({"vision_tower": "some/model"}, "given but not used: add --inputs features"),
-        ({"targets": "both", "vision_tower": "some/model", "layout": "released"}, "has pixels only"),
+        ({"targets": "both", "vision_tower": "some/model", "layout": "released"}, "reads pixels only"),
     ],
 )
 def test_impossible_configs_are_refused(change, said):
@@ -284,13 +293,13 @@ def test_impossible_configs_are_refused(change, said):
 def test_wrong_input_is_refused():
     model = LatentActionModel(TINY)
     with pytest.raises(ValueError, match="frames must be uint8 of shape"):
-        model.codes(frames().float())
+        model.encode(frames().float())
     with pytest.raises(ValueError, match="resize them to the model's image_size"):
-        model.codes(frames(size=64))
+        model.encode(frames(size=64))
     with pytest.raises(ValueError, match=r"codes must be of shape \[3, 4\], got \[3, 5\]"):
-        model.reconstruct(frames(), torch.zeros(3, 5, dtype=torch.int64))
+        reconstruct(model, frames(), torch.zeros(3, 5, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"codes must lie in \[0, 8\), got 8 to 8"):
-        model.reconstruct(frames(), torch.full((3, 4), 8))
+        reconstruct(model, frames(), torch.full((3, 4), 8))
 
 
 def test_what_is_not_a_saved_model_is_named(tmp_path, monkeypatch):
@@ -353,3 +362,42 @@ def test_a_config_with_retired_keys_loads_at_their_only_value(tmp_path):
     files.write_json(tmp_path / "config.json", config)
     with pytest.raises(UserError, match=r"config.json: kl_weight 0.5 is no longer supported, only 0.0001"):
         LatentActionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny", "released"])
+def test_codes_takes_images_in_any_form_and_resizes_them(name):
+    torch.manual_seed(0)
+    model, size = LatentActionModel(CONFIGS[name]).eval(), 32
+    images_BTHWC = np.random.default_rng(0).integers(0, 256, (3, 2, 48, 40, 3), np.uint8)
+    small = [[resize_and_crop(image[None], size)[0] for image in pair] for pair in images_BTHWC]
+    expected = model.encode(torch.from_numpy(np.array(small)).permute(0, 1, 4, 2, 3)).codes_BL
+    first = images_BTHWC.transpose(0, 1, 4, 2, 3)
+    pictures = [[Image.fromarray(image) for image in pair] for pair in images_BTHWC]
+    for frames in (images_BTHWC, first, torch.from_numpy(images_BTHWC), torch.from_numpy(first.copy()), pictures):
+        assert torch.equal(model.codes(frames), expected)
+    assert torch.equal(model.codes([(a, b) for a, b in first]), expected)
+    for pair in (images_BTHWC[0], torch.from_numpy(first[0].copy()), pictures[0], tuple(images_BTHWC[0])):
+        assert torch.equal(model.codes(pair), expected[:1])
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        "a.png", None, [], np.zeros((2, 3, 8, 8, 3), np.uint8), np.zeros((2, 2, 8, 8, 3)),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((1, 2, 8, 8, 4), np.uint8), [Image.new("RGB", (8, 8))], [[Image.new("RGB", (8, 8))]], [1, 2],
+        {"front": np.zeros((8, 8, 3), np.uint8)}, np.zeros((1, 2, 0, 8, 3), np.uint8),
+    ],
+)  # fmt: skip
+def test_codes_of_anything_else_is_a_mistake_in_one_line(frames):
+    with pytest.raises(UserError, match=r"^got .*; give uint8 pairs \[B, 2, 3, H, W\]") as raised:
+        LatentActionModel(TINY).codes(frames)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_model_is_printed_in_one_line():
+    model = LatentActionModel(TINY)
+    num = sum(parameter.numel() for parameter in model.parameters())
+    assert repr(model) == f"LatentActionModel(32 x 32 px, 4 codes of 8 values (fsq), horizon 0.6 s, {num:,} parameters)"
+    assert "continuous" in repr(LatentActionModel(replace(TINY, quantizer="continuous")))
+    assert "LatentActionModel(32" in repr(torch.nn.Sequential(model))

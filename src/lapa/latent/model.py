@@ -24,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lapa import config as configs
 from lapa import files
+from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
@@ -47,6 +49,7 @@ WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
 # What config.json says of the datasets that a model learned from: fingerprint -> name and horizon.
 DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
+WANTED_FRAMES = "give uint8 pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
 SMALLEST_STD = 1e-6
 FEATURE_WEIGHT = 0.01  # of the features' error where pixels are a target too; features have unit scale
 SMALLEST_SCALE = 1e-12
@@ -141,6 +144,14 @@ class LatentActionModel(TrainableModel, nn.Module):
         """Whether the decoder predicts pixels, and not only the features of a vision tower."""
         return self.config.targets != "features"
 
+    def __repr__(self) -> str:
+        config = self.config
+        codes = f"{config.latent_length} codes of {config.codebook_size} values" if self.discrete else "continuous"
+        return (
+            f"LatentActionModel({config.image_size} x {config.image_size} px, {codes} ({config.quantizer}), "
+            f"horizon {self.horizon:g} s, {sum(p.numel() for p in self.parameters()):,} parameters)"
+        )
+
     def forward(self, batch: Mapping[str, Any]) -> Losses:
         return self.loss(
             batch["frames_BTCHW"], middle_BCHW=batch.get("middle_BCHW"), actions_BA=batch.get("actions_BA")
@@ -202,9 +213,16 @@ class LatentActionModel(TrainableModel, nn.Module):
         quantized = self.quantizer.quantize(z_BLD)
         return LatentAction(quantized.codes_BL, z_BLD, quantized.quantized_BLD)
 
-    def codes(self, frames_BTCHW: UInt8[Tensor, "B 2 C H W"]) -> Int64[Tensor, "B L"]:
-        """The codes between the two frames. UserError for a continuous model."""
-        codes_BL = self.encode(frames_BTCHW).codes_BL
+    def codes(self, frames: Any) -> Int64[Tensor, "B L"]:
+        """The codes between the two images of each pair, of which one pair makes B = 1.
+
+        frames: uint8 RGB images of any size as NumPy array or tensor, [B, 2, 3, H, W] or [B, 2, H, W, 3]; one pair
+        without the batch axis; a pair, or a list of pairs, of PIL images or arrays. They are resized as in training:
+        the short side to the model's image_size, the centre cropped. UserError for anything else, and for a
+        continuous model.
+        """
+        frames_BTCHW = _as_frames(frames, self.config.image_size)
+        codes_BL = self.encode(frames_BTCHW.to(self.token_positions_LD.device)).codes_BL
         if codes_BL is None:
             raise UserError(NO_CODES)
         return codes_BL
@@ -240,13 +258,6 @@ class LatentActionModel(TrainableModel, nn.Module):
         if len(codes_BL) != len(frame_BCHW):
             raise UserError(f"got {len(frame_BCHW)} frames and {len(codes_BL)} latent actions; give as many")
         return self.predict(frame_BCHW, self.embed(codes_BL))
-
-    def reconstruct(
-        self, frames_BTCHW: UInt8[Tensor, "B 2 C H W"], codes_BL: Int64[Tensor, "B L"] | None = None
-    ) -> Float[Tensor, "B C H W"]:
-        """The second frame predicted from the first and its own codes, or the given ones; not clamped."""
-        codes_BL = self.codes(frames_BTCHW) if codes_BL is None else codes_BL
-        return self.decode(frames_BTCHW[:, 0], codes_BL)
 
     @torch.no_grad()
     def initialise(self, frames_BTCHW: UInt8[Tensor, "B 2 C H W"]) -> None:
@@ -408,6 +419,43 @@ def batch_usage(codes_BL: Int64[Tensor, "B L"], codebook_size: int) -> dict[str,
     share_LK = F.one_hot(codes_BL, codebook_size).float().mean(0)
     perplexity_L = torch.special.entr(share_LK).sum(1).exp()
     return {"batch_codes_used": (share_LK > 0).sum(1).float().mean(), "batch_perplexity": perplexity_L.mean()}
+
+
+def _as_frames(frames: Any, size: int) -> UInt8[Tensor, "B 2 3 size size"]:
+    """Pairs of images in any of the forms that `LatentActionModel.codes` takes, resized."""
+    if isinstance(frames, Tensor) and frames.dtype == torch.uint8 and tuple(frames.shape[1:]) == (2, 3, size, size):
+        return frames
+    pairs = _pairs(frames)
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"got {_described(frames)}; {WANTED_FRAMES}")
+    images_NHWC = np.stack([resize_and_crop(_image_HWC(image)[None], size)[0] for pair in pairs for image in pair])
+    return torch.from_numpy(rearrange(images_NHWC, "(b t) h w c -> b t c h w", t=2).copy())
+
+
+def _pairs(frames: Any) -> list[Any]:
+    """The pairs, each of two images, of an array or of nested lists."""
+    if isinstance(frames, Tensor | np.ndarray) and frames.ndim in (4, 5):
+        return list(frames) if frames.ndim == 5 else [frames]
+    if isinstance(frames, list | tuple):
+        images = [isinstance(item, Image.Image) or getattr(item, "ndim", 0) == 3 for item in frames]
+        return [frames] if any(images) else [pair for item in frames for pair in _pairs(item)]
+    raise UserError(f"got {_described(frames)}; {WANTED_FRAMES}")
+
+
+def _image_HWC(image: Any) -> UInt8[np.ndarray, "H W 3"]:
+    if isinstance(image, Image.Image):
+        image = image.convert("RGB")
+    pixels = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
+    if pixels.ndim == 3 and pixels.shape[0] == 3:
+        pixels = rearrange(pixels, "c h w -> h w c")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise UserError(f"got an image of {_described(image)}; {WANTED_FRAMES}")
+    return np.ascontiguousarray(pixels)
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{value.dtype} {list(shape)}"
 
 
 def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> VisionTower:
