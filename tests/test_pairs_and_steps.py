@@ -31,8 +31,8 @@ from lapa.engine.batches import BLOCK, Draw, Mixed, StepSampler, batch_loader
 from lapa.files import read_json, write_json
 from lapa.latent import probe
 from lapa.latent import train as training
+from lapa.latent.config import ProbeConfig
 from lapa.latent.model import LatentActionModel, horizon_for
-from lapa.latent.probe import ProbeConfig
 from lapa.presets import LATENT
 from lapa.sources.synthetic import moving_squares, write_synthetic_dataset
 
