@@ -1,8 +1,8 @@
 """The same random crop and colour change on both frames of a pair, so that a latent cannot carry appearance.
 
-The encoder sees the augmented pair while the decoder predicts the plain one: how the scene looks (place in the image,
-brightness, tint) is then of no use to the decoder, and what moved is all that is worth encoding. Among the changes by
-which LAOM betters latent actions under distractors, ICML 2025, https://arxiv.org/abs/2502.00379.
+If the encoder reads the augmented pair and the decoder predicts the plain one (--augment view), the look of the scene
+(position, brightness, tint) is of no use to the decoder, and only motion is worth encoding. One of the changes by
+which LAOM improves latent actions under distractors, ICML 2025, https://arxiv.org/abs/2502.00379.
 
     seen_BTCHW = augment_pairs(frames_BTCHW, AugmentConfig(crop=0.2))
 
@@ -25,24 +25,24 @@ from lapa.errors import UserError
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How strong each change may be; zero leaves it out."""
+    """Strength of each change; zero turns it off."""
 
     crop: float = 0.2
-    """The largest part of the area that is cut away before the rest is scaled back to full size."""
+    """Largest share of the area that is cropped away before the rest is scaled back to full size."""
     brightness: float = 0.2
-    """The largest shift, as a part of the full range."""
+    """Largest shift, as a share of the full range."""
     contrast: float = 0.2
-    """The largest relative change of the distances to the pair's mean grey."""
+    """Largest relative change of the distances to the pair's mean grey."""
     saturation: float = 0.2
-    """The largest relative change of the distances to each pixel's own grey."""
+    """Largest relative change of the distances to each pixel's own grey."""
     hue: float = 0.05
-    """The largest rotation of colours about the grey axis, as a part of a full turn."""
+    """Largest rotation of colours about the grey axis, as a share of a full turn."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             strength = getattr(self, field.name)
             if not 0 <= strength < 1:
-                raise UserError(f"{field.name} {strength} must lie in [0, 1); 0 leaves the change out")
+                raise UserError(f"{field.name} {strength} must lie in [0, 1); 0 turns the change off")
 
 
 def augment_pairs(
@@ -52,8 +52,8 @@ def augment_pairs(
 ) -> UInt8[Tensor, "B T 3 H W"]:
     """One crop and one colour change for each pair, the same on all its frames, drawn anew for every pair.
 
-    Runs where the frames are. The draws come from `generator`, by default torch's global one of the frames' device,
-    whose state a checkpoint keeps. Raises UserError where frames are not uint8 of this shape.
+    Runs on the frames' device. Random numbers come from `generator`, by default torch's global one of that device,
+    whose state is in checkpoints. Raises UserError if frames are not uint8 of this shape.
     """
     if frames_BTCHW.dtype != torch.uint8 or frames_BTCHW.ndim != 5 or frames_BTCHW.shape[2] != 3:
         raise UserError(

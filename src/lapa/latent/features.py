@@ -37,8 +37,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class VisionTower(nn.Module):
     """A frozen model of transformers whose patch tokens are read as a grid of features.
 
-    The model is no submodule: it is no part of the state, the parameters or the training mode of what holds the tower,
-    so that no checkpoint, optimizer or DistributedDataParallel meets it, and copies share it. It does move with its
+    The model is no submodule: its weights are in no state dict, parameter list or training mode of the holder, so that
+    no checkpoint, optimizer or DistributedDataParallel handles it, and copies share it. It does move with its
     holder (`to`, `cuda`, `bfloat16`), and is saved by `save_pretrained`.
     """
 
@@ -98,13 +98,13 @@ class VisionTower(nn.Module):
         return rearrange(features_NSD, "n (h w) d -> n h w d", h=self.grid)
 
     def _tokens(self, normalised_NCHW: Tensor) -> Tensor:
-        """All tokens that the model yields, those of patches last and row by row."""
+        """All output tokens of the model; those of patches come last, row by row."""
         model, pixels = self.model, normalised_NCHW.to(self.model.dtype)
         inputs: dict[str, Any] = {}
         if "interpolate_pos_encoding" in self._takes:
             inputs["interpolate_pos_encoding"] = True
         if "spatial_shapes" in self._takes:
-            # SigLIP 2 for any aspect ratio wants patches, and is told their layout image by image.
+            # SigLIP 2 for any aspect ratio takes patches, and the layout of each image.
             pixels = rearrange(pixels, "n c (h p) (w q) -> n (h w) (p q c)", p=self.patch_size, q=self.patch_size)
             layout = torch.full((len(pixels), 2), int(pixels.shape[1] ** 0.5))
             inputs = {"spatial_shapes": layout, "pixel_attention_mask": pixels.new_ones(pixels.shape[:2])}
@@ -120,17 +120,17 @@ class VisionTower(nn.Module):
         return tokens.shape[1] - 4
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionTower:
-        """What nn.Module does to every tensor of it (to, cuda, half), done to the frozen model too."""
+        """Applies `to`, `cuda`, `half` and the like to the frozen model too."""
         super()._apply(fn, recurse)
         self.model._apply(fn)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisionTower:
-        """Shares the frozen model: an average of weights has no use for a second one."""
+        """Shares the frozen model, which averages of weights do not change."""
         return VisionTower(self.model, self.grid, self.mean, self.std).to(self.mean_C11.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model as transformers does, and mean and std beside it: a folder for `from_pretrained`."""
+        """Writes the model as transformers does, with mean and std: a folder for `from_pretrained`."""
         folder = Path(folder)
         files.write_json(folder / NORMALISATION, {"image_mean": self.mean, "image_std": self.std})
         self.model.save_pretrained(folder)
@@ -139,9 +139,9 @@ class VisionTower(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path, grid: int) -> VisionTower:
         """The vision tower of a model on the hub or in a folder, in float32 on the CPU.
 
-        Of a two-tower model (SigLIP) only the vision tower is loaded. ImageNet's mean and std are taken, with a
-        warning, where the model comes without. Raises UserError naming the model where it is not to be found, not
-        whole, no vision model, or without a square patch grid.
+        Of a two-tower model (SigLIP) only the vision tower is loaded. If the model has no mean and std, ImageNet's
+        are used, with a warning. Raises UserError naming the model if it is missing, incomplete, no vision model, or
+        without a square patch grid.
         """
         gated = "; if it is gated (DINOv3), accept its licence there and run `hf auth login`"
         folder = files.hub_folder(name_or_folder, ["*.json", "*.safetensors"], gated)
@@ -208,7 +208,7 @@ def _square_patch(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of the text tower's weights as unexpected; what is missing is checked here."""
+    """Silences transformers' report of the text tower's unexpected weights; missing ones are checked by the caller."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

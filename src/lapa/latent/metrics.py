@@ -1,11 +1,13 @@
-"""What a latent action model does: reconstruction, code usage, transfer, consistency in time.
+"""Metrics of a latent action model: reconstruction, code usage, transfer, consistency in time, and true actions.
 
-`lapa latent probe` and `lapa latent train` compute them; docs/metrics.md says how to read each one. Everything is
-measured on a Sample that is encoded once, in the space the decoder predicts: pixels in [0, 1], or vision features.
+`lapa latent probe` and `lapa latent train` compute them; docs/metrics.md explains each one. All are measured on a
+Sample that is encoded once, in the decoder's target space: pixels in [0, 1], or vision features. Regressions are fitted
+and scored on different episodes, next to the scores of the mean action and of the bare pixels.
 
     sample = draw_sample(pairs, 4000, seed=0); codes_BL, errors = reconstruction_figures(model, sample)
 
-Axes: B pairs, T time, C channel, H W image, L latent action length, D width, K codebook size, A action dimensions.
+Axes: B pairs, T time, C channel, H W image, L latent action length, D width, K codebook size, A action dimensions,
+F features.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ NEVER_CHANGES = 1e-12  # variance below which a target counts as constant
 
 @dataclass(frozen=True)
 class Sample:
-    """Pairs drawn from a dataset: frames uint8 [B, 2, C, H, W], where each comes from, and what is known of it.
+    """Pairs drawn from a dataset: frames uint8 [B, 2, C, H, W], their episodes and, if known, actions and tasks.
 
     actions_BA: the mean of the actions between the two frames, in the robot's own units. tasks_B: the instructions.
     middle_BCHW: the frame halfway between the two, uint8.
@@ -52,16 +54,16 @@ class Sample:
 
 
 def draw_sample(pairs: FramePairs, num: int, seed: int, *, actions: bool = False) -> Sample:
-    """Up to `num` different pairs, drawn evenly. actions: with true action and instruction, where the dataset has them.
+    """Up to `num` different pairs, drawn evenly. actions: with true action and instruction, if the dataset has them.
 
-    The middle frames come along where the pairs have them (PairsConfig.middle).
+    Middle frames are included if the pairs have them (PairsConfig.middle).
     """
     return take_sample(pairs, np.random.default_rng(seed).permutation(len(pairs))[:num].tolist(), actions=actions)
 
 
 def take_sample(pairs: FramePairs, indices: Sequence[int], *, actions: bool = False) -> Sample:
     """The pairs of these indices, in this order."""
-    # Read in the order of the files, where neighbours share a video that is open already.
+    # In the order of the files, in which neighbours share an open video.
     in_order = sorted(enumerate(indices), key=lambda draw: draw[1])
     drawn = {number: pairs[(index, number)] for number, index in in_order}
     items = [drawn[number] for number in range(len(indices))]
@@ -88,7 +90,7 @@ def encode(model: LatentActionModel, frames_BTCHW: Tensor) -> LatentAction:
 def other_episodes(episodes_B: np.ndarray, seed: int = 0) -> np.ndarray:
     """For each pair the index of one of another episode; each pair is chosen once.
 
-    Where one episode holds more than half of the pairs, some get a partner of their own episode.
+    If one episode holds more than half of the pairs, some get a partner of their own episode.
     """
     rng = np.random.default_rng(seed)
     _, group_B, sizes = np.unique(episodes_B, return_inverse=True, return_counts=True)
@@ -109,7 +111,7 @@ def reconstruction_figures(
     mse: predicted from the pair's own latent action. mse_shuffled: from that of a pair of another episode. mse_copy:
     the first frame itself. mse_mean: the mean second frame. A model that ignores its codes has mse_shuffled = mse.
     moving_*: the same on moving pixels only, those that change by more than 0.05 in any channel (for features: patches
-    that hold such a pixel); 0 where none does. moving_share: their share.
+    that hold such a pixel); 0 if none does. moving_share: their share.
     Pixel predictions are clamped to [0, 1]; a model that predicts no pixels is measured on its target features.
     """
     device, encoded = device_of(model), encoded or encode(model, sample.frames_BTCHW)
@@ -244,7 +246,7 @@ def _joined(latents: Sequence[LatentAction]) -> LatentAction:
 
 
 class _Spread:
-    """Sums from which the squared error of a mean frame follows once it is known."""
+    """Running sums, from which the squared error of the mean frame is computed at the end."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
@@ -264,7 +266,7 @@ class _Spread:
 
 
 def _moving(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
-    """1 where the target's place holds a pixel that changes, else 0: [B, 1, h, w]."""
+    """1 at target positions that hold a changing pixel, else 0: [B, 1, h, w]."""
     changed = (second.float() - first.float()).abs().amax(dim=1, keepdim=True) > MOVING * 255
     return F.adaptive_max_pool2d(changed.float(), target.shape[-2:])
 
@@ -275,7 +277,7 @@ def _predict(model: LatentActionModel, first: Tensor, quantized_BLD: Tensor) -> 
 
 
 def _ratio(numerator: Tensor | float, denominator: Tensor | float) -> float | None:
-    """None where there is nothing to compare with, as with latents that are all the same."""
+    """None for a zero denominator, as with latents that are all the same."""
     return float(numerator) / float(denominator) if float(denominator) > 0 else None
 
 
@@ -284,7 +286,7 @@ def _perplexity(share: Tensor) -> Tensor:
 
 
 def action_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any]:
-    """Linear (ridge) and MLP probes to the mean true action, scored on held-out episodes; see regression.scores.
+    """Linear (ridge) and MLP regressions to the mean true action, scored on held-out episodes; see `scores`.
 
     From the codes (one-hot), the quantised latent action, the continuous one and, as a yardstick, the difference of
     the two frames at 8x8 pixels; mean_action: from nothing. lp_mse (CoMo, https://arxiv.org/abs/2505.17006): the
@@ -314,27 +316,27 @@ def action_figures(sample: Sample, encoded: LatentAction, codebook_size: int, se
 
 
 def returned_action_r2(sample: Sample, encoded: LatentAction, returned: LatentAction, seed: int = 0) -> float | None:
-    """Whether the linear probe reads the same action after a transfer: R2 of its readings, on held-out episodes.
+    """R2 between the linear regression's predictions before and after a transfer, on held-out episodes.
 
-    returned: the latent actions encoded again (figures.transfer). 1: the same; 0 or less: no better than the mean
-    reading, which is None where the probe reads the same from every pair.
+    returned: the latent actions encoded again, of `transfer`. 1: the same action; 0 or less: no better than the mean
+    prediction. None if the regression predicts the same for every pair.
     """
     assert sample.actions_BA is not None
     test_B = hold_out(sample.episodes_B, seed)
     given_BF, returned_BF = (latent.quantized_BLD.flatten(1).double().numpy() for latent in (encoded, returned))
     probe = fit_ridge(given_BF[~test_B], sample.actions_BA[~test_B], sample.episodes_B[~test_B])
-    reading_BA = probe.predict(given_BF)
-    # A dimension of which the probe reads next to nothing would divide by next to nothing.
-    told_A = reading_BA[test_B].var(0) > 0.01 * sample.actions_BA[test_B].var(0)
-    if not told_A.any():
+    before_BA = probe.predict(given_BF)
+    # Without dimensions of near-constant predictions, which would divide by almost zero.
+    predicted_A = before_BA[test_B].var(0) > 0.01 * sample.actions_BA[test_B].var(0)
+    if not predicted_A.any():
         return None
-    return float(scores(probe.predict(returned_BF)[:, told_A], reading_BA[:, told_A], test_B)["r2"])
+    return float(scores(probe.predict(returned_BF)[:, predicted_A], before_BA[:, predicted_A], test_B)["r2"])
 
 
 def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """Mutual information of each code, and of the whole latent action, with each binned action dimension.
 
-    Bins of equal frequency, 8 for each dimension; each entry as regression.mutual_information gives it. known: mean
+    Bins of equal frequency, 8 for each dimension; each entry is the result of `mutual_information`. known: mean
     over dimensions of the best position's share; known_joint: the same of whole latent actions.
     """
     codes_BL_numpy = codes_BL.numpy()
@@ -354,9 +356,9 @@ def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0)
 def task_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any] | None:
     """Accuracy of a logistic regression from the latent action to the instruction, on held-out episodes.
 
-    A fifth of each instruction's episodes is held out; those of one episode are left out, and only the 50 with most
-    pairs are told apart. None where that leaves fewer than two. chance: the share of the most frequent instruction.
-    first_frame: from the first frame at 8x8 pixels, what the scene alone tells.
+    A fifth of each instruction's episodes is held out. Instructions of a single episode are left out, and only the 50
+    with most pairs are classes; None if that leaves fewer than two. chance: the share of the most frequent instruction.
+    first_frame: from the first frame at 8x8 pixels, what the scene alone predicts.
     """
     assert sample.tasks_B is not None
     tasks_B, episodes_B = sample.tasks_B, sample.episodes_B
@@ -379,7 +381,7 @@ def task_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed
 
 
 def features_of(sample: Sample, encoded: LatentAction, codebook_size: int) -> dict[str, np.ndarray]:
-    """What the probes read, each [B, F]: the latent action in its forms, and pixels as yardsticks."""
+    """Inputs of the regressions, each [B, F]: the latent action in its forms, and pixels for comparison."""
     features = {
         "quantized": encoded.quantized_BLD,
         "continuous": encoded.z_BLD,
@@ -443,7 +445,7 @@ def mlp(
     """Predictions [B, A] of an MLP with two hidden layers of 128, fitted on the rows that are not marked as test.
 
     Full batches, features and targets standardised, stopped early on a part of the training groups (scikit-learn's own
-    early stopping would part rows of one episode). The same seed gives the same result.
+    early stopping would split the rows of one episode). The same seed gives the same result.
     """
     from sklearn.neural_network import MLPRegressor
     from sklearn.preprocessing import StandardScaler
@@ -475,9 +477,9 @@ def mlp(
 
 
 def scores(predicted_BA: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray) -> dict[str, Any]:
-    """R2 and MSE on the test rows, per dimension and their mean; R2 is None for a target that never changes.
+    """R2 and MSE on the test rows, per dimension and their mean; R2 is None for a constant target.
 
-    R2 is against the mean of the other rows: 0 is as good as that mean. standardised_mse: in units of the variance
+    R2 compares with the mean of the other rows: 0 is as good as that mean. standardised_mse: in units of the variance
     over the other rows, mean over the dimensions that change.
     """
     train_BA, test_BA = targets_BA[~test_B], targets_BA[test_B]
@@ -495,7 +497,7 @@ def scores(predicted_BA: np.ndarray, targets_BA: np.ndarray, test_B: np.ndarray)
 
 
 def r2(predicted_BA: np.ndarray, targets_BA: np.ndarray, mean_A: np.ndarray) -> np.ndarray:
-    """1 - squared error / squared error of predicting mean_A, [A]; NaN where the target is that mean throughout."""
+    """1 - squared error / squared error of predicting mean_A, [A]; NaN for a constant target."""
     total_A = np.square(targets_BA - mean_A).mean(0)
     varies_A = total_A > NEVER_CHANGES
     return np.where(

@@ -1,4 +1,4 @@
-"""The latent action model: two frames in, a few discrete codes for what happened between them (LAPA, stage 1).
+"""The latent action model: from two frames to a few discrete codes of the change between them (LAPA, stage 1).
 
 Inverse dynamics encodes (x_t, x_{t+h}) into codes; forward dynamics predicts x_{t+h} from x_t and the codes.
 Ye et al., ICLR 2025, https://arxiv.org/abs/2410.11758.
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
-# What config.json says of the datasets that a model learned from: fingerprint -> name and horizon.
+# In config.json, the datasets that a model learned from: fingerprint -> name and horizon.
 DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
 WANTED_FRAMES = "give uint8 pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
@@ -57,9 +57,9 @@ SMALLEST_SCALE = 1e-12
 
 @dataclass(frozen=True)
 class LatentAction:
-    """A batch of latent actions: the continuous latent, its codes, and what the decoder is given.
+    """A batch of latent actions: the continuous latent, its codes, and the quantised latent, the decoder's input.
 
-    codes_BL is None for a continuous latent action model, which has none.
+    codes_BL is None for a continuous latent action model.
     """
 
     codes_BL: Int64[Tensor, "B L"] | None
@@ -69,7 +69,7 @@ class LatentAction:
 
 @dataclass(frozen=True)
 class View:
-    """Frames as the model sees them: pixels in [0, 1] and, with a vision tower, its features, on the patch grid."""
+    """Input of the model: pixels in [0, 1] and, with a vision tower, its features, on the patch grid."""
 
     pixels_BTCHW: Tensor
     features_BTHWD: Tensor | None
@@ -80,7 +80,7 @@ class View:
 
 
 class LatentActionModel(TrainableModel, nn.Module):
-    """Encoder, quantiser and decoder; `forward` is the training loss.
+    """Encoder, quantizer and decoder; `forward` returns the training loss.
 
     z = latents(x_{t+h}) - latents(x_t), each read from the tokens of a spatial and a temporal transformer over both
     frames. The decoder starts from x_t's tokens, gradient stopped, and attends to the quantised z.
@@ -91,7 +91,7 @@ class LatentActionModel(TrainableModel, nn.Module):
     action_std_A: Tensor
 
     def __init__(self, config: LatentModelConfig, tower: VisionTower | None = None):
-        """tower: the frozen vision tower, by default loaded as config.vision_tower says."""
+        """tower: the frozen vision tower, by default loaded by the name config.vision_tower."""
         super().__init__()
         self.config = config
         if config.vision_tower is not None and tower is None:
@@ -131,17 +131,17 @@ class LatentActionModel(TrainableModel, nn.Module):
 
     @property
     def horizon(self) -> float:
-        """Seconds between the two frames the model was trained on."""
+        """Seconds between the two frames of a training pair."""
         return self.config.horizon_seconds
 
     @property
     def discrete(self) -> bool:
-        """Whether its latent actions have codes."""
+        """Whether latent actions have codes."""
         return self.quantizer.discrete
 
     @property
     def predicts_pixels(self) -> bool:
-        """Whether the decoder predicts pixels, and not only the features of a vision tower."""
+        """Whether the decoder predicts pixels, not only the features of a vision tower."""
         return self.config.targets != "features"
 
     def __repr__(self) -> str:
@@ -167,7 +167,7 @@ class LatentActionModel(TrainableModel, nn.Module):
     ) -> Losses:
         """Mean squared error of the predicted second frame, and the losses that the config adds to it.
 
-        noise: standard normal, of as many elements as z, for the quantisers that draw it (drawn here by default).
+        noise: standard normal, of as many elements as z, for the quantizers that draw it (drawn here by default).
         middle_BCHW: the frame halfway, for the composition loss. actions_BA: true actions, NaN where not known.
         Parts: reconstruction; copy, the error of predicting no change; batch_codes_used and batch_perplexity; and
         each loss that is added, unweighted.
@@ -178,7 +178,7 @@ class LatentActionModel(TrainableModel, nn.Module):
             seen_BTCHW = augment_pairs(seen_BTCHW)
         seen = self._view(seen_BTCHW)
         tokens = self._tokens(seen)
-        # The decoder starts from the frames as they are where only the encoder's view is another.
+        # With augment=view only the encoder's input is augmented; the decoder starts from the frames as they are.
         apart = config.augment == "view" and self.training
         plain = self._view(frames_BTCHW) if apart else seen
         start = self._tokens(plain.frame(0)) if apart else tokens[:, :1]
@@ -208,7 +208,7 @@ class LatentActionModel(TrainableModel, nn.Module):
 
     @torch.no_grad()
     def encode(self, frames_BTCHW: UInt8[Tensor, "B 2 C H W"]) -> LatentAction:
-        """The latent action between the two frames, without noise, changing nothing in the model."""
+        """The latent action between the two frames, without noise; the model stays unchanged."""
         z_BLD = self._latents(self._tokens(self._view(frames_BTCHW)), self.position_bias())
         quantized = self.quantizer.quantize(z_BLD)
         return LatentAction(quantized.codes_BL, z_BLD, quantized.quantized_BLD)
@@ -229,7 +229,7 @@ class LatentActionModel(TrainableModel, nn.Module):
 
     @torch.no_grad()
     def embed(self, codes_BL: Int64[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """What the decoder is given for these codes. UserError for codes that the model does not have."""
+        """The decoder's input for these codes. UserError for codes outside the codebook."""
         expected = (len(codes_BL), self.config.latent_length)
         if tuple(codes_BL.shape) != expected:
             raise UserError(f"codes must be of shape {list(expected)}, got {list(codes_BL.shape)}")
@@ -242,35 +242,35 @@ class LatentActionModel(TrainableModel, nn.Module):
 
     @torch.no_grad()
     def target(self, frame_BCHW: UInt8[Tensor, "B C H W"]) -> Tensor:
-        """What `predict` should give for this second frame: its pixels in [0, 1], or its features [B, D, h, w]."""
+        """The target of `predict` for this second frame: its pixels in [0, 1], or its features [B, D, h, w]."""
         return self._main_target(self._view(frame_BCHW[:, None]))
 
     @torch.no_grad()
     def predict(self, frame_BCHW: UInt8[Tensor, "B C H W"], quantized_BLD: Float[Tensor, "B L D"]) -> Tensor:
-        """The second frame that this latent action predicts from this first one, not clamped; as `target`."""
+        """The second frame predicted from the first and this latent action, not clamped; in the form of `target`."""
         view = self._view(frame_BCHW[:, None])
         return self._main_target(self._predict(view, self._tokens(view), quantized_BLD, self.position_bias()))
 
     def decode(self, frame_BCHW: UInt8[Tensor, "B C H W"], codes_BL: Int64[Tensor, "B L"]) -> Float[Tensor, "B C H W"]:
-        """The second frame that these codes predict from this first one; pixels in [0, 1], not clamped."""
+        """The second frame predicted from the first and these codes; pixels in [0, 1], not clamped."""
         if not self.predicts_pixels:
             raise UserError("this model predicts features, not pixels; train one with --targets pixels or both")
         if len(codes_BL) != len(frame_BCHW):
-            raise UserError(f"got {len(frame_BCHW)} frames and {len(codes_BL)} latent actions; give as many")
+            raise UserError(f"got {len(frame_BCHW)} frames and {len(codes_BL)} latent actions; give one for each frame")
         return self.predict(frame_BCHW, self.embed(codes_BL))
 
     @torch.no_grad()
     def initialise(self, frames_BTCHW: UInt8[Tensor, "B 2 C H W"]) -> None:
-        """Fits codebook and scale to a batch of real pairs; once, before training. More pairs than codes, please."""
+        """Fits codebook and scale to a batch of real pairs, more pairs than codes; once, before training."""
         self.quantizer.initialise(self._latents(self._tokens(self._view(frames_BTCHW)), self.position_bias()))
 
     def standardise_actions(self, actions_NA: Float[np.ndarray, "N A"]) -> None:
-        """Takes the mean and spread of the true actions that the loss is to see, in the robot's own units."""
+        """Stores mean and spread of the true actions of the loss, in the robot's own units."""
         self.action_mean_A.copy_(torch.from_numpy(actions_NA.mean(0)))
         self.action_std_A.copy_(torch.from_numpy(actions_NA.std(0)))
 
     def action_tokens(self, quantized_BLD: Tensor) -> Tensor:
-        """What the decoder attends to: the quantised latents at the width of the transformer, [B, L, dim]."""
+        """Context of the decoder's cross-attention: the quantised latents at the transformer's width, [B, L, dim]."""
         if self.config.layout == "released":
             # The released code reshapes (b, l, d) to (b, d, l) where it should transpose: features mix.
             b, length, dim = quantized_BLD.shape
@@ -304,7 +304,7 @@ class LatentActionModel(TrainableModel, nn.Module):
         return self.to_latents(encoded[:, 1]) - self.to_latents(encoded[:, 0])
 
     def _predict(self, first: View, tokens_B1HWD: Tensor, quantized_BLD: Tensor, bias_HNN: Tensor) -> View:
-        """The second frame; parts that are no target are those of the first."""
+        """The predicted second frame; parts that are no target are copied from the first."""
         if self.add_action is not None:
             added = self.add_action(rearrange(quantized_BLD, "b l d -> b (l d)"))
             tokens_B1HWD = tokens_B1HWD + rearrange(added, "b d -> b 1 1 1 d")
@@ -324,7 +324,7 @@ class LatentActionModel(TrainableModel, nn.Module):
         return rearrange(view.features_BTHWD[:, 0].float(), "b h w d -> b d h w")
 
     def _reconstruction_loss(self, predicted: View, frames: View) -> tuple[Tensor, dict[str, Tensor]]:
-        """The error of the predicted second frame in the targets' space, and how copying the first would do."""
+        """The error of the predicted second frame in the targets' space, and the error of copying the first."""
         first, second = frames.frame(0), frames.frame(1)
         loss, parts = torch.zeros(()), dict[str, Tensor]()
         if self.config.targets != "pixels":
@@ -352,35 +352,37 @@ class LatentActionModel(TrainableModel, nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> LatentActionModel:
-        """A saved model, on the CPU, in evaluation mode. UserError naming the file where anything is amiss."""
+        """A saved model, on the CPU, in evaluation mode. UserError naming the file that is missing or wrong."""
         folder = files.hub_folder(folder_or_hub_id, SAVED)
         config = _read_config(folder)
         model = cls(config, _load_tower(folder / TOWER, config) if config.uses_features else None)
         try:
             model.load_state_dict(load_file(folder / WEIGHTS))
         except FileNotFoundError:
-            raise UserError(f"{folder / WEIGHTS}: no such file; the model was not saved to its end") from None
+            raise UserError(
+                f"{folder / WEIGHTS}: no such file; the model is incomplete, save or copy it again"
+            ) from None
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{folder / WEIGHTS}: not the weights that {CONFIG} beside it describes: {error}") from None
+            raise UserError(f"{folder / WEIGHTS}: does not fit the {CONFIG} of its folder: {error}") from None
         return model.eval()
 
 
 def lam_fingerprint(folder_or_hub_id: str | Path) -> str:
-    """Identifies a saved model by its weights and its config (16 hex digits): labels carry it."""
+    """Identity of a saved model, from its weights and its config (16 hex digits); stored in labels."""
     folder = files.hub_folder(folder_or_hub_id, SAVED)
     config = _read_config(folder)
     weights = [folder / WEIGHTS] + [folder / TOWER / WEIGHTS] * config.uses_features
     for path in weights:
         if not path.is_file():
-            raise UserError(f"{path}: no such file; the model was not saved to its end")
+            raise UserError(f"{path}: no such file; the model is incomplete, save or copy it again")
     identity = [*map(files.fingerprint, weights), json.dumps(config.identity(), sort_keys=True)]
     return hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
 
 
 def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentActionModel) -> float:
-    """Seconds between the frames of a pair that this saved model is to look at in a dataset.
+    """Seconds between the two frames of a pair of this dataset, for this saved model.
 
-    Those given with the dataset (`--data PATH,horizon=2.4`), else those of its training on it, else the model's own.
+    As given with the dataset (`--data PATH,horizon=2.4`), else as in training on it, else the model's own horizon.
     """
     if dataset.horizon is not None:
         return dataset.horizon
@@ -394,18 +396,18 @@ def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentAct
 
 
 def relative_error(ours_BLD: Float[Tensor, "B L D"], wanted_BLD: Float[Tensor, "B L D"]) -> Tensor:
-    """Squared error over the mean square of what is wanted.
+    """Squared error over the mean square of the wanted values (latents add up as motions do: ConLA, ALAM).
 
-    The gradient goes through both, so that it is none along their common scale: with a fixed scale below, making both
-    smaller would pay, and does (one code left after 45 steps, docs/log.md).
+    The gradient goes through both, so that their common scale has none: with a constant denominator, shrinking both
+    lowers the loss, and collapses the codebook (one code left after 45 steps, docs/log.md).
     """
     return (ours_BLD - wanted_BLD).square().mean() / wanted_BLD.square().mean().clamp(min=SMALLEST_SCALE)
 
 
 def known_actions_error(predicted_BA: Float[Tensor, "B A"], actions_BA: Float[Tensor, "B A"]) -> Tensor:
-    """Mean squared error over the pairs whose true action is known (not NaN); zero where none is.
+    """Mean squared error over the pairs whose true action is known (not NaN); zero if none is (LAOM, arXiv 2502.00379).
 
-    The mean is over the pairs of all processes; micro-batches of an accumulation are averaged each for itself.
+    The mean is over the pairs of all processes, and separate for each micro-batch of an accumulation.
     """
     known_B1 = actions_BA.isfinite().all(1, keepdim=True)
     error_BA = (predicted_BA - actions_BA.nan_to_num()).square() * known_B1
@@ -415,7 +417,7 @@ def known_actions_error(predicted_BA: Float[Tensor, "B A"], actions_BA: Float[Te
 
 @torch.no_grad()
 def batch_usage(codes_BL: Int64[Tensor, "B L"], codebook_size: int) -> dict[str, Tensor]:
-    """Of this batch: the codes that each position uses, and their perplexity, both the mean over positions."""
+    """Number of codes used in this batch and their perplexity, each the mean over positions."""
     share_LK = F.one_hot(codes_BL, codebook_size).float().mean(0)
     perplexity_L = torch.special.entr(share_LK).sum(1).exp()
     return {"batch_codes_used": (share_LK > 0).sum(1).float().mean(), "batch_perplexity": perplexity_L.mean()}
@@ -468,5 +470,5 @@ def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> Vision
 def _read_config(folder: Path) -> LatentModelConfig:
     values = files.read_json(folder / CONFIG)
     if not isinstance(values, dict) or "model" not in values:
-        raise UserError(f'{folder / CONFIG}: has no "model"; this is not the folder of a latent action model')
+        raise UserError(f'{folder / CONFIG}: has no "model"; give the folder of a latent action model')
     return LatentModelConfig.from_saved(values["model"], str(folder / CONFIG))

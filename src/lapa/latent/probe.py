@@ -1,10 +1,11 @@
-"""What a latent action model has learned, measured without a robot.
+"""Measures latent action models without a robot, one or several side by side.
 
-lapa latent probe LAM --data DATASET
+lapa latent probe LAM --data DATASET               # probe.json, grid.png and a table
+lapa latent compare LAM1 LAM2 ... --data DATASET   # compare.json and a table
 
-Writes probe.json and grid.png, and prints the table: is the codebook used, does the decoder read the codes, do they
-mean the same in another scene and (where the dataset has them) the true action or the instruction.
-`docs/metrics.md` says how to read each figure.
+Is the codebook used, does the decoder read the codes, do they mean the same in another scene, and do they predict the
+true action and the instruction? docs/metrics.md explains each figure. When several models are compared, each reads
+pairs of its own image size and horizon with the same first frames.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from lapa.latent.show import probe_sheet
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: the figure at `path` in probe.json, divided by the one at `over`, and how to read it."""
+    """A line of the table: the figure at `path` in probe.json, divided by the one at `over`, and its meaning."""
 
     name: str
     path: str
@@ -56,7 +57,7 @@ class Row:
     digits: str = ".2f"
 
     def value(self, figures: dict[str, Any]) -> str:
-        """As text; empty where the figure is not measured, "-" where it is not defined."""
+        """As text; empty if the figure is not measured, "-" if it is not defined."""
         value, over = (_look_up(figures, path) if path else 1.0 for path in (self.path, self.over))
         if isinstance(value, str) or isinstance(over, str):
             return ""
@@ -66,7 +67,7 @@ class Row:
 ROWS = (
     Row("reconstruction (MSE)", "reconstruction.mse", "of the second frame", digits=".5f"),
     Row("  / copying the first frame", "reconstruction.mse", "below 1: predicts change", "reconstruction.mse_copy"),
-    Row("  / mean frame", "reconstruction.mse", "scale of the pictures", "reconstruction.mse_mean"),
+    Row("  / mean frame", "reconstruction.mse", "scale of the frames", "reconstruction.mse_mean"),
     Row("  shuffled / own", "reconstruction.mse_shuffled", "1: actions are ignored", "reconstruction.mse"),
     Row(
         "moving pixels: / copying",
@@ -97,9 +98,9 @@ ROWS = (
     Row("action known from a code", "information.known", "share of its information; 0: chance"),
     Row("action known from all codes", "information.known_joint", "unsure where most are rare"),
     Row("instruction, linear, quantised", "task.quantized", "accuracy on held-out episodes"),
-    Row("  first frame", "task.first_frame", "what the scene alone tells"),
+    Row("  first frame", "task.first_frame", "what the scene alone predicts"),
     Row("  by chance", "task.chance", "the most frequent one"),
-    Row("offset of z", "consistency.offset_share", "near 1: the next three say little"),
+    Row("offset of z", "consistency.offset_share", "near 1: ignore the next three"),
     Row("S-PCFC", "consistency.s_pcfc", "low: past and future differ"),
     Row("reversal error", "consistency.reversal_error", "0: back is minus there; 2: unrelated"),
     Row("composition error", "consistency.composition_error", "0: halves add up; 3: unrelated"),
@@ -126,8 +127,8 @@ def run(config: ProbeConfig) -> None:
     console.print(table_of({"value": figures}, "latent action model"))
     with atomic_path(out / "grid.png") as path:
         probe_sheet(model, sample, encoded, config.num_rows).save(path)
-    said = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
-    write_json(out / "probe.json", {**figures, **said})
+    context = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
+    write_json(out / "probe.json", {**figures, **context})
     elsewhere = ["--out", "LABELS"] if dataset.in_place else []
     next_command = shlex.join(["lapa", "label", "--lam", str(config.lam), "--data", str(config.data), *elsewhere])
     finish("probe.json and grid.png", out, [next_command] if model.discrete else [])
@@ -167,15 +168,15 @@ def compare(config: CompareConfig) -> None:
 
 
 def short_names(lams: tuple[Path, ...]) -> list[str]:
-    """The last part of each path, or the whole of it where two end alike."""
+    """The last part of each path, or the whole paths if two end alike."""
     names = [lam.name for lam in lams]
     return names if len(set(names)) == len(names) else [str(lam) for lam in lams]
 
 
 def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None, horizon: float) -> FramePairs:
-    """All pairs of a dataset, so many seconds apart, as the model wants them, with middle frames where there are any.
+    """All pairs of a dataset at this horizon, at the model's image size, with middle frames if the horizon has any.
 
-    Nothing is cached: a probe reads few of the pairs, each once.
+    Nothing is cached: few of the pairs are read, each once.
     """
     middle = horizon_frames(horizon, dataset.fps) >= 2
     size = model.config.image_size
@@ -186,7 +187,7 @@ def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None, hor
 def probe(
     model: LatentActionModel, sample: Sample, encoded: LatentAction | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """All figures of a model on a sample; those that need codes, pixels or true actions only where there are any."""
+    """All figures of a model on a sample; those of codes, pixels or true actions only if there are any."""
     encoded = encoded or encode(model, sample.frames_BTCHW)
     codebook_size = model.config.codebook_size
     codes_BL, errors = reconstruction_figures(model, sample, encoded)
@@ -210,7 +211,7 @@ def probe(
 
 
 def table_of(columns: dict[str, dict[str, Any]], title: str) -> Table:
-    """The main figures, a column for each set of them; rows that none has are left out."""
+    """The main figures, one column per model; empty rows are left out."""
     table = Table("figure", *columns, "read it as", title=title)
     for row in ROWS:
         values = [row.value(figures) for figures in columns.values()]
@@ -220,7 +221,7 @@ def table_of(columns: dict[str, dict[str, Any]], title: str) -> Table:
 
 
 def _look_up(figures: dict[str, Any], path: str) -> float | str | None:
-    """The number at a dotted path; "" where there is none."""
+    """The number at a dotted path; "" if there is none."""
     value: Any = figures
     for name in path.split("."):
         if not isinstance(value, dict) or name not in value:

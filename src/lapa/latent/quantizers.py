@@ -3,7 +3,7 @@
 NSVQ: Vali and Backstrom 2022, https://doi.org/10.1109/ACCESS.2022.3186995; used by LAPA, https://arxiv.org/abs/2410.11758.
 VQ: van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, with moving averages, from vector-quantize-pytorch.
 FSQ: Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, from vector-quantize-pytorch.
-Continuous: a Gaussian held to the unit normal with a small weight, as a beta-VAE, https://openreview.net/forum?id=Sy2fzU9gl.
+Continuous: a Gaussian pulled to the unit normal with a small weight, as a beta-VAE, https://openreview.net/forum?id=Sy2fzU9gl.
 
     lapa latent train --quantizer fsq --latent-length 4 --codebook-size 8 --data DATASET --out LAM
 
@@ -33,7 +33,7 @@ VARIANCE_FLOOR = 1e-8
 
 @dataclass(frozen=True)
 class Quantized:
-    """quantized_BLD: what the decoder sees; codes_BL: int64 in [0, K), or None; loss: the quantiser's own term."""
+    """quantized_BLD: input of the decoder; codes_BL: int64 in [0, K), or None; loss: the quantizer's own loss."""
 
     quantized_BLD: Tensor
     codes_BL: Tensor | None
@@ -41,11 +41,11 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """The interface. A quantiser writes `learn`, `look_up`, `embed` and, where it has state to fit, `fit`.
+    """The interface. A subclass implements `learn`, `look_up`, `embed` and, if it has state to fit, `fit`.
 
     forward    differentiable, by `learn` in training or where noise is given, else by `look_up`
     quantize   deterministic, changes nothing
-    embed      what the decoder is given for these codes
+    embed      the decoder's input for these codes
     initialise fits scale and state to real latents, once, before training
     """
 
@@ -56,7 +56,7 @@ class Quantizer(nn.Module):
         self.standardize = standardize
 
     def forward(self, z_BLD: Tensor, noise: Tensor | None = None) -> Quantized:
-        """noise: standard normal, of as many elements as z, for the quantisers that draw it; drawn here if absent."""
+        """noise: standard normal, of as many elements as z, for the quantizers that draw it; drawn here if absent."""
         with torch.autocast(z_BLD.device.type, enabled=False):
             z = self._standardized(self.project(z_BLD.float()), train=self.training)
             return self.learn(z, noise) if self.training or noise is not None else self.look_up(z)
@@ -162,7 +162,7 @@ def same_everywhere(x: Tensor) -> Tensor:
 
 REPLACE_EVERY = 64  # training forwards
 DEAD_SHARE = 0.02  # of the uses a code would have if all were used equally
-REPLACEMENT_NOISE = 0.1  # of the spread of z: what keeps replacements apart
+REPLACEMENT_NOISE = 0.1  # of the spread of z; keeps replacements apart
 KMEANS_STEPS = 10
 NORM_FLOOR = 1e-24
 EMA_DECAY = 0.99
@@ -176,9 +176,9 @@ NO_CODES = "a continuous latent action model has no codes; train one with --quan
 class NSVQ(Quantizer):
     """Noise substitution: training replaces the quantisation error by random noise of the same length.
 
-    Needs no other loss term. Against the released code, codes that are hardly used are really replaced: uses are
-    counted sample by sample, and a dead code moves to a random latent of the current batch. The change is made
-    before the codebook enters the graph, and every process makes the same one.
+    No other loss term is needed. Unlike in the released code, dead codes are replaced: uses are counted by sample, and
+    a dead code moves to a random latent of the current batch. The change is made before the codebook enters the graph,
+    the same in every process.
     """
 
     uses_K: Tensor
@@ -296,7 +296,7 @@ class FiniteScalar(Quantizer):
 
 
 class Continuous(Quantizer):
-    """No codes: a Gaussian for each latent, sampled in training, its mean in evaluation; held to the unit normal."""
+    """No codes: a Gaussian for each latent, sampled in training, its mean in evaluation; pulled to the unit normal."""
 
     discrete = False
 
@@ -319,7 +319,7 @@ class Continuous(Quantizer):
 
 
 def build_quantizer(config: LatentModelConfig) -> Quantizer:
-    """The quantiser that a config names."""
+    """The quantizer of a config."""
     width = len(config.levels) if config.quantizer == "fsq" else config.quant_dim
     standardize = Standardize(config.latent_length, width) if config.standardize_z else None
     if config.quantizer == "nsvq":

@@ -1,8 +1,8 @@
-"""What the codes of a latent action model do to an image: a grid, and a short video of codes one after the other.
+"""Images of latent actions: the effect of each code on an image, and the grids of `lapa latent probe`.
 
-lapa latent show LAM --image PICTURE --rollout 3,1,4,1 2,2,2,2
+lapa latent show LAM --image IMAGE --rollout 3,1,4,1 2,2,2,2
 
-Axes: C channel, H W image, S steps, L latent action length.
+Axes: B pairs, N cells, C channel, H W image, S steps, L latent action length.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ from lapa.latent.config import ShowConfig
 from lapa.latent.metrics import BATCH, Sample, device_of, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
 
+HEADER, GAP = 14, 2
+MAX_CHANGES = 64
+
 
 def run(config: ShowConfig) -> None:
     """`lapa latent show`. Raises UserError on bad input."""
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()
     if not model.discrete:
-        raise UserError(f"{config.lam}: has continuous latent actions and no codes; `lapa latent probe` draws those")
+        raise UserError(f"{config.lam}: a continuous model has no codes; `lapa latent probe` draws its latent actions")
     if not model.predicts_pixels:
-        raise UserError(f"{config.lam}: predicts features and no pixels; there is no picture to show")
+        raise UserError(f"{config.lam}: predicts features, not pixels; give a model of --targets pixels or both")
     if config.max_codes < 1:
-        raise UserError(f"max_codes is {config.max_codes}; it must be at least 1")
+        raise UserError(f"--max-codes {config.max_codes} must be at least 1")
     length, num_codes = model.config.latent_length, model.config.codebook_size
     neutral = ",".join([str(num_codes // 2)] * length)
     base_L = parse_codes((config.codes or neutral,), length, num_codes)
@@ -58,7 +61,7 @@ def run(config: ShowConfig) -> None:
 def each_code(
     model: LatentActionModel, frame_CHW: UInt8[Tensor, "C H W"], base_L: Int64[Tensor, "L"], max_codes: int
 ) -> Image.Image:
-    """One row a position: the image, what the base codes make of it, and this position set to each code.
+    """One row per position: the image, its prediction from the base codes, and from this position set to each code.
 
     The base's own code is framed in green.
     """
@@ -77,7 +80,7 @@ def each_code(
 def roll_out(
     model: LatentActionModel, frame_CHW: UInt8[Tensor, "C H W"], steps_SL: Int64[Tensor, "S L"]
 ) -> UInt8[Tensor, "T C H W"]:
-    """The image and what each step makes of the picture before it, on the CPU: T is one more than the steps."""
+    """The image, then the prediction of each step from the image before it, on the CPU; T = S + 1."""
     device = device_of(model)
     frames = [frame_CHW[None].to(device)]
     for codes_L in steps_SL.to(device):
@@ -87,13 +90,13 @@ def roll_out(
 
 
 def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Tensor, "S L"]:
-    """Latent actions from texts such as 3,1,4,1, each of one or more. UserError on a wrong number or range."""
+    """Latent actions from texts such as 3,1,4,1, each holding one or more. UserError on a wrong number or range."""
     actions = []
     for text in texts:
         try:
             codes = [int(code) for code in text.split(",")]
         except ValueError:
-            raise UserError(f"{text!r}: codes are whole numbers with commas between, such as 3,1,4,1") from None
+            raise UserError(f"{text!r}: codes must be whole numbers with commas, such as 3,1,4,1") from None
         if len(codes) % length:
             raise UserError(f"{text}: {len(codes)} codes; a latent action of this model has {length}")
         if not 0 <= min(codes) <= max(codes) < num_codes:
@@ -103,24 +106,20 @@ def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Te
 
 
 def read_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
-    """A picture file as the model sees it. UserError naming the file where there is none or it is no picture."""
+    """An image file, resized as in training. UserError naming the file if it is missing or no image."""
     try:
-        with Image.open(path) as picture:
-            pixels_HWC = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            pixels_HWC = np.asarray(image.convert("RGB"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --image must name a picture") from None
+        raise UserError(f"{path}: no such file; --image must name an image file") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not a readable picture ({error}); give a PNG or JPEG file") from None
+        raise UserError(f"{path}: not a readable image ({error}); give a PNG or JPEG file") from None
     pixels_HWC = resize_and_crop(pixels_HWC[None], size)[0]
     return torch.from_numpy(np.ascontiguousarray(rearrange(pixels_HWC, "h w c -> c h w")))
 
 
-HEADER, GAP = 14, 2
-MAX_CHANGES = 64
-
-
 def probe_sheet(model: LatentActionModel, sample: Sample, encoded: LatentAction, num_rows: int) -> Image.Image:
-    """The sheet of `lapa latent probe`: code changes for a model with codes, else transfers, or frames alone."""
+    """grid.png of `lapa latent probe`: changes of single codes; without codes, transfers; without pixels, frames."""
     if model.predicts_pixels and encoded.codes_BL is not None:
         return code_grid(model, sample.frames_BTCHW[:num_rows], encoded.codes_BL)
     return transfer_grid(model, sample, encoded, num_rows)
@@ -128,7 +127,7 @@ def probe_sheet(model: LatentActionModel, sample: Sample, encoded: LatentAction,
 
 @torch.no_grad()
 def code_grid(model: LatentActionModel, frames_BTCHW: Tensor, codes_NL: Tensor) -> Image.Image:
-    """One row a pair: first frame, true second frame, reconstruction, and every single-code change.
+    """One row per pair: first frame, true second frame, reconstruction, and every change of a single code.
 
     Column l:k decodes the pair's own codes with position l set to k; the pair's own code is framed in green.
     codes_NL: codes of the sample, which begins with these pairs; of more than 64 changes, those most used in it are
@@ -148,9 +147,9 @@ def code_grid(model: LatentActionModel, frames_BTCHW: Tensor, codes_NL: Tensor) 
 
 @torch.no_grad()
 def transfer_grid(model: LatentActionModel, sample: Sample, encoded: LatentAction, num_rows: int) -> Image.Image:
-    """One row a pair: both frames, reconstruction, another pair's action here, another scene, this action there.
+    """One row per pair: both frames, reconstruction, another pair's action here, another scene, this action there.
 
-    A model that predicts no pixels has the two frames only.
+    Only the two frames for a model that predicts no pixels.
     """
     num_rows = min(num_rows, len(sample.episodes_B))
     others = torch.from_numpy(other_episodes(sample.episodes_B))[:num_rows]
@@ -176,21 +175,21 @@ def decode_each(model: LatentActionModel, frame_CHW: Tensor, codes_NL: Tensor) -
 
 
 def sheet(rows: Sequence[Tensor], titles: Sequence[str], marked: Sequence[set[int]] = ()) -> Image.Image:
-    """Rows of pictures [N, C, H, W] in [0, 1] (clamped) under their titles; the marked columns of a row in green."""
+    """Rows of images [N, C, H, W] in [0, 1] (clamped) under their titles; the marked columns of a row in green."""
     height, width = rows[0].shape[-2:]
-    picture = Image.new("RGB", (len(titles) * (width + GAP), HEADER + len(rows) * (height + GAP)), "white")
-    draw = ImageDraw.Draw(picture)
+    canvas = Image.new("RGB", (len(titles) * (width + GAP), HEADER + len(rows) * (height + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         draw.text((column * (width + GAP) + 2, 1), title, fill="black")
     for row, cells in enumerate(rows):
         top = HEADER + row * (height + GAP)
         pixels = (rearrange(cells.float().clamp(0, 1), "n c h w -> n h w c") * 255).round().byte().numpy()
         for column, cell in enumerate(pixels):
-            picture.paste(Image.fromarray(cell), (column * (width + GAP), top))
+            canvas.paste(Image.fromarray(cell), (column * (width + GAP), top))
         for column in marked[row] if marked else ():
             left = column * (width + GAP)
             draw.rectangle((left, top, left + width - 1, top + height - 1), outline="lime")
-    return picture
+    return canvas
 
 
 def _changes(codes_NL: Tensor, codebook_size: int) -> list[tuple[int, int]]:

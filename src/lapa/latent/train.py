@@ -30,7 +30,7 @@ from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
 
 INITIALISATION_PAIRS = 256
 EVALUATION_PAIRS = 512
-COLLAPSING = 1.5  # perplexity of a position below which its code says next to nothing
+COLLAPSING = 1.5  # perplexity of a position below which its code carries next to no information
 READ, UNREAD = 1.2, 1.05  # error with another pair's latent action, over that with the right one
 SMALLEST_ERROR = 1e-12
 
@@ -96,7 +96,7 @@ def run(config: LatentTrainConfig) -> None:
 
 
 def pairs_config(config: LatentTrainConfig) -> PairsConfig:
-    """Pairs as the model wants them: its image size and its horizon."""
+    """Pairs of the model's image size and horizon."""
     return PairsConfig(
         size=config.model.image_size,
         horizon=config.model.horizon_seconds,
@@ -111,9 +111,9 @@ def pairs_config(config: LatentTrainConfig) -> PairsConfig:
 
 
 def learned_from(pairs: FramePairs) -> dict[str, Any]:
-    """What a model's config.json notes of its datasets, by fingerprint: `lapa.latent.model.horizon_for` reads it.
+    """Name and horizon of each dataset, by fingerprint, for config.json; `lapa.latent.model.horizon_for` reads it.
 
-    No horizon where one dataset was looked at with several.
+    The horizon is null if one dataset was used with several.
     """
     noted: dict[str, dict[str, Any]] = {}
     for dataset, seconds in zip(pairs.datasets, pairs.horizons, strict=True):
@@ -123,7 +123,7 @@ def learned_from(pairs: FramePairs) -> dict[str, Any]:
 
 
 def evaluation_figures(model: LatentActionModel, sample: Sample) -> dict[str, float]:
-    """What is watched while training: reconstruction against its baselines, and how the codebook is used."""
+    """Figures while training: reconstruction against its baselines, and usage of the codebook."""
     codes_BL, figures = reconstruction_figures(model, sample)
     if codes_BL is not None:
         usage = usage_figures(codes_BL, model.config.codebook_size)
@@ -132,14 +132,14 @@ def evaluation_figures(model: LatentActionModel, sample: Sample) -> dict[str, fl
 
 
 class CollapseWatch:
-    """Says where codes become few, or where the decoder does not read the latent action, and what to try.
+    """Warns of a collapsing codebook and of a decoder that ignores the latent action, with options to try.
 
-    Each sign once a process: a run that was resumed may say it again.
+    Each warning is printed once per process.
     """
 
     def __init__(self, model: LatentModelConfig):
         self._widest_gap = 0.0
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         steady = {
             "--quantizer fsq": model.quantizer in ("fsq", "continuous"),
             "--standardize-z": model.standardize_z,
@@ -153,7 +153,7 @@ class CollapseWatch:
         self._advice_of_overfitting = f"try {augment}more videos, or fewer steps"
 
     def look(self, figures: Mapping[str, float]) -> None:
-        """After an evaluation while training. A decoder that does not read codes yet is no reason for alarm."""
+        """Called after each evaluation. A decoder that does not read codes yet is not warned of."""
         gap = figures["mse_shuffled"] / max(figures["mse"], SMALLEST_ERROR)
         self._widest_gap = max(self._widest_gap, gap)
         if figures.get("joint_codes_used", 2.0) <= 1:
@@ -161,10 +161,10 @@ class CollapseWatch:
         elif figures.get("perplexity", COLLAPSING) < COLLAPSING:
             self._warn(f"the codebook is collapsing: perplexity {figures['perplexity']:.2f} a position")
         elif self._widest_gap > READ > UNREAD > gap:
-            self._warn("the decoder has stopped reading the latent action: another pair's does as well")
+            self._warn("the decoder has stopped reading the latent action: another pair's gives the same error")
 
     def conclude(self, figures: Mapping[str, float]) -> None:
-        """After training: the summary, and a warning of what it shows."""
+        """Called after training: prints the summary, and warns of what it shows."""
         usage = ""
         if "codes_used" in figures:
             usage = f"; {figures['codes_used']:.0%} of the codes used, perplexity {figures['perplexity']:.1f}"
@@ -174,19 +174,19 @@ class CollapseWatch:
         )
         self.look(figures)
         if figures["mse_shuffled"] < UNREAD * figures["mse"]:
-            self._warn("on held-out episodes, the latent action of another pair does as well as the right one")
+            self._warn("on held-out episodes, the latent action of another pair gives the same error as the pair's own")
         elif figures["mse"] > figures["mse_copy"]:
             sign = "on held-out episodes, the prediction is worse than copying the first frame"
             self._warn(sign, self._advice_of_overfitting)
 
     def _warn(self, sign: str, advice: str | None = None) -> None:
-        if sign.split(":")[0] not in self._said:
-            self._said.add(sign.split(":")[0])
+        if sign.split(":")[0] not in self._warned:
+            self._warned.add(sign.split(":")[0])
             warn(f"{sign}; {advice or self._advice}")
 
 
 def _next_commands(config: LatentTrainConfig, in_place: bool = False) -> list[str]:
-    """in_place: whether the first dataset is, and labels have no folder of their own there."""
+    """in_place: whether the first dataset is read where it lies, so that labels need a folder of their own."""
     lam, data = str(config.out), str(config.data[0])
     label = shlex.join(["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)])
     return [

@@ -4,11 +4,11 @@ Queries and keys are l2-normalised and scaled by learned per-dimension gains; lo
 
     pytest tests/test_nn.py
 
-Axes: B sequences, N queries, M keys, D width, H heads. The sequence is the second axis; where an axis stands between
-it and the width, as in B T N D, each place there is a sequence of its own (time, for a patch).
+Axes: B sequences, N queries, M keys, D width, H heads. The sequence is the second axis; axes between it and the width,
+as N in B T N D, are batch axes (attention over time for each patch).
 
-Plain products, not scaled_dot_product_attention: that has no fast kernel on a CPU for a bias that is learned, and
-loses to them on sequences this short even where it has.
+Plain products, not scaled_dot_product_attention: it has no fast CPU kernel for a learned bias, and is
+slower on sequences this short even where it has one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 LOGIT_SCALE = 8.0
-# A multiple of what a vector register, and a tensor core's fragment, holds.
+# A multiple of the width of a vector register and of a tensor core's fragment.
 EVEN_WIDTH = 16
-# Keeps the direction of a vector of zeros finite; far below the squared length of any other.
+# Keeps the direction of a zero vector finite; far below the squared length of any other.
 LENGTH_FLOOR = 1e-24
 
 
@@ -29,8 +29,8 @@ class Attention(nn.Module):
     """Self-attention, or cross-attention where a context is given.
 
     num_null: learned key/value pairs that every query may attend to instead of the context.
-    norm_context: whether keys and values see a norm. The released self-attention holds this norm's gain
-        but never applies it, so there it is kept, frozen, for the sake of the weights' round trip.
+    norm_context: whether the input of keys and values is normalised. The released self-attention holds this norm's
+        gain but never applies it, so there it is kept, frozen, for the weights' round trip.
     """
 
     def __init__(self, dim: int, heads: int, dim_head: int, *, num_null: int = 0, norm_context: bool = True):
@@ -52,12 +52,12 @@ class Attention(nn.Module):
         if self.norm_context:
             context = self.context_norm(context)
         queries = self._split(self.to_queries(self.query_norm(x_BND)))
-        # One product for each, not one for both: then no gradient has to be put together from halves.
+        # Two products instead of one: no gradient has to be concatenated from halves.
         keys, values = (self._split(F.linear(context, weight)) for weight in self.to_keys_values.weight.chunk(2))
         if self.null_keys_values is not None:
             null = repeat(self.null_keys_values.to(values.dtype), "h n d -> b n h d", b=len(x_BND))
             keys, values = torch.cat((null[:, 0::2], keys), 1), torch.cat((null[:, 1::2], values), 1)
-        # Only the product of both gains and the logits' scale meets the logits: it is applied to the keys alone.
+        # The logits depend on the product of both gains and the scale only, so the keys alone are multiplied by it.
         keys = direction(keys) * (LOGIT_SCALE * self.query_scale * self.key_scale)
         out = attend(direction(queries), keys, values, bias_HNM)
         return self.to_out(out.flatten(-2))
@@ -77,7 +77,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Zeros up to an even width change nothing but the speed: uneven products run at two thirds of it.
+        # Zero padding to an even width changes only the speed: uneven products run at two thirds of it.
         missing = -self.down.in_features % EVEN_WIDTH
         to_value, to_gate = F.pad(self.up.weight.unflatten(0, (2, -1)), (0, 0, 0, missing))
         x = self.norm(x)

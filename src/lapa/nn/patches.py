@@ -1,4 +1,4 @@
-"""Patch tokens: from frames, back to frames, into a few latents; and where they stand (bias, convolution).
+"""Patch tokens: from frames, back to frames, into a few latents; and their positions (bias, convolution).
 
 Architecture of the latent action model (LAPA, https://arxiv.org/abs/2410.11758).
 
@@ -20,8 +20,8 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.25
 class PatchEmbedding(nn.Module):
     """Each square patch as a token: LayerNorm, Linear, LayerNorm. The same for every frame.
 
-    norm_pixels: the first of these, as published. It takes a patch's brightness and contrast away, so that nothing
-    behind it can know them; without it, pixels in [0, 1] are brought to about unit scale all alike.
+    norm_pixels: the first of these, as published. It removes a patch's brightness and contrast for all
+    later layers; without it, pixels in [0, 1] are only brought to about unit scale.
     """
 
     def __init__(self, patch_size: int, dim: int, channels: int = 3, *, norm_pixels: bool = True):
@@ -40,7 +40,7 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchPixels(nn.Module):
-    """Tokens to pixels: one Linear per patch. zero_init: the model begins by predicting nothing at all."""
+    """Tokens to pixels: one Linear per patch. zero_init: the first predictions are zero."""
 
     def __init__(self, patch_size: int, dim: int, channels: int = 3, *, zero_init: bool = False):
         super().__init__()
@@ -58,7 +58,7 @@ class PatchPixels(nn.Module):
 class PatchSummary(nn.Module):
     """Tokens of a patch grid to a few latents: a projection, then a small CNN whose output grid is `shape`.
 
-    The first convolution halves the grid where enough places remain for the latents.
+    The first convolution halves the grid if enough places remain for the latents.
     """
 
     def __init__(self, dim: int, latent_dim: int, grid: int, shape: tuple[int, int]):
@@ -130,7 +130,7 @@ class CausalPositions(nn.Module):
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
-    """Fixed embeddings [length, dim] that tell the items of a short sequence apart."""
+    """Fixed sinusoidal position embeddings [length, dim]."""
     frequencies = 1e4 ** (-torch.arange(0, dim, 2) / dim)
     angles = torch.arange(length)[:, None] * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :dim]

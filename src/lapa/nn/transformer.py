@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from lapa.nn.attention import Attention, FeedForward
 from lapa.nn.patches import CausalPositions
 
-# Attention runs along the second axis. Neither of the first two moves anything in memory.
+# Attention runs along the second axis. The first two layouts move nothing in memory.
 SEQUENCES = {"space": "(b t) (h w) d", "time": "b t (h w) d", "released time": "(b h w) t d"}
 NUM_NULL_IN_CROSS_ATTENTION = 2
 
 
 class Block(nn.Module):
-    """One layer. `positions` is applied by the Transformer, which knows how sequences lie in the video."""
+    """One layer. `positions` is applied by the Transformer, which knows the layout of the sequences."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, *, cross: bool, norm_context: bool):
         super().__init__()

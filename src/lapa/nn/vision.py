@@ -1,4 +1,4 @@
-"""A residual network that sees: ResNet (https://arxiv.org/abs/1512.03385) of transformers, with GroupNorm.
+"""A residual vision tower: ResNet (https://arxiv.org/abs/1512.03385) of transformers, with GroupNorm.
 
 A convolutional tower because it learns from few images: in pilots on Meta-World small CNNs at 64 px learned to act
 within a thousand steps, and vision transformers from scratch did not.
@@ -39,8 +39,8 @@ def residual_tower(widths: Sequence[int], depth: int, *, in_channels: int = 3) -
 def _replace_batch_norm(module: nn.Module) -> None:
     """GroupNorm in BatchNorm's place.
 
-    BatchNorm ties a sample to its batch and training to running averages; with GroupNorm a batch gives what its
-    samples give one by one, frozen means frozen, and the weights are the whole state of the model.
+    With BatchNorm a sample's output depends on its batch and on running averages; with GroupNorm it does not, and the
+    weights are the whole state of the model.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
@@ -50,5 +50,5 @@ def _replace_batch_norm(module: nn.Module) -> None:
 
 
 def _num_groups(channels: int) -> int:
-    """Groups of sixteen channels where they divide evenly, else one group."""
+    """Groups of sixteen channels if sixteen divides them, else one group."""
     return channels // 16 if channels % 16 == 0 else 1
