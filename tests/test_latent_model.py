@@ -311,7 +311,7 @@ def test_what_is_not_a_saved_model_is_named(tmp_path, monkeypatch):
     model = LatentActionModel(TINY)
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half of a file")
-    with pytest.raises(ValueError, match=r"model\.safetensors: not the weights"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: does not fit the config.json of its folder"):
         LatentActionModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     for read in (LatentActionModel.from_pretrained, lam_fingerprint):
