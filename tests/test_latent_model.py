@@ -318,7 +318,7 @@ def test_what_is_not_a_saved_model_is_named(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
             read(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not the folder of a latent action model"):
+    with pytest.raises(ValueError, match="give the folder of a latent action model"):
         lam_fingerprint(tmp_path)
 
 
