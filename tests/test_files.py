@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lapa import files
+from lapa.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -115,3 +116,14 @@ def test_a_url_is_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"s3:/bucket/out: this is written to this machine's disk; give a folder"):
         files.claim_output(Path("s3://bucket/out"), complete=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_of_json_are_read_up_to_one_cut_short_and_damage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert files.read_json_lines(path) == []
+    path.write_text('{"a": 1}\n[2]\n{"a"')
+    assert files.read_json_lines(path) == [{"a": 1}, [2]]
+    for damage in (b"{\n", b"\xff\n", b"[" * 100_000 + b"\n"):
+        path.write_bytes(b"1\n" + damage)
+        with pytest.raises(UserError, match=r"rows\.jsonl: line 2 is not JSON"):
+            files.read_json_lines(path)

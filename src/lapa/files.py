@@ -180,10 +180,22 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file of one JSON value a line; a last line that a kill cut short is left out, as is no file."""
+    """Reads a file of one JSON value per line, [] without a file; a last line that a kill cut short is left out.
+
+    Raises UserError naming the file and the line that is damaged.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    with reading(path):
+        lines = path.read_bytes().splitlines(keepends=True)
+    values = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            try:
+                values.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error}); correct it, or start anew") from None
+    return values
 
 
 def claim_output(

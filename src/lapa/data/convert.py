@@ -109,7 +109,7 @@ def run(options: ConvertOptions) -> None:
         writer.discard()
         raise UserError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
     dataset = writer.finish()
-    what = f"dataset of {len(dataset.lengths)} episodes, {dataset.num_frames} frames at {fps:g} fps"
+    what = f"dataset of {len(dataset)} episodes, {dataset.num_frames} frames at {fps:g} fps"
     folder = shlex.quote(str(out))
     finish(what, out, [f"lapa data info {folder}", f"lapa latent train --data {folder} --out LAM"])
 

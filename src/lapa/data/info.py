@@ -72,7 +72,7 @@ def summary(dataset: Dataset) -> Table:
 
 def contact_sheet(dataset: Dataset, camera: str | None = None) -> Image.Image:
     """Draws one row per episode (spread over the dataset), with images from its first frame to its last."""
-    rows = np.linspace(0, len(dataset.lengths) - 1, min(SHEET_EPISODES, len(dataset.lengths))).round().astype(int)
+    rows = np.linspace(0, len(dataset) - 1, min(SHEET_EPISODES, len(dataset))).round().astype(int)
     height = THUMBNAIL + CAPTION_HEIGHT
     sheet = Image.new("RGB", (THUMBNAIL * SHEET_TIMES, height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)

@@ -60,7 +60,7 @@ def run(config: HideActionsConfig) -> None:
         return
     claim_rewrite(config.out, dataset, note, overwrite=config.overwrite, resume=config.resume)
     written = rewrite_actions(dataset, config.out, actions=None, action_space=None, keep_states=False, note=note)
-    finish(f"dataset of {len(written.lengths)} episodes without actions", config.out, next_commands)
+    finish(f"dataset of {len(written)} episodes without actions", config.out, next_commands)
 
 
 def is_dataset(out: Path) -> bool:
@@ -115,11 +115,11 @@ def rewrite_actions(
     if left_out:
         say(f"left out: {', '.join(left_out)}")
     numbering = _write_data(dataset, out, actions, action_space, [*kept_features, *FRAME_COLUMNS])
-    num_episodes, num_lost = len(numbering.stats), len(dataset.lengths) - len(numbering.stats)
+    num_episodes, num_lost = len(numbering.stats), len(dataset) - len(numbering.stats)
     if not num_episodes:
         raise UserError(f"{dataset.root}: every one of its {num_lost} episodes is left out; nothing is left to write")
     if num_lost:
-        say(f"{num_lost} of {len(dataset.lengths)} episodes left out: they have no actions")
+        say(f"{num_lost} of {len(dataset)} episodes left out: they have no actions")
     _link_videos(dataset, out, sorted(numbering.stats))
     totals = _write_episodes(dataset, out, numbering, list(features))
     with atomic_path(out / TASKS) as temporary:
