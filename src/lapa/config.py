@@ -1,6 +1,6 @@
-"""Configurations: frozen dataclasses that live beside their component; this module is only the mechanism.
+"""Configs, the frozen dataclasses of each room, to and from JSON.
 
-Save and load as JSON, with an error that names the file, the key and the nearest known name on a typo.
+An error names the file, the key and, for a typo, the nearest known name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "confi
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What changed between two configs as plain values: ["loop.optim.lr was 0.1, is 0.2"]; empty where nothing did."""
+    """The differences of two configs as plain values: ["loop.optim.lr was 0.1, is 0.2"]; [] where they are equal."""
     found = []
     for key in sorted({*then, *now}):
         before, after = then.get(key), now.get(key)
@@ -52,9 +52,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
 
 
 def require_same(path: Path, now: Mapping[str, Any], then: Mapping[str, Any] | None = None) -> None:
-    """UserError saying what changed where the JSON file `path` exists and differs from `now` in a key of `now`.
+    """Raises UserError with the changes where the JSON file `path` exists and differs from `now` in a key of `now`.
 
-    So a command goes on with `--resume` only under the settings it was begun with. then: what the file is taken to say.
+    So `--resume` continues a command only under its first settings. then: settings used in place of the file's.
     """
     if not as_path(path).exists():
         return

@@ -1,4 +1,4 @@
-"""What the user sees: one console, progress bars, and the closing words of every command."""
+"""Console output: messages, warnings, progress bars, and the last lines of every command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.progress import (
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for the run: rank 0 under torchrun, or the only process."""
+    """Whether this process prints and writes for the run: rank 0 under torchrun, or the only process."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -31,7 +31,7 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """Prints one line that the user should not miss."""
+    """Prints one line as a warning."""
     console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
 
 
@@ -54,7 +54,7 @@ def progress() -> Progress:
 
 
 def finish(wrote: str, path: object, next_commands: Sequence[str] = ()) -> None:
-    """The last words of a command: the artifact it wrote, and what to run next."""
+    """Prints the artifact that a command wrote, and the commands to run next."""
     console.print(f"[green]wrote[/] {escape(wrote)}: [bold]{escape(str(path))}[/]", soft_wrap=True)
     for command in next_commands:
         console.print(f"  next: {escape(command)}", soft_wrap=True)

@@ -1,10 +1,9 @@
-"""Files that are whole or absent: atomic writes, outputs that are not overwritten by accident, fingerprints.
+"""Files: atomic writes, outputs that are not overwritten by accident, fingerprints, errors that name the file.
 
-Every artifact of the project is written through this module, so that a killed run or a full disk never
-leaves something half-written that reads as whole.
+Every artifact is written through this module, so a killed run or a full disk leaves no partial file under its name.
 
-Datasets and labels may lie wherever fsspec reaches: `as_path("s3://bucket/dataset")` has the methods of pathlib
-(universal-pathlib), and is annotated as `Path` here and elsewhere.
+Datasets and labels may be wherever fsspec reaches: `as_path("s3://bucket/dataset")` has the methods of pathlib
+(universal-pathlib) and is annotated as `Path`.
 """
 
 from __future__ import annotations
@@ -22,18 +21,17 @@ from typing import Any, BinaryIO, cast
 
 from lapa.errors import UserError
 
-# The pip packages of fsspec's commonest file systems, where they are not the name of the protocol.
+# Protocols of fsspec and the pip packages that implement them.
 FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
-
-# A URL, as pathlib leaves it.
+# A URL after pathlib, which makes `s3:/bucket` of `s3://bucket`.
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
 
 def as_path(location: str | Path) -> Path:
-    """A folder or file, local or wherever a URL of fsspec points (`s3://`, `gs://`, `memory://`, `file://`).
+    """The path of a local file or folder, or of a URL of fsspec (`s3://`, `gs://`, `memory://`, `file://`).
 
-    UserError where the URL's protocol is not known, or its package is not installed.
+    Raises UserError where the protocol is not known or its package is not installed.
     """
     if not isinstance(location, str):
         return location
@@ -48,34 +46,34 @@ def as_path(location: str | Path) -> Path:
         path = UPath(location)
         _ = path.fs
     except ImportError as error:
-        mend = f"pip install {FILE_SYSTEMS[protocol]}" if protocol in FILE_SYSTEMS else str(error)
-        raise UserError(f"{location}: reading {protocol}:// needs another package: {mend}") from None
+        remedy = f"pip install {FILE_SYSTEMS[protocol]}" if protocol in FILE_SYSTEMS else str(error)
+        raise UserError(f"{location}: reading {protocol}:// needs another package: {remedy}") from None
     except ValueError as error:
         raise UserError(f"{location}: no such file system ({error})") from None
     return cast(Path, path)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is not one of this machine's own file system."""
+    """Whether a path is outside this machine's file system."""
     return not isinstance(path, Path)
 
 
 @contextmanager
-def reading(path: Path, mend: str = "") -> Iterator[None]:
-    """What keeps from reading inside (no permission, no network) is raised as UserError naming `path` and the mend."""
-    otherwise = f"; {mend}" if mend else ""
+def reading(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turns an OSError inside (no such file, no permission, no network) into a UserError that names `path`."""
+    ending = f"; {remedy}" if remedy else ""
     try:
         yield
     except PermissionError as error:
-        key = "log in to the store, or ask its owner" if is_remote(path) else "change its permissions"
-        raise UserError(f"{path}: no permission to read it ({_told(error)}); {key}") from None
+        access = "log in to the store, or ask its owner" if is_remote(path) else "change its permissions"
+        raise UserError(f"{path}: no permission to read it ({_first_line(error)}); {access}") from None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{otherwise}") from None
+        raise UserError(f"{path}: no such file{ending}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({_told(error)}){otherwise}") from None
+        raise UserError(f"{path}: cannot be read ({_first_line(error)}){ending}") from None
 
 
-def _told(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -84,8 +82,8 @@ def open_binary(path: Path) -> BinaryIO:
     return cast(BinaryIO, path.open("rb"))
 
 
-def what_instead(path: Path) -> str:
-    """What a file that cannot be read is in place of itself, in words; "" where that is not known."""
+def why_unreadable(path: Path) -> str:
+    """The reason why a file is not of its kind: it is empty, or a pointer of Git LFS; "" for any other reason."""
     try:
         with open_binary(as_path(path)) as file:
             head = file.read(64)
@@ -98,10 +96,10 @@ def what_instead(path: Path) -> str:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed into place.
+    """Yields a temporary path in the same folder; on success the file is flushed to disk and renamed to `path`.
 
-    On any error the temporary file is removed and `path` is as it was before. The temporary name keeps the
-    suffix, since writers (PyAV, safetensors) choose a format by it. A writer that cannot write raises as in `writing`.
+    On any error the temporary file is removed and `path` stays as it was. The temporary name keeps the suffix, by
+    which writers (PyAV, safetensors) choose a format. Raises OSError as `writing` does.
     """
     path = as_path(path)
     if is_remote(path):
@@ -122,7 +120,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _uploaded(path: Any) -> Iterator[Path]:
-    """A local file that becomes the remote `path` in one go: object stores have no renaming, and no half objects."""
+    """Yields a local file that is uploaded to `path` in one request, which object stores carry out as a whole."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / path.name
         with writing(path):
@@ -133,42 +131,43 @@ def _uploaded(path: Any) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What keeps a writer from writing (a full disk above all) is raised as OSError naming the file or folder `path`.
+    """Turns a failed write inside (above all a full disk) into an OSError that names the file or folder `path`.
 
-    torch, safetensors and tokenizers each raise something else for what the system refused.
+    torch, safetensors and tokenizers each raise an exception of their own for the system's error.
     """
     try:
         yield
     except Exception as error:
         if not _is_failed_write(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OSError(f"{path}: could not be written ({reason}); make room and run the command again") from error
+        raise OSError(
+            f"{path}: could not be written ({_first_line(error)}); make room and run the command again"
+        ) from error
 
 
 def _is_failed_write(error: Exception) -> bool:
     named = type(error).__name__ == "SafetensorError"
-    # tokenizers raises Exception itself, and no kind of it.
+    # tokenizers raises plain Exception.
     return named or type(error) is Exception or isinstance(error, OSError | RuntimeError)
 
 
 @contextmanager
-def naming(path: Path | str | None) -> Iterator[None]:
-    """A UserError inside is raised again with what it is about, mostly a file, before it."""
+def errors_about(path: Path | str | None) -> Iterator[None]:
+    """Puts the file or folder `path` before the message of a UserError raised inside."""
     try:
         yield
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically. NaN and infinity are refused (UserError)."""
+    """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; UserError naming the file where it is absent or not JSON."""
+    """Reads a JSON file. Raises UserError naming it where it is absent or not JSON."""
     path = as_path(path)
     with reading(path):
         content = path.read_bytes()
@@ -207,21 +206,19 @@ def claim_output(
     resumable: bool = True,
     inputs: Iterable[str | Path] = (),
 ) -> None:
-    """Makes the folder `out` ready to be written, or says why not.
+    """Makes the folder `out` ready to be written.
 
-    complete: whether `out` already holds the finished artifact (the caller knows how to tell).
-    resumable: whether the command has a --resume to name.
-    inputs: what the command reads; `out` may lie inside one of them, and may neither be nor contain one.
-    Raises UserError where `out` holds anything and neither flag is given; with `resume`, where it is
-    already complete there is nothing to do and the caller should return before calling this.
+    complete: whether `out` holds the finished artifact; with `resume` the caller then has nothing to do and returns
+    before this. resumable: whether the command has --resume. inputs: folders that the command reads; `out` may be
+    inside one of them, but neither be nor contain one.
+    Raises UserError where `out` is not empty and neither `overwrite` nor `resume` is set.
     """
     out = as_path(out)
     for path in map(as_path, inputs):
         if is_remote(path) == is_remote(out) and path.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: is or contains {path}, which this command reads; give another --out")
-    # pathlib makes `s3:/bucket` of `s3://bucket`.
     if isinstance(out, Path) and URL.match(str(out)):
-        raise UserError(f"{out}: this is written to this machine's disk; give a folder, and copy it in the end")
+        raise UserError(f"{out}: this is written to this machine's disk; give a folder, and copy it afterwards")
     if out.is_file():
         raise UserError(f"{out}: is a file; --out must name a folder")
     if overwrite and resume:
@@ -232,13 +229,13 @@ def claim_output(
         elif not resume:
             state = "already holds a finished result" if complete else "already exists and is not empty"
             go_on = "--resume to go on with it, --overwrite to start anew"
-            mend = go_on if resumable and not complete else "--overwrite to replace it"
-            raise UserError(f"{out}: {state}; give another --out, or {mend}")
+            remedy = go_on if resumable and not complete else "--overwrite to replace it"
+            raise UserError(f"{out}: {state}; give another --out, or {remedy}")
     out.mkdir(parents=True, exist_ok=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder, local or remote, with all that it holds."""
+    """Removes a folder, local or remote, with its contents."""
     if is_remote(folder):
         remote = cast(Any, folder)
         remote.fs.rm(remote.path, recursive=True)
@@ -247,7 +244,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def fingerprint(*paths: Path) -> str:
-    """A short SHA-256 over the contents of the given files, in the given order (16 hex digits)."""
+    """The first 16 hex digits of the SHA-256 of the contents of the files, in the given order."""
     digest = hashlib.sha256()
     for path in paths:
         with open_binary(as_path(path)) as file:
@@ -259,10 +256,10 @@ def fingerprint(*paths: Path) -> str:
 def hub_folder(
     folder_or_hub_id: str | Path, patterns: Iterable[str] | None, hint: str = "", kind: str = "model"
 ) -> Path:
-    """The folder itself where there is one, else the snapshot of a repository on the hub, of the files that match.
+    """The folder itself where it exists, else the snapshot of a hub repository with the files that match `patterns`.
 
     patterns: None for all files; kind: `model` or `dataset`.
-    UserError where it is neither; `hint` ends its message.
+    Raises UserError, which ends with `hint`, where there is neither.
     """
     if Path(folder_or_hub_id).is_dir():
         return Path(folder_or_hub_id)
@@ -275,5 +272,5 @@ def hub_folder(
         wanted = None if patterns is None else list(patterns)
         return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=wanted, repo_type=kind))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise UserError(f"{folder_or_hub_id}: neither a folder here nor a {kind} on the hub ({reason}){hint}") from None

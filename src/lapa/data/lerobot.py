@@ -35,7 +35,7 @@ from jaxtyping import Float, Int, UInt8
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, image_keys
 from lapa.data.video import decode_clip, decode_image
 from lapa.errors import UserError, unknown
-from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, what_instead
+from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, why_unreadable
 
 CODEBASE_VERSION = "v3.0"
 # One file per episode.
@@ -536,7 +536,7 @@ def _parsing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (pa.ArrowException, LookupError, MemoryError, OverflowError, TypeError, ValueError) as error:
-        reason = what_instead(path) or (str(error) or type(error).__name__).splitlines()[0]
+        reason = why_unreadable(path) or (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read ({reason}); {AGAIN}") from None
 
 

@@ -29,7 +29,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from lapa.errors import UserError
-from lapa.files import atomic_path, is_remote, open_binary, reading, what_instead
+from lapa.files import atomic_path, is_remote, open_binary, reading, why_unreadable
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # Relative difference up to which a mean rate counts as a constant one.
@@ -204,7 +204,7 @@ def open_video(path: Path) -> InputContainer:
             source = open_binary(path) if is_remote(path) else str(path)
         container = av.open(source, "r", metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
-        reason = what_instead(path) or error.strerror or str(error) or type(error).__name__
+        reason = why_unreadable(path) or error.strerror or str(error) or type(error).__name__
         raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
     if not container.streams.video:
         container.close()

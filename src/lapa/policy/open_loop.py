@@ -29,7 +29,7 @@ from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError, unknown
-from lapa.files import claim_output, naming, write_json
+from lapa.files import claim_output, errors_about, write_json
 from lapa.policy.config import MeasureConfig
 from lapa.policy.runtime import Actor, Policy, load_actor, load_policy
 from lapa.policy.training import require_same_codes
@@ -173,7 +173,7 @@ def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor 
     if not latent:
         return None, load_actor(config.policy, config.statistics_key, config.device)
     policy = load_policy(config.policy)
-    with naming(config.policy):
+    with errors_about(config.policy):
         policy = policy.under(config.statistics_key)
     if policy.acts:
         # As `Policy.from_pretrained` has it, so that actions are the same with and without --labels.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lapa.console import warn
 from lapa.errors import UserError, unknown
-from lapa.files import naming, read_json
+from lapa.files import errors_about, read_json
 
 PLACE = "{instruction}"
 PROMPTS = {
@@ -79,7 +79,7 @@ def parse_prompts(prompt: str, datasets: Sequence[str] | None = None) -> Prompts
     if not isinstance(written, dict) or not all(isinstance(value, str) for value in written.values()):
         raise UserError(f'{prompt}: expected an object of prompts by dataset, such as {{"default": "plain"}}')
     default = written.pop("default", "plain")
-    with naming(Path(prompt)):
+    with errors_about(Path(prompt)):
         for name in written:
             if datasets is not None and name not in datasets:
                 raise unknown("dataset", name, datasets)

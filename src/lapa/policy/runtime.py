@@ -37,7 +37,7 @@ from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
-from lapa.files import hub_folder, naming, read_json, write_json
+from lapa.files import hub_folder, errors_about, read_json, write_json
 from lapa.policy.actions import ActionBins, ActionScale, Statistics, most_bins, save_keyed
 from lapa.policy.backbones import Processor, load_backbone
 from lapa.policy.backbones.base import load_weights, save_weights
@@ -118,7 +118,7 @@ class Policy:
                 f"{folder}: only pretrained, it knows no robot actions; "
                 f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
             )
-        with naming(Path(folder)):
+        with errors_about(Path(folder)):
             policy = policy.under(statistics_key)
         return policy.to(device, dtype=dtype, compile=compile)
 
@@ -385,7 +385,7 @@ def as_observation(
             f"observation {number} lacks the camera{'s' * (len(missing) > 1)} {', '.join(missing)} "
             f"(it has {', '.join(images) or 'none'}); this policy needs {', '.join(cameras)}"
         )
-    with naming(f"observation {number}"):
+    with errors_about(f"observation {number}"):
         images = {camera: as_image(images[camera], f"camera {camera}") for camera in cameras}
         if not isinstance(instruction, str):
             raise UserError(f"its instruction is {instruction!r}; give text, or ''")
@@ -427,7 +427,7 @@ def is_policy(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> PolicyConfig:
-    """The config of a policy folder. Raises UserError naming what is missing or unfinished."""
+    """The config of a policy folder. Raises UserError errors_about what is missing or unfinished."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such policy folder; make one with `lapa policy pretrain` or `finetune`")
@@ -445,7 +445,7 @@ def read_config(folder: Path) -> PolicyConfig:
 
 
 def load_policy(folder: Path) -> Policy:
-    """Reads a policy folder, on the CPU. Raises UserError naming what is missing, unfinished or does not fit."""
+    """Reads a policy folder, on the CPU. Raises UserError errors_about what is missing, unfinished or does not fit."""
     folder = Path(folder)
     config = read_config(folder)
     backbone, processor = load_backbone(

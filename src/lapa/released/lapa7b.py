@@ -45,8 +45,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lapa import config as configs
 from lapa.console import finish, progress, say
 from lapa.errors import UserError, unknown
-from lapa.files import atomic_path, claim_output, naming, read_json, write_json, writing
-from lapa.policy.config import LwmConfig, VQGANConfig
+from lapa.files import atomic_path, claim_output, errors_about, read_json, write_json, writing
+from lapa.policy.checkpoint import CONFIG, MODEL, PROCESSOR, is_policy
 from lapa.policy.model import PolicyConfig
 from lapa.policy.prompts import PROMPTS, Prompts
 from lapa.policy.runtime import CONFIG, MODEL, PROCESSOR, is_policy
@@ -189,7 +189,7 @@ class ReleasedPolicy(nn.Module):
 def run(config: ImportLapaConfig) -> None:
     """`lapa import lapa-7b`. Raises UserError on a file that is missing, truncated or does not fit."""
     sizes, image_sizes = read_sizes(config.sizes)
-    with naming(config.sizes):
+    with errors_about(config.sizes):
         backbone = LwmConfig(
             **{**llama_sizes(sizes), "rope_theta": float(sizes["theta"])},
             vqgan=image_sizes,
@@ -198,13 +198,13 @@ def run(config: ImportLapaConfig) -> None:
             end_of_vision=sizes["eov_token"],
         )
     params = open_checkpoint(config.params)
-    with naming(config.params):
+    with errors_about(config.params):
         vocabulary = check_weights(params, sizes)
         require_floats(params)
     if isinstance(params, StoredTensors) and params.skipped:
         say(f"{config.params}: {len(params.skipped)} entries next to the weights are left out (the optimizer's state)")
     images = open_checkpoint(config.vqgan)
-    with naming(config.vqgan):
+    with errors_about(config.vqgan):
         require_shapes("the image tokenizer", shapes_of(images), vqgan.released_shapes(image_sizes))
         require_floats(images)
     tokenizer = llama_tokenizer(config.tokenizer)

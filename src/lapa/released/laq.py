@@ -20,7 +20,7 @@ from torch import Tensor
 from lapa import config as configs
 from lapa.console import finish
 from lapa.errors import UserError, unknown
-from lapa.files import claim_output, naming, read_json, write_json
+from lapa.files import claim_output, errors_about, read_json, write_json
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.model import CONFIG, LatentActionModel
 from lapa.released.checkpoints import MALFORMED
@@ -163,10 +163,10 @@ def run(config: ImportLaqConfig) -> None:
     published = PUBLISHED_CONFIG if config.sizes is None else read_json(config.sizes)
     if not isinstance(published, dict):
         raise UserError(f"{config.sizes}: expected an object with the sizes of a released model")
-    with naming(config.sizes):
+    with errors_about(config.sizes):
         released_config(published)
     weights = read_weights(config.weights)
-    with naming(config.weights):
+    with errors_about(config.weights):
         model = from_released(weights, published)
     complete = (config.out / CONFIG).exists()
     claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.weights])
@@ -181,7 +181,7 @@ def run(config: ImportLaqConfig) -> None:
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """Reads the tensors of a file of torch, without running any code in it.
 
-    Raises UserError naming the file where that fails, or where a tensor is not of finite floating-point numbers.
+    Raises UserError errors_about the file where that fails, or where a tensor is not of finite floating-point numbers.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the released laq_openx.pt")
