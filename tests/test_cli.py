@@ -1,12 +1,14 @@
 """The command line: help in the order of the flow, at once; a mistake is one line and the nearest name."""
 
 import dataclasses
+import importlib.metadata
 import re
 import subprocess
 import sys
 import time
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tyro
@@ -125,6 +127,28 @@ def wrong_paths(verb: cli.Verb, folder: Path) -> list[str]:
     return options
 
 
+def test_commands_of_other_distributions(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    verb = cli.Verb("robot greet", "test_cli:GreetConfig", "test_cli:greet", "greets a robot")
+    entry_point = SimpleNamespace(load=lambda: verb)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry_point] * (group == "lapa.commands"))
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "  robot greet " in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["robot", "greet", "--name", "Fetch"])
+    assert (exit_.value.code, capsys.readouterr().out) == (0, "hello Fetch\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class GreetConfig:
+    name: str
+    """Whom to greet."""
+
+
+def greet(config: GreetConfig) -> None:
+    print(f"hello {config.name}")
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert "did you mean 'latent train'" in failure(capsys, "latnt", "train")
     assert "unknown command 'data vidoes'; did you mean 'data videos'" in failure(capsys, "data", "vidoes")
@@ -140,6 +164,16 @@ def test_missing_dataset_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Pa
     assert "no such dataset folder" in error.splitlines()[-1]
     assert "Traceback" not in error
     assert not (tmp_path / "lam").exists()
+
+
+def test_inputs_that_do_not_exist_are_named(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    none, data = str(tmp_path / "none"), str(tmp_path)
+    error = failure(capsys, "policy", "finetune", "--policy", none, "--data", data, "--out", none)
+    assert error == f"lapa: error: {none}: {cli.MISSING['policy']}\n"
+    error = failure(capsys, "policy", "pretrain", "--labels", none, "--data", data, "--out", none)
+    assert f"{none}: no such labels folder" in error
+    error = failure(capsys, "latent", "train", "--data", "vidoes:x", "--out", none)
+    assert "unknown source 'vidoes'; did you mean 'videos'" in error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command `lapa`: verbs in the order of the flow, each imported only when it is called.
+"""The command `lapa`: a table of verbs in the order of the flow, each imported only when it is called.
 
 lapa --help
 lapa latent train --help
@@ -86,18 +86,18 @@ VERBS = (
          "what each code of a LAM does to an image"),
     Verb("label", "lapa.label.config:LabelConfig", "lapa.label.run:run",
          "a LAM and a dataset -> latent action labels"),
-    Verb("policy pretrain", "lapa.policy.pretrain:PretrainConfig", "lapa.policy.pretrain:run",
+    Verb("policy pretrain", "lapa.policy.config:PretrainConfig", "lapa.policy.pretrain:run",
          "a dataset and its labels -> a latent policy", presets="pretrain"),
-    Verb("policy finetune", "lapa.policy.finetune:FinetuneConfig", "lapa.policy.finetune:run",
+    Verb("policy finetune", "lapa.policy.config:FinetuneConfig", "lapa.policy.finetune:run",
          "a latent policy and a few robot episodes -> a policy that acts", presets="finetune"),
-    Verb("policy measure", "lapa.policy.open_loop:MeasureConfig", "lapa.policy.open_loop:run",
-         "what a policy says of recorded episodes, beside what was done"),
+    Verb("policy measure", "lapa.policy.config:MeasureConfig", "lapa.policy.open_loop:run",
+         "open-loop evaluation: predicted against recorded actions of episodes"),
     Verb("baseline inverse", "lapa.baselines.config:InverseTrainConfig", "lapa.baselines.inverse:run",
          "a few robot episodes -> an inverse dynamics model", presets="inverse"),
     Verb("baseline pseudo-label", "lapa.baselines.config:PseudoLabelConfig", "lapa.baselines.pseudo_label:run",
-         "videos -> the same with the actions that an inverse dynamics model sees in them (VPT)"),
+         "videos -> the same with actions that an inverse dynamics model predicts (VPT)"),
     Verb("baseline video", "lapa.baselines.config:VideoTrainConfig", "lapa.baselines.video_train:run",
-         "videos and captions -> a model of what happens next", presets="video"),
+         "videos and captions -> a model that predicts future frames", presets="video"),
     Verb("baseline unipi", "lapa.baselines.config:UniPiConfig", "lapa.baselines.unipi:run",
          "a video model and an inverse dynamics model -> a policy (UniPi)"),
     Verb("import laq", "lapa.released.config:ImportLaqConfig", "lapa.released.laq:run",
@@ -107,7 +107,7 @@ VERBS = (
     Verb("evaluate", "lapa.evaluate.config:EvaluateConfig", "lapa.evaluate.rollout:run",
          "a policy in a simulator -> success rates with intervals, and videos"),
     Verb("study run", "lapa.study.config:StudyConfig", "lapa.study.run:run",
-         "arms of the study: LAPA beside training from scratch, VPT, UniPi and true actions"),
+         "arms of the study: LAPA, training from scratch, VPT, UniPi and true actions"),
     Verb("study report", "lapa.study.config:ReportConfig", "lapa.study.report:run",
          "the study's table, plots and page"),
 )
@@ -189,16 +189,16 @@ def parse(verb: Verb, options: Sequence[str]) -> Any:
     return tyro.cli(config, args=gathered(options), prog=f"lapa {verb.name}", description=verb.help, **start)
 
 
-# By the name of an option: what opens its value, and raises the UserError that names what is missing.
+# By the name of an option: the function that opens its value, and raises the UserError for one that does not exist.
 OPENERS = {
     "data": "lapa.data.spec:open_dataset",
     "statistics": "lapa.data.spec:open_dataset",
     "labels": "lapa.data.labels:Labels.open",
-    "lam": "lapa.files:hub_folder",
-    "lams": "lapa.files:hub_folder",
+    "lam": "lapa.files:require_folder_or_hub",
+    "lams": "lapa.files:require_folder_or_hub",
 }
-# How to make what other options name. Options of a Path that are not here name any file or folder.
-MAKERS = {
+# By the name of an option of type Path: the error for one that does not exist.
+MISSING = {
     "policy": "no such policy folder; make one with `lapa policy pretrain` or `finetune`",
     "inverse": "no such folder; train an inverse dynamics model with `lapa baseline inverse`",
     "video": "no such folder; train a video model with `lapa baseline video`",
@@ -207,40 +207,39 @@ OUTPUTS = ("out", "sheet")
 
 
 def require_inputs(config: Any) -> None:
-    """UserError for the first file, folder, dataset or hub id of the options that does not exist.
+    """Raises UserError for the first dataset, file, folder or hub id of a config that does not exist.
 
-    Cheap: what is on this machine is not opened, what is behind a URL is left to the command.
+    This is cheap: an input that exists on this machine is not opened, and one behind a URL is left to the command.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for item in value if isinstance(value, tuple) else (value,):
             if field.name in OUTPUTS or not isinstance(item, str | Path):
                 continue
-            if field.name in OPENERS:
-                _require_opening(field.name, item)
-            elif isinstance(item, Path) and not item.exists():
-                raise UserError(f"{item}: {MAKERS.get(field.name, 'no such file or folder')}")
+            opener = OPENERS.get(field.name)
+            path = _path_of(str(item)) if opener and opener.endswith(":open_dataset") else str(item)
+            if "://" in path or Path(path).exists():
+                continue
+            if opener:
+                imported(opener)(item)
+            elif isinstance(item, Path):
+                raise UserError(f"{item}: {MISSING.get(field.name, 'no such file or folder')}")
 
 
-def _require_opening(option: str, item: str | Path) -> None:
-    path = str(item)
-    if OPENERS[option].endswith(":open_dataset"):
-        from lapa.data.spec import SOURCES, DataSpec
+def _path_of(spec: str) -> str:
+    from lapa.data.spec import SOURCES, DataSpec
 
-        path = DataSpec.parse(path, SOURCES).path
-    if "://" not in path and not Path(path).exists():
-        extra = ((),) if option in ("lam", "lams") else ()
-        imported(OPENERS[option])(item, *extra)
+    return DataSpec.parse(spec, SOURCES).path
 
 
 def imported(name: str) -> Any:
-    """What "module:name" or "module:class.name" stands for."""
+    """The object of "module:name" or "module:class.name"."""
     module, _, attribute = name.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))
 
 
 def gathered(options: Sequence[str]) -> list[str]:
-    """The options, with what `--data A --data B` names several times named once: `--data A B`."""
+    """The options, with `--data A --data B` turned into `--data A B`."""
     others: list[str] = []
     values: dict[str, list[str]] = {}
     current = others

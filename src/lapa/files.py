@@ -274,3 +274,8 @@ def hub_folder(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = _first_line(error)
         raise UserError(f"{folder_or_hub_id}: neither a folder here nor a {kind} on the hub ({reason}){hint}") from None
+
+
+def require_folder_or_hub(folder_or_hub_id: str | Path) -> None:
+    """Raises UserError where there is neither a folder nor a repository on the hub; downloads nothing."""
+    hub_folder(folder_or_hub_id, ())

@@ -1,4 +1,4 @@
-"""The state of a training run: everything that makes step n + 1 the same after a kill as without it."""
+"""Checkpoints of a training run: all state that makes step n + 1 the same after a kill as without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lapa.console import say
 from lapa.errors import UserError
 from lapa.files import atomic_path
 
-# What may differ between a run and its resume without changing a single sample or update.
+# Options that may differ between a run and its resume: they change no sample and no update.
 VOLATILE_KEYS = frozenset(
     {
         "overwrite", "resume", "out", "device", "workers", "stop_after", "log_every", "eval_every",
@@ -24,12 +24,12 @@ VOLATILE_KEYS = frozenset(
     }
 )  # fmt: skip
 
-# A file, or where the model is sharded a folder, in which the second is written last.
+# A file or, of a sharded model, a folder whose last file is this.
 SINGLE, SHARDED = "checkpoint.pt", "checkpoint/latest.json"
 
 
 def resumable(folder: Path, *, shard: bool) -> bool:
-    """Whether there is a checkpoint to go on from. UserError where it is of the other kind, sharded or not."""
+    """Whether there is a checkpoint to resume from. Raises UserError where it is of the other kind, sharded or not."""
     name, other = (SHARDED, SINGLE) if shard else (SINGLE, SHARDED)
     if (folder / other).exists():
         raise UserError(
@@ -41,7 +41,7 @@ def resumable(folder: Path, *, shard: bool) -> bool:
 
 @dataclass(frozen=True)
 class RunState:
-    """What changes while a run trains, and the config that it may only go on under."""
+    """State that changes during training, and the config, under which alone the run may be resumed."""
 
     model: nn.Module
     ema: nn.Module | None
@@ -50,7 +50,7 @@ class RunState:
 
 
 def save_checkpoint(path: Path, run: RunState, step: int, random_states: list[dict[str, Any]]) -> None:
-    """Writes the run's state atomically. `step` counts finished optimiser steps; there is a random state a process."""
+    """Writes the run's state atomically. step: number of finished steps; random_states: one for each process."""
     state = {
         "step": step,
         "model": run.model.state_dict(),
@@ -66,8 +66,8 @@ def save_checkpoint(path: Path, run: RunState, step: int, random_states: list[di
 def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1) -> int:
     """Restores what `save_checkpoint` wrote and returns the step.
 
-    Each process gets its own random state back. With another number of processes than before there is none for each:
-    they are then seeded anew, by step and rank, which the run is told.
+    Each process gets its own random state back. A different number of processes is seeded anew by step and rank, with
+    a message.
 
     Raises UserError naming the file where it is unreadable, or was written under another config.
     """
@@ -88,7 +88,7 @@ def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1)
 
 
 def require_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """UserError naming the checkpoint and what changed, where its run was another than this one."""
+    """Raises UserError naming the checkpoint and the changes where its config differs from this run's."""
     changed = differences(then, lasting(now))
     if changed:
         raise UserError(
@@ -98,11 +98,11 @@ def require_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> N
 
 
 def restore_random_states(states: list[dict[str, Any]], *, step: int, rank: int, world: int) -> None:
-    """Each process's own random state; where another number of processes wrote them, a new one by step and rank."""
+    """Restores this process's random state; seeds it by step and rank where another number of processes wrote them."""
     if len(states) == world:
         restore_random_state(states[rank])
     else:
-        say(f"{len(states)} processes wrote this checkpoint, {world} go on: their random states are new")
+        say(f"{len(states)} processes wrote this checkpoint, {world} continue: their random states are new")
         seed_everything(step * world + rank)
 
 
@@ -137,7 +137,7 @@ def seed_everything(seed: int) -> None:
 
 
 def lasting(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what may change between a run and its resume."""
+    """The config without the options that may change between a run and its resume."""
     return {
         key: lasting(value) if isinstance(value, dict) else value
         for key, value in config.items()

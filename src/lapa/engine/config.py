@@ -15,14 +15,17 @@ class OptimConfig:
     lr: float = 3e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of the two moments."""
     weight_decay: float = 0.0
+    """Of matrices only."""
     clip: float = 1.0
     """Gradients are scaled down to this total norm."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises to its peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine to a tenth of the peak, or constant."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: its moments in 8 bits, a quarter of the memory (https://arxiv.org/abs/2110.02861); needs torchao."""
+    """adamw8bit: moments in 8 bits, a quarter of the memory (https://arxiv.org/abs/2110.02861); needs torchao."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +35,35 @@ class LoopConfig:
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 32
-    """Samples of one optimiser step, over all processes and accumulations."""
+    """Samples of one optimiser step, over all processes and micro-batches."""
     accumulate: int = 1
-    """Micro-batches whose gradients are added up before one optimiser step."""
+    """Micro-batches of one optimiser step; more of them need less memory."""
     optim: Annotated[OptimConfig, tyro.conf.arg(name="")] = field(default_factory=OptimConfig)
     ema_decay: float | None = None
-    """Average the weights with this decay and keep the average in the end."""
+    """Decay of a moving average of the weights, which is saved in their place; by default none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU and with weights in bf16, fp32 on a CPU."""
+    """auto: bf16 autocast on a GPU and with bf16 weights, else fp32."""
     weights: Literal["fp32", "bf16"] = "fp32"
-    """bf16: half the memory, best with --optimizer adamw8bit; fp32 leaves frozen weights as they are."""
+    """Precision of the weights. bf16: half the memory, best with --optimizer adamw8bit."""
     shard: bool = False
-    """Share weights, gradients and optimiser state out over the processes (FSDP2); start them with torchrun."""
+    """Shard weights, gradients and optimiser state over the processes of torchrun (FSDP2)."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: bool = False
     """Compile the model with torch.compile."""
     workers: int | None = None
-    """Processes that read data; by default none on a CPU, four for each GPU."""
+    """Processes that read samples; by default four for each GPU, none on a CPU."""
     seed: int = 0
+    """Of the weights, the order of the samples and their augmentation."""
     log_every: int = 20
+    """Steps between lines of the log."""
     eval_every: int = 500
+    """Steps between evaluations on the validation split."""
     save_every_steps: int = 1000
+    """Steps between checkpoints."""
     save_every_minutes: float = 5.0
-    """A checkpoint is written at whichever comes first."""
+    """Minutes between checkpoints; one is written at whichever comes first."""
     stop_after: int | None = None
-    """Stop with a checkpoint after this many steps of the run; go on later with --resume."""
+    """Stop with a checkpoint after this many steps of the run; --resume continues."""

@@ -1,4 +1,4 @@
-"""One process or many: plain torch.distributed, started by torchrun or not at all.
+"""One process or many, with plain torch.distributed under torchrun.
 
 lapa latent train ...                                  # one process, on the GPU if there is one
 torchrun --nproc-per-node 4 -m lapa latent train ...   # four, gradients averaged by DistributedDataParallel
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lapa.errors import UserError
 
-# How long processes wait for one another: evaluation, and the last shard of labels, are the work of one.
+# How long processes wait for one another: one alone evaluates, or writes the last shard of labels.
 PATIENCE = timedelta(hours=2)
 
 
@@ -39,7 +39,7 @@ class Processes:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Whether any process raised `flag`; every process must call this at the same step."""
+        """Whether `flag` is set in any process. Every process must call this at the same step."""
         if self.world == 1:
             return flag
         flags = torch.tensor([float(flag)], device=self.device)
@@ -87,7 +87,7 @@ class Processes:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the process's own GPU if there is one, else the CPU. UserError for a device that is not here."""
+    """The device by name; `auto`: the process's own GPU if there is one, else the CPU. UserError where it is absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -104,10 +104,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextmanager
 def start(device: str = "auto", *, alone: bool = False) -> Iterator[Processes]:
-    """Joins the process group that torchrun announced, if it did, and leaves it at the end.
+    """Joins the process group of torchrun, if there is one, and leaves it at the end.
 
-    A group that the caller has joined is used, and not left: torchrun lets a process join only once.
-    alone: a process without peers makes a group of its own, for what works on groups only.
+    A group that the caller has joined is used and not left, since torchrun lets a process join only once.
+    alone: a process without peers makes a group of its own, which sharding needs.
     """
     chosen = pick_device(device)
     if chosen.type == "cuda":

@@ -1,7 +1,7 @@
-"""The training loop of every stage, read from top to bottom.
+"""The training loop of every stage, one function that reads from top to bottom.
 
-A stage brings a model whose `forward(batch)` is its loss, a map-style dataset and an optional evaluation;
-the loop brings devices, precision, accumulation, the schedule, metrics, checkpoints and a clean way to stop.
+A stage gives a model whose `forward(batch)` is its loss, a dataset and an optional evaluation; the loop adds devices,
+precision, accumulation, the schedule, metrics, checkpoints and a clean stop.
 
     lapa latent train --preset debug --data DATASET --out LAM
 """
@@ -69,12 +69,15 @@ def train(
 ) -> TrainResult:
     """Trains `model` in place, keeping its state in `out/training`.
 
-    prepare: data-dependent initialisation, on the device, only at the start of a new run.
+    collate: makes a batch, a dictionary with `index`, of a list of samples.
+    run_config: the resolved config, as plain values; a checkpoint resumes only under the same one.
+    description: what is trained, for messages.
+    prepare: data-dependent initialisation, called on the device at the start of a new run.
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
-    with `shard` on all of them. With `shard`, the main process has the whole model in the end, on the CPU.
+    with `shard` on all of them, with a sharded copy of the model. With `shard`, `model` has the trained weights in the
+    main process in the end, on the CPU, and none in the others.
     Raises FloatingPointError naming the samples where the loss or its gradient is not finite; UserError where a
-    checkpoint does not fit, or memory does not suffice; KeyboardInterrupt after a signal, once the checkpoint is
-    written.
+    checkpoint does not fit or memory is too small; KeyboardInterrupt after a signal, once the checkpoint is written.
     """
     _require_sense(config)
     half = _uses_half(config, pick_device(config.device))
@@ -217,7 +220,7 @@ def train(
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask the loop to checkpoint and leave; a second SIGINT stops it at once."""
+    """An event that SIGINT and SIGTERM set, for a checkpoint and a clean end; a second SIGINT ends the loop at once."""
     asked = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -308,7 +311,7 @@ def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _less_memory(config: LoopConfig, *, batches: bool = False) -> list[str]:
-    """What is not done yet against a lack of memory; `batches`: of activations too."""
+    """Options not yet used that need less memory; batches: also those that need less for activations."""
     options = {
         "--gradient-checkpointing": batches and not config.gradient_checkpointing,
         f"--accumulate {2 * config.accumulate}": batches,
@@ -322,7 +325,7 @@ def _less_memory(config: LoopConfig, *, batches: bool = False) -> list[str]:
 
 
 def _clip(model: nn.Module, most: float) -> torch.Tensor:
-    """Scales gradients down to this total norm; returns what it was."""
+    """Scales gradients down to this total norm; returns the norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), most)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

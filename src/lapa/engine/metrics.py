@@ -19,7 +19,7 @@ from lapa.files import atomic_path, read_json_lines
 
 
 class MetricLog:
-    """Appends to `folder/metrics.jsonl`. On a resume, what was logged after `first_step` is dropped: it is redone."""
+    """Appends to `folder/metrics.jsonl`. A resume drops the rows after `first_step`, which are computed again."""
 
     def __init__(self, folder: Path, first_step: int, *, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -51,7 +51,7 @@ class MetricLog:
 
 
 def versions_and_hardware() -> dict[str, Any]:
-    """What a result must carry to be compared with another: versions, the device, the command."""
+    """Versions, device and command, which are written next to every result."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": " ".join(["lapa", *sys.argv[1:]]),

@@ -17,7 +17,7 @@ from lapa.types import TrainableModel
 
 
 def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require a gradient. UserError where there is none, or torchao is absent.
+    """AdamW over the parameters that require a gradient. Raises UserError where there are none, or without torchao.
 
     Weight decay touches matrices only, and not those of `model.undecayed()`.
     """
@@ -43,7 +43,7 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets it in place where it is a tensor, as compiled optimisers want it."""
+    """Sets the learning rate, in place where it is a tensor, as in compiled optimisers."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)

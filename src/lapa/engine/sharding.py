@@ -1,10 +1,10 @@
-"""A model too large for each GPU: weights, gradients and optimiser state shared out over the processes.
+"""Sharding (FSDP2): weights, gradients and optimiser state of a model too large for one GPU, split over the processes.
 
-FSDP2, torch's `fully_shard`: a unit (a block of the model) is gathered where it is used and dropped after.
+With torch's `fully_shard`, a unit (a block of the model) is gathered before its forward and freed after it.
 
 torchrun --nproc-per-node 8 -m lapa policy pretrain --shard --preset paper ...
 
-A checkpoint of it is a folder that every process writes its share to, and that any number of processes can read.
+Its checkpoint is a folder to which every process writes its shard, and which any number of processes can read.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def shard(model: TrainableModel, processes: Processes, *, half: bool = False, co
 
 
 def reshard(model: nn.Module) -> None:
-    """Drops what a forward without backward left gathered."""
+    """Frees the parameters that a forward without backward left gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -92,20 +92,20 @@ def gather(sharded: nn.Module, into: nn.Module, *, keep: bool) -> None:
 
 
 def prepare_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimiser's state of all weights, as it is before the first step.
+    """Creates the optimiser's state of all weights, as it is before the first step.
 
-    So a checkpoint has it of weights that no step has reached, too: a load asks for all.
+    So a checkpoint holds the state of weights without a gradient too, which loading requires.
     """
     get_state_dict(model, optimizer)
     for state in optimizer.state.values():
-        # It has made a step without gradients.
+        # get_state_dict makes a step without gradients.
         state["step"].zero_()
 
 
 def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[str, Any]]) -> None:
-    """Writes the run's state into a folder beside `path`, and then `path`, which names it and holds what is no tensor.
+    """Writes the run's tensors into a folder next to `path`, and then `path`, which names it and holds the rest.
 
-    Every process must call this. What was there before stays whole until this is.
+    Every process must call this. The checkpoint before stays until this one is complete.
     """
     written = path.parent / f"step-{step}"
     if dist.get_rank() == 0 and written.exists():
@@ -153,5 +153,5 @@ def _replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The last line: above it, DCP gives the traceback of each process."""
+    """The last line of a message of DCP; above it is the traceback of each process."""
     return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -46,7 +46,7 @@ from lapa import config as configs
 from lapa.console import finish, progress, say
 from lapa.errors import UserError, unknown
 from lapa.files import atomic_path, claim_output, errors_about, read_json, write_json, writing
-from lapa.policy.checkpoint import CONFIG, MODEL, PROCESSOR, is_policy
+from lapa.policy.config import LwmConfig, VQGANConfig
 from lapa.policy.model import PolicyConfig
 from lapa.policy.prompts import PROMPTS, Prompts
 from lapa.policy.runtime import CONFIG, MODEL, PROCESSOR, is_policy
