@@ -249,6 +249,7 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
         ({"chunks_size": "x"}, "chunks_size must be a whole number above 0, got 'x'"),
         ({"data_path": "{chunk_index.x}"}, "may name chunk_index, file_index"),
         ({"data_path": 3}, "data_path is 3; it may name chunk_index"),
+        ({"video_path": []}, r"video_path is \[\]; it may name chunk_index"),
         ({"data_path": "data/{episode}.parquet"}, "may name chunk_index, file_index"),
     ],
 )

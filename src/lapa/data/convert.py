@@ -30,7 +30,7 @@ from lapa.data.source import Clip, Item, Source
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
-from lapa.data.writer import DatasetWriter, PixelMoments, nothing_to_add, require_even
+from lapa.data.writer import DatasetWriter, PixelMoments, nothing_to_add
 from lapa.errors import UserError, unknown
 from lapa.files import claim_output
 
@@ -184,7 +184,8 @@ def resample_rows(rows_TD: np.ndarray, fps: float, rate: float, space: ActionSpa
 
 
 def _check_options(options: ConvertOptions) -> None:
-    require_even(options.size)
+    if options.size < 2 or options.size % 2:
+        raise UserError(f"--size {options.size}: must be an even number of pixels")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be at least 1")
     for name in ("min_seconds", "min_side", "min_motion", "workers"):

@@ -446,11 +446,12 @@ def _check_templates(path: Path, info: dict[str, Any]) -> None:
     if type(chunk) is not int or chunk < 1:
         raise UserError(f"{path}: chunks_size must be a whole number above 0, got {chunk!r}; {AGAIN}")
     for key in ("data_path", "video_path"):
+        template = info.get(key) if info.get(key) is not None else ""
         try:
-            (info.get(key) or "").format(video_key="", **dict.fromkeys(fields, 0))
+            template.format(video_key="", **dict.fromkeys(fields, 0))
         except (AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
             form = f"may name {', '.join(fields)}"
-            raise UserError(f"{path}: {key} is {info[key]!r}; it {form} (got {error}); {AGAIN}") from None
+            raise UserError(f"{path}: {key} is {template!r}; it {form} (got {error}); {AGAIN}") from None
 
 
 def _renamed(features: dict[str, Any], stored: Mapping[str, str], path: Path) -> dict[str, Any]:

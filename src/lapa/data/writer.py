@@ -465,12 +465,6 @@ def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
     return done
 
 
-def require_even(size: int) -> None:
-    """Raises UserError for a --size that H.264 does not take: an odd one."""
-    if size < 2 or size % 2:
-        raise UserError(f"--size {size}: must be an even number of pixels")
-
-
 def _place(number: int) -> dict[str, int]:
     return {"chunk_index": number // CHUNK_SIZE, "file_index": number % CHUNK_SIZE}
 
