@@ -14,7 +14,7 @@ RANKS = {
     **dict.fromkeys(["sources", "latent", "policy"], 2),
     **dict.fromkeys(["released", "baselines", "label", "envs"], 3),
     **dict.fromkeys(["evaluate"], 4),
-    **dict.fromkeys(["presets", "subcommand", "demo", "study", "cli", "help", "__main__"], 5),
+    **dict.fromkeys(["api", "presets", "subcommand", "demo", "study", "cli", "help", "__main__"], 5),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
@@ -102,7 +102,10 @@ def circles(edges: dict[str, set[str]]) -> set[frozenset[str]]:
 
 
 def test_files_import_one_another_without_circles() -> None:
-    assert circles(imported_files(modules_of(PACKAGE))) == set()
+    edges = imported_files(modules_of(PACKAGE))
+    # The package itself names the public API for type checkers, and loads it when it is used.
+    edges["lapa"] = set()
+    assert circles(edges) == set()
 
 
 def test_the_circle_finder_can_fail(tmp_path: Path) -> None:

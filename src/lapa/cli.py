@@ -33,6 +33,8 @@ start with: lapa demo
 REPEATABLE = ("--data", "--labels", "--statistics")
 # Entry points of other distributions that add commands: each loads to a Verb.
 ENTRY_POINTS = "lapa.commands"
+# The preset where none is named.
+PRESET = "tiny"
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,7 @@ def parse(verb: Verb, options: Sequence[str]) -> Any:
     """
     import tyro
 
-    config, default = imported(verb.config), None
-    if verb.presets is not None:
-        from lapa import presets
-
-        default = presets.named(verb.presets, preset_name(options))
+    config, default = imported(verb.config), preset(verb, preset_name(options))
     if {"-h", "--help"} & set(options):
         from lapa.help import command_help
 
@@ -187,6 +185,13 @@ def parse(verb: Verb, options: Sequence[str]) -> Any:
         raise SystemExit(0)
     start = {} if default is None else {"default": default}
     return tyro.cli(config, args=gathered(options), prog=f"lapa {verb.name}", description=verb.help, **start)
+
+
+def preset(verb: Verb, name: str) -> Any:
+    """The config that the preset `name` of the verb's stage holds; None for a verb without presets."""
+    from lapa import presets
+
+    return None if verb.presets is None else presets.named(verb.presets, name)
 
 
 # By the name of an option: the function that opens its value, and raises the UserError for one that does not exist.
@@ -256,7 +261,7 @@ def gathered(options: Sequence[str]) -> list[str]:
     return [*others, *(word for name, given in values.items() for word in (name, *given))]
 
 
-def preset_name(options: Sequence[str], default: str = "tiny") -> str:
+def preset_name(options: Sequence[str], default: str = PRESET) -> str:
     """The value of `--preset` among the options."""
     for position, option in enumerate(options):
         if option == "--preset" and position + 1 < len(options):

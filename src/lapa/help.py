@@ -25,35 +25,43 @@ COMMON = ("preset", "steps", "batch_size", "lr", "seed", "device", "overwrite", 
 HEADINGS = {"loop": "Training loop", "optim": "Optimiser", "tiny": "Model, for --backbone tiny", "flow": "Flow head"}
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 REQUIRED: tuple[Any, ...] = (dataclasses.MISSING, tyro.MISSING)
+REQUIRED_HEADING = "Required"
 WIDTH, COLUMN = 100, 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option of a command. call: its name and the form of its value; heading: what it is listed under."""
+    """An option of a command. call: its name and the form of its value; heading: the one it is listed under."""
 
+    name: str
+    positional: bool
     call: str
     text: str
     heading: str
+
+    @property
+    def required(self) -> bool:
+        return self.heading == REQUIRED_HEADING
 
 
 def command_help(name: str, description: str, config: type, default: Any, run: str) -> str:
     """The help of the command `name`. default: the config that its options start from, or None; run: "module:function",
     whose module's docstring has the examples.
     """
-    options = list(_options(config, default))
+    options = list(options_of(config, default))
     positional = "".join(f" {option.call}" for option in options if not option.call.startswith("--"))
     parts = [f"usage: lapa {name}{positional} [OPTIONS]", description]
     if lines := _examples(name, run.partition(":")[0]):
         parts.append("Examples:\n" + "\n".join(f"  {line}" for line in lines))
-    headings = ["Required", "Common", "Options", *(option.heading for option in options)]
+    headings = [REQUIRED_HEADING, "Common", "Options", *(option.heading for option in options)]
     for heading in dict.fromkeys(headings):
         if listed := [option for option in options if option.heading == heading]:
             parts.append(f"{heading}:\n" + "\n".join(map(_listed, listed)))
     return "\n\n".join(parts) + "\n"
 
 
-def _options(config: type, default: Any, prefix: str = "", heading: str = "Options") -> Iterator[Option]:
+def options_of(config: type, default: Any, prefix: str = "", heading: str = "Options") -> Iterator[Option]:
+    """The options of a config, those of nested configs under their own heading. default: as of `command_help`."""
     hints, texts = typing.get_type_hints(config, include_extras=True), _texts(config)
     for field in dataclasses.fields(config):
         marks: tuple[Any, ...] = getattr(hints[field.name], "__metadata__", ())
@@ -64,14 +72,15 @@ def _options(config: type, default: Any, prefix: str = "", heading: str = "Optio
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             flat = any(getattr(mark, "name", None) == "" for mark in marks)
             title = HEADINGS.get(field.name, field.name.capitalize())
-            yield from _options(type(value), value, prefix if flat else f"{prefix}{field.name}.", title)
+            yield from options_of(type(value), value, prefix if flat else f"{prefix}{field.name}.", title)
             continue
         required = any(value is missing for missing in REQUIRED)
         common = "Common" if field.name in COMMON and prefix == "" else heading
         shown = "" if required or value in (None, ()) else f" (default: {_shown(value)})"
         text = " ".join(texts.get(field.name, "").split()) + shown
-        call = _call(f"{prefix}{field.name}".replace("_", "-"), hint, positional=tyro.conf.Positional in marks)
-        yield Option(call, text.strip(), "Required" if required else common)
+        name, positional = f"{prefix}{field.name}".replace("_", "-"), tyro.conf.Positional in marks
+        call = _call(name, hint, positional=positional)
+        yield Option(name, positional, call, text.strip(), REQUIRED_HEADING if required else common)
 
 
 def _stripped(hint: Any) -> Any:

@@ -446,7 +446,7 @@ def _check_templates(path: Path, info: dict[str, Any]) -> None:
     if type(chunk) is not int or chunk < 1:
         raise UserError(f"{path}: chunks_size must be a whole number above 0, got {chunk!r}; {AGAIN}")
     for key in ("data_path", "video_path"):
-        template = info.get(key) if info.get(key) is not None else ""
+        template: Any = "" if info.get(key) is None else info[key]
         try:
             template.format(video_key="", **dict.fromkeys(fields, 0))
         except (AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:

@@ -37,7 +37,7 @@ from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
-from lapa.files import hub_folder, errors_about, read_json, write_json
+from lapa.files import errors_about, hub_folder, read_json, write_json
 from lapa.policy.actions import ActionBins, ActionScale, Statistics, most_bins, save_keyed
 from lapa.policy.backbones import Processor, load_backbone
 from lapa.policy.backbones.base import load_weights, save_weights
