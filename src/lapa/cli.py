@@ -81,7 +81,7 @@ VERBS = (
     Verb("latent train", "lapa.latent.config:LatentTrainConfig", "lapa.latent.train:run",
          "datasets -> a latent action model (LAM)", presets="latent"),
     Verb("latent probe", "lapa.latent.config:ProbeConfig", "lapa.latent.probe:run",
-         "what a LAM has learned: a table, probe.json and a picture"),
+         "what a LAM has learned: a table, probe.json and an image"),
     Verb("latent compare", "lapa.latent.config:CompareConfig", "lapa.latent.probe:compare",
          "several LAMs measured side by side"),
     Verb("latent show", "lapa.latent.config:ShowConfig", "lapa.latent.show:run",
