@@ -10,6 +10,7 @@ import torch
 from lapa import cli, config, presets
 from lapa.latent.model import LatentActionModel
 from lapa.policy.backbones import renew_backbone
+from lapa.policy.heads import build_head
 from lapa.policy.vocabulary import Vocabulary
 
 ALL = [(stage, name) for stage, named in presets.STAGES.items() for name in named]
@@ -52,6 +53,16 @@ def test_paper_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         model = LatentActionModel(replace(presets.LATENT["paper"].model, layout="released"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 343_796_080
+
+
+@pytest.mark.parametrize("name", ["debug", "tiny"])
+def test_the_flow_head_of_a_small_preset_is_no_larger_than_its_backbone(name: str) -> None:
+    preset = presets.FINETUNE[name]
+    with torch.device("meta"):
+        backbone = renew_backbone(preset.tiny, Vocabulary(600), num_cameras=1)
+        head = build_head("flow", preset.tiny.width, preset.chunk, 7, preset.flow)
+    backbone_size, head_size = (sum(p.numel() for p in part.parameters()) for part in (backbone, head))
+    assert head_size < backbone_size
 
 
 @pytest.mark.parametrize("name", presets.BACKBONES)

@@ -160,7 +160,7 @@ def test_arms_are_pretrained_and_finetuned_alike(preset: str, tmp_path: Path) ->
         assert verb is not None
         config = to_dict(cli.parse(verb, step.command(tmp_path)[len(verb.name.split()) :]))
         del config["loop"]["eval_every"]
-        shared = ("loop", "augment", "tiny", "freeze_vision", "freeze_language", "lora_rank", "cameras")
+        shared = ("loop", "augment", "tiny", "freeze_vision", "lora_rank", "cameras")
         return {name: config[name] for name in shared}
 
     pretrained = [training(plan.pretrained(arm)) for arm in ("lapa", "vpt", "actionvla")]

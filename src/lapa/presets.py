@@ -15,7 +15,7 @@ from lapa.baselines.config import InverseConfig, InverseTrainConfig, VideoConfig
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import unknown
 from lapa.latent.config import LatentModelConfig, LatentTrainConfig
-from lapa.policy.config import FinetuneConfig, PretrainConfig, TinyConfig
+from lapa.policy.config import FinetuneConfig, FlowConfig, PretrainConfig, TinyConfig
 
 # An option without a sensible default, which the user must give.
 REQUIRED: Any = tyro.MISSING
@@ -184,8 +184,16 @@ PRETRAIN = {
     },
 }
 FINETUNE = {
-    "debug": FinetuneConfig(data=REQUIRED, out=REQUIRED, preset="debug", chunk=2, tiny=BACKBONES["debug"], loop=QUICK),
-    "tiny": FinetuneConfig(data=REQUIRED, out=REQUIRED),
+    "debug": FinetuneConfig(
+        data=REQUIRED,
+        out=REQUIRED,
+        preset="debug",
+        chunk=2,
+        tiny=BACKBONES["debug"],
+        flow=FlowConfig(width=32, layers=1, heads=2),
+        loop=QUICK,
+    ),
+    "tiny": FinetuneConfig(data=REQUIRED, out=REQUIRED, flow=FlowConfig(width=128, layers=2)),
     "base": FinetuneConfig(
         data=REQUIRED,
         out=REQUIRED,

@@ -27,11 +27,11 @@ class TinyConfig:
 
     kind: Annotated[Literal["tiny"], tyro.conf.Suppress] = "tiny"
     image_size: int = 64
-    """Side of the square image that the vision tower sees, in pixels."""
+    """Side of the square image that the vision tower reads, in pixels."""
     vision_widths: tuple[int, ...] = (32, 64, 128)
     """Channels of the vision tower's stages; each after the first halves the grid."""
     vision_depth: int = 1
-    """Residual blocks a stage."""
+    """Residual blocks of each stage."""
     width: int = 128
     """Width D of the language model."""
     layers: int = 4
@@ -50,13 +50,13 @@ class TinyConfig:
 
 @dataclass(frozen=True)
 class HfConfig:
-    """An image-text model of transformers."""
+    """The `hf` backbone: an image-text model of transformers."""
 
     kind: Annotated[Literal["hf"], tyro.conf.Suppress] = "hf"
     source: str = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
     """Folder or hub id of the model that training starts from."""
     image_size: int = 512
-    """Side of the square image that the model sees, in pixels; which sizes it can take depends on the model."""
+    """Side of the square image that the model reads, in pixels; which sizes are possible depends on the model."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class LwmConfig:
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     """The image tokenizer."""
     vision_rows: int = 8448
-    """Rows of the image codes' segment: the codes, the two that end images, and rows that were never used."""
+    """Rows of the segment of image codes: the codes, the two that end images, and unused rows."""
     end_of_frame: int = 8192
     """The code after each image but the last."""
     end_of_vision: int = 8193
@@ -147,14 +147,14 @@ BackboneConfig = TinyConfig | HfConfig | LwmConfig
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """The transformer of the flow head, and how it acts."""
+    """The transformer of the flow head, and its steps from noise to actions."""
 
     width: int = 256
-    """Width of its tokens, one a time step of the chunk."""
+    """Width of its tokens; each time step of the chunk is a token."""
     layers: int = 4
     """Layers; each attends to the chunk and to the observation."""
     heads: int = 4
-    """Attention heads; they divide the width."""
+    """Attention heads; the width is a multiple of twice their number."""
     steps: int = 10
     """Euler steps from noise to actions; training does not depend on it."""
 
@@ -173,45 +173,43 @@ def tiny_loop(steps: int) -> LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What `lapa policy pretrain` and `lapa policy finetune` have in common."""
+    """Options that `lapa policy pretrain` and `lapa policy finetune` share."""
 
     data: tuple[str, ...]
-    """Datasets to learn from. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    """Training datasets. docs/1-data.md explains the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
     out: Path
     """Folder of the policy to write."""
     policy: Path | None = None
     """The policy to start from."""
     preset: str = "tiny"
-    """Where the other options start: debug, tiny, base, paper, smolvlm2-500m, qwen3-vl-2b or paligemma-3b."""
+    """Defaults of the other options: debug, tiny, base, paper, smolvlm2-500m, qwen3-vl-2b or paligemma-3b."""
     backbone: str = "tiny"
     """Without --policy: `tiny`, or `hf:` and the folder or hub id of an image-text model of transformers."""
     hf_image_size: int | None = None
-    """Side of the square pictures that an `hf` backbone is given, in pixels; by default what it was made for."""
+    """Side of the square image that an `hf` backbone reads, in pixels; by default the size it was trained with."""
     tiny: Annotated[TinyConfig, tyro.conf.arg(name="")] = field(default_factory=TinyConfig)
     cameras: tuple[str, ...] = ()
-    """Cameras to see, one image slot each; by default those of the policy to start from, or each dataset's first."""
+    """Cameras, one for each image slot; by default those of the policy to start from, or each dataset's first."""
     prompt: str | None = None
     """Prompt: plain, paper, openvla, a template with {instruction}, or a JSON file of these by dataset, with
     "default" for the others; by default that of --policy, or plain."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     freeze_vision: bool = False
-    """Keep the vision tower as it is (the paper's recipe, for towers that were trained before)."""
-    freeze_language: bool = False
-    """Keep the language model's layers as they are."""
+    """Do not train the vision tower (the paper's recipe, for a pretrained tower)."""
     lora_rank: int = 0
-    """Train low-rank adapters in the language model's layers instead of these (needs lapa-vla[lora]); 0: none."""
+    """Rank of adapters to train in place of the language model's layers (needs lapa-vla[lora]); 0: train the layers."""
     augment: bool = False
-    """Random crops and changed colours."""
+    """Train on random crops with changed colours."""
     mix_by: MixBy = "frames"
-    """Datasets are drawn in proportion to their weights times their frames, times their episodes, or alone."""
+    """Datasets are drawn in proportion to weight times frames, weight times episodes, or the weight alone."""
     held_out: float = 0.1
-    """Share of the episodes kept for evaluation; at least one of each dataset, none where this is 0."""
+    """Share of the episodes in the validation split; at least one of each dataset, none where this is 0."""
     cache_gib: float = 4.0
-    """Decoded frames are kept in memory where they fit into this much; training and held-out episodes each."""
+    """Decoded frames are kept in memory if they fit into this; training and validation episodes each."""
     overwrite: bool = False
-    """Replace what `out` holds."""
+    """Replace the contents of `out`."""
     resume: bool = False
-    """Go on with the run that `out` holds."""
+    """Continue the run in `out`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,10 +218,8 @@ class PretrainConfig(TrainingOptions):
 
     labels: tuple[str, ...]
     """The datasets' labels, one folder or URL for each dataset, in the same order."""
-    lam_fingerprint: str | None = None
-    """Refuse labels that another latent action model made."""
     text_weight: float | None = None
-    """Weight of the loss of the text around a latent action (`lwm` backbones; paper: 0.01); by default as before."""
+    """Weight of the loss of the text around a latent action (`lwm` only; paper: 0.01); by default that of --policy."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 700))
 
 
@@ -232,54 +228,54 @@ class FinetuneConfig(TrainingOptions):
     """Finetune a policy on robot episodes with actions, or train the same policy without pretraining."""
 
     from_scratch: bool = False
-    """Leave the pretraining out: start from new weights (`tiny`), or from the model as it came (`hf`)."""
+    """Skip the pretraining: start from new weights (`tiny`), or from the published model (`hf`)."""
     head: HeadKind = "bins"
-    """bins: actions are said as tokens, one by one (the paper). chunk: all at once. flow: by flow matching."""
+    """bins: actions are tokens, decoded one by one (the paper). chunk: all in one pass. flow: by flow matching."""
     chunk: int = 5
-    """Time steps of actions that the policy says at once."""
+    """Time steps of actions that the policy predicts at once."""
     num_bins: int = 256
-    """Bins of an action dimension, at most."""
+    """Largest number of bins of an action dimension."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     statistics: tuple[str, ...] = ()
-    """Datasets whose actions, together, set the policy's bins or scale, where it has none yet; by default those of
-    --data, each its own. For training on guessed actions, or another robot's, before the robot's own."""
+    """Datasets whose actions, taken together, define the bins or scale of a policy that has none yet; by default each
+    dataset of --data has its own. Useful before training on pseudo-labels or on another robot's actions."""
     pool_statistics: bool = False
-    """One set of statistics for all datasets together, and so no --statistics-key."""
+    """Use one set of statistics for all datasets; no --statistics-key is needed then."""
     state: bool = False
-    """Tell the policy the robot's state (`observation.state` of the datasets)."""
+    """Let the policy read the robot's state (`observation.state` of the datasets)."""
     labels: tuple[str, ...] = ()
-    """Labels of the datasets, to go on learning latent actions beside the robot's (arXiv 2412.04445)."""
+    """Labels of the datasets, to train on latent actions and robot actions together (arXiv 2412.04445)."""
     latent_weight: float = 1.0
-    """Weight of the loss of latent actions, where there are labels."""
+    """Weight of the loss of latent actions; used with --labels."""
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=partial(tiny_loop, 500))
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """Measure a policy on recorded episodes."""
+    """Open-loop evaluation of a policy on recorded episodes."""
 
     policy: Annotated[Path, tyro.conf.Positional]
     """Folder of a policy."""
     data: str
-    """Dataset to measure on; with actions, or with --labels.
+    """Dataset to evaluate on; with actions, or with --labels.
 
-    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
+    docs/1-data.md explains the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
     """
     out: Path | None = None
     """Folder of measure.json; by default POLICY/measure_DATASET."""
     labels: str | None = None
-    """Labels of the dataset, to measure latent actions; all there is to measure of a policy that does not act yet."""
+    """Labels of the dataset, to evaluate latent actions; needed for a policy that was only pretrained."""
     samples: int = 512
-    """Steps measured, spread evenly over all episodes."""
+    """Number of steps to evaluate, spread evenly over all episodes."""
     steps: int | None = None
-    """Of each chunk the first so many actions count; by default all."""
+    """Number of actions of each chunk to evaluate, from its start; by default all."""
     cameras: tuple[str, ...] = ()
-    """Which of the dataset's cameras fill the image slots; by default those of the same names, or the only one."""
+    """Cameras of the dataset for the image slots, in order; by default those of the same names, or the only one."""
     statistics_key: str | None = None
-    """By which dataset's statistics the policy acts, where it learned from several with actions."""
+    """Dataset whose statistics and prompt the policy acts with; needed if it was trained on several datasets."""
     batch_size: int = 64
-    """Observations answered at once."""
+    """Observations in one batch."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False
-    """Replace what `out` holds."""
+    """Replace the contents of `out`."""

@@ -223,18 +223,13 @@ class LatentPolicy(TrainableModel, nn.Module):
             grown.head.load_state_dict(self.head.state_dict())
         return grown
 
-    def freeze(self, *, vision: bool = False, language: bool = False) -> None:
-        """Keeps parts as they are. The paper's pretraining freezes the vision; its projection goes on learning.
+    def freeze(self, *, vision: bool = False) -> None:
+        """Freezes what is not to be trained: a head that the loss does not reach, and the vision tower if asked.
 
-        language: its layers; embedding and head, whose new rows must be learned, and the last norm go on learning.
+        The paper's pretraining freezes the tower; its projection is trained.
         """
         if vision:
             self.backbone.vision.requires_grad_(False)
-        if language:
-            tower = set(self.backbone.vision.modules())
-            for block in self.backbone.blocks:
-                if block not in tower:
-                    block.requires_grad_(False)
         if self.head is not None and not self.config.latent_weight:
             # Nothing is said in tokens: a head of the language model that is not the embedding too goes unused.
             for unused in vocabulary_weights(self.backbone.language)[1:]:

@@ -41,7 +41,7 @@ def run(config: PretrainConfig) -> None:
         finish("policy, already pretrained", config.out, next_commands)
         return
     datasets = [open_dataset(path) for path in config.data]
-    labels = open_labels(config.labels, datasets, config.lam_fingerprint)
+    labels = open_labels(config.labels, datasets)
     seed_everything(config.loop.seed)
     policy = _starting_policy(config, datasets, labels[0].manifest)
 
@@ -65,16 +65,14 @@ def run(config: PretrainConfig) -> None:
         finish("pretrained policy", config.out, next_commands)
 
 
-def open_labels(
-    folders: Sequence[str | Path], datasets: Sequence[Dataset], lam_fingerprint: str | None = None
-) -> list[Labels]:
+def open_labels(folders: Sequence[str | Path], datasets: Sequence[Dataset]) -> list[Labels]:
     """The labels of each dataset. Raises UserError where they are not of these datasets, or not of one LAM."""
     if len(folders) != len(datasets):
         raise UserError(
             f"{len(datasets)} datasets need as many --labels folders, in the same order; got {len(folders)}"
         )
     labels = [
-        Labels.open(folder, lam_fingerprint=lam_fingerprint, dataset_fingerprint=dataset.fingerprint)
+        Labels.open(folder, dataset_fingerprint=dataset.fingerprint)
         for folder, dataset in zip(folders, datasets, strict=True)
     ]
     for folder, other in zip(folders, labels, strict=True):

@@ -139,13 +139,6 @@ def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Seq
     return chosen
 
 
-def choose_what_learns(model: LatentPolicy, options: TrainingOptions) -> None:
-    """Freezes what the options keep as it is, and adds adapters where they ask for them."""
-    if options.lora_rank:
-        model.add_adapters(options.lora_rank)
-    model.freeze(vision=options.freeze_vision, language=options.freeze_language and not options.lora_rank)
-
-
 def train_policy(
     policy: Policy,
     training: EpisodeSteps,
@@ -160,7 +153,9 @@ def train_policy(
 
     labels: folders that are read beside the datasets and the policy to start from, none of which may be written over.
     """
-    choose_what_learns(policy.model, options)
+    if options.lora_rank:
+        policy.model.add_adapters(options.lora_rank)
+    policy.model.freeze(vision=options.freeze_vision)
     if is_main_process():
         claim_output(
             options.out,
