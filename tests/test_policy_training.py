@@ -193,7 +193,7 @@ def test_a_policy_that_acts_keeps_its_head(root, tmp_path, head):
     declared = tmp_path / "absolute"
     shutil.copytree(root / "robot", declared)
     (declared / "meta" / "lapa.json").write_text('{"action_space": {"control": "absolute"}}')
-    with pytest.raises(ValueError, match="declares its actions otherwise"):
+    with pytest.raises(ValueError, match="declares its actions differently"):
         finetune.run(replace(again, out=tmp_path / "no", data=(declared,)))
 
 
@@ -246,7 +246,7 @@ def test_videos_without_actions_are_no_robot_data(root, tmp_path):
 
 
 def test_finetuning_needs_a_policy_to_start_from(root, pretrained, tmp_path):
-    with pytest.raises(ValueError, match="--policy, or ask for --from-scratch"):
+    with pytest.raises(ValueError, match="--policy, or --from-scratch"):
         finetune.run(finetune_config(root, tmp_path / "out", from_scratch=False))
     with pytest.raises(ValueError, match="is the policy to start from"):
         finetune.run(finetune_config(root, pretrained, policy=pretrained, overwrite=True))
@@ -308,7 +308,7 @@ def test_every_head_finetunes_and_acts_with_the_state(root, pretrained, tmp_path
     with pytest.raises(ValueError, match="it has no state; this policy reads 2 numbers"):
         policy.infer([Observation({"front": picture}, "move right")])
     assert "held_out_action_error" in read_json(tmp_path / "out" / "metrics.json")
-    with pytest.raises(ValueError, match="go on with the same --head and --state"):
+    with pytest.raises(ValueError, match="continue with the same --head and --state"):
         finetune.run(replace(config, out=tmp_path / "other", policy=tmp_path / "out", state=False))
 
 
@@ -325,7 +325,7 @@ def test_latent_actions_are_kept_while_finetuning(root, pretrained, tmp_path):
     of_another = write_labels(tmp_path / "of_another", open_dataset(root / "robot"), lam_fingerprint="f" * 16)
     with pytest.raises(ValueError, match="learned the latent actions of the model 0123456789abcdef, the labels"):
         finetune.run(replace(config, out=tmp_path / "no", labels=(of_another,)))
-    with pytest.raises(ValueError, match="has no latent actions to go on learning"):
+    with pytest.raises(ValueError, match="has no latent actions to train on"):
         finetune.run(replace(config, out=tmp_path / "no", policy=None, from_scratch=True))
 
 

@@ -5,9 +5,9 @@ policy; the loss moves to the bin segment. `--from-scratch` is the paper's basel
 
     lapa policy finetune --policy POLICY --data ROBOT_DATASET --out FINETUNED
 
-Of several datasets each has statistics of its own actions and states (bins or scale), under its name, and each sample
-is learned in its dataset's. They may differ in the names of the dimensions, in which are binary and in control, not in
-the number of dimensions. `lapa evaluate --statistics-key NAME` then says whose a robot acts by.
+With several datasets, each has statistics of its own actions and states (bins or scale) under its name, which its
+samples are encoded with. The datasets may differ in the names of the dimensions, in which of them are binary and in
+control, but not in their number. A robot then acts with one set: `lapa evaluate --statistics-key NAME`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.pretrain import open_labels
 from lapa.policy.runtime import Policy, is_policy, read_config, statistics_of
 from lapa.policy.training import (
-    choose_cameras,
     choose_prompts,
     load_start,
     new_policy,
     open_steps,
     require_same_codes,
+    slot_cameras,
     train_policy,
 )
 
 STATE_BINS = 256
-# The key of one set of statistics for several datasets.
+# Key of the one set of statistics that several datasets share.
 POOLED = "pooled"
 
 
@@ -55,7 +55,7 @@ def run(config: FinetuneConfig) -> None:
     datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets) if config.labels else None
     start = _starting_policy(config, datasets)
-    cameras = choose_cameras(config, start.config, datasets)
+    cameras = slot_cameras(start.cameras, datasets, config.cameras)
     if labels:
         require_same_codes(start.config, labels[0].manifest, config.policy)
     _check_continuation(config, start.config, datasets)
@@ -92,18 +92,18 @@ def _next_commands(config: FinetuneConfig, policy: PolicyConfig) -> list[str]:
 
 
 def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Policy:
-    """What training starts from: a pretrained policy, one of its architecture without pretraining, or a new one."""
+    """The policy to start from: pretrained, of its architecture with new weights, or new."""
     seed_everything(config.loop.seed)
     if config.policy is None:
         if not config.from_scratch:
-            raise UserError("give the pretrained policy to start from with --policy, or ask for --from-scratch")
+            raise UserError("give the pretrained policy to start from with --policy, or --from-scratch")
         return new_policy(config, datasets, {})
     pretrained = load_start(config, config.policy)
     return _without_pretraining(pretrained) if config.from_scratch else pretrained
 
 
 def _without_pretraining(pretrained: Policy) -> Policy:
-    """The policy as it was before it learned any action; it reads what the pretrained one reads."""
+    """The policy as it was before it learned any action, with the same cameras, prompts and tokenizer."""
     before = pretrained.config
     if before.backbone.kind == "hf" and before.chunk:
         raise UserError(
@@ -126,17 +126,18 @@ def _without_pretraining(pretrained: Policy) -> Policy:
 
 
 def _each_its_own(config: FinetuneConfig, datasets: Sequence[Dataset]) -> bool:
-    """Whether a policy that does not act yet gets statistics of each dataset."""
+    """Whether each dataset gets its own statistics, in a policy that does not act yet."""
     return len(datasets) > 1 and not config.pool_statistics and not config.statistics
 
 
 def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: Sequence[Dataset]) -> None:
-    """UserError where a policy that acts already is to act in another way, or on another robot, or latent actions are
+    """Raises UserError for options that do not fit the starting policy.
 
-    asked of one that has none; and where datasets that get statistics of their own have one name.
+    A policy that acts already cannot change its head, state or robot; one without latent actions cannot train on
+    labels; datasets that get statistics of their own need different names.
     """
     if config.labels and not policy.latent_length:
-        raise UserError("--labels: this policy has no latent actions to go on learning; start from a pretrained one")
+        raise UserError("--labels: this policy has no latent actions to train on; start from a pretrained one")
     if not policy.chunk:
         if _each_its_own(config, datasets):
             require_names(datasets)
@@ -148,7 +149,7 @@ def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: 
     if (config.head, config.state) != (policy.head, bool(policy.state_dim)):
         raise UserError(
             f"{config.policy}: acts by --head {policy.head} {'with' if policy.state_dim else 'without'} the robot's "
-            f"state; go on with the same --head and --state, or{remedy[1:]}"
+            f"state; continue with the same --head and --state, or{remedy[1:]}"
         )
     if policy.head == "bins" and config.num_bins != policy.vocabulary.bins:
         raise UserError(f"{config.policy}: has --num-bins {policy.vocabulary.bins} already{remedy}")
@@ -163,17 +164,17 @@ def _check_continuation(config: FinetuneConfig, policy: PolicyConfig, datasets: 
             )
         if space.binary != found.binary or (space.control and found.control and space.control != found.control):
             raise UserError(
-                f"{dataset.root}: declares its actions otherwise than the policy {config.policy} has them (binary "
+                f"{dataset.root}: declares its actions differently from the policy {config.policy} (binary "
                 f"dimensions, delta or absolute); correct its meta/lapa.json, or{remedy[1:]}"
             )
     if policy.state_dim and any(dataset.state_dim != policy.state_dim for dataset in datasets):
         raise UserError(
-            f"{config.data[0]}: the policy {config.policy} is told {policy.state_dim} numbers of state{remedy}"
+            f"{config.data[0]}: the policy {config.policy} reads {policy.state_dim} numbers of state{remedy}"
         )
 
 
 def _known_space(policy: PolicyConfig, dataset: Dataset, remedy: str) -> ActionSpace:
-    """What the actions of a dataset mean to a policy that acts already."""
+    """The action space that a policy that acts already has for a dataset."""
     known = {item.key: item.space for item in policy.spaces}
     if len(known) > 1 and dataset.name not in known:
         raise UserError(
@@ -190,7 +191,7 @@ def _with_actions(
     training: EpisodeSteps,
     cameras: tuple[str, ...],
 ) -> Policy:
-    """The starting policy with robot actions: statistics of the training actions, or kept where it already acts."""
+    """The starting policy with robot actions, and statistics of the training actions unless it has its own."""
     before = start.config
     # An imported policy may have rows for bins that were not released with it.
     num_bins = before.vocabulary.bins or config.num_bins
@@ -226,7 +227,7 @@ def _with_actions(
 def _statistics(
     config: FinetuneConfig, training: EpisodeSteps, num_bins: int
 ) -> tuple[dict[str, Statistics], tuple[KeyedSpace, ...]]:
-    """Statistics of the training actions and states, and what the actions mean: of each dataset, or of all in one."""
+    """Statistics of the training actions and states, and the action spaces: of each dataset, or of all in one set."""
     datasets = training.datasets
 
     def of(space: ActionSpace, actions_NA: np.ndarray, number: int | None) -> Statistics:
@@ -241,13 +242,13 @@ def _statistics(
     spaces = tuple(KeyedSpace(d.name, common_action_space([d]), d.fps) for d in datasets)
     controls = {item.key: item.space.control for item in spaces if item.space.control}
     if len(set(controls.values())) > 1:
-        warn(f"datasets differ in control ({controls}): a robot acts as that of its --statistics-key")
+        warn(f"datasets differ in control ({controls}): a robot acts with that of its --statistics-key")
     sets = {item.key: of(item.space, training.actions(number), number) for number, item in enumerate(spaces)}
     return sets, spaces
 
 
 def _pooled_actions(config: FinetuneConfig, training: EpisodeSteps) -> np.ndarray:
-    """The actions that one set of statistics is made from: those of --statistics, else those that are learned from."""
+    """The actions that one set of statistics is made from: those of --statistics, else the training actions."""
     if not config.statistics:
         return training.actions()
     others = [open_dataset(path) for path in config.statistics]

@@ -1,13 +1,13 @@
-"""What a policy says of recorded episodes, beside what was done there: no simulator is needed.
+"""Open-loop evaluation: predicted against recorded actions. No simulator is needed.
 
     lapa policy measure POLICY --data ROBOT_DATASET
     lapa policy measure PRETRAINED --data DATASET --labels LABELS
 
-Writes measure.json and prints the table. A small error is no success yet: rollouts (`lapa evaluate`) meet states that
-no demonstration holds. `docs/metrics.md` says how to read each figure.
+Writes measure.json and prints the table. A small error is not yet success: rollouts (`lapa evaluate`) reach states that
+no demonstration contains. `docs/metrics.md` explains each figure.
 
-Axes: B batch, N measured steps, K action chunk, A action dimensions, T frames of an episode, S state dimensions,
-L latent action length.
+Axes: B batch, N evaluated steps, K action chunk, A action dimensions, T frames of an episode, S state dimensions,
+L latent action length, M evaluated actions of all chunks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -28,35 +29,35 @@ from lapa.data.spec import open_dataset
 from lapa.data.steps import codes_at
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
-from lapa.errors import UserError, unknown
+from lapa.errors import UserError
 from lapa.files import claim_output, errors_about, write_json
 from lapa.policy.config import MeasureConfig
 from lapa.policy.runtime import Actor, Policy, load_actor, load_policy
-from lapa.policy.training import require_same_codes
+from lapa.policy.training import require_same_codes, slot_cameras
 from lapa.types import Observation
 
 MEASURES = "measure.json"
-Place = tuple[int, int]
+# A true action has a direction where it is longer than this share of the actions' root mean square.
+LEAST_MOTION = 0.1
+Place = tuple[int, int]  # episode, frame
 
 
 def run(config: MeasureConfig) -> None:
-    """`lapa policy measure`. Raises UserError on bad input, before anything is measured."""
+    """`lapa policy measure`. Raises UserError on bad input, before anything is evaluated."""
     if min(config.samples, config.batch_size) < 1 or (config.steps is not None and config.steps < 1):
         raise UserError("--samples, --batch-size and --steps must be at least 1")
     dataset = open_dataset(config.data)
-    labels = None
-    if config.labels is not None:
-        labels = Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
-    policy, actor = _load(config, latent=labels is not None)
+    labels = config.labels and Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
+    policy, actor = _load(config, latent=bool(labels))
     places: list[Place] = []
     if actor is not None:
         check_actor(actor, dataset, config.steps)
-        _slots(actor.cameras, dataset, config.cameras)
-    if policy is not None and labels is not None:
+        slot_cameras(actor.cameras, [dataset], config.cameras)
+    if policy is not None and labels:
         if not policy.config.latent_length:
-            raise UserError(f"{config.policy}: has no latent actions to compare with --labels; leave them out")
+            raise UserError(f"{config.policy}: has no latent actions to compare with --labels; leave out --labels")
         require_same_codes(policy.config, labels.manifest, config.policy)
-        _slots(policy.cameras, dataset, config.cameras)
+        slot_cameras(policy.cameras, [dataset], config.cameras)
         places = _labelled_places(labels, dataset, config)
     out = config.out or config.policy / f"measure_{dataset.name}"
     claim_output(
@@ -69,7 +70,7 @@ def run(config: MeasureConfig) -> None:
     figures: dict[str, Any] = {}
     if actor is not None:
         figures |= measure_actions(actor, dataset, config)
-    if policy is not None and labels is not None:
+    if policy is not None and labels:
         figures |= measure_codes(policy, dataset, labels, places, config)
     console.print(table_of(figures, dataset.name))
     write_json(out / MEASURES, {**figures, "config": configs.to_dict(config), **versions_and_hardware()})
@@ -79,15 +80,15 @@ def run(config: MeasureConfig) -> None:
 
 
 def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> dict[str, Any]:
-    """How far the actor's chunks are from what was done: the keys of `action_figures`."""
+    """Errors of the actor's chunks on recorded steps: the keys of `action_figures`."""
     places = _spread([np.arange(length) for length in dataset.lengths], config.samples)
-    cameras = _slots(actor.cameras, dataset, config.cameras)
+    cameras = slot_cameras(actor.cameras, [dataset], config.cameras)
     say(f"{len(places)} of {dataset.num_frames} steps of {dataset.name}")
     predicted, true, counted = [], [], []
     with progress() as bar:
         line = bar.add_task("steps", total=len(places), note="")
         for group in _groups(places, config.batch_size):
-            predicted.append(actor.infer(_observations(dataset, group, cameras, bool(actor.state_dim))))
+            predicted.append(actor.infer(_observations(dataset, group, actor, cameras)))
             for episode, frame in group:
                 actions_TA = dataset.actions(episode)
                 steps_K = frame + np.arange(actor.chunk)
@@ -106,156 +107,25 @@ def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> di
 def measure_codes(
     policy: Policy, dataset: Dataset, labels: Labels, places: Sequence[Place], config: MeasureConfig
 ) -> dict[str, Any]:
-    """Latent actions that the policy predicts, greedily, against the labels of these frames: `code_figures`' keys."""
-    cameras = _slots(policy.cameras, dataset, config.cameras)
+    """Greedily predicted latent actions against the labels of these frames: the keys of `code_figures`."""
+    cameras = slot_cameras(policy.cameras, [dataset], config.cameras)
     predicted = []
     with progress() as bar:
         line = bar.add_task("labelled frames", total=len(places), note="")
         for group in _groups(places, config.batch_size):
-            predicted.append(policy.predict_codes(_observations(dataset, group, cameras, bool(policy.state_dim))))
+            predicted.append(policy.predict_codes(_observations(dataset, group, policy, cameras)))
             bar.update(line, advance=len(group))
     true_NL = np.stack([codes_at(labels, episode, frame)[0] for episode, frame in places])
     return code_figures(np.concatenate(predicted), true_NL)
 
 
-def check_actor(actor: Actor, dataset: Dataset, steps: int | None = None) -> None:
-    """UserError saying in what an actor does not fit a dataset, or that its chunks are shorter than `steps`."""
-    if dataset.action_dim is None:
-        raise UserError(
-            f"{dataset.root}: has no actions to compare with; give robot episodes, or --labels for latent actions"
-        )
-    if actor.action_dim != dataset.action_dim:
-        raise UserError(
-            f"{dataset.root}: has actions of {dataset.action_dim} dimensions, the policy says {actor.action_dim}; "
-            "give episodes of its robot"
-        )
-    if actor.state_dim not in (0, dataset.state_dim):
-        raise UserError(
-            f"{dataset.root}: has a state of {dataset.state_dim or 0} dimensions, the policy is told "
-            f"{actor.state_dim}; give episodes of its robot"
-        )
-    if steps is not None and steps > actor.chunk:
-        raise UserError(f"--steps {steps}: the policy says chunks of {actor.chunk} actions; give at most that")
-
-
-def table_of(figures: dict[str, Any], name: str) -> Table:
-    """The figures as a table, those that were measured."""
-    table = Table("figure", "value", "yardstick", "read it as", title=name)
-
-    def row(title: str, value: float | None, yardstick: float | None = None, reading: str = "") -> None:
-        table.add_row(title, _text(value), "" if yardstick is None else _text(yardstick), reading)
-
-    if "action_error" in figures:
-        row(
-            "action error", figures["action_error"], figures["mean_action_error"], "robot units; always the mean action"
-        )
-        row("  normalised", figures["normalised_error"], 1.0, "0: as was done")
-        row("action R2", figures["r2"], 0.0, "mean of the dimensions; 1: as was done")
-        row(
-            "direction",
-            figures["direction"],
-            figures["mean_action_direction"],
-            "cosine of the first action; 1: the same",
-        )
-        for dimension, values in figures["dimensions"].items():
-            row(f"  {dimension}", values["action_error"], values["mean_action_error"], f"R2 {_text(values['r2'])}")
-    if "token_accuracy" in figures:
-        row("token accuracy", figures["token_accuracy"], figures["most_frequent_token"], "always the most frequent")
-        pairs = zip(figures["token_accuracy_per_position"], figures["most_frequent_token_per_position"], strict=True)
-        for position, (accuracy, most) in enumerate(pairs):
-            row(f"  position {position}", accuracy, most)
-        row("whole latent action", figures["latent_action_accuracy"], figures["most_frequent_latent_action"])
-    return table
-
-
-def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor | None]:
-    """The policy whose latent actions are measured, if any are, and what acts; None for a policy that does not."""
-    if not latent:
-        return None, load_actor(config.policy, config.statistics_key, config.device)
-    policy = load_policy(config.policy)
-    with errors_about(config.policy):
-        policy = policy.under(config.statistics_key)
-    if policy.acts:
-        # As `Policy.from_pretrained` has it, so that actions are the same with and without --labels.
-        policy.to(config.device)
-        return policy, policy
-    policy.model.to(pick_device(config.device))
-    return policy, None
-
-
-def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig) -> list[Place]:
-    """The labelled frames to measure. UserError where there is none."""
-    places = _spread([labels.codes(episode)[0] for episode in range(len(dataset.lengths))], config.samples)
-    if not places:
-        raise UserError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
-    return places
-
-
-def _slots(slots: Sequence[str], dataset: Dataset, chosen: Sequence[str]) -> dict[str, str]:
-    """Which camera of the dataset fills each image slot of the policy."""
-    for camera in chosen:
-        if camera not in dataset.cameras:
-            raise unknown("camera", camera, dataset.cameras)
-    if not chosen and all(slot in dataset.cameras for slot in slots):
-        chosen = slots
-    if not chosen and len(slots) == len(dataset.cameras) == 1:
-        chosen = dataset.cameras
-    if len(chosen) != len(slots):
-        raise UserError(
-            f"{dataset.root}: has the cameras {', '.join(dataset.cameras)}, the policy sees {', '.join(slots)}; "
-            "say with --cameras which fill their places, one each"
-        )
-    return dict(zip(slots, chosen, strict=True))
-
-
-def _spread(frames: Sequence[np.ndarray], samples: int) -> list[Place]:
-    """(episode, frame) of up to so many of the frames given for each episode, at even distances."""
-    ends = np.cumsum([len(some) for some in frames])
-    total = int(ends[-1])
-    places = []
-    for row in np.unique(np.linspace(0, total - 1, min(samples, total)).round().astype(int)):
-        episode = int(np.searchsorted(ends, row, side="right"))
-        places.append((episode, int(frames[episode][row - ends[episode]])))
-    return places
-
-
-def _groups(places: Sequence[Place], size: int) -> Iterator[Sequence[Place]]:
-    return (places[first : first + size] for first in range(0, len(places), size))
-
-
-def _observations(
-    dataset: Dataset, places: Sequence[Place], cameras: dict[str, str], with_state: bool
-) -> list[Observation]:
-    """What was seen at these places, which are ordered by episode: each episode is opened once."""
-    by_episode: dict[int, list[int]] = {}
-    for episode, frame in places:
-        by_episode.setdefault(episode, []).append(frame)
-    seen = []
-    for episode, frames in by_episode.items():
-        pictures = {slot: dataset.frames(episode, frames, camera) for slot, camera in cameras.items()}
-        states_TS = dataset.states(episode) if with_state else None
-        for number, frame in enumerate(frames):
-            images = {slot: several_THWC[number] for slot, several_THWC in pictures.items()}
-            state = None if states_TS is None else states_TS[frame]
-            seen.append(Observation(images, dataset.episodes[episode].instruction, state))
-    return seen
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-# A true action has a direction where it is longer than this share of the actions' root mean square.
-LEAST_MOTION = 0.1
-
-
 def action_figures(
     predicted_NKA: np.ndarray, true_NKA: np.ndarray, counted_NK: np.ndarray, mean_A: np.ndarray, space: ActionSpace
 ) -> dict[str, Any]:
-    """The errors of predicted chunks, in the robot's units, beside those of always saying the mean action.
+    """Errors of predicted chunks in the robot's units, and those of always predicting the mean action.
 
-    counted_NK: False where the episode had ended. A figure that is not defined is None: the R2 and the normalised error
-    of a dimension that never changes, the direction where nothing moves.
+    counted_NK: False where the episode had ended. mean_A: the mean action. A figure that is not defined is None: the R2
+    and the normalised error of a dimension that never changes, the direction where nothing moves.
     """
     predicted_MA, true_MA = predicted_NKA[counted_NK].astype(np.float64), true_NKA[counted_NK].astype(np.float64)
     errors_MA, mean_errors_MA = np.abs(predicted_MA - true_MA), np.abs(mean_A - true_MA)
@@ -293,7 +163,7 @@ def action_figures(
 
 
 def code_figures(predicted_NL: np.ndarray, true_NL: np.ndarray) -> dict[str, Any]:
-    """Shares of right tokens and right whole latent actions, beside what always saying the most frequent would get."""
+    """Accuracy of tokens and of whole latent actions, and that of always predicting the most frequent ones."""
     right_NL = predicted_NL == true_NL
     most_L = [Counter(column).most_common(1)[0][1] / len(true_NL) for column in true_NL.T.tolist()]
     most_whole = Counter(map(tuple, true_NL.tolist())).most_common(1)[0][1] / len(true_NL)
@@ -308,6 +178,122 @@ def code_figures(predicted_NL: np.ndarray, true_NL: np.ndarray) -> dict[str, Any
     }
 
 
+def check_actor(actor: Actor, dataset: Dataset, steps: int | None = None) -> None:
+    """Raises UserError where an actor does not fit a dataset, or its chunks are shorter than `steps`."""
+    if dataset.action_dim is None:
+        raise UserError(
+            f"{dataset.root}: has no actions to compare with; give robot episodes, or --labels for latent actions"
+        )
+    if actor.action_dim != dataset.action_dim:
+        raise UserError(
+            f"{dataset.root}: has actions of {dataset.action_dim} dimensions, the policy predicts {actor.action_dim}; "
+            "give episodes of its robot"
+        )
+    if actor.state_dim not in (0, dataset.state_dim):
+        raise UserError(
+            f"{dataset.root}: has a state of {dataset.state_dim or 0} dimensions, the policy reads "
+            f"{actor.state_dim}; give episodes of its robot"
+        )
+    if steps is not None and steps > actor.chunk:
+        raise UserError(f"--steps {steps}: the policy predicts chunks of {actor.chunk} actions; give at most that")
+
+
+def table_of(figures: dict[str, Any], name: str) -> Table:
+    """The figures as a table with the baseline of each."""
+    table = Table("figure", "value", "baseline", "meaning", title=name)
+
+    def row(title: str, value: float | None, baseline: float | None = None, meaning: str = "") -> None:
+        table.add_row(title, _text(value), "" if baseline is None else _text(baseline), meaning)
+
+    if "action_error" in figures:
+        row(
+            "action error",
+            figures["action_error"],
+            figures["mean_action_error"],
+            "robot units; baseline: mean action",
+        )
+        row("  normalised", figures["normalised_error"], 1.0, "0: as recorded")
+        row("action R2", figures["r2"], 0.0, "mean of the dimensions; 1: as recorded")
+        row(
+            "direction",
+            figures["direction"],
+            figures["mean_action_direction"],
+            "cosine of the first action; 1: as recorded",
+        )
+        for dimension, values in figures["dimensions"].items():
+            row(f"  {dimension}", values["action_error"], values["mean_action_error"], f"R2 {_text(values['r2'])}")
+    if "token_accuracy" in figures:
+        row("token accuracy", figures["token_accuracy"], figures["most_frequent_token"], "baseline: the most frequent")
+        pairs = zip(figures["token_accuracy_per_position"], figures["most_frequent_token_per_position"], strict=True)
+        for position, (accuracy, most) in enumerate(pairs):
+            row(f"  position {position}", accuracy, most)
+        row("whole latent action", figures["latent_action_accuracy"], figures["most_frequent_latent_action"])
+    return table
+
+
+def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor | None]:
+    """The policy whose latent actions are evaluated (None without labels), and the actor (None if it cannot act)."""
+    if not latent:
+        return None, load_actor(config.policy, config.statistics_key, config.device)
+    policy = load_policy(config.policy)
+    with errors_about(config.policy):
+        policy = policy.under(config.statistics_key)
+    if policy.acts:
+        # As `Policy.from_pretrained` does, so that actions are the same with and without --labels.
+        policy.to(config.device)
+        return policy, policy
+    policy.model.to(pick_device(config.device))
+    return policy, None
+
+
+def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig) -> list[Place]:
+    """The labelled frames to evaluate. Raises UserError where there is none."""
+    places = _spread([labels.codes(episode)[0] for episode in range(len(dataset.lengths))], config.samples)
+    if not places:
+        raise UserError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
+    return places
+
+
+def _spread(frames: Sequence[np.ndarray], samples: int) -> list[Place]:
+    """(episode, frame) of up to `samples` of the given frames of each episode, at even distances."""
+    ends = np.cumsum([len(some) for some in frames])
+    total = int(ends[-1])
+    places = []
+    for row in np.unique(np.linspace(0, total - 1, min(samples, total)).round().astype(int)):
+        episode = int(np.searchsorted(ends, row, side="right"))
+        places.append((episode, int(frames[episode][row - ends[episode]])))
+    return places
+
+
+def _groups(places: Sequence[Place], size: int) -> Iterator[Sequence[Place]]:
+    return (places[first : first + size] for first in range(0, len(places), size))
+
+
+def _observations(
+    dataset: Dataset, places: Sequence[Place], policy: Actor, cameras: Sequence[str]
+) -> list[Observation]:
+    """The observations at these places, with the dataset's `cameras` in the policy's slots.
+
+    The places are ordered by episode, so that each episode is opened once.
+    """
+    observations = []
+    for episode, group in groupby(places, key=lambda place: place[0]):
+        frames = [frame for _, frame in group]
+        images = {
+            slot: dataset.frames(episode, frames, camera) for slot, camera in zip(policy.cameras, cameras, strict=True)
+        }
+        states_TS = dataset.states(episode) if policy.state_dim else None
+        for number, frame in enumerate(frames):
+            one = {slot: images_THWC[number] for slot, images_THWC in images.items()}
+            state_S = None if states_TS is None else states_TS[frame]
+            observations.append(Observation(one, dataset.episodes[episode].instruction, state_S))
+    return observations
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _moves(name: str, binary: bool) -> bool:
     """Whether a dimension is part of the motion; a gripper's effort would drown it in the cosine."""
     return not binary and "gripper" not in name.lower()
@@ -319,11 +305,8 @@ def _direction(predicted_NA: np.ndarray, true_NA: np.ndarray) -> float | None:
     counted_N = lengths_N > LEAST_MOTION * np.sqrt((lengths_N**2).mean())
     if not counted_N.any():
         return None
-    predicted_NA, true_NA, lengths_N = (
-        predicted_NA[counted_N].astype(np.float64),
-        true_NA[counted_N],
-        lengths_N[counted_N],
-    )
+    predicted_NA, true_NA = predicted_NA[counted_N].astype(np.float64), true_NA[counted_N]
+    lengths_N = lengths_N[counted_N]
     predicted_lengths_N = np.maximum(np.linalg.norm(predicted_NA, axis=1), 1e-12)
     return float(((predicted_NA * true_NA).sum(1) / (predicted_lengths_N * lengths_N)).mean())
 

@@ -1,4 +1,4 @@
-"""Latent pretraining: the policy learns to say the latent action of what it sees, from video alone.
+"""Latent pretraining: the policy learns to predict latent actions from videos and instructions.
 
 LAPA (https://arxiv.org/abs/2410.11758), stage 2: next-token prediction in the latent segment, given image and
 instruction. The labels come from `lapa label`.
@@ -23,12 +23,12 @@ from lapa.errors import UserError
 from lapa.policy.config import PretrainConfig
 from lapa.policy.runtime import Policy, is_policy
 from lapa.policy.training import (
-    choose_cameras,
     choose_prompts,
     load_start,
     new_policy,
     open_steps,
     require_same_codes,
+    slot_cameras,
     train_policy,
 )
 
@@ -66,7 +66,7 @@ def run(config: PretrainConfig) -> None:
 
 
 def open_labels(folders: Sequence[str | Path], datasets: Sequence[Dataset]) -> list[Labels]:
-    """The labels of each dataset. Raises UserError where they are not of these datasets, or not of one LAM."""
+    """The labels of each dataset. Raises UserError where they belong to other datasets or to several models."""
     if len(folders) != len(datasets):
         raise UserError(
             f"{len(datasets)} datasets need as many --labels folders, in the same order; got {len(folders)}"
@@ -85,7 +85,7 @@ def open_labels(folders: Sequence[str | Path], datasets: Sequence[Dataset]) -> l
 
 
 def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manifest: Manifest) -> Policy:
-    """A new policy, or the one to go on from, with the segment of the labels' latent actions."""
+    """A new policy, or the one to continue, with the segment of the labels' latent actions."""
     if config.policy is None:
         segments = {"latent": manifest.codebook_size}
         start = new_policy(config, datasets, segments, latent_length=manifest.latent_length)
@@ -99,7 +99,7 @@ def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manife
             start.config,
             vocabulary=replace(start.config.vocabulary, latent=manifest.codebook_size),
             latent_length=manifest.latent_length,
-            cameras=choose_cameras(config, start.config, datasets),
+            cameras=slot_cameras(start.cameras, datasets, config.cameras),
             prompts=choose_prompts(config, datasets, start.config.prompts),
         )
         start.processor.grow(grown.vocabulary)

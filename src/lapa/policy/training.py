@@ -1,4 +1,4 @@
-"""What pretraining and finetuning share: their options, held-out figures, the run itself, and the folder in the end.
+"""Steps that pretraining and finetuning share: the starting policy, cameras, the run and its validation.
 
 Axes: B batch, K chunk, A action dimensions.
 """
@@ -18,7 +18,7 @@ from lapa.data.labels import Labels, Manifest
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
-from lapa.errors import UserError
+from lapa.errors import UserError, unknown
 from lapa.files import claim_output
 from lapa.policy.backbones import create_backbone
 from lapa.policy.backbones.hf import native_image_size
@@ -27,7 +27,7 @@ from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
 from lapa.policy.runtime import Policy, is_policy, load_policy
 
-# Held-out steps that an evaluation looks at, spread evenly over the held-out episodes, and the least of each dataset.
+# Validation steps of one evaluation, spread evenly over the validation episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
 LEAST_STEPS = 32
 EVALUATION_BATCH = 64
@@ -36,7 +36,7 @@ EVALUATION_BATCH = 64
 def new_policy(
     options: TrainingOptions, datasets: Sequence[Dataset], segments: dict[str, int], latent_length: int = 0
 ) -> Policy:
-    """A policy that has not learned any action yet: a fresh backbone, or a pretrained vision-language model."""
+    """A policy that has not learned any action yet: a new backbone, or a pretrained vision-language model."""
     prompts = choose_prompts(options, datasets)
     cameras = options.cameras or datasets[0].cameras[:1]
     config = backbone_config(options)
@@ -66,9 +66,9 @@ def backbone_config(options: TrainingOptions) -> BackboneConfig:
 
 
 def load_start(options: TrainingOptions, folder: Path) -> Policy:
-    """The policy to start from. Its backbone is its own, whatever --backbone or the preset say, which the user is told.
+    """The policy to start from, with its own backbone; warns where --backbone or the preset name another.
 
-    UserError where the output would take its place.
+    Raises UserError where the output would replace it.
     """
     if folder.resolve() == options.out.resolve():
         raise UserError(f"{options.out}: is the policy to start from; give another --out")
@@ -76,21 +76,21 @@ def load_start(options: TrainingOptions, folder: Path) -> Policy:
     backbone = policy.config.backbone
     own = f"{HF}{backbone.source}" if isinstance(backbone, HfConfig) else backbone.kind
     if options.backbone not in ("tiny", own):
-        warn(f"--backbone {options.backbone} is not looked at: {folder} has its own, {own}")
+        warn(f"--backbone {options.backbone} is ignored: {folder} has its own, {own}")
     return policy
 
 
 def instructions(datasets: Sequence[Dataset], prompts: Prompts) -> list[str]:
-    """What a policy with these prompts reads in the datasets: the text that a new tokenizer is trained on."""
+    """The prompts of all episodes: the text that a new tokenizer is trained on."""
     return [prompts.text(episode.instruction, d.name) for d in datasets for episode in d.episodes]
 
 
 def require_same_codes(policy: PolicyConfig, manifest: Manifest, folder: Path | None) -> None:
-    """UserError where the labels are not of the latent actions that the policy has learned, if it has any."""
+    """Raises UserError where the policy has learned other latent actions than those of the labels."""
     known, wanted = (policy.vocabulary.latent, policy.latent_length), (manifest.codebook_size, manifest.latent_length)
     if known not in ((0, 0), wanted):
         raise UserError(
-            f"{folder}: says latent actions of {known[1]} tokens out of {known[0]}, the labels hold {wanted[1]} "
+            f"{folder}: predicts latent actions of {known[1]} tokens out of {known[0]}, the labels hold {wanted[1]} "
             f"out of {wanted[0]}; label the data with the latent action model that the policy was pretrained on"
         )
     if policy.lam_fingerprint not in ("", manifest.lam_fingerprint):
@@ -101,25 +101,29 @@ def require_same_codes(policy: PolicyConfig, manifest: Manifest, folder: Path | 
 
 
 def choose_prompts(options: TrainingOptions, datasets: Sequence[Dataset], known: Prompts | None = None) -> Prompts:
-    """As the options say, else those of the policy to start from (`known`), else plain ones."""
+    """The prompts that the options name, else those of the policy to start from (`known`), else plain ones."""
     if known is not None and options.prompt is None:
         return known
     return parse_prompts(options.prompt or "plain", [dataset.name for dataset in datasets])
 
 
-def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Sequence[Dataset]) -> tuple[str, ...]:
-    """Which of the datasets' cameras fills each image slot: as told, or by name, or the only one for the only slot.
+def slot_cameras(slots: Sequence[str], datasets: Sequence[Dataset], chosen: Sequence[str] = ()) -> tuple[str, ...]:
+    """Which of the datasets' cameras fills each image slot of a policy.
 
-    UserError where that does not tell. Where each dataset has one camera, under another name, the slot keeps its own.
+    chosen: the user's choice, in the order of the slots. Without one, the cameras of the slots' names; or for a single
+    slot, the only camera that the datasets have in common, or the only camera of each, whatever its name: the slot then
+    keeps its own name. Raises UserError where this does not decide.
     """
     common = [name for name in datasets[0].cameras if all(name in dataset.cameras for dataset in datasets)]
-    chosen = options.cameras
-    if not chosen and all(name in common for name in policy.cameras):
-        chosen = policy.cameras
-    if not chosen and len(common) == len(policy.cameras) == 1:
-        chosen = tuple(common)
-    if not chosen and len(policy.cameras) == 1 and all(len(dataset.cameras) == 1 for dataset in datasets):
-        chosen = policy.cameras
+    if not chosen and all(name in common for name in slots):
+        chosen = slots
+    if not chosen and len(common) == len(slots) == 1:
+        chosen = common
+    if not chosen and len(slots) == 1 and all(len(dataset.cameras) == 1 for dataset in datasets):
+        chosen = slots
+    elif unfit := [name for name in chosen if name not in common]:
+        lacking = next(dataset for dataset in datasets if unfit[0] not in dataset.cameras)
+        raise unknown("camera", unfit[0], lacking.cameras)
     if not chosen and not common:
         found = "; ".join(f"{dataset.name}: {', '.join(dataset.cameras)}" for dataset in datasets)
         raise UserError(
@@ -129,14 +133,14 @@ def choose_cameras(options: TrainingOptions, policy: PolicyConfig, datasets: Seq
     if not chosen:
         raise UserError(
             f"{datasets[0].root}: has the cameras {', '.join(common)}, the policy was trained with "
-            f"{', '.join(policy.cameras)}; say with --cameras which take their place"
+            f"{', '.join(slots)}; choose with --cameras, one for each"
         )
-    if len(chosen) != len(policy.cameras):
+    if len(chosen) != len(slots):
         raise UserError(
-            f"the policy has {len(policy.cameras)} image slots ({', '.join(policy.cameras)}), got the cameras "
+            f"the policy has {len(slots)} image slots ({', '.join(slots)}), got the cameras "
             f"{', '.join(chosen)}; give as many --cameras"
         )
-    return chosen
+    return tuple(chosen)
 
 
 def train_policy(
@@ -149,9 +153,9 @@ def train_policy(
     run_config: dict[str, Any],
     description: str,
 ) -> bool:
-    """Trains the policy in place and writes its folder. False where the run was stopped before its end.
+    """Trains the policy in place and writes its folder. Returns False where the run was stopped before its end.
 
-    labels: folders that are read beside the datasets and the policy to start from, none of which may be written over.
+    labels: folders of labels; the output may replace neither them nor the datasets nor the policy to start from.
     """
     if options.lora_rank:
         policy.model.add_adapters(options.lora_rank)
@@ -170,7 +174,7 @@ def train_policy(
         )
     evaluate = None if held_out is None else held_out_figures(policy, held_out)
     if held_out is None:
-        say("no episode is held out: nothing is evaluated while training")
+        say("no episode is held out: nothing is evaluated during training")
     training.mixture.report(options.loop.steps * options.loop.batch_size)
     result = train(
         policy.model,
@@ -190,11 +194,11 @@ def train_policy(
 
 
 def held_out_figures(policy: Policy, steps: EpisodeSteps) -> Callable[[nn.Module], dict[str, float]]:
-    """An evaluation on held-out steps: the loss and its parts given the true tokens before each, and for robot
+    """A function that evaluates a model on validation steps.
 
-    actions `action_error`, the mean absolute difference of the decoded chunk, in the robot's units; for each dataset,
-    as `action_error_NAME`, where each has statistics of its own. The others are means over the datasets, each by its
-    share of the draws.
+    It returns the loss and its parts given the true tokens before each, and for robot actions `action_error`, the mean
+    absolute difference of the decoded chunk, in the robot's units; for each dataset, as `action_error_NAME`, where each
+    has statistics of its own. The others are means over the datasets, each weighted by its share of the draws.
     """
     parts = [(share, [steps[index] for index in chosen]) for share, chosen in evaluated_steps(steps)]
     groups = [
@@ -221,9 +225,9 @@ def held_out_figures(policy: Policy, steps: EpisodeSteps) -> Callable[[nn.Module
 
 
 def evaluated_steps(steps: EpisodeSteps) -> list[tuple[float, list[int]]]:
-    """Of each dataset that has steps its share of the draws, and steps at even distances, as many of one as of another.
+    """For each dataset with steps: its share of the draws, and the numbers of steps at even distances.
 
-    So a small dataset beside a large one is looked at, too.
+    As many of each dataset, so that a small one is evaluated too.
     """
     drawn = [part for part in steps.mixture.parts if part.num_items]
     most = max(EVALUATION_STEPS // len(drawn), LEAST_STEPS)
@@ -246,9 +250,9 @@ def open_steps(
     chunk: int | None = None,
     state: bool = False,
 ) -> tuple[EpisodeSteps, EpisodeSteps | None]:
-    """The training steps, and the held-out ones where any episode is held out. What a step is: see `EpisodeSteps`."""
+    """The training steps, and the validation steps where there is any validation episode; see `EpisodeSteps`."""
     if cameras and not options.cameras and not all(name in dataset.cameras for name in cameras for dataset in datasets):
-        # As `choose_cameras` has it: the only camera of each.
+        # As in `slot_cameras`: the only camera of each.
         cameras = None
 
     def steps(split: str) -> EpisodeSteps:
