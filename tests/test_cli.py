@@ -15,6 +15,7 @@ import tyro
 
 from lapa import cli, presets
 from lapa.cli import imported
+from lapa.help import command_help
 
 
 def lapa(*arguments: str) -> subprocess.CompletedProcess:
@@ -61,6 +62,24 @@ def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture) -> No
     assert "latent train" not in shown
 
 
+def test_help_of_data_ends_with_the_form_of_a_dataset() -> None:
+    code = (
+        "import sys; from lapa.cli import main\n"
+        "try: main(['data', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'av', 'lapa.data.spec'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "rlds:bridge_dataset/1.0.0,camera=image_0" in done.stdout
+    assert "`[NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]`" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_help_cites_no_file_that_a_wheel_lacks(verb: cli.Verb) -> None:
+    default = cli.preset(verb, "tiny")
+    assert "docs/" not in command_help(verb.name, verb.help, imported(verb.config), default, verb.run)
+
+
 @pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
 def test_help_lists_the_options_that_are_parsed(verb: cli.Verb, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -70,7 +89,7 @@ def test_help_lists_the_options_that_are_parsed(verb: cli.Verb, capsys: pytest.C
     default = {"default": presets.named(verb.presets, "tiny")} if verb.presets else {}
     with pytest.raises(SystemExit):
         tyro.cli(imported(verb.config), args=["--help"], **default)
-    listed = re.findall(r"^│? *(--[a-z][a-z0-9.-]+)", capsys.readouterr().out, re.MULTILINE)
+    listed = re.findall(r"^│? {1,4}(--[a-z][a-z0-9.-]+)", capsys.readouterr().out, re.MULTILINE)
     assert {name.replace("[no-]", "") for name in re.findall(r"^  (--\S+)", ours, re.MULTILINE)} == set(listed)
     assert max(map(len, ours.partition("Required:")[2].splitlines()), default=0) <= 100
 
@@ -85,10 +104,6 @@ def test_help_starts_with_examples_and_what_is_required(capsys: pytest.CaptureFi
     assert re.search(r"--steps INT +Optimiser steps. \(default: 40\)", shown)
 
 
-# Rooms whose configs still import torch. It shrinks; empty, it goes.
-NOT_YET = ("latent", "policy", "baseline inverse", "baseline video")
-
-
 @pytest.mark.parametrize("wrong", [False, True], ids=["--help", "a wrong path"])
 def test_neither_help_nor_a_wrong_path_imports_torch(wrong: bool, tmp_path: Path) -> None:
     code = (
@@ -98,10 +113,10 @@ def test_neither_help_nor_a_wrong_path_imports_torch(wrong: bool, tmp_path: Path
         "    except SystemExit as exit: assert exit.code == {code}, (command, exit)\n"
         "    assert not {{'torch', 'transformers'}} & set(sys.modules), command\n"
     )
-    verbs = [verb for verb in cli.VERBS if not verb.name.startswith(NOT_YET)]
-    commands = [[*verb.name.split(), "--help"] for verb in verbs]
+    commands = [[*verb.name.split(), "--help"] for verb in cli.VERBS]
     if wrong:
-        commands = [[*verb.name.split(), *wrong_paths(verb, tmp_path)] for verb in verbs if verb.name not in NO_INPUTS]
+        verbs = [verb for verb in cli.VERBS if verb.name not in NO_INPUTS]
+        commands = [[*verb.name.split(), *wrong_paths(verb, tmp_path)] for verb in verbs]
     code = code.format(commands=commands, code=2 if wrong else 0)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

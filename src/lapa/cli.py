@@ -145,6 +145,10 @@ def _dispatch(arguments: list[str]) -> int:
             wanted = " ".join(word for word in arguments[:2] if not word.startswith("-"))
             raise UserError(f"{unknown('command', wanted, [v.name for v in verbs])}; see `lapa --help`")
         print(usage(known), end="")
+        if group == ["data"]:
+            from lapa.help import data_help
+
+            print("\n" + data_help(), end="")
         return 0
     config = parse(verb, arguments[len(verb.name.split()) :])
     require_inputs(config)

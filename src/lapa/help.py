@@ -60,6 +60,11 @@ def command_help(name: str, description: str, config: type, default: Any, run: s
     return "\n\n".join(parts) + "\n"
 
 
+def data_help() -> str:
+    """Examples and the form of `--data`: the docstring of lapa.data.spec without its last paragraph."""
+    return _docstring("lapa.data.spec").rpartition("\n\n")[0] + "\n"
+
+
 def options_of(config: type, default: Any, prefix: str = "", heading: str = "Options") -> Iterator[Option]:
     """The options of a config, those of nested configs under their own heading. default: as of `command_help`."""
     hints, texts = typing.get_type_hints(config, include_extras=True), _texts(config)
@@ -131,11 +136,16 @@ def _texts(config: type) -> dict[str, str]:
 
 
 def _examples(name: str, module: str) -> list[str]:
-    """The commands in a module's docstring, which is read without importing the module."""
+    """The commands in a module's docstring."""
+    lines = map(str.strip, _docstring(module).splitlines())
+    return [line for line in lines if line.startswith(("lapa ", "torchrun ")) and f"lapa {name} " in line]
+
+
+def _docstring(module: str) -> str:
+    """A module's docstring, read without importing the module."""
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None, f"{module} is a file"
-    lines = map(str.strip, (ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or "").splitlines())
-    return [line for line in lines if line.startswith(("lapa ", "torchrun ")) and f"lapa {name} " in line]
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
 
 
 def _listed(option: Option) -> str:

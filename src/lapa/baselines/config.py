@@ -84,7 +84,7 @@ class TrainingOptions:
     """Options that the two trainings share."""
 
     data: tuple[str, ...]
-    """Datasets to learn from. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    """Datasets to learn from: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     out: Path
     """Folder of the model to write."""
     preset: str = "tiny"
@@ -132,7 +132,8 @@ class PseudoLabelConfig:
     inverse: Path
     """Folder of the inverse dynamics model."""
     data: str
-    """Dataset whose videos to label, as [NAME=][SOURCE:]PATH (docs/1-data.md); its actions and states are not read."""
+    """Dataset whose videos to label; its actions and states are not read:
+    [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     out: Path
     """Folder of the dataset to write."""
     camera: str | None = None

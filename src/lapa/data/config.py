@@ -55,7 +55,7 @@ class InfoConfig:
     """Show the content of a dataset, and draw a contact sheet of it."""
 
     data: Annotated[str, tyro.conf.Positional]
-    """The dataset. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    """The dataset: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     sheet: Path | None = None
     """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset's folder, or, for a source in place
     and for a remote dataset, NAME_contact_sheet.png here."""

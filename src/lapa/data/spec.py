@@ -7,6 +7,7 @@
     ego=narrated:videos,horizon=2.4:1.0            frame pairs 2.4 s apart
 
 `[NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]`. A path that exists as it is written is taken as that path.
+
 Other distributions add sources by entry points of the group `lapa.sources`: NAME = "package.module:Reading", where
 Reading is a dataclass of reading options (lapa.data.source).
 """

@@ -28,7 +28,8 @@ class LabelConfig:
     lam: Path
     """Folder of the latent action model, or its id on the hub."""
     data: str
-    """Dataset to label: [NAME=][SOURCE:]PATH[,KEY=VALUE...]; horizon=SECONDS changes the horizon (docs/1-data.md)."""
+    """Dataset to label: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`. The key
+    horizon=SECONDS changes the horizon."""
     out: str | None = None
     """Folder of the labels, or its URL (s3://...); by default DATASET/labels/FINGERPRINT_OF_THE_LAM."""
     camera: str | None = None

@@ -78,7 +78,7 @@ class LatentModelConfig:
     composition_weight: float = 0.0
     """Weight of the loss that pulls the sum of the latents of a pair's two halves to the latent of the whole pair."""
     layout: Literal["clean", "released"] = "clean"
-    """released: with the quirks of the published weights (docs/2-latent.md); of no other use."""
+    """released: with the quirks of the published weights; of no other use."""
     horizon_seconds: float = 0.6
     """Seconds between the two frames of a training pair."""
 
@@ -167,10 +167,8 @@ class LatentTrainConfig:
     """Train a latent action model on one or more datasets. No actions are needed."""
 
     data: tuple[str, ...]
-    """Datasets to learn from; the key horizon=SECONDS sets the horizon of one.
-
-    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
-    """
+    """Datasets to learn from: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`. The key
+    horizon=SECONDS sets the horizon of one."""
     out: Path
     """Folder of the latent action model to write."""
     preset: str = "tiny"
@@ -202,10 +200,8 @@ class ProbeConfig:
     lam: tyro.conf.Positional[Path]
     """Folder of the latent action model, or its id on the hub."""
     data: str
-    """Dataset to measure on. If it has actions, regressions to them are fitted.
-
-    docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
-    """
+    """Dataset to measure on: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`.
+    If it has actions, regressions to them are fitted."""
     out: Path | None = None
     """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
     num_pairs: int = 4000
@@ -229,7 +225,7 @@ class CompareConfig:
     lams: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the latent action models, or their ids on the hub."""
     data: str
-    """Dataset to measure on. docs/1-data.md has the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    """Dataset to measure on: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     out: Path | None = None
     """Folder of compare.json; by default compare_DATASET here."""
     num_pairs: int = 4000

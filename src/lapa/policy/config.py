@@ -176,7 +176,7 @@ class TrainingOptions:
     """Options that `lapa policy pretrain` and `lapa policy finetune` share."""
 
     data: tuple[str, ...]
-    """Training datasets. docs/1-data.md explains the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]."""
+    """Training datasets: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     out: Path
     """Folder of the policy to write."""
     policy: Path | None = None
@@ -257,10 +257,8 @@ class MeasureConfig:
     policy: Annotated[Path, tyro.conf.Positional]
     """Folder of a policy."""
     data: str
-    """Dataset to evaluate on; with actions, or with --labels.
-
-    docs/1-data.md explains the form: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT].
-    """
+    """Dataset to evaluate on, with actions or with --labels:
+    [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     out: Path | None = None
     """Folder of measure.json; by default POLICY/measure_DATASET."""
     labels: str | None = None

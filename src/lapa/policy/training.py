@@ -128,7 +128,7 @@ def slot_cameras(slots: Sequence[str], datasets: Sequence[Dataset], chosen: Sequ
         found = "; ".join(f"{dataset.name}: {', '.join(dataset.cameras)}" for dataset in datasets)
         raise UserError(
             f"the datasets have no camera in common ({found}); read one of each in place, as in "
-            "--data SOURCE:PATH,camera=NAME (docs/1-data.md)"
+            "--data SOURCE:PATH,camera=NAME (see `lapa data --help`)"
         )
     if not chosen:
         raise UserError(

@@ -177,7 +177,7 @@ def content(found: Findings, drawn: Mapping[str, Path]) -> list[Block]:
     blocks += [*_images_of_runs(found), Heading("Tables"), *map(task_table, detailed_groups(found.groups))]
     tables = [paper_table(), correlation_table(found.correlations), seconds_table(found.results)]
     blocks += [table for table in (*tables, settings_table(found.results)) if table.rows]
-    return [*blocks, Paragraph(ABOUT_CORRELATIONS), Paragraph("docs/metrics.md explains every figure.")]
+    return [*blocks, Paragraph(ABOUT_CORRELATIONS)]
 
 
 def detailed_groups(groups: Sequence[Group]) -> list[Group]:
