@@ -1,11 +1,11 @@
-"""What keeps a latent action model from collapsing: one change at a time, on squares that move in eight directions.
+"""Compares what prevents the collapse of a latent action model: one change at a time, on squares that move.
 
     python benchmarks/ablate_latent.py --out runs/ablation --variants default --seeds 0 1 2
     python benchmarks/ablate_latent.py --out runs/ablation --steps 800          # every variant, one seed
 
-4,096 pairs at 64 px, one thread, the sizes of the preset tiny; measured on 2,048 other pairs. Chance of the direction
-is 0.125. Each run leaves OUT/VARIANT_SEED_STEPS.json and is not repeated; the table is printed from those files.
-CPU seconds are the process's own, of training alone. A run takes 3 to 8 minutes.
+4,096 pairs at 64 px, one thread, the sizes of the preset tiny; measured on 2,048 other pairs. Squares move in eight
+directions, so chance of the direction is 0.125. Each run writes OUT/VARIANT_SEED_STEPS.json and is not repeated; the
+table is printed from those files. CPU seconds are those of training alone. A run takes 3 to 8 minutes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ REPLACE_EVERY = quantizers.REPLACE_EVERY
 
 @dataclass(frozen=True)
 class Variant:
-    """One change of the preset tiny. optim: changes of the optimiser; revive: whether NSVQ replaces dead codes."""
+    """One change of the preset tiny. optim: changes of the optimizer; revive: whether NSVQ replaces dead codes."""
 
     model: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
@@ -94,14 +94,14 @@ class AblationConfig:
     variants: tuple[str, ...] = tuple(VARIANTS)
     seeds: tuple[int, ...] = (0,)
     steps: int = TINY.loop.steps
-    """Optimiser steps of a run."""
+    """Optimizer steps of a run."""
     threads: int = 1
     every: int = 200
     """Steps between measurements."""
 
 
 class SyntheticPairs(TrainingDataset):
-    """Pairs of moving squares in memory, as `lapa.data.pairs.FramePairs` gives them; `directions_N` is the truth."""
+    """Pairs of moving squares in memory, as `lapa.data.pairs.FramePairs` gives them; `directions_N` are the labels."""
 
     in_memory = True
 
@@ -129,7 +129,7 @@ def main(config: AblationConfig) -> None:
 
 
 def learn(variant: Variant, seed: int, config: AblationConfig) -> list[dict[str, float]]:
-    """Trains one variant; what was measured at each evaluation."""
+    """Trains one variant; returns the figures of each evaluation."""
     quantizers.REPLACE_EVERY = REPLACE_EVERY if variant.revive else NEVER
     data, test = SyntheticPairs(PAIRS, seed=0), SyntheticPairs(TEST_PAIRS, seed=10**6)
     frames_BTCHW = torch.from_numpy(test.frames_NTCHW)
@@ -165,7 +165,9 @@ def learn(variant: Variant, seed: int, config: AblationConfig) -> list[dict[str,
 
 
 def figures(model: LatentActionModel, sample: Sample, directions_B: Tensor) -> dict[str, float]:
-    """Error over copying, shuffled over own error, codes used, and what codes and latent say of the direction."""
+    """Returns error over copying, shuffled over own error, codes used, and how well codes and latent predict the
+    direction.
+    """
     size, encoded = model.config.codebook_size, encode(model, sample.frames_BTCHW)
     codes_BL, errors = reconstruction_figures(model, sample, encoded)
     test_B = torch.arange(len(directions_B)) >= len(directions_B) // 2
@@ -187,7 +189,7 @@ def figures(model: LatentActionModel, sample: Sample, directions_B: Tensor) -> d
 
 
 class Stopwatch:
-    """CPU seconds of this process, without those between `pause` and `go_on`."""
+    """Counts the CPU seconds of this process, without those between `pause` and `go_on`."""
 
     def __init__(self) -> None:
         self._left_out, self._started = 0.0, time.process_time()
@@ -213,7 +215,7 @@ COLUMNS: dict[str, Callable[[dict[str, float]], str]] = {
 
 
 def table(config: AblationConfig) -> str:
-    """The last measurement of each run, in markdown."""
+    """Returns the last measurement of each run as a markdown table."""
     lines = [f"| variant | seed | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name in config.variants:
         for seed in config.seeds:

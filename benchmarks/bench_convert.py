@@ -1,9 +1,9 @@
-"""How memory and time of `lapa data videos` grow with the number of clips, converting and in place.
+"""Measures how memory and time of `lapa data videos` grow with the number of clips, converted and in place.
 
     python benchmarks/bench_convert.py --clips 1000 3000 10000 --workers 2
 
-Makes short clips (hard links of a few files), each with a caption of its own, and runs every step in processes of its
-own: their peak resident memory is read from Linux' /proc. Prints a Markdown table, and what 100,000 clips would need.
+Makes short clips (hard links of a few files), each with its own caption, and runs every step in its own processes:
+their peak resident memory is read from Linux' /proc. Prints a Markdown table, and an estimate for 100,000 clips.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ dataset = open_dataset(sys.argv[1])
 dataset.fingerprint
 print(len(dataset.lengths), time.perf_counter() - start)
 """
-# Converts, but hands on each clip in place of decoding and encoding it: what is left is the command itself.
+# Converts, but links each clip instead of decoding and encoding it: this leaves the cost of the command itself.
 LINK = """
 import os, sys
 from pathlib import Path
@@ -65,16 +65,16 @@ class Config:
     frames: int = 16
     """Frames of a clip."""
     size: int = 64
-    """Height and width of the pictures."""
+    """Height and width of the images."""
     link: bool = False
-    """Hand on each clip in place of decoding and encoding it, for numbers of clips that would take hours otherwise."""
+    """Link each clip instead of decoding and encoding it, for numbers of clips that would otherwise take hours."""
     folder: Path | None = None
-    """Where to work; by default a new folder among the temporary files."""
+    """Folder to work in; by default a new temporary folder."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one command. parent, worker: MiB at their peaks, the worker that took most."""
+    """The cost of one command. parent, worker: peak memory in MiB, of the worker with the highest peak."""
 
     seconds: float
     parent: float
@@ -101,7 +101,7 @@ def main(config: Config) -> None:
                 "open in place again": [sys.executable, "-c", OPEN, f"videos:{clips},captions={captions}"],
             }
             for step, command in steps.items():
-                # Headers are kept from one command to the next; converting begins without them, as opening does.
+                # Headers are cached from one command to the next; converting and opening start with empty caches.
                 cost = run(list(map(str, command)), root / ("cache 1" if step == "convert" else "cache 2"))
                 costs.setdefault(step, []).append((number, cost))
                 rate = number / cost.seconds
@@ -120,7 +120,7 @@ def main(config: Config) -> None:
 
 
 def make_clips(folder: Path, number: int, config: Config) -> None:
-    """`number` clips in folders of 1,000, and captions.json beside them."""
+    """Makes `number` clips in folders of 1,000, and captions.json next to them."""
     rng = np.random.default_rng(0)
     kinds = []
     for kind in range(8):
@@ -139,7 +139,7 @@ def make_clips(folder: Path, number: int, config: Config) -> None:
 
 
 def run(command: list[str], cache: Path) -> Cost:
-    """Runs a command with its own cache folder. ValueError with its last words where it fails."""
+    """Runs a command with its own cache folder. Raises ValueError with the end of its output where it fails."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     start = time.perf_counter()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -147,16 +147,16 @@ def run(command: list[str], cache: Path) -> Cost:
     peaks: dict[int, float] = {}
     watcher = threading.Thread(target=watch, args=(process, peaks))
     watcher.start()
-    words, _ = process.communicate()
+    output, _ = process.communicate()
     watcher.join()
     if process.returncode:
-        raise ValueError(f"{' '.join(command)} failed: {words[-1000:]}")
+        raise ValueError(f"{' '.join(command)} failed: {output[-1000:]}")
     workers = [peak for pid, peak in peaks.items() if pid != process.pid]
     return Cost(time.perf_counter() - start, peaks[process.pid], max(workers, default=0.0))
 
 
 def watch(process: subprocess.Popen[str], peaks: dict[int, float]) -> None:
-    """Notes the peak resident memory of a process and its children until it ends."""
+    """Records the peak resident memory of a process and its children until it ends."""
     while process.poll() is None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         try:

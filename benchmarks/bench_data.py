@@ -1,4 +1,4 @@
-"""How fast random frame pairs are read: keyframe interval, decoded cache, DataLoader workers.
+"""Measures how fast random frame pairs are read, by keyframe interval, decoded cache and DataLoader workers.
 
     python benchmarks/bench_data.py --videos FOLDER [--size 256] [--seconds 5]
 
@@ -34,9 +34,9 @@ class BenchConfig:
     """Measure the reader of frame pairs."""
 
     videos: Path | None = None
-    """Folder of videos to measure on; made-up video otherwise."""
+    """Folder of videos to measure on; by default made-up video."""
     size: int = 256
-    """Height and width of the pictures."""
+    """Height and width of the images."""
     horizon: float = 0.6
     """Seconds between the frames of a pair."""
     seconds: float = 5.0
@@ -53,13 +53,13 @@ def main(config: BenchConfig) -> None:
         f"\n{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, PyAV {av.__version__}, ", end=""
     )
     print(f"torch {torch.__version__}, {config.size} px, horizon {config.horizon:g} s\n")
-    print("| keyframes | pictures | workers | pairs/s |\n|---|---|---|---|")
-    for keyframes, pictures, workers, rate in rows:
-        print(f"| {keyframes} | {pictures} | {workers} | {rate:.0f} |")
+    print("| keyframes | images | workers | pairs/s |\n|---|---|---|---|")
+    for keyframes, images, workers, rate in rows:
+        print(f"| {keyframes} | {images} | {workers} | {rate:.0f} |")
 
 
 def measure(config: BenchConfig, folder: Path) -> list[tuple[str, str, int, float]]:
-    source = pictures(config, folder)
+    source = read_clips(config, folder)
     rows = []
     for keyframes, interval in (("every 2", 2), ("default (250)", 250)):
         dataset = encode(source, folder / f"g{interval}", config.size, interval)
@@ -70,8 +70,8 @@ def measure(config: BenchConfig, folder: Path) -> list[tuple[str, str, int, floa
     return rows
 
 
-def pictures(config: BenchConfig, folder: Path) -> tuple[list[np.ndarray], float]:
-    """Clips [T, H, W, C] at the measured size, and their rate."""
+def read_clips(config: BenchConfig, folder: Path) -> tuple[list[np.ndarray], float]:
+    """Returns clips [T, H, W, C] at the measured size, and their rate."""
     if config.videos is None:
         made_up = write_synthetic_dataset(folder / "made_up", episodes=8, frames=60, size=config.size, fps=30.0)
         return [made_up.frames(episode.index) for episode in made_up.episodes], made_up.fps
@@ -89,7 +89,7 @@ def encode(source: tuple[list[np.ndarray], float], root: Path, size: int, interv
 
 
 def pairs_per_second(dataset: Dataset, config: BenchConfig, workers: int, cache_gib: float) -> float:
-    """Random pairs through a DataLoader, after a first batch that starts the workers."""
+    """Returns the rate of random pairs through a DataLoader, after a first batch that starts the workers."""
     pairs_config = PairsConfig(size=config.size, horizon=config.horizon, cache_gib=cache_gib)
     pairs = FramePairs([dataset], pairs_config, split="all")
     sampler = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=10**7)

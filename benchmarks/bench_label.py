@@ -1,13 +1,13 @@
-"""How fast `lapa label` is compared with its stages alone: decoding only, encoding only, and both at once.
+"""Compares the speed of `lapa label` with that of its stages: decoding only, encoding only, and both at once.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_label.py            # one decoder process, one thread that encodes
     OMP_NUM_THREADS=1 python benchmarks/bench_label.py --decoders 0 1 2 --video-size 256
     python benchmarks/bench_label.py --device cuda --preset paper --batch-size 256 --video-size 256 --episodes 400 \
         --frames 120 --fps 30 --decoders 4 8 15 --precision bf16
 
-The machine may be shared, so each round measures all three, one after another, and medians over the rounds are
-printed as a Markdown table. `of the slower` is the aim's figure: pairs/s of both at once over those of the slower
-stage alone, in the same round.
+The machine may be shared, so each round measures all three, one after another; the Markdown table has medians over the
+rounds. `of the slower` is the figure to optimize: pairs/s of both at once over those of the slower stage alone, in the
+same round.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import av
 import torch
 import tyro
 
+import lapa
 from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import window_frames
-from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.label.config import LabelConfig
 from lapa.label.shards import Labeller, Shard, make_plan, make_shards
@@ -39,12 +39,12 @@ from lapa.sources.synthetic import write_synthetic_dataset
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure labelling, with an untrained model: its codes mean nothing, its speed does."""
+    """Measure labelling with an untrained model, which is as fast as a trained one."""
 
     data: str | None = None
-    """Dataset to label; made-up video otherwise."""
+    """Dataset to label; by default made-up video."""
     preset: str = "tiny"
-    """Which latent action model."""
+    """Preset of the latent action model."""
     video_size: int = 128
     """Height and width of made-up video."""
     episodes: int = 48
@@ -52,15 +52,15 @@ class BenchConfig:
     frames: int = 30
     """Frames of a made-up episode."""
     fps: float = 10.0
-    """Of made-up video."""
+    """Frames a second of made-up video."""
     decoders: tuple[int, ...] = (1,)
     """Numbers of decoding processes to measure; 0 is a thread."""
     rounds: int = 5
-    """Times that everything is measured."""
+    """Number of rounds."""
     batch_size: int = 32
     """Pairs encoded at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the encoder."""
+    """Precision of the encoder."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -103,14 +103,14 @@ def main(config: BenchConfig) -> None:
 
 def bench_dataset(config: BenchConfig, folder: Path) -> Dataset:
     if config.data is not None:
-        return open_dataset(config.data)
+        return lapa.open_dataset(config.data)
     return write_synthetic_dataset(
         folder, episodes=config.episodes, frames=config.frames, size=config.video_size, fps=config.fps
     )
 
 
 def measure(config: BenchConfig, dataset: Dataset, num_decoders: int, folder: Path) -> list[Round]:
-    """Rounds after one that starts the processes and warms caches and kernels up."""
+    """Returns the rounds after a first one that starts the processes and warms up caches and kernels."""
     lam = folder / "lam"
     LatentActionModel(LATENT[config.preset].model).save_pretrained(lam)
     options = LabelConfig(lam, str(dataset.root), batch_size=config.batch_size, precision=config.precision)
@@ -136,7 +136,7 @@ def decode_alone(labeller: Labeller, shards: list[Shard]) -> float:
 
 
 def encode_alone(labeller: Labeller, batch_BTCHW: torch.Tensor, num_pairs: int) -> float:
-    """Nothing but the model, on one batch that lies ready on the device, as often as the pairs need it."""
+    """Returns the seconds of the model alone, on one batch that is already on the device, for as many pairs."""
     encoder = labeller.encoder
 
     def encode() -> None:

@@ -1,13 +1,13 @@
-"""How fast the latent action model trains and labels, beside the published structure written literally (literal.py).
+"""Compares the speed of the latent action model with that of its literal twin (literal.py), in training and labelling.
 
     python benchmarks/bench_latent.py                                  # CPU: alternating, against the measured bound
     python benchmarks/bench_latent.py --device cuda --sizes paper --batch-sizes 16 64 256 512 --preset None
 
-The pairs are made up and lie in memory, so this is the model alone; the reader has bench_data.py. A training step is
-forward, backward and optimiser: Adam for the literal model, which is fp32 and eager everywhere; lapa's fused AdamW for
-ours, which on a GPU is bf16 and compiled. Medians. The bound is the arithmetic of our model (matrix products and
-convolutions) at the rate of a large fp32 matrix product, measured between the others, or at --peak-tflops.
-On a CPU all models take turns; on a GPU one at a time is held, so that its peak memory can be told.
+The pairs are made up and in memory, so this measures the model alone; bench_data.py measures reading. A training step
+is forward, backward and optimizer: Adam for the literal model, which is always fp32 and eager; lapa's fused AdamW for
+ours, which on a GPU is bf16 and compiled. Figures are medians. The bound is the arithmetic of our model (matrix
+products and convolutions) at the rate of a large fp32 matrix product, measured between the others, or at --peak-tflops.
+On a CPU all models take turns; on a GPU only one is in memory at a time, so that its peak memory can be measured.
 """
 
 from __future__ import annotations
@@ -71,36 +71,36 @@ class BenchConfig:
     """Measure the latent action model."""
 
     sizes: tuple[Literal["mini", "small", "paper"], ...] = ("small", "paper")
-    """small: 128 px, width 256; paper: the published model; mini: to try this file."""
+    """small: 128 px, width 256; paper: the published model; mini: to try this script."""
     models: tuple[Literal["literal", "released", "clean"], ...] = ("literal", "clean")
-    """literal: the slow twin; clean: ours, as users get it; released: ours, of the twin's very mathematics. At the
-    paper's size each takes 6 GiB of memory."""
+    """literal: the slow twin; clean: ours, as users get it; released: ours, with the same mathematics as the twin. At
+    the paper's size each takes 6 GiB of memory."""
     preset: str | None = "tiny"
-    """Also this preset of `lapa latent train`."""
+    """A preset of `lapa latent train` to measure as well."""
     batch_sizes: tuple[int, ...] = ()
-    """Pairs in a step; by default each size's own on a CPU, 16 to 512 on a GPU."""
+    """Pairs in a step; by default 2 to 16 on a CPU, depending on the size, and 16 to 512 on a GPU."""
     repeats: int = 10
-    """Rounds measured, after two that are not."""
+    """Measured rounds, after two for warming up."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of our models. auto: bf16 on a GPU, fp32 on a CPU."""
+    """Precision of our models. auto: bf16 on a GPU, fp32 on a CPU."""
     compile: Literal["auto", "yes", "no"] = "auto"
-    """Whether our models go through torch.compile. auto: on a GPU."""
+    """Compile our models with torch.compile. auto: on a GPU."""
     peak_tflops: float | None = None
     """The bound, instead of the measured one; by default 989 on a GPU, the H100's and H200's in bf16."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A model under measurement: how it trains and labels uint8 frames [B, 2, 3, H, W], by the use's name."""
+    """A model to measure. uses: by name, the functions that train on or label uint8 frames [B, 2, 3, H, W]."""
 
     uses: dict[str, Callable[[Tensor], object]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Median seconds of a batch, and the peak of the device's memory where it can be told."""
+    """Median seconds of a batch, and the peak of a GPU's memory in GiB."""
 
     seconds: float
     gib: float | None = None
@@ -140,7 +140,7 @@ def report(
     size: LatentModelConfig,
     batches: Sequence[int],
 ) -> None:
-    """Measures these models at these batch sizes; prints a table of pairs a second."""
+    """Measures these models at these batch sizes and prints a table of pairs a second."""
     device = pick_device(config.device)
     groups = [[model] for model in builders] if device.type == "cuda" else [list(builders)]
     flops, results, rate = flops_of_a_pair(size, device), Results(), 0.0
@@ -166,12 +166,12 @@ def report(
 def measure(
     builders: Mapping[str, Callable[[], Contender]], image_size: int, batches: Sequence[int], config: BenchConfig
 ) -> tuple[Results, float]:
-    """These models in turn, round after round, at each batch size that fits; and the matrix products' rate."""
+    """Measures these models in turn, at each batch size that fits; also returns the matrix products' rate."""
     device = pick_device(config.device)
     on_gpu, square = device.type == "cuda", torch.randn(MATRIX, MATRIX, device=device)
     contenders = {name: build() for name, build in builders.items()}
     results, rates = Results(), []
-    # On a GPU each use has its own peak of memory; labelling goes first, when there is no optimiser state yet.
+    # On a GPU each use has its own peak of memory; labelling is first, before there is any optimizer state.
     for uses in (["labelling"], ["training"]) if on_gpu else (["training", "labelling"],):
         for batch in batches:
             torch.compiler.reset()
@@ -228,7 +228,7 @@ def build_ours(size: LatentModelConfig, config: BenchConfig, device: torch.devic
 
 
 def alternate(works: Mapping[Key, Callable[[], object]], repeats: int, device: torch.device) -> dict[Key, float]:
-    """The median seconds of each, called in turn, the device waited for."""
+    """Returns the median seconds of each function, called in turn and synchronized with the device."""
     seconds: dict[Key, list[float]] = {name: [] for name in works}
     for _ in range(WARM_UP + repeats):
         for name, work in works.items():
@@ -241,7 +241,7 @@ def alternate(works: Mapping[Key, Callable[[], object]], repeats: int, device: t
 
 
 def flops_of_a_pair(size: LatentModelConfig, device: torch.device) -> dict[str, float]:
-    """Floating point operations of our model's matrix products and convolutions, in training and in labelling."""
+    """Returns the floating point operations of our matrix products and convolutions, in training and in labelling."""
     model = LatentActionModel(size).to(device)
     frames = torch.randint(0, 256, (PAIRS_TO_COUNT, 2, 3, size.image_size, size.image_size), dtype=torch.uint8)
     works = {
@@ -253,7 +253,7 @@ def flops_of_a_pair(size: LatentModelConfig, device: torch.device) -> dict[str, 
         with FlopCounterMode(display=False) as counter:
             work()
         counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-        # The counter takes the backward pass of a depthwise convolution for a full one's; it is twice the forward's.
+        # The counter takes the backward pass of a depthwise convolution for a full one's; it is twice the forward.
         counts["aten.convolution_backward"] = 2 * counts.get("aten.convolution", 0) * (what == "training")
         totals[what] = sum(counts.values()) / PAIRS_TO_COUNT
     return totals

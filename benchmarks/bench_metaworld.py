@@ -1,9 +1,9 @@
-"""How fast Meta-World renders and steps: the environment as shipped against lapa's simulator, and a whole recording.
+"""Measures how fast Meta-World renders and steps: as shipped, in lapa's simulator, and in a whole recording.
 
     python benchmarks/bench_metaworld.py            # about a minute on two CPU cores
 
 `as shipped` is metaworld's own `env.render()` (gymnasium's renderer, multisampling, shadows, reflections), through
-the same EGL backend. `recording` is `lapa data metaworld` with all cores: physics, pictures and video encoding.
+the same EGL backend. `recording` is `lapa data metaworld` on all cores: physics, images and video encoding.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import lapa
 from lapa.console import say
-from lapa.data.spec import open_dataset
 from lapa.envs.metaworld import MetaworldConfig
 from lapa.envs.metaworld.record import run
 from lapa.envs.metaworld.simulator import Simulator, check_installation
@@ -28,7 +28,7 @@ TASK, SIZE, SECONDS = "door-open", 128, 6.0
 
 
 def rate(call: Callable[[], object]) -> float:
-    """Calls a second, after a first call that warms up."""
+    """Returns calls a second, after a first call that warms up."""
     call()
     begun, calls = time.perf_counter(), 0
     while time.perf_counter() - begun < SECONDS:
@@ -38,7 +38,7 @@ def rate(call: Callable[[], object]) -> float:
 
 
 def shipped() -> float:
-    """Frames a second of metaworld's own renderer."""
+    """Returns frames a second of metaworld's own renderer."""
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     kind = ALL_V3_ENVIRONMENTS[f"{TASK}-v3"]
@@ -50,14 +50,14 @@ def shipped() -> float:
 
 
 def ours() -> float:
-    """Frames a second of lapa's simulator."""
+    """Returns frames a second of lapa's simulator."""
     simulator = Simulator(TASK, size=SIZE)
     simulator.reset(0)
     return rate(simulator.render)
 
 
 def physics() -> float:
-    """Steps a second without pictures, the expert's decision included."""
+    """Returns steps a second without images, including the expert's actions."""
     simulator = Simulator(TASK, size=SIZE)
     simulator.reset(0)
     steps = 0
@@ -73,16 +73,16 @@ def physics() -> float:
 
 
 def recording() -> float:
-    """Frames a second of a recording with all cores, start of the workers included."""
+    """Returns frames a second of a recording on all cores, including the start of the workers."""
     with tempfile.TemporaryDirectory() as folder:
         out, begun = Path(folder) / "data", time.perf_counter()
         run(MetaworldConfig(out=out, tasks=TASK, episodes=8, size=SIZE))
-        return open_dataset(out).num_frames / (time.perf_counter() - begun)
+        return lapa.open_dataset(out).num_frames / (time.perf_counter() - begun)
 
 
 def main() -> None:
     check_installation()
-    # One OpenGL context a process, hence a process a measurement.
+    # A process has one OpenGL context, so each measurement has its own process.
     context = multiprocessing.get_context("spawn")
     figures = {}
     for measure in (shipped, ours, physics):

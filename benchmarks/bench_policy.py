@@ -1,20 +1,20 @@
-"""How fast a policy trains and acts, beside the same policy written literally (literal_policy.py), in one process.
+"""Compares the speed of a policy with that of its literal twin (literal_policy.py), in training and acting.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_policy.py --config tiny 100m --out policy.json
     python benchmarks/bench_policy.py --config 7b --weights bf16 --optimizer adamw8bit --models ours --out policy.json
 
 tiny and 100m are the backbone `tiny`; 0.5b, 2b and 7b are the backbone `lwm`, Llamas with random weights over the 256
-codes of a picture, with the paper's prompt lengthened to --sequence tokens. 7b has LAPA-7B's sizes. Data are made up.
-Training is a whole optimiser step on a batch in memory: forward, backward, clipping, AdamW. Acting is all of
-`Policy.infer`, from uint8 pictures in numpy to numbers in the robot's units: one action by `bins`, --chunk actions by
-`chunk` and `flow`. Medians, after two rounds that do not count; on a CPU the models take turns, so that a noisy machine
-hits all; on a GPU one is held at a time, so that its peak memory can be told.
+codes of an image, with the paper's prompt lengthened to --sequence tokens. 7b has the sizes of LAPA-7B. Data are made
+up. Training is a whole optimizer step on a batch in memory: forward, backward, clipping, AdamW. Acting is all of
+`Policy.infer`, from uint8 images in NumPy to numbers in the robot's units: one action by `bins`, --chunk actions by
+`chunk` and `flow`. Figures are medians, after two rounds that do not count. On a CPU the models take turns, so that
+noise of the machine affects all; on a GPU only one is in memory at a time, so that its peak memory can be measured.
 
 Useful arithmetic, as in PaLM's appendix B: 2 FLOP for each weight of a layer and each position, and attention in full,
-three times that for a training step, and what the vision does by torch's counter; recomputation does not count. It is
-told as a share of the rate of a large matrix product in the same precision, which takes turns with the rest, and on a
-GPU of --peak-tflops. The floor of acting is, for each pass through the language model, the larger of that arithmetic at
-that rate and the reading of its weights at the bandwidth of a large product with a vector, which takes turns too.
+three times that for a training step, and that of the vision part by torch's counter; recomputation does not count. It
+is reported as a share of the rate of a large matrix product in the same precision, measured in turns with the rest, and
+on a GPU as a share of --peak-tflops. The floor of acting is, for each pass through the language model, the larger of
+two times: that arithmetic at that rate, and reading its weights at the bandwidth of a large matrix-vector product.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ SIZES: dict[str, BackboneConfig] = {
     "2b": LwmConfig(width=2048, inner_width=8192, layers=28, heads=16),
     "7b": LwmConfig(),
 }
-# Samples of an optimiser step, by size: on a CPU, on a GPU.
+# Samples of an optimizer step, by size: on a CPU, on a GPU.
 BATCHES = {"debug": (4, 32), "tiny": (32, 256), "100m": (8, 64), "0.5b": (1, 64), "2b": (1, 32), "7b": (1, 16)}
 INSTRUCTIONS = ("open the drawer", "press the button from above", "push the puck to the green goal")
 TAGS = ("<vision>", "</vision>", "<delta>", "</delta>", "<action>", "</action>")
@@ -75,7 +75,7 @@ HEADS = ("bins", "chunk", "flow")
 CAMERA = "camera"
 LATENT_LENGTH, CODEBOOK, BINS, TEXT_ROWS = 4, 8, 256, 32000
 H100_BF16_TFLOPS = 989.0
-# Sides of the matrices that are multiplied with one another, and with a vector: the second are too large for a cache.
+# Sides of the matrices for the matrix product, and for the product with a vector, which must not fit into a cache.
 MATRICES = {"cpu": (1024, 4096), "cuda": (8192, 16384)}
 Use = Literal["training", "acting"]
 COLUMNS = """
@@ -90,24 +90,24 @@ class BenchConfig:
     configs: Annotated[
         tuple[Literal["debug", "tiny", "100m", "0.5b", "2b", "7b"], ...], tyro.conf.arg(name="config")
     ] = ("tiny", "100m")
-    """Sizes to measure, one after the other; debug is to try this file."""
+    """Sizes to measure, one after the other; debug: to try this script."""
     models: tuple[Literal["literal", "ours", "compiled"], ...] = ("literal", "ours")
     """literal: the slow twin; ours: as users get it; compiled: ours with `compile_steps`, for the head `bins`."""
     trains: tuple[Literal["latent", "bins", "chunk", "flow"], ...] = ("latent",)
-    """What a training step learns: latent actions, or robot actions by one of the heads."""
+    """Targets of a training step: latent actions, or robot actions by one of the heads."""
     heads: tuple[HeadKind, ...] = ("bins", "chunk", "flow")
-    """How policies act."""
+    """Heads by which policies act."""
     batch_size: int | None = None
-    """Samples of an optimiser step; by default each size's own."""
+    """Samples of an optimizer step; by default depending on the size."""
     acting_batches: tuple[int, ...] = (1, 8, 32)
-    """Observations at once. The twin acts on the first only: the rest would take minutes."""
+    """Batch sizes of observations. The twin acts on the first only: the rest would take minutes."""
     action_dim: int = 7
     chunk: int = 8
-    """Time steps that `chunk` and `flow` say at once."""
+    """Time steps that `chunk` and `flow` predict at once."""
     bins_chunk: int = 1
-    """Time steps that `bins` says."""
+    """Time steps that `bins` predicts."""
     sequence: int = 384
-    """Positions of a training sequence of 0.5b, 2b and 7b; theirs is 384 in the paper."""
+    """Positions of a training sequence of 0.5b, 2b and 7b; 384 in the paper."""
     weights: Literal["auto", "fp32", "bf16"] = "auto"
     """Weights in training: fp32 or bf16, on a GPU with bf16 autocast. auto: bf16 for 0.5b, 2b and 7b on a GPU.
     Policies act in bf16 on a GPU, in fp32 on a CPU."""
@@ -116,18 +116,18 @@ class BenchConfig:
     compile: bool = False
     """Compile the training step's forward and backward."""
     repeats: int = 10
-    """Rounds measured, after two that are not."""
+    """Measured rounds, after two for warming up."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     peak_tflops: float = H100_BF16_TFLOPS
-    """The GPU's rate on paper; by default that of an H100 or H200 in bf16."""
+    """The GPU's nominal rate; by default that of an H100 or H200 in bf16."""
     out: Path | None = None
-    """JSON of all that was measured, written after each row."""
+    """JSON of all measurements, written after each row."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: `samples` in `seconds`, and what the machine could do meanwhile."""
+    """One measurement: `samples` in `seconds`, and the rates of the machine at that time."""
 
     config: str
     use: Use
@@ -136,26 +136,26 @@ class Row:
     samples: int
     seconds: float | None = None
     passes: tuple[float, ...] = ()
-    """Useful arithmetic of each pass through the language model, FLOP; of a training step all together."""
+    """Useful arithmetic in FLOP of each pass through the language model; of a training step in one sum."""
     weight_bytes: int = 0
-    """What each of these passes reads."""
+    """Bytes of the weights that each of these passes reads."""
     matrix_flops: float = 0.0
-    """Rate of a large matrix product, a second."""
+    """FLOP a second of a large matrix product."""
     bandwidth: float = 0.0
-    """Bytes of a large matrix that a product with a vector reads, a second."""
+    """Bytes a second that a large matrix-vector product reads."""
     gib: float | None = None
-    """Peak of the GPU's memory."""
+    """Peak of the GPU's memory in GiB."""
     failed: str | None = None
 
     @property
     def floor(self) -> float:
-        """Seconds."""
+        """The least possible seconds of acting."""
         return sum(max(flops / self.matrix_flops, self.weight_bytes / self.bandwidth) for flops in self.passes)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A policy for each head, all of one backbone, and what they are told. `latent` trains, and does not act."""
+    """A policy for each head, all with one backbone, and their instruction. `latent` trains, and does not act."""
 
     name: str
     policies: dict[str, Policy]
@@ -169,16 +169,16 @@ class Bench:
         return backbone
 
     def positions(self, head: str) -> int:
-        """Of a training sequence; in acting the observation has as many less the tokens that are said."""
+        """Returns the positions of a training sequence; in acting, of the observation and the predicted tokens."""
         config = self.policies[head].model.config
-        said = {
+        predicted = {
             "latent": len(config.latent_opening) + LATENT_LENGTH + len(config.latent_closing) - 1,
             "bins": len(config.action_opening) + config.chunk * config.action_dim - 1,
             "chunk": len(config.action_opening) + config.chunk,
             "flow": len(config.action_opening),
         }[head]
         with torch.no_grad():
-            return said + self.backbone.prefix(self.batch(head, 1))[0].shape[1]
+            return predicted + self.backbone.prefix(self.batch(head, 1))[0].shape[1]
 
     def observations(self, count: int) -> list[Observation]:
         rng, side = np.random.default_rng(0), self.backbone.config.image_size
@@ -186,7 +186,7 @@ class Bench:
         return [Observation({CAMERA: image}, self.instruction) for image in images]
 
     def batch(self, head: str, count: int) -> dict[str, Tensor]:
-        """A training batch, on the device."""
+        """Returns a training batch on the device."""
         policy, rng = self.policies[head], np.random.default_rng(1)
         chunk, items = policy.chunk, []
         for number, seen in enumerate(self.observations(count)):
@@ -206,7 +206,7 @@ class Bench:
 
 @dataclass
 class Results:
-    """What has been measured. A row is printed and written at once: a run that is killed keeps what it has."""
+    """All measurements. Each row is printed and written at once, so that a killed run keeps its rows."""
 
     about: dict[str, Any]
     out: Path | None
@@ -221,7 +221,7 @@ class Results:
 
     @contextmanager
     def failure_as_row(self, row: Row) -> Iterator[None]:
-        """What does not fit into memory, or does not compile, becomes a row that says so."""
+        """Turns a failure (out of memory, or in compiling) into a row with the reason."""
         try:
             yield
         except RuntimeError as error:
@@ -240,7 +240,7 @@ def main(config: BenchConfig) -> None:
     about = {"device": where, "versions": versions, "options": options}
     results = Results(about, config.out, config.peak_tflops if on_gpu else None)
     for name in config.configs:
-        # What was measured before a failure is kept, and the next size has its turn.
+        # A failure keeps the rows before it, and the next size is measured.
         with results.failure_as_row(Row(name, "training", "-", "-", 0)):
             measure(name, config, device, results)
         measured = [row for row in results.rows if row.config == name and row.seconds]
@@ -252,7 +252,7 @@ def main(config: BenchConfig) -> None:
 
 
 def measure(name: str, config: BenchConfig, device: torch.device, results: Results) -> None:
-    """All that is asked of one size."""
+    """Measures one size with all models, in training and acting."""
     torch.manual_seed(0)
     on_gpu = device.type == "cuda"
     automatic = "bf16" if on_gpu and isinstance(SIZES[name], LwmConfig) else "fp32"
@@ -280,7 +280,7 @@ def measure(name: str, config: BenchConfig, device: torch.device, results: Resul
 
 
 def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Bench:
-    """Random weights, made on the device in their precision."""
+    """Builds policies with random weights, made on the device in their precision."""
     sizes = SIZES[name]
     actions_NA = _actions(np.random.default_rng(0), 5000, config.action_dim)
     bins, scale = ActionBins.fit(actions_NA, BINS), ActionScale.fit(actions_NA)
@@ -298,11 +298,11 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
     with _created_on(device, dtype):
         backbone = renew_backbone(sizes, vocabulary, num_cameras=1)
     if isinstance(backbone, LwmBackbone):
-        # It is float32 whatever the rest is, and would keep what it was made in.
+        # The VQGAN is always float32, but would otherwise be made in the precision of the rest.
         with _created_on(device, torch.float32):
             backbone.vqgan = VQGAN(backbone.config.vqgan).eval()
     opening, closing = processor.tags("latent")
-    said = PolicyConfig(
+    shared = PolicyConfig(
         vocabulary=vocabulary,
         cameras=(CAMERA,),
         backbone=sizes,
@@ -317,7 +317,7 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
     )
     policies = {}
     for head in HEADS:
-        of_head = said if head == "bins" else replace(said, head=head, action_bins=(), chunk=config.chunk)
+        of_head = shared if head == "bins" else replace(shared, head=head, action_bins=(), chunk=config.chunk)
         with _created_on(device, dtype):
             model = LatentPolicy(of_head, backbone)
         statistics = {"robot": Statistics(bins if head == "bins" else scale)}
@@ -331,7 +331,7 @@ def build(name: str, config: BenchConfig, device: torch.device, dtype: torch.dty
 
 
 def measure_training(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, results: Results) -> None:
-    """Optimiser steps of ours and, in turns, of the twin, which has no head but the vocabulary's."""
+    """Measures optimizer steps of ours and, in turns, of the twin, which only has the heads of the vocabulary."""
     samples = config.batch_size or BATCHES[bench.name][bench.device.type == "cuda"]
     for head in config.trains:
         row = Row(bench.name, "training", head, "ours", samples)
@@ -345,7 +345,7 @@ def measure_training(bench: Bench, config: BenchConfig, twin: LiteralPolicy | No
 
 
 def measure_acting(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None, results: Results) -> None:
-    """From pictures to actions: as it is, in turns with the twin; then compiled."""
+    """Measures acting, from images to actions: first eager, in turns with the twin, then compiled."""
     for model in ("ours", "compiled"):
         if model not in config.models:
             continue
@@ -363,14 +363,14 @@ def measure_acting(bench: Bench, config: BenchConfig, twin: LiteralPolicy | None
 
 
 def measure_twin_alone(bench: Bench, config: BenchConfig, weights: torch.dtype, results: Results) -> None:
-    """The twin on a GPU, when ours has been measured."""
+    """Measures the twin on a GPU, after ours."""
     policy, samples = bench.policies["bins"], config.batch_size or BATCHES[bench.name][1]
     acting = acting_floor(bench, Row(bench.name, "acting", "bins", "literal", config.acting_batches[0]))
     training = Row(bench.name, "training", "latent", "literal", samples)
     training = replace(training, passes=(samples * training_flops(bench, "latent"),))
     observations, batch = bench.observations(acting.samples), bench.batch("latent", samples)
     twin = LiteralPolicy(policy.model)
-    # Ours makes room: the twin needs no more of it than its config and its processor.
+    # This frees the memory of ours: the twin needs only its config and its processor.
     bench.backbone.language.to("meta")
     with results.failure_as_row(acting):
         works = {"literal": partial(act_literally, twin, policy, observations)}
@@ -383,7 +383,7 @@ def measure_twin_alone(bench: Bench, config: BenchConfig, weights: torch.dtype, 
 def training_step(
     model: LatentPolicy, config: BenchConfig, device: torch.device
 ) -> Callable[[Mapping[str, Tensor]], None]:
-    """An optimiser step as the training loop makes it. The image tokeniser stays frozen, as in the paper."""
+    """Returns an optimizer step like the training loop's. The image tokenizer stays frozen, as in the paper."""
     model.train()
     model.freeze(vision=isinstance(model.backbone, LwmBackbone))
     if config.gradient_checkpointing:
@@ -405,7 +405,7 @@ def training_step(
 def twin_step(
     twin: LiteralPolicy, model: LatentPolicy, head: str, device: torch.device
 ) -> Callable[[Mapping[str, Tensor]], None]:
-    """The same, one parameter after the other."""
+    """Returns the same for the twin, which updates one parameter after the other."""
     optimizer = torch.optim.AdamW(twin.parameters(), lr=OptimConfig().lr, foreach=False, fused=False)
 
     def step(batch: Mapping[str, Tensor]) -> None:
@@ -422,7 +422,7 @@ def twin_step(
 
 
 def act_literally(twin: LiteralPolicy, policy: Policy, observations: Sequence[Observation]) -> np.ndarray:
-    """`Policy.infer` with the twin in the model's place."""
+    """Does what `Policy.infer` does, with the twin instead of the model."""
     batch = policy.observe(observations)
     assert batch is not None
     tokens_BF = twin.act(batch, policy.model.action_field)
@@ -431,18 +431,18 @@ def act_literally(twin: LiteralPolicy, policy: Policy, observations: Sequence[Ob
 
 
 def training_flops(bench: Bench, head: str) -> float:
-    """Useful arithmetic of a training step, for each sample."""
+    """Returns the useful arithmetic of a training step, in FLOP for each sample."""
     frozen = not any(parameter.requires_grad for parameter in bench.backbone.vision.parameters())
     return 3 * forward_flops(bench, bench.positions(head)) - frozen * 2 * _vision_flops(bench)
 
 
 def forward_flops(bench: Bench, positions: int) -> float:
-    """A picture, and a sequence of so many positions."""
+    """Returns the useful arithmetic of a forward pass with one image and this many positions, in FLOP."""
     return _vision_flops(bench) + _language_flops(bench, 0, positions)
 
 
 def acting_floor(bench: Bench, row: Row) -> Row:
-    """The row with its passes through the language model: the observation, then each token but the last."""
+    """Returns the row with its passes through the language model: the observation, then each token but the last."""
     config = bench.policies[row.head].model.config
     tokens = config.chunk * config.action_dim if row.head == "bins" else 1
     last = bench.positions(row.head)
@@ -460,7 +460,7 @@ def acting_floor(bench: Bench, row: Row) -> Row:
 def timed(
     row: Row, works: Mapping[str, Callable[[], object]], config: BenchConfig, device: torch.device, results: Results
 ) -> None:
-    """The row for each model: median seconds, taking turns with the matrix products; the peak of the GPU's memory."""
+    """Adds the row of each model: median seconds, in turns with the matrix products, and the peak of GPU memory."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     multiplied, read = (torch.randn(side, side, device=device, dtype=dtype) for side in MATRICES[device.type])
@@ -483,7 +483,7 @@ def timed(
 
 
 def _cells(row: Row, peak_tflops: float | None) -> str:
-    """The row as one of the table that `COLUMNS` heads."""
+    """Returns the row in the columns of `COLUMNS`."""
     start = f"| {row.use} | {row.head} | {row.model} | {row.samples} |"
     if row.seconds is None:
         return f"{start} {row.failed} |" + " |" * 5
@@ -507,13 +507,13 @@ def _created_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _autocast(model: nn.Module, device: torch.device) -> AbstractContextManager[object]:
-    """As the training loop does it: bf16 on a GPU, and where weights are."""
+    """Returns the autocast of the training loop: bf16 on a GPU, and wherever weights are bf16."""
     half = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     return torch.autocast(device.type, torch.bfloat16, enabled=half or device.type == "cuda")
 
 
 def _language_flops(bench: Bench, before: int, positions: int) -> float:
-    """Products with the layers' matrices, and attention of `positions` to themselves and to those before, in full."""
+    """Returns the FLOP of the layers' matrices, and of full attention of `positions` to themselves and those before."""
     config, layers = bench.backbone.language.config, bench.backbone.language.model.layers
     weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
     attention = 4 * positions * (before + positions) * config.hidden_size * len(layers)
@@ -521,7 +521,7 @@ def _language_flops(bench: Bench, before: int, positions: int) -> float:
 
 
 def _vision_flops(bench: Bench) -> float:
-    """What the vision's convolutions and products come to for one picture."""
+    """Returns the FLOP of the vision part for one image."""
     batch = bench.batch("bins", 1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         bench.backbone.prefix(batch)
@@ -529,7 +529,7 @@ def _vision_flops(bench: Bench) -> float:
 
 
 def _lengthened(words: str, tokens: Callable[[str], list[int]], length: int) -> str:
-    """The words, repeated until they and what stands around them are at least `length` tokens."""
+    """Returns the words, lengthened until the prompt with them has at least `length` tokens."""
     longer = words
     while len(tokens(longer)) < length:
         longer += " the"

@@ -1,12 +1,12 @@
-"""Datasets go both ways between this project and LeRobot: `make check-lerobot` runs this in two environments.
+"""Checks that LeRobot reads the datasets of this project and the reverse: `make check-lerobot`, in two environments.
 
-    .venv/bin/python benchmarks/check_lerobot.py write FOLDER            datasets written here, and what they hold
-    .venv-lerobot/bin/python benchmarks/check_lerobot.py lerobot FOLDER  LeRobot reads those and writes its own
-    .venv/bin/python benchmarks/check_lerobot.py read FOLDER             what LeRobot wrote, read here
+    .venv/bin/python benchmarks/check_lerobot.py write FOLDER            writes datasets, and arrays of their contents
+    .venv-lerobot/bin/python benchmarks/check_lerobot.py lerobot FOLDER  LeRobot reads those and writes others
+    .venv/bin/python benchmarks/check_lerobot.py read FOLDER             reads the datasets that LeRobot wrote
 
-Numbers, times and instructions must be equal. Decoded pictures may differ by `APART` of 255, since the conversion from
-YUV is rounded by each version of FFmpeg in its own way; neighbouring frames are made to differ by more than 10. LeRobot
-reads with PyAV and, where FFmpeg's libraries are installed, with torchcodec.
+Numbers, times and instructions must be equal. Decoded images may differ by `APART` of 255, since versions of FFmpeg
+round the conversion from YUV differently; neighbouring frames of these datasets differ by more than 10. LeRobot reads
+with PyAV and, where FFmpeg's libraries are installed, with torchcodec.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import Any
 
 import numpy as np
 
-# A thirtieth of a second is no round number: times of shared files add up with errors.
+# A thirtieth of a second has no exact decimal form, so times in files of several episodes accumulate errors.
 FPS, SIDE, LENGTHS = 30, 64, (9, 31, 7)
 APART = 2
 TASKS = ("push the square", "pull the square — 推")
 OURS = ("video", "robot", "hidden", "upgraded")
-THEIRS = ("videos", "pictures")
+THEIRS = ("videos", "images")
 
 
 def write_robot(folder: Path) -> Any:
-    """A dataset of this project, of a made-up robot: two cameras, actions and states."""
-    from lapa.data.writer import DatasetWriter
+    """Writes a dataset of this project, of a made-up robot: two cameras, actions and states."""
+    import lapa
 
-    writer = DatasetWriter(
+    writer = lapa.DatasetWriter(
         folder,
         fps=FPS,
         cameras={"front": (SIDE, SIDE), "wrist": (SIDE // 2, SIDE)},
@@ -48,11 +48,11 @@ def write_robot(folder: Path) -> Any:
 
 
 def write(folder: Path) -> None:
-    """Datasets of this project: video only, a robot with two cameras, the latter without actions, and from v2.1."""
+    """Writes four datasets: video only, a robot with two cameras, the same without actions, and one from v2.1."""
+    from lapa import open_dataset
     from lapa.data.config import HideActionsConfig
     from lapa.data.convert import run as convert
     from lapa.data.replace_actions import run as hide_actions
-    from lapa.data.spec import open_dataset
     from lapa.sources.lerobot import LeRobotConfig
     from lapa.sources.synthetic import write_synthetic_dataset
 
@@ -67,7 +67,7 @@ def write(folder: Path) -> None:
 
 
 def lerobot(folder: Path) -> None:
-    """LeRobot opens what was written here; its converter upgrades the v2.1 folder; it writes datasets of its own."""
+    """Opens our datasets with LeRobot, upgrades the v2.1 folder with its converter, and records others with it."""
     from importlib.metadata import version
 
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -78,7 +78,7 @@ def lerobot(folder: Path) -> None:
     try:
         import torchcodec.decoders  # noqa: F401
     except (ImportError, OSError, RuntimeError):
-        print("left out: reading with torchcodec, which needs FFmpeg's libraries (Debian's package ffmpeg)")
+        print("skipped: reading with torchcodec, which needs FFmpeg's libraries (Debian's package ffmpeg)")
         backends.remove("torchcodec")
     for name in OURS:
         for backend in backends:
@@ -95,28 +95,28 @@ def lerobot(folder: Path) -> None:
 
 
 def read(folder: Path) -> None:
-    """What LeRobot wrote opens here, and so does what its converter made of v2.1."""
-    from lapa.data.spec import open_dataset
+    """Opens the datasets that LeRobot wrote, and the one that its converter made from v2.1."""
+    from lapa import open_dataset
 
     for name in THEIRS:
         dataset = open_dataset(f"lerobot:{folder / name}")
         apart = APART if name == "videos" else 0
         _compare(f"{name}: written by LeRobot, read here", folder, name, _ours(dataset), apart)
         files = {dataset.data_path(episode) for episode in range(len(dataset.lengths))}
-        assert len(files) == 1 < len(dataset.lengths), "LeRobot was to put several episodes into a file"
+        assert len(files) == 1 < len(dataset.lengths), "expected LeRobot to write several episodes into one file"
         assert dataset.action_space.names == ("x", "y", "grip"), dataset.action_space
-    pictures = open_dataset(folder / "pictures")
+    exact = open_dataset(folder / "images")
     for episode in range(len(LENGTHS)):
-        assert np.array_equal(pictures.frames(episode, camera="wrist"), made_up(episode)[0]["wrist"]), episode
+        assert np.array_equal(exact.frames(episode, camera="wrist"), made_up(episode)[0]["wrist"]), episode
     _compare("v30: upgraded by LeRobot, read here", folder, "v21", _ours(open_dataset(folder / "v30")), 0)
-    print("datasets go both ways: the check passed")
+    print("the check passed in both directions")
 
 
 def made_up(number: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, str]:
-    """Frames, actions, states and instruction of an episode; smooth pictures, which codecs keep well."""
+    """Returns frames, actions, states and instruction of an episode. Codecs preserve its smooth images well."""
     rng, length = np.random.default_rng(number), LENGTHS[number]
     ramp_W = np.linspace(0, 150, SIDE)
-    # Jumps from frame to frame: a picture that comes one frame early or late is nothing like the right one.
+    # Brightness jumps from frame to frame, so that an image one frame early or late is clearly different.
     level_T = 10 + 80 * (np.arange(length) * 5 % length) / length + 5 * number
     frames = {}
     for camera, height in (("front", SIDE), ("wrist", SIDE // 2)):
@@ -129,7 +129,7 @@ def made_up(number: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray,
 
 
 def write_v21(dataset: Any, root: Path) -> None:
-    """A dataset of this project in the layout of v2.1, as LeRobot 0.3 wrote it: one data file and video an episode."""
+    """Writes a dataset of this project in the v2.1 layout of LeRobot 0.3: a data file and a video for each episode."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(dataset.root / "data/chunk-000/file-000.parquet")
@@ -166,7 +166,7 @@ def write_v21(dataset: Any, root: Path) -> None:
 
 
 def _record(create: Any, root: Path, dtype: str) -> None:
-    """A dataset recorded with LeRobot: two cameras, several episodes a file."""
+    """Records a dataset with LeRobot: two cameras, several episodes in a file."""
     features: dict[str, Any] = {
         "action": {"dtype": "float32", "shape": (3,), "names": {"axes": ["x", "y", "grip"]}},
         "observation.state": {"dtype": "float32", "shape": (1,), "names": ["angle"]},
@@ -179,15 +179,15 @@ def _record(create: Any, root: Path, dtype: str) -> None:
     for number, length in enumerate(LENGTHS):
         frames, actions, states, task = made_up(number)
         for step in range(length):
-            pictures = {f"observation.images.{camera}": frames[camera][step] for camera in frames}
+            images = {f"observation.images.{camera}": frames[camera][step] for camera in frames}
             row = {"action": actions[step], "observation.state": states[step], "task": task}
-            dataset.add_frame({**pictures, **row})
+            dataset.add_frame({**images, **row})
         dataset.save_episode()
     dataset.finalize()
 
 
 def _ours(dataset: Any) -> dict[str, np.ndarray]:
-    """All that a dataset holds, as this project reads it."""
+    """Returns the whole content of a dataset, as this project reads it."""
     held: dict[str, Any] = {"task": [episode.instruction for episode in dataset.episodes], "fps": [dataset.fps]}
     for episode in range(len(dataset.lengths)):
         held |= {f"{camera}/{episode}": dataset.frames(episode, camera=camera) for camera in dataset.cameras}
@@ -199,7 +199,7 @@ def _ours(dataset: Any) -> dict[str, np.ndarray]:
 
 
 def _theirs(dataset: Any) -> dict[str, np.ndarray]:
-    """The same, as LeRobot reads it, frame by frame."""
+    """Returns the same, as LeRobot reads it, frame by frame."""
     held: dict[str, list[Any]] = {"task": [], "fps": [float(dataset.fps)]}
     for number in range(len(dataset)):
         item = dataset[number]
@@ -208,9 +208,9 @@ def _theirs(dataset: Any) -> dict[str, np.ndarray]:
             held["task"].append(item["task"])
         assert abs(float(item["timestamp"]) - int(item["frame_index"]) / dataset.fps) < 1e-4
         for key in dataset.meta.camera_keys:
-            picture = item[key].permute(1, 2, 0).numpy()
-            picture = picture if picture.dtype == np.uint8 else np.round(picture * 255).astype(np.uint8)
-            held.setdefault(f"{key.removeprefix('observation.images.')}/{episode}", []).append(picture)
+            image = item[key].permute(1, 2, 0).numpy()
+            image = image if image.dtype == np.uint8 else np.round(image * 255).astype(np.uint8)
+            held.setdefault(f"{key.removeprefix('observation.images.')}/{episode}", []).append(image)
         for key, name in (("action", "action"), ("observation.state", "state")):
             if key in item:
                 held.setdefault(f"{name}/{episode}", []).append(np.atleast_1d(item[key].numpy()))
@@ -222,7 +222,7 @@ def _dump(path: Path, held: dict[str, np.ndarray]) -> None:
 
 
 def _compare(what: str, folder: Path, name: str, held: dict[str, np.ndarray], apart: int) -> None:
-    """Raises SystemExit where `held` is not what was dumped; prints how far pictures are apart."""
+    """Raises SystemExit where `held` differs from the dumped content; prints the largest difference of images."""
     with np.load(folder / f"{name}.npz") as dumped:
         expected = dict(dumped)
     if set(held) != set(expected):
@@ -237,9 +237,9 @@ def _compare(what: str, folder: Path, name: str, held: dict[str, np.ndarray], ap
         elif not np.array_equal(values, held[key]):
             raise SystemExit(f"FAILED {what}: {key} is {held[key]}, expected {values}")
     if largest > apart:
-        raise SystemExit(f"FAILED {what}: pictures differ by {largest} of 255, at most {apart} are allowed")
+        raise SystemExit(f"FAILED {what}: images differ by {largest} of 255, at most {apart} are allowed")
     numbers = sum(key.startswith(("action/", "state/")) for key in expected)
-    print(f"ok {what}: {frames} pictures differ by at most {largest} of 255, {numbers} tables of numbers by nothing")
+    print(f"ok {what}: {frames} images differ by at most {largest} of 255, {numbers} tables of numbers are equal")
 
 
 STEPS: dict[str, Callable[[Path], None]] = {"write": write, "lerobot": lerobot, "read": read}

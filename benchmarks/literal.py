@@ -1,9 +1,9 @@
-"""The published latent action model as its description reads, step by step: the slow twin of lapa.latent.model.
+"""The published latent action model, written literally step by step: the slow twin of lapa.latent.model.
 
-Ye et al., ICLR 2025, https://arxiv.org/abs/2410.11758. Plain PyTorch that imports nothing of lapa, quirks included: the
-convolution along time that permutes positions, keys and values without a norm, the reshape that mixes features.
-Its state dict bears the released names. The repair of unused codes, which the released code runs inside forward, is
-left out. The tests hold lapa to it, and bench_latent.py times both:
+Ye et al., ICLR 2025, https://arxiv.org/abs/2410.11758. Plain PyTorch that imports nothing of lapa, with the quirks: the
+convolution along time that permutes positions, keys and values without a norm, the reshape that mixes features. Its
+state dict has the released names. The replacement of unused codes, which the released code runs inside forward, is left
+out. The tests compare lapa with it, and bench_latent.py times both:
 
     pytest tests/test_released_laq.py; python benchmarks/bench_latent.py
 
@@ -39,7 +39,7 @@ class LiteralModel(nn.Module):
         self.to_pixels_first_frame = nn.Sequential(nn.Linear(dim, pixels))
 
     def forward(self, frames_BTCHW: Tensor, noise_RD: Tensor | None = None) -> Tensor:
-        """The training loss on uint8 frames [B, 2, 3, H, W]. noise: the quantiser's, [B*L, D]."""
+        """Returns the training loss on uint8 frames [B, 2, 3, H, W]. noise: that of the quantizer, [B*L, D]."""
         video = frames_BTCHW.float() / 255
         tokens = self.embed(video)
         quantized, _ = self.vq(*self.encode(tokens), noise_RD)
@@ -47,14 +47,14 @@ class LiteralModel(nn.Module):
 
     @torch.no_grad()
     def codes(self, frames_BTCHW: Tensor) -> Tensor:
-        """The codes [B, L] of uint8 frames [B, 2, 3, H, W]."""
+        """Returns the codes [B, L] of uint8 frames [B, 2, 3, H, W]."""
         first, last = self.encode(self.embed(frames_BTCHW.float() / 255))
         z_RD = self.vq.summary(last) - self.vq.summary(first)
         return self.vq.nearest(z_RD).reshape(len(frames_BTCHW), -1)
 
     @torch.no_grad()
     def reconstruct(self, frames_BTCHW: Tensor) -> Tensor:
-        """The second frame [B, 3, H, W] from the first and the codes."""
+        """Returns the second frame [B, 3, H, W], predicted from the first and the codes."""
         tokens, codes = self.embed(frames_BTCHW.float() / 255), self.codes(frames_BTCHW)
         return self.decode(tokens[:, :1], self.vq.to_tokens(self.vq.codebooks[codes.flatten()], len(codes)))
 
@@ -67,7 +67,7 @@ class LiteralModel(nn.Module):
         return torch.cat(frames, dim=1)
 
     def encode(self, tokens_BTHWD: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoded tokens of the first and the last frame, [B, N, D] each."""
+        """Returns the encoded tokens of the first and the last frame, [B, N, D] each."""
         b, t, h, w, _ = shape = tokens_BTHWD.shape
         bias = self.spatial_rel_pos_bias()
         x = rearrange(tokens_BTHWD, "b t h w d -> (b t) (h w) d")
@@ -87,7 +87,7 @@ class LiteralModel(nn.Module):
 
 
 class PositionBias(nn.Module):
-    """The MLP on every pair of patches, at every call."""
+    """Position bias: an MLP on every pair of patches, at every call."""
 
     rel_pos: Tensor
 
@@ -212,7 +212,7 @@ class NoiseSubstitution(nn.Module):
         )
 
     def forward(self, first_BND: Tensor, last_BND: Tensor, noise_RD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Action tokens [B, L, dim] for the decoder, and codes [B*L]."""
+        """Returns action tokens [B, L, dim] for the decoder, and codes [B*L]."""
         z_RD = self.summary(last_BND) - self.summary(first_BND)
         codes = self.nearest(z_RD)
         noise = torch.randn_like(z_RD) if noise_RD is None else noise_RD
@@ -229,5 +229,5 @@ class NoiseSubstitution(nn.Module):
         return (squares_R1 - 2 * z_RD @ self.codebooks.T + squares_K).argmin(dim=1)
 
     def to_tokens(self, quantized_RD: Tensor, batch: int) -> Tensor:
-        """Read as [B, D, L] where the memory holds [B, L, D], then transposed."""
+        """Reads memory that holds [B, L, D] as [B, D, L], then transposes it."""
         return self.project_out(quantized_RD.reshape(batch, self.quant_dim, -1).transpose(1, 2))

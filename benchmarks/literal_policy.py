@@ -1,9 +1,9 @@
-"""The policy as its description reads, step by step: the slow twin of lapa.policy.model, for bench_policy.py.
+"""The policy, written literally step by step: the slow twin of lapa.policy.model, for bench_policy.py.
 
-LAPA (https://arxiv.org/abs/2410.11758) with a Llama, in plain PyTorch. Attention is a matrix of numbers, a softmax and
-a product. Each segment of the vocabulary has a head of its own, and every head speaks at every position, as in the
-released code. Nothing is kept between the tokens of an answer: each is a forward pass of the whole sequence. The
-optimiser goes through the parameters one by one. What sees is taken from the policy: a ResNet or an image tokeniser.
+LAPA (https://arxiv.org/abs/2410.11758) with a Llama, in plain PyTorch. Attention is a matrix of scores, a softmax and a
+product. Each segment of the vocabulary has its own head, and every head is computed at every position, as in the
+released code. There is no cache: each predicted token is a forward pass of the whole sequence. The optimizer updates
+the parameters one by one. The vision part is copied from the policy: a ResNet or an image tokenizer.
 
     pytest tests/test_bench_policy.py; python benchmarks/bench_policy.py
 
@@ -28,7 +28,7 @@ from lapa.released.lwm import LwmBackbone
 
 
 class LiteralPolicy(nn.Module):
-    """The twin of a policy whose backbone is `tiny` or `lwm`, with a copy of its weights."""
+    """Twin of a policy whose backbone is `tiny` or `lwm`, with a copy of its weights."""
 
     def __init__(self, policy: LatentPolicy) -> None:
         super().__init__()
@@ -47,35 +47,35 @@ class LiteralPolicy(nn.Module):
             head.weight.data.copy_(weight.data[rows.start : rows.stop])
 
     def forward(self, batch: Mapping[str, Tensor], target: Field, tokens_BF: Tensor) -> Tensor:
-        """The training loss: cross-entropy of a field's tokens."""
-        said = torch.cat([_same(target.opening, batch), tokens_BF, _same(target.closing, batch)], dim=1)
+        """Returns the training loss: cross-entropy of a field's tokens."""
+        predicted = torch.cat([_same(target.opening, batch), tokens_BF, _same(target.closing, batch)], dim=1)
         after = len(target.closing) + 1
-        logits_BSR = self.logits(batch, said)[target.segment]
+        logits_BSR = self.logits(batch, predicted)[target.segment]
         logits_BFR = self.possible(logits_BSR[:, -target.length - after : -after], target)
         codes_BF = tokens_BF - self.vocabulary.rows(target.segment).start
         return F.cross_entropy(logits_BFR.flatten(0, 1), codes_BF.flatten())
 
     @torch.no_grad()
     def act(self, batch: Mapping[str, Tensor], target: Field) -> Tensor:
-        """The tokens of a field, one forward pass each."""
-        said = _same(target.opening, batch)
+        """Returns the tokens of a field, with one forward pass for each."""
+        predicted = _same(target.opening, batch)
         for step in range(target.length):
             one = Field(target.segment, target.sizes_F[step : step + 1])
-            logits_BSR = self.logits(batch, said)[target.segment]
+            logits_BSR = self.logits(batch, predicted)[target.segment]
             code_B1 = self.possible(logits_BSR[:, -1:], one).softmax(-1).argmax(-1)
-            said = torch.cat([said, code_B1 + self.vocabulary.rows(target.segment).start], dim=1)
-        return said[:, len(target.opening) :]
+            predicted = torch.cat([predicted, code_B1 + self.vocabulary.rows(target.segment).start], dim=1)
+        return predicted[:, len(target.opening) :]
 
     def logits(self, batch: Mapping[str, Tensor], tokens_BF: Tensor) -> dict[str, Tensor]:
-        """Logits of all segments at all positions."""
+        """Returns the logits of all segments at all positions."""
         prefix_BPD, mask_BP = self.eyes(batch, self.model.embed_tokens)
-        said_BFD = self.model.embed_tokens(tokens_BF).to(prefix_BPD.dtype)
+        tokens_BFD = self.model.embed_tokens(tokens_BF).to(prefix_BPD.dtype)
         mask_BS = torch.cat([mask_BP, torch.ones_like(tokens_BF)], dim=1)
-        hidden_BSD = self.model(torch.cat([prefix_BPD, said_BFD], dim=1), mask_BS)
+        hidden_BSD = self.model(torch.cat([prefix_BPD, tokens_BFD], dim=1), mask_BS)
         return {segment: head(hidden_BSD).float() for segment, head in self.heads.items()}
 
     def possible(self, logits_BFR: Tensor, target: Field) -> Tensor:
-        """Minus infinity where a position cannot have the row."""
+        """Returns the logits, with minus infinity for rows that a position cannot have."""
         rows_R = torch.arange(logits_BFR.shape[-1], device=logits_BFR.device)
         sizes_F1 = torch.tensor(target.sizes_F, device=logits_BFR.device)[:, None]
         return torch.where(rows_R < sizes_F1, logits_BFR, -torch.inf)
@@ -103,7 +103,7 @@ class ResNetEyes(nn.Module):
 
 
 class CodeEyes(nn.Module):
-    """Codes of a frozen image tokeniser, in their places among the text. The tokeniser is the policy's own."""
+    """Codes of a frozen image tokenizer, at their places in the text. The tokenizer is the policy's own."""
 
     def __init__(self, backbone: LwmBackbone) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class CodeEyes(nn.Module):
 
 
 class Llama(nn.Module):
-    """Bears the names of transformers' LlamaModel. config: its LlamaConfig."""
+    """Has the parameter names of transformers' LlamaModel. config: its LlamaConfig."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Llama(nn.Module):
         length = x_BSD.shape[1]
         causal_SS = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device).tril()
         itself_SS = torch.eye(length, dtype=torch.bool, device=x_BSD.device)
-        # Padding sees itself, so that its softmax has something to divide.
+        # Padding attends to itself, so that its softmax is defined.
         seen_BSS = (causal_SS & mask_BS.bool()[:, None, :]) | itself_SS
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)
         frequencies = self.theta ** -(torch.arange(0, self.head_width, 2, device=x_BSD.device) / self.head_width)
@@ -186,7 +186,7 @@ class FeedForward(nn.Module):
 
 
 class Norm(nn.Module):
-    """Root mean square norm, worked out in float32."""
+    """Root mean square norm, computed in float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Norm(nn.Module):
 
 
 def _same(tokens: Sequence[int], batch: Mapping[str, Tensor]) -> Tensor:
-    """These tokens for each sample."""
+    """Returns these tokens for each sample."""
     text_BT = batch["tokens_BT"]
     return text_BT.new_tensor(tokens).long().expand(len(text_BT), -1)
 
@@ -216,7 +216,7 @@ def _heads(vocabulary: Vocabulary, width: int) -> dict[str, nn.Linear]:
 
 @contextmanager
 def _built_as(like: Tensor) -> Iterator[None]:
-    """Modules are made on this tensor's device, of its type, without passing through the CPU."""
+    """Makes modules on this tensor's device and in its type, not by way of the CPU."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(like.dtype)
     try:

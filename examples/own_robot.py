@@ -1,9 +1,9 @@
-"""Your own robot's episodes as a dataset to finetune on.
+"""Writes episodes of your own robot as a dataset to finetune on.
 
     python examples/own_robot.py DATASET
 
-Replace `episodes` by whatever reads your recordings. Pictures are uint8 RGB of even height and width, row t of the
-actions is what the robot did after picture t, in its own units.
+Replace `episodes` by a function that reads your recordings. Images are uint8 RGB of even height and width. Row t of
+the actions is the robot's action after image t, in the robot's own units.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lapa.data.writer import DatasetWriter
+import lapa
 
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 
 
 def episodes() -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
-    """Name, pictures [T, H, W, 3], actions [T, A] and instruction of each episode: made up here."""
+    """Yields name, images [T, H, W, 3], actions [T, A] and instruction of each episode: random ones here."""
     rng = np.random.default_rng(0)
     for number in range(3):
         frames_THWC = rng.integers(0, 256, (20, 96, 128, 3), dtype=np.uint8)
@@ -30,7 +30,7 @@ def episodes() -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
 
 
 def main(out: Path) -> None:
-    writer = DatasetWriter(
+    writer = lapa.DatasetWriter(
         out,
         fps=10,
         cameras={"front": (96, 128)},
@@ -42,7 +42,7 @@ def main(out: Path) -> None:
     for name, frames_THWC, actions_TA, instruction in episodes():
         writer.add_episode({"front": frames_THWC}, instruction, actions=actions_TA, source=name)
     dataset = writer.finish()
-    print(f"{out}: {len(dataset.episodes)} episodes, {dataset.num_frames} frames")
+    print(f"{out}: {len(dataset)} episodes, {dataset.num_frames} frames")
     print(f"next: lapa policy finetune --policy LATENT_POLICY --data {out} --out POLICY")
 
 

@@ -1,4 +1,4 @@
-"""What happens between two frames of your own videos, from Python: a trained model's latent actions.
+"""Prints the latent actions of your own videos: the codes between frames that are one horizon apart.
 
 lapa data videos FOLDER --caption "what is done" --out DATASET
 lapa latent train --data DATASET --out LAM
@@ -10,14 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lapa.data.pairs import horizon_frames
-from lapa.data.spec import open_dataset
-from lapa.latent.model import LatentActionModel
+import lapa
 
 
 def main(lam: Path, data: Path) -> None:
-    model, dataset = LatentActionModel.from_pretrained(lam), open_dataset(data)
-    horizon = horizon_frames(model.horizon, dataset.fps)
+    model, dataset = lapa.LatentActionModel.from_pretrained(lam), lapa.open_dataset(data)
+    # The model's horizon is in seconds.
+    horizon = max(1, round(model.horizon * dataset.fps))
     for episode in dataset.episodes:
         starts = range(0, episode.length - horizon, horizon)
         for start in starts:

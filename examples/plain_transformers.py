@@ -1,9 +1,9 @@
-"""A pretrained policy in plain transformers: latent actions by `generate`, with nothing of ours but a logits mask.
+"""Latent actions from a pretrained policy with transformers alone: `generate`, with a mask over the logits.
 
 lapa policy pretrain --preset smolvlm2-500m --data DATASET --labels LABELS --out POLICY
 python examples/plain_transformers.py POLICY image.png "open the drawer"
 
-For a policy of one camera that is not told the robot's state.
+For a policy with one camera that does not read the robot's state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import (
 
 
 class OnlyLatentActions(LogitsProcessor):
-    """Leaves the tokens `<latent_0>`, `<latent_1>`, ... and no others."""
+    """Allows the tokens `<latent_0>`, `<latent_1>`, ... and no others."""
 
     def __init__(self, tokenizer) -> None:
         self.allowed = [row for token, row in tokenizer.get_vocab().items() if token.startswith("<latent_")]
@@ -40,26 +40,26 @@ def main(policy: Path, image: Path, instruction: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(policy / "processor")
     image_processor = AutoImageProcessor.from_pretrained(policy / "processor", backend="pil")
     config = json.loads((policy / "config.json").read_text())["policy"]
-    # What stands around the words: the chat template, each image written out as its placeholder tokens.
+    # The text around the prompt: the chat template, in which placeholder tokens stand for the image.
     layout = json.loads((policy / "processor" / "layout.json").read_text())
 
     prompt = layout["before"] + config["prompts"]["default"].replace("{instruction}", instruction) + layout["after"]
     inputs = tokenizer(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
-    picture = ImageOps.fit(Image.open(image).convert("RGB"), (layout["image_size"], layout["image_size"]))
-    inputs |= image_processor([[picture]], return_tensors="pt")
-    # Two families are told what each token is: of an image (Qwen), or of a prompt read in both directions (PaliGemma).
+    fitted = ImageOps.fit(Image.open(image).convert("RGB"), (layout["image_size"], layout["image_size"]))
+    inputs |= image_processor([[fitted]], return_tensors="pt")
+    # Two families also read the type of each token: of an image (Qwen), of a prompt with full attention (PaliGemma).
     if layout["model_type"].startswith("qwen"):
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
     if layout["model_type"] == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
 
-    said = model.generate(
+    tokens = model.generate(
         **inputs,
         do_sample=False,
         max_new_tokens=config["latent_length"],
         logits_processor=LogitsProcessorList([OnlyLatentActions(tokenizer)]),
     )
-    print(tokenizer.decode(said[0, inputs["input_ids"].shape[1] :]))
+    print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]))
 
 
 if __name__ == "__main__":

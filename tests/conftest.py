@@ -1,4 +1,4 @@
-"""Shapes of boundary objects are checked while testing, and tests stay off the network."""
+"""During tests the shapes of boundary objects are checked, and the Hugging Face hub is not contacted."""
 
 import os
 
@@ -6,5 +6,5 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Before anything imports the package: the annotations of lapa.types become checks.
+# Before anything imports lapa.types: its annotations become checks.
 install_import_hook(["lapa.types"], "beartype.beartype")
