@@ -196,7 +196,7 @@ def test_a_policy_of_several_datasets_goes_on_by_their_names(two_robots, tmp_pat
     assert set(after.statistics) == {"big", "small"} and after.model.config.spaces == before.model.config.spaces
     for name, (data, message) in {
         "unknown": ((str(two_robots / "narrow"),), r"unknown dataset with statistics 'narrow'.*--data NAME="),
-        "wrong": ((f"big={two_robots / 'narrow'}",), "declares its actions otherwise"),
+        "wrong": ((f"big={two_robots / 'narrow'}",), "declares its actions differently"),
     }.items():
         with pytest.raises(ValueError, match=message):
             finetune.run(replace(again, out=tmp_path / name, data=data))
