@@ -14,7 +14,6 @@ from lapa.study.report import (
     cautions,
     comparison,
     comparisons,
-    coverage_table,
     detailed_groups,
     findings,
     gap_text,
@@ -110,11 +109,9 @@ def test_the_markdown_holds_the_same_table(report: Path) -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2].startswith("65.0 [") and cells[3:5] == ["2", "80"]
     assert cells[5].startswith("+50.0 [") and cells[6].startswith("0.71 [") and cells[7] == "2.00"
-    (theirs,) = [line for line in lines if line.startswith("| in-domain, seen |")]
-    assert theirs == "| in-domain, seen | 15.6 | 44.0 | 22.0 | 62.0 | 77.0 | 0.46 | 0.76 |"
-    assert "| cross-task, 2 | 1 x 20 | - | - | 1 x 20 | - |" in lines
-    assert "| cross-environment | - | - | - | - | - |" in lines
-    assert "## Tables" in lines and "## Rollouts" not in lines, "a heading of images alone is left out"
+    assert "## Tables" in lines and not any("Each row is a task" in line for line in lines), "no captions of images"
+    # Of two runs of vpt one has 14 / 40, the other a hundredth more; of four runs of lapa three have 26 / 40.
+    assert "| token_accuracy | 0.152 | 0.355 | 0.105 | 0.652 | 0.855 |" in lines
     (stage,) = [line for line in lines if line.startswith("| policy |")]
     # Runs of vpt take 60 and 64 seconds; scratch and lapa have two more runs, of 60.
     assert stage == "| policy | 61 | 62 | 62 | 61 | 62 |"
@@ -131,7 +128,6 @@ def test_the_page_loads_nothing_and_embeds_every_picture(report: Path) -> None:
         "curves-cross-task.png",
         "curves-in-domain.png",
         "demonstrations.png",
-        "figures.png",
         "success.png",
         "tasks.png",
     ]
@@ -143,13 +139,11 @@ def test_text_is_escaped_in_the_page(report: Path) -> None:
     assert "&lt;reach&gt; &amp; pull" in text and "<reach>" not in text
 
 
-def test_the_page_explains_each_arm_and_shows_what_is_covered(report: Path) -> None:
+def test_the_page_explains_each_arm(report: Path) -> None:
     text = (report / "report.html").read_text()
     for arm in ARMS:
         assert f"<b>{arm}</b>" in text
-    assert "Seeds x rollouts of each task; a whole study has 3 x 50 everywhere" in text
-    row = "<tr class=new><td>in-domain, 5</td><td>1 x 20</td><td>-</td><td>-</td><td>1 x 20</td><td>-</td></tr>"
-    assert row in text
+    assert re.search("<tr class=new><td>in-domain, 5</td><td>scratch</td>", text)
     assert "and 6 others" in text  # of ten commands four are shown
 
 
@@ -168,7 +162,8 @@ def test_one_arm_alone_still_gives_a_report(tmp_path: Path) -> None:
     made_up("lapa", figures={}, curves=()).save(tmp_path)
     run(ReportConfig((tmp_path,), out=tmp_path / "elsewhere"))
     text = (tmp_path / "elsewhere" / "report.html").read_text()
-    assert "lapa" in text and "statistically" not in text and "<h2>Codes" not in text and "<h2>Rollouts" not in text
+    assert "lapa" in text and "statistically" not in text
+    assert "The effect of each code" not in text and "Each row is a task" not in text
     assert comparisons(compare([made_up("lapa")])) == []
 
 
@@ -202,7 +197,6 @@ def test_a_run_without_rollouts_is_left_out(tmp_path: Path) -> None:
     ArmResult("lapa", "in-domain", 2, 0, values.preset, values.sizes, ()).save(tmp_path)
     found = findings(load_results([tmp_path]))
     assert list(found.groups[0].cells) == ["scratch"]
-    assert coverage_table(found.results, found.groups).rows[0] == ("in-domain, 2", "1 x 20", "-", "-", "-", "-")
 
 
 def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
@@ -317,17 +311,6 @@ def test_few_goals_give_bars_without_intervals() -> None:
     figure = plots.success_by_split(groups)
     assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([50.0, 50.0])  # type: ignore[attr-defined]
     plots.success_by_demonstrations(groups)
-
-
-def test_coverage_counts_seeds_and_the_fewest_rollouts_of_a_task() -> None:
-    results = [made_up("scratch", 0), made_up("scratch", 1), made_up("lapa", 0)]
-    few = ArmResult("vpt", "in-domain", 2, 0, "made-up", {}, results[0].rollouts[:20], {"token_accuracy": 0.1})
-    rows = coverage_table([*results, few], compare([*results, few])).rows
-    assert rows == (
-        ("in-domain, 2", "2 x 20", "1 x 0", "-", "1 x 20", "-"),
-        ("cross-task", *["-"] * 5),
-        ("cross-environment", *["-"] * 5),
-    )
 
 
 def test_arms_that_share_no_seed_with_scratch_are_not_compared() -> None:

@@ -5,16 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from lapa.study.report import PAPER
 from lapa.study.results import Arm, ArmResult, Rollout
 from lapa.study.statistics import (
     SharedRollouts,
     bootstrap,
     by_wording,
     compare,
-    correlations,
     estimate,
-    figure_and_success,
     gap_recovered,
     mean_ranks,
     shared,
@@ -192,15 +189,6 @@ def test_arms_that_share_no_seed_have_no_difference_and_no_rank() -> None:
     assert group.cells["lapa"].versus == {} and group.cells["lapa"].mean_rank is None
 
 
-def test_the_papers_gaps_are_the_published_ones() -> None:
-    gaps = {column.setting: round(column.gap("lapa"), 3) for column in PAPER}
-    assert gaps["in-domain, seen"] == 0.756
-    assert gaps["in-domain, unseen"] == 0.789
-    assert gaps["SIMPLER"] == 0.787
-    assert all(column.gap("scratch") == 0 and column.gap("actionvla") == 1 for column in PAPER)
-    assert PAPER[1].gap("unipi") == pytest.approx((13.2 - 15.2) / (58.8 - 15.2))
-
-
 def test_the_gap_recovered_of_exact_rates_is_their_quotient() -> None:
     episodes = np.arange(100)[None, None, :]
     each = played(np.stack([episodes < 20, episodes < 50, episodes < 60]))
@@ -238,42 +226,3 @@ def test_the_mean_rank_averages_over_tasks_and_seeds_and_ties_share_theirs() -> 
         [run_of("lapa", 0, {"push": [1, 0], "reach": [1, 1]})],
     )
     assert mean_ranks(both) == [1.75, 1.25]
-
-
-def test_correlations_agree_with_a_hand_count_and_know_when_they_are_too_few() -> None:
-    rates = [0, 1, 2, 3, 4]
-    figures = [1.0, 2.0, 3.0, 4.0, 10.0]
-    runs = [
-        run_of("lapa", seed, {"push": [1] * rate + [0] * (4 - rate)}, figures={"lam_r2": figure, "flat": 1.0})
-        for seed, (rate, figure) in enumerate(zip(rates, figures, strict=True))
-    ]
-    flat, lam = correlations(runs)
-    assert (lam.figure, lam.num_runs, lam.spearman) == ("lam_r2", 5, pytest.approx(1.0))
-    assert lam.pearson == pytest.approx(np.corrcoef(rates, figures)[0, 1]) and lam.pearson < 0.95
-    assert flat.spearman is None and flat.note == "the figure or success does not vary"
-    assert "too few" in correlations(runs[:4])[1].note
-
-
-def test_figures_of_the_latent_action_model_are_counted_for_lapa_alone() -> None:
-    runs = [run_of(arm, 0, {"push": [1]}, figures={"lam_r2": 0.5}) for arm in ("lapa", "scratch")]  # type: ignore[arg-type]
-    assert correlations(runs)[0].num_runs == 1
-
-
-def test_copies_of_a_run_count_once_and_runs_of_one_figure_are_one_point() -> None:
-    scratch = [
-        run_of("scratch", 0, {"push": [1, 0]}, figures={"r2": 0.1}, split=split)
-        for split in ("in-domain", "cross-task")
-    ]
-    # One latent action model, finetuned with several numbers of labelled episodes; another seed has another.
-    lapa = [
-        run_of("lapa", 0, {"push": [success, 1]}, figures={"r2": 0.5}, demonstrations=number)
-        for number, success in ((2, 0), (5, 1))
-    ]
-    other = run_of("lapa", 1, {"push": [0, 0]}, figures={"r2": 0.5})
-    assert figure_and_success([*scratch, *lapa, other], "r2") == [
-        ("scratch", 0.1, 0.5),
-        ("lapa", 0.5, 0.75),
-        ("lapa", 0.5, 0.0),
-    ]
-    (found,) = correlations([*scratch, *lapa, other])
-    assert (found.num_runs, found.arms) == (3, ("scratch", "lapa"))

@@ -30,7 +30,6 @@ STYLE = """
 body { color: var(--ink); background: var(--ground); font: 16px/1.55 system-ui, sans-serif; margin: 2rem auto;
   max-width: 62rem; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-a { color: var(--mark); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .5rem 0; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
@@ -52,10 +51,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """address: where the whole paragraph links to."""
-
     text: str
-    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,19 +86,16 @@ Block: TypeAlias = Heading | Paragraph | Bullets | Table | Figure
 
 
 def markdown(title: str, blocks: Sequence[Block]) -> str:
-    """Returns the blocks in GitHub's Markdown, without figures and headings of figures alone."""
-    texts = [block for block in blocks if not isinstance(block, Figure)]
-    pairs = zip(texts, [*texts[1:], None], strict=True)
-    kept = [block for block, after in pairs if not isinstance(block, Heading) or not isinstance(after, Heading | None)]
-    return "\n\n".join([f"# {title}", *map(_markdown, kept)]) + "\n"
+    """Returns the blocks in GitHub's Markdown, without figures."""
+    return "\n\n".join([f"# {title}", *(_markdown(block) for block in blocks if not isinstance(block, Figure))]) + "\n"
 
 
 def _markdown(block: Heading | Paragraph | Bullets | Table) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {text}"
-        case Paragraph(text, address):
-            return f"[{text}]({address})" if address else text
+        case Paragraph(text):
+            return text
         case Bullets(items):
             return "\n".join(f"- **{word}**: {text}" if word else f"- {text}" for word, text in items)
         case Table(title, header, rows):
@@ -137,13 +130,13 @@ def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
             return f"<h{level}>{escape(text)}</h{level}>"
-        case Paragraph(text, ""):
+        case Paragraph(text):
             return f"<p>{escape(text)}</p>"
-        case Paragraph(text, address):
-            return f"<p><a href='{escape(address)}' rel='noreferrer'>{escape(text)}</a></p>"
         case Bullets(items, highlighted):
-            words = [f"<b>{escape(word)}</b>: " if word else "" for word, _ in items]
-            lines = [f"<li>{word}{escape(text)}</li>\n" for word, (_, text) in zip(words, items, strict=True)]
+            lines = [
+                f"<li><b>{escape(word)}</b>: {escape(text)}</li>\n" if word else f"<li>{escape(text)}</li>\n"
+                for word, text in items
+            ]
             return f"<ul{' class=findings' if highlighted else ''}>\n{''.join(lines)}</ul>"
         case Table():
             return _html_table(block)

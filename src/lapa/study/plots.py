@@ -17,7 +17,7 @@ import numpy as np
 from lapa.errors import UserError
 from lapa.files import atomic_path
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve
-from lapa.study.statistics import Correlation, Estimate, Group, figure_and_success
+from lapa.study.statistics import Estimate, Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,6 @@ COLOURS: dict[Arm, str] = {
     "actionvla": "#009e73",
 }
 MARKERS: dict[Arm, str] = {"scratch": "o", "vpt": "s", "unipi": "v", "lapa": "D", "actionvla": "^"}
-MAX_SCATTERS = 12
 # Validation metrics that are shown first, of those that the curves have.
 HELD_OUT = ("held_out_token_accuracy", "held_out_action_error", "held_out_loss")
 MAX_HELD_OUT = 2
@@ -158,31 +157,6 @@ def learning_curves(results: Sequence[ArmResult]) -> Figure | None:
             axis.set_axis_off()
         row[0].set_xlabel("steps", fontsize=7)
     _legend(figure, [arm for arm in ARMS if any(found == arm for _, found, _ in curves)])
-    return figure
-
-
-def figures_against_success(results: Sequence[ArmResult], found: Sequence[Correlation]) -> Figure | None:
-    """One panel for each figure with a correlation, largest rank correlation first, at most 12; None without any."""
-    shown = [correlation for correlation in found if correlation.spearman is not None]
-    shown = sorted(shown, key=lambda correlation: -abs(correlation.spearman or 0.0))[:MAX_SCATTERS]
-    if not shown:
-        return None
-    columns = min(4, len(shown))
-    figure, axes = _panels(math.ceil(len(shown) / columns), columns, width=2.5, height=2.3)
-    panels = [axis for row in axes for axis in row]
-    for axis, correlation in zip(panels, shown, strict=False):
-        for arm, value, success in figure_and_success(results, correlation.figure):
-            axis.plot(value, 100 * success, MARKERS[arm], color=COLOURS[arm], markersize=4, alpha=0.8)
-        title = f"{correlation.figure}\nrank correlation {correlation.spearman:+.2f}, n = {correlation.num_runs}"
-        axis.set_title(title, fontsize=8)
-        axis.set_ylim(-4, 104)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    for axis in panels[len(shown) :]:
-        axis.set_axis_off()
-    for row in axes:
-        row[0].set_ylabel("success, %", fontsize=8)
-    _legend(figure, [arm for arm in ARMS if any(result.arm == arm for result in results)])
     return figure
 
 

@@ -11,7 +11,7 @@ meaning of each figure: docs/metrics.md. The paper is LAPA (Ye et al., https://a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,49 +22,33 @@ from lapa.files import atomic_path, claim_output, write_json
 from lapa.study import plots
 from lapa.study.config import ReportConfig
 from lapa.study.page import Block, Bullets, Figure, Heading, Paragraph, Table, html_page, markdown, rich_table
-from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split, load_results
-from lapa.study.statistics import (
-    LEAST_GOALS,
-    NUM_DRAWS,
-    TOO_FEW,
-    TRAININGS,
-    Correlation,
-    Estimate,
-    Gap,
-    Group,
-    by_wording,
-    compare,
-    correlations,
-)
+from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results
+from lapa.study.statistics import LEAST_GOALS, NUM_DRAWS, TOO_FEW, TRAININGS, Estimate, Gap, Group, by_wording, compare
 
 PAGE, MARKDOWN, REPORT = "report.html", "table.md", "report.json"
 TITLE = "Does latent pretraining pay?"
-# A whole study has these many seeds of each arm and rollouts of each task under each seed.
-WHOLE_SEEDS, WHOLE_ROLLOUTS = 3, 50
+WHOLE_SEEDS = 3  # seeds of each arm in a whole study; fewer are written after a difference
 MAX_VALUES = 4  # of one setting that are shown
 
 QUESTION = (
     "Demonstrations with a robot's actions are expensive, videos are plenty. With only a few labelled episodes of each "
-    "task, does it pay to pretrain a robot policy on videos without actions? The arms compared here have the same "
-    "labelled episodes, finetuning budget, goals in the simulator and (except unipi, which plans in images) network. "
-    "They differ in their use of the videos:"
+    "task, does it pay to pretrain a robot policy on videos without actions? The arms have the same labelled episodes, "
+    "finetuning budget, goals in the simulator and (except unipi) network. They differ in their use of the videos:"
 )
-ARM_MEANINGS: dict[Arm, str] = {
-    "scratch": "is trained on the labelled robot episodes alone.",
-    "vpt": "an inverse dynamics model, trained on the labelled episodes, predicts the actions between the frames of "
-    "the videos; the policy is pretrained on these pseudo-actions, then finetuned.",
-    "unipi": "a video model predicts the next frames from the image and the instruction; the same inverse dynamics "
-    "model predicts the actions between them.",
-    "lapa": "a latent action model learns, without any action, a short code for the change between two frames of a "
-    "video; the policy is pretrained to predict these codes, then finetuned.",
-    "actionvla": "is pretrained on the true actions of the same videos, which no other arm may use, then finetuned: "
-    "the upper bound.",
-}
-SPLIT_MEANINGS: dict[Split, str] = {
-    "in-domain": "the videos show the tasks of the labelled episodes, in the same surroundings.",
-    "cross-task": "the videos show other tasks.",
-    "cross-environment": "the videos show the same tasks from another camera, in other colours and textures.",
-}
+# Of the arms, then of the splits.
+MEANINGS = (
+    ("scratch", "trained on the labelled episodes alone."),
+    (
+        "vpt",
+        "pretrained on actions that an inverse dynamics model of the labelled episodes predicts for the videos.",
+    ),
+    ("unipi", "a video model predicts the next frames, the inverse dynamics model the actions between them."),
+    ("lapa", "pretrained to predict latent actions: codes for the change between two frames, learned without actions."),
+    ("actionvla", "pretrained on the true actions of the videos, which no other arm may use: the upper bound."),
+    ("in-domain", "the videos show the tasks of the labelled episodes, in the same surroundings."),
+    ("cross-task", "the videos show other tasks."),
+    ("cross-environment", "the videos show the same tasks from another camera, in other colours and textures."),
+)
 INTERVALS = (
     f"Intervals are 95% percentile intervals of {NUM_DRAWS} draws of the goals of each task, the same for every arm "
     f"(differences are paired), each with {TRAININGS} draws of the error of a mean over few trainings, by Student's t "
@@ -78,38 +62,6 @@ WHY_WORDING = (
     "wording that scratch was not trained on (unheard), an arm with video may win by the captions alone; on heard "
     "goals scratch knows the words too."
 )
-ABOUT_CORRELATIONS = (
-    "Correlations pool runs of different arms, splits and numbers of labelled episodes (lam_* figures: runs of lapa "
-    "alone): they may show how arms differ, and no cause. Of many figures one correlates by chance. Equal runs count "
-    "once; runs of an arm and seed that share one value are one point."
-)
-
-
-@dataclass(frozen=True)
-class PaperResult:
-    """Success rates in percent from the paper's tables."""
-
-    setting: str
-    success: dict[Arm, float]
-
-    def gap(self, arm: Arm) -> float:
-        """Gap recovered."""
-        return (self.success[arm] - self.success["scratch"]) / (self.success["actionvla"] - self.success["scratch"])
-
-
-# Language Table (250 rollouts a cell) with goals seen and unseen in finetuning, and SIMPLER's WidowX average.
-PAPER = tuple(
-    PaperResult(setting, dict(zip(ARMS, success, strict=True)))
-    for setting, *success in (  #  scratch  vpt  unipi  lapa  actionvla
-        ("in-domain, seen", 15.6, 44.0, 22.0, 62.0, 77.0),
-        ("in-domain, unseen", 15.2, 32.8, 13.2, 49.6, 58.8),
-        ("cross-task, seen", 27.2, 72.0, 20.8, 73.2, 77.0),
-        ("cross-task, unseen", 22.4, 60.8, 16.0, 54.8, 58.8),
-        ("cross-environment, seen", 15.6, 18.0, 13.6, 33.6, 64.8),
-        ("cross-environment, unseen", 15.2, 18.4, 12.0, 29.6, 54.0),
-        ("SIMPLER", 34.4, 51.0, 1.3, 57.3, 63.5),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -120,7 +72,6 @@ class Findings:
     groups: tuple[Group, ...]
     heard: tuple[Group, ...]
     unheard: tuple[Group, ...]
-    correlations: list[Correlation]
 
 
 def run(config: ReportConfig) -> None:
@@ -148,36 +99,35 @@ def run(config: ReportConfig) -> None:
 
 def findings(results: Sequence[ArmResult]) -> Findings:
     """Compares the arms. Raises UserError where no result has a rollout."""
-    groups = tuple(group for group in compare(results) if group.cells)
+    groups = compare(results)
     if not groups:
         raise UserError(f"{results[0].folder}: no result has a rollout; run `lapa study run` to its end")
-    heard, unheard = by_wording(results, heard=True), by_wording(results, heard=False)
-    return Findings(tuple(results), groups, heard, unheard, correlations(results))
+    return Findings(tuple(results), groups, by_wording(results, heard=True), by_wording(results, heard=False))
 
 
 def content(found: Findings, drawn: Mapping[str, Path]) -> list[Block]:
     """The report for a reader who does not know the paper. drawn: caption -> file of each plot."""
-    blocks: list[Block] = [
+    lines = cautions(found.results)
+    blocks: list[Block] = [Bullets(tuple(("", line) for line in lines), highlighted=True)] if lines else []
+    blocks += [
         Paragraph(QUESTION),
-        Bullets(tuple(ARM_MEANINGS.items())),
-        Paragraph("There are three splits:"),
-        Bullets(tuple(SPLIT_MEANINGS.items())),
-        Paragraph("The method: Latent Action Pretraining from Videos (LAPA)", "https://arxiv.org/abs/2410.11758"),
+        Bullets(MEANINGS),
         Heading("Results"),
         Bullets(tuple(("", line) for line in comparisons(found.groups)), highlighted=True),
         main_table(found.groups),
         Paragraph(INTERVALS),
     ]
-    if lines := cautions(found.results):
-        blocks.insert(0, Bullets(tuple(("", line) for line in lines), highlighted=True))
     if found.heard or found.unheard:
         blocks += [wording_table(found.heard, found.unheard), Paragraph(WHY_WORDING)]
-    blocks += [coverage_table(found.results, found.groups), Heading("Plots")]
     blocks += [Figure(path, caption) for caption, path in drawn.items()]
     blocks += [*_images_of_runs(found), Heading("Tables"), *map(task_table, detailed_groups(found.groups))]
-    tables = [paper_table(), correlation_table(found.correlations), seconds_table(found.results)]
-    blocks += [table for table in (*tables, settings_table(found.results)) if table.rows]
-    return [*blocks, Paragraph(ABOUT_CORRELATIONS)]
+    title = "Seconds of each stage, mean over runs; a stage that several runs share counts in each"
+    tables = (
+        means_table("Figures of the runs, mean over each arm", found.results, lambda run: run.figures, digits=3),
+        means_table(title, found.results, _seconds, digits=0),
+        settings_table(found.results),
+    )
+    return [*blocks, *(table for table in tables if table.rows)]
 
 
 def detailed_groups(groups: Sequence[Group]) -> list[Group]:
@@ -206,8 +156,6 @@ def draw(found: Findings, out: Path) -> dict[str, Path]:
     for group in detailed:
         text = f"Learning curves, a line each run: {group.name}. Losses of different arms are not comparable."
         drawings.append((f"curves-{group.split}", text, plots.learning_curves(_runs_of(group, found))))
-    text = "Figures that may explain success, a point each run; their correlations are in a table below."
-    drawings.append(("figures", text, plots.figures_against_success(found.results, found.correlations)))
     drawings = [drawing for drawing in drawings if drawing[2] is not None]
     for name, _, figure in drawings:
         plots.save(figure, out / f"{name}.png")
@@ -221,23 +169,21 @@ def _runs_of(group: Group, found: Findings) -> list[ArmResult]:
 
 def _images_of_runs(found: Findings) -> list[Block]:
     """Rollouts of each arm, and the effect of the codes: of each split, the first seed that has an image."""
-    rollouts: list[Block] = []
-    codes: list[Block] = []
+    blocks: list[Block] = []
     for group in detailed_groups(found.groups):
-        first: dict[Arm, ArmResult] = {}
-        for result in (result for result in _runs_of(group, found) if result.strip):
-            first.setdefault(result.arm, result)
-        for arm, result in first.items():
-            text = f"{arm}: rollouts of seed {result.seed}, {group.name}. Each row is a task, from start to end."
-            rollouts.append(Figure(result.strip, text))  # type: ignore[arg-type]
-        for result in [result for result in _runs_of(group, found) if result.codes][:1]:
+        runs = _runs_of(group, found)
+        for arm in group.cells:
+            for result, path in [(run, run.strip) for run in runs if run.arm == arm and run.strip][:1]:
+                text = f"{arm}: rollouts of seed {result.seed}, {group.name}. Each row is a task, from start to end."
+                blocks.append(Figure(path, text))
+        for result, path in [(run, run.codes) for run in runs if run.codes][:1]:
             text = (
                 f"The effect of each code of the latent action model, seed {result.seed}, {group.name}. Rows: pairs of "
                 "frames. Columns: the first frame, the true second frame, the model's prediction with the pair's own "
                 "codes, then with the code at position p set to k (p:k); green: the pair's own code."
             )
-            codes.append(Figure(result.codes, text))  # type: ignore[arg-type]
-    return [*([Heading("Rollouts"), *rollouts] if rollouts else []), *([Heading("Codes"), *codes] if codes else [])]
+            blocks.append(Figure(path, text))
+    return blocks
 
 
 def as_json(found: Findings) -> dict[str, Any]:
@@ -247,14 +193,9 @@ def as_json(found: Findings) -> dict[str, Any]:
         "sizes": found.results[0].sizes,
         "cautions": cautions(found.results),
         "comparisons": comparisons(found.groups),
-        **{
-            name: [dataclasses.asdict(group) for group in getattr(found, name)]
-            for name in ("heard", "unheard", "groups")
-        },
-        "correlations": [dataclasses.asdict(each) for each in found.correlations],
-        "paper": [
-            {**dataclasses.asdict(each), "gap_recovered": {arm: each.gap(arm) for arm in ARMS}} for each in PAPER
-        ],
+        "groups": [dataclasses.asdict(group) for group in found.groups],
+        "heard": [dataclasses.asdict(group) for group in found.heard],
+        "unheard": [dataclasses.asdict(group) for group in found.unheard],
         "runs": [
             {
                 "name": result.name,
@@ -336,76 +277,36 @@ def wording_table(heard: Sequence[Group], unheard: Sequence[Group]) -> Table:
     return Table("By wording", (*header, "minus scratch on heard goals, points"), tuple(rows))
 
 
-def coverage_table(results: Sequence[ArmResult], groups: Sequence[Group]) -> Table:
-    """Seeds of each arm, and the fewest rollouts of a task under a seed; `-` where there are none."""
-    rows = []
-    keys = [(group.split, group.demonstrations) for group in groups]
-    missing = [(split, 0) for split in SPLITS if split not in {split for split, _ in keys}]
-    tasks = {
-        (group.split, group.demonstrations): {t for cell in group.cells.values() for t in cell.by_task}
-        for group in groups
-    }
-    for split, number in [*keys, *missing]:
-        cells = []
-        for arm in ARMS:
-            runs = [r for r in results if (r.split, r.demonstrations, r.arm) == (split, number, arm) and r.rollouts]
-            played = [[rollout.task for rollout in run.rollouts] for run in runs]
-            least = min((names.count(task) for names in played for task in tasks[split, number]), default=0)
-            cells.append(f"{len(runs)} x {least}" if runs else "-")
-        rows.append((f"{split}, {number}" if number else split, *cells))
-    title = f"Seeds x rollouts of each task; a whole study has {WHOLE_SEEDS} x {WHOLE_ROLLOUTS} everywhere"
-    return Table(title, ("split, labelled episodes a task", *ARMS), tuple(rows))
-
-
 def task_table(group: Group) -> Table:
     tasks = sorted({task for cell in group.cells.values() for task in cell.by_task})
+    rates = [[cell.by_task.get(task) for cell in group.cells.values()] for task in tasks]
     rows = [
-        (task, *(f"{100 * cell.by_task[task]:.0f}" if task in cell.by_task else "-" for cell in group.cells.values()))
-        for task in tasks
+        (task, *("-" if rate is None else f"{100 * rate:.0f}" for rate in row))
+        for task, row in zip(tasks, rates, strict=True)
     ]
     return Table(f"Success by task, %: {group.name}", ("task", *group.cells), tuple(rows))
 
 
-def paper_table() -> Table:
-    """The published success rates, and the gap recovered computed from them."""
-    rows = [
-        (
-            each.setting,
-            *(f"{each.success[arm]:.1f}" for arm in ARMS),
-            f"{each.gap('vpt'):.2f}",
-            f"{each.gap('lapa'):.2f}",
-        )
-        for each in PAPER
-    ]
-    header = ("setting, goals", *ARMS, "gap recovered by vpt", "by lapa")
-    return Table("The paper's success rates, % (Language Table, 250 rollouts each; SIMPLER)", header, tuple(rows))
-
-
-def correlation_table(found: Sequence[Correlation]) -> Table:
-    rows = []
-    for each in found:
-        values = (each.note, "")
-        if each.spearman is not None and each.pearson is not None:
-            values = (f"{each.spearman:+.2f}", f"{each.pearson:+.2f}")
-        rows.append((each.figure, str(each.num_runs), ", ".join(each.arms), *values))
-    header = ("figure", "runs, each once", "of arms", "rank correlation", "correlation")
-    return Table("Figures and success over runs", header, tuple(rows))
-
-
-def seconds_table(results: Sequence[ArmResult]) -> Table:
-    """Mean seconds of each stage over the runs of an arm that have it."""
-    arms = [arm for arm in ARMS if any(result.arm == arm for result in results)]
-    spent: dict[str, dict[str, list[float]]] = {}
+def means_table(
+    title: str, results: Sequence[ArmResult], values_of: Callable[[ArmResult], Mapping[str, float]], digits: int
+) -> Table:
+    """The mean of each value over the runs of an arm that have it."""
+    found: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        stages = {result.stage_of(title): seconds for title, seconds in result.seconds.items()}
-        for stage, seconds in {**stages, "all of a run": sum(stages.values())}.items() if stages else ():
-            spent.setdefault(stage, {}).setdefault(result.arm, []).append(seconds)
+        for name, value in values_of(result).items():
+            found.setdefault(name, {}).setdefault(result.arm, []).append(value)
+    arms = [arm for arm in ARMS if any(result.arm == arm for result in results)]
     rows = [
-        (stage, *(f"{sum(each[arm]) / len(each[arm]):.0f}" if arm in each else "-" for arm in arms))
-        for stage, each in sorted(spent.items(), key=lambda item: item[0] == "all of a run")
+        (name, *(f"{sum(each[arm]) / len(each[arm]):.{digits}f}" if arm in each else "-" for arm in arms))
+        for name, each in found.items()
     ]
-    title = "Seconds of each stage, mean over runs; a stage that several runs share counts in each"
-    return Table(title, ("stage", *arms), tuple(rows))
+    return Table(title, ("mean", *arms), tuple(rows))
+
+
+def _seconds(result: ArmResult) -> Mapping[str, float]:
+    """Seconds of a run's stages, without the arm in their names."""
+    stages = {result.stage_of(title): seconds for title, seconds in result.seconds.items()}
+    return {"all of a run": sum(stages.values()), **stages} if stages else {}
 
 
 def settings_table(results: Sequence[ArmResult]) -> Table:

@@ -21,14 +21,13 @@ Axes: A arms, S seeds, K tasks, E episodes, D draws of goals, N draws of goals a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from einops import rearrange
-from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import rankdata
 
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split
 
@@ -36,13 +35,12 @@ NUM_DRAWS = 2000  # of goals
 TRAININGS = 8  # drawn for each of them: the tails of Student's t are long, and cost less than goals
 LEAST_GAP = 0.02  # of actionvla over scratch, for a value of gap recovered where the gap may be chance
 LEAST_GOALS = 10  # a task, in the mean over tasks, for an interval
-LEAST_RUNS = 5  # for a correlation
 TOO_FEW = f"too few rollouts, under {LEAST_GOALS} goals a task"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95% interval (None where too few goals were rollouts), over `num_seeds` seeds."""
+    """A value and its 95% interval (None where too few goals were played), over `num_seeds` seeds."""
 
     value: float
     low: float | None
@@ -106,50 +104,46 @@ class SharedRollouts:
     tasks: tuple[str, ...]
 
 
-def compare(results: Sequence[ArmResult], num_draws: int = NUM_DRAWS, seed: int = 0) -> tuple[Group, ...]:
-    """Compares the arms of every split and number of labelled episodes, in the order of SPLITS and ARMS."""
-    keys = sorted({(SPLITS.index(result.split), result.demonstrations) for result in results})
+def compare(results: Sequence[ArmResult]) -> tuple[Group, ...]:
+    """Compares the arms of every split and number of labelled episodes, in the order of SPLITS and ARMS.
+
+    Runs without rollouts are left out.
+    """
     groups = []
-    for position, demonstrations in keys:
+    results = [run for run in results if run.rollouts]
+    for position, demonstrations in sorted({(SPLITS.index(run.split), run.demonstrations) for run in results}):
         split = SPLITS[position]
-        own = [result for result in results if (result.split, result.demonstrations) == (split, demonstrations)]
-        runs = {arm: [run for run in own if run.arm == arm] for arm in ARMS}
-        runs = {arm: found for arm, found in runs.items() if any(run.rollouts for run in found)}
+        own = [run for run in results if (run.split, run.demonstrations) == (split, demonstrations)]
+        runs = {arm: found for arm in ARMS if (found := [run for run in own if run.arm == arm])}
         ranks = mean_ranks(shared(*runs.values()))
-        cells = {arm: _cell(arm, runs, ranks[n] if ranks else None, num_draws, seed) for n, arm in enumerate(runs)}
+        cells = {arm: _cell(arm, runs, ranks[n] if ranks else None) for n, arm in enumerate(runs)}
         groups.append(Group(split, demonstrations, cells))
     return tuple(groups)
 
 
 def by_wording(results: Sequence[ArmResult], heard: bool) -> tuple[Group, ...]:
     """Compares on the goals whose wording the labelled episodes of the seed contain, or on the others."""
-    kept = [replace(run, rollouts=tuple(each for each in run.rollouts if each.heard is heard)) for run in results]
-    return tuple(group for group in compare(kept) if group.cells)
+    return compare(
+        [replace(run, rollouts=tuple(each for each in run.rollouts if each.heard is heard)) for run in results]
+    )
 
 
-def _cell(arm: Arm, runs: dict[Arm, list[ArmResult]], mean_rank: float | None, num_draws: int, seed: int) -> Cell:
+def _cell(arm: Arm, runs: dict[Arm, list[ArmResult]], mean_rank: float | None) -> Cell:
     rollouts = shared(runs[arm])
-    assert rollouts is not None
+    assert rollouts is not None, "runs without rollouts are left out"
     rates_SK, present_SK = task_rates(rollouts)
     by_task = rates_SK[0].sum(axis=0) / present_SK.sum(axis=0)
-    versus: dict[Arm, Estimate] = {}
     others: list[Arm] = ["scratch", "vpt"] if arm == "lapa" else ["scratch"]
-    for other in others:
-        both = shared(runs[arm], runs.get(other, [])) if other != arm else None
-        if both is not None:
-            versus[other] = estimate(both, (1, -1), num_draws, seed)
-    gap = None
-    if arm not in ("scratch", "actionvla"):
-        ends: tuple[Arm, Arm, Arm] = ("scratch", arm, "actionvla")
-        gap = gap_recovered(shared(*(runs.get(end, []) for end in ends)), num_draws=num_draws, seed=seed)
+    both = {other: shared(runs[arm], runs.get(other, [])) for other in others if other != arm}
+    ends: tuple[Arm, Arm, Arm] = ("scratch", arm, "actionvla")
     return Cell(
         arm=arm,
         seeds=tuple(sorted({run.seed for run in runs[arm]})),
         num_rollouts=sum(len(run.rollouts) for run in runs[arm]),
-        success=estimate(rollouts, (1,), num_draws, seed),
-        by_task={task: float(rate) for task, rate in zip(rollouts.tasks, by_task, strict=True)},
-        versus=versus,
-        gap=gap,
+        success=estimate(rollouts, (1,)),
+        by_task=dict(zip(rollouts.tasks, by_task.tolist(), strict=True)),
+        versus={other: estimate(pair, (1, -1)) for other, pair in both.items() if pair is not None},
+        gap=gap_recovered(shared(*(runs.get(end, []) for end in ends))) if len(set(ends)) == 3 else None,
         mean_rank=mean_rank,
     )
 
@@ -178,7 +172,7 @@ def shared(*arms: Sequence[ArmResult]) -> SharedRollouts | None:
     return SharedRollouts(success_ASKE, present_SKE, tuple(tasks))
 
 
-def estimate(rollouts: SharedRollouts, weights: Sequence[float], num_draws: int = NUM_DRAWS, seed: int = 0) -> Estimate:
+def estimate(rollouts: SharedRollouts, weights: Sequence[float]) -> Estimate:
     """Estimates a weighted sum of the arms' success rates: (1,) is a rate, (1, -1) a difference.
 
     Its interval is between percentiles of the draws, clipped to the values that such a sum can have.
@@ -187,7 +181,7 @@ def estimate(rollouts: SharedRollouts, weights: Sequence[float], num_draws: int 
     value, num_seeds = float(weights_A @ success_rates(rollouts)), len(rollouts.present_SKE)
     if rollouts.present_SKE.any(axis=0).sum() < LEAST_GOALS * len(rollouts.tasks):
         return Estimate(value, None, None, num_seeds)
-    ends = np.percentile(weights_A @ bootstrap(rollouts, num_draws, seed), [2.5, 97.5])
+    ends = np.percentile(weights_A @ bootstrap(rollouts), [2.5, 97.5])
     low, high = np.clip(ends, weights_A[weights_A < 0].sum(), weights_A[weights_A > 0].sum())
     return Estimate(value, float(low), float(high), num_seeds)
 
@@ -204,37 +198,30 @@ def bootstrap(rollouts: SharedRollouts, num_draws: int = NUM_DRAWS, seed: int = 
     """
     goals_K = rollouts.present_SKE.any(axis=0).sum(axis=-1)
     goals_DKE, students_NS = _drawn(len(rollouts.present_SKE), tuple(map(int, goals_K)), num_draws, seed)
-    return np.repeat(_rates(rollouts, goals_DKE), TRAININGS, axis=1) + _seed_shares(rollouts) @ students_NS.T
+    rates_ASK, present_SK = task_rates(rollouts)
+    num_K = present_SK.sum(axis=0)
+    # The deviation of each arm's rate that each seed causes; zero in the sum over seeds.
+    away_ASK = (rates_ASK - rates_ASK.sum(axis=1, keepdims=True) / num_K) * present_SK
+    shares_AS = (away_ASK / num_K).mean(axis=-1)
+    return np.repeat(_rates(rollouts, goals_DKE), TRAININGS, axis=1) + shares_AS @ students_NS.T
 
 
 @lru_cache(maxsize=4)
 def _drawn(num_seeds: int, goals: tuple[int, ...], num_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """How often each draw took each goal of each task [D, K, E], and the factor of each seed's share [N, S]."""
     random = np.random.default_rng(seed)
-    widest, goals_K1 = max(goals), np.array(goals)[:, None]
-    goals_DKE = random.integers(0, np.broadcast_to(goals_K1, (num_draws, len(goals), widest)))
-    kept_KE = np.arange(widest) < goals_K1
+    shape_DKE, goals_K1 = (num_draws, len(goals), max(goals)), np.array(goals)[:, None]
+    drawn_DKE = random.integers(0, np.broadcast_to(goals_K1, shape_DKE))
+    # A task with fewer goals than the widest draws only so many.
+    kept_DKE = np.broadcast_to(np.arange(max(goals)) < goals_K1, shape_DKE)
+    places_DKE = drawn_DKE + max(goals) * np.arange(num_draws * len(goals)).reshape(num_draws, -1, 1)
+    counts = np.bincount(places_DKE.ravel(), kept_DKE.ravel().astype(float), minlength=places_DKE.size)
     students_NS = np.zeros((TRAININGS * num_draws, num_seeds))
     if num_seeds > 1:
         # Shares of S seeds have S - 1 degrees of freedom and, squared, add up to (S - 1) / S standard errors squared.
         spread_N1 = random.chisquare(num_seeds - 1, size=(len(students_NS), 1))
         students_NS = random.standard_normal(students_NS.shape) * np.sqrt(num_seeds / spread_N1)
-    return _counted(goals_DKE, kept_KE, widest), students_NS
-
-
-def _seed_shares(rollouts: SharedRollouts) -> np.ndarray:
-    """The deviation of the rate of each arm that each seed causes: [A, S]; zero in the sum over seeds."""
-    rates_ASK, present_SK = task_rates(rollouts)
-    num_K = present_SK.sum(axis=0)
-    away_ASK = (rates_ASK - rates_ASK.sum(axis=1, keepdims=True) / num_K) * present_SK
-    return (away_ASK / num_K).mean(axis=-1)
-
-
-def _counted(drawn: np.ndarray, kept: np.ndarray, num: int) -> np.ndarray:
-    rows = drawn.reshape(-1, drawn.shape[-1])
-    flat = rows + num * np.arange(len(rows))[:, None]
-    weights = np.broadcast_to(kept, drawn.shape).reshape(-1).astype(float)
-    return np.bincount(flat.reshape(-1), weights, minlength=num * len(rows)).reshape(*drawn.shape[:-1], num)
+    return counts.reshape(shape_DKE), students_NS
 
 
 def _rates(rollouts: SharedRollouts, goals_DKE: np.ndarray) -> np.ndarray:
@@ -257,7 +244,7 @@ def task_rates(rollouts: SharedRollouts) -> tuple[np.ndarray, np.ndarray]:
     return _divided(rollouts.success_ASKE.sum(axis=-1), rollouts.present_SKE.sum(axis=-1))
 
 
-def gap_recovered(rollouts: SharedRollouts | None, *, num_draws: int = NUM_DRAWS, seed: int = 0) -> Gap:
+def gap_recovered(rollouts: SharedRollouts | None) -> Gap:
     """The gap recovered of three arms: scratch, the arm in question, actionvla.
 
     No interval where the interval of actionvla - scratch is not above zero, and no value where also the difference is
@@ -267,14 +254,14 @@ def gap_recovered(rollouts: SharedRollouts | None, *, num_draws: int = NUM_DRAWS
     if rollouts is None:
         return Gap(None, note="needs scratch and actionvla")
     scratch, arm, _ = success_rates(rollouts)
-    whole = estimate(rollouts, (-1, 0, 1), num_draws, seed)
+    whole = estimate(rollouts, (-1, 0, 1))
     if whole.sign < 1 and whole.value <= LEAST_GAP:
         return Gap(None, note="gap not above zero", num_seeds=whole.num_seeds)
     value = float((arm - scratch) / whole.value)
     if whole.sign < 1:
         note = TOO_FEW if whole.low is None else "gap not above zero for certain"
         return Gap(value, note=note, num_seeds=whole.num_seeds)
-    scratch_N, arm_N, actionvla_N = bootstrap(rollouts, num_draws, seed)
+    scratch_N, arm_N, actionvla_N = bootstrap(rollouts)
     whole_N = actionvla_N - scratch_N
     bounded_N = whole_N > 0
     recovered_N = (arm_N - scratch_N) / np.where(bounded_N, whole_N, 1)
@@ -291,49 +278,3 @@ def mean_ranks(rollouts: SharedRollouts | None) -> list[float] | None:
     rates_ASK, present_SK = task_rates(rollouts)
     ranks_ASK = rankdata(-rates_ASK, axis=0)
     return ranks_ASK[:, present_SK > 0].mean(axis=1).tolist()
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Of a figure with the success rate over runs of these arms. note: why there are no values."""
-
-    figure: str
-    num_runs: int
-    arms: tuple[Arm, ...]
-    spearman: float | None = None
-    pearson: float | None = None
-    note: str = ""
-
-
-def correlations(results: Sequence[ArmResult]) -> list[Correlation]:
-    """Correlates every figure with the success rate, over the runs that have it; lam_* figures over those of lapa."""
-    found = []
-    for name in sorted({name for result in results for name in result.figures}):
-        points = figure_and_success(results, name)
-        arms = tuple(arm for arm in ARMS if any(arm == own for own, _, _ in points))
-        xs, ys = (np.array([point[axis] for point in points], dtype=float) for axis in (1, 2))
-        if len(points) < LEAST_RUNS:
-            found.append(Correlation(name, len(points), arms, note=f"too few (fewer than {LEAST_RUNS} runs)"))
-        elif np.ptp(xs) == 0 or np.ptp(ys) == 0:
-            found.append(Correlation(name, len(points), arms, note="the figure or success does not vary"))
-        else:
-            spearman, pearson = float(spearmanr(xs, ys).statistic), float(pearsonr(xs, ys).statistic)
-            found.append(Correlation(name, len(points), arms, spearman, pearson))
-    return found
-
-
-def figure_and_success(results: Sequence[ArmResult], name: str) -> list[tuple[Arm, float, float]]:
-    """Returns arm, value and success rate of the runs with that figure, each once.
-
-    A run that several splits share (scratch) counts once. Runs of an arm, seed and split with equal values, such as of
-    one latent action model under several numbers of labelled episodes, are one point at their mean success.
-    """
-    distinct = {(run.arm, run.seed, run.rollouts, tuple(sorted(run.figures.items()))): run for run in results}
-    points: dict[tuple[Arm, int, Split, float], list[float]] = {}
-    for run in distinct.values():
-        value, success = run.figures.get(name), run.success_rate()
-        if value is None or success is None or not math.isfinite(value):
-            continue
-        if not name.startswith("lam_") or run.arm == "lapa":
-            points.setdefault((run.arm, run.seed, run.split, float(value)), []).append(success)
-    return [(arm, value, float(np.mean(rates))) for (arm, _, _, value), rates in points.items()]
