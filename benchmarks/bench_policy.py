@@ -423,8 +423,7 @@ def twin_step(
 
 def act_literally(twin: LiteralPolicy, policy: Policy, observations: Sequence[Observation]) -> np.ndarray:
     """Does what `Policy.infer` does, with the twin instead of the model."""
-    batch = policy.observe(observations)
-    assert batch is not None
+    batch = policy.batch(policy.checked(observations))
     tokens_BF = twin.act(batch, policy.model.action_field)
     bins_BKA = policy.model.config.vocabulary.codes("bins", tokens_BF).view(len(tokens_BF), -1, policy.action_dim)
     return policy.decode(bins_BKA.cpu().numpy())

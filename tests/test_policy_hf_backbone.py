@@ -21,6 +21,7 @@ from transformers import (
     PaliGemmaProcessor,
 )
 
+from lapa.errors import UserError
 from lapa.policy.backbones import hf
 from lapa.policy.backbones.hf import HfBackbone
 from lapa.policy.backbones.hf_processor import HfProcessor
@@ -389,6 +390,14 @@ def test_a_model_that_is_not_whole_is_refused(missing: str, message: str, tmp_pa
     folder = make_vlm("smolvlm", tmp_path / "model")
     (folder / missing).unlink()
     with pytest.raises(ValueError, match=message):
+        create(folder)
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    folder = make_vlm("smolvlm", tmp_path / "model")
+    # The tokenizers library refuses this with a plain Exception.
+    (folder / "tokenizer.json").write_text('{"added_tokens": [], "model": {"type": "BPE", "vocab": 1}}')
+    with pytest.raises(UserError, match=r"model: tokenizer.json cannot be loaded"):
         create(folder)
 
 

@@ -118,6 +118,14 @@ def test_weights_survive_the_folder(folders):
     assert torch.equal(after[:rows], before)
 
 
+# The last is what the tokenizers library refuses with a plain Exception.
+DAMAGED = ("", "[]", "{}", "[" * 99_999, '{"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": ["a"]}}')
+
+
+def damage_tokenizer(folder, text):
+    (folder / "processor" / "tokenizer.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -131,6 +139,7 @@ def test_weights_survive_the_folder(folders):
         ),
         (lambda folder: (folder / "actions.safetensors").unlink(), r"actions\.safetensors: missing"),
         (lambda folder: shutil.rmtree(folder / "processor"), r"no tokenizer\.json"),
+        *((lambda folder, text=text: damage_tokenizer(folder, text), r"tokenizer\.json: damaged") for text in DAMAGED),
     ],
 )
 def test_a_spoilt_folder_is_named(folders, tmp_path, spoil, message):
@@ -147,7 +156,7 @@ def test_weights_of_another_size_are_refused(folders, tmp_path):
     written = json.loads((folder / "config.json").read_text())
     written["policy"]["backbone"]["layers"] = 2
     (folder / "config.json").write_text(json.dumps(written))
-    with pytest.raises(ValueError, match="does not fit the policy's config"):
+    with pytest.raises(ValueError, match="does not fit the config next to it"):
         Policy.from_pretrained(folder)
 
 

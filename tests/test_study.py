@@ -39,6 +39,8 @@ def keys(*steps: Step) -> set[str]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # The video model of the arm unipi is a UNet of diffusers, which only the extra `study` brings.
+    pytest.importorskip("diffusers")
     out = tmp_path_factory.mktemp("study") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_run, "run_stage", in_this_process)

@@ -21,6 +21,7 @@ from lapa.baselines.video_train import FutureFrames
 from lapa.data.dataset import ActionSpace
 from lapa.data.spec import open_dataset
 from lapa.engine.config import LoopConfig, OptimConfig
+from lapa.errors import UserError
 from lapa.evaluate.config import EvaluateConfig
 from lapa.evaluate.rollout import evaluate
 from lapa.files import read_json
@@ -198,6 +199,21 @@ def test_a_joined_policy_answers_the_same_alone_and_in_a_batch(root: Path) -> No
     assert actor.infer([]).shape == (0, 6, 2)
     assert (actor.cameras, actor.chunk, actor.action_dim, actor.state_dim) == (("front",), 6, 2, 0)
     assert actor.action_space.names == ("right", "down")
+
+
+def test_a_joined_policy_acts_step_by_step_as_any_policy(root: Path) -> None:
+    actor = load_actor(root / "policy", device="cpu")
+    one = observation("move up-left", 32)
+    given = {"front": one.images["front"].transpose(2, 0, 1), "instruction": one.instruction}
+    chunk_KA = actor.infer(given)
+    assert chunk_KA.shape == (6, 2) and actor.fps == 10
+    np.testing.assert_array_equal(chunk_KA, actor.infer([one])[0])
+    for _ in range(2):
+        steps = [actor.select_action(given) for _ in range(4)]
+        np.testing.assert_array_equal(steps, chunk_KA[:4])
+        actor.reset()
+    with pytest.raises(UserError, match="infer takes an observation or a list of them"):
+        actor.infer("front")
 
 
 def test_actions_are_read_off_each_pair_of_the_plan_in_turn(root: Path) -> None:

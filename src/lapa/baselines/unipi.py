@@ -35,7 +35,7 @@ from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json
-from lapa.policy.runtime import as_observation
+from lapa.policy.runtime import Actor
 from lapa.types import Observation
 
 KIND, VIDEO, INVERSE = "unipi", "video", "inverse"
@@ -104,13 +104,11 @@ def require_fit(video: VideoModel, inverse: InverseDynamics, video_name: object,
         )
 
 
-class UniPi:
-    """The joined policy, with the interface of `lapa.policy.runtime.Policy`."""
-
-    state_dim = 0
-    """It takes no state."""
+class UniPi(Actor):
+    """The joined policy. It takes no state."""
 
     def __init__(self, video: VideoModel, inverse: InverseDynamics, acting: Acting, device: torch.device) -> None:
+        super().__init__()
         self.video, self.inverse, self.acting = video.to(device).eval(), inverse.to(device).eval(), acting
         self.device = device
 
@@ -133,27 +131,18 @@ class UniPi:
 
     @property
     def chunk(self) -> int:
-        """K, the time steps of actions that a plan holds."""
         return self.video.config.num_frames * self.inverse.horizon_frames
 
     @property
-    def action_dim(self) -> int:
-        return self.action_space.action_dim
-
-    @property
     def action_space(self) -> ActionSpace:
-        """What the actions mean."""
         return self.inverse.recording.action_space
 
-    def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
-        """Returns the next K actions for each observation, float32, in the robot's own units.
+    @property
+    def fps(self) -> float:
+        return self.inverse.recording.fps
 
-        Deterministic; the actions for an observation do not depend on the others, up to rounding. Raises UserError for
-        a missing camera and for an image that is not uint8 RGB.
-        """
-        if not observations:
-            return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
-        observations = [as_observation(one, number, self.cameras, 0) for number, one in enumerate(observations)]
+    def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
+        """Deterministic; the actions for an observation do not depend on the others, up to rounding."""
         frames_BTCHW = self.plan(observations)
         pairs = torch.stack([frames_BTCHW[:, :-1], frames_BTCHW[:, 1:]], dim=2)
         actions = self.inverse.predict(rearrange(pairs, "b f t c h w -> (b f) t c h w"))
@@ -162,7 +151,7 @@ class UniPi:
     def plan(self, observations: Sequence[Observation]) -> torch.Tensor:
         """Returns the current frames and the predicted ones after them: uint8 [B, 1 + F, 3, H, W]."""
         size, camera = self.video.config.image_size, self.cameras[0]
-        seen_BHWC = np.concatenate([resize_and_crop(np.asarray(o.images[camera])[None], size) for o in observations])
+        seen_BHWC = np.concatenate([resize_and_crop(o.images[camera][None], size) for o in observations])
         seen_BCHW = torch.from_numpy(rearrange(seen_BHWC, "b h w c -> b c h w").copy()).to(self.device)
         future_BFCHW = self.video.sample(
             seen_BCHW,

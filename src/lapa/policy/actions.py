@@ -102,9 +102,9 @@ class ActionCodec(ABC):
             prefix = f"{key}/" if key is not None and any(name.startswith(f"{key}/") for name in arrays) else ""
             return cls(**{field: arrays[f"{prefix}{name}"] for name, field in cls.ARRAYS.items()})
         except FileNotFoundError:
-            raise UserError(f"{path}: missing; the policy folder is incomplete, finetune it again") from None
+            raise UserError(f"{path}: missing; the folder is incomplete, train its model again") from None
         except (SafetensorError, KeyError) as error:
-            raise UserError(f"{path}: not a file of {cls.NAME} ({error}); finetune the policy again") from None
+            raise UserError(f"{path}: not a file of {cls.NAME} ({error}); train its model again") from None
 
     def _require_width(self, actions: np.ndarray) -> None:
         if actions.ndim < 1 or actions.shape[-1] != self.action_dim:

@@ -21,11 +21,12 @@ Axes: B batch, V cameras, H W image, S state dimensions, L latent action length,
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -53,47 +54,97 @@ UNNAMED = "default"
 OTHER_ACTORS = {"unipi": "lapa.baselines.unipi:UniPi"}
 
 
-class Actor(Protocol):
-    """What `lapa evaluate` and `lapa policy measure` ask of a policy."""
+class Actor(ABC):
+    """From observation to action: a finetuned policy, or another kind of `load_actor`.
+
+    execution: how `select_action` turns chunks into single actions (lapa.policy.execution).
+    """
+
+    def __init__(self) -> None:
+        self.execution: Execution = RecedingHorizon()
 
     @property
+    @abstractmethod
     def cameras(self) -> tuple[str, ...]:
         """The cameras that every observation must have."""
 
     @property
+    @abstractmethod
     def chunk(self) -> int:
         """K, the time steps of actions that `infer` returns."""
 
     @property
+    @abstractmethod
+    def action_space(self) -> ActionSpace:
+        """Names of the action dimensions, which are binary, delta or absolute control."""
+
+    @property
     def action_dim(self) -> int:
         """A, the dimensions of an action."""
+        return self.action_space.action_dim
 
     @property
     def state_dim(self) -> int:
         """Dimensions of the state that every observation must have; 0: none is needed."""
+        return 0
 
     @property
-    def action_space(self) -> ActionSpace:
-        """Names of the action dimensions, which are binary, delta or absolute control."""
+    @abstractmethod
+    def fps(self) -> float | None:
+        """Actions a second; None for a policy of datasets with different rates, or made before it was kept."""
 
-    def infer(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
-        """The next K actions for each observation, float32, in the robot's own units."""
+    @abstractmethod
+    def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
+        """The next K actions for observations that `infer` has checked, of which there is at least one."""
+
+    @overload
+    def infer(self, observations: Observation | Mapping[str, Any]) -> Float[np.ndarray, "K A"]: ...
+    @overload
+    def infer(self, observations: Sequence[Observation | Mapping[str, Any]]) -> Float[np.ndarray, "B K A"]: ...
+    def infer(self, observations: Any) -> np.ndarray:
+        """The next K actions for one observation [K, A] or several [B, K, A], float32, in the robot's own units.
+
+        An observation is an `Observation`, or a dict of an image by the name of each camera, "instruction", and
+        "state" where the policy reads it. An image is a PIL image, or an array or tensor, [H, W, 3] or [3, H, W], uint8
+        or floats in [0, 1]. Raises UserError for anything else, for a missing camera, and for a state that is missing,
+        of another width or not finite.
+        """
+        if isinstance(observations, Observation | Mapping):
+            return self.infer([observations])[0]
+        checked = self.checked(observations)
+        return self.act(checked) if checked else np.zeros((0, self.chunk, self.action_dim), np.float32)
+
+    def checked(self, observations: Any) -> list[Observation]:
+        """Observations with uint8 images [H, W, 3] of this policy's cameras. Raises UserError as `infer` does."""
+        if isinstance(observations, str | bytes) or not isinstance(observations, Sequence):
+            raise UserError(
+                f"infer takes an observation or a list of them, got {type(observations).__name__}; "
+                f"give {{{self.cameras[0]!r}: image, 'instruction': '...'}}"
+            )
+        return [as_observation(one, number, self.cameras, self.state_dim) for number, one in enumerate(observations)]
+
+    def reset(self) -> None:
+        """Begins an episode: forgets the chunks that `select_action` has left."""
+        self.execution.reset()
+
+    def select_action(self, observation: Observation | Mapping[str, Any]) -> Float[np.ndarray, "A"]:
+        """The action to execute now: step by step through each chunk, as `execution` decides; see `infer`."""
+        return self.execution.next(lambda: self.infer(observation))
 
 
-class Policy:
+class Policy(Actor):
     """A policy on a device, from observation to action.
 
     model: the module. processor: images and text to tensors. statistics: bins or scale of actions and states by the
     name of the dataset; none before finetuning, one set where a policy learned from one dataset or pools several.
-    execution: how `select_action` turns chunks into single actions (lapa.policy.execution).
     """
 
     def __init__(
         self, model: LatentPolicy, processor: Processor, statistics: Mapping[str, Statistics] | None = None
     ) -> None:
+        super().__init__()
         self.model, self.processor = model, processor
         self.statistics = dict(statistics or {})
-        self.execution: Execution = RecedingHorizon()
 
     @classmethod
     def from_pretrained(
@@ -160,12 +211,10 @@ class Policy:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The cameras that every observation must have."""
         return self.config.cameras
 
     @property
     def chunk(self) -> int:
-        """K, the time steps of actions that `infer` returns."""
         return self.config.chunk
 
     @property
@@ -174,17 +223,14 @@ class Policy:
 
     @property
     def state_dim(self) -> int:
-        """Dimensions of the state that every observation must have; 0: none is needed."""
         return self.config.state_dim
 
     @property
     def action_space(self) -> ActionSpace:
-        """Names of the action dimensions, which are binary, delta or absolute control."""
         return self.config.spaces[0].space
 
     @property
     def fps(self) -> float | None:
-        """Actions a second; None for a policy of datasets with different rates, or made before it was kept."""
         return self.config.spaces[0].fps if self.config.spaces else None
 
     def under(self, key: str | None) -> Policy:
@@ -221,59 +267,27 @@ class Policy:
         codecs = [statistics_of(self.statistics, name).codec for name in names]
         return np.stack([codec.decode(codec.clamp(row)) for codec, row in zip(codecs, predicted_BKA, strict=True)])
 
-    @overload
-    def infer(self, observations: Observation | Mapping[str, Any]) -> Float[np.ndarray, "K A"]: ...
-    @overload
-    def infer(self, observations: Sequence[Observation | Mapping[str, Any]]) -> Float[np.ndarray, "B K A"]: ...
-    def infer(self, observations: Any) -> np.ndarray:
-        """The next K actions for one observation [K, A] or several [B, K, A], float32, in the robot's own units.
-
-        An observation is an `Observation`, or a dict of an image by the name of each camera, "instruction", and
-        "state" where the policy reads it. An image is a PIL image, or an array or tensor, [H, W, 3] or [3, H, W], uint8
-        or floats in [0, 1]. Raises UserError for anything else, for a missing camera, and for a state that is missing,
-        of another width or not finite.
-        """
-        if isinstance(observations, Observation | Mapping):
-            return self.infer([observations])[0]
-        batch = self.observe(observations)
-        if batch is None:
-            return np.zeros((0, self.chunk, self.action_dim), dtype=np.float32)
-        return self.decode(self.model.predict_actions(batch).cpu().numpy())
+    def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
+        return self.decode(self.model.predict_actions(self.batch(observations)).cpu().numpy())
 
     def predict_codes(self, observations: Sequence[Observation | Mapping[str, Any]]) -> np.ndarray:
         """The latent action of each observation, codes [B, L]. Observations and errors as of `infer`."""
-        batch = self.observe(observations)
-        if batch is None:
+        checked = self.checked(observations)
+        if not checked:
             return np.zeros((0, self.config.latent_length), np.int64)
-        return self.model.predict_codes(batch).cpu().numpy()
+        return self.model.predict_codes(self.batch(checked)).cpu().numpy()
 
-    def observe(self, observations: Any) -> dict[str, Tensor] | None:
-        """Several observations as the model's batch, on its device; None for none."""
-        if isinstance(observations, str | bytes) or not isinstance(observations, Sequence):
-            raise UserError(
-                f"infer takes an observation or a list of them, got {type(observations).__name__}; "
-                f"give {{{self.cameras[0]!r}: image, 'instruction': '...'}}"
-            )
-        if not observations:
-            return None
-        checked = [as_observation(one, number, self.cameras, self.state_dim) for number, one in enumerate(observations)]
+    def batch(self, observations: Sequence[Observation]) -> dict[str, Tensor]:
+        """Observations as the model's batch, on its device."""
         batch = observe(
             self.config,
             self.processor,
             self.statistics,
-            [[one.images[camera] for camera in self.cameras] for one in checked],
-            [one.instruction for one in checked],
-            [one.state for one in checked if one.state is not None],
+            [[one.images[camera] for camera in self.cameras] for one in observations],
+            [one.instruction for one in observations],
+            [one.state for one in observations if one.state is not None],
         )
         return {name: value.to(self.device) for name, value in batch.items()}
-
-    def reset(self) -> None:
-        """Begins an episode: forgets the chunks that `select_action` has left."""
-        self.execution.reset()
-
-    def select_action(self, observation: Observation | Mapping[str, Any]) -> Float[np.ndarray, "A"]:
-        """The action to execute now: step by step through each chunk, as `execution` decides; see `infer`."""
-        return self.execution.next(lambda: self.infer(observation))
 
     def save(self, folder: Path, *, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes a policy folder, `config.json` last. run: the resolved config of the run that made it."""

@@ -252,6 +252,6 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; the policy folder is incomplete, train it again") from None
+        raise UserError(f"{path}: missing; the folder is incomplete, train its model again") from None
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: does not fit the policy's config ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: does not fit the config next to it ({str(error).splitlines()[0]})") from error

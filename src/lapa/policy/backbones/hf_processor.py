@@ -346,9 +346,11 @@ def _load_parts(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         # The other backend wants torchvision.
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: its tokenizer or image processor cannot be loaded ({reason})") from error
+    # On a damaged file transformers raises errors of many kinds, and the tokenizers library a plain Exception.
+    except Exception as error:
+        what = "tokenizer.json" if type(error) is Exception else "its tokenizer or image processor"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: {what} cannot be loaded ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: its tokenizer is not one of the tokenizers library; it needs a tokenizer.json")
     return tokenizer, image_processor

@@ -191,7 +191,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Reads a saved tokenizer. UserError naming the folder where there is none."""
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder}: no tokenizer.json; the policy folder is incomplete, train it again")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    """Reads a saved tokenizer. Raises UserError naming what is missing or damaged."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no tokenizer.json; the folder is incomplete, train its model again")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    # On a damaged file transformers raises errors of many kinds, and the tokenizers library a plain Exception.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: damaged, or tokenizer_config.json next to it is ({reason}); train its model again"
+        ) from error
