@@ -67,7 +67,6 @@ VARIANTS = {
     "attend": Variant({"action_input": "attend"}),
     "raw-z": Variant({"standardize_z": False}),
     "no-initialisation": Variant(initialise=False),
-    "three-scalars": Variant({"fsq_levels": (2, 2, 2)}),
     "augment-data": Variant({"augment": "data"}),
     "augment-view": Variant({"augment": "view"}),
     "reversal": Variant({"reversal_weight": 0.01}),

@@ -335,7 +335,7 @@ def test_latent_actions_from_text() -> None:
 
 
 def test_a_large_codebook_shows_the_codes_used_most(data: Path) -> None:
-    config = replace(DEBUG.model, codebook_size=64, fsq_levels=(8, 8))
+    config = replace(DEBUG.model, codebook_size=64)
     model = LatentActionModel(config).eval()
     frames = sample_of(data, 4).frames_BTCHW
     assert code_grid(model, frames[:2], model.codes(frames)).size == ((3 + 4 * 16) * 34, 14 + 2 * 34)

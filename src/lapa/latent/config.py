@@ -5,7 +5,6 @@ lapa latent train --help
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,9 @@ from lapa.errors import UserError
 LARGEST_LEVELS = 16
 FACTORS = range(8, 1, -1)
 # Keys of configs of earlier versions, with the only value that this version computes.
-RETIRED = {"commitment_weight": 0.25, "feature_weight": 0.01, "kl_weight": 1e-4}
+RETIRED = {
+    "fsq_levels": None, "action_weight": 0.1, "commitment_weight": 0.25, "feature_weight": 0.01, "kl_weight": 1e-4
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,6 @@ class LatentModelConfig:
     """Width of a latent before quantisation."""
     quantizer: Literal["nsvq", "vq", "fsq", "continuous"] = "nsvq"
     """nsvq: noise substitution (paper); vq: moving averages; fsq: finite scalar quantisation; continuous: no codes."""
-    fsq_levels: tuple[int, ...] | None = None
-    """Levels of each scalar of fsq, product codebook_size; by default one scalar up to 16 levels, then several."""
     standardize_z: bool = False
     """Bring latents to zero mean and unit variance before quantisation."""
     predict: Literal["frame", "change"] = "frame"
@@ -71,8 +70,6 @@ class LatentModelConfig:
     input only."""
     action_dim: Annotated[int, tyro.conf.Suppress] = 0
     """Dimensions of the true actions that supervise the latent; set from the datasets by --action-share."""
-    action_weight: float = 0.1
-    """Weight of the error of the true action, predicted linearly from the latent, in units of its variance."""
     reversal_weight: float = 0.0
     """Weight of the loss that pulls the latent of the reversed pair to the negative of the pair's own."""
     composition_weight: float = 0.0
@@ -87,15 +84,11 @@ class LatentModelConfig:
             raise UserError(
                 f"patch_size {self.patch_size} does not divide image_size {self.image_size}; choose one that does"
             )
-        if self.latent_length < 1 or self.codebook_size < 2 or min(self.levels) < 2:
+        if self.latent_length < 1 or self.codebook_size < 2:
             raise UserError(
                 f"latent_length {self.latent_length} and codebook_size {self.codebook_size} carry no information; "
-                "give at least 1 code of at least 2 values, and fsq_levels of at least 2"
+                "give at least 1 code of at least 2 values"
             )
-        if self.fsq_levels is not None and self.quantizer != "fsq":
-            raise UserError(f"fsq_levels are given, but the quantizer is {self.quantizer}; add --quantizer fsq")
-        if (product := math.prod(self.levels)) != self.codebook_size:
-            raise UserError(f"fsq_levels {self.levels} make {product} codes, but codebook_size is {self.codebook_size}")
         if max(self.latent_shape) > self.grid:
             rows, columns = self.latent_shape
             raise UserError(
@@ -120,15 +113,15 @@ class LatentModelConfig:
 
         Raises UserError naming `source` where a key is unknown, or a retired one is not at its only value.
         """
-        retired = RETIRED.keys() & values.keys() if isinstance(values, Mapping) else ()
-        for key in sorted(retired):
-            if values[key] != RETIRED[key]:
-                raise UserError(
-                    f"{source}: {key} {values[key]} is no longer supported, only {RETIRED[key]}; "
-                    "load the model with an earlier version of lapa-vla"
-                )
-        kept = {key: values[key] for key in values if key not in retired} if retired else values
-        return configs.from_dict(cls, kept, source)
+        if isinstance(values, Mapping):
+            for key in sorted(RETIRED.keys() & values.keys()):
+                if values[key] != RETIRED[key]:
+                    raise UserError(
+                        f"{source}: {key} {values[key]} is no longer supported, only {RETIRED[key]}; "
+                        "load the model with an earlier version of lapa-vla"
+                    )
+            values = {key: value for key, value in values.items() if key not in RETIRED}
+        return configs.from_dict(cls, values, source)
 
     def identity(self) -> dict[str, Any]:
         """All keys as plain values, retired ones too: the same for a model whichever version saved it."""
@@ -146,9 +139,7 @@ class LatentModelConfig:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """Levels of each scalar of FSQ: as given, or codebook_size in factors of at most 16 where it has them."""
-        if self.fsq_levels is not None:
-            return self.fsq_levels
+        """Levels of each scalar of FSQ: codebook_size in factors of at most 16 where it has them."""
         levels, rest = [], self.codebook_size
         while rest > LARGEST_LEVELS and (factor := next((f for f in FACTORS if rest % f == 0), None)):
             levels.append(factor)

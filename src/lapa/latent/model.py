@@ -51,6 +51,7 @@ DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
 WANTED_FRAMES = "give uint8 pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
 SMALLEST_STD = 1e-6
+ACTION_WEIGHT = 0.1  # of the error of the true action, in units of its variance
 FEATURE_WEIGHT = 0.01  # of the features' error where pixels are a target too; features have unit scale
 SMALLEST_SCALE = 1e-12
 
@@ -198,7 +199,7 @@ class LatentActionModel(TrainableModel, nn.Module):
         if config.action_dim and actions_BA is not None:
             scaled_BA = (actions_BA - self.action_mean_A) / self.action_std_A.clamp(min=SMALLEST_STD)
             read_BA = self.to_action(action.quantized_BLD.flatten(1)).float()
-            added["action"] = (config.action_weight, known_actions_error(read_BA, scaled_BA))
+            added["action"] = (ACTION_WEIGHT, known_actions_error(read_BA, scaled_BA))
         for name, (weight, error) in added.items():
             loss = loss + weight * error
             parts[name] = error.detach()
