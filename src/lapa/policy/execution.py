@@ -1,13 +1,13 @@
 """How chunks of predicted actions become single actions on the robot. Needs no torch.
 
-`RecedingHorizon` executes the beginning of a chunk, open loop, then asks again. `TemporalEnsemble` asks more often than
-chunks end and averages what they say of the same moment, which is smoother (ACT, https://arxiv.org/abs/2304.13705).
+`RecedingHorizon` executes the first actions of a chunk, then asks for the next chunk. `TemporalEnsemble` asks before
+the chunk ends and averages all predictions of a time step, which is smoother (ACT, https://arxiv.org/abs/2304.13705).
 
     plan = TemporalEnsemble(decay=0.01, binary=policy.action_space.binary)
-    plan.reset()                                                # at the beginning of each episode
+    plan.reset()                                                # at the start of each episode
     action_A = plan.next(lambda: policy.infer([observation])[0])
 
-Axes: K action chunk, A action dimensions, P predictions of one moment.
+Axes: K action chunk, A action dimensions, P predictions of one time step.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Ask = Callable[[], Float[np.ndarray, "K A"]]
 
 
 class Execution(Protocol):
-    """Decides when the policy is asked and what is executed of its answers."""
+    """Decides when the policy is asked for a chunk, and which action to execute."""
 
     @property
     def due(self) -> bool:
         """Whether the next action needs a new chunk."""
 
     def reset(self) -> None:
-        """Forgets all chunks: an episode begins."""
+        """Forgets all chunks, at the start of an episode."""
 
     def next(self, ask: Ask) -> Float[np.ndarray, "A"]:
-        """The action to execute now. `ask` gives the chunk that begins now; it is called where `due`, and only then."""
+        """The action to execute now. `ask` returns the chunk that begins now; it is called only if `due`."""
 
 
 class RecedingHorizon:
@@ -42,7 +42,7 @@ class RecedingHorizon:
 
     def __init__(self, execute: int | None = None) -> None:
         if execute is not None and execute < 1:
-            raise UserError(f"execute is {execute}; at least one action of a chunk is executed")
+            raise UserError(f"execute is {execute}; it must be at least 1")
         self._execute = execute
         self.reset()
 
@@ -64,19 +64,19 @@ class RecedingHorizon:
 
 
 class TemporalEnsemble:
-    """Asks every `every` steps and averages all chunks' predictions of the present moment.
+    """Asks every `every` steps and averages all chunks' predictions of the current time step.
 
     As in ACT, the weight of prediction i is exp(-decay * i), where i = 0 is the OLDEST: a decay above 0 (ACT's is 0.01)
-    trusts old predictions more and is smoother, 0 is the plain mean, below 0 trusts new ones more and reacts faster.
-    binary: dimensions with two values, of which a mean would be neither: the value with more weight behind it is taken,
-    and in a tie the newest prediction's.
+    weights old predictions more and is smoother, 0 is the plain mean, below 0 weights new ones more and reacts faster.
+    binary: dimensions with two values, whose mean would be neither: the value of more weight is executed, and in a tie
+    that of the newest prediction.
     """
 
     def __init__(self, decay: float, every: int = 1, binary: Sequence[bool] = ()) -> None:
         if not np.isfinite(decay):
-            raise UserError(f"the ensemble's decay is {decay}; it is a finite number (0.01 is usual)")
+            raise UserError(f"the ensemble's decay is {decay}; it must be a finite number (0.01 is usual)")
         if every < 1:
-            raise UserError(f"every is {every}; the policy is asked every so many steps, at least 1")
+            raise UserError(f"every is {every}; it must be at least 1 step")
         self._decay, self._every = decay, every
         self._binary_A = np.array(binary, bool)
         self.reset()
@@ -87,7 +87,7 @@ class TemporalEnsemble:
 
     def reset(self) -> None:
         self._step = 0
-        # Chunks that reach to the present, oldest first, with the step at which each begins.
+        # Chunks that cover the current step, oldest first, with the step at which each begins.
         self._chunks: list[tuple[int, np.ndarray]] = []
 
     def next(self, ask: Ask) -> Float[np.ndarray, "A"]:

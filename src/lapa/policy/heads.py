@@ -1,10 +1,10 @@
-"""Heads that read a policy's hidden states and give a chunk of robot actions as real numbers, not as bins.
+"""Heads that turn a policy's hidden states into a chunk of robot actions, real numbers in place of bins.
 
 `chunk`: one regression for each of K query tokens, L1 loss (OpenVLA-OFT, https://arxiv.org/abs/2502.19645).
 `flow`: flow matching over the whole chunk, given the observation (pi0, https://arxiv.org/abs/2410.24164).
 
-Both learn and say actions on the scale of `lapa.policy.actions.ActionScale`, both have the same two methods, and
-neither knows the model whose hidden states it reads:
+Both predict actions on the scale of `lapa.policy.actions.ActionScale`, have the same two methods, and do not depend on
+the model whose hidden states they read:
 
     head = build_head("flow", width=576, chunk=10, action_dim=7)
     loss, parts = head.loss(hidden_BSD, mask_BS, targets_BKA, counted_BK)
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from lapa.policy.config import FlowConfig
 
-# pi0 draws the flow's time as LAST_TIME (1 - u), u ~ Beta(1.5, 1): more of it where there is most noise, none at the
-# very end.
+# pi0 draws the flow's time as LAST_TIME (1 - u), u ~ Beta(1.5, 1): more often early, where there is most noise, and
+# never at the very end.
 TIME_BETA, LAST_TIME = 1.5, 0.999
 # Periods of the time embedding, as in pi0: from a fraction of an Euler step to four times the whole way.
 SHORTEST_PERIOD, LONGEST_PERIOD = 4e-3, 4.0
@@ -38,7 +38,7 @@ CHUNK_BLOCKS = 2
 
 
 class ActionHead(nn.Module, ABC):
-    """What a policy's head must do. Inputs may be of any floating type; losses and actions are float32."""
+    """Interface of a policy's head. Inputs may be of any floating type; losses and actions are float32."""
 
     @abstractmethod
     def loss(
@@ -50,19 +50,19 @@ class ActionHead(nn.Module, ABC):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The loss over counted steps, and detached figures for the log.
 
-        mask: False where a position is padding; None: none is. counted_BK: False past the end of an episode; what the
-        targets hold there changes nothing.
-        The figure `action_l1` is the mean absolute error of what `act` would say, on the targets' scale. The flow
-        head gives it in evaluation only, where sampling does not slow down training.
+        mask: False where a position is padding; None: none is. counted_BK: False past the end of an episode, where the
+        targets have no effect.
+        The figure `action_l1` is the mean absolute error of the prediction of `act`, on the targets' scale. The flow
+        head returns it in evaluation only, since sampling would slow down training.
         """
 
     @abstractmethod
     def act(self, hidden: Float[Tensor, "B S D"], mask: Bool[Tensor, "B S"] | None = None) -> Float[Tensor, "B K A"]:
-        """The actions of a chunk; the same for the same hidden states, whatever else is in the batch."""
+        """The actions of a chunk; the rest of the batch has no effect on them."""
 
 
 class ChunkHead(ActionHead):
-    """A perceptron with residual blocks, applied to the hidden state of each of K query tokens."""
+    """An MLP with residual blocks, applied to the hidden state of each of K query tokens."""
 
     def __init__(self, width: int, action_dim: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class ChunkHead(ActionHead):
         targets_BKA: Float[Tensor, "B K A"],
         counted_BK: Bool[Tensor, "B K"],
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """As for every head. hidden: those of the query tokens, which are never padding: the mask is not read."""
+        """See `ActionHead.loss`. hidden: those of the query tokens, which are never padding; `mask` is ignored."""
         targets_BKA = _only_counted(targets_BKA, counted_BK)
         loss = _mean((self(hidden) - targets_BKA).abs(), counted_BK)
         return loss, {"action_l1": loss.detach()}
@@ -97,19 +97,19 @@ class ChunkHead(ActionHead):
 
 
 class Context(NamedTuple):
-    """What the flow head keeps of an observation: keys and values of each layer, and which of them count."""
+    """An observation for the flow head: keys and values of each layer, and the mask of padding."""
 
     keys_values: list[tuple[Tensor, Tensor]]
     mask_B11S: Bool[Tensor, "B 1 1 S"] | None
 
 
 class FlowHead(ActionHead):
-    """A transformer that turns noise into a chunk of actions along a straight way, given the observation.
+    """A transformer that turns noise into a chunk of actions along a straight path, given the observation.
 
-    At time 0 a chunk is noise, at time 1 the actions, in between their mixture; what is learned is the velocity,
-    actions minus noise. `act` starts from one noise, drawn from a fixed seed and saved with the head, so that an
-    observation always gives the same actions. Where several ways are good, the noise decides between them; from zero
-    the way would lead to their mean.
+    At time 0 a chunk is noise, at time 1 the actions, in between their mixture; the target is the velocity, actions
+    minus noise. `act` starts from one noise, drawn from a fixed seed and saved with the head, so that an observation
+    always gives the same actions. Where several chunks are good, the noise chooses one; from zero the path would lead
+    to their mean.
     """
 
     acting_noise_KA: Tensor
@@ -131,10 +131,10 @@ class FlowHead(ActionHead):
         self.register_buffer("acting_noise_KA", noise_KA)
 
     def observe(self, hidden_BSD: Float[Tensor, "B S D"], mask_BS: Bool[Tensor, "B S"] | None = None) -> Context:
-        """What every Euler step reads of an observation, worked out once."""
+        """Computes once what every Euler step reads of an observation."""
         if mask_BS is not None:
             mask_BS = mask_BS.bool()
-            # Attention multiplies padding by zero, which does not rid it of a NaN.
+            # Attention multiplies padding by zero, which keeps a NaN.
             hidden_BSD = hidden_BSD.masked_fill(~mask_BS[..., None], 0)
         context_BSW = self.context_in(self.context_norm(hidden_BSD.to(self.context_in.weight.dtype)))
         keys_values = [layer.across.keys_values(context_BSW) for layer in self._layers]
@@ -147,7 +147,7 @@ class FlowHead(ActionHead):
         context: Context,
         counted_BK: Bool[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B K A"]:
-        """Where the chunk is to move, per unit of time. A step that is not counted is seen by itself alone."""
+        """The predicted velocity of the chunk. Only itself attends to a step that is not counted."""
         dtype = self.action_in.weight.dtype
         actions_BKW = self.action_in(noisy_BKA.to(dtype))
         time_BKW = _embed_time(time_B, self.config.width).to(actions_BKW.dtype)[:, None].expand_as(actions_BKW)
@@ -167,7 +167,7 @@ class FlowHead(ActionHead):
         targets_BKA: Float[Tensor, "B K A"],
         counted_BK: Bool[Tensor, "B K"],
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """As for every head: the squared error of the velocity at one noise and time a sample.
+        """See `ActionHead.loss`: the squared error of the velocity, at one noise and time for each sample.
 
         In evaluation the draws are the same each time, so that losses can be compared.
         """
@@ -194,7 +194,7 @@ class FlowHead(ActionHead):
         mask_BS: Bool[Tensor, "B S"] | None,
         noise_BKA: Float[Tensor, "B K A"],
     ) -> Float[Tensor, "B K A"]:
-        """The chunk that this noise becomes, in `config.steps` Euler steps."""
+        """The chunk of actions from this noise, in `config.steps` Euler steps."""
         context = self.observe(hidden_BSD, mask_BS)
         chunk_BKA = noise_BKA.float()
         for step in range(self.config.steps):
@@ -208,7 +208,7 @@ class FlowHead(ActionHead):
 
 
 class _FlowLayer(nn.Module):
-    """Attention among the steps of the chunk, attention to the observation, feed-forward; each sees a norm."""
+    """Attention among the steps of the chunk, attention to the observation, feed-forward; each after a norm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class _FlowLayer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention whose keys and values are made apart from its queries, and so may be kept."""
+    """Attention whose keys and values can be computed once and kept."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -254,19 +254,19 @@ class _Attention(nn.Module):
 def build_head(
     kind: Literal["chunk", "flow"], width: int, chunk: int, action_dim: int, flow: FlowConfig | None = None
 ) -> ActionHead:
-    """A head for hidden states of the given width. `bins` has none: its actions are tokens of the vocabulary."""
+    """A head for hidden states of the given width. `bins` needs none: its actions are tokens of the vocabulary."""
     return ChunkHead(width, action_dim) if kind == "chunk" else FlowHead(width, chunk, action_dim, flow)
 
 
 def draw_times(num: int, device: torch.device, generator: torch.Generator | None = None) -> Float[Tensor, "B"]:
-    """Times of the flow to train at, in [0, LAST_TIME]; early ones, where there is most noise, are likelier."""
+    """Random times of the flow to train at, in [0, LAST_TIME]; early ones are more likely."""
     # The inverse of Beta(b, 1)'s distribution function u^b.
     beta_B = torch.rand(num, generator=generator, device=device) ** (1 / TIME_BETA)
     return LAST_TIME * (1 - beta_B)
 
 
 def _embed_time(time_B: Float[Tensor, "B"], width: int) -> Float[Tensor, "B W"]:
-    """Sines and cosines of the time, of periods that are spread evenly on a log scale."""
+    """Sines and cosines of the time, with periods spread evenly on a log scale."""
     share = torch.linspace(0, 1, width // 2, device=time_B.device)
     periods = SHORTEST_PERIOD * (LONGEST_PERIOD / SHORTEST_PERIOD) ** share
     angles = 2 * math.pi * time_B.float()[:, None] / periods
@@ -274,13 +274,13 @@ def _embed_time(time_B: Float[Tensor, "B"], width: int) -> Float[Tensor, "B W"]:
 
 
 def _in_full(out: nn.Linear, x: Tensor) -> Tensor:
-    """The last product in the precision of its weights, also under autocast: bf16 knows but 128 numbers in [0.5, 1)."""
+    """The last layer in the precision of its weights, also under autocast: bf16 has only 128 numbers in [0.5, 1)."""
     with torch.autocast(x.device.type, enabled=False):
         return out(x.to(out.weight.dtype)).float()
 
 
 def _only_counted(targets_BKA: Tensor, counted_BK: Tensor) -> Tensor:
-    """Zeros past the end of an episode, so that not even a NaN there reaches a gradient."""
+    """Targets with zeros past the end of an episode, so that not even a NaN there reaches a gradient."""
     return targets_BKA.float().masked_fill(~counted_BK.bool()[..., None], 0)
 
 

@@ -1,14 +1,14 @@
-"""LoRA: a language model learns through small adapters, and keeps what it knew.
+"""LoRA: trains a language model through small adapters and leaves its weights as they are.
 
 LoRA (https://arxiv.org/abs/2106.09685) through `peft`, in place: the model stays the class of transformers that it is.
-The vocabulary's new rows go on learning whole; its old rows, which read and write text, stay as they are, bit by bit.
+The vocabulary's new rows are trained whole; its old rows, those of text, stay as they are, bit by bit.
 
     add_lora(language, rank=16, new_rows=range(32000, 32264))
     ...                                                         # train
     merge_lora(language)
     language.save_pretrained("MODEL")
 
-The optimiser must not decay `vocabulary_weights(language)`: decay would change the old rows without any gradient.
+The optimizer must not decay `vocabulary_weights(language)`: decay would change the old rows without any gradient.
 """
 
 from __future__ import annotations
@@ -23,26 +23,15 @@ from transformers import PreTrainedModel
 from lapa.errors import UserError
 
 
-def add_lora(
-    language: PreTrainedModel,
-    rank: int,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    new_rows: Sequence[int] = (),
-) -> None:
-    """Puts adapters on every linear layer of the decoder's attention and MLP, in place, and freezes all else.
+def add_lora(language: PreTrainedModel, rank: int, new_rows: Sequence[int] = ()) -> None:
+    """Puts adapters on every linear layer of the decoder's attention and MLP, in place, and freezes everything else.
 
-    What the model gives is the same as before, until it is trained. Left to train are the adapters and the `new_rows`
-    of embedding and head; what else is to learn (a projection of image tokens), the caller unfreezes afterwards.
-    alpha: adapters are scaled by alpha / rank; None: by 1. Raises UserError where peft is missing or a value is
-    impossible.
+    The model's output stays the same until it is trained. The adapters and the `new_rows` of embedding and head are
+    trained; the caller unfreezes others afterwards, such as a projection of image tokens.
+    Raises UserError where peft is missing or the rank is below 1.
     """
     if rank < 1:
-        raise UserError(f"the LoRA rank is {rank}; it is at least 1 (8 to 64 are usual)")
-    if alpha is not None and alpha <= 0:
-        raise UserError(f"the LoRA alpha is {alpha}; it is above 0 (once or twice the rank are usual)")
-    if not 0 <= dropout < 1:
-        raise UserError(f"the LoRA dropout is {dropout}; it is a share, from 0 to below 1")
+        raise UserError(f"the LoRA rank must be at least 1 (8 to 64 are usual), got {rank}")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -52,10 +41,8 @@ def add_lora(
     linears = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}
     head = language.get_output_embeddings()
     names = [name for name, module in language.named_modules() if id(module) in linears and module is not head]
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, target_modules=names),  # type: ignore[arg-type]
-        language,
-    )
+    # With alpha = rank, adapters are added unscaled.
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), language)  # type: ignore[arg-type]
     for parameter in language.parameters():
         if parameter.requires_grad:
             # Adapters are in fp32 whatever the model is in: bf16 would lose their small steps.
@@ -67,9 +54,9 @@ def add_lora(
 
 
 def hold_old_rows(language: PreTrainedModel, new_rows: Sequence[int]) -> None:
-    """Keeps gradients from all rows of embedding and head but the new ones. Part of `add_lora`.
+    """Sets the gradients of all rows of embedding and head but the new ones to zero. Part of `add_lora`.
 
-    Sharding (FSDP2) puts other parameters in their place: call it again then, on the sharded model, before training.
+    Sharding (FSDP2) replaces the parameters: call it again on the sharded model before training.
     """
     for weight in vocabulary_weights(language):
         if not weight.requires_grad:
@@ -83,9 +70,9 @@ def hold_old_rows(language: PreTrainedModel, new_rows: Sequence[int]) -> None:
 
 
 def merge_lora(language: PreTrainedModel) -> None:
-    """Adds the adapters to the weights they stand beside and removes them: an ordinary model that gives the same.
+    """Adds the adapters to the weights that they adapt, and removes them: an ordinary model with the same output.
 
-    What was frozen stays frozen.
+    Frozen weights stay frozen.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -109,7 +96,7 @@ def vocabulary_weights(language: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def _hold(weight: nn.Parameter, learns_R: Tensor) -> None:
-    # On the gradient before it is accumulated: DistributedDataParallel reduces what it finds afterwards.
+    # Applies before the gradient is accumulated, and so before DistributedDataParallel reduces it.
     learns = {weight.device: learns_R.to(weight.device)}
 
     def only_new(gradient_RD: Tensor) -> Tensor:
@@ -122,7 +109,7 @@ def _hold(weight: nn.Parameter, learns_R: Tensor) -> None:
 
 
 def _hold_sharded(weight: DTensor, learns_R: Tensor) -> None:
-    # Autograd never meets a sharded parameter; FSDP2 calls these hooks once it has reduced the gradient.
+    # Autograd does not use the sharded parameter; FSDP2 calls these hooks once it has reduced the gradient.
     learns = distribute_tensor(learns_R.to(weight.device), weight.device_mesh, weight.placements).to_local()
 
     def only_new(sharded: Tensor) -> None:

@@ -1,20 +1,20 @@
-"""The latent policy: a causal vision-language model that says latent actions first, robot actions later.
+"""The latent policy: a causal vision-language model that predicts latent actions first, robot actions later.
 
 LAPA (https://arxiv.org/abs/2410.11758), stages 2 and 3. A sequence is
 
     observation: images and prompt | the robot's state | field
 
-and the field is either a latent action, L tokens of the latent segment, or a chunk of K robot actions. Robot actions
-are said in one of three ways, by `head`:
+and the field is either a latent action, L tokens of the latent segment, or a chunk of K robot actions. The head
+predicts robot actions in one of three ways:
 
-bins   K x A tokens of the bin segment, time step by time step: the paper's way, with K = 1
+bins   K x A tokens of the bin segment, time step by time step: as in the paper, where K = 1
 chunk  K query tokens, whose hidden states a small head turns into K actions in one pass (arXiv 2502.19645)
 flow   flow matching over the chunk, given the hidden states of the observation (arXiv 2410.24164)
 
-The loss of tokens is their cross-entropy. The softmax runs over the rows that are possible at a position and no
-others, in the loss and in decoding alike: the field's segment, and of the bin segment only as many bins as that
-dimension has. (The paper's heads are untied per segment, which is the same restriction.) Decoding is greedy over
-exactly the field's length, with a KV cache; no code ends it.
+The loss of tokens is their cross-entropy. In the loss and in decoding, the softmax is over the rows that are possible
+at a position: those of the field's segment, and of the bin segment as many bins as that dimension has. (The paper's
+heads are untied per segment, which is the same restriction.) Decoding is greedy over exactly the field's length, with a
+KV cache; no code ends it.
 
     lapa policy pretrain --preset debug --data DATASET --labels LABELS --out POLICY
 
@@ -48,16 +48,16 @@ LossAndParts = tuple[Float[Tensor, ""], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """What a policy is, apart from its weights. With its tokenizer and statistics, all that a policy folder needs."""
+    """The config of a policy: all of it but weights, tokenizer and statistics."""
 
     vocabulary: Vocabulary
     cameras: tuple[str, ...]
-    """Names of the image slots, in the order in which the model sees them."""
+    """Names of the image slots, in the order in which the model reads them."""
     backbone: BackboneConfig = field(default_factory=TinyConfig)
     prompts: Prompts = field(default_factory=Prompts)
-    """What the model reads; `{instruction}` stands for the task in words."""
+    """Templates of the text that the model reads; `{instruction}` stands for the task in words."""
     state_bins: tuple[int, ...] = ()
-    """Bins of each dimension of the robot's state; none where the policy is not told it."""
+    """Bins of each dimension of the robot's state; none where the policy does not read it."""
     latent_length: int = 0
     """L; 0 where the policy never learned latent actions."""
     latent_opening: tuple[int, ...] = ()
@@ -67,27 +67,27 @@ class PolicyConfig:
     """Weight of the loss of those text tokens; the latent action has the rest."""
     action_opening: tuple[int, ...] = ()
     spaces: tuple[KeyedSpace, ...] = ()
-    """What the robot's actions mean, for each set of statistics by the name of its dataset; none before finetuning."""
+    """The action space of each set of statistics, with the name of its dataset; none before finetuning."""
     head: HeadKind = "bins"
-    """How robot actions are said."""
+    """How robot actions are predicted."""
     action_bins: tuple[int, ...] = ()
-    """Bins of each action dimension, for the head `bins`; the most of any dataset where each has its own."""
+    """Bins of each action dimension, for the head `bins`; the largest number of any dataset."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """Sizes of the head `flow`."""
     chunk: int = 0
-    """K, the time steps of robot actions said at once."""
+    """K, the time steps of robot actions predicted at once."""
     latent_weight: float = 0.0
-    """Weight of the loss of latent actions where robot actions are learned too."""
+    """Weight of the loss of latent actions when finetuning."""
     lam_fingerprint: str = ""
-    """The latent action model whose codes the policy says, where it is known."""
+    """Fingerprint of the latent action model whose codes the policy predicts; empty: not known."""
 
     def __post_init__(self) -> None:
         if not all(self.cameras) or not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise UserError(f"a policy needs at least one camera, each named once, got {self.cameras}")
         if self.latent_length < 0 or bool(self.latent_length) != bool(self.vocabulary.latent):
-            raise UserError("latent length and codebook size come together, or neither")
+            raise UserError("latent length and codebook size go together: give both or neither")
         if bool(self.chunk) != bool(self.spaces):
-            raise UserError("chunk and action spaces come together, or neither")
+            raise UserError("chunk and action spaces go together: give both or neither")
         if self.chunk and self.head == "bins":
             _require_rows("action", self.action_bins, self.action_dim, self.vocabulary.bins)
         if self.state_bins:
@@ -95,11 +95,11 @@ class PolicyConfig:
         if self.chunk and self.head == "chunk" and self.vocabulary.query < self.chunk:
             raise UserError(f"a chunk of {self.chunk} needs as many query rows, got {self.vocabulary.query}")
         if not 0 <= self.text_weight < 1:
-            raise UserError(f"the weight of the text lies in [0, 1), got {self.text_weight}")
+            raise UserError(f"the weight of the text must be in [0, 1), got {self.text_weight}")
         if self.text_weight and not (self.latent_opening or self.latent_closing):
             raise UserError("--text-weight is for backbones that put text around a latent action (lwm); leave it out")
         if self.latent_weight < 0:
-            raise UserError(f"the weight of latent actions is at least 0, got {self.latent_weight}")
+            raise UserError(f"the weight of latent actions must be at least 0, got {self.latent_weight}")
 
     @property
     def action_dim(self) -> int:
@@ -107,13 +107,13 @@ class PolicyConfig:
 
     @property
     def state_dim(self) -> int:
-        """Dimensions of the state that the policy must be told; 0 where it needs none."""
+        """Dimensions of the state that the policy reads; 0: it reads none."""
         return len(self.state_bins)
 
 
 @dataclass(frozen=True)
 class Field:
-    """What is said: a segment, how many of its rows are possible at each of F positions, and the text around it."""
+    """What to predict: a segment, how many of its rows are possible at each of F positions, the text around it."""
 
     segment: Segment
     sizes_F: tuple[int, ...]
@@ -128,10 +128,10 @@ class Field:
 class LatentPolicy(TrainableModel, nn.Module):
     """The whole policy as one module; `forward` is the training loss.
 
-    A batch holds what the backbone's processor made of an observation, `state_BS` where the policy is told the state,
-    and what is to be learned: `latent_BL`, tokens, with `latent_mask_B` where some samples have none; or `action_BKA`
-    with `action_mask_BK` (False where the episode has ended): tokens for the head `bins`, scaled actions for others.
-    With both, the losses are added, the latent one under `latent_weight`.
+    A batch holds the output of the backbone's processor, `state_BS` where the policy reads the state, and the targets:
+    `latent_BL`, tokens, with `latent_mask_B` where some samples have none; or `action_BKA` with `action_mask_BK` (False
+    where the episode has ended): tokens for the head `bins`, scaled actions for others. With both, the losses are
+    added, the latent one times `latent_weight`.
     """
 
     sharded_methods = ("predict_codes", "predict_actions")
@@ -148,7 +148,7 @@ class LatentPolicy(TrainableModel, nn.Module):
 
     @property
     def latent_field(self) -> Field:
-        """UserError where the policy never learned latent actions."""
+        """Raises UserError where the policy never learned latent actions."""
         config = self.config
         if not config.latent_length:
             raise UserError("this policy has no latent actions: it was trained on robot actions from scratch")
@@ -157,9 +157,9 @@ class LatentPolicy(TrainableModel, nn.Module):
 
     @property
     def action_field(self) -> Field:
-        """UserError where the policy has not been finetuned."""
+        """Raises UserError where the policy has not been finetuned."""
         if not self.config.chunk:
-            raise UserError("this policy was only pretrained and knows no robot actions: run `lapa policy finetune`")
+            raise UserError("this policy was only pretrained and has no robot actions: run `lapa policy finetune`")
         return Field("bins", self.config.action_bins * self.config.chunk, self.config.action_opening)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Losses:
@@ -185,7 +185,7 @@ class LatentPolicy(TrainableModel, nn.Module):
         """Greedy decoding of one field with a KV cache: its tokens and their log-probabilities."""
         hidden_BSD, memory = self.backbone.begin(batch, self._context(batch, target.opening), target.length)
         rows = self.config.vocabulary.rows(target.segment)
-        # Once, since a tensor made from numbers makes the CPU wait for the GPU.
+        # Outside the loop, since making a tensor from numbers makes the CPU wait for the GPU.
         impossible_FR = _impossible(target, rows, hidden_BSD.device)
         tokens: list[Tensor] = []
         log_probabilities = []
@@ -213,9 +213,9 @@ class LatentPolicy(TrainableModel, nn.Module):
         return rearrange(bins_BF, "b (k a) -> b k a", a=self.config.action_dim)
 
     def grown(self, config: PolicyConfig) -> LatentPolicy:
-        """This policy under a config with further rows or another head. The new one takes over this one's backbone,
+        """This policy with a config that has more rows or another head.
 
-        and its head, where the config says the same of it.
+        The new policy takes over the backbone, and the weights of the head where it is of the same kind.
         """
         self.backbone.resize(config.vocabulary)
         grown = LatentPolicy(config, self.backbone)
@@ -231,14 +231,14 @@ class LatentPolicy(TrainableModel, nn.Module):
         if vision:
             self.backbone.vision.requires_grad_(False)
         if self.head is not None and not self.config.latent_weight:
-            # Nothing is said in tokens: a head of the language model that is not the embedding too goes unused.
+            # Nothing is predicted as tokens, so an output embedding that is not tied to the input is not used.
             for unused in vocabulary_weights(self.backbone.language)[1:]:
                 unused.requires_grad_(False)
 
     def add_adapters(self, rank: int) -> None:
-        """LoRA: the decoder learns through adapters, and of its vocabulary the rows of actions alone.
+        """LoRA: trains the decoder through adapters, and of its vocabulary only the rows of actions.
 
-        What sees, and its projection, go on learning; `freeze` keeps the vision as it is.
+        The vision tower and its projection are trained as before, unless `freeze` freezes the tower.
         """
         vocabulary, language = self.config.vocabulary, self.backbone.language
         sight = set(language.parameters()) - set(language.get_decoder().parameters())
@@ -249,12 +249,12 @@ class LatentPolicy(TrainableModel, nn.Module):
             parameter.requires_grad_(True)
 
     def merge_adapters(self) -> None:
-        """Makes adapters, where there are any, part of the weights: an ordinary model again."""
+        """Merges adapters, where there are any, into the weights: an ordinary model again."""
         if has_lora(self.backbone.language):
             merge_lora(self.backbone.language)
 
     def after_sharding(self) -> None:
-        """Sharding puts other parameters in the place of those whose old rows are held."""
+        """Holds the old rows again, since sharding replaces the parameters."""
         if self._adapted_rows is not None:
             hold_old_rows(self.backbone.language, self._adapted_rows)
 
@@ -262,7 +262,7 @@ class LatentPolicy(TrainableModel, nn.Module):
         return self.backbone.blocks
 
     def undecayed(self) -> list[nn.Parameter]:
-        """What weight decay must leave alone: the rows of words that a batch does not hold."""
+        """Embedding and head, since decay would change rows of words that no batch contains."""
         return vocabulary_weights(self.backbone.language)
 
     def full_precision(self) -> list[nn.Module]:
@@ -270,7 +270,7 @@ class LatentPolicy(TrainableModel, nn.Module):
 
     def checkpoint_activations(self) -> None:
         language = self.backbone.language
-        # The second is the name that transformers gave up in 5.23.
+        # The second is the name before transformers 5.23.
         enable = getattr(language, "activation_checkpointing_enable", language.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
 
@@ -318,12 +318,12 @@ class LatentPolicy(TrainableModel, nn.Module):
         self, batch: Mapping[str, Tensor], target: Field, tokens_BF: Int[Tensor, "B F"]
     ) -> Float[Tensor, "B S D"]:
         """Hidden states that predict the opening, the field and the closing."""
-        said = torch.cat([self._context(batch, target.opening), tokens_BF, _repeated(target.closing, tokens_BF)], dim=1)
-        hidden_BSD, _ = self.backbone.read(batch, said[:, :-1])
+        context_BC, closing_BC = self._context(batch, target.opening), _repeated(target.closing, tokens_BF)
+        hidden_BSD, _ = self.backbone.read(batch, torch.cat([context_BC, tokens_BF, closing_BC], dim=1)[:, :-1])
         return hidden_BSD[:, -(len(target.opening) + target.length + len(target.closing)) :]
 
     def _hidden_of_head(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
-        """What the action head reads, and its mask: the hidden states of the queries, or of all that was observed."""
+        """The hidden states for the action head and their mask: those of the queries, for `flow` of the observation."""
         context_BC = self._context(batch, self.config.action_opening)
         if self.config.head == "flow":
             hidden_BSD, mask_BS = self.backbone.read(batch, context_BC)
@@ -333,7 +333,7 @@ class LatentPolicy(TrainableModel, nn.Module):
         return hidden_BSD[:, -self.config.chunk :], mask_BS[:, -self.config.chunk :].bool()
 
     def _context(self, batch: Mapping[str, Tensor], opening: tuple[int, ...]) -> Int[Tensor, "B C"]:
-        """What stands between the observation and the field."""
+        """The tokens between the observation and the field: state and opening."""
         opening_BC = _repeated(opening, batch["tokens_BT"])
         return torch.cat([batch["state_BS"], opening_BC], dim=1) if self.config.state_dim else opening_BC
 

@@ -1,4 +1,4 @@
-"""What the policy reads: a template around the task in words, one for all datasets or one for each.
+"""Prompts: a template around the task in words, one for all datasets or one for each.
 
     prompts = parse_prompts("prompts.json")     # {"default": "paper", "bridge": "In: {instruction}\\nOut:"}
     prompts.text("open the drawer", "bridge")
@@ -29,7 +29,7 @@ class Prompts:
     """Templates in which `{instruction}` stands for the task in words. Part of a policy's config."""
 
     default: str = PROMPTS["plain"]
-    """For what has no template of its own, and for a robot at work, which belongs to no dataset."""
+    """For datasets without a template of their own, and for a robot, whose observations belong to no dataset."""
     by_dataset: tuple[tuple[str, str], ...] = ()
     """(name of a dataset, its template)."""
 
@@ -40,35 +40,35 @@ class Prompts:
                 raise UserError(f"the dataset {name!r} has {names.count(name)} prompts; give it one")
         for template in (self.default, *(template for _, template in self.by_dataset)):
             if PLACE not in template:
-                raise UserError(f"the prompt {template!r} lacks {PLACE}, the place of the task's words")
+                raise UserError(f"the prompt {template!r} lacks {PLACE}, which stands for the task in words")
 
     def template(self, dataset: str | None = None) -> str:
         """The template of a dataset; the default one where it has none of its own."""
         return dict(self.by_dataset).get(dataset or "", self.default)
 
     def text(self, instruction: str, dataset: str | None = None) -> str:
-        """What the policy reads. The instruction may be empty and hold any character; its braces stay as they are."""
-        # Half a surrogate pair, as some JSON brings it, is no character: tokenizers stop at it.
+        """The prompt with this instruction, which may be empty and contain any character; its braces are kept."""
+        # Half a surrogate pair, which JSON may contain, is no character: tokenizers fail on it.
         words = instruction.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.template(dataset).replace(PLACE, words)
 
     def acting_as(self, datasets: Sequence[str]) -> Prompts:
         """These prompts for a robot whose episodes are `datasets`: the template they share becomes the default.
 
-        Where they have different ones the default stays, which the user is told.
+        Where they have different ones, the default stays and a warning is printed.
         """
         templates = {self.template(dataset) for dataset in datasets}
         if len(templates) > 1:
             warn(
-                "several prompts are learned: the policy acts with that of its --statistics-key, or else with the "
-                "default one"
+                "the datasets have several prompts: the policy acts with that of its --statistics-key, or else with "
+                "the default one"
             )
             return self
         return replace(self, default=templates.pop()) if templates else self
 
 
 def parse_prompts(prompt: str, datasets: Sequence[str] | None = None) -> Prompts:
-    """The prompts that `--prompt` means: a name, a template, or a JSON file of either by the name of a dataset.
+    """The prompts of `--prompt`: a name, a template, or a JSON file of either by the name of a dataset.
 
     The file's key "default" is for datasets without a prompt of their own. datasets: the names that may have one;
     None: any. Raises UserError on an unknown name, a template without `{instruction}`, and an unknown dataset.

@@ -3,9 +3,9 @@
 A token is a row of the language model's embedding and head; a code is its number within a segment. Latent actions
 are L tokens of the latent segment and robot actions A tokens of the bin segment, with rows shared by all positions,
 as in LAPA (https://arxiv.org/abs/2410.11758). So the model stays an ordinary causal language model, and a segment is
-added by adding rows at the end. Which segments a policy has depends on what it is: only a backbone with discrete
-images has image codes, only a policy that is told the robot's state has its bins, and queries are the places at which
-the `chunk` head reads the model's hidden states.
+added by adding rows at the end. Not every policy has every segment: only a backbone with discrete images has image
+codes, only a policy that reads the robot's state has its bins, and only the `chunk` head has queries, at whose
+positions it reads the model's hidden states.
 
     vocabulary = Vocabulary(text=512, latent=8, bins=256)
     vocabulary.tokens("latent", codes_BL)     # 512 + codes
@@ -29,7 +29,7 @@ Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """How many rows each segment has, in the order in which they lie."""
+    """Number of rows of each segment, in their order."""
 
     text: int
     vision: int = 0
