@@ -223,7 +223,7 @@ def test_old_rows_stay_bitwise_among_processes(one_process: None) -> None:
 
 
 def test_an_impossible_rank_is_named() -> None:
-    with pytest.raises(ValueError, match="rank must be at least 1.*got 0"):
+    with pytest.raises(ValueError, match=r"rank must be at least 1.*got 0"):
         add_lora(llama(), rank=0)
 
 

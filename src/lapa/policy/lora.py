@@ -42,7 +42,7 @@ def add_lora(language: PreTrainedModel, rank: int, new_rows: Sequence[int] = ())
     head = language.get_output_embeddings()
     names = [name for name, module in language.named_modules() if id(module) in linears and module is not head]
     # With alpha = rank, adapters are added unscaled.
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), language)  # type: ignore[arg-type]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), language)
     for parameter in language.parameters():
         if parameter.requires_grad:
             # Adapters are in fp32 whatever the model is in: bf16 would lose their small steps.
