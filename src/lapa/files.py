@@ -263,8 +263,8 @@ def hub_folder(
     """
     if Path(folder_or_hub_id).is_dir():
         return Path(folder_or_hub_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)):
-        raise UserError(f"{folder_or_hub_id}: no such folder{hint}")
+    if str(folder_or_hub_id).startswith(("/", ".", "~")) or str(folder_or_hub_id).count("/") > 1:
+        raise UserError(f"{folder_or_hub_id}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
