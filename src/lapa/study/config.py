@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +87,32 @@ class StudySizes:
     policy: tuple[str, ...] = ()
 
 
+# Of Meta-World's fifty tasks: six that two cores can learn, and as many others with the same kinds of motion.
+CPU = StudySizes(
+    world=World(
+        env="metaworld",
+        tasks="reach,push,drawer-open,button-press-topdown,window-open,door-open",
+        other_tasks="push-back,drawer-close,button-press,window-close,door-close,faucet-open",
+        camera="corner4",
+        other_camera="corner3",
+        other_look=1,
+    ),
+    stage="tiny",
+    videos=30,
+    measured=5,
+    rollouts=50,
+    horizon_seconds=0.1,
+    latent_steps=1200,
+    inverse_steps=600,
+    video_steps=1200,
+    pretrain_steps=1200,
+    finetune_steps=600,
+    chunk=8,
+    steps_per_call=8,
+    max_steps=150,
+    head="chunk",
+    policy=("--layers", "2"),
+)
 PRESETS = {
     # A minute or two: checks that everything works, and measures nothing.
     "debug": StudySizes(
@@ -105,55 +131,25 @@ PRESETS = {
         steps_per_call=3,
         max_steps=40,
     ),
-    # Of Meta-World's fifty tasks: six that two cores can learn, and as many others with the same kinds of motion.
-    "cpu": StudySizes(
-        world=World(
-            env="metaworld",
-            tasks="reach,push,drawer-open,button-press-topdown,window-open,door-open",
-            other_tasks="push-back,drawer-close,button-press,window-close,door-close,faucet-open",
-            camera="corner4",
-            other_camera="corner3",
-            other_look=1,
-        ),
-        stage="tiny",
-        videos=30,
-        measured=5,
-        rollouts=50,
-        horizon_seconds=0.1,
-        latent_steps=1200,
-        inverse_steps=600,
-        video_steps=1200,
-        pretrain_steps=1200,
-        finetune_steps=600,
-        chunk=8,
-        steps_per_call=8,
-        max_steps=150,
-        head="chunk",
-        policy=("--layers", "2"),
-    ),
-    "gpu": StudySizes(
-        world=World(
-            env="metaworld",
+    "cpu": CPU,
+    "gpu": replace(
+        CPU,
+        world=replace(
+            CPU.world,
             tasks="mt10",
             other_tasks="button-press,button-press-wall,door-close,door-lock,door-unlock,faucet-open,faucet-close,"
             "handle-press,push-back,plate-slide",
-            camera="corner4",
-            other_camera="corner3",
-            other_look=1,
         ),
         stage="base",
         videos=100,
         measured=10,
-        rollouts=50,
-        horizon_seconds=0.1,
         latent_steps=10_000,
         inverse_steps=5_000,
         video_steps=10_000,
         pretrain_steps=10_000,
         finetune_steps=2_000,
-        chunk=8,
-        steps_per_call=8,
         max_steps=250,
+        head="bins",
         # The presets of pretraining and finetuning differ in both.
         policy=("--batch-size", "128", "--augment"),
     ),

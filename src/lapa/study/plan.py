@@ -23,7 +23,6 @@ from lapa.config import to_dict
 from lapa.errors import UserError
 from lapa.study.config import StudySizes
 from lapa.study.results import Arm, Split
-from lapa.subcommand import Stage
 
 Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
@@ -63,9 +62,6 @@ class Step:
     def command(self, study: Path) -> list[str]:
         words = [str(word.folder(study)) if isinstance(word, Step) else word for word in self.words]
         return [*self.verb.split(), *words, "--out", str(self.folder(study)), self.again]
-
-    def stage(self, study: Path) -> Stage:
-        return Stage(self.title, self.command(study), self.folder(study) / self.artifact)
 
 
 def order(*wanted: Step, unless: Callable[[Step], bool] = lambda step: False) -> Iterator[Step]:
@@ -132,21 +128,21 @@ class Plan:
     @cached_property
     def token_accuracy(self) -> Step:
         """How often the pretrained policy predicts the labelled latent action, on videos that it was not trained on."""
-        words = (self.pretrained("lapa"), "--data", self.measured, "--labels", self.measured_labels)
+        words: Words = ("--lam", self.latent_action_model, "--data", self.measured)
+        labels = Step("labels of measured episodes", "label", words, "manifest.json")
+        words = (self.pretrained("lapa"), "--data", self.measured, "--labels", labels)
         return Step("token accuracy", "policy measure", words, "measure.json", "--overwrite")
 
-    @cached_property
-    def measured_labels(self) -> Step:
-        words = ("--lam", self.latent_action_model, "--data", self.measured)
-        return Step("labels of measured episodes", "label", words, "manifest.json")
-
     def policy(self, arm: Arm) -> Step:
-        """The arm's finetuned policy."""
+        """The arm's finetuned policy; of unipi the video model, finetuned as policies are, with inverse dynamics."""
+        words: Words
         if arm == "unipi":
-            joined = ("--video", self.finetuned_video_model, "--inverse", self.inverse_dynamics)
+            words = ("--start", self.video_model, "--data", self.labelled, "--held-out", "0", *self._horizon)
+            video = self._train("video model finetuning", "baseline video", words, self.sizes.finetune_steps)
+            joined = ("--video", video, "--inverse", self.inverse_dynamics)
             return Step("planner unipi", "baseline unipi", joined, "config.json", "--overwrite")
         start = ("--from-scratch",) if arm == "scratch" else ("--policy", self.pretrained(arm))
-        words: Words = (*start, "--data", self.labelled, "--held-out", "0", *self._acting)
+        words = (*start, "--data", self.labelled, "--held-out", "0", *self._acting)
         return self._train(f"finetuning {arm}", "policy finetune", words, self.sizes.finetune_steps)
 
     def pretrained(self, arm: Arm) -> Step:
@@ -192,12 +188,6 @@ class Plan:
     def video_model(self) -> Step:
         words: Words = ("--data", self.videos_without_actions, *self._horizon)
         return self._train("video model", "baseline video", words, self.sizes.video_steps)
-
-    @cached_property
-    def finetuned_video_model(self) -> Step:
-        """The video model, finetuned on the labelled episodes as policies are."""
-        words: Words = ("--start", self.video_model, "--data", self.labelled, "--held-out", "0", *self._horizon)
-        return self._train("video model finetuning", "baseline video", words, self.sizes.finetune_steps)
 
     @cached_property
     def videos(self) -> Step:
@@ -251,8 +241,11 @@ class Plan:
 
 def stage_presets(sizes: StudySizes) -> dict[str, dict[str, Any]]:
     """Returns the stages' own presets as plain values, without required options, by stage."""
-    named = {stage: to_dict(presets.named(stage, sizes.stage)) for stage in presets.STAGES}
     return {
-        stage: {name: value for name, value in values.items() if value is not presets.REQUIRED}
-        for stage, values in named.items()
+        stage: {
+            name: value
+            for name, value in to_dict(presets.named(stage, sizes.stage)).items()
+            if value is not presets.REQUIRED
+        }
+        for stage in presets.STAGES
     }

@@ -11,6 +11,7 @@ meaning of each figure: docs/metrics.md. The paper is LAPA (Ye et al., https://a
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,8 @@ def run(config: ReportConfig) -> None:
     """`lapa study report`. Raises UserError where there are no results, or results of different studies."""
     if not config.studies:
         raise UserError("name at least one folder of a study: lapa study report STUDY")
-    plots.require_matplotlib()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError('the report needs matplotlib; install it: pip install "lapa-vla[study]"')
     found = findings(load_results(config.studies))
     out = config.out or config.studies[0] / "report"
     claim_output(

@@ -87,12 +87,14 @@ class ArmResult:
     @property
     def strip(self) -> Path | None:
         """The image of its rollouts, or None."""
-        return _existing(self.folder / f"{self.name}.png")
+        path = self.folder / f"{self.name}.png"
+        return path if path.is_file() else None
 
     @property
     def codes(self) -> Path | None:
         """The image of its latent action model's codes, or None."""
-        return _existing(self.folder / f"{self.name}-codes.png")
+        path = self.folder / f"{self.name}-codes.png"
+        return path if path.is_file() else None
 
     def stage_of(self, title: str) -> str:
         """Returns a stage's name without the arm's: `pretraining` for `pretraining lapa`."""
@@ -132,21 +134,13 @@ def load_results(studies: Sequence[Path]) -> list[ArmResult]:
             raise UserError(f"{study}: no results; make some with `lapa study run --out {study}`")
         for path in paths:
             result = load_result(path)
-            _require_one_study(next(iter(found.values()), result), result)
+            first = next(iter(found.values()), result)
+            then, now = ({"preset": each.preset, "sizes": each.sizes} for each in (first, result))
+            if changed := configs.differences(then, now):
+                raise UserError(
+                    f"{path}: of another study than {first.folder} ({'; '.join(changed)}); report them apart"
+                )
             same = found.setdefault(result.name, result)
             if same.rollouts != result.rollouts:
                 raise UserError(f"{path}: differs from {same.folder / path.name}; leave one of them out")
     return sorted(found.values(), key=lambda r: (SPLITS.index(r.split), r.demonstrations, ARMS.index(r.arm), r.seed))
-
-
-def _require_one_study(first: ArmResult, other: ArmResult) -> None:
-    then, now = ({"preset": result.preset, "sizes": result.sizes} for result in (first, other))
-    if changed := configs.differences(then, now):
-        raise UserError(
-            f"{other.folder / other.name}.json: of another study than {first.folder} ({'; '.join(changed)}); "
-            "report them one by one"
-        )
-
-
-def _existing(path: Path) -> Path | None:
-    return path if path.is_file() else None

@@ -36,7 +36,7 @@ from lapa.policy.open_loop import action_figures
 from lapa.study.config import StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import ARTIFACTS, Plan, Step, order, stage_presets
 from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout
-from lapa.subcommand import run_stage
+from lapa.subcommand import Stage, run_stage
 
 POLL_SECONDS = 1.0
 
@@ -121,13 +121,14 @@ def _run_step(study: Path, step: Step, place: str) -> None:
     with _locked(study, step) as lock:
         if step.done(study):
             return
-        stage = step.stage(study)
+        stage = Stage(step.title, step.command(study), step.folder(study) / step.artifact)
         say(f"{place} {step.title}: $ lapa {' '.join(stage.command)}")
         started = time.monotonic()
         try:
             run_stage(stage, hold=(lock,))
         finally:
-            row = {"key": step.key, "seconds": round(time.monotonic() - started, 1), "code": _code_hash()}
+            code = fingerprint(*sorted(Path(lapa.__file__).parent.rglob("*.py")))
+            row = {"key": step.key, "seconds": round(time.monotonic() - started, 1), "code": code}
             with (study / SECONDS).open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -159,8 +160,10 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     """Writes the arm's result and its images to STUDY/results, and returns the result. All its steps are done."""
     steps = steps_of(plan, arm)
     every = list(order(*steps.values()))
-    keys = {step.key for step in every}
-    spent = [row for row in read_json_lines(study / SECONDS) if row["key"] in keys]
+    titles = {step.key: step.title for step in every}
+    spent = [row for row in read_json_lines(study / SECONDS) if row["key"] in titles]
+    seconds = {title: [row["seconds"] for row in spent if row["key"] == key] for key, title in titles.items()}
+    stages = json.dumps(stage_presets(plan.sizes), sort_keys=True)
     rollouts = read_json(steps["rollouts"].folder(study) / "results.json")
     result = ArmResult(
         arm=arm,
@@ -168,11 +171,11 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         demonstrations=plan.demonstrations,
         seed=plan.seed,
         preset=preset,
-        sizes={**configs.to_dict(plan.sizes), "stage_presets": _short_hash(stage_presets(plan.sizes))},
+        sizes={**configs.to_dict(plan.sizes), "stage_presets": hashlib.sha256(stages.encode()).hexdigest()[:8]},
         rollouts=_rollouts(study, plan, rollouts["episodes"]),
         figures=_figures(study, plan, arm, steps),
         curves=tuple(_curves(study, every)),
-        seconds=_seconds(spent, every),
+        seconds={title: round(sum(each), 1) for title, each in seconds.items() if each},
         provenance={
             "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.split} "
             f"--demonstrations {plan.demonstrations} --out STUDY",
@@ -250,16 +253,6 @@ def _inverse_r2(study: Path, plan: Plan) -> float | None:
     return action_figures(pseudo_N1A, true_N1A, counted_N1, true_N1A.mean((0, 1)), true.action_space)["r2"]
 
 
-def _code_hash() -> str:
-    """Returns a hash of the package's sources."""
-    package = Path(lapa.__file__).parent
-    return fingerprint(*sorted(package.rglob("*.py")))
-
-
-def _short_hash(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def _figure(values: dict[str, Any], path: str) -> float | None:
     """Returns the number at a dotted path, or the ratio of two ("a.b/a.c"); None where it is not defined."""
     numbers: list[Any] = []
@@ -278,16 +271,9 @@ def _curves(study: Path, steps: list[Step]) -> Iterator[Curve]:
         rows = read_json_lines(step.folder(study) / "training" / "metrics.jsonl")
         if rows and step.title.startswith(TRAINED):
             every = -(-len(rows) // CURVE_POINTS)
-            kept = [row for number, row in enumerate(rows) if number % every == 0 or _evaluated(row)]
+            kept = [
+                row
+                for number, row in enumerate(rows)
+                if number % every == 0 or any(name.startswith("eval/") for name in row)
+            ]
             yield Curve(step.title, tuple(kept))
-
-
-def _evaluated(row: dict[str, Any]) -> bool:
-    return any(name.startswith("eval/") for name in row)
-
-
-def _seconds(spent: list[dict[str, Any]], steps: list[Step]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for row in spent:
-        totals[row["key"]] = totals.get(row["key"], 0.0) + row["seconds"]
-    return {step.title: round(totals[step.key], 1) for step in steps if step.key in totals}
