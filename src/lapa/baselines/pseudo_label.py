@@ -29,9 +29,9 @@ from lapa.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import window_frames
-from lapa.data.lerobot import EXTRA, require_folder
+from lapa.data.lerobot import EXTRA, INFO, require_folder
 from lapa.data.pairs import horizon_frames
-from lapa.data.replace_actions import claim_rewrite, is_dataset, rewrite_actions
+from lapa.data.replace_actions import claim_rewrite, rewrite_actions
 from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
@@ -57,7 +57,7 @@ def run(config: PseudoLabelConfig) -> None:
         "source_fingerprint": dataset.fingerprint,
         "camera": camera,
     }
-    if config.resume and not config.overwrite and is_dataset(config.out):
+    if config.resume and not config.overwrite and (config.out / INFO).exists():
         configs.require_same(config.out / EXTRA, note)
         finish("dataset with pseudo-labels, already complete", config.out, next_commands)
         return

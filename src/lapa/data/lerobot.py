@@ -24,6 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -161,10 +162,9 @@ class LeRobotDataset(Dataset):
             with _parsing(path):
                 seconds = table["timestamp"].to_numpy().astype(np.float64) if timed else None
             episodes = self._episodes_in(episode_index)
-            self._first_rows[episodes], flaws = find_episodes(
-                owners, seconds, episodes, self.lengths[episodes], self.fps
-            )
-            self._flaws |= {episode: f"{path}: {flaw}" for episode, flaw in flaws.items()}
+            found = find_episodes(owners, seconds, episodes, self.lengths[episodes], self.fps)
+            self._first_rows[episodes] = found[0]
+            self._flaws |= {episode: f"{path}: {flaw}" for episode, flaw in found[1].items()}
         if episode_index in self._flaws:
             raise UserError(self._flaws[episode_index])
         first = int(self._first_rows[episode_index])
@@ -182,15 +182,16 @@ class LeRobotDataset(Dataset):
 
     def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
         path, span = self.data_path(episode_index), self.rows(episode_index)
-        table = _recent(self._tables, path, OPEN_TABLES, partial(self._read_numbers, path))
-        return table[feature][span], str(path)
 
-    def _read_numbers(self, path: Path) -> dict[str, np.ndarray]:
-        wanted = {name: stored for name, stored in self._stored.items() if name in self.features}
-        table = read_parquet(path, list(wanted.values()))
-        return {
-            name: _matrix(table[stored], self._width(name) or 0, f"{path}: {stored}") for name, stored in wanted.items()
-        }
+        def read() -> dict[str, np.ndarray]:
+            wanted = {name: stored for name, stored in self._stored.items() if name in self.features}
+            table = read_parquet(path, list(wanted.values()))
+            return {
+                name: _matrix(table[stored], self._width(name) or 0, f"{path}: {stored}")
+                for name, stored in wanted.items()
+            }
+
+        return _recent(self._tables, path, OPEN_TABLES, read)[feature][span], str(path)
 
     def _place(self, kind: str, episode_index: int) -> dict[str, int]:
         """Returns the fields of a path template."""
@@ -216,8 +217,9 @@ class LeRobotDataset(Dataset):
         starts, images = self._group_rows[path], []
         for row in rows:
             number = int(np.searchsorted(starts, row, side="right")) - 1
-            read = partial(_read_group, path, number, column)
-            group = _recent(self._groups, (path, number, column), OPEN_GROUPS, read)
+            group = _recent(
+                self._groups, (path, number, column), OPEN_GROUPS, partial(_read_group, path, number, column)
+            )
             value = group[int(row - starts[number])].as_py()
             encoded = value.get("bytes") if isinstance(value, dict) else value
             if not encoded:
@@ -235,9 +237,7 @@ class LeRobotDataset(Dataset):
 
         Each folder is listed once, which is much faster than asking for every file.
         """
-        for key in video_keys(self.features):
-            if key not in self._camera_keys.values():
-                continue
+        for key in (key for key in video_keys(self.features) if key in self._camera_keys.values()):
             if self.legacy:
                 places = [self._place("", episode) for episode in range(len(self))]
             else:
@@ -293,12 +293,7 @@ def read_info(root: Path) -> dict[str, Any]:
         known = ", ".join((CODEBASE_VERSION, *LEGACY_VERSIONS))
         fix = "convert it with LeRobot's own scripts" if str(version) < "v2.0" else "update lapa"
         raise UserError(f"{path}: is LeRobotDataset {version}, {known} are read; {fix}")
-    _check_features(path, info.get("features"))
-    needed = ["fps", "data_path"]
-    if video_keys(info["features"]):
-        needed.append("video_path")
-    if lacking := [key for key in needed if info.get(key) is None]:
-        raise UserError(f"{path}: lacks {', '.join(lacking)}; {AGAIN}")
+    _check_features(path, info)
     if not isinstance(info["fps"], int | float) or not 0 < info["fps"] < math.inf:
         raise UserError(f"{path}: fps must be a number above 0, got {info['fps']!r}")
     _check_templates(path, info)
@@ -375,39 +370,35 @@ def find_episodes(
     owners_N: the episode of each row; seconds_N: its time in the episode, None where the file has no such column.
     Frame i of an episode must be at i / fps seconds, to half a frame, since images are found by it.
     """
-    present_P, firsts_P, kinds_N, counts_P = np.unique(
-        owners_N, return_index=True, return_inverse=True, return_counts=True
-    )
-    places_N = np.arange(len(owners_N)) - firsts_P[kinds_N]
-    scattered = np.flatnonzero(np.diff(owners_N)) + 1
-    in_pieces = set(owners_N[scattered[places_N[scattered] != 0]].tolist())
-    late: set[int] = set()
-    if seconds_N is not None:
-        fits_N = np.abs(seconds_N - places_N / fps) < 0.5 / fps
-        fits_N[1:] &= (np.diff(seconds_N) > 0) | (places_N[1:] == 0)
-        late = set(owners_N[~fits_N].tolist())
-    there = dict(zip(present_P.tolist(), zip(firsts_P.tolist(), counts_P.tolist(), strict=True), strict=True))
+    ends = [*(np.flatnonzero(np.diff(owners_N)) + 1), len(owners_N)]
+    pieces: dict[int, list[slice]] = {}
+    for first, end in pairwise([0, *ends]):
+        pieces.setdefault(int(owners_N[first]) if end else -1, []).append(slice(first, end))
     firsts, flaws = [], {}
     for episode, length in zip(episodes_E.tolist(), lengths_E.tolist(), strict=True):
-        first, count = there.get(episode, (0, 0))
-        firsts.append(first)
+        its_pieces = pieces.get(episode, [])
+        count = sum(piece.stop - piece.start for piece in its_pieces)
+        firsts.append(its_pieces[0].start if its_pieces else 0)
         if count < length:
             flaws[episode] = f"lacks rows of episode {episode} (has {count} of {length}); {AGAIN}"
-        elif count > length or episode in in_pieces:
+        elif count > length or len(its_pieces) > 1:
             flaws[episode] = f"has {count} rows of episode {episode} of {length} frames, or not in one piece; {AGAIN}"
-        elif seconds_N is not None and episode in late:
-            flaws[episode] = f"episode {episode}: {_time_flaw(seconds_N[first : first + length], fps)}"
+        elif seconds_N is not None and (flaw := _time_flaw(seconds_N[its_pieces[0]], fps)):
+            flaws[episode] = f"episode {episode}: {flaw}"
     return np.array(firsts), flaws
 
 
 def _time_flaw(seconds_T: np.ndarray, fps: float) -> str:
-    forward = np.diff(seconds_T) > 0
+    """Returns what is wrong with the times of an episode's frames; "" where nothing is."""
+    forward, expected_T = np.diff(seconds_T) > 0, np.arange(len(seconds_T)) / fps
+    fits_T = np.abs(seconds_T - expected_T) < 0.5 / fps
     if not forward.all():
         frame = int(np.argmin(forward)) + 1
         order = f"{seconds_T[frame]:.3f} s after {seconds_T[frame - 1]:.3f} s"
         return f"timestamps go backwards at frame {frame} ({order}); correct them or leave the episode out"
-    expected_T = np.arange(len(seconds_T)) / fps
-    frame = int(np.argmin(np.abs(seconds_T - expected_T) < 0.5 / fps))
+    if fits_T.all():
+        return ""
+    frame = int(np.argmin(fits_T))
     found = f"frame {frame} is at {seconds_T[frame]:.3f} s, should be at {expected_T[frame]:.3f} s"
     return f"timestamps do not match {fps:g} fps ({found}); correct them, or fps in meta/info.json"
 
@@ -423,7 +414,8 @@ def _require_folder(root: Path) -> None:
         raise UserError(f"{root}: not a dataset (no {INFO}); `lapa data videos {root} --out DATASET` makes one")
 
 
-def _check_features(path: Path, features: Any) -> None:
+def _check_features(path: Path, info: dict[str, Any]) -> None:
+    features = info.get("features")
     if not isinstance(features, dict) or not features:
         raise UserError(f"{path}: lacks features; {AGAIN}")
     for name, feature in features.items():
@@ -437,6 +429,9 @@ def _check_features(path: Path, features: Any) -> None:
             raise UserError(f"{path}: feature {name} is not as LeRobot describes images, got {feature}; {AGAIN}")
     if not image_keys(features):
         raise UserError(f"{path}: has no camera (no feature of dtype video or image); lapa learns from video")
+    needed = ["fps", "data_path", *(["video_path"] if video_keys(features) else [])]
+    if lacking := [key for key in needed if info.get(key) is None]:
+        raise UserError(f"{path}: lacks {', '.join(lacking)}; {AGAIN}")
 
 
 def _check_templates(path: Path, info: dict[str, Any]) -> None:
@@ -571,7 +566,7 @@ def _matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarra
         raise UserError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
     values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
     if len(values) != num_rows * width:
-        raise UserError(f"{source} is not {width} numbers wide in every row, as meta/info.json says; {AGAIN}")
+        raise UserError(f"{source} is not {width} numbers wide in every row, which meta/info.json declares; {AGAIN}")
     return values.reshape(num_rows, width)
 
 

@@ -41,12 +41,14 @@ from lapa.data.lerobot import (
     require_folder,
 )
 from lapa.data.spec import open_dataset
-from lapa.data.writer import FRAME_COLUMNS, Moments, moments_of
+from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, read_json_lines, write_json
 
 NO_ACTIONS = "lapa data hide-actions"
 STATISTICS = ("min", "max", "mean", "std", "count")
+# The columns that are written anew.
+CHANGED = (ACTION, "episode_index", "index")
 
 
 def run(config: HideActionsConfig) -> None:
@@ -54,18 +56,13 @@ def run(config: HideActionsConfig) -> None:
     dataset = require_folder(open_dataset(config.data))
     note = {"made_by": NO_ACTIONS, "source_fingerprint": dataset.fingerprint}
     next_commands = [f"lapa latent train --data {shlex.quote(str(config.out))} --out LAM"]
-    if config.resume and not config.overwrite and is_dataset(config.out):
+    if config.resume and not config.overwrite and (config.out / INFO).exists():
         configs.require_same(config.out / EXTRA, note)
         finish("dataset without actions, already complete", config.out, next_commands)
         return
     claim_rewrite(config.out, dataset, note, overwrite=config.overwrite, resume=config.resume)
     written = rewrite_actions(dataset, config.out, actions=None, action_space=None, keep_states=False, note=note)
     finish(f"dataset of {len(written)} episodes without actions", config.out, next_commands)
-
-
-def is_dataset(out: Path) -> bool:
-    """Returns whether `out` holds a finished dataset."""
-    return (out / INFO).exists()
 
 
 def claim_rewrite(
@@ -85,7 +82,7 @@ def claim_rewrite(
     if out.resolve().is_relative_to(dataset.root.resolve()):
         raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
     inputs = [dataset.root, *inputs]
-    claim_output(out, complete=is_dataset(out), overwrite=overwrite, resume=resume, inputs=inputs)
+    claim_output(out, complete=(out / INFO).exists(), overwrite=overwrite, resume=resume, inputs=inputs)
     if (begun := read_json_lines(out / JOURNAL)) and begun[0] != note:
         raise UserError(f"{out}: was begun with other settings; --overwrite to start anew")
     with atomic_path(out / JOURNAL) as temporary:
@@ -114,45 +111,25 @@ def rewrite_actions(
     left_out = [name for name in dataset.features if name not in features]
     if left_out:
         say(f"left out: {', '.join(left_out)}")
-    numbering = _write_data(dataset, out, actions, action_space, [*kept_features, *FRAME_COLUMNS])
-    num_episodes, num_lost = len(numbering.stats), len(dataset) - len(numbering.stats)
-    if not num_episodes:
+    rows, num_frames = _write_data(dataset, out, actions, action_space, [*kept_features, *FRAME_COLUMNS])
+    num_lost = len(dataset) - len(rows)
+    if not rows:
         raise UserError(f"{dataset.root}: every one of its {num_lost} episodes is left out; nothing is left to write")
     if num_lost:
         say(f"{num_lost} of {len(dataset)} episodes left out: they have no actions")
-    _link_videos(dataset, out, sorted(numbering.stats))
-    totals = _write_episodes(dataset, out, numbering, list(features))
+    _link_videos(dataset, out, sorted(rows))
+    totals = _write_episodes(dataset, out, rows, list(features))
     with atomic_path(out / TASKS) as temporary:
         shutil.copyfile(dataset.root / TASKS, temporary)
     write_json(out / STATS, totals)
     declared = action_space.declared() if action_space else {}
     write_json(out / EXTRA, {**note, "source": dict(dataset.extra), **declared})
-    info = {**dataset.info, "features": features}
-    info |= {"total_episodes": num_episodes, "total_frames": numbering.num_frames}
+    info = {**dataset.info, "features": features, "total_episodes": len(rows), "total_frames": num_frames}
     if num_lost or "splits" not in info:
-        info["splits"] = {"train": f"0:{num_episodes}"}
+        info["splits"] = {"train": f"0:{len(rows)}"}
     write_json(out / INFO, info)
     (out / JOURNAL).unlink(missing_ok=True)
     return LeRobotDataset(out)
-
-
-class _Numbering:
-    """New numbers, first frames and statistics of the episodes that are kept, by their number in the source."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[int, int] = {}
-        self.firsts: dict[int, int] = {}
-        self.stats: dict[int, dict[str, dict[str, list[float]]]] = {}
-        self.num_frames = 0
-
-    def keep(self, episode: int, length: int, actions_TA: np.ndarray | None) -> None:
-        number, first = len(self.numbers), self.num_frames
-        self.numbers[episode], self.firsts[episode] = number, first
-        self.num_frames += length
-        columns = {"episode_index": np.full((length, 1), number), "index": first + np.arange(length)[:, None]}
-        if actions_TA is not None:
-            columns[ACTION] = actions_TA
-        self.stats[episode] = {name: moments_of(values) for name, values in columns.items()}
 
 
 def _features(dataset: LeRobotDataset, space: ActionSpace | None, kept: Sequence[str]) -> dict[str, Any]:
@@ -168,9 +145,14 @@ def _write_data(
     actions: Callable[[int], np.ndarray | None] | None,
     space: ActionSpace | None,
     columns: Sequence[str],
-) -> _Numbering:
-    """Writes the data files, each under its old name, without the rows of episodes that are left out."""
-    numbering = _Numbering()
+) -> tuple[dict[int, dict[str, Any]], int]:
+    """Writes the data files, each under its old name, without the rows of episodes that are left out.
+
+    Returns what changes in the metadata row of each episode that is kept, by its number in the source, and the number
+    of frames.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    num_frames = 0
     files: dict[Path, list[int]] = {}
     for episode in range(len(dataset)):
         files.setdefault(dataset.data_path(episode), []).append(episode)
@@ -184,43 +166,48 @@ def _write_data(
                 continue
             if space is not None and actions_TA is not None:
                 actions_TA = _checked(actions_TA, (length, space.action_dim), episode)
-            numbering.keep(episode, length, actions_TA)
-            parts.append(_renumbered(table[span], numbering, episode, actions_TA))
+            new = {"episode_index": np.full(length, len(rows)), "index": num_frames + np.arange(length)}
+            parts.append(_renumbered(table[span], new, actions_TA))
+            columns_TD = {name: values[:, None] for name, values in new.items()}
+            columns_TD |= {} if actions_TA is None else {ACTION: actions_TA}
+            stats = {name: moments_of(values) for name, values in columns_TD.items()}
+            rows[episode] = {
+                "episode_index": len(rows),
+                "dataset_from_index": num_frames,
+                "dataset_to_index": num_frames + length,
+                **{f"stats/{name}/{key}": value for name, its in stats.items() for key, value in its.items()},
+            }
+            num_frames += length
         if parts:
             with atomic_path(out / path.relative_to(dataset.root)) as temporary:
                 pq.write_table(pa.concat_tables(parts), temporary)
-    return numbering
+    return rows, num_frames
 
 
-def _renumbered(table: pa.Table, numbering: _Numbering, episode: int, actions_TA: np.ndarray | None) -> pa.Table:
-    """Returns the rows of one episode under its new number, with its actions."""
+def _renumbered(table: pa.Table, new: Mapping[str, np.ndarray], actions_TA: np.ndarray | None) -> pa.Table:
+    """Returns the rows of one episode with new indices, and with its actions."""
     # LeRobot's notes there describe columns that are gone.
     table = table.replace_schema_metadata(None)
-    new = {
-        "episode_index": np.full(len(table), numbering.numbers[episode]),
-        "index": numbering.firsts[episode] + np.arange(len(table)),
-    }
     for name, values in new.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.int64()))
-    if actions_TA is None:
-        return table
-    flat = pa.array(actions_TA.reshape(-1))
-    width = actions_TA.shape[1]
-    # A feature of width 1 is a plain number in LeRobot's tables.
-    return table.add_column(0, ACTION, pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat)
+    return table if actions_TA is None else table.add_column(0, ACTION, feature_column(actions_TA))
 
 
 def _write_episodes(
-    dataset: LeRobotDataset, out: Path, numbering: _Numbering, features: Sequence[str]
+    dataset: LeRobotDataset, out: Path, changes: Mapping[int, dict[str, Any]], features: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Writes the tables of episodes, under their old names; returns the statistics of the whole dataset."""
+    # Statistics of columns that are gone, or written anew, are not kept.
+    gone = tuple(f"stats/{name}/" for name in {*dataset.features, *CHANGED} if name in CHANGED or name not in features)
     totals = {name: Moments() for name in features}
     shapes: dict[str, Any] = {}
     for path in episode_files(dataset.root):
         table = read_parquet(path)
-        kept = pc.is_in(table["episode_index"], pa.array(list(numbering.numbers), table["episode_index"].type))
-        table = table.filter(kept).sort_by("episode_index")
-        rows = [_episode_row(row, numbering, features) for row in table.to_pylist()]
+        kept = pc.is_in(table["episode_index"], pa.array(list(changes), table["episode_index"].type))
+        rows = []
+        for row in table.filter(kept).sort_by("episode_index").to_pylist():
+            new = changes[int(row["episode_index"])]
+            rows.append({name: value for name, value in row.items() if name in new or not name.startswith(gone)} | new)
         for row, name in product(rows, features):
             values: dict[str, Any] = {key: row.get(f"stats/{name}/{key}") for key in STATISTICS}
             if all(value is not None for value in values.values()):
@@ -237,25 +224,6 @@ def _write_episodes(
         for name, moments in totals.items()
         if moments.count
     }
-
-
-def _episode_row(row: Mapping[str, Any], numbering: _Numbering, features: Sequence[str]) -> dict[str, Any]:
-    """Returns the row of an episode that is kept: new numbers, and statistics of the new columns only."""
-    episode = int(row["episode_index"])
-    first, stats = numbering.firsts[episode], numbering.stats[episode]
-    new: dict[str, Any] = {
-        "episode_index": numbering.numbers[episode],
-        "dataset_from_index": first,
-        "dataset_to_index": first + int(row["length"]),
-    }
-    new |= {f"stats/{name}/{key}": value for name, values in stats.items() for key, value in values.items()}
-    unchanged = set(features) - set(stats)
-    kept = {
-        name: value
-        for name, value in row.items()
-        if name in new or not name.startswith("stats/") or name.split("/")[1] in unchanged
-    }
-    return {**kept, **new}
 
 
 def _link_videos(dataset: LeRobotDataset, out: Path, episodes: Sequence[int]) -> None:

@@ -329,11 +329,10 @@ class DatasetWriter:
         return dict(zip(FRAME_COLUMNS, values, strict=True))
 
     def _frame_table(self, record: dict[str, Any], columns: Mapping[str, np.ndarray]) -> pa.Table:
-        arrays: dict[str, pa.Array] = {}
-        for name, width in self.widths.items():
-            flat = pa.array(np.asarray(record[name], dtype=np.float32).reshape(-1))
-            # A feature of width 1 is a plain number in LeRobot's tables.
-            arrays[name] = pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
+        arrays: dict[str, pa.Array] = {
+            name: feature_column(np.asarray(record[name], dtype=np.float32).reshape(-1, width))
+            for name, width in self.widths.items()
+        }
         for name, values in columns.items():
             arrays[name] = pa.array(values.astype(np.float32 if name == "timestamp" else np.int64))
         return pa.table(arrays)
@@ -474,6 +473,12 @@ def moments_of(rows_ND: Float[np.ndarray, "N D"]) -> dict[str, list[float]]:
     moments = Moments()
     moments.add(rows_ND)
     return moments.to_dict()
+
+
+def feature_column(rows_ND: np.ndarray) -> pa.Array:
+    """Returns rows as a column of LeRobot's tables: lists of D numbers, or plain numbers where D is 1."""
+    flat, width = pa.array(rows_ND.reshape(-1)), rows_ND.shape[1]
+    return pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
 
 
 class _Tables:
