@@ -9,6 +9,7 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,23 +55,14 @@ SMALL, SHORT, STATIC, BLANK = (
 
 
 @dataclass(frozen=True)
-class EncodedEpisode:
-    """An episode that a worker has made; its videos wait at `videos`."""
-
-    key: str
-    instruction: str
-    videos: dict[str, Path]
-    length: int
-    pixel_stats: dict[str, dict[str, list[float]]]
-    actions: np.ndarray | None = None
-    states: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
 class ConvertedItem:
-    """The result of an item. notes: to be counted; lost: frames, because of `damage`; error: where there is none."""
+    """The result of an item.
 
-    episodes: tuple[EncodedEpisode, ...] = ()
+    episodes: arguments of `DatasetWriter.add_episode_files`; notes: to be counted; lost: frames, because of `damage`;
+    error: why there is no result.
+    """
+
+    episodes: tuple[dict[str, Any], ...] = ()
     notes: Counter[str] = field(default_factory=Counter)
     lost: int = 0
     damage: str = ""
@@ -230,9 +223,7 @@ def _open_writer(source: Source, cameras: list[str], fps: float, options: Conver
         cameras=dict.fromkeys(cameras, (options.size, options.size)),
         action_names=space.names if space else None,
         state_names=source.state_names if options.actions else None,
-        binary_actions=[name for name, switch in zip(space.names, space.binary, strict=True) if switch]
-        if space
-        else (),
+        binary_actions=space.binary_names if space else (),
         control=space.control if space else None,
         keyframe_interval=KEYFRAME_INTERVAL,
         extra_info={"made_by": f"lapa data {source.kind}", **source.settings, **filters},
@@ -253,7 +244,10 @@ def _convert_all(
     incoming = Path(tempfile.mkdtemp(prefix=INCOMING, dir=options.out))
     jobs = ((item, incoming / str(number)) for number, item in enumerate(items))
     num_workers = min(options.workers or os.cpu_count() or 1, len(items))
-    shared = (source.without_items(), cameras, fps, options)
+    # Workers receive their items one by one.
+    light = copy.copy(source)
+    light.items = ()
+    shared = (light, cameras, fps, options)
     with progress() as bar, Workers(num_workers if num_workers > 1 else 0, shared) as workers:
         task = bar.add_task("converting", total=len(items), note="")
         for number, converted in enumerate(workers.in_order(convert_item, jobs)):
@@ -276,22 +270,14 @@ def _add(source: Source, item: Item, converted: ConvertedItem, writer: DatasetWr
         warn(f"left out: {converted.error}")
         notes[DAMAGED] += 1
     if converted.lost:
-        kept = sum(episode.length for episode in converted.episodes)
+        kept = sum(episode["length"] for episode in converted.episodes)
         damage = converted.damage or source.file_of(item)
         warn(f"{damage}: damaged; {kept} frames kept, {converted.lost} lost")
         notes.update({KEPT: 1, LOST: converted.lost})
     for episode in converted.episodes:
         # An item that a kill interrupted between two of its episodes is converted again.
-        if episode.key not in writer.done_sources:
-            writer.add_episode_files(
-                episode.videos,
-                episode.length,
-                episode.instruction,
-                pixel_stats=episode.pixel_stats,
-                actions=episode.actions,
-                states=episode.states,
-                source=episode.key,
-            )
+        if episode["source"] not in writer.done_sources:
+            writer.add_episode_files(**episode)
     writer.close_item(item.key, notes)
 
 
@@ -319,7 +305,7 @@ def _encode(
     fps: float,
     options: ConvertOptions,
     target: Path,
-) -> tuple[list[EncodedEpisode], list[str]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Writes the videos of each shot of the first camera, for all cameras. Also returns why shots are left out."""
     where = source.file_of(item)
     first, *others = streams
@@ -358,29 +344,30 @@ def _encode(
             for video in shot.videos.values():
                 video.unlink()
             continue
-        actions, states = (rows[name][shot.start : shot.stop] if name in rows else None for name in (ACTION, STATE))
-        key = item.key if len(shots) == 1 else f"{item.key}#{number:04d}"
-        stats = {camera: moments.to_dict() for camera, moments in shot.pixels.items()}
-        length = shot.stop - shot.start
-        episodes.append(EncodedEpisode(key, clip.instruction, shot.videos, length, stats, actions, states))
+        episode = {
+            "files": shot.videos,
+            "length": shot.stop - shot.start,
+            "instruction": clip.instruction,
+            "pixel_stats": {camera: moments.to_dict() for camera, moments in shot.pixels.items()},
+            "source": item.key if len(shots) == 1 else f"{item.key}#{number:04d}",
+        }
+        for name, argument in ((ACTION, "actions"), (STATE, "states")):
+            episode[argument] = rows[name][shot.start : shot.stop] if name in rows else None
+        episodes.append(episode)
     return episodes, [shot.reason for shot in shots if shot.reason is not None]
 
 
 def _by_shot(frames: Iterable[np.ndarray], options: ConvertOptions, cut: bool) -> Iterator[ShotFrame]:
     """Scales the frames and numbers their shots. cut: look for shots, otherwise all frames are of number 0."""
-    measure = options.min_motion > 0
-    if not cut:
-        for frame_HWC in frames:
-            yield 0, thumbnail(frame_HWC) if measure else None, resize_and_crop(frame_HWC[None], options.size)[0]
-        return
-    waiting: deque[tuple[np.ndarray, np.ndarray]] = deque()
+    waiting: deque[tuple[Any, np.ndarray]] = deque()
 
-    def thumbnails() -> Iterator[np.ndarray]:
+    def thumbnails() -> Iterator[Any]:
         for frame_HWC in frames:
-            waiting.append((thumbnail(frame_HWC), resize_and_crop(frame_HWC[None], options.size)[0]))
-            yield waiting[-1][0]
+            small_HW = thumbnail(frame_HWC) if cut or options.min_motion > 0 else None
+            waiting.append((small_HW, resize_and_crop(frame_HWC[None], options.size)[0]))
+            yield small_HW
 
-    for shot in shot_numbers(thumbnails()):
+    for shot in shot_numbers(thumbnails()) if cut else (0 for _ in thumbnails()):
         yield shot, *waiting.popleft()
 
 

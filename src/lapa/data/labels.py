@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +157,6 @@ class Labels:
         # Rows are sorted by episode: episode i's begin at _starts[i].
         last = int(episodes_N[-1]) if rows else -1
         self._starts = np.searchsorted(episodes_N, np.arange(last + 2))
-        self._last_shard: tuple[Path, np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def open(
@@ -189,34 +187,21 @@ class Labels:
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """The labelled frames of an episode: (frame_indices_T, codes_TL), both int64; empty where it has none."""
-        rows = self._rows(episode_index)
+        known = 0 <= episode_index < len(self._starts) - 1
+        rows = slice(*self._starts[episode_index : episode_index + 2]) if known else slice(0, 0)
         return self._frames_N[rows].astype(np.int64), self._codes_NL[rows].astype(np.int64)
 
     def embeddings(self, episode_index: int) -> np.ndarray:
         """The continuous embeddings [T, L * D] of the same frames. Raises UserError where the labels have none."""
         if not self.manifest.embeddings:
             raise UserError(f"{self.folder}: has no embeddings; label again with --embeddings")
-        for (first, last), path in self._shards.items():
+        for path in self.folder.glob(SHARDS):
+            first, last = shard_episodes(path)
             if first <= episode_index <= last:
-                episodes_N, embeddings_ND = self._embeddings_of(path)
-                return embeddings_ND[slice(*np.searchsorted(episodes_N, [episode_index, episode_index + 1]))]
+                table = read_shard(path, ["episode_index", "embedding"])
+                rows = np.searchsorted(table["episode_index"].to_numpy(), [episode_index, episode_index + 1])
+                return _from_fixed_lists(table["embedding"])[slice(*rows)]
         raise UserError(f"{self.folder}: has no shard with episode {episode_index}; run `lapa label --overwrite`")
-
-    @cached_property
-    def _shards(self) -> dict[tuple[int, int], Path]:
-        return {shard_episodes(path): path for path in self.folder.glob(SHARDS)}
-
-    def _rows(self, episode_index: int) -> slice:
-        if not 0 <= episode_index < len(self._starts) - 1:
-            return slice(0, 0)
-        return slice(int(self._starts[episode_index]), int(self._starts[episode_index + 1]))
-
-    def _embeddings_of(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """The episode of each row of a shard, and its embedding; the last shard read stays in memory."""
-        if self._last_shard is None or self._last_shard[0] != path:
-            table = read_shard(path, ["episode_index", "embedding"])
-            self._last_shard = path, table["episode_index"].to_numpy(), _from_fixed_lists(table["embedding"])
-        return self._last_shard[1:]
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

@@ -8,12 +8,11 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,12 +107,6 @@ class Source(ABC):
         """Returns the source as a dataset, in place."""
         return SourceDataset(self, name)
 
-    def without_items(self) -> Source:
-        """Returns a copy for worker processes, which receive their items one by one."""
-        light = copy.copy(self)
-        light.items = ()
-        return light
-
     def file_of(self, item: Item) -> str:
         """Returns the location of an item, for messages."""
         return f"{self.root}: {item.key}"
@@ -161,18 +154,13 @@ class SourceDataset(Dataset):
         return self.source.numbers(item)[feature], self.source.file_of(item)
 
 
-def with_length(item: Item, length: int, instruction: str | None = None) -> Item:
-    """Returns the item with its length, and its instruction where one is given."""
-    return replace(item, length=length, instruction=item.instruction if instruction is None else instruction)
-
-
 def _features(source: Source) -> dict[str, dict[str, Any]]:
     """Returns the source's features as LeRobot's meta/info.json would describe them."""
     features: dict[str, dict[str, Any]] = {}
-    names = {ACTION: source.action_space.names if source.action_space else None, STATE: source.state_names}
-    for feature, its_names in names.items():
-        if its_names is not None:
-            features[feature] = {"dtype": "float32", "shape": [len(its_names)], "names": list(its_names)}
+    actions = source.action_space.names if source.action_space else None
+    for feature, names in ((ACTION, actions), (STATE, source.state_names)):
+        if names is not None:
+            features[feature] = {"dtype": "float32", "shape": [len(names)], "names": list(names)}
     for camera, (height, width) in source.cameras.items():
         features[CAMERA_PREFIX + camera] = {"dtype": "video", "shape": [height, width, 3]}
     return features

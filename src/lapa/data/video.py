@@ -60,7 +60,8 @@ def probe(path: Path) -> VideoInfo:
     """Reads a video's header. Raises UserError naming the file where it is not a video."""
     with open_video(path) as container:
         stream = container.streams.video[0]
-        fps, num_frames = _rate(stream), _expected_frames(container, stream)
+        fps, length = _rate(stream), _length(container, stream)
+        num_frames = stream.frames or (None if length is None else round(length * fps))
         constant = not stream.base_rate or abs(fps / float(stream.base_rate) - 1) < VARIES
         if not constant:
             times = _packet_times(container, stream, path)
@@ -171,8 +172,10 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
     wanted = sorted(set(indices))
     found: dict[int, np.ndarray] = {}
     try:
-        for index, frame in clip.at([start + index / fps for index in wanted], tolerance=0.5 / fps):
-            found[wanted[index]] = upright(frame, clip.converter)
+        for index in wanted:
+            frame = clip.frame_at(start + index / fps, tolerance=0.5 / fps)
+            if frame is not None:
+                found[index] = upright(frame, clip.converter)
     except (av.FFmpegError, OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
     missing = [index for index in wanted if index not in found]
@@ -206,12 +209,11 @@ def open_video(path: Path) -> InputContainer:
     except (av.FFmpegError, OSError) as error:
         reason = why_unreadable(path) or error.strerror or str(error) or type(error).__name__
         raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
-    if not container.streams.video:
+    streams = container.streams.video
+    if not streams or streams[0].codec_context is None:
         container.close()
-        raise UserError(f"{path}: has no video stream; replace it or take it out")
-    if container.streams.video[0].codec_context is None:
-        container.close()
-        raise UserError(f"{path}: is encoded with a codec that cannot be read; replace it or take it out")
+        problem = "is encoded with a codec that cannot be read" if streams else "has no video stream"
+        raise UserError(f"{path}: {problem}; replace it or take it out")
     return container
 
 
@@ -248,14 +250,8 @@ class OpenClip:
             self._open()
         self.frames = self.container.decode(self.stream)
 
-    def at(self, times: Sequence[float], tolerance: float) -> Iterator[tuple[int, VideoFrame]]:
-        """Yields (number in `times`, frame) for every time that has a frame within `tolerance` seconds."""
-        for number, time in enumerate(times):
-            frame = self._frame_at(time, tolerance)
-            if frame is not None:
-                yield number, frame
-
-    def _frame_at(self, time: float, tolerance: float) -> VideoFrame | None:
+    def frame_at(self, time: float, tolerance: float) -> VideoFrame | None:
+        """Returns the frame within `tolerance` seconds of `time`, None where there is none."""
         # Just ahead, decoding on is cheaper than a seek.
         if self.position is not None and self.position < time < self.position + 5 * tolerance:
             return self._decode_to(time, tolerance)
@@ -286,7 +282,10 @@ class OpenClip:
 def open_clip(path: Path) -> OpenClip:
     """The clip, opened for random access or still open in this thread. Raises UserError where it is not a video."""
     clips = _open_clips.of_this_process()
-    version = _version(path)
+    with reading(path, "write or download the dataset again"):
+        status = path.stat()
+    # Distinguishes a file from one that replaced it under the same name.
+    version = status.st_mtime_ns, status.st_ino or status.st_size
     if path in clips and clips[path][0] == version:
         clips.move_to_end(path)
         return clips[path][1]
@@ -299,7 +298,7 @@ def open_clip(path: Path) -> OpenClip:
 
 
 def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
-    """A decoded frame as RGB, rotated by the file's display matrix (phones film sideways).
+    """A decoded frame as RGB, rotated by the file's display matrix (phones record sideways).
 
     converter: one for all frames of a clip; setting up a new one takes longer than decoding a frame.
     """
@@ -339,13 +338,6 @@ class _OpenClips(threading.local):
 _open_clips = _OpenClips()
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """Distinguishes a file from one that replaced it under the same name."""
-    with reading(path, "write or download the dataset again"):
-        status = path.stat()
-    return status.st_mtime_ns, status.st_ino or status.st_size
-
-
 def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
     """The frames that can be decoded, and None for each packet that cannot."""
     packets = container.demux(stream)
@@ -364,13 +356,6 @@ def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[Vi
             yield from stream.decode(packet)
         except av.FFmpegError:
             yield None
-
-
-def _expected_frames(container: InputContainer, stream: VideoStream) -> int | None:
-    if stream.frames:
-        return stream.frames
-    length = _length(container, stream)
-    return None if length is None else round(length * _rate(stream))
 
 
 def _length(container: InputContainer, stream: VideoStream) -> float | None:

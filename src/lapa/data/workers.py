@@ -54,7 +54,11 @@ class Workers:
         if num and threads:
             self._executor = ThreadPoolExecutor(num, initializer=_share, initargs=(shared,))
         elif num:
-            self._executor = _processes(num, shared)
+            # Spawned, not forked: the parent may hold threads of PyAV or torch, and OpenGL does not survive a fork.
+            context = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(
+                num, context, initializer=_start_process, initargs=(os.getpid(), shared)
+            )
 
     def __enter__(self) -> Workers:
         return self
@@ -86,12 +90,6 @@ class Workers:
             wait([future for future in waiting if not future.cancel()])
 
 
-def _processes(num: int, shared: tuple[Any, ...]) -> ProcessPoolExecutor:
-    # Spawned, not forked: the parent may hold threads of PyAV or torch, and OpenGL contexts do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num, context, initializer=_start_process, initargs=(os.getpid(), shared))
-
-
 # The shared arguments of this worker, a process or a thread.
 _own = threading.local()
 
@@ -107,10 +105,10 @@ def _share(shared: tuple[Any, ...]) -> None:
 def _start_process(parent: int, shared: tuple[Any, ...]) -> None:
     _share(shared)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_INTERVAL)
+        os._exit(1)
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCH_INTERVAL)
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

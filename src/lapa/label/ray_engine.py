@@ -54,7 +54,7 @@ class LabelActor:
 
     def _attempt(self, shard: Shard) -> None:
         """Makes a shard, counting the attempts that were killed: Ray repeats those without end."""
-        attempts = _attempts(shard.path)
+        attempts = [shard.path.with_name(f".{shard.path.stem}.attempt-{number}") for number in range(RETRIES + 1)]
         killed = sum(attempt.exists() for attempt in attempts)
         if killed > RETRIES:
             raise UserError(
@@ -78,7 +78,10 @@ class LabelActor:
         changed = differences(self.identity, plan.identity)
         if changed:
             raise UserError(f"a worker has another model or dataset under these names: {'; '.join(changed)}")
-        return Labeller(plan, pick_device(self.config.device), _num_decoders(self.config))
+        # All cores decode but the one that feeds the model.
+        cores = max(0, int(self.config.ray.num_cpus) - 1)
+        decoders = cores if self.config.decoders is None else self.config.decoders
+        return Labeller(plan, pick_device(self.config.device), decoders)
 
     def _make(self, shard: Shard, labeller: Labeller) -> None:
         if shard.path.exists():
@@ -91,11 +94,6 @@ class LabelActor:
             pass
 
 
-def _attempts(path: Path) -> list[Path]:
-    """One file for each attempt that a shard may take."""
-    return [path.with_name(f".{path.stem}.attempt-{number}") for number in range(RETRIES + 1)]
-
-
 def label_with_ray(plan: Plan, shards: Sequence[Shard]) -> Iterator[int]:
     """Makes the shards; yields the number of pairs that are done. Raises UserError where a worker cannot go on."""
     if not shards:
@@ -106,7 +104,9 @@ def label_with_ray(plan: Plan, shards: Sequence[Shard]) -> Iterator[int]:
         # A worker sees no GPU but its own.
         worker = replace(config, device="cuda" if gpus else "cpu")
         say(f"{size} workers of Ray, each with {cpus:g} CPU cores and {gpus:g} GPUs")
-        rows = [{"path": _absolute(shard.path), "first": shard.first, "last": shard.last} for shard in shards]
+        # Workers may have another working directory.
+        paths = [str(shard.path if is_remote(shard.path) else shard.path.absolute()) for shard in shards]
+        rows = [{"path": p, "first": shard.first, "last": shard.last} for p, shard in zip(paths, shards, strict=True)]
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             LabelActor,
             fn_constructor_args=(worker, plan.identity, str(Path.cwd())),
@@ -173,21 +173,18 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _num_decoders(config: LabelConfig) -> int:
-    """Number of processes that decode for a worker: all of its cores but the one that feeds the model."""
-    return max(0, int(config.ray.num_cpus) - 1) if config.decoders is None else config.decoders
-
-
-def _absolute(path: Path) -> str:
-    """A path that is valid in any working directory."""
-    return str(path if is_remote(path) else path.absolute())
-
-
 def _pool(config: LabelConfig, has: dict[str, float], num_shards: int) -> tuple[int, float, float]:
     """Number of workers, and the CPU cores and GPUs of each. Raises UserError where the cluster has less than that."""
     there = {"CPU": has.get("CPU", 0.0), "GPU": has.get("GPU", 0.0)}
-    wants_gpu = _wants_gpu(config, there["GPU"] > 0)
-    num_gpus = float(wants_gpu) if config.ray.num_gpus is None else config.ray.num_gpus
+    kind, num_gpus = config.device.partition(":")[0], config.ray.num_gpus
+    if kind not in ("auto", "cpu", "cuda"):
+        raise UserError(f"unknown device {config.device!r}; use auto, cpu or cuda")
+    if num_gpus is None:
+        num_gpus = float(kind == "cuda" or (kind == "auto" and there["GPU"] > 0))
+    elif kind != "auto" and (num_gpus > 0) != (kind == "cuda"):
+        raise UserError(
+            f"--device {config.device} and --ray.num-gpus {num_gpus:g} contradict each other; give one of them"
+        )
     wanted = {"CPU": config.ray.num_cpus, "GPU": num_gpus}
     room = [there[kind] / amount for kind, amount in wanted.items() if amount > 0]
     size = config.ray.num_workers or min(num_shards, max(1, int(min(room, default=1))))
@@ -199,13 +196,3 @@ def _pool(config: LabelConfig, has: dict[str, float], num_shards: int) -> tuple[
                 f"{fix if there[kind] else 'give --device cpu'}"
             )
     return size, wanted["CPU"], wanted["GPU"]
-
-
-def _wants_gpu(config: LabelConfig, any_there: bool) -> bool:
-    """Whether workers get GPUs. Raises UserError where the options contradict each other."""
-    kind, num = config.device.partition(":")[0], config.ray.num_gpus
-    if kind not in ("auto", "cpu", "cuda"):
-        raise UserError(f"unknown device {config.device!r}; use auto, cpu or cuda")
-    if num is not None and kind != "auto" and (num > 0) != (kind == "cuda"):
-        raise UserError(f"--device {config.device} and --ray.num-gpus {num:g} contradict each other; give one of them")
-    return kind == "cuda" or (kind == "auto" and any_there)

@@ -55,7 +55,16 @@ def run(config: LabelConfig) -> None:
         shards = make_shards(out, len(dataset.lengths), config.shard_episodes)
         missing: list[Shard] = []
         if processes.is_main:
-            _claim(plan, out)
+            claim_output(
+                out,
+                complete=(out / MANIFEST).exists(),
+                overwrite=config.overwrite,
+                resume=config.resume,
+                inputs=[config.lam, dataset.root],
+            )
+            settings = {**plan.identity, "shard_episodes": config.shard_episodes}
+            configs.require_same(out / RUN, settings)
+            write_json(out / RUN, settings)
             _remove_leftovers(out)
             missing = missing_shards(shards, out, plan)
             num_episodes = int((dataset.lengths > plan.horizon).sum())
@@ -91,11 +100,15 @@ def choose_decoders(asked: int | None, device: torch.device, num_frames: int) ->
 
 
 def _check_options(config: LabelConfig) -> None:
-    least = {"batch_size": 1, "shard_episodes": 1, "decoders": 0, "min_motion": 0}
-    values = {name: (getattr(config, name), smallest) for name, smallest in least.items()}
-    for name, (value, smallest) in {**values, "ray.num_workers": (config.ray.num_workers, 1)}.items():
+    for name, value, smallest in (
+        ("batch-size", config.batch_size, 1),
+        ("shard-episodes", config.shard_episodes, 1),
+        ("decoders", config.decoders, 0),
+        ("min-motion", config.min_motion, 0),
+        ("ray.num-workers", config.ray.num_workers, 1),
+    ):
         if value is not None and value < smallest:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {smallest}")
+            raise UserError(f"--{name} {value}: must be at least {smallest}")
 
 
 def _choose_out(plan: Plan) -> Path:
@@ -109,15 +122,6 @@ def _choose_out(plan: Plan) -> Path:
     if config.engine == "ray" and is_remote(out) and getattr(out, "protocol", "") == "memory":
         raise UserError(f"{out}: is the memory of this process, which Ray's workers do not share; give another --out")
     return out
-
-
-def _claim(plan: Plan, out: Path) -> None:
-    config, complete = plan.config, (out / MANIFEST).exists()
-    inputs = [config.lam, plan.dataset.root]
-    claim_output(out, complete=complete, overwrite=config.overwrite, resume=config.resume, inputs=inputs)
-    settings = {**plan.identity, "shard_episodes": config.shard_episodes}
-    configs.require_same(out / RUN, settings)
-    write_json(out / RUN, settings)
 
 
 def _make_shards(plan: Plan, missing: list[Shard], processes: Processes) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import TIE, in_time, resample
-from lapa.data.source import Clip, Item, Source, with_length
+from lapa.data.source import Clip, Item, Source
 from lapa.data.video import EARLIER, ClipScan, OpenClip, VideoInfo, frame_times, open_clip, probe, upright
 from lapa.errors import UserError
 from lapa.sources.captions import CaptionedReading
@@ -94,7 +94,7 @@ class VideoFilesSource(Source):
         lengths |= counted
         stop_or_skip([*unreadable, *empty], "replace it or remove it, or give skip_bad=true", self.skip_bad)
         lengths |= {item.key: item.length for item in self.items if item.length is not None}
-        return [with_length(item, length) for item in self.items if (length := lengths.get(item.key)) is not None]
+        return [replace(item, length=lengths[item.key]) for item in self.items if lengths.get(item.key) is not None]
 
     def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
         return frames_at(self.path_of(item), [index / self.fps for index in frame_indices])

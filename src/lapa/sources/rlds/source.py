@@ -16,7 +16,7 @@ import math
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,7 @@ from lapa.console import progress, say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import BLANK
 from lapa.data.dataset import ACTION, STATE, ActionSpace
-from lapa.data.source import Clip, Item, Reading, Source, with_length
+from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.video import decode_image
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, read_json
@@ -287,7 +287,7 @@ class RldsSource(Source):
         for note, count in found["notes"].items():
             warn(f"{self.name}: {note}: {count}")
         by_key = {item.key: item for item in self.items}
-        return [with_length(by_key[key], length, text) for key, length, text in found["episodes"]]
+        return [replace(by_key[key], length=length, instruction=text) for key, length, text in found["episodes"]]
 
     def _measure(self) -> dict[str, Any]:
         episodes, problems = [], []
