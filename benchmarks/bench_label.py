@@ -30,8 +30,8 @@ import lapa
 from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import window_frames
 from lapa.engine.distributed import pick_device
-from lapa.label.config import LabelConfig
-from lapa.label.shards import Labeller, Shard, make_plan, make_shards
+from lapa.labelling.config import LabelConfig
+from lapa.labelling.shards import Labeller, Shard, make_plan, make_shards
 from lapa.latent.model import LatentActionModel
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset

@@ -17,10 +17,10 @@ from lapa.envs import ENVIRONMENTS, EnvironmentKind, episode_seed, kind_of, make
 from lapa.envs.metaworld.simulator import Simulator, check_installation
 from lapa.envs.synthetic import DIRECTIONS
 from lapa.errors import UserError
-from lapa.evaluate import rollout
-from lapa.evaluate.config import EvaluateConfig
-from lapa.evaluate.episodes import RolloutSettings, TaskEpisodes, play_episodes
-from lapa.evaluate.rollout import evaluate, wilson_interval
+from lapa.evaluation import rollout
+from lapa.evaluation.config import EvaluateConfig
+from lapa.evaluation.episodes import RolloutSettings, TaskEpisodes, play_episodes
+from lapa.evaluation.rollout import evaluate, wilson_interval
 from lapa.policy.execution import TemporalEnsemble
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation

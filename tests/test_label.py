@@ -32,11 +32,11 @@ from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.engine.distributed import pick_device
 from lapa.files import as_path, claim_output, read_json, write_json
-from lapa.label import ray_engine, shards
-from lapa.label.config import LabelConfig, RayConfig
-from lapa.label.ray_engine import LabelActor
-from lapa.label.run import choose_decoders, run
-from lapa.label.shards import Labeller, Shard, make_plan
+from lapa.labelling import ray_engine, shards
+from lapa.labelling.config import LabelConfig, RayConfig
+from lapa.labelling.ray_engine import LabelActor
+from lapa.labelling.run import choose_decoders, run
+from lapa.labelling.shards import Labeller, Shard, make_plan
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -153,7 +153,8 @@ def test_all_episodes_too_short_is_an_error(data: Path, tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from lapa.label import run as label, shards
+from lapa.labelling import shards
+from lapa.labelling import run as label
 write = shards.write_shard
 def slow(path, episodes, notes):
     write(path, episodes, notes)
@@ -265,7 +266,7 @@ def test_damaged_shards_are_made_again(
     """Shards that a dying disk has emptied, cut short or bent, or that lack rows, among whole ones."""
     config = LabelConfig(lam=lam, data=data, out=tmp_path / "out", shard_episodes=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lapa.label.run.make_manifest", interrupted)
+        patch.setattr("lapa.labelling.run.make_manifest", interrupted)
         run(config)
     paths = sorted((tmp_path / "out").glob("episodes-*.parquet"))
     contents = [path.read_bytes() for path in paths]

@@ -12,8 +12,8 @@ RANKS = {
     **dict.fromkeys(["types", "errors", "config", "files", "console"], 0),
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),
-    **dict.fromkeys(["released", "baselines", "label", "envs"], 3),
-    **dict.fromkeys(["evaluate"], 4),
+    **dict.fromkeys(["released", "baselines", "labelling", "envs"], 3),
+    **dict.fromkeys(["evaluation"], 4),
     **dict.fromkeys(["api", "presets", "subcommand", "demo", "study", "cli", "help", "__main__"], 5),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

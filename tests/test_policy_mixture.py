@@ -10,8 +10,8 @@ from lapa.data.sampling import split_episodes
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.data.writer import DatasetWriter
-from lapa.evaluate.config import EvaluateConfig
-from lapa.evaluate.rollout import evaluate
+from lapa.evaluation.config import EvaluateConfig
+from lapa.evaluation.rollout import evaluate
 from lapa.files import read_json, write_json
 from lapa.policy import finetune, pretrain, training
 from lapa.policy import open_loop as measure

@@ -22,8 +22,8 @@ from lapa.data.dataset import ActionSpace
 from lapa.data.spec import open_dataset
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import UserError
-from lapa.evaluate.config import EvaluateConfig
-from lapa.evaluate.rollout import evaluate
+from lapa.evaluation.config import EvaluateConfig
+from lapa.evaluation.rollout import evaluate
 from lapa.files import read_json
 from lapa.policy.actions import ActionScale
 from lapa.policy.backbones.tiny import train_tokenizer

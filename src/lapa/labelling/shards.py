@@ -39,7 +39,7 @@ from lapa.data.pairs import horizon_frames
 from lapa.data.spec import open_dataset
 from lapa.engine.memory import explained_out_of_memory
 from lapa.errors import UserError
-from lapa.label.config import LabelConfig
+from lapa.labelling.config import LabelConfig
 from lapa.latent.model import LatentActionModel, horizon_for, lam_fingerprint
 
 

@@ -27,8 +27,8 @@ from lapa.data.labels import MANIFEST, Manifest
 from lapa.engine.distributed import Processes, start
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, is_remote, write_json
-from lapa.label.config import LabelConfig
-from lapa.label.shards import Labeller, Plan, Shard, make_manifest, make_plan, make_shards, missing_shards
+from lapa.labelling.config import LabelConfig
+from lapa.labelling.shards import Labeller, Plan, Shard, make_manifest, make_plan, make_shards, missing_shards
 
 RUN = "run.json"
 # Below this number of frames, other processes take longer to start than they save.
@@ -128,7 +128,7 @@ def _make_shards(plan: Plan, missing: list[Shard], processes: Processes) -> None
     """Makes the missing shards with the engine that was asked for, and shows the progress in pairs."""
     if plan.config.engine == "ray":
         # Ray takes seconds to import.
-        from lapa.label.ray_engine import label_with_ray
+        from lapa.labelling.ray_engine import label_with_ray
 
         counts = label_with_ray(plan, missing)
     else:

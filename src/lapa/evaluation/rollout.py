@@ -29,12 +29,13 @@ from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
 from lapa.envs import EnvironmentKind, kind_of
 from lapa.errors import UserError
-from lapa.evaluate.config import EvaluateConfig
-from lapa.evaluate.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
+from lapa.evaluation.config import EvaluateConfig
+from lapa.evaluation.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
 from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
 
 if TYPE_CHECKING:
     from lapa.policy.runtime import Actor
+
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS = "config.json", "episodes.jsonl", "results.json"

@@ -24,8 +24,8 @@ from lapa.console import say
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import as_path, is_remote
-from lapa.label.config import LabelConfig
-from lapa.label.shards import Labeller, Plan, Shard, make_plan, read_complete
+from lapa.labelling.config import LabelConfig
+from lapa.labelling.shards import Labeller, Plan, Shard, make_plan, read_complete
 
 # Attempts at a shard after the first one, when workers are killed.
 RETRIES = 3
