@@ -66,6 +66,14 @@ def require_same(path: Path, now: Mapping[str, Any], then: Mapping[str, Any] | N
         )
 
 
+def require_at_least(config: Any, **least: float) -> None:
+    """Raises UserError naming the first option of `config` that is below its least value; None is not checked."""
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
+
+
 def save(config: Any, path: Path) -> None:
     """Writes a dataclass as JSON, atomically."""
     write_json(path, to_dict(config))

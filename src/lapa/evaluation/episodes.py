@@ -13,10 +13,10 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
@@ -102,11 +102,8 @@ def play_episodes(
     """
     queue = deque(assignments)
     with ExitStack() as stack:
-        workers: list[_Worker] = (
-            [_ProcessWorker(settings) for _ in range(num_workers)] if num_workers else [_LocalWorker(settings)]
-        )
-        for worker in workers:
-            stack.callback(worker.close)
+        kind = _ProcessWorker if num_workers else _LocalWorker
+        workers = [stack.enter_context(closing(kind(settings))) for _ in range(max(1, num_workers))]
         active = workers[: len(queue)]
         for worker in active:
             worker.send(queue.popleft())
@@ -139,7 +136,6 @@ class _Episode:
         self.seed = episode_seed(settings.seed, "evaluation", task, number)
         self.steps, self.success = 0, False
         self._execution = settings.execution()
-        self._rng = np.random.default_rng([self.seed, 3])
         self._recorded = number < settings.num_recorded
         self._frames: list[np.ndarray] = []
         self._observation: Observation | None = None
@@ -156,18 +152,19 @@ class _Episode:
 
     def execute(self, actions_KA: np.ndarray) -> None:
         """Executes a new chunk until the next is due or the episode is done."""
-        self._step(self._execution.next(lambda: actions_KA))
-        while not self.done and not self._execution.due:
+        while True:
             self._step(self._execution.next(lambda: actions_KA))
+            if self.done or self._execution.due:
+                return
 
     def play_baseline(self) -> None:
         """Plays the whole episode by random actions or the expert."""
-        kind = kind_of(self.settings.env)
+        kind, rng = kind_of(self.settings.env), np.random.default_rng([self.seed, 3])
         while not self.done:
             if self.settings.actor == "expert":
                 self._step(self.environment.expert_action())
             else:
-                self._step(self._rng.uniform(-kind.action_limit, kind.action_limit, kind.action_dim))
+                self._step(rng.uniform(-kind.action_limit, kind.action_limit, kind.action_dim))
 
     def result(self) -> EpisodeResult:
         if self._recorded:
@@ -184,48 +181,49 @@ class _Episode:
         self._frames.append(self.observe().images[self.settings.cameras[0]])
 
 
-class _Worker(Protocol):
-    """Takes episodes to play, then actions for the observations of the last reply; each is answered by a reply."""
-
-    def send(self, message: TaskEpisodes | np.ndarray) -> None: ...
-    def receive(self) -> WorkerReply: ...
-    def close(self) -> None: ...
-
-
 class _LocalWorker:
-    """Plays in this process. Keeps its environments until episodes of another task come."""
+    """Plays the episodes that it is sent, then executes actions for the observations of its last reply.
+
+    Each message is answered by a reply. Keeps its environments until episodes of another task come.
+    """
 
     def __init__(self, settings: RolloutSettings) -> None:
         self._settings = settings
         self._task = ""
         self._environments: list[Environment] = []
-        self._playing: Generator[WorkerReply, np.ndarray, None] | None = None
-        self._actions: np.ndarray | None = None
+        self._playing: Generator[WorkerReply, np.ndarray, None]
+        self._reply: WorkerReply
 
     def send(self, message: TaskEpisodes | np.ndarray) -> None:
         if isinstance(message, TaskEpisodes):
-            self._playing, self._actions = self._play(message), None
+            self._playing = self._play(message)
+            self._reply = next(self._playing)
         else:
-            self._actions = message
+            self._reply = self._playing.send(message)
 
     def receive(self) -> WorkerReply:
-        assert self._playing is not None, "episodes come first"
-        return next(self._playing) if self._actions is None else self._playing.send(self._actions)
+        return self._reply
 
     def close(self) -> None:
-        for environment in self._environments:
-            environment.close()
-        self._environments = []
+        while self._environments:
+            self._environments.pop().close()
 
     def _play(self, assignment: TaskEpisodes) -> Generator[WorkerReply, np.ndarray, None]:
         waiting = deque(assignment.episodes)
-        free = self._prepare(assignment.task, min(self._settings.num_parallel, len(waiting)))
+        settings, task = self._settings, assignment.task
+        if task != self._task:
+            self.close()
+            self._task = task
+        num = min(settings.num_parallel, len(waiting))
+        while len(self._environments) < num:
+            self._environments.append(make(settings.env, task, size=settings.size, cameras=settings.cameras))
+        free = self._environments[:num]
         running: list[_Episode] = []
         results: tuple[EpisodeResult, ...] = ()
         while waiting or running:
             while waiting and free:
-                running.append(_Episode(self._settings, free.pop(), assignment.task, waiting.popleft()))
-            if self._settings.actor == "policy":
+                running.append(_Episode(settings, free.pop(), task, waiting.popleft()))
+            if settings.actor == "policy":
                 observations = tuple(episode.observe() for episode in running)
                 actions_BKA = yield WorkerReply(observations, results, done=False)
                 for episode, actions_KA in zip(running, actions_BKA, strict=True):
@@ -239,19 +237,9 @@ class _LocalWorker:
             results = tuple(episode.result() for episode in ended)
         yield WorkerReply((), results, done=True)
 
-    def _prepare(self, task: str, num: int) -> list[Environment]:
-        """Returns `num` environments of the task."""
-        if task != self._task:
-            self.close()
-            self._task = task
-        settings = self._settings
-        while len(self._environments) < num:
-            self._environments.append(make(settings.env, task, size=settings.size, cameras=settings.cameras))
-        return self._environments[:num]
-
 
 class _ProcessWorker:
-    """A `_LocalWorker` in a process of its own."""
+    """A `_LocalWorker` in a process of its own, with its methods."""
 
     def __init__(self, settings: RolloutSettings) -> None:
         context = multiprocessing.get_context("spawn")

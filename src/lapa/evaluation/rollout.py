@@ -17,14 +17,14 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
-from lapa.config import require_same, to_dict
+from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
 from lapa.envs import EnvironmentKind, kind_of
@@ -44,10 +44,8 @@ GREEN, RED = (40, 180, 70), (210, 50, 40)
 
 def run(config: EvaluateConfig) -> None:
     """`lapa evaluate`: prints a table and the paths of what was written."""
-    report = evaluate(config)
-    console.print(_table(report))
-    videos = sorted((config.out / "videos").glob("*.mp4"))
-    if videos:
+    console.print(_table(evaluate(config)))
+    if videos := list((config.out / "videos").glob("*.mp4")):
         say(f"videos: {config.out / 'videos'} ({len(videos)} tasks, green border for success)")
     finish("results", config.out / RESULTS)
 
@@ -211,9 +209,9 @@ def _journal(config: EvaluateConfig, tasks: Sequence[str]) -> list[EpisodeResult
     Rollouts whose video was not yet written are played again: their frames were in that run's memory.
     """
     path = config.out / EPISODES
-    kept = [EpisodeResult(**row) for row in read_json_lines(path)]
     with_video = {task for task in tasks if _video(config, task).exists()}
-    kept = [result for result in kept if result.episode >= config.videos or result.task in with_video]
+    found = [EpisodeResult(**row) for row in read_json_lines(path)]
+    kept = [result for result in found if result.episode >= config.videos or result.task in with_video]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(_row(result)) + "\n" for result in kept))
     return kept
@@ -223,13 +221,12 @@ def write_video(path: Path, results: Sequence[EpisodeResult], settings: RolloutS
     """Rollouts side by side; each ends on its last frame, with a green border for success and a red one for failure."""
     ordered = sorted(results, key=lambda result: result.episode)
     columns = math.ceil(math.sqrt(len(ordered)))
-    blank = np.zeros_like(ordered[0].frames[0])
+    padding = [np.zeros_like(ordered[0].frames[0])] * (-len(ordered) % columns)
     # Half a second longer, to show how the last one ended.
     length = max(len(result.frames) for result in ordered) + VIDEO_FPS // 2
     images = []
     for time_step in range(length):
-        tiles = [_tile(result, time_step) for result in ordered]
-        tiles += [blank] * (-len(tiles) % columns)
+        tiles = [*(_tile(result, time_step) for result in ordered), *padding]
         rows = [np.concatenate(tiles[first : first + columns], axis=1) for first in range(0, len(tiles), columns)]
         images.append(np.concatenate(rows))
     encode_clip(path, images, kind_of(settings.env).fps / settings.video_every, keyframe_interval=VIDEO_FPS)
@@ -249,18 +246,14 @@ def _video(config: EvaluateConfig, task: str) -> Path:
 
 
 def _row(result: EpisodeResult) -> dict[str, Any]:
-    return {name: value for name, value in asdict(replace(result, frames=())).items() if name != "frames"}
+    return {name: value for name, value in vars(result).items() if name != "frames"}
 
 
 def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
     """Raises UserError for options that cannot be meant, before anything is imported or rendered."""
     if config.policy not in BASELINES and not Path(config.policy).is_dir():
         raise UserError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
-    least = {"episodes": 1, "parallel": 1, "videos": 0, "workers": 0, "max_steps": 1, "steps_per_call": 1, "size": 16}
-    for name, minimum in least.items():
-        value = getattr(config, name)
-        if value is not None and value < minimum:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
+    require_at_least(config, episodes=1, parallel=1, videos=0, workers=0, max_steps=1, steps_per_call=1, size=16)
     if config.max_steps is not None and config.max_steps > kind.longest:
         raise UserError(f"--max-steps must be at most {kind.longest} in {config.env}, got {config.max_steps}")
     if config.ensemble is not None and not math.isfinite(config.ensemble):
@@ -282,15 +275,13 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['policy']} in {report['env']}, seed {report['seed']}")
-    table.add_column("task")
-    for column in ("success", "rate", "95% interval", "steps"):
-        table.add_column(column, justify="right")
-    for task, row in [*report["tasks"].items(), ("all", report["overall"])]:
+    columns = [Column(name, justify="right") for name in ("success", "rate", "95% interval", "steps")]
+    table = Table("task", *columns, title=f"{report['policy']} in {report['env']}, seed {report['seed']}")
+    for task, row in {**report["tasks"], "all": report["overall"]}.items():
+        if task == "all":
+            table.add_section()
         low, high = row["interval"]
         steps = "-" if row["mean_steps"] is None else f"{row['mean_steps']:.0f}"
         counts = f"{row['successes']} of {row['episodes']}"
         table.add_row(task, counts, f"{row['success_rate']:.2f}", f"{low:.2f} to {high:.2f}", steps)
-        if task == list(report["tasks"])[-1]:
-            table.add_section()
     return table

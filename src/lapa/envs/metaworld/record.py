@@ -14,13 +14,11 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from lapa.config import require_same, to_dict
+from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import finish, progress, say, warn
-from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter
@@ -60,14 +58,17 @@ def run(config: MetaworldConfig) -> None:
     """Records the dataset at `config.out`. Raises UserError on a user's mistake, before any work is done."""
     tasks = parse_tasks(config.tasks)
     _check(config)
+    settings = {name: value for name, value in to_dict(config).items() if name not in RUN_ONLY}
     if config.resume and (config.out / INFO).exists():
-        require_same(config.out / BEGUN, _settings(config))
+        require_same(config.out / BEGUN, settings)
         say(f"{config.out} is complete")
         return
     check_installation()
     claim_output(config.out, complete=(config.out / INFO).exists(), overwrite=config.overwrite, resume=config.resume)
-    require_same(config.out / BEGUN, _settings(config))
-    write_json(config.out / BEGUN, _settings(config))
+    require_same(config.out / BEGUN, settings)
+    write_json(config.out / BEGUN, settings)
+    # Without a look where it is None, as in datasets made before there were looks.
+    noted = {name: value for name, value in settings.items() if name != "look" or value is not None}
     writer = DatasetWriter(
         config.out,
         fps=FPS,
@@ -77,12 +78,18 @@ def run(config: MetaworldConfig) -> None:
         # The gripper's number is the effort with which it closes, anywhere from -1 to 1.
         control="delta",
         robot_type="metaworld-sawyer",
-        extra_info={"made_by": "lapa data metaworld", **_noted(config)},
+        extra_info={"made_by": "lapa data metaworld", **noted},
         resume=config.resume,
     )
     dropped = _record_all(config, tasks, writer)
     dataset = writer.finish()
-    _report(dropped, dataset, config)
+    if dropped:
+        counts = ", ".join(f"{task} {count}" for task, count in dropped.items())
+        say(f"dropped {dropped.total()} failed episodes: {counts}")
+    length = dataset.num_frames / len(dataset.episodes)
+    say(f"{len(dataset.episodes)} episodes of {length:.0f} frames on average ({length / FPS:.1f} s at {FPS:.0f} fps)")
+    after = f"lapa latent train --data {config.out} --preset tiny --horizon-seconds 0.2 --out runs/lam"
+    finish("dataset", config.out, [f"lapa data info {config.out}", after])
 
 
 def record(simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: int = MAX_STEPS) -> Demonstration | None:
@@ -91,8 +98,8 @@ def record(simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: in
     frames: dict[str, list[np.ndarray]] = {camera: [] for camera in simulator.cameras}
     states, actions = [], []
     simulator.reset(seed)
-    left = None
-    for _ in range(max_steps):
+    solved_at = None
+    for step in range(max_steps):
         action = simulator.expert_action()
         action[:3] += noise * rng.standard_normal(3)
         action = np.clip(action, -1, 1)
@@ -100,13 +107,11 @@ def record(simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: in
             frames[camera].append(image)
         states.append(simulator.state)
         actions.append(action)
-        if simulator.step(action) and left is None:
-            left = FRAMES_AFTER_SUCCESS + 1
-        if left is not None:
-            left -= 1
-            if left == 0:
-                break
-    if left is None:
+        if simulator.step(action) and solved_at is None:
+            solved_at = step
+        if solved_at is not None and step == solved_at + FRAMES_AFTER_SUCCESS:
+            break
+    if solved_at is None:
         return None
     frames_THWC = {camera: np.stack(images) for camera, images in frames.items()}
     return Demonstration(frames_THWC, np.stack(states), np.stack(actions), simulator.instruction)
@@ -129,7 +134,13 @@ def _record_all(config: MetaworldConfig, tasks: tuple[str, ...], writer: Dataset
             for (task, episode), have in zip(attempts, done, strict=True):
                 demonstration = None if have else next(demonstrations)
                 if demonstration is not None:
-                    _write(writer, demonstration, f"{task}/{episode}", config.actions)
+                    writer.add_episode(
+                        demonstration.frames_THWC,
+                        demonstration.instruction,
+                        actions=demonstration.actions_TA if config.actions else None,
+                        states=demonstration.states_TS if config.actions else None,
+                        source=f"{task}/{episode}",
+                    )
                     num_frames += len(demonstration.states_TS)
                 elif not have:
                     dropped[task] += 1
@@ -154,16 +165,6 @@ def _next_attempts(wanted: int, kept: dict[str, int], tried: dict[str, int], mos
     return attempts
 
 
-def _write(writer: DatasetWriter, demonstration: Demonstration, source: str, actions: bool) -> None:
-    writer.add_episode(
-        demonstration.frames_THWC,
-        demonstration.instruction,
-        actions=demonstration.actions_TA if actions else None,
-        states=demonstration.states_TS if actions else None,
-        source=source,
-    )
-
-
 _simulator: Simulator | None = None
 
 
@@ -180,35 +181,8 @@ def _attempt(config: MetaworldConfig, task: str, episode: int) -> Demonstration 
 
 def _check(config: MetaworldConfig) -> None:
     check_cameras(config.cameras)
-    if config.episodes < 1:
-        raise UserError(f"--episodes must be at least 1, got {config.episodes}")
+    require_at_least(config, episodes=1, look=0, noise=0, workers=1)
     if config.size < 16 or config.size % 2:
         raise UserError(f"--size must be even and at least 16, got {config.size}")
     if not 1 <= config.max_steps <= MAX_STEPS:
         raise UserError(f"--max-steps must lie in 1 to {MAX_STEPS} (Meta-World's own limit), got {config.max_steps}")
-    if config.look is not None and config.look < 0:
-        raise UserError(f"--look must not be negative, got {config.look}")
-    if config.noise < 0:
-        raise UserError(f"--noise must not be negative, got {config.noise:g}")
-    if config.workers is not None and config.workers < 1:
-        raise UserError(f"--workers must be at least 1, got {config.workers}")
-
-
-def _settings(config: MetaworldConfig) -> dict[str, Any]:
-    """The settings that the dataset depends on."""
-    return {name: value for name, value in to_dict(config).items() if name not in RUN_ONLY}
-
-
-def _noted(config: MetaworldConfig) -> dict[str, Any]:
-    """The settings stored in the dataset; without `look` where it is None, as in datasets made before looks existed."""
-    return {name: value for name, value in _settings(config).items() if name != "look" or value is not None}
-
-
-def _report(dropped: Counter[str], dataset: Dataset, config: MetaworldConfig) -> None:
-    if dropped:
-        counts = ", ".join(f"{task} {count}" for task, count in dropped.items())
-        say(f"dropped {dropped.total()} failed episodes: {counts}")
-    length = dataset.num_frames / len(dataset.episodes)
-    say(f"{len(dataset.episodes)} episodes of {length:.0f} frames on average ({length / FPS:.1f} s at {FPS:.0f} fps)")
-    after = f"lapa latent train --data {config.out} --preset tiny --horizon-seconds 0.2 --out runs/lam"
-    finish("dataset", config.out, [f"lapa data info {config.out}", after])
