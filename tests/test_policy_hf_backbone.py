@@ -329,7 +329,7 @@ def test_a_processor_is_pickled_and_opened_for_another_number_of_cameras(
     processor.save(tmp_path)
     three = HfProcessor.load(tmp_path, num_cameras=3)
     assert three(pictures(1, 3), [""])["pixel_values"].shape[:2] == (1, 3)
-    with pytest.raises(ValueError, match="3 image slots was given 2 pictures"):
+    with pytest.raises(ValueError, match="3 image slots was given 2 images"):
         three(pictures(1, 2), [""])
 
 
@@ -406,7 +406,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     [
         ("smolvlm", 40, "multiple of 16 pixels, at most 32, not 40; give --hf-image-size 32"),
         ("qwen3_vl", 40, "multiple of 16 pixels, not 40; give --hf-image-size 32"),
-        ("paligemma", 48, "sees images of 32 pixels, not 48; give --hf-image-size 32"),
+        ("paligemma", 48, "reads images of 32 pixels, not 48; give --hf-image-size 32"),
     ],
 )
 def test_a_size_that_the_model_cannot_see_is_refused(

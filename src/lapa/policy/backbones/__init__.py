@@ -4,8 +4,8 @@ tiny  a small residual network and a small Llama, from scratch, without a downlo
 hf    any image-text model of transformers
 lwm   Llama over discrete image codes: the released LAPA-7B and LWM
 
-Each has a module with `create`, a backbone to begin training from; `renew`, the same for a vocabulary that there is
-already; and `load`, one from a policy folder.
+Each has a module with three functions: `create`, a backbone to start training from; `renew`, the same for an existing
+vocabulary; and `load`, a backbone from a policy folder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ MODULES = {
 def create_backbone(
     config: BackboneConfig, *, texts: Iterable[str], num_cameras: int, segments: Mapping[str, int]
 ) -> tuple[Backbone, Processor, Vocabulary]:
-    """A backbone to begin training from: fresh (`tiny`) or pretrained on images and text (`hf`).
+    """A backbone to start training from: new (`tiny`) or pretrained on images and text (`hf`).
 
-    texts: what the policy will read; segments: rows of each segment after the text. UserError where the config's
-    source cannot be read.
+    texts: the prompts that the policy will read; segments: rows of each segment after the text. Raises UserError where
+    the config's source cannot be read.
     """
     created: tuple[Backbone, Processor, Vocabulary] = _module(config).create(
         config, texts=texts, num_cameras=num_cameras, segments=segments
@@ -42,9 +42,9 @@ def create_backbone(
 
 
 def renew_backbone(config: BackboneConfig, vocabulary: Vocabulary, *, num_cameras: int) -> Backbone:
-    """A backbone that has learned no action, for a vocabulary that there is already: fresh (`tiny`), or as its source
+    """A backbone that has learned no action, for an existing vocabulary: new (`tiny`), or as published (`hf`).
 
-    has it (`hf`). UserError where there is no such thing (`lwm`).
+    Raises UserError for `lwm`, which has no such weights.
     """
     renewed: Backbone = _module(config).renew(config, vocabulary, num_cameras)
     return renewed
@@ -53,7 +53,7 @@ def renew_backbone(config: BackboneConfig, vocabulary: Vocabulary, *, num_camera
 def load_backbone(
     config: BackboneConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[Backbone, Processor]:
-    """What `Backbone.save` and `Processor.save` wrote into two folders. UserError naming what is missing or odd."""
+    """Reads the folders of `Backbone.save` and `Processor.save`. Raises UserError naming what is missing or damaged."""
     loaded: tuple[Backbone, Processor] = _module(config).load(
         config, model, processor, vocabulary=vocabulary, num_cameras=num_cameras
     )

@@ -1,7 +1,7 @@
-"""Backbones: what sees and what speaks. A policy asks no more of one than the interfaces below.
+"""Backbone interface: vision encoder and causal language model; with it, the processor of images and prompts.
 
-All that a policy reads or says after the observation is tokens of its vocabulary, so that the language model stays an
-ordinary one of transformers, and one decoding serves every backbone.
+After the observation, all inputs and outputs of a policy are tokens of its vocabulary. So the language model stays an
+ordinary one of transformers, and one decoding function serves every backbone.
 
 Axes: B batch, V cameras, P observation (image and text tokens), F tokens after it, S = P + F, D width, R rows.
 """
@@ -32,43 +32,45 @@ from lapa.policy.vocabulary import Segment, Vocabulary
 Tags = tuple[tuple[int, ...], tuple[int, ...]]
 # Caches of fixed size come in multiples of this many tokens, so that prompts of about one length share one.
 CACHE_STEP = 64
-# What is being done is said by the commands.
+# The commands report their progress themselves.
 logging.disable_progress_bar()
 
 
 class Processor(Protocol):
-    """Pictures and words to tensors, on the CPU; may be pickled, since DataLoader workers call it."""
+    """Turns images and prompts into tensors, on the CPU. DataLoader workers call it, so it must be picklable."""
 
     tokenizer: PreTrainedTokenizerBase
 
     def __call__(
         self, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        """The pictures of each sample, of any size, in the order of the image slots, and its prompt, as tensors.
+        """A batch as tensors: `tokens_BT` and `mask_BT`, padded on the left, and those of the images.
 
-        `tokens_BT` and `mask_BT`, padded on the left, and whatever else the backbone needs.
+        images: of each sample, of any size, in the order of the image slots.
         """
 
     def tags(self, segment: Segment) -> Tags:
-        """Text tokens that open and close a field of this segment; mostly none."""
+        """Text tokens that open and close a field of this segment; by default none."""
+        return (), ()
 
     def grow(self, vocabulary: Vocabulary) -> None:
-        """Makes the tokenizer know the vocabulary's segments, where it is to know them."""
+        """Adds the vocabulary's segments to the tokenizer; by default they follow its own tokens."""
+        return
 
     def save(self, folder: Path) -> None:
-        """Writes what `load` of its module reads."""
+        """Writes the files that `load` of its module reads."""
 
 
 @dataclass
 class Memory:
-    """What a cached decoding has read so far. next_B1: the position of the next token; mask_BS: False is padding."""
+    """State of a cached decoding. next_B1: the position of the next token; mask_BS: 0 is padding."""
 
     cache: Cache
     mask_BS: Int[Tensor, "B S"]
     next_B1: Int[Tensor, "B 1"]
 
     def grow(self, tokens_BF: Int[Tensor, "B F"]) -> Int[Tensor, "B F"]:
-        """Makes place for further tokens and returns their positions."""
+        """Makes room for more tokens and returns their positions."""
         count = tokens_BF.shape[1]
         if not isinstance(self.cache, StaticCache):
             self.mask_BS = F.pad(self.mask_BS, (0, count), value=1)
@@ -80,7 +82,7 @@ class Memory:
 class Backbone(nn.Module, ABC):
     """A vision tower and a causal language model of transformers.
 
-    config: a dataclass with `kind` and `image_size`, the side in pixels of the square pictures it is given.
+    config: a dataclass with `kind` and `image_size`, the side in pixels of the square images that it reads.
     language: has an input embedding and a bias-free head with a row for each token of the vocabulary.
     """
 
@@ -95,16 +97,16 @@ class Backbone(nn.Module, ABC):
     @property
     @abstractmethod
     def vision(self) -> nn.Module:
-        """What sees, without its projection to the language model's width: what may be kept frozen."""
+        """The vision tower without its projection to the language model's width: the part that may be frozen."""
 
     @property
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers, each a unit of sharding."""
+        """The repeated layers; each is a unit of sharding."""
 
     @property
     def full_precision(self) -> list[nn.Module]:
-        """Submodules whose weights keep the precision they have, whatever --weights says."""
+        """Submodules whose weights keep their precision, whatever --weights is."""
         return []
 
     @abstractmethod
@@ -115,31 +117,31 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def begin(
-        self, batch: Mapping[str, Tensor], said_BC: Int[Tensor, "B C"], room: int
+        self, batch: Mapping[str, Tensor], context_BC: Int[Tensor, "B C"], room: int
     ) -> tuple[Float[Tensor, "B 1 D"], Memory]:
-        """Reads the observation and the tokens after it into a cache: the last hidden state, and the memory.
+        """Reads the observation and the tokens after it into a cache. Returns the last hidden state, and the memory.
 
-        room: how many tokens may follow.
+        room: number of tokens that may follow.
         """
 
     @abstractmethod
     def advance(self, memory: Memory, tokens_BF: Int[Tensor, "B F"]) -> Float[Tensor, "B F D"]:
-        """Reads further tokens. Changes `memory`."""
+        """The hidden states of more tokens. Changes `memory`."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes the weights into `folder`."""
 
     def compile_steps(self, backend: str = "inductor") -> None:
-        """From now on `advance` runs compiled, on a GPU as a CUDA graph, with caches of fixed size that are kept.
+        """Compiles `advance`, on a GPU as a CUDA graph, with caches of fixed size that are kept.
 
-        The first few calls for a batch size take long. Decoding gives the same as before, up to rounding.
+        The first calls for a batch size take long. Decoding returns the same as before, up to rounding.
         """
         mode = "reduce-overhead" if backend == "inductor" else None
         self._compiled_step = torch.compile(self.language.base_model.forward, backend=backend, mode=mode, dynamic=False)
 
     def step(self, **inputs: Any) -> Float[Tensor, "B F D"]:
-        """The language model's last hidden states: `advance` runs through this."""
+        """The language model's last hidden states; compiled if `compile_steps` was called."""
         run = self._compiled_step or self.language.base_model
         if self._compiled_step is not None:
             torch.compiler.cudagraph_mark_step_begin()
@@ -148,9 +150,9 @@ class Backbone(nn.Module, ABC):
         return hidden_BFD.clone() if self._compiled_step else hidden_BFD
 
     def new_memory(self, mask_BP: Int[Tensor, "B P"], next_B1: Int[Tensor, "B 1"], room: int) -> Memory:
-        """An empty memory for an observation and `room` tokens after it; compiled, its cache has a fixed size.
+        """An empty memory for an observation and `room` tokens after it; if compiled, its cache has a fixed size.
 
-        The mask of a cache of fixed size has the tokens to come in it already: causality hides them.
+        The mask of a cache of fixed size includes the tokens to come, which causality hides.
         """
         if self._compiled_step is None:
             return Memory(DynamicCache(config=self.language.config), mask_BP, next_B1)
@@ -163,19 +165,19 @@ class Backbone(nn.Module, ABC):
         return Memory(cache, F.pad(mask_BP, (0, length - num_observed), value=1), next_B1)
 
     def logits(self, hidden_BFD: Float[Tensor, "B F D"], rows: range) -> Float[Tensor, "B F R"]:
-        """Logits of these rows of the vocabulary alone, in float32."""
+        """Logits of only these rows of the vocabulary, in float32."""
         head: Any = self.language.get_output_embeddings()
         return F.linear(hidden_BFD, head.weight[rows.start : rows.stop].to(hidden_BFD.dtype)).float()
 
     def resize(self, vocabulary: Vocabulary) -> None:
-        """Grows embedding and head to the vocabulary, in place; rows that were there stay as they are."""
+        """Grows embedding and head to the vocabulary, in place; existing rows stay as they are."""
         embedding: Any = self.language.get_input_embeddings()
         if vocabulary.size > len(embedding.weight):
             self.language.resize_token_embeddings(vocabulary.size, mean_resizing=False)
 
 
 class PrefixBackbone(Backbone):
-    """A backbone whose observation becomes embeddings before those of the tokens, in a plain causal language model."""
+    """A backbone that puts embeddings of the observation before those of the tokens of a causal language model."""
 
     @abstractmethod
     def prefix(self, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "B P D"], Int[Tensor, "B P"]]:
@@ -191,9 +193,9 @@ class PrefixBackbone(Backbone):
         return output.last_hidden_state, mask
 
     def begin(
-        self, batch: Mapping[str, Tensor], said_BC: Int[Tensor, "B C"], room: int
+        self, batch: Mapping[str, Tensor], context_BC: Int[Tensor, "B C"], room: int
     ) -> tuple[Float[Tensor, "B 1 D"], Memory]:
-        inputs, mask = self._sequence(batch, said_BC)
+        inputs, mask = self._sequence(batch, context_BC)
         position_ids = positions(mask)
         memory = self.new_memory(mask, position_ids[:, -1:] + 1, room)
         output = self.language.base_model(
@@ -229,15 +231,15 @@ class PrefixBackbone(Backbone):
 
 
 def positions(mask_BS: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-    """Positions that do not count the padding, so that a padded sequence equals the same one alone."""
+    """Positions that do not count the padding, so that padding does not change a sequence."""
     return (mask_BS.cumsum(-1) - 1).clamp(min=0)
 
 
 def require_room(folder: Path, name: str) -> None:
-    """UserError, before anything is read, where a model's weights need more memory than there is."""
+    """Raises UserError, before anything is read, where a model's weights need more memory than there is."""
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    mend = ["a smaller model", "a machine with more memory", "fewer processes on this machine"]
-    require_memory(needed, torch.device("cpu"), f"{name}: loading its weights", mend)
+    remedies = ["a smaller model", "a machine with more memory", "fewer processes on this machine"]
+    require_memory(needed, torch.device("cpu"), f"{name}: loading its weights", remedies)
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -248,7 +250,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Reads what `save_weights` wrote. UserError naming the file where it is missing or does not fit."""
+    """Reads a file of `save_weights`. Raises UserError naming the file where it is missing or does not fit."""
     try:
         module.load_state_dict(load_file(path))
     except FileNotFoundError:

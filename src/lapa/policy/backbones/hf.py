@@ -1,8 +1,8 @@
 """The `hf` backbone: any image-text model of transformers, from a folder or the hub.
 
-It keeps its tokenizer, its image processor and its layout of a prompt (hf_inputs.py). The segments of the vocabulary
-are rows at the end of its embedding and head, so that what is saved is an ordinary folder of transformers. Proven on
-SmolVLM, Qwen2.5-VL, Qwen3-VL and PaliGemma; others work where images stand in the text as placeholder tokens.
+It keeps its tokenizer, its image processor and its layout of a prompt (hf_processor.py). The segments of the vocabulary
+are rows at the end of its embedding and head, so that a saved model is an ordinary folder of transformers. Tested on
+SmolVLM, Qwen2.5-VL, Qwen3-VL and PaliGemma; others work if images are placeholder tokens in the text.
 
     lapa policy pretrain --preset smolvlm2-500m --data DATASET --labels LABELS --out POLICY
     python examples/plain_transformers.py POLICY image.png "open the drawer"
@@ -40,8 +40,8 @@ from lapa.policy.lora import vocabulary_weights
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-PROVEN = "SmolVLM, Qwen2.5-VL, Qwen3-VL or PaliGemma"
-# Of a row's distance from the mean: new rows differ from one another, but hardly from an average word.
+TESTED = "SmolVLM, Qwen2.5-VL, Qwen3-VL or PaliGemma"
+# As a share of the spread of the text's rows: new rows differ from each other, but little from an average word.
 NEW_ROW_NOISE = 0.1
 
 
@@ -51,14 +51,14 @@ class HfBackbone(Backbone):
     config: HfConfig
 
     def __init__(self, config: HfConfig, language: PreTrainedModel, vocabulary: Vocabulary) -> None:
-        """vocabulary: what the rows of `language` mean now. UserError for a model that this cannot use."""
+        """vocabulary: the segments that the rows of `language` have now."""
         super().__init__()
         self.config, self.language, self.vocabulary = config, language, vocabulary
         self._takes = frozenset(inspect.signature(language.base_model.forward).parameters)
 
     @property
     def vision(self) -> nn.Module:
-        """The vision tower. Qwen keeps its projection (merger) inside the tower: what is left are the other parts."""
+        """The vision tower; where the projection is inside it (Qwen's merger), the other parts of the tower."""
         tower = self.language.get_encoder(modality="image")
         parts = [child for name, child in tower.named_children() if "merger" not in name]
         return tower if len(parts) == len(list(tower.children())) else nn.ModuleList(parts)
@@ -74,9 +74,9 @@ class HfBackbone(Backbone):
         return self._inner(**inputs, use_cache=False).last_hidden_state, inputs["attention_mask"]
 
     def begin(
-        self, batch: Mapping[str, Tensor], said_BC: Int[Tensor, "B C"], room: int
+        self, batch: Mapping[str, Tensor], context_BC: Int[Tensor, "B C"], room: int
     ) -> tuple[Float[Tensor, "B 1 D"], Memory]:
-        inputs = self._sequence(batch, said_BC)
+        inputs = self._sequence(batch, context_BC)
         memory = self.new_memory(inputs["attention_mask"], _next(inputs["position_ids"]), room)
         inputs["attention_mask"] = memory.mask_BS
         output = self._inner(**inputs, past_key_values=memory.cache, use_cache=True)
@@ -98,13 +98,13 @@ class HfBackbone(Backbone):
         return logits_BFR if cap is None else cap * torch.tanh(logits_BFR / cap)
 
     def resize(self, vocabulary: Vocabulary) -> None:
-        """New rows are the mean of the text's, and a little noise. UserError where rows that mean something move."""
+        """New rows are the mean of the text's rows plus a little noise. Raises UserError where a segment would move."""
         for segment in SEGMENTS:
             old, new = self.vocabulary.rows(segment), vocabulary.rows(segment)
             if len(old) and (old.start != new.start or len(new) < len(old)):
                 raise UserError(
                     f"the {segment} segment has rows {old.start} to {old.stop - 1} and cannot move to {new.start} to "
-                    f"{new.stop - 1}: start from a policy without it"
+                    f"{new.stop - 1}; start from a policy without it"
                 )
         new_rows = slice(self.vocabulary.size, vocabulary.size)
         super().resize(vocabulary)
@@ -123,15 +123,15 @@ class HfBackbone(Backbone):
 
     @property
     def _has_grid_positions(self) -> bool:
-        """Whether positions are of three axes (Qwen's M-RoPE): time, row and column."""
+        """Whether positions have three axes (Qwen's M-RoPE): time, row and column."""
         return hasattr(self._inner, "get_rope_index")
 
     def _positions(self, batch: Mapping[str, Tensor]) -> Int[Tensor, "... B P"]:
-        """Positions of the observation, which do not count the padding; of three axes where the model has them."""
+        """Positions of the observation, which do not count the padding; with three axes where the model has them."""
         tokens_BT, mask_BT = batch["tokens_BT"], batch["mask_BT"]
         if not self._has_grid_positions:
             return positions(mask_BT) + int(_is_paligemma(self.language.config))
-        # It walks through the tokens in Python: on the CPU, so as not to wait for the device at each.
+        # It loops over the tokens in Python: on the CPU, it does not wait for the device at each.
         found, _ = self._inner.get_rope_index(
             tokens_BT.cpu(),
             mm_token_type_ids=(tokens_BT == self.language.config.image_token_id).int().cpu(),
@@ -142,56 +142,40 @@ class HfBackbone(Backbone):
 
     def _sequence(self, batch: Mapping[str, Tensor], tokens_BF: Int[Tensor, "B F"]) -> dict[str, Tensor]:
         """The model's inputs for the observation and the tokens after it."""
-        observed = self._positions(batch)
-        after = _next(observed) + torch.arange(tokens_BF.shape[1], device=tokens_BF.device)
-        return {
+        observed, num_after = self._positions(batch), tokens_BF.shape[1]
+        after = _next(observed) + torch.arange(num_after, device=tokens_BF.device)
+        inputs = {
             "input_ids": torch.cat([batch["tokens_BT"], tokens_BF], dim=1),
-            "attention_mask": F.pad(batch["mask_BT"], (0, tokens_BF.shape[1]), value=1),
+            "attention_mask": F.pad(batch["mask_BT"], (0, num_after), value=1),
             "position_ids": torch.cat([observed, after.expand(*observed.shape[:-1], -1)], dim=-1),
-            **self._images(batch),
-            **self._prefix_types(batch, tokens_BF.shape[1]),
+            **model_images({name: value for name, value in batch.items() if name in self._takes}),
         }
-
-    def _images(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the image processor, as the model wants them."""
-        return model_images({name: value for name, value in batch.items() if name in self._takes})
-
-    def _prefix_types(self, batch: Mapping[str, Tensor], num_after: int) -> dict[str, Tensor]:
-        """PaliGemma's prompt sees all of itself; what comes after it is causal."""
-        if not _is_paligemma(self.language.config):
-            return {}
-        return {"token_type_ids": F.pad(torch.zeros_like(batch["tokens_BT"]), (0, num_after), value=1)}
+        if _is_paligemma(self.language.config):
+            # Attention is bidirectional within its prompt and causal after it.
+            inputs["token_type_ids"] = F.pad(torch.zeros_like(batch["tokens_BT"]), (0, num_after), value=1)
+        return inputs
 
 
 def create(
-    config: HfConfig,
-    *,
-    texts: Iterable[str],
-    num_cameras: int,
-    segments: Mapping[str, int],
+    config: HfConfig, *, texts: Iterable[str], num_cameras: int, segments: Mapping[str, int]
 ) -> tuple[HfBackbone, HfProcessor, Vocabulary]:
-    """The source's model with rows for the segments. UserError where the source is not whole or no image-text model.
+    """The source's model with rows for the segments. texts: ignored, since the model has its own tokenizer.
 
-    texts: not looked at; the model brings its own tokenizer.
+    Raises UserError where the source is incomplete or no image-text model.
     """
     del texts
     folder = files.hub_folder(config.source, FILES)
     language = _load_language(folder, config.source)
     processor = HfProcessor.from_source(
-        folder,
-        language,
-        name=config.source,
-        image_size=config.image_size,
-        num_cameras=num_cameras,
+        folder, language, name=config.source, image_size=config.image_size, num_cameras=num_cameras
     )
-    text = len(processor.tokenizer)
-    vocabulary = Vocabulary(text=text, **segments)
+    vocabulary = Vocabulary(text=len(processor.tokenizer), **segments)
     processor.grow(vocabulary)
     return _grown(config, language, vocabulary), processor, vocabulary
 
 
 def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackbone:
-    """The source's model again, with fresh rows for a vocabulary that there is already. UserError as in `create`."""
+    """The source's model with new rows for an existing vocabulary. Raises UserError as `create` does."""
     del num_cameras
     return _grown(config, _load_language(files.hub_folder(config.source, FILES), config.source), vocabulary)
 
@@ -199,7 +183,7 @@ def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackb
 def load(
     config: HfConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[HfBackbone, HfProcessor]:
-    """What `save` wrote. UserError naming what is missing or does not fit."""
+    """Reads the files of `save`. Raises UserError naming what is missing or does not fit."""
     language = _load_language(model, str(model))
     rows = len(vocabulary_weights(language)[0])
     if rows < vocabulary.size:
@@ -215,22 +199,22 @@ def native_image_size(source: str) -> int:
 
 
 def _read_config(folder: Path, name: str) -> PreTrainedConfig:
-    """UserError where the folder holds no model, or one that is not asked about images in words."""
+    """Raises UserError where the folder has no model, or none that reads images as tokens among the text's."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: no model that transformers knows ({reason}); give one such as {PROVEN}") from None
+        raise UserError(f"{name}: no model that transformers knows ({reason}); give one such as {TESTED}") from None
     what = (config.architectures or [f"{config.model_type} model"])[0]
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise UserError(f"{name}: a {what}, which is no image-text model; give one such as {PROVEN}")
+        raise UserError(f"{name}: a {what}, which is no image-text model; give one such as {TESTED}")
     if config.is_encoder_decoder or getattr(config, "image_token_id", None) is None:
-        raise UserError(f"{name}: a {what}, whose images are no tokens among the text's; give {PROVEN}")
+        raise UserError(f"{name}: a {what}, whose images are not tokens among the text's; give {TESTED}")
     return config
 
 
 def _load_language(folder: Path, name: str) -> PreTrainedModel:
-    """In the precision that it was saved in."""
+    """The model in the precision that it was saved in. Raises UserError where it is incomplete or cannot be used."""
     config = _read_config(folder, name)
     require_room(folder, name)
     language: Any
@@ -245,31 +229,31 @@ def _load_language(folder: Path, name: str) -> PreTrainedModel:
         raise UserError(f"{name}: has no weights for {len(missing)} parameters ({missing[0]}, ...); download it again")
     head = language.get_output_embeddings()
     if head is None or head.bias is not None or not hasattr(language.base_model, "get_image_features"):
-        raise UserError(f"{name}: a {type(language).__name__} is not built as this needs; give {PROVEN}")
+        raise UserError(f"{name}: a {type(language).__name__} cannot be used (its head or its images); give {TESTED}")
     return cast(PreTrainedModel, language)
 
 
 def _grown(config: HfConfig, language: PreTrainedModel, vocabulary: Vocabulary) -> HfBackbone:
-    """A backbone whose model so far knew only text."""
+    """A backbone with rows for the segments, of a model that has only those of text."""
     backbone = HfBackbone(config, language, Vocabulary(text=vocabulary.text))
     backbone.resize(vocabulary)
     return backbone
 
 
 def _is_paligemma(config: PreTrainedConfig) -> bool:
-    """Counts positions from one, and reads the prompt in both directions."""
+    """Whether positions count from one, and attention within the prompt is bidirectional."""
     return config.model_type == "paligemma"
 
 
 def _next(observed: Int[Tensor, "... B P"]) -> Int[Tensor, "B 1"]:
-    """The position after the observation. An image's tokens share positions, so that it is not the number of tokens."""
+    """The position after the observation: not its number of tokens, since an image's tokens may share positions."""
     latest_BP = observed.amax(0) if observed.ndim == 3 else observed
     return latest_BP.amax(-1, keepdim=True) + 1
 
 
 @torch.no_grad()
 def _fill_rows(weight: nn.Parameter, rows: slice, num_text: int) -> None:
-    """Also of rows that are there already, unused, where a matrix has more than its tokenizer."""
+    """Fills new rows, which may exist already, unused, where a matrix has more rows than its tokenizer."""
     mean = weight[:num_text].mean(0, dtype=torch.float32)
     spread = weight[: num_text : max(1, num_text // 4096)].float().std(0)
     count = rows.stop - rows.start

@@ -1,12 +1,12 @@
-"""Pictures and words for an image-text model of transformers, laid out as its own processor would.
+"""Images and prompts for an image-text model of transformers, laid out as by the model's own processor.
 
-The tokenizer and the image processor are called directly: the combined processors want packages that nothing here
-needs (torchvision, num2words). The words of a prompt stand where the model's chat template puts the user's, after the
-images; PaliGemma, which has no template, reads `<image>...<bos>words\\n`. Words are only ever words: what spells a
-control token, such as `<image>` or `</s>`, is read letter by letter.
+The tokenizer and the image processor are called directly: the combined processors need packages that nothing here
+needs (torchvision, num2words). A prompt is where the model's chat template puts the user's text, after the images;
+PaliGemma, which has no template, reads `<image>...<bos>prompt\\n`. A prompt is never more than text: a control token in
+it, such as `<image>` or `</s>`, is read as ordinary letters.
 
     processor = HfProcessor.load(POLICY / "processor", num_cameras=1)
-    processor([[picture_HWC]], ["open the drawer"])     # tokens_BT, mask_BT, pixel_values, ...
+    processor([[image_HWC]], ["open the drawer"])     # tokens_BT, mask_BT, pixel_values, ...
 
 Axes: B batch, V cameras, T tokens of images and prompt, H W image.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ from lapa import files
 from lapa.console import warn
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
-from lapa.policy.backbones.base import Tags
+from lapa.policy.backbones.base import Processor
 from lapa.policy.backbones.tiny import save_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 LAYOUT = "layout.json"
-# What stands for the words in a template while it is rendered: a character without a meaning.
+# Stands for the prompt in a template while it is rendered: a character without a meaning.
 WORDS = "\ue000"
 SEGMENT_TOKENS: dict[Segment, str] = {
     "latent": "<latent_{}>",
@@ -47,34 +47,49 @@ SEGMENT_TOKENS: dict[Segment, str] = {
     "state": "<state_{}>",
     "query": "<query_{}>",
 }
-# These frame an image with tokens of their own, which their template leaves out.
+# These put tokens of their own around an image, which their template omits.
 IDEFICS = ("idefics3", "smolvlm")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands around the words of a prompt.
+    """The text around a prompt.
 
-    image: the placeholder tokens of one image, as text; before, after: for `num_cameras` images.
+    image: the placeholder tokens of one image, as text. before, after: the text around the prompt and its `num_cameras`
+    images; empty until `for_cameras` fills them in.
     """
 
     model_type: str
     image_size: int
     image_token: str
     image: str
-    num_cameras: int
-    before: str
-    after: str
+    num_cameras: int = 0
+    before: str = ""
+    after: str = ""
+
+    def for_cameras(self, num_cameras: int, tokenizer: PreTrainedTokenizerFast) -> Layout:
+        """The layout for so many images: as the chat template has it, else images, the first token, the prompt."""
+        if num_cameras < 1:
+            raise UserError("a policy needs at least one camera")
+        begin = tokenizer.bos_token or ""
+        if tokenizer.chat_template:
+            text = _rendered(tokenizer, tokenizer.chat_template, num_cameras).replace(self.image_token, self.image)
+        elif self.model_type == "paligemma":
+            text = f"{self.image * num_cameras}{begin}{WORDS}\n"
+        else:
+            text = f"{begin}{self.image * num_cameras}{WORDS}"
+        before, after = text.split(WORDS)
+        return replace(self, num_cameras=num_cameras, before=before, after=after)
 
 
-class HfProcessor:
+class HfProcessor(Processor):
     """A model's tokenizer and image processor, and the layout of its prompt."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, image_processor: Any, layout: Layout) -> None:
         self.tokenizer, self.image_processor, self.layout = tokenizer, image_processor, layout
         self._plain = _without_control_tokens(tokenizer)
         self._control = frozenset(_control_tokens(tokenizer).values()) - {tokenizer.unk_token_id}
-        # What lies between the words and the nearest control token is read with the words, since pieces may span both.
+        # Text between the prompt and the nearest control token is read with the prompt, since tokens may span both.
         names = sorted(_control_tokens(tokenizer), key=len, reverse=True)
         control = re.compile("|".join(map(re.escape, names)) if names else "(?!)")
         head = max((match.end() for match in control.finditer(layout.before)), default=0)
@@ -86,10 +101,10 @@ class HfProcessor:
     def __call__(
         self, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        """`tokens_BT`, `mask_BT`, and what the image processor makes of the pictures, each with axes B V first."""
+        """`tokens_BT`, `mask_BT`, and the tensors of the image processor, each with axes B V first."""
         for one in images:
             if len(one) != self.layout.num_cameras:
-                raise UserError(f"a policy of {self.layout.num_cameras} image slots was given {len(one)} pictures")
+                raise UserError(f"a policy of {self.layout.num_cameras} image slots was given {len(one)} images")
         tokens = [[*self._head, *self._words(prompt), *self._tail] for prompt in prompts]
         length = max(map(len, tokens))
         pad = self.tokenizer.pad_token_id or 0
@@ -99,14 +114,10 @@ class HfProcessor:
             **_pixels(self.image_processor, images, self.layout.image_size),
         }
 
-    def tags(self, segment: Segment) -> Tags:
-        """None: a field stands alone."""
-        return (), ()
-
     def grow(self, vocabulary: Vocabulary) -> None:
-        """Adds a token for each row of the segments. UserError where the tokenizer cannot give it the row's number."""
+        """Adds a token for each row of the segments. Raises UserError where it would not have the row's number."""
         if vocabulary.vision:
-            raise UserError("a model of transformers has no image codes: its vocabulary needs no vision segment")
+            raise UserError("a model of transformers has no image codes: leave the vision segment out")
         names = {
             row: name.format(code)
             for segment, name in SEGMENT_TOKENS.items()
@@ -125,12 +136,12 @@ class HfProcessor:
         tokens = self._encode("".join(names.values()))
         if tokens != list(names):
             raise UserError(
-                f"the tokenizer does not read <latent_0> and the like as one token each, numbered {list(names)[:1]} "
-                f"and on: it gives {tokens[:4]}; give another model"
+                "the tokenizer does not read <latent_0> and the like as one token each, numbered from "
+                f"{min(names)}: it returns {tokens[:4]}; give another model"
             )
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer and image processor as transformers does, and the layout beside them."""
+        """Writes tokenizer and image processor as transformers does, and the layout."""
         save_tokenizer(self.tokenizer, folder)
         with files.writing(folder):
             self.image_processor.save_pretrained(str(folder))
@@ -138,7 +149,7 @@ class HfProcessor:
 
     @classmethod
     def load(cls, folder: Path, *, num_cameras: int) -> HfProcessor:
-        """Reads what `save` wrote, for any number of cameras. UserError naming what is missing."""
+        """Reads the files of `save`, for any number of cameras. Raises UserError naming what is missing."""
         tokenizer, image_processor = _load_parts(folder, str(folder))
         try:
             layout = Layout(**files.read_json(folder / LAYOUT))
@@ -147,27 +158,25 @@ class HfProcessor:
                 f"{folder / LAYOUT}: not the layout of a prompt ({error}); train the policy again"
             ) from None
         if layout.num_cameras != num_cameras:
-            layout = _layout(
-                tokenizer,
-                model_type=layout.model_type,
-                image_size=layout.image_size,
-                image_token=layout.image_token,
-                image=layout.image,
-                num_cameras=num_cameras,
-            )
+            layout = layout.for_cameras(num_cameras, tokenizer)
         return cls(tokenizer, image_processor, layout)
 
     @classmethod
     def from_source(
         cls, folder: Path, language: PreTrainedModel, *, name: str, image_size: int, num_cameras: int
     ) -> HfProcessor:
-        """The processor of a model as its makers published it. UserError naming what is missing or does not fit."""
+        """The processor of a published model. Raises UserError naming what is missing or does not fit."""
         tokenizer, image_processor = _load_parts(folder, name)
-        _require_plain_numbering(tokenizer, name)
+        highest = max(tokenizer.get_vocab().values())
+        if highest + 1 != len(tokenizer):
+            raise UserError(
+                f"{name}: its tokenizer has {len(tokenizer)} tokens numbered up to {highest}; segments cannot follow "
+                "gaps; give another model"
+            )
         model_type, image_token_id = language.config.model_type, language.config.image_token_id
         if image_token_id >= len(tokenizer):
             raise UserError(
-                f"{name}: its tokenizer has no token {image_token_id}, the image's; it needs the model's own"
+                f"{name}: its tokenizer lacks the image token {image_token_id}; give the model's own tokenizer"
             )
         _set_image_size(image_processor, language, name, image_size)
         count = _count_image_tokens(image_processor, language, name, image_size)
@@ -176,29 +185,22 @@ class HfProcessor:
         if model_type in IDEFICS:
             image = f"<fake_token_around_image><global-img>{image}<fake_token_around_image>"
         tokenizer.chat_template = _chat_template(folder, tokenizer, image_token, name)
-        layout = _layout(
-            tokenizer,
-            model_type=model_type,
-            image_size=image_size,
-            image_token=image_token,
-            image=image,
-            num_cameras=num_cameras,
-        )
+        layout = Layout(model_type, image_size, image_token, image).for_cameras(num_cameras, tokenizer)
         return cls(tokenizer, image_processor, layout)
 
     def _encode(self, text: str) -> list[int]:
-        """Text of our own, in which control tokens count."""
+        """Tokens of the layout's text, in which control tokens are recognised."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _words(self, words: str) -> list[int]:
-        """The user's words, in which none counts."""
-        # Halves of surrogate pairs, which JSON may bring, have no UTF-8.
+        """Tokens of the user's prompt, in which no control token is recognised."""
+        # Half a surrogate pair, which JSON may contain, has no UTF-8.
         clean = words.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = f"{self._lead}{clean}{self._trail}"
         tokens: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         if self._control.isdisjoint(tokens):
             return tokens
-        # A tokenizer whose pieces include its control tokens (Unigram): letter by letter it cannot find them.
+        # A tokenizer whose vocabulary includes its control tokens (Unigram) cannot find them letter by letter.
         return [token for letter in text for token in self._plain.encode(letter, add_special_tokens=False).ids]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -209,7 +211,7 @@ class HfProcessor:
 
 
 def model_images(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a batch, each with axes B V first, as the model wants them."""
+    """The image tensors of a batch, each with axes B V first, as the model's inputs."""
     images = {name: tensor.flatten(0, 1) for name, tensor in tensors.items()}
     if "image_grid_thw" in images:
         # Qwen reads the patches of all images as one sequence.
@@ -220,47 +222,24 @@ def model_images(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _pixels(
     image_processor: Any, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], size: int
 ) -> dict[str, Tensor]:
-    """Square pictures through the image processor, each tensor with axes B V first."""
+    """The tensors of the image processor for square images, each with axes B V first."""
     squares = [resize_and_crop(image[None], size)[0] for one in images for image in one]
-    # One list a picture, since some processors pad all pictures of a list to a common number of tiles.
+    # One list for each image, since some processors pad all images of a list to a common number of tiles.
     batch = image_processor([[square] for square in squares], return_tensors="pt", input_data_format="channels_last")
     shape = (len(images), len(images[0]))
     return {
-        # Where patches are one sequence (Qwen), they are told apart by picture again.
+        # Where patches are one sequence (Qwen), it is split by image again.
         name: tensor.reshape(*shape, *([-1] if len(tensor) > len(squares) else []), *tensor.shape[1:])
         for name, tensor in batch.items()
-        # Square pictures fill their frame: no mask is needed.
+        # Square images need no mask of padding.
         if isinstance(tensor, Tensor) and name != "pixel_attention_mask"
     }
 
 
-def _layout(
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    model_type: str,
-    image_size: int,
-    image_token: str,
-    image: str,
-    num_cameras: int,
-) -> Layout:
-    """Images first, then the words, as the chat template says; without one, after the tokenizer's first token."""
-    if num_cameras < 1:
-        raise UserError("a policy needs at least one camera")
-    begin = tokenizer.bos_token or ""
-    if tokenizer.chat_template:
-        text = _rendered(tokenizer, tokenizer.chat_template, num_cameras).replace(image_token, image)
-    elif model_type == "paligemma":
-        text = f"{image * num_cameras}{begin}{WORDS}\n"
-    else:
-        text = f"{begin}{image * num_cameras}{WORDS}"
-    before, after = text.split(WORDS)
-    return Layout(model_type, image_size, image_token, image, num_cameras, before, after)
-
-
 def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerFast, image_token: str, name: str) -> str | None:
-    """The first template that gives each image a placeholder: the processor's own (of three file formats), or the
+    """The first template with a placeholder for each image: the processor's (in three file formats) or the tokenizer's.
 
-    tokenizer's, which with some models knows only text. None, with a warning where there was any, if none does.
+    Some tokenizers' templates are for text only. None where no template fits, with a warning if there was any.
     """
     templates: list[Any] = []
     for file in ("chat_template.json", "processor_config.json"):
@@ -273,7 +252,7 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerFast, image_token
         if isinstance(template, str) and _fits(tokenizer, template, image_token):
             return template
     if any(templates):
-        warn(f"{name}: its chat template has no {image_token} for an image; images come first, then the bare words")
+        warn(f"{name}: its chat template has no {image_token} for an image; images come first, then the prompt alone")
     return None
 
 
@@ -295,12 +274,12 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, template: str, num_cameras: in
 
 
 def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, image_size: int) -> None:
-    """Makes the image processor keep squares of `image_size` as they are. UserError where the model sees none such."""
+    """Makes the image processor keep squares of `image_size`. Raises UserError where the model cannot read them."""
     vision = language.config.vision_config
     native = getattr(vision, "image_size", None)
     if language.config.model_type in IDEFICS:
         _require_size(image_size, vision.patch_size * language.config.scale_factor, native, name)
-        # Splitting would read a picture as many tiles, each as costly as the whole.
+        # Splitting would turn an image into many tiles, each as costly as the whole.
         image_processor.do_image_splitting = False
         image_processor.size = image_processor.max_image_size = {"longest_edge": image_size}
     elif hasattr(image_processor, "merge_size"):
@@ -308,7 +287,7 @@ def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, 
         # These "edges" are numbers of pixels.
         image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
     elif isinstance(native, int) and image_size != native:
-        raise UserError(f"{name}: sees images of {native} pixels, not {image_size}; give --hf-image-size {native}")
+        raise UserError(f"{name}: reads images of {native} pixels, not {image_size}; give --hf-image-size {native}")
 
 
 def _require_size(image_size: int, multiple: int, largest: int | None, name: str) -> None:
@@ -316,14 +295,14 @@ def _require_size(image_size: int, multiple: int, largest: int | None, name: str
         nearest = max(multiple, min(round(image_size / multiple) * multiple, largest or image_size + multiple))
         limit = f", at most {largest}" if largest else ""
         raise UserError(
-            f"{name}: sees images whose side is a multiple of {multiple} pixels{limit}, not {image_size}; "
+            f"{name}: reads images whose side is a multiple of {multiple} pixels{limit}, not {image_size}; "
             f"give --hf-image-size {nearest}"
         )
 
 
 @torch.no_grad()
 def _count_image_tokens(image_processor: Any, language: PreTrainedModel, name: str, image_size: int) -> int:
-    """How many tokens one image becomes: as many as the model makes of a grey one."""
+    """The number of tokens of one image, by a forward pass of a grey one."""
     grey = np.full((image_size, image_size, 3), 128, dtype=np.uint8)
     images = model_images(_pixels(image_processor, [[grey]], image_size))
     try:
@@ -344,7 +323,7 @@ def _load_parts(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast, Any]:
             raise UserError(f"{name}: has no {what} (none of {', '.join(needed)}); copy the model's own into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        # The other backend wants torchvision.
+        # The other backend needs torchvision.
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     # On a damaged file transformers raises errors of many kinds, and the tokenizers library a plain Exception.
     except Exception as error:
@@ -352,20 +331,12 @@ def _load_parts(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast, Any]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{name}: {what} cannot be loaded ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{name}: its tokenizer is not one of the tokenizers library; it needs a tokenizer.json")
+        raise UserError(f"{name}: its tokenizer is not of the tokenizers library; add a tokenizer.json")
     return tokenizer, image_processor
 
 
-def _require_plain_numbering(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    highest = max(tokenizer.get_vocab().values())
-    if highest + 1 != len(tokenizer):
-        raise UserError(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens numbered up to {highest}; segments cannot follow gaps"
-        )
-
-
 def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Tokens that are more than a piece of text. Gemma adds runs of white space like them, which are not."""
+    """Tokens that are more than a piece of text, which the runs of white space that Gemma adds are not."""
     return {token: row for token, row in tokenizer.get_added_vocab().items() if token.strip(" \t\n▁")}
 
 

@@ -1,6 +1,6 @@
-"""The `tiny` backbone: a small residual network sees, a small Llama speaks. From scratch, on a CPU, no download.
+"""The `tiny` backbone: a small residual network and a small Llama. From scratch, on a CPU, without a download.
 
-The network that sees is `lapa.nn.vision`'s. Both halves are models of transformers.
+The residual network is that of `lapa.nn.vision`. Both halves are models of transformers.
 
     lapa policy pretrain --preset tiny --data DATASET --labels LABELS --out POLICY
 
@@ -26,16 +26,16 @@ from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.files import writing
 from lapa.nn.vision import residual_tower
-from lapa.policy.backbones.base import PrefixBackbone, Tags, load_weights, save_weights
+from lapa.policy.backbones.base import PrefixBackbone, Processor, load_weights, save_weights
 from lapa.policy.config import TinyConfig
-from lapa.policy.vocabulary import Segment, Vocabulary
+from lapa.policy.vocabulary import Vocabulary
 
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class TinyProcessor:
-    """Pictures at the tower's size, and text by the policy's own tokenizer."""
+class TinyProcessor(Processor):
+    """Images at the tower's size, and text by the policy's own tokenizer."""
 
     tokenizer: PreTrainedTokenizerFast
     image_size: int
@@ -45,13 +45,6 @@ class TinyProcessor:
     ) -> dict[str, Tensor]:
         """`images_BVHWC` uint8, `tokens_BT` and `mask_BT`."""
         return {"images_BVHWC": square_images(images, self.image_size), **left_padded(self.tokenizer, prompts)}
-
-    def tags(self, segment: Segment) -> Tags:
-        """None: a field stands alone."""
-        return (), ()
-
-    def grow(self, vocabulary: Vocabulary) -> None:
-        """Nothing: the segments lie beyond the tokenizer's own tokens."""
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer, as transformers does."""
@@ -100,28 +93,28 @@ class TinyBackbone(PrefixBackbone):
 def create(
     config: TinyConfig, *, texts: Iterable[str], num_cameras: int, segments: Mapping[str, int]
 ) -> tuple[TinyBackbone, TinyProcessor, Vocabulary]:
-    """A freshly initialised backbone, with a tokenizer trained on the texts that the policy will read."""
+    """A new backbone, with a tokenizer trained on the texts that the policy will read."""
     processor = TinyProcessor(train_tokenizer(texts), config.image_size)
     vocabulary = Vocabulary(text=len(processor.tokenizer), **segments)
     return renew(config, vocabulary, num_cameras), processor, vocabulary
 
 
 def renew(config: TinyConfig, vocabulary: Vocabulary, num_cameras: int) -> TinyBackbone:
-    """Fresh weights for a vocabulary that there is already."""
+    """New weights for an existing vocabulary."""
     return TinyBackbone(config, num_cameras=num_cameras, vocabulary_size=vocabulary.size)
 
 
 def load(
     config: TinyConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[TinyBackbone, TinyProcessor]:
-    """What `save` wrote. UserError naming the file that is missing or does not fit."""
+    """Reads the files of `save`. Raises UserError naming the file that is missing or does not fit."""
     backbone = renew(config, vocabulary, num_cameras)
     load_weights(backbone, model / WEIGHTS)
     return backbone, TinyProcessor(load_tokenizer(processor), config.image_size)
 
 
 def square_images(images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], size: int) -> UInt8[Tensor, "B V H W 3"]:
-    """The pictures of each sample, scaled and cropped to squares."""
+    """The images of each sample, scaled and cropped to squares."""
     squares = [np.concatenate([resize_and_crop(image[None], size) for image in one]) for one in images]
     return torch.from_numpy(np.stack(squares))
 
@@ -142,7 +135,7 @@ def _llama_config(config: TinyConfig, vocabulary_size: int) -> LlamaConfig:
         num_attention_heads=config.heads,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
-        # No code ends a sequence: decoding runs for the length of the field.
+        # No token ends a sequence: decoding runs for the length of the field.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -155,7 +148,7 @@ PAD, BEGIN, END = "<pad>", "<s>", "</s>"
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 1024) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `vocabulary_size` tokens: three special ones, 256 bytes, and the texts' pieces and words.
 
-    The same texts give the same tokenizer, in whatever order and however often each comes.
+    Neither the order of the texts nor repeated texts change the tokenizer.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -178,14 +171,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 1024) -> PreTra
         eos_token=END,
         pad_token=PAD,
         padding_side="left",
-        # An instruction that spells "</s>" is words, not a control token.
+        # An instruction that contains "</s>" is text, not a control token.
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a tokenizer as transformers does. OSError naming the folder where the system refuses."""
+    """Writes a tokenizer as transformers does. Raises OSError naming the folder where the system refuses."""
     with writing(folder):
         tokenizer.save_pretrained(str(folder))
 
