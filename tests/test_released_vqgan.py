@@ -64,7 +64,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert "quant_conv/bias: shape (3,), expected (16,)" in str(error.value)
     VQGAN(CONFIG).save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 20)
-    with pytest.raises(UserError, match=r"model\.safetensors: does not fit config.json"):
+    with pytest.raises(UserError, match=r"model\.safetensors: does not fit the config"):
         VQGAN.load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors: missing"):

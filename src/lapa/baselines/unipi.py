@@ -38,7 +38,7 @@ from lapa.files import claim_output, fingerprint, read_json
 from lapa.policy.runtime import Actor
 from lapa.types import Observation
 
-KIND, VIDEO, INVERSE = "unipi", "video", "inverse"
+VIDEO, INVERSE = "video", "inverse"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Acting:
     seed: int
     video_fingerprint: str
     inverse_fingerprint: str
-    kind: str = KIND
+    kind: str = "unipi"
 
 
 def run(config: UniPiConfig) -> None:
@@ -71,21 +71,14 @@ def run(config: UniPiConfig) -> None:
     )
     for source, name in ((config.video, VIDEO), (config.inverse, INVERSE)):
         shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png"))
-    parts = video_fingerprint(config.out / VIDEO), inverse_fingerprint(config.out / INVERSE)
-    configs.save(Acting(config.sampling_steps, config.guidance, 0, *parts), config.out / CONFIG)
+    configs.save(Acting(config.sampling_steps, config.guidance, 0, **fingerprints(config.out)), config.out / CONFIG)
     finish("policy", config.out, [f"lapa evaluate {shlex.quote(str(config.out))} --env ENVIRONMENT --out RESULTS"])
 
 
-def is_unipi(folder: Path) -> bool:
-    """Whether `folder` holds a joined policy."""
-    path = Path(folder) / CONFIG
-    written = read_json(path) if path.exists() else None
-    return isinstance(written, dict) and written.get("kind") == KIND
-
-
-def video_fingerprint(folder: Path) -> str:
-    """Identifies a saved video model by its weights, config and tokenizer (16 hex digits)."""
-    return fingerprint(*(folder / name for name in (WEIGHTS, CONFIG, f"{TOKENIZER}/tokenizer.json")))
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Identifies the two models of a joined policy by what they need to act (16 hex digits each)."""
+    video = fingerprint(*(folder / VIDEO / name for name in (WEIGHTS, CONFIG, f"{TOKENIZER}/tokenizer.json")))
+    return {f"{VIDEO}_fingerprint": video, f"{INVERSE}_fingerprint": inverse_fingerprint(folder / INVERSE)}
 
 
 def require_fit(video: VideoModel, inverse: InverseDynamics, video_name: object, inverse_name: object) -> None:
@@ -116,11 +109,14 @@ class UniPi(Actor):
     def from_pretrained(cls, folder: Path | str, device: str = "auto") -> UniPi:
         """Loads a joined policy. Raises UserError where a part is missing, was changed, or does not fit the other."""
         folder = Path(folder)
-        if not is_unipi(folder):
-            raise UserError(f"{folder}: not a joined policy; make one with `lapa baseline unipi`")
         acting = configs.load(Acting, folder / CONFIG)
         video, inverse = VideoModel.from_pretrained(folder / VIDEO), InverseDynamics.from_pretrained(folder / INVERSE)
-        _require_unchanged(folder, acting)
+        for name, now in fingerprints(folder).items():
+            if now != (joined := getattr(acting, name)):
+                raise UserError(
+                    f"{folder / name.removesuffix('_fingerprint')}: changed since it was joined (its fingerprint is "
+                    f"{now}, in {CONFIG} it is {joined}); join the two models again with `lapa baseline unipi`"
+                )
         require_fit(video, inverse, folder / VIDEO, folder / INVERSE)
         return cls(video, inverse, acting, pick_device(device))
 
@@ -161,14 +157,3 @@ class UniPi(Actor):
             seed=self.acting.seed,
         )
         return torch.cat([seen_BCHW[:, None], future_BFCHW], dim=1)
-
-
-def _require_unchanged(folder: Path, acting: Acting) -> None:
-    now = {VIDEO: video_fingerprint(folder / VIDEO), INVERSE: inverse_fingerprint(folder / INVERSE)}
-    then = {VIDEO: acting.video_fingerprint, INVERSE: acting.inverse_fingerprint}
-    for name, joined in then.items():
-        if now[name] != joined:
-            raise UserError(
-                f"{folder / name}: changed since it was joined (its fingerprint is {now[name]}, {CONFIG} says "
-                f"{joined}); join the two models again with `lapa baseline unipi`"
-            )

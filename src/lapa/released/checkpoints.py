@@ -151,15 +151,20 @@ def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def require_shapes(what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError that lists every tensor that is missing, left over or of another shape."""
+    """Raises UserError that lists the `misfits`."""
+    if complaints := misfits(what, given, expected):
+        raise UserError(f"the weights do not fit {what}:\n  " + "\n  ".join(complaints))
+
+
+def misfits(what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Returns a complaint about every tensor that is missing, left over or of another shape."""
     complaints = [f"{name}: missing, expected shape {shape}" for name, shape in expected.items() if name not in given]
     for name, shape in given.items():
         if name not in expected:
             complaints.append(f"{name}: not a name of {what}")
         elif shape != expected[name]:
             complaints.append(f"{name}: shape {shape}, expected {expected[name]}")
-    if complaints:
-        raise UserError(f"the weights do not fit {what}:\n  " + "\n  ".join(complaints))
+    return complaints
 
 
 def require_floats(params: Mapping[str, Any]) -> None:

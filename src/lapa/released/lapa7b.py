@@ -118,7 +118,6 @@ LLAMA_SIZES = {
     "inner_width": "intermediate_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
-    "rope_theta": "theta",
     "norm_eps": "rms_norm_eps",
     "max_length": "max_sequence_length",
 }
@@ -191,7 +190,7 @@ def run(config: ImportLapaConfig) -> None:
     sizes, image_sizes = read_sizes(config.sizes)
     with errors_about(config.sizes):
         backbone = LwmConfig(
-            **{**llama_sizes(sizes), "rope_theta": float(sizes["theta"])},
+            **llama_sizes(sizes),
             vqgan=image_sizes,
             vision_rows=sizes["vision_vocab_size"],
             end_of_frame=sizes["eof_token"],
@@ -221,9 +220,13 @@ def run(config: ImportLapaConfig) -> None:
     llama = released_llama(sizes, vocabulary)
     shapes = llama_shapes(llama)
     image_tokenizer = vqgan.from_released(images, image_sizes)
-    inputs = [config.params, config.vqgan, config.tokenizer]
-    complete = is_policy(config.out)
-    claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=inputs)
+    claim_output(
+        config.out,
+        complete=is_policy(config.out),
+        overwrite=config.overwrite,
+        resumable=False,
+        inputs=[config.params, config.vqgan, config.tokenizer],
+    )
 
     processor.save(config.out / PROCESSOR)
     image_tokenizer.save(config.out / MODEL / VQGAN_FOLDER)
@@ -231,7 +234,12 @@ def run(config: ImportLapaConfig) -> None:
     write_llama(config.out / MODEL, llama, shapes, dtype, llama_tensors(params, sizes))
     write_json(config.out / "metrics.json", {})
     write_json(config.out / CONFIG, {"policy": configs.to_dict(policy), "run": configs.to_dict(config)})
-    finish(_what(vocabulary), config.out, _next_commands(config, vocabulary))
+    what = "latent policy" if vocabulary.latent else "vision-language model without latent actions"
+    if vocabulary.bins:
+        what = "policy with the released robot actions' rows (their bins were not released)"
+    inputs = "--data ROBOT_DATASET" if vocabulary.latent else "--data DATASET --labels LABELS"
+    stage = f"{'finetune' if vocabulary.latent else 'pretrain'} --preset paper --policy {shlex.quote(str(config.out))}"
+    finish(what, config.out, [f"lapa policy {stage} {inputs} --out POLICY"])
 
 
 def read_sizes(path: Path | None) -> tuple[dict[str, Any], VQGANConfig]:
@@ -322,7 +330,7 @@ def released_shapes(config: Mapping[str, Any], vocabulary: Vocabulary, *, stacke
 def llama_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The released sizes under the names of LwmConfig."""
     full = {**PUBLISHED, **config}
-    return {ours: full[theirs] for ours, theirs in LLAMA_SIZES.items()}
+    return {**{ours: full[theirs] for ours, theirs in LLAMA_SIZES.items()}, "rope_theta": float(full["theta"])}
 
 
 def released_llama(config: Mapping[str, Any], vocabulary: Vocabulary) -> LlamaConfig:
@@ -503,19 +511,6 @@ def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _what(vocabulary: Vocabulary) -> str:
-    if vocabulary.bins:
-        return "policy with the released robot actions' rows (their bins were not released)"
-    return "latent policy" if vocabulary.latent else "vision-language model without latent actions"
-
-
-def _next_commands(config: ImportLapaConfig, vocabulary: Vocabulary) -> list[str]:
-    policy = shlex.quote(str(config.out))
-    finetune = f"lapa policy finetune --preset paper --policy {policy} --data ROBOT_DATASET --out POLICY"
-    pretrain = f"lapa policy pretrain --preset paper --policy {policy} --data DATASET --labels LABELS --out POLICY"
-    return [finetune] if vocabulary.latent else [pretrain]
 
 
 def _take(params: Mapping[str, Any], name: str, layer: int | None = None) -> Tensor:

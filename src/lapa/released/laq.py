@@ -23,7 +23,7 @@ from lapa.errors import UserError, unknown
 from lapa.files import claim_output, errors_about, read_json, write_json
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.model import CONFIG, LatentActionModel
-from lapa.released.checkpoints import MALFORMED
+from lapa.released.checkpoints import MALFORMED, misfits, shapes_of
 from lapa.released.config import ImportLaqConfig
 
 PUBLISHED_CONFIG = {
@@ -40,30 +40,20 @@ PUBLISHED_CONFIG = {
 }
 PUBLISHED_HORIZON_SECONDS = 0.6
 
-MODEL_NAMES = {
-    "to_patch_emb_first_frame.1.weight": "patch_embedding.pixel_norm.weight",
-    "to_patch_emb_first_frame.1.bias": "patch_embedding.pixel_norm.bias",
-    "to_patch_emb_first_frame.2.weight": "patch_embedding.project.weight",
-    "to_patch_emb_first_frame.2.bias": "patch_embedding.project.bias",
-    "to_patch_emb_first_frame.3.weight": "patch_embedding.norm.weight",
-    "to_patch_emb_first_frame.3.bias": "patch_embedding.norm.bias",
-    "spatial_rel_pos_bias.net.0.0.weight": "position_bias.net.0.weight",
-    "spatial_rel_pos_bias.net.0.0.bias": "position_bias.net.0.bias",
-    "spatial_rel_pos_bias.net.1.0.weight": "position_bias.net.2.weight",
-    "spatial_rel_pos_bias.net.1.0.bias": "position_bias.net.2.bias",
-    "spatial_rel_pos_bias.net.2.weight": "position_bias.net.4.weight",
-    "spatial_rel_pos_bias.net.2.bias": "position_bias.net.4.bias",
-    "vq.project_in.weight": "to_latents.project.weight",
-    "vq.project_in.bias": "to_latents.project.bias",
-    "vq.cnn_encoder.0.weight": "to_latents.shrink.weight",
-    "vq.cnn_encoder.0.bias": "to_latents.shrink.bias",
-    "vq.cnn_encoder.2.weight": "to_latents.gather.weight",
-    "vq.cnn_encoder.2.bias": "to_latents.gather.bias",
-    "vq.codebooks": "quantizer.codebook_KD",
-    "vq.project_out.weight": "from_latents.weight",
-    "vq.project_out.bias": "from_latents.bias",
-    "to_pixels_first_frame.0.weight": "to_pixels.project.weight",
-    "to_pixels_first_frame.0.bias": "to_pixels.project.bias",
+PARTS = "weight", "bias"
+# Layers with a weight and a bias: their released name -> ours.
+LAYER_NAMES = {
+    "to_patch_emb_first_frame.1": "patch_embedding.pixel_norm",
+    "to_patch_emb_first_frame.2": "patch_embedding.project",
+    "to_patch_emb_first_frame.3": "patch_embedding.norm",
+    "spatial_rel_pos_bias.net.0.0": "position_bias.net.0",
+    "spatial_rel_pos_bias.net.1.0": "position_bias.net.2",
+    "spatial_rel_pos_bias.net.2": "position_bias.net.4",
+    "vq.project_in": "to_latents.project",
+    "vq.cnn_encoder.0": "to_latents.shrink",
+    "vq.cnn_encoder.2": "to_latents.gather",
+    "vq.project_out": "from_latents",
+    "to_pixels_first_frame.0": "to_pixels.project",
 }
 TRANSFORMER_NAMES = {
     "enc_spatial_transformer": "spatial_encoder",
@@ -112,7 +102,8 @@ def released_config(published: Mapping[str, Any]) -> LatentModelConfig:
 
 def released_names(model: LatentActionModel) -> dict[str, str]:
     """Released name -> our name, for every released tensor that has a counterpart."""
-    names = dict(MODEL_NAMES)
+    names = {f"{released}.{part}": f"{own}.{part}" for released, own in LAYER_NAMES.items() for part in PARTS}
+    names["vq.codebooks"] = "quantizer.codebook_KD"
     ours = model.state_dict().keys()
     for released, own in TRANSFORMER_NAMES.items():
         names[f"{released}.norm_out.gamma"] = f"{own}.norm.weight"
@@ -144,16 +135,10 @@ def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[st
     model = LatentActionModel(released_config(published_config))
     own, names, constants = model.state_dict(), released_names(model), released_constants(model)
     shapes = {name: tuple(own[ours].shape) for name, ours in names.items()} | constants
-    complaints = [f"{name}: missing" for name in shapes if name not in state_dict]
-    for name, tensor in state_dict.items():
-        if name not in shapes:
-            complaints.append(f"{name}: not a name of the released model")
-        elif tuple(tensor.shape) != shapes[name]:
-            complaints.append(f"{name}: shape {tuple(tensor.shape)}, expected {shapes[name]}")
-        elif name in constants and tensor.any():
-            complaints.append(f"{name}: expected zeros")
+    complaints = misfits("the released model", shapes_of(state_dict), shapes)
+    complaints += [f"{name}: expected zeros" for name in constants if name in state_dict and state_dict[name].any()]
     if complaints:
-        raise UserError("released weights do not fit the published config:\n  " + "\n  ".join(complaints))
+        raise UserError("the weights do not fit the released model:\n  " + "\n  ".join(complaints))
     model.load_state_dict({**own, **{ours: state_dict[name] for name, ours in names.items()}})
     return model.eval()
 
@@ -181,7 +166,7 @@ def run(config: ImportLaqConfig) -> None:
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """Reads the tensors of a file of torch, without running any code in it.
 
-    Raises UserError errors_about the file where that fails, or where a tensor is not of finite floating-point numbers.
+    Raises UserError naming the file where that fails, or where a tensor is not of finite floating-point numbers.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; name the released laq_openx.pt")

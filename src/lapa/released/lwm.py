@@ -217,7 +217,7 @@ def llama_config(rows: int, sizes: Any) -> LlamaConfig:
         num_attention_heads=sizes.heads,
         max_position_embeddings=sizes.max_length,
         rms_norm_eps=sizes.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": float(sizes.rope_theta)},
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
         tie_word_embeddings=False,
         architectures=["LlamaForCausalLM"],
         # No code ends a sequence: decoding runs for the length of the field.

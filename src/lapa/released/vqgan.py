@@ -21,15 +21,14 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lapa import config as configs
 from lapa.errors import UserError
-from lapa.files import atomic_path
+from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.config import NORM_GROUPS, VQGANConfig
-from lapa.released.checkpoints import malformed, require_shapes, shapes_of
+from lapa.released.checkpoints import require_shapes, shapes_of
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 NORM_EPS = 1e-6
@@ -128,7 +127,7 @@ class VQGAN(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images_BHWC: UInt8[Tensor, "B H W 3"]) -> Int[Tensor, "B h w"]:
-        """Calls `encode`, since sharding hooks into a module's call."""
+        """Calls `encode`; sharding hooks into a module's call."""
         return self.encode(images_BHWC)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VQGAN:
@@ -170,23 +169,17 @@ class VQGAN(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes model.safetensors, then config.json."""
-        with atomic_path(Path(folder) / WEIGHTS) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
-        configs.save(self.config, Path(folder) / CONFIG)
+        save_weights(self, folder / WEIGHTS)
+        configs.save(self.config, folder / CONFIG)
 
     @classmethod
     def load(cls, folder: Path) -> VQGAN:
         """Reads what `save` wrote. Raises UserError naming the file that is missing or does not fit."""
-        config = configs.load(VQGANConfig, Path(folder) / CONFIG)
-        path = Path(folder) / WEIGHTS
-        if not path.is_file():
-            raise UserError(f"{path}: missing; the policy folder is incomplete, import it again")
         with torch.device("meta"):
-            model = cls(config)
-        with malformed(path, f"does not fit {CONFIG} next to it"):
-            model.load_state_dict(load_file(path), assign=True)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model.requires_grad_(False).eval()
+            model = cls(configs.load(VQGANConfig, folder / CONFIG))
+        model.to_empty(device="cpu")
+        load_weights(model, folder / WEIGHTS)
+        return model.eval()
 
 
 RELEASED_PARTS = {
@@ -217,10 +210,12 @@ def released_name(own: str) -> str:
 
 
 def released_shapes(config: VQGANConfig) -> dict[str, tuple[int, ...]]:
-    """Released name -> released shape (convolutions HWIO) of every parameter."""
+    """Released name -> released shape of every parameter."""
     with torch.device("meta"):
         own = VQGAN(config).state_dict()
-    return {released_name(name): _released_shape(tensor) for name, tensor in own.items()}
+    # Theirs is HWIO where ours is OIHW.
+    shapes = {released_name(name): tuple(tensor.shape) for name, tensor in own.items()}
+    return {name: (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else shape for name, shape in shapes.items()}
 
 
 def from_released(params: Mapping[str, Any], config: VQGANConfig) -> VQGAN:
@@ -234,8 +229,3 @@ def from_released(params: Mapping[str, Any], config: VQGANConfig) -> VQGAN:
         theirs = torch.as_tensor(params[released_name(name)])
         own.copy_(theirs.permute(3, 2, 0, 1) if theirs.ndim == 4 else theirs)
     return model.eval()
-
-
-def _released_shape(tensor: Tensor) -> tuple[int, ...]:
-    shape = tuple(tensor.shape)
-    return (shape[2], shape[3], shape[1], shape[0]) if len(shape) == 4 else shape
