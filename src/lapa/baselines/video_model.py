@@ -50,7 +50,14 @@ class VideoModel(TrainableModel, nn.Module):
     def __init__(self, config: VideoConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.schedule = _noise_schedule()
+        self.schedule = require_diffusers().DDIMScheduler(
+            num_train_timesteps=NOISE_LEVELS,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="sample",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            clip_sample=False,
+        )
         self.unet = _unet(config)
         self.text = TextEncoder(len(tokenizer), config)
         self.register_buffer("scale_F", torch.ones(config.num_frames))
@@ -58,8 +65,13 @@ class VideoModel(TrainableModel, nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> VideoModel:
         """Reads a folder of `lapa baseline video`. Raises UserError naming what is missing or does not fit."""
-        folder = Path(folder)
-        config = read_video_config(folder)
+        folder, path = Path(folder), Path(folder) / CONFIG
+        if not path.exists():
+            raise UserError(f"{folder}: no finished video model (no {CONFIG}); train one with `lapa baseline video`")
+        written = read_json(path)
+        if not isinstance(written, dict) or not {"video", "camera"} <= set(written):
+            raise UserError(f"{path}: not the config of a video model (no keys video and camera); give another folder")
+        config = configs.from_dict(VideoConfig, written["video"], source=str(path))
         model = cls(config, load_tokenizer(folder / TOKENIZER))
         load_weights(model, folder / WEIGHTS)
         return model.eval()
@@ -192,17 +204,6 @@ class TextEncoder(nn.Module):
         return self.layers(x_BTD, src_key_padding_mask=~counted_BT), counted_BT
 
 
-def read_video_config(folder: Path) -> VideoConfig:
-    """Reads the config of a video model's folder. Raises UserError naming what is missing or unfinished."""
-    path = Path(folder) / CONFIG
-    if not path.exists():
-        raise UserError(f"{folder}: no finished video model (no {CONFIG}); train one with `lapa baseline video`")
-    written = read_json(path)
-    if not isinstance(written, dict) or not {"video", "camera"} <= set(written):
-        raise UserError(f"{path}: not the config of a video model (no keys video and camera); give another folder")
-    return configs.from_dict(VideoConfig, written["video"], source=str(path))
-
-
 def _unit(frames: Tensor) -> Tensor:
     return frames.float() / 127.5 - 1
 
@@ -213,20 +214,8 @@ def _changes(frames_BTCHW: Tensor) -> Tensor:
     return frames[:, 1:] - frames[:, :1]
 
 
-def _noise_schedule() -> Any:
-    return require_diffusers().DDIMScheduler(
-        num_train_timesteps=NOISE_LEVELS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="sample",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-
-
 def _unet(config: VideoConfig) -> Any:
-    levels, channels = len(config.widths), 3 * config.patch_size**2
-    plain_levels = levels - 1
+    channels, plain_levels = 3 * config.patch_size**2, len(config.widths) - 1
     unet = require_diffusers().UNet2DConditionModel(
         sample_size=config.image_size // config.patch_size,
         in_channels=channels * (config.num_frames + 1),

@@ -71,7 +71,7 @@ def run(config: VideoTrainConfig) -> None:
         # A model that goes on keeps its scale.
         if config.start is None:
             first = collated(model, _spread(training, INITIALISATION_SAMPLES))
-            model.standardise(first["frames_BTCHW"].to(_device_of(model)))
+            model.standardise(first["frames_BTCHW"].to(model.scale_F.device))
 
     run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     result = train(
@@ -163,7 +163,7 @@ def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, VideoModel)
-        total, device = 0.0, _device_of(model)
+        total, device = 0.0, model.scale_F.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(0)
             for first in range(0, len(items), EVALUATION_BATCH):
@@ -268,7 +268,3 @@ def _other_instructions(words: Sequence[str]) -> list[str] | None:
 def _error(predicted_BFCHW: Tensor, frames_BTCHW: Tensor) -> float:
     difference = predicted_BFCHW.cpu().float() - frames_BTCHW[:, 1:].float()
     return float((difference / 255).square().mean())
-
-
-def _device_of(model: VideoModel) -> torch.device:
-    return model.scale_F.device

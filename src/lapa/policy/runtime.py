@@ -441,7 +441,7 @@ def is_policy(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> PolicyConfig:
-    """The config of a policy folder. Raises UserError errors_about what is missing or unfinished."""
+    """The config of a policy folder. Raises UserError naming what is missing or unfinished."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such policy folder; make one with `lapa policy pretrain` or `finetune`")
@@ -459,7 +459,7 @@ def read_config(folder: Path) -> PolicyConfig:
 
 
 def load_policy(folder: Path) -> Policy:
-    """Reads a policy folder, on the CPU. Raises UserError errors_about what is missing, unfinished or does not fit."""
+    """Reads a policy folder, on the CPU. Raises UserError naming what is missing, unfinished or does not fit."""
     folder = Path(folder)
     config = read_config(folder)
     backbone, processor = load_backbone(

@@ -298,17 +298,6 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def released_vocabulary(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Vocabulary:
-    """The segments of a checkpoint; the rows of latent and robot actions are the config's, or else its tables' own."""
-    rows = {"text": config["vocab_size"], "vision": config["vision_vocab_size"]}
-    for segment in OPTIONAL:
-        table, head, key = TABLES[segment]
-        if table in shapes or head in shapes:
-            own = shapes[table][:1] if table in shapes else shapes[head][-1:]
-            rows[segment] = config.get(key, own[0] if own else 0)
-    return Vocabulary(**rows)
-
-
 def released_shapes(config: Mapping[str, Any], vocabulary: Vocabulary, *, stacked: bool) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of this config holds."""
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -346,12 +335,21 @@ def llama_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(params: Mapping[str, Any], config: Mapping[str, Any]) -> Vocabulary:
-    """Returns the vocabulary of a checkpoint. Raises UserError that lists every tensor that does not fit."""
+    """Returns the vocabulary of a checkpoint. Raises UserError that lists every tensor that does not fit.
+
+    The numbers of latent and robot actions are the config's, or else those of the checkpoint's tables.
+    """
     shapes = shapes_of(params)
-    stacked = any(name.startswith(f"{STACKED}/") for name in shapes) or not any(
-        name.startswith("transformer/h/") for name in shapes
-    )
-    vocabulary = released_vocabulary(shapes, config)
+    rows = {"text": config["vocab_size"], "vision": config["vision_vocab_size"]}
+    for segment in OPTIONAL:
+        table, head, key = TABLES[segment]
+        if table in shapes or head in shapes:
+            own = shapes[table][:1] if table in shapes else shapes[head][-1:]
+            rows[segment] = config.get(key, own[0] if own else 0)
+    vocabulary = Vocabulary(**rows)
+    # Without any layer, those that are missing are named stacked.
+    layers = [name for name in shapes if name.startswith("transformer/h/")]
+    stacked = not layers or any(name.startswith(f"{STACKED}/") for name in layers)
     require_shapes("the released policy", shapes, released_shapes(config, vocabulary, stacked=stacked))
     return vocabulary
 
