@@ -580,7 +580,7 @@ def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_hori
     unsaid = open_dataset(specs(root, "")[1])
     assert horizon_for(config.out, unsaid, lam) == 0.2, "as it was trained"
     assert horizon_for(config.out, open_dataset(specs(root, ",horizon=0.4")[1]), lam) == 0.4, "the given one"
-    probe.run(ProbeConfig(config.out, specs(root, "")[1], tmp_path / "probe", num_pairs=8, device="cpu"))
+    probe.run(ProbeConfig(lam=config.out, data=specs(root, "")[1], out=tmp_path / "probe", num_pairs=8, device="cpu"))
     assert read_json(tmp_path / "probe" / "probe.json")["horizon_seconds"] == 0.2
     lines = [line for line in capsys.readouterr().err.splitlines() if "next: lapa label" in line]
     words = shlex.split(lines[-1])

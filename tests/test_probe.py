@@ -252,25 +252,25 @@ def lapa(*arguments: object) -> int:
 
 def test_probe_writes_its_figures_and_its_picture(data: Path, lam: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "probe"
-    command = ("latent", "probe", lam, "--data", data, "--out", out, "--num-pairs", 64, "--num-rows", 2)
+    command = ("latent", "probe", lam, "--data", data, "--out", out, "--num-pairs", 64)
     assert lapa(*command) == 0
     assert "codes used by over 1%" in capsys.readouterr().err
     figures = read_json(out / "probe.json")
     assert figures["num_pairs"] == 64
     assert set(figures["action"]["linear"]) == {"codes", "quantized", "continuous", "pixel_difference"}
-    assert Image.open(out / "grid.png").size == ((3 + 4 * 8) * 34, 14 + 2 * 34)
+    assert Image.open(out / "grid.png").size == ((3 + 4 * 8) * 34, 14 + 6 * 34)
     assert lapa(*command) == 2
     assert "already holds a finished result" in capsys.readouterr().err
 
 
 def test_probe_of_a_continuous_model(data: Path, continuous: Path, tmp_path: Path) -> None:
     out = tmp_path / "probe"
-    assert lapa("latent", "probe", continuous, "--data", data, "--out", out, "--num-pairs", 32, "--num-rows", 2) == 0
+    assert lapa("latent", "probe", continuous, "--data", data, "--out", out, "--num-pairs", 32) == 0
     figures = read_json(out / "probe.json")
     assert "usage" not in figures
     # One frame apart, there is none in the middle.
     assert set(figures["consistency"]) == {"reversal_error", "reversal_cosine", "offset_share"}
-    assert Image.open(out / "grid.png").size == (6 * 34, 14 + 2 * 34)
+    assert Image.open(out / "grid.png").size == (6 * 34, 14 + 6 * 34)
 
 
 def test_compare_gives_every_model_the_same_first_frames(

@@ -198,10 +198,11 @@ def preset(verb: Verb, name: str) -> Any:
     return None if verb.presets is None else presets.named(verb.presets, name)
 
 
-# By the name of an option: the function that opens its value, and raises the UserError for one that does not exist.
+OPEN_DATASET = "lapa.data.spec:open_dataset"
+# By the name of an option: the function that opens its value, and raises UserError for one that does not exist.
 OPENERS = {
-    "data": "lapa.data.spec:open_dataset",
-    "statistics": "lapa.data.spec:open_dataset",
+    "data": OPEN_DATASET,
+    "statistics": OPEN_DATASET,
     "labels": "lapa.data.labels:Labels.open",
     "lam": "lapa.files:require_folder_or_hub",
     "lams": "lapa.files:require_folder_or_hub",
@@ -226,19 +227,17 @@ def require_inputs(config: Any) -> None:
             if field.name in OUTPUTS or not isinstance(item, str | Path):
                 continue
             opener = OPENERS.get(field.name)
-            path = _path_of(str(item)) if opener and opener.endswith(":open_dataset") else str(item)
+            path = str(item)
+            if opener == OPEN_DATASET:
+                from lapa.data.spec import SOURCES, DataSpec
+
+                path = DataSpec.parse(path, SOURCES).path
             if "://" in path or Path(path).exists():
                 continue
             if opener:
                 imported(opener)(item)
             elif isinstance(item, Path):
                 raise UserError(f"{item}: {MISSING.get(field.name, 'no such file or folder')}")
-
-
-def _path_of(spec: str) -> str:
-    from lapa.data.spec import SOURCES, DataSpec
-
-    return DataSpec.parse(spec, SOURCES).path
 
 
 def imported(name: str) -> Any:
@@ -265,14 +264,14 @@ def gathered(options: Sequence[str]) -> list[str]:
     return [*others, *(word for name, given in values.items() for word in (name, *given))]
 
 
-def preset_name(options: Sequence[str], default: str = PRESET) -> str:
+def preset_name(options: Sequence[str]) -> str:
     """The value of `--preset` among the options."""
     for position, option in enumerate(options):
         if option == "--preset" and position + 1 < len(options):
             return options[position + 1]
         if option.startswith("--preset="):
             return option.removeprefix("--preset=")
-    return default
+    return PRESET
 
 
 def usage(verbs: Sequence[Verb] = VERBS) -> str:

@@ -133,22 +133,17 @@ def _uploaded(path: Any) -> Iterator[Path]:
 def writing(path: Path) -> Iterator[None]:
     """Turns a failed write inside (above all a full disk) into an OSError that names the file or folder `path`.
 
-    torch, safetensors and tokenizers each raise an exception of their own for the system's error.
+    torch (RuntimeError), safetensors and tokenizers (plain Exception) each raise their own for the system's error.
     """
     try:
         yield
     except Exception as error:
-        if not _is_failed_write(error):
+        plain = type(error) is Exception or type(error).__name__ == "SafetensorError"
+        if not plain and not isinstance(error, OSError | RuntimeError):
             raise
         raise OSError(
             f"{path}: could not be written ({_first_line(error)}); make room and run the command again"
         ) from error
-
-
-def _is_failed_write(error: Exception) -> bool:
-    named = type(error).__name__ == "SafetensorError"
-    # tokenizers raises plain Exception.
-    return named or type(error) is Exception or isinstance(error, OSError | RuntimeError)
 
 
 @contextmanager

@@ -71,7 +71,8 @@ def options_of(config: type, default: Any, prefix: str = "", heading: str = "Opt
     for field in dataclasses.fields(config):
         marks: tuple[Any, ...] = getattr(hints[field.name], "__metadata__", ())
         hint = _stripped(hints[field.name])
-        value = getattr(default, field.name) if default is not None else _default(field)
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = value if default is None else getattr(default, field.name)
         if tyro.conf.Suppress in marks:
             continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -95,10 +96,6 @@ def _stripped(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(option for option in typing.get_args(hint) if option is not type(None))
     return hint
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _call(name: str, hint: Any, *, positional: bool) -> str:

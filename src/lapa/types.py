@@ -80,7 +80,7 @@ class TrainableModel(_Module):
         return ()
 
     def checkpoint_activations(self) -> None:
-        """Recomputes activations in the backward pass from now on. UserError where the model cannot."""
+        """Recomputes activations in the backward pass from now on. Raises UserError where the model cannot."""
         raise UserError(f"--gradient-checkpointing: {type(self).__name__} cannot do it; leave the option out")
 
 

@@ -99,11 +99,18 @@ def require_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> N
 
 def restore_random_states(states: list[dict[str, Any]], *, step: int, rank: int, world: int) -> None:
     """Restores this process's random state; seeds it by step and rank where another number of processes wrote them."""
-    if len(states) == world:
-        restore_random_state(states[rank])
-    else:
+    if len(states) != world:
         say(f"{len(states)} processes wrote this checkpoint, {world} continue: their random states are new")
         seed_everything(step * world + rank)
+        return
+    state = states[rank]
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def random_state() -> dict[str, Any]:
@@ -116,17 +123,6 @@ def random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state().tolist(),
         "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
     }
-
-
-def restore_random_state(state: dict[str, Any]) -> None:
-    """The inverse of `random_state`."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
 
 
 def seed_everything(seed: int) -> None:

@@ -87,7 +87,10 @@ class Processes:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device by name; `auto`: the process's own GPU if there is one, else the CPU. UserError where it is absent."""
+    """The device by name; `auto`: the process's own GPU if there is one, else the CPU.
+
+    Raises UserError where it is absent.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

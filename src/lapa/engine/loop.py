@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +76,8 @@ def train(
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
     with `shard` on all of them, with a sharded copy of the model. With `shard`, `model` has the trained weights in the
     main process in the end, on the CPU, and none in the others.
-    Raises FloatingPointError naming the samples where the loss or its gradient is not finite; UserError where a
-    checkpoint does not fit or memory is too small; KeyboardInterrupt after a signal, once the checkpoint is written.
+    Raises FloatingPointError naming the samples where the loss or its gradient is not finite, UserError where a
+    checkpoint does not fit or memory is too small, KeyboardInterrupt after a signal, once the checkpoint is written.
     """
     _require_sense(config)
     half = _uses_half(config, pick_device(config.device))
@@ -297,17 +297,13 @@ def _require_room(model: nn.Module, config: LoopConfig, processes: Processes, wh
         shards=processes.world if config.shard else 1,
     )
     if processes.device.type == "cpu":
-        needed -= _num_bytes(parameters)
+        needed -= sum(p.numel() * p.element_size() for p in parameters)
     require_memory(
         needed,
         processes.device,
         f"training the {trained:,} weights of the {what} (without activations)",
         _less_memory(config),
     )
-
-
-def _num_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _less_memory(config: LoopConfig, *, batches: bool = False) -> list[str]:

@@ -59,11 +59,9 @@ def available_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def require_memory(
-    needed: int, device: torch.device, what: str, remedies: Sequence[str], *, available: int | None = None
-) -> None:
-    """Raises UserError where `what` needs more bytes than `available`, by default `available_bytes(device)`."""
-    free = available_bytes(device) if available is None else available
+def require_memory(needed: int, device: torch.device, what: str, remedies: Sequence[str]) -> None:
+    """Raises UserError where `what` needs more bytes than `available_bytes(device)`."""
+    free = available_bytes(device)
     if needed <= free:
         return
     raise UserError(

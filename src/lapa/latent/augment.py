@@ -12,7 +12,7 @@ Axes: B batch, T time, C channel, H W image.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from lapa.errors import UserError
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Strength of each change; zero turns it off."""
+    """Strength of each change, in [0, 1); zero turns it off."""
 
     crop: float = 0.2
     """Largest share of the area that is cropped away before the rest is scaled back to full size."""
@@ -38,16 +38,13 @@ class AugmentConfig:
     hue: float = 0.05
     """Largest rotation of colours about the grey axis, as a share of a full turn."""
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            strength = getattr(self, field.name)
-            if not 0 <= strength < 1:
-                raise UserError(f"{field.name} {strength} must lie in [0, 1); 0 turns the change off")
+
+DEFAULT = AugmentConfig()
 
 
 def augment_pairs(
     frames_BTCHW: UInt8[Tensor, "B T 3 H W"],
-    config: AugmentConfig | None = None,
+    config: AugmentConfig = DEFAULT,
     generator: torch.Generator | None = None,
 ) -> UInt8[Tensor, "B T 3 H W"]:
     """One crop and one colour change for each pair, the same on all its frames, drawn anew for every pair.
@@ -59,7 +56,6 @@ def augment_pairs(
         raise UserError(
             f"frames must be uint8 of shape [B, T, 3, H, W], got {frames_BTCHW.dtype} {list(frames_BTCHW.shape)}"
         )
-    config = config or AugmentConfig()
     device = frames_BTCHW.device
     draws = torch.rand(7, len(frames_BTCHW), generator=generator, device=generator.device if generator else device)
     area, x, y, *colour = draws.to(device)

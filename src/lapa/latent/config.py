@@ -184,21 +184,15 @@ class LatentTrainConfig:
     """Continue the run in `out`."""
 
 
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Measure a latent action model on a dataset."""
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """Options that `lapa latent probe` and `lapa latent compare` share."""
 
-    lam: tyro.conf.Positional[Path]
-    """Folder of the latent action model, or its id on the hub."""
     data: str
     """Dataset to measure on: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`.
     If it has actions, regressions to them are fitted."""
-    out: Path | None = None
-    """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
     num_pairs: int = 4000
     """Pairs drawn from the dataset."""
-    num_rows: int = 6
-    """Pairs shown in grid.png."""
     camera: str | None = None
     """Camera to read; by default the dataset's first."""
     seed: int = 0
@@ -209,26 +203,24 @@ class ProbeConfig:
     """Replace the contents of `out`."""
 
 
-@dataclass(frozen=True)
-class CompareConfig:
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(MeasureConfig):
+    """Measure a latent action model on a dataset."""
+
+    lam: tyro.conf.Positional[Path]
+    """Folder of the latent action model, or its id on the hub."""
+    out: Path | None = None
+    """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(MeasureConfig):
     """Measure several latent action models on the same pairs of a dataset."""
 
     lams: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the latent action models, or their ids on the hub."""
-    data: str
-    """Dataset to measure on: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     out: Path | None = None
     """Folder of compare.json; by default compare_DATASET here."""
-    num_pairs: int = 4000
-    """Pairs drawn from the dataset."""
-    camera: str | None = None
-    """Camera to read; by default the dataset's first."""
-    seed: int = 0
-    """Seed of the drawn pairs, the held-out episodes and the MLPs."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    overwrite: bool = False
-    """Replace the contents of `out`."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +237,6 @@ class ShowConfig:
     """Codes of the positions that are not changed, as 3,1,4,1; by default the middle of the codebook everywhere."""
     rollout: tuple[str, ...] = ()
     """Latent actions to apply one after the other, as 3,1,4,1 2,2,2,2 or in one as 3,1,4,1,2,2,2,2."""
-    max_codes: int = 16
-    """Codes shown of each position; of a larger codebook, this many at even distances."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False

@@ -12,7 +12,7 @@ F features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,9 @@ def reconstruction_figures(
     device, encoded = device_of(model), encoded or encode(model, sample.frames_BTCHW)
     partners = torch.from_numpy(other_episodes(sample.episodes_B))
     totals: dict[str, float] = {}
-    spread, moving_spread, num_moving, num_values = _Spread(), _Spread(), 0.0, 0
+    # Of all and of moving values: their number, sum and sum of squares, from which the mean frame's error follows.
+    sums: list[Any] = [0.0, 0.0]
+    num_moving, num_values = 0.0, 0
     for rows in torch.arange(len(partners)).split(BATCH):
         first, second = sample.frames_BTCHW[rows].to(device).unbind(1)
         target = model.target(second).float()
@@ -131,12 +133,13 @@ def reconstruction_figures(
             error = (prediction - target).square()
             totals[f"mse{name}"] = totals.get(f"mse{name}", 0.0) + error.sum().item()
             totals[f"moving_mse{name}"] = totals.get(f"moving_mse{name}", 0.0) + (error * moving).sum().item()
-        spread.add(target, torch.ones_like(moving))
-        moving_spread.add(target, moving)
+        powers = torch.stack([target.double() ** power for power in (0, 1, 2)])
+        sums = [sums[0] + powers.sum(dim=1), sums[1] + (moving * powers).sum(dim=1)]
         num_moving += moving.expand_as(target).sum().item()
         num_values += target.numel()
-    mean = spread.mean()
-    totals["mse_mean"], totals["moving_mse_mean"] = spread.around(mean), moving_spread.around(mean)
+    mean = sums[0][1] / sums[0][0]
+    for name, (number, total, squares) in zip(("mse_mean", "moving_mse_mean"), sums, strict=True):
+        totals[name] = float((squares - 2 * mean * total + mean.square() * number).sum())
     errors = {
         name: total / (max(num_moving, 1.0) if name.startswith("moving") else num_values)
         for name, total in totals.items()
@@ -245,26 +248,6 @@ def _joined(latents: Sequence[LatentAction]) -> LatentAction:
     )
 
 
-class _Spread:
-    """Running sums, from which the squared error of the mean frame is computed at the end."""
-
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None
-
-    def add(self, target: Tensor, weight: Tensor) -> None:
-        values = target.double()
-        sums = torch.stack([(weight * values**power).sum(dim=0) for power in (0, 1, 2)])
-        self.sums = sums if self.sums is None else self.sums + sums
-
-    def mean(self) -> Tensor:
-        assert self.sums is not None
-        return self.sums[1] / self.sums[0]
-
-    def around(self, mean: Tensor) -> float:
-        assert self.sums is not None
-        return float((self.sums[2] - 2 * mean * self.sums[1] + mean.square() * self.sums[0]).sum())
-
-
 def _moving(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
     """1 at target positions that hold a changing pixel, else 0: [B, 1, h, w]."""
     changed = (second.float() - first.float()).abs().amax(dim=1, keepdim=True) > MOVING * 255
@@ -344,10 +327,10 @@ def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0)
     bins = [equal_frequency_bins(values_B, ACTION_BINS) for values_B in actions_BA.T]
     positions = [[mutual_information(codes_B, bins_B, seed=seed) for bins_B in bins] for codes_B in codes_BL_numpy.T]
     joint = [mutual_information(joint_B.reshape(-1), bins_B, seed=seed) for bins_B in bins]
-    best = [_largest([position[number]["known"] for position in positions]) for number in range(len(bins))]
+    best = [_known([position[number]["known"] for position in positions], max) for number in range(len(bins))]
     return {
-        "known": _mean(best),
-        "known_joint": _mean([entry["known"] for entry in joint]),
+        "known": _known(best, np.mean),
+        "known_joint": _known([entry["known"] for entry in joint], np.mean),
         "positions": positions,
         "joint": joint,
     }
@@ -370,7 +353,7 @@ def task_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed
         return None
     kept_B, test_B = np.isin(tasks_B, several), np.zeros(len(tasks_B), bool)
     for name in several:
-        test_B[tasks_B == name] = hold_out(episodes_B[tasks_B == name], seed, HELD_OUT)
+        test_B[tasks_B == name] = hold_out(episodes_B[tasks_B == name], seed)
     labels_B = np.searchsorted(names, tasks_B[kept_B])
     _, frequent = np.unique(labels_B[test_B[kept_B]], return_counts=True)
     accuracy = {
@@ -398,19 +381,16 @@ def _small(frame_BCHW: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _largest(values: list[float | None]) -> float | None:
-    return max((value for value in values if value is not None), default=None)
-
-
-def _mean(values: list[float | None]) -> float | None:
+def _known(values: list[float | None], summary: Callable[[list[float]], Any]) -> float | None:
+    """The summary (max, mean) of the values that are known; None if none is."""
     known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return float(summary(known)) if known else None
 
 
-def hold_out(groups_B: np.ndarray, seed: int = 0, share: float = HELD_OUT) -> np.ndarray:
-    """Marks the rows of a share of the groups (at least one group, at most all but one), bool [B]."""
+def hold_out(groups_B: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Marks the rows of a fifth of the groups (at least one group, at most all but one), bool [B]."""
     groups = np.random.default_rng(seed).permutation(np.unique(groups_B))
-    return np.isin(groups_B, groups[: min(max(1, round(share * len(groups))), len(groups) - 1)])
+    return np.isin(groups_B, groups[: min(max(1, round(HELD_OUT * len(groups))), len(groups) - 1)])
 
 
 def fit_ridge(features_BF: np.ndarray, targets_BA: np.ndarray, groups_B: np.ndarray | None = None) -> Any:
@@ -419,7 +399,10 @@ def fit_ridge(features_BF: np.ndarray, targets_BA: np.ndarray, groups_B: np.ndar
     Its penalty is the best of PENALTIES on a part of the groups (by default of the rows), which keeps the comparison
     fair between narrow and wide representations.
     """
+    from sklearn.compose import TransformedTargetRegressor
     from sklearn.linear_model import Ridge, RidgeCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
     validation_B = hold_out(np.arange(len(features_BF)) if groups_B is None else groups_B)
     alphas = len(features_BF) * np.array(PENALTIES)
@@ -428,7 +411,9 @@ def fit_ridge(features_BF: np.ndarray, targets_BA: np.ndarray, groups_B: np.ndar
         regression = RidgeCV(alphas, cv=[split], scoring="neg_mean_squared_error")
     else:
         regression = Ridge(alphas[1])
-    return _standardised(regression).fit(features_BF, targets_BA)
+    fit = make_pipeline(StandardScaler(), regression)
+    fit = TransformedTargetRegressor(fit, transformer=StandardScaler(), check_inverse=False)
+    return fit.fit(features_BF, targets_BA)
 
 
 def ridge(
@@ -546,13 +531,3 @@ def mutual_information(symbols_B: np.ndarray, others_B: np.ndarray, seed: int = 
     permuted = float(np.mean([information(rng.permutation(others_B)) for _ in range(PERMUTATIONS)]))
     room = float(entropy(np.unique(others_B, return_counts=True)[1])) - permuted
     return {"nats": nats, "permuted": permuted, "known": (nats - permuted) / room if room > 1e-3 else None}
-
-
-def _standardised(regression: Any) -> Any:
-    """The same regression on features and targets of zero mean and unit variance; it predicts in the targets' units."""
-    from sklearn.compose import TransformedTargetRegressor
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    fit = make_pipeline(StandardScaler(), regression)
-    return TransformedTargetRegressor(fit, transformer=StandardScaler(), check_inverse=False)

@@ -219,8 +219,8 @@ class LatentActionModel(TrainableModel, nn.Module):
 
         frames: uint8 RGB images of any size as NumPy array or tensor, [B, 2, 3, H, W] or [B, 2, H, W, 3]; one pair
         without the batch axis; a pair, or a list of pairs, of PIL images or arrays. They are resized as in training:
-        the short side to the model's image_size, the centre cropped. UserError for anything else, and for a
-        continuous model.
+        the short side to the model's image_size, the centre cropped. Raises UserError for anything else, and
+        for a continuous model.
         """
         frames_BTCHW = _as_frames(frames, self.config.image_size)
         codes_BL = self.encode(frames_BTCHW.to(self.token_positions_LD.device)).codes_BL
@@ -230,7 +230,7 @@ class LatentActionModel(TrainableModel, nn.Module):
 
     @torch.no_grad()
     def embed(self, codes_BL: Int64[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
-        """The decoder's input for these codes. UserError for codes outside the codebook."""
+        """The decoder's input for these codes. Raises UserError for codes outside the codebook."""
         expected = (len(codes_BL), self.config.latent_length)
         if tuple(codes_BL.shape) != expected:
             raise UserError(f"codes must be of shape {list(expected)}, got {list(codes_BL.shape)}")
@@ -353,7 +353,7 @@ class LatentActionModel(TrainableModel, nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> LatentActionModel:
-        """A saved model, on the CPU, in evaluation mode. UserError naming the file that is missing or wrong."""
+        """A saved model, on the CPU, in evaluation mode. Raises UserError naming the file that is missing or wrong."""
         folder = files.hub_folder(folder_or_hub_id, SAVED)
         config = _read_config(folder)
         model = cls(config, _load_tower(folder / TOWER, config) if config.uses_features else None)

@@ -45,6 +45,8 @@ from lapa.latent.metrics import (
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.show import probe_sheet
 
+NUM_ROWS = 6  # pairs shown in grid.png
+
 
 @dataclass(frozen=True)
 class Row:
@@ -109,8 +111,8 @@ ROWS = (
 
 def run(config: ProbeConfig) -> None:
     """`lapa latent probe`. Raises UserError on bad input."""
-    if min(config.num_pairs, config.num_rows) < 1:
-        raise UserError("--num-pairs and --num-rows must be at least 1")
+    if config.num_pairs < 1:
+        raise UserError("--num-pairs must be at least 1")
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()
     dataset = open_dataset(config.data)
     # A model from the hub has no folder here to write into.
@@ -126,7 +128,7 @@ def run(config: ProbeConfig) -> None:
     figures = probe(model, sample, encoded, config.seed)
     console.print(table_of({"value": figures}, "latent action model"))
     with atomic_path(out / "grid.png") as path:
-        probe_sheet(model, sample, encoded, config.num_rows).save(path)
+        probe_sheet(model, sample, encoded, NUM_ROWS).save(path)
     context = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
     write_json(out / "probe.json", {**figures, **context})
     elsewhere = ["--out", "LABELS"] if dataset.in_place else []

@@ -28,7 +28,7 @@ from lapa.latent.metrics import BATCH, Sample, device_of, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
 
 HEADER, GAP = 14, 2
-MAX_CHANGES = 64
+MAX_CHANGES, MAX_CODES = 64, 16
 
 
 def run(config: ShowConfig) -> None:
@@ -38,8 +38,6 @@ def run(config: ShowConfig) -> None:
         raise UserError(f"{config.lam}: a continuous model has no codes; `lapa latent probe` draws its latent actions")
     if not model.predicts_pixels:
         raise UserError(f"{config.lam}: predicts features, not pixels; give a model of --targets pixels or both")
-    if config.max_codes < 1:
-        raise UserError(f"--max-codes {config.max_codes} must be at least 1")
     length, num_codes = model.config.latent_length, model.config.codebook_size
     neutral = ",".join([str(num_codes // 2)] * length)
     base_L = parse_codes((config.codes or neutral,), length, num_codes)
@@ -54,19 +52,17 @@ def run(config: ShowConfig) -> None:
         frames_THWC = rearrange(roll_out(model, frame_CHW, steps_SL), "t c h w -> t h w c").numpy()
         encode_clip(out / "rollout.mp4", frames_THWC, fps=1 / model.horizon)
     with atomic_path(out / "codes.png") as path:
-        each_code(model, frame_CHW, base_L[0], config.max_codes).save(path)
+        each_code(model, frame_CHW, base_L[0]).save(path)
     finish("codes.png and rollout.mp4" if len(steps_SL) else "codes.png", out)
 
 
-def each_code(
-    model: LatentActionModel, frame_CHW: UInt8[Tensor, "C H W"], base_L: Int64[Tensor, "L"], max_codes: int
-) -> Image.Image:
+def each_code(model: LatentActionModel, frame_CHW: UInt8[Tensor, "C H W"], base_L: Int64[Tensor, "L"]) -> Image.Image:
     """One row per position: the image, its prediction from the base codes, and from this position set to each code.
 
-    The base's own code is framed in green.
+    The base's own code is framed in green. Of a larger codebook, 16 codes at even distances are shown.
     """
     num_codes = model.config.codebook_size
-    shown = sorted({round(code) for code in np.linspace(0, num_codes - 1, min(max_codes, num_codes))})
+    shown = sorted({round(code) for code in np.linspace(0, num_codes - 1, min(MAX_CODES, num_codes))})
     rows, marked = [], []
     for position, own in enumerate(base_L.tolist()):
         changed = base_L.repeat(1 + len(shown), 1)
@@ -90,7 +86,10 @@ def roll_out(
 
 
 def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Tensor, "S L"]:
-    """Latent actions from texts such as 3,1,4,1, each holding one or more. UserError on a wrong number or range."""
+    """Latent actions from texts such as 3,1,4,1, each holding one or more.
+
+    Raises UserError on a wrong number or range.
+    """
     actions = []
     for text in texts:
         try:
@@ -106,7 +105,7 @@ def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Te
 
 
 def read_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
-    """An image file, resized as in training. UserError naming the file if it is missing or no image."""
+    """An image file, resized as in training. Raises UserError naming the file if it is missing or no image."""
     try:
         with Image.open(path) as image:
             pixels_HWC = np.asarray(image.convert("RGB"))

@@ -24,10 +24,10 @@ class PatchEmbedding(nn.Module):
     later layers; without it, pixels in [0, 1] are only brought to about unit scale.
     """
 
-    def __init__(self, patch_size: int, dim: int, channels: int = 3, *, norm_pixels: bool = True):
+    def __init__(self, patch_size: int, dim: int, *, norm_pixels: bool = True):
         super().__init__()
         self.patch_size = patch_size
-        pixels = channels * patch_size**2
+        pixels = 3 * patch_size**2
         self.pixel_norm = nn.LayerNorm(pixels) if norm_pixels else None
         self.project = nn.Linear(pixels, dim)
         self.norm = nn.LayerNorm(dim)
@@ -42,10 +42,10 @@ class PatchEmbedding(nn.Module):
 class PatchPixels(nn.Module):
     """Tokens to pixels: one Linear per patch. zero_init: the first predictions are zero."""
 
-    def __init__(self, patch_size: int, dim: int, channels: int = 3, *, zero_init: bool = False):
+    def __init__(self, patch_size: int, dim: int, *, zero_init: bool = False):
         super().__init__()
         self.patch_size = patch_size
-        self.project = nn.Linear(dim, channels * patch_size**2)
+        self.project = nn.Linear(dim, 3 * patch_size**2)
         if zero_init:
             nn.init.zeros_(self.project.weight)
             nn.init.zeros_(self.project.bias)
