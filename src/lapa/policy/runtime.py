@@ -1,4 +1,4 @@
-"""A policy: its module, its processor, and the statistics of each dataset that it learned actions from.
+"""A policy: its module, its processor, and the statistics of each dataset whose actions it learned.
 
     policy = Policy.from_pretrained("POLICY")                    # statistics_key="bridge" where it has several
     actions_KA = policy.infer({"front": image, "instruction": "open the drawer"})
@@ -12,7 +12,7 @@ processor/          an ordinary tokenizer of transformers, and an image processo
 head.safetensors    the weights of the head `chunk` or `flow`
 actions.safetensors bins or scale of the robot's actions, of each dataset under its name: bridge/edges, rt1/edges, ...
 state.safetensors   the same for the bins of the robot's state, where the policy reads it
-metrics.json        the last evaluation
+metrics.json        figures of the last evaluation
 training/           checkpoints and metrics of the run, for --resume
 
 Axes: B batch, V cameras, H W image, S state dimensions, L latent action length, K chunk, A action dimensions.
@@ -50,7 +50,7 @@ CONFIG, HEAD, ACTIONS, STATES = "config.json", "head.safetensors", "actions.safe
 MODEL, PROCESSOR = "model", "processor"
 # The key of the statistics in policies saved before statistics were always kept by dataset.
 UNNAMED = "default"
-# `kind` in the config.json of what else can act -> its class.
+# `kind` in config.json -> class of policies that are not of this module.
 OTHER_ACTORS = {"unipi": "lapa.baselines.unipi:UniPi"}
 
 
@@ -76,7 +76,7 @@ class Actor(ABC):
     @property
     @abstractmethod
     def action_space(self) -> ActionSpace:
-        """Names of the action dimensions, which are binary, delta or absolute control."""
+        """Names of the action dimensions, which of them are binary, and delta or absolute control."""
 
     @property
     def action_dim(self) -> int:
@@ -91,7 +91,7 @@ class Actor(ABC):
     @property
     @abstractmethod
     def fps(self) -> float | None:
-        """Actions a second; None for a policy of datasets with different rates, or made before it was kept."""
+        """Actions per second; None where datasets of different rates share statistics, and in old policies."""
 
     @abstractmethod
     def act(self, observations: Sequence[Observation]) -> Float[np.ndarray, "B K A"]:
@@ -124,11 +124,11 @@ class Actor(ABC):
         return [as_observation(one, number, self.cameras, self.state_dim) for number, one in enumerate(observations)]
 
     def reset(self) -> None:
-        """Begins an episode: forgets the chunks that `select_action` has left."""
+        """Starts an episode: forgets the remaining actions of `select_action`."""
         self.execution.reset()
 
     def select_action(self, observation: Observation | Mapping[str, Any]) -> Float[np.ndarray, "A"]:
-        """The action to execute now: step by step through each chunk, as `execution` decides; see `infer`."""
+        """The action to execute now, from chunks as `execution` decides. Observation and errors as of `infer`."""
         return self.execution.next(lambda: self.infer(observation))
 
 
@@ -158,15 +158,15 @@ class Policy(Actor):
     ) -> Policy:
         """Loads a policy that acts, from a folder or by its id on the hub.
 
-        statistics_key: the dataset whose statistics and prompt it acts by, where it learned from several.
-        dtype: of the weights; by default as they were saved, and bfloat16 on a GPU, where policies are trained so.
+        statistics_key: the dataset whose statistics and prompt it acts with, where it was trained on several.
+        dtype: of the weights; by default as saved, and bfloat16 on a GPU, as in training.
         compile: decode through torch.compile, on a GPU as CUDA graphs; the first calls take long.
         Raises UserError where the folder is unfinished, or the policy was pretrained and never finetuned.
         """
         policy = load_policy(hub_folder(folder, None))
         if not policy.acts:
             raise UserError(
-                f"{folder}: only pretrained, it knows no robot actions; "
+                f"{folder}: only pretrained, it has no robot actions; "
                 f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
             )
         with errors_about(Path(folder)):
@@ -206,7 +206,7 @@ class Policy(Actor):
 
     @property
     def acts(self) -> bool:
-        """Whether it knows robot actions."""
+        """Whether it predicts robot actions."""
         return bool(self.config.chunk)
 
     @property
@@ -234,9 +234,9 @@ class Policy(Actor):
         return self.config.spaces[0].fps if self.config.spaces else None
 
     def under(self, key: str | None) -> Policy:
-        """The policy that acts by one of its sets of statistics, and reads the prompt of that dataset.
+        """The policy that acts with the statistics and the prompt of one dataset.
 
-        Where there is but one set, None is that one. Raises UserError listing the keys.
+        key: its name; None where there is only one set. Raises UserError with the names.
         """
         keys = list(self.statistics)
         if key is None and len(keys) > 1:
@@ -258,11 +258,11 @@ class Policy(Actor):
 
     @property
     def collate(self) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
-        """The function `collate_steps` of this policy. It holds no weights, so that worker processes can have it."""
+        """The function `collate_steps` of this policy. It has no weights, so that it can go to worker processes."""
         return partial(collate_steps, self.config, self.processor, self.statistics)
 
     def decode(self, predicted_BKA: np.ndarray, datasets: Sequence[str | None] | None = None) -> np.ndarray:
-        """Bins or scaled numbers as actions in the units of each sample's robot. datasets: None for the only one."""
+        """Bins or scaled numbers as actions in robot units. datasets: of each sample; None: the only one."""
         names = [None] * len(predicted_BKA) if datasets is None else datasets
         codecs = [statistics_of(self.statistics, name).codec for name in names]
         return np.stack([codec.decode(codec.clamp(row)) for codec, row in zip(codecs, predicted_BKA, strict=True)])
@@ -313,16 +313,16 @@ def observe(
     states: Sequence[np.ndarray] | None = None,
     datasets: Sequence[str | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Observations as tensors, the same way in training and acting.
+    """Observations as tensors, in training and acting.
 
     images: of each sample, uint8 HWC of any size, in the order of the image slots; an `lwm` policy also takes the codes
-    of its image tokenizer, int [N], in place of one. states: for a policy that reads them. datasets: whose prompt and
-    statistics each sample gets; by default the policy's own.
+    of its image tokenizer, int [N], in place of one. states: for a policy that reads them. datasets: the names of those
+    whose prompts and statistics apply; by default the policy's own.
     """
     if config.backbone.kind != "lwm" and any(image.ndim == 1 for one in images for image in one):
         raise UserError(
-            "the data hold codes of images in place of images, which a policy with the backbone "
-            f"{config.backbone.kind} cannot read; take one with the backbone lwm (`lapa import lapa-7b`), or give the "
+            "the data have codes of images in place of images, which a policy with the backbone "
+            f"{config.backbone.kind} cannot read; use one with the backbone lwm (`lapa import lapa-7b`), or give the "
             "images: images=FOLDER with --data lapa-jsonl:FILE"
         )
     names = datasets or [None] * len(instructions)
@@ -342,7 +342,7 @@ def collate_steps(
     statistics: Mapping[str, Statistics],
     items: Sequence[Mapping[str, Any]],
 ) -> dict[str, Tensor]:
-    """Items of `EpisodeSteps` as a training batch: what is observed, and what is to be predicted.
+    """Items of `EpisodeSteps` as a training batch: observations and targets.
 
     Raises UserError for a code that the vocabulary lacks, and for actions of the wrong width or not finite.
     """
@@ -373,7 +373,7 @@ def collate_steps(
 
 
 def statistics_of(statistics: Mapping[str, Statistics], dataset: str | None) -> Statistics:
-    """The statistics of a dataset; of any dataset where there is only one set."""
+    """The statistics of a dataset; the only set where there is one."""
     return next(iter(statistics.values())) if len(statistics) == 1 else statistics[dataset or ""]
 
 
@@ -420,9 +420,9 @@ def _state(state: Any, state_dim: int) -> Float[np.ndarray, "S"] | None:
 
 
 def load_actor(folder: Path | str, statistics_key: str | None = None, device: str = "auto") -> Actor:
-    """What acts in a folder, of the kind that its config.json names: a finetuned policy, or another (OTHER_ACTORS).
+    """Loads the policy in a folder, of the kind that its config.json names: a `Policy`, or one of OTHER_ACTORS.
 
-    statistics_key: as `Policy.from_pretrained` takes it. Raises UserError where nothing there can act.
+    statistics_key: as of `Policy.from_pretrained`. Raises UserError where nothing there can act.
     """
     path = Path(folder) / CONFIG
     written = read_json(path) if path.exists() else None
@@ -436,12 +436,12 @@ def load_actor(folder: Path | str, statistics_key: str | None = None, device: st
 
 
 def is_policy(folder: Path) -> bool:
-    """Whether `folder` holds a finished policy."""
+    """Whether `folder` contains a finished policy."""
     return (Path(folder) / CONFIG).exists()
 
 
 def read_config(folder: Path) -> PolicyConfig:
-    """The config of a policy folder. Raises UserError naming what is missing or unfinished."""
+    """Reads the config of a policy folder. Raises UserError naming what is missing or unfinished."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such policy folder; make one with `lapa policy pretrain` or `finetune`")
