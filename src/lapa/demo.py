@@ -22,6 +22,10 @@ from lapa.subcommand import Stage, run_stage
 SETTINGS, RESULTS = "settings.json", "demo.json"
 # Seeds of the stages are far apart, so that no labelled episode or rollout repeats a video.
 DEMONSTRATION_SEED, ROLLOUT_SEED = 1000, 2000
+# Columns of the table -> folders of the policies. `from scratch` has the pretrained policy's architecture, trained on
+# the demonstrations alone.
+SCRATCH = "policy_from_scratch"
+ARMS = {"random actions": "random", "from scratch": SCRATCH, "pretrained": "policy"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,10 @@ def run(config: DemoConfig) -> None:
     """`lapa demo`. Raises UserError where a demo with other settings is at `out`, and where a stage fails."""
     out = config.out
     claim_output(out, complete=(out / RESULTS).exists(), overwrite=config.overwrite, resume=config.resume)
-    _require_same_settings(config)
+    run_only = ("out", "overwrite", "resume")
+    settings = {name: value for name, value in configs.to_dict(config).items() if name not in run_only}
+    configs.require_same(out / SETTINGS, settings)
+    write_json(out / SETTINGS, settings)
     plan = stages(config)
     seconds: dict[str, float] = {}
     for number, stage in enumerate(plan, 1):
@@ -69,130 +76,66 @@ def run(config: DemoConfig) -> None:
 
 def stages(config: DemoConfig) -> list[Stage]:
     """The commands of the demo, in the order of the flow."""
-    out, seed, preset = config.out, str(config.seed), ["--preset", config.preset]
-    videos, robot, lam, labels = out / "videos", out / "demonstrations", out / "lam", out / "labels"
-    latent_policy, policy, scratch = out / "latent_policy", out / "policy", out / "policy_from_scratch"
-    world = [] if config.preset == "debug" else ["--horizon-seconds", "0.2"]
-    # With so few episodes none is left for validation.
-    robot_data = ["--data", str(robot), "--held-out", "0"]
-    labelled_videos = ["--data", str(videos), "--labels", str(labels)]
+    out, debug, preset = config.out, config.preset == "debug", ("--preset", config.preset)
+    videos, robot, lam = ("--data", str(out / "videos")), ("--data", str(out / "demonstrations")), str(out / "lam")
 
-    def train(verb: str, artifact: Path, *options: str) -> list[str]:
-        return [*verb.split(), *preset, *options, "--seed", seed, "--out", str(artifact), "--resume"]
+    def stage(title: str, verb: str, folder: str, last: str, *options: str, seed: int | None = config.seed) -> Stage:
+        seeded = () if seed is None else ("--seed", str(seed))
+        again = "--overwrite" if verb == "latent probe" else "--resume"
+        return Stage(title, [*verb.split(), *options, *seeded, "--out", str(out / folder), again], out / folder / last)
 
+    def episodes(title: str, folder: str, number: int, *, actions: bool) -> Stage:
+        if debug:
+            verb, options = "data synthetic", ["--episodes", "16", *(["--actions"] if actions else [])]
+        else:
+            verb, options = "data metaworld", ["--tasks", config.tasks, "--episodes", str(number)]
+            options += [] if actions else ["--no-actions"]
+        seed = config.seed + (DEMONSTRATION_SEED if actions else 0)
+        return stage(title, verb, folder, "meta/info.json", *options, seed=seed)
+
+    # With so few demonstrations none is left for validation.
+    finetune = (*preset, "--policy", str(out / "latent_policy"), *robot, "--held-out", "0")
+    horizon = () if debug else ("--horizon-seconds", "0.2")
+    pretrain = (*preset, "--backbone", config.policy, *videos, "--labels", str(out / "labels"))
+    world = ("synthetic", "--tasks", "all") if debug else ("metaworld", "--tasks", config.tasks)
+    rollouts = ("--env", *world, "--episodes", str(config.rollouts))
     plan = [
-        Stage("videos without actions", _data(config, videos, actions=False), videos / "meta" / "info.json"),
-        Stage("a few demonstrations with actions", _data(config, robot, actions=True), robot / "meta" / "info.json"),
-        Stage("latent action model", train("latent train", lam, "--data", str(videos), *world), lam / "config.json"),
-        Stage(
-            "probe of the latent actions",
-            ["latent", "probe", str(lam), "--data", str(robot), "--out", str(out / "probe"), "--overwrite"],
-            out / "probe" / "probe.json",
-        ),
-        Stage(
-            "latent action labels",
-            ["label", "--lam", str(lam), "--data", str(videos), "--out", str(labels), "--resume"],
-            labels / "manifest.json",
-        ),
-        Stage(
-            "pretraining on latent actions",
-            train("policy pretrain", latent_policy, "--backbone", config.policy, *labelled_videos),
-            latent_policy / "config.json",
-        ),
-        Stage(
-            "finetuning on the demonstrations",
-            train("policy finetune", policy, "--policy", str(latent_policy), *robot_data),
-            policy / "config.json",
-        ),
-        Stage(
-            "the same without pretraining",
-            train("policy finetune", scratch, "--from-scratch", "--policy", str(latent_policy), *robot_data),
-            scratch / "config.json",
-        ),
+        episodes("videos without actions", "videos", config.videos, actions=False),
+        episodes("a few demonstrations with actions", "demonstrations", config.demonstrations, actions=True),
+        stage("latent action model", "latent train", "lam", "config.json", *preset, *videos, *horizon),
+        stage("probe of the latent actions", "latent probe", "probe", "probe.json", lam, *robot, seed=None),
+        stage("latent action labels", "label", "labels", "manifest.json", "--lam", lam, *videos, seed=None),
+        stage("pretraining on latent actions", "policy pretrain", "latent_policy", "config.json", *pretrain),
+        stage("finetuning on the demonstrations", "policy finetune", "policy", "config.json", *finetune),
+        stage("the same without pretraining", "policy finetune", SCRATCH, "config.json", "--from-scratch", *finetune),
     ]
-    for name, who in arms(config).items():
-        plan.append(Stage(f"rollouts: {name}", _evaluate(config, who), _results(config, who)))
+    for name, who in ARMS.items():
+        options = (who if who == "random" else str(out / who), *rollouts)
+        seed = config.seed + ROLLOUT_SEED
+        plan.append(stage(f"rollouts: {name}", "evaluate", f"results/{who}", "results.json", *options, seed=seed))
     return plan
 
 
-def arms(config: DemoConfig) -> dict[str, str]:
-    """Returns the columns of the table: name -> the policy argument of `lapa evaluate`.
-
-    `from scratch` has the pretrained policy's architecture, trained on the demonstrations alone.
-    """
-    return {
-        "random actions": "random",
-        "from scratch": str(config.out / "policy_from_scratch"),
-        "pretrained": str(config.out / "policy"),
-    }
-
-
 def report(config: DemoConfig, seconds: dict[str, float]) -> None:
-    """Prints the table and the artifacts, and writes demo.json."""
-    out = config.out
-    before = read_json(out / RESULTS)["seconds"] if (out / RESULTS).exists() else {}
-    results = {name: read_json(_results(config, who)) for name, who in arms(config).items()}
-    tasks = list(next(iter(results.values()))["tasks"])
+    """Prints the table, and writes demo.json."""
+    path = config.out / RESULTS
+    before = read_json(path)["seconds"] if path.exists() else {}
+    results = {name: read_json(config.out / "results" / who / "results.json") for name, who in ARMS.items()}
     table = Table("success (95% interval)", *results)
-    for task in tasks:
+    for task in next(iter(results.values()))["tasks"]:
         table.add_row(task, *(_rate(result["tasks"][task]) for result in results.values()))
     table.add_section()
     table.add_row("all tasks", *(_rate(result["overall"]) for result in results.values()))
     console.print(table)
-    write_json(out / RESULTS, {"config": configs.to_dict(config), "results": results, "seconds": {**before, **seconds}})
-    for path, what in {
-        "videos": "dataset without actions",
-        "demonstrations": "dataset with actions",
-        "lam": "latent action model",
-        "probe": "probe of the latent actions (probe.json, grid.png)",
-        "labels": "latent action labels",
-        "latent_policy": "latent policy",
-        "policy": "policy",
-        "policy_from_scratch": "policy without pretraining",
-        "results": "rollouts, with videos",
-    }.items():
-        say(f"  {out / path}: {what}")
+    write_json(path, {"config": configs.to_dict(config), "results": results, "seconds": {**before, **seconds}})
     finish(
         "the demo's table",
-        out / RESULTS,
+        path,
         [
             "lapa data videos FOLDER --caption TEXT --out DATASET      # your own videos",
             "lapa latent train --preset base --data DATASET --out LAM  # and on",
         ],
     )
-
-
-def _data(config: DemoConfig, out: Path, *, actions: bool) -> list[str]:
-    seed = str(config.seed + (DEMONSTRATION_SEED if actions else 0))
-    if config.preset == "debug":
-        options = ["--actions"] if actions else []
-        return ["data", "synthetic", "--episodes", "16", *options, "--seed", seed, "--out", str(out), "--resume"]
-    episodes = config.demonstrations if actions else config.videos
-    options = [] if actions else ["--no-actions"]
-    return [
-        "data", "metaworld", "--tasks", config.tasks, "--episodes", str(episodes), *options,
-        "--seed", seed, "--out", str(out), "--resume",
-    ]  # fmt: skip
-
-
-def _evaluate(config: DemoConfig, who: str) -> list[str]:
-    world = ["synthetic", "--tasks", "all"] if config.preset == "debug" else ["metaworld", "--tasks", config.tasks]
-    return [
-        "evaluate", who, "--env", *world, "--episodes", str(config.rollouts),
-        "--seed", str(config.seed + ROLLOUT_SEED), "--out", str(_results(config, who).parent), "--resume",
-    ]  # fmt: skip
-
-
-def _results(config: DemoConfig, who: str) -> Path:
-    return config.out / "results" / Path(who).name / "results.json"
-
-
-def _require_same_settings(config: DemoConfig) -> None:
-    settings: dict[str, Any] = configs.to_dict(config)
-    for volatile in ("out", "overwrite", "resume"):
-        del settings[volatile]
-    configs.require_same(config.out / SETTINGS, settings)
-    write_json(config.out / SETTINGS, settings)
 
 
 def _rate(result: dict[str, Any]) -> str:
