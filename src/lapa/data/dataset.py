@@ -119,7 +119,9 @@ class Dataset(ABC):
         self.lengths = lengths
         self._instructions, self._sources = instructions, sources
         self.num_frames = int(lengths.sum())
-        self._camera_keys = {_short(key): key for key in image_keys(features)}
+        self._camera_keys = {
+            key.removeprefix(CAMERA_PREFIX).removeprefix("observation."): key for key in image_keys(features)
+        }
         self.cameras = tuple(self._camera_keys)
         self.action_dim = self._width(ACTION)
         self.state_dim = self._width(STATE)
@@ -302,17 +304,14 @@ def common_action_space(datasets: Sequence[Dataset]) -> ActionSpace:
 
 def image_keys(features: dict[str, dict[str, Any]]) -> list[str]:
     """Returns the features that are colour images; depth maps are not."""
-    return [key for key, feature in features.items() if feature["dtype"] in ("video", "image") and not _depth(feature)]
-
-
-def _depth(feature: dict[str, Any]) -> bool:
-    # LeRobot has used both places and both names.
-    details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
-    return bool(details.get("is_depth_map") or details.get("video.is_depth_map"))
-
-
-def _short(key: str) -> str:
-    return key.removeprefix(CAMERA_PREFIX).removeprefix("observation.")
+    keys = []
+    for key, feature in features.items():
+        # LeRobot has used both places and both names.
+        details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+        is_depth = details.get("is_depth_map") or details.get("video.is_depth_map")
+        if feature["dtype"] in ("video", "image") and not is_depth:
+            keys.append(key)
+    return keys
 
 
 def _dimension_names(feature: Mapping[str, Any]) -> list[str]:

@@ -224,10 +224,7 @@ class LeRobotDataset(Dataset):
             encoded = value.get("bytes") if isinstance(value, dict) else value
             if not encoded:
                 raise UserError(f"{path}: {column} holds no image in row {row}; {AGAIN}")
-            try:
-                images.append(decode_image(encoded))
-            except UserError as error:
-                raise UserError(f"{path}: {column} cannot be decoded in row {row} ({error}); {AGAIN}") from None
+            images.append(decode_image(encoded, f"{path}: {column} cannot be decoded in row {row}", f"; {AGAIN}"))
         if len({image_HWC.shape for image_HWC in images}) > 1:
             raise UserError(f"{path}: images of {column} differ in size between rows {rows[0]} and {rows[-1]}")
         return np.stack(images)

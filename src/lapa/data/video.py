@@ -187,17 +187,20 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
     return np.stack([found[index] for index in indices])
 
 
-def decode_image(encoded: bytes) -> UInt8[np.ndarray, "H W 3"]:
-    """An image of one of `IMAGE_FORMATS` as RGB. UserError, which names no file, where it is none, or damaged."""
+def decode_image(encoded: bytes, failure: str, remedy: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """Returns an image of one of `IMAGE_FORMATS` as RGB.
+
+    Raises UserError with `failure`, the reason and `remedy` where it is none, or damaged.
+    """
     try:
         with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, TypeError):
         problem = "empty, zero bytes" if encoded == b"" else f"no image in {', '.join(IMAGE_FORMATS)}"
-        raise UserError(problem) from None
     # Pillow raises SyntaxError for a broken PNG.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(str(error)) from None
+        problem = str(error)
+    raise UserError(f"{failure} ({problem}){remedy}")
 
 
 def open_video(path: Path) -> InputContainer:

@@ -49,7 +49,7 @@ class CaptionedReading(Reading):
 
         names: the clips, which a caption may name with their folders or, where that is unique, without; what: what a
         clip is called in messages. Of several captions of a clip the first counts, and an empty one is none.
-        UserError for clips without caption and captions without clip, unless `skip_bad`.
+        Raises UserError for clips without caption and captions without clip, unless `skip_bad`.
         """
         if self.captions is None and self.caption is None:
             raise UserError(f'{self.folder}: no captions; give --captions FILE, or --caption "what the {what}s show"')

@@ -39,7 +39,7 @@ def require_rate(fps: float | None) -> None:
 
 
 def require_folder(folder: Path | str, content: str) -> Path:
-    """The folder. UserError where it is none, or not on this machine; `content`: what it should hold, for messages."""
+    """The folder; `content`: what it should hold. Raises UserError where it is none, or not on this machine."""
     root = as_path(folder)
     if is_remote(root):
         raise UserError(f"{folder}: {content} are read from this machine's disk; copy or mount it first")
@@ -54,7 +54,7 @@ def require_folder(folder: Path | str, content: str) -> Path:
 def find_videos(folder: Path | str) -> tuple[Path, list[str]]:
     """A folder, and the paths of the videos in it and in the folders inside, in natural order.
 
-    UserError where it holds none.
+    Raises UserError where it holds none.
     """
     root = require_folder(folder, "videos")
     names = [f"{inside}/{name}" if inside else name for inside, found in walk(root) for name in found]

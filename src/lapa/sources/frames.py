@@ -46,7 +46,6 @@ class FramesReading(CaptionedReading):
     """Where numbers are missing: begin a new episode, go on as if nothing were missing, or leave the clip out."""
 
     def open(self) -> Source:
-        """Lists all folders. UserError naming the file that is wrong and how to fix it."""
         return FramesSource(self)
 
 
@@ -155,13 +154,9 @@ class FramesSource(Source):
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """An image file as RGB. UserError naming it where it cannot be decoded."""
+    """Returns an image file as RGB. Raises UserError naming it where it cannot be decoded."""
     with reading_file(path):
-        content = path.read_bytes()
-    try:
-        return decode_image(content)
-    except UserError as error:
-        raise UserError(f"{path}: cannot be decoded ({error}); replace it or remove it") from None
+        return decode_image(path.read_bytes(), f"{path}: cannot be decoded", "; replace it or remove it")
 
 
 def _list_folders(root: Path) -> dict[str, _Folder]:

@@ -61,6 +61,8 @@ IMAGE_TAG = re.compile(r"<image>\s*")
 STEP = re.compile(r"(.+?)[/_-](?:[A-Za-z]+[_-]?)?(\d{1,9})(?:\.[A-Za-z]+)?")
 CONTROLS = ("<|bos|>", "<|eos|>")
 LARGEST_CODE = 10**9
+# Before and between the rows of a JSON list; group 1 is "]" where it ends.
+LIST_START, BETWEEN_ROWS = re.compile(r"\s*\[[ \t\r\n]*(\]?)"), re.compile(r"[ \t\r\n]*([,\]])[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,6 @@ class LapaJsonlReading(Reading):
     """Leave out, and count, malformed rows."""
 
     def open(self) -> LapaJsonlSource:
-        """Raises UserError naming the file and the row that is wrong, and how to fix it."""
         return LapaJsonlSource(self)
 
 
@@ -127,7 +128,7 @@ def run(config: LapaJsonlConfig) -> None:
 def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config: LapaJsonlConfig) -> int:
     """Writes the rows' latent actions as labels of a dataset of the same rows, in place or converted.
 
-    Returns the number of rows. UserError naming the row whose latent action is outside the codebook.
+    Returns the number of rows. Raises UserError naming the row whose latent action is outside the codebook.
     """
     if folder.exists():
         remove_folder(folder)
@@ -205,8 +206,11 @@ class LapaJsonlSource(Source):
             raise UserError(f"{self.root}: holds no row that can be read")
         self.coded, self.latent_length = bool(found["coded"]), int(found["latent_length"])
         self.items = RowEpisodes(found["episodes"], found["places"], found["names"], found["instructions"])
-        width = found["action_dim"] if options.actions else 0
-        self.action_space = _action_space(width) if width else None
+        if options.actions and (width := found["action_dim"]):
+            # The released code learns deltas of the end effector, and a gripper of two values.
+            names = [f"raw_actions_{number}" for number in range(width)]
+            pose = ActionSpace.named(POSE, ["gripper"], "delta")
+            self.action_space = pose if width == len(POSE) else ActionSpace.named(names)
         self.state_names = tuple(found["state_names"]) if options.actions and found["state_names"] else None
         self._image_folder = as_path(options.images) if options.images is not None else self.root.parent
         side = round(options.image_codes**0.5) * CODE_SIDE
@@ -249,7 +253,7 @@ class LapaJsonlSource(Source):
         return found
 
     def labels(self, item: Item, codebook_size: int) -> EpisodeLabels:
-        """The latent actions of an episode. UserError naming the row that holds a code outside the codebook."""
+        """The latent actions of an episode. Raises UserError naming the row that holds a code outside the codebook."""
         frames, codes = [], []
         for index, (number, _, _) in enumerate(item.place):
             delta_L = self._row(item, index).delta_L
@@ -276,17 +280,13 @@ class LapaJsonlSource(Source):
 
     def _image(self, item: Item, index: int) -> np.ndarray:
         path = self._image_folder / self._row(item, index).image
-        where = f"{self.root}: row {item.place[index][0]}"
         try:
             with reading(path, "give the folder of the images as --images (images= with --data)"):
                 content = path.read_bytes()
+            return decode_image(content, f"{path}: cannot be decoded")
         # A zero byte in the path is a ValueError that is no UserError.
         except ValueError as error:
-            raise UserError(f"{where}: {error}") from None
-        try:
-            return decode_image(content)
-        except UserError as error:
-            raise UserError(f"{where}: {path}: cannot be decoded ({error})") from None
+            raise UserError(f"{self.root}: row {item.place[index][0]}: {error}") from None
 
 
 class CodedDataset(SourceDataset):
@@ -303,13 +303,6 @@ class CodedDataset(SourceDataset):
             f"{self.root}: has codes of images and no images, which `lapa policy pretrain` and `finetune` with an "
             "`lwm` policy read; give --images (images= with --data) where there are images"
         )
-
-
-def _action_space(width: int) -> ActionSpace:
-    """The released code learns deltas of the end effector, and a gripper of two values."""
-    if width == len(POSE):
-        return ActionSpace.named(POSE, ["gripper"], "delta")
-    return ActionSpace.named([f"raw_actions_{number}" for number in range(width)])
 
 
 class RowEpisodes(Sequence[Item]):
@@ -347,7 +340,7 @@ class RowEpisodes(Sequence[Item]):
 def scan_rows(path: Path, options: LapaJsonlReading) -> dict[str, Any]:
     """One pass over the rows: their common properties, and which of them are an episode. Plain JSON values.
 
-    UserError naming the row that is malformed or unlike the first one, unless `skip_bad`.
+    Raises UserError naming the row that is malformed or unlike the first one, unless `skip_bad`.
     """
     problems: list[str] = []
     first: Row | None = None
@@ -456,7 +449,7 @@ def _require_alike(row: Row, first: Row, image_codes: int, latent_length: int) -
 def find_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """(line or number in the list, first byte, content) of each row of a JSONL file or a JSON list.
 
-    UserError where the list is no JSON: what comes after that place cannot be found.
+    Raises UserError where the list is no JSON: what comes after that place cannot be found.
     """
     with reading(path), open_binary(path) as file:
         head = file.read(64).lstrip()
@@ -474,32 +467,25 @@ def find_rows(path: Path) -> Iterator[tuple[int, int, bytes]]:
 def _list_rows(content: bytes, path: Path) -> Iterator[tuple[int, int, bytes]]:
     # In Latin-1 a character is a byte; JSON's own characters are the same as in UTF-8, which a row is parsed as.
     text, decoder = content.decode("latin-1"), json.JSONDecoder()
-    space = re.compile(r"[ \t\r\n]*")
-
-    def after_space(position: int) -> int:
-        match = space.match(text, position)
-        assert match
-        return match.end()
-
-    position, number = after_space(text.index("[") + 1), 0
-    while number or text[position : position + 1] != "]":
+    between, number = LIST_START.match(text), 0
+    assert between, "the first character is a bracket"
+    while between[1] != "]":
+        position = between.end()
         try:
             _, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError):
             raise UserError(f"{path}: row {number}, at byte {position}, is not valid JSON") from None
         yield number, position, content[position:end]
-        position, number = after_space(end), number + 1
-        if text[position : position + 1] == "]":
-            break
-        if text[position : position + 1] != ",":
-            raise UserError(f"{path}: expected a comma or ] after row {number - 1}, at byte {position}")
-        position = after_space(position + 1)
-    if content[position + 1 :].strip():
-        raise UserError(f"{path}: goes on after the end of its list, at byte {position + 1}")
+        between = BETWEEN_ROWS.match(text, end)
+        if between is None:
+            raise UserError(f"{path}: expected a comma or ] after row {number}, at byte {end}")
+        number += 1
+    if content[between.end() :].strip():
+        raise UserError(f"{path}: goes on after the end of its list, at byte {between.end(1)}")
 
 
 def parse_row(content: bytes) -> Row:
-    """A row of either file. UserError, which does not name the file, where it is malformed."""
+    """A row of either file. Raises UserError, which does not name the file, where it is malformed."""
     try:
         row = json.loads(content.decode())
     except UnicodeDecodeError:

@@ -50,7 +50,6 @@ class LeRobotReading(Reading):
     """Names of the action dimensions that are switches, such as a gripper that opens or shuts."""
 
     def open(self) -> LeRobotSource:
-        """UserError naming the file that is wrong, or why the hub has none."""
         return LeRobotSource(self)
 
 
@@ -133,7 +132,7 @@ class LeRobotSource(Source):
 
 
 def _folder(path: str) -> Path:
-    """The folder, or the hub's copy of it. UserError where there is neither."""
+    """The folder, or the hub's copy of it. Raises UserError where there is neither."""
     # Whatever could not be a name on the hub is a path.
     if "://" in path or Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return as_path(path)

@@ -54,7 +54,6 @@ class NarratedReading(Reading):
     """Leave out, and count, rows whose times are wrong and videos that cannot be read."""
 
     def open(self) -> Source:
-        """Reads the table and the headers of its videos. UserError naming the row that is wrong and how to fix it."""
         return NarratedSource(self)
 
 
@@ -125,10 +124,13 @@ class NarratedSource(Source):
 
         Rows that go on past the end of their video are cut there, and counted.
         """
-        durations = {name: _duration(self.root / name, info) for name, info in headers.items()}
+        lengths = {
+            name: count_frames(self.root / name, info, info.fps) if info.num_frames is None else info.num_frames
+            for name, info in headers.items()
+        }
         items, problems, num_cut = [], [], 0
         for name, row in sorted(rows, key=lambda entry: (natural_order(entry[0]), entry[1].start, entry[1].line)):
-            duration = durations[name]
+            duration = lengths[name] / headers[name].fps
             if row.start >= duration:
                 problems.append(
                     f"{table}: line {row.line}: starts at {row.start:g} s, but {name} ends at {duration:.3f} s"
@@ -144,7 +146,7 @@ class NarratedSource(Source):
 
 
 def seconds(text: str) -> float:
-    """Seconds from `12.5`, `1:02.5` or `00:01:02.500`. UserError where it is none of these, negative or not finite."""
+    """Seconds from `12.5`, `1:02.5` or `00:01:02.500`. Raises UserError where it is none of these, or not finite."""
     try:
         parts = [float(part) for part in text.strip().split(":")]
     except ValueError:
@@ -171,10 +173,6 @@ def _find_named(root: Path, names: Sequence[str], rows: Sequence[_Row], table: P
     if len(missing) == len(asked):
         raise UserError(f"{root}: holds none of the {len(asked)} videos that {table} names; give their folder")
     return {video: videos[video] for video in asked if video in videos}
-
-
-def _duration(path: Path, info: VideoInfo) -> float:
-    return (count_frames(path, info, info.fps) if info.num_frames is None else info.num_frames) / info.fps
 
 
 def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:

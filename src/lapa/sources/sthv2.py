@@ -48,7 +48,6 @@ class Sthv2Reading(Reading):
     """Leave out, and count, videos that cannot be read; otherwise the first stops the command."""
 
     def open(self) -> Source:
-        """Reads the labels and the names of the videos. UserError naming the file that is wrong and how to fix it."""
         return Sthv2Source(self)
 
 
@@ -99,7 +98,7 @@ class Sthv2Source(VideoFilesSource):
 
 
 def read_labels(path: Path, text: Literal["label", "template"] = "label") -> dict[str, str]:
-    """The text of each video by its id; "" where it has none. UserError naming the file and the entry."""
+    """The text of each video by its id; "" where it has none. Raises UserError naming the file and the entry."""
     entries = read_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: is no list of labels ({{id, label, template, placeholders}})")

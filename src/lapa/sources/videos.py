@@ -46,7 +46,6 @@ class VideosReading(CaptionedReading):
     """Frames a second at which the videos are read; by default the rate of most of them."""
 
     def open(self) -> Source:
-        """Scans the header of every video. UserError naming the file that is wrong and how to fix it."""
         return VideosSource(self)
 
 
@@ -168,7 +167,7 @@ def quick_count(info: VideoInfo, fps: float) -> int | None:
 def count_frames(path: Path, info: VideoInfo, fps: float) -> int:
     """As `quick_count`, by the packets' times where the rate varies, and by decoding where nothing else helps.
 
-    UserError where there is no frame.
+    Raises UserError where there is no frame.
     """
     quick = quick_count(info, fps)
     if quick is not None:
@@ -190,8 +189,8 @@ def frames_at(path: Path, times: Sequence[float]) -> UInt8[np.ndarray, "T H W 3"
 def frames_in_order(path: Path, times: Sequence[float]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """The frame shown nearest to each time, in seconds from the first frame; times must not go backwards.
 
-    Seeks the first time instead of decoding up to it. UserError naming the file where it cannot be decoded, or ends
-    more than a frame or two before a time.
+    Seeks the first time instead of decoding up to it. Raises UserError naming the file where it cannot be decoded, or
+    ends more than a frame or two before a time.
     """
     clip = open_clip(path)
     try:

@@ -73,7 +73,6 @@ class RldsReading(Reading):
     """Leave out, and count, damaged records, episodes that do not fit features.json, and missing shards."""
 
     def open(self) -> Source:
-        """Raises UserError naming the file that is wrong and how to fix it."""
         return RldsSource(self)
 
 
@@ -169,10 +168,7 @@ class Episode:
 
     def image(self, camera: str, step: int) -> np.ndarray:
         key = self.layout.cameras[camera]
-        try:
-            return decode_image(self.values[key][step])
-        except UserError as error:
-            raise self._error(f"{STEPS}{key} cannot be decoded at step {step} ({error})") from None
+        return decode_image(self.values[key][step], f"{self.where}: {STEPS}{key} cannot be decoded at step {step}")
 
     def blank_cameras(self) -> list[str]:
         """The cameras that show one colour throughout: the same bytes at every step, and these of one colour."""
@@ -342,7 +338,7 @@ class RldsSource(Source):
 def read_info(folder: Path, split: str) -> tuple[str, str, dict[Path, int]]:
     """The dataset's name and version, and the files of a split with the episodes that each should hold.
 
-    The files need not be there. UserError naming the file that is wrong and how to fix it.
+    The files need not be there. Raises UserError naming the file that is wrong and how to fix it.
     """
     path = folder / INFO_FILE
     if not path.is_file():
@@ -390,7 +386,7 @@ def present_shards(shards: Mapping[Path, int], skip_bad: bool) -> dict[Path, int
 
 
 def find_items(shards: Mapping[Path, int], skip_bad: bool) -> list[Item]:
-    """All records of the files. UserError where their number is not the expected one; with skip_bad, a warning."""
+    """All records of the files. Raises UserError, or with skip_bad warns, where their number is not the expected one."""
     items = []
     for path, num_records in shards.items():
         problem, num_found = "", 0

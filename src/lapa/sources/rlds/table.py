@@ -166,7 +166,7 @@ class Part:
 def columns(parts: str | Sequence[str], widths: Mapping[str, int]) -> list[Part]:
     """The parts to concatenate, given how many numbers each feature has.
 
-    KeyError with the name of a feature that is not there; UserError for a malformed part, or one that is too narrow.
+    Raises KeyError with the name of a feature that is not there, UserError for a malformed or too narrow part.
     """
     found = []
     for text in parts.split() if isinstance(parts, str) else parts:

@@ -12,8 +12,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -56,43 +57,37 @@ def scan_records(path: Path) -> Iterator[Record]:
 
     A record with a damaged length, or one within which the file ends, is the last: those after it cannot be found.
     """
+    offset, size = 0, path.stat().st_size
     with reading(path), open_binary(path) as file:
-        yield from _scan(file, path.stat().st_size)
+        for index in count():
+            if offset >= size:
+                return
+            file.seek(offset)
+            head, error = file.read(HEAD_SIZE), ""
+            if offset == 0 and head.startswith(GZIP):
+                error = "the file is compressed (gzip), which is not read; unpack it (gunzip)"
+            elif len(head) < HEAD_SIZE:
+                error = "the file ends within it"
+            elif masked_crc(head[: LENGTH.size]) != CHECKSUM.unpack_from(head, LENGTH.size)[0]:
+                error = "CRC mismatch of its length, nothing after it can be read"
+            elif offset + FRAME_SIZE + LENGTH.unpack_from(head)[0] > size:
+                error = "the file ends within it"
+            if error:
+                yield Record(index, offset, error=error)
+                return
+            (length,) = LENGTH.unpack_from(head)
+            yield Record(index, offset, length)
+            offset += FRAME_SIZE + length
 
 
 def read_record(path: Path, offset: int, length: int) -> bytes:
-    """The payload of the record at a byte offset. UserError, which does not name the file, where it is damaged."""
+    """Returns the verified payload of the record at a byte offset.
+
+    Raises UserError, which does not name the file, where it is damaged.
+    """
     with reading(path), open_binary(path) as file:
         file.seek(offset)
-        return _payload(file, length)
-
-
-def _scan(file: BinaryIO, size: int) -> Iterator[Record]:
-    offset, index = 0, 0
-    while offset < size:
-        file.seek(offset)
-        head = file.read(HEAD_SIZE)
-        if offset == 0 and head.startswith(GZIP):
-            yield Record(index, offset, error="the file is compressed (gzip), which is not read; unpack it (gunzip)")
-            return
-        if len(head) < HEAD_SIZE:
-            yield Record(index, offset, error="the file ends within it")
-            return
-        if masked_crc(head[: LENGTH.size]) != CHECKSUM.unpack_from(head, LENGTH.size)[0]:
-            yield Record(index, offset, error="CRC mismatch of its length, nothing after it can be read")
-            return
-        (length,) = LENGTH.unpack_from(head)
-        if offset + FRAME_SIZE + length > size:
-            yield Record(index, offset, error="the file ends within it")
-            return
-        yield Record(index, offset, length)
-        offset += FRAME_SIZE + length
-        index += 1
-
-
-def _payload(file: BinaryIO, length: int) -> bytes:
-    """The verified payload of the record at the position of the file."""
-    framed = file.read(FRAME_SIZE + length)
+        framed = file.read(FRAME_SIZE + length)
     head, payload = framed[: LENGTH.size], framed[HEAD_SIZE : -CHECKSUM.size]
     if len(framed) < FRAME_SIZE + length:
         raise UserError("the file ends within it")
@@ -106,7 +101,7 @@ def _payload(file: BinaryIO, length: int) -> bytes:
 def parse_example(payload: bytes, keys: Iterable[str]) -> dict[str, Any]:
     """The values of a tf.train.Example's features: a list of bytes, or an array of float32 or int64.
 
-    keys: the features to read; those that the message lacks are left out. UserError where it is no Example.
+    keys: the features to read; those that the message lacks are left out. Raises UserError where it is no Example.
     """
     try:
         features = _example_class().FromString(payload).features.feature
