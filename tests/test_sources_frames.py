@@ -75,9 +75,6 @@ def test_gaps_are_reported_and_cut(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [e.source for e in dataset.episodes] == ["holes#1-3", "holes#6-7", "holes#20-20", "whole"]
     assert [shown(dataset, episode) for episode in range(3)] == [[1, 2, 3], [6, 7], [20]]
     assert "clips with gaps in their numbers, cut there: 1; missing images: 14" in capsys.readouterr().err
-    joined = convert(folder, gaps="close", out=tmp_path / "joined")
-    assert shown(joined, 0) == [1, 2, 3, 6, 7, 20]
-    assert [e.source for e in convert(folder, gaps="leave-out", out=tmp_path / "out").episodes] == ["whole"]
     here = open_dataset(f"frames:{folder},caption=wait")
     assert [shown(here, episode) for episode in range(3)] == [[1, 2, 3], [6, 7], [20]]
 

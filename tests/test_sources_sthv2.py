@@ -10,7 +10,7 @@ import pytest
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.spec import open_dataset
-from lapa.sources.sthv2 import Sthv2Config, read_labels
+from lapa.sources.sthv2 import Sthv2Config
 from test_sources_videos import write_clip
 
 LABELS = [
@@ -58,14 +58,6 @@ def test_in_place_equals_the_converted_dataset(root: Path) -> None:
         (e.source, e.length, e.instruction) for e in there.episodes
     ]
     assert abs(here.frames(1, [4]).mean() - there.frames(1, [4]).mean()) < 4
-
-
-def test_templates_lose_their_brackets(root: Path) -> None:
-    assert list(read_labels(root.parent / "labels" / "train.json", "template").values()) == [
-        "Holding something next to something",
-        "Pushing something with something",
-        "Putting number of something",
-    ]
 
 
 def test_the_test_split_has_no_text(root: Path, capsys: pytest.CaptureFixture) -> None:

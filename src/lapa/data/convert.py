@@ -25,7 +25,7 @@ import numpy as np
 
 from lapa.console import finish, progress, say, warn
 from lapa.data.config import ConvertOptions
-from lapa.data.dataset import ACTION, STATE, ActionSpace
+from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
 from lapa.data.lerobot import INFO
 from lapa.data.motion import MotionMeter, shot_numbers, thumbnail
 from lapa.data.source import Clip, Item, Source
@@ -397,9 +397,7 @@ def _rows(source: Source, clip: Clip, where: str, fps: float, options: ConvertOp
     for name, values, space in ((ACTION, clip.actions, source.action_space), (STATE, clip.states, None)):
         if not options.actions or values is None:
             continue
-        finite = np.isfinite(values).all(axis=1)
-        if not finite.all():
-            raise UserError(f"{where}: {name} is not finite at frame {int(np.argmin(finite))}")
+        require_finite(values, f"{where}: {name}", remedy="")
         rows[name] = values if fps == source.fps else resample_rows(values, source.fps, fps, space)
     return rows
 

@@ -242,13 +242,15 @@ class Dataset(ABC):
 
     def _rows(self, feature: str, episode_index: int) -> np.ndarray:
         rows_TD, file = self._numbers(feature, self._position(episode_index))
-        if not np.isfinite(rows_TD).all():
-            frame = int(np.argmin(np.isfinite(rows_TD).all(axis=1)))
-            raise UserError(
-                f"{file}: {feature} of episode {episode_index} is not finite at frame {frame}; "
-                "correct it or leave the episode out"
-            )
+        require_finite(rows_TD, f"{file}: {feature} of episode {episode_index}")
         return rows_TD
+
+
+def require_finite(rows_TD: np.ndarray, what: str, remedy: str = "; correct it or leave the episode out") -> None:
+    """Raises UserError naming `what` and its first frame with a number that is not finite."""
+    finite_T = np.isfinite(rows_TD).all(axis=1)
+    if not finite_T.all():
+        raise UserError(f"{what} is not finite at frame {int(np.argmin(finite_T))}{remedy}")
 
 
 def read_action_space(feature: Mapping[str, Any], extra: Mapping[str, Any], source: str) -> ActionSpace:

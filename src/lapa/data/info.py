@@ -58,7 +58,10 @@ def summary(dataset: Dataset) -> Table:
         table.add_row(f"{len(counts)} tasks" if number == 0 else "", escape(f"{task} ({count})"))
     if len(counts) > SHOWN_TASKS:
         table.add_row("", f"and {len(counts) - SHOWN_TASKS} more")
-    sizes = {name: _megabytes(dataset.root / name) for name in ("videos", "data", "meta", "labels")}
+    sizes = {
+        name: sum(path.stat().st_size for path in (dataset.root / name).rglob("*") if path.is_file()) / 1e6
+        for name in ("videos", "data", "meta", "labels")
+    }
     if any(sizes.values()):
         table.add_row("on disk", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items() if size))
     table.add_row("fingerprint", dataset.fingerprint)
@@ -102,7 +105,3 @@ def _states(dataset: Dataset) -> str:
     names = dataset.features[STATE].get("names")
     listed = f": {', '.join(map(str, names))}" if isinstance(names, list) else ""
     return f"{dataset.state_dim} numbers{listed}"
-
-
-def _megabytes(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6

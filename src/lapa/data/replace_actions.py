@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from lapa import config as configs
 from lapa.console import finish, say
 from lapa.data.config import HideActionsConfig
-from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys
+from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys, require_finite
 from lapa.data.lerobot import (
     EXTRA,
     INFO,
@@ -165,7 +165,10 @@ def _write_data(
             if actions is not None and actions_TA is None:
                 continue
             if space is not None and actions_TA is not None:
-                actions_TA = _checked(actions_TA, (length, space.action_dim), episode)
+                if actions_TA.shape != (expected := (length, space.action_dim)):
+                    raise UserError(f"episode {episode}: actions are {actions_TA.shape}, expected {expected}")
+                require_finite(actions_TA, f"episode {episode}: action", "; leave the episode out")
+                actions_TA = np.ascontiguousarray(actions_TA, dtype=np.float32)
             new = {"episode_index": np.full(length, len(rows)), "index": num_frames + np.arange(length)}
             parts.append(_renumbered(table[span], new, actions_TA))
             columns_TD = {name: values[:, None] for name, values in new.items()}
@@ -243,12 +246,3 @@ def _link_videos(dataset: LeRobotDataset, out: Path, episodes: Sequence[int]) ->
                 shutil.copyfile(path, temporary)
             num_copied += 1
     say(f"videos: {len(paths) - num_copied} files linked, {num_copied} copied")
-
-
-def _checked(actions_TA: np.ndarray, shape: tuple[int, int], episode: int) -> np.ndarray:
-    if actions_TA.shape != shape:
-        raise UserError(f"episode {episode}: actions are {actions_TA.shape}, expected {shape}: one row a frame")
-    if not np.isfinite(actions_TA).all():
-        frame = int(np.argmin(np.isfinite(actions_TA).all(axis=1)))
-        raise UserError(f"episode {episode}: actions are not finite at frame {frame}; leave the episode out")
-    return np.ascontiguousarray(actions_TA, dtype=np.float32)

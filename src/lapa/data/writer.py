@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
 from lapa.console import say
-from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, ActionSpace, Control
+from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, ActionSpace, Control, require_finite
 from lapa.data.lerobot import (
     CODEBASE_VERSION,
     DATA_PATH,
@@ -177,7 +177,9 @@ class DatasetWriter:
         num_frames = 0
         for index, record in enumerate(self._records()):
             task = tasks.setdefault(record["instruction"], len(tasks))
-            columns = self._frame_columns(record["length"], index, num_frames, task)
+            steps, ones = np.arange(record["length"]), np.ones(record["length"], np.int64)
+            values = (steps / self.fps, steps, index * ones, num_frames + steps, task * ones)
+            columns = dict(zip(FRAME_COLUMNS, values, strict=True))
             stats = {**record["stats"], **{name: moments_of(values[:, None]) for name, values in columns.items()}}
             for name, values in stats.items():
                 totals[name].merge(values)
@@ -203,11 +205,9 @@ class DatasetWriter:
         }
         if (self.root / INFO).exists():
             raise UserError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
-        if not (resume and self._journal.exists() and self._journal.stat().st_size):
+        if not (resume and self._journal.exists()):
             self._journal.parent.mkdir(parents=True, exist_ok=True)
             self._journal.write_bytes(b"")
-            self._append(settings)
-            return
         whole = 0
         with self._journal.open("rb") as lines:
             for number, line in enumerate(lines):
@@ -299,9 +299,7 @@ class DatasetWriter:
                 raise UserError(f"{where} is no array of numbers ({error})") from None
             if array.ndim != 2 or array.shape[1] != width:
                 raise UserError(f"{where} has shape {array.shape}, expected (frames, {width}): one column a name")
-            if not np.isfinite(array).all():
-                frame = int(np.argmin(np.isfinite(array).all(axis=1)))
-                raise UserError(f"{where} is not finite at frame {frame}; correct it or leave the episode out")
+            require_finite(array, where)
             checked[name] = array
         return checked
 
@@ -321,12 +319,6 @@ class DatasetWriter:
         if len(set(counts.values())) != 1:
             raise UserError(f"{self._name(source)}: lengths differ: {counts}; all need one row a frame")
         return next(iter(counts.values()))
-
-    def _frame_columns(self, length: int, episode: int, first: int, task: int) -> dict[str, np.ndarray]:
-        """Returns the columns that every dataset has, in the order of FRAME_COLUMNS."""
-        steps = np.arange(length)
-        values = (steps / self.fps, steps, np.full(length, episode), first + steps, np.full(length, task))
-        return dict(zip(FRAME_COLUMNS, values, strict=True))
 
     def _frame_table(self, record: dict[str, Any], columns: Mapping[str, np.ndarray]) -> pa.Table:
         arrays: dict[str, pa.Array] = {

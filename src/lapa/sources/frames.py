@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median_low
-from typing import Literal
 
 import numpy as np
 from jaxtyping import UInt8
@@ -33,7 +32,6 @@ from lapa.sources.videos import CAMERA
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 NUMBER = re.compile(r"([0-9]+)[^0-9]*$")
-GAPS = {"cut": "cut there", "close": "joined as if nothing were missing", "leave-out": "left out"}
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,6 @@ class FramesReading(CaptionedReading):
 
     fps: float = 12.0
     """Images a second, which the files do not contain. 12 is the rate of Something-Something v2."""
-    gaps: Literal["cut", "close", "leave-out"] = "cut"
-    """Where numbers are missing: begin a new episode, go on as if nothing were missing, or leave the clip out."""
 
     def open(self) -> Source:
         return FramesSource(self)
@@ -72,7 +68,8 @@ class FramesSource(Source):
         require_rate(reading.fps)
         self.root, self.fps = require_folder(reading.folder, "folders of images"), reading.fps
         self.name, self.inputs = self.root.resolve().name, reading.inputs
-        self.settings = reading.settings(self.name, gaps=reading.gaps)
+        # Where numbers are missing, a new episode begins.
+        self.settings = reading.settings(self.name, gaps="cut")
         folders = _list_folders(self.root)
         instructions, skipped = reading.find_captions(list(folders), "clip")
         self.items = items = []
@@ -84,17 +81,14 @@ class FramesSource(Source):
                 problems.append(f"{self.root / folder}: {clip.problem}")
                 continue
             with_gaps, missing = with_gaps + bool(clip.missing), missing + clip.missing
-            if clip.missing and reading.gaps == "leave-out":
-                continue
-            parts = clip.parts if reading.gaps == "cut" else ((0, sum(length for _, length, _ in clip.parts), ""),)
-            for first, length, numbers in parts:
-                key = f"{folder}#{numbers}" if len(parts) > 1 else folder
+            for first, length, numbers in clip.parts:
+                key = f"{folder}#{numbers}" if len(clip.parts) > 1 else folder
                 items.append(Item(key, (folder, first, length), instructions[folder], length))
         skipped += stop_or_skip(problems, "--skip-bad leaves such clips out", reading.skip_bad)
         if skipped:
             warn(f"entries skipped in all (--skip-bad): {skipped}")
         if with_gaps:
-            warn(f"clips with gaps in their numbers, {GAPS[reading.gaps]}: {with_gaps}; missing images: {missing}")
+            warn(f"clips with gaps in their numbers, cut there: {with_gaps}; missing images: {missing}")
         if not items:
             raise UserError(f"{self.root}: no clip of it can be used")
         self.cameras = {CAMERA: self._first_size()}

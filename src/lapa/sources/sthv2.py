@@ -38,8 +38,6 @@ class Sthv2Reading(Reading):
     """JSON with the labels; by default those of the split, in the folder, next to it, or in a folder `labels` there."""
     split: Literal["train", "validation", "test"] = "train"
     """Which labels to take where --labels is not given; those of test have no text."""
-    text: Literal["label", "template"] = "label"
-    """What becomes the instruction: the label ("holding cup next to book"), or its template without brackets."""
     caption: str | None = None
     """One text for videos without label."""
     fps: float = 12.0
@@ -65,7 +63,7 @@ class Sthv2Source(VideoFilesSource):
         require_rate(reading.fps)
         self.root, names = find_videos(reading.folder)
         labels = Path(reading.labels) if reading.labels is not None else _find_labels(self.root, reading.split)
-        texts = read_labels(labels, reading.text)
+        texts = _read_labels(labels)
         videos, _ = short_names(names, without_suffix=True)
         self.items = [
             Item(videos[name], (), text or reading.caption or "")
@@ -82,7 +80,7 @@ class Sthv2Source(VideoFilesSource):
             warn(f"videos without label: {num_bare} of {len(self.items)}; --caption TEXT gives them one")
         self.name, self.fps, self.skip_bad, self.inputs = "sthv2", reading.fps, reading.skip_bad, (labels,)
         self.cameras = {CAMERA: self._first_size()}
-        self.settings = {"folder": self.root.resolve().name, "labels": labels.name, "text": reading.text}
+        self.settings = {"folder": self.root.resolve().name, "labels": labels.name, "text": "label"}
 
     def _first_size(self) -> tuple[int, int]:
         """Height and width of the first video; with `skip_bad`, of the first that can be read."""
@@ -97,8 +95,8 @@ class Sthv2Source(VideoFilesSource):
         raise UserError(f"{self.root}: none of its videos can be read")
 
 
-def read_labels(path: Path, text: Literal["label", "template"] = "label") -> dict[str, str]:
-    """The text of each video by its id; "" where it has none. Raises UserError naming the file and the entry."""
+def _read_labels(path: Path) -> dict[str, str]:
+    """The label of each video by its id; "" where it has none. Raises UserError naming the file and the entry."""
     entries = read_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: is no list of labels ({{id, label, template, placeholders}})")
@@ -109,17 +107,16 @@ def read_labels(path: Path, text: Literal["label", "template"] = "label") -> dic
         name = str(entry["id"])
         if name in texts:
             raise UserError(f"{path}: entry {number}: {name} comes twice; remove one")
-        texts[name] = _text(entry, text, f"{path}: entry {number}")
+        texts[name] = _text(entry, f"{path}: entry {number}")
     return texts
 
 
-def _text(entry: dict[str, Any], text: str, where: str) -> str:
+def _text(entry: dict[str, Any], where: str) -> str:
+    """The label, such as "holding cup next to book", or else the template with its placeholders filled in."""
     label, template, placeholders = entry.get("label", ""), entry.get("template", ""), entry.get("placeholders", [])
     strings = isinstance(label, str) and isinstance(template, str) and isinstance(placeholders, list)
     if not strings or not all(isinstance(name, str) for name in placeholders):
         raise UserError(f"{where}: label, template and placeholders are not texts")
-    if text == "template":
-        return template.replace("[", "").replace("]", "").strip()
     if label:
         return label.strip()
     # [something] or [number of] stand for the placeholders, one after another.

@@ -386,7 +386,7 @@ def present_shards(shards: Mapping[Path, int], skip_bad: bool) -> dict[Path, int
 
 
 def find_items(shards: Mapping[Path, int], skip_bad: bool) -> list[Item]:
-    """All records of the files. Raises UserError, or with skip_bad warns, where their number is not the expected one."""
+    """All records of the files. Raises UserError (with skip_bad: warns) where their number is not the expected one."""
     items = []
     for path, num_records in shards.items():
         problem, num_found = "", 0

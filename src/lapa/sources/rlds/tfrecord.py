@@ -57,8 +57,8 @@ def scan_records(path: Path) -> Iterator[Record]:
 
     A record with a damaged length, or one within which the file ends, is the last: those after it cannot be found.
     """
-    offset, size = 0, path.stat().st_size
     with reading(path), open_binary(path) as file:
+        offset, size = 0, path.stat().st_size
         for index in count():
             if offset >= size:
                 return
