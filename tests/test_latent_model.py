@@ -372,25 +372,28 @@ def test_codes_takes_images_in_any_form_and_resizes_them(name):
     small = [[resize_and_crop(image[None], size)[0] for image in pair] for pair in images_BTHWC]
     expected = model.encode(torch.from_numpy(np.array(small)).permute(0, 1, 4, 2, 3)).codes_BL
     first = images_BTHWC.transpose(0, 1, 4, 2, 3)
-    pictures = [[Image.fromarray(image) for image in pair] for pair in images_BTHWC]
-    for frames in (images_BTHWC, first, torch.from_numpy(images_BTHWC), torch.from_numpy(first.copy()), pictures):
+    images = [[Image.fromarray(image) for image in pair] for pair in images_BTHWC]
+    tensor = torch.from_numpy(images_BTHWC)
+    for frames in (images_BTHWC, first, tensor, torch.from_numpy(first.copy()), tensor / 255, images):
         assert torch.equal(model.codes(frames), expected)
     assert torch.equal(model.codes([(a, b) for a, b in first]), expected)
-    for pair in (images_BTHWC[0], torch.from_numpy(first[0].copy()), pictures[0], tuple(images_BTHWC[0])):
+    for pair in (images_BTHWC[0], torch.from_numpy(first[0].copy()), images[0], tuple(images_BTHWC[0])):
         assert torch.equal(model.codes(pair), expected[:1])
 
 
 @pytest.mark.parametrize(
     "frames",
     [
-        "a.png", None, [], np.zeros((2, 3, 8, 8, 3), np.uint8), np.zeros((2, 2, 8, 8, 3)),
+        "a.png", None, [], np.zeros((2, 3, 8, 8, 3), np.uint8), np.full((2, 2, 8, 8, 3), 255.0),
         np.zeros((8, 8, 3), np.uint8),
         np.zeros((1, 2, 8, 8, 4), np.uint8), [Image.new("RGB", (8, 8))], [[Image.new("RGB", (8, 8))]], [1, 2],
         {"front": np.zeros((8, 8, 3), np.uint8)}, np.zeros((1, 2, 0, 8, 3), np.uint8),
     ],
 )  # fmt: skip
 def test_codes_of_anything_else_is_a_mistake_in_one_line(frames):
-    with pytest.raises(UserError, match=r"^got .*; give uint8 pairs \[B, 2, 3, H, W\]") as raised:
+    with pytest.raises(
+        UserError, match=r"^got .*; give pairs \[B, 2, 3, H, W\]|^frames: (expected an RGB image|floats must)"
+    ) as raised:
         LatentActionModel(TINY).codes(frames)
     assert "\n" not in str(raised.value)
 

@@ -310,7 +310,7 @@ def test_show_draws_codes_and_a_rollout(lam: Path, tmp_path: Path) -> None:
         (("--codes", "1,2,3,4,5,6,7,0"), "holds 2 latent actions"),
         (("--rollout", "a,b"), "whole numbers with commas"),
         (("--image", "missing.png"), "no such file"),
-        (("--image", __file__), "not a readable image"),
+        (("--image", __file__), "no image in JPEG, PNG"),
     ],
 )
 def test_show_says_what_is_wrong(

@@ -181,8 +181,7 @@ def train(
                     speed = window_steps / (time.monotonic() - window_started)
                     peak = _peak_memory(device)
                     log.write(
-                        step,
-                        {**parts, "lr": rate, "gradient_norm": float(gradient_norm), "steps_per_s": speed, **peak},
+                        step, {**parts, "lr": rate, "gradient_norm": float(gradient_norm), "steps_per_s": speed, **peak}
                     )
                     bar.update(task, note=f"loss {parts['loss']:.4f}  {speed * config.batch_size:.0f} samples/s")
                     metrics.update(train_loss=parts["loss"], samples_per_s=speed * config.batch_size, **peak)

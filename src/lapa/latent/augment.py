@@ -43,9 +43,7 @@ DEFAULT = AugmentConfig()
 
 
 def augment_pairs(
-    frames_BTCHW: UInt8[Tensor, "B T 3 H W"],
-    config: AugmentConfig = DEFAULT,
-    generator: torch.Generator | None = None,
+    frames_BTCHW: UInt8[Tensor, "B T 3 H W"], config: AugmentConfig = DEFAULT, generator: torch.Generator | None = None
 ) -> UInt8[Tensor, "B T 3 H W"]:
     """One crop and one colour change for each pair, the same on all its frames, drawn anew for every pair.
 

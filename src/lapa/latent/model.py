@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lapa import config as configs
 from lapa import files
-from lapa.data.transforms import resize_and_crop
+from lapa.data.transforms import as_image, resize_and_crop
 from lapa.errors import UserError
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
@@ -49,7 +49,7 @@ WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
 # In config.json, the datasets that a model learned from: fingerprint -> name and horizon.
 DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
-WANTED_FRAMES = "give uint8 pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
+WANTED_FRAMES = "give pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
 SMALLEST_STD = 1e-6
 ACTION_WEIGHT = 0.1  # of the error of the true action, in units of its variance
 FEATURE_WEIGHT = 0.01  # of the features' error where pixels are a target too; features have unit scale
@@ -217,10 +217,10 @@ class LatentActionModel(TrainableModel, nn.Module):
     def codes(self, frames: Any) -> Int64[Tensor, "B L"]:
         """The codes between the two images of each pair, of which one pair makes B = 1.
 
-        frames: uint8 RGB images of any size as NumPy array or tensor, [B, 2, 3, H, W] or [B, 2, H, W, 3]; one pair
-        without the batch axis; a pair, or a list of pairs, of PIL images or arrays. They are resized as in training:
-        the short side to the model's image_size, the centre cropped. Raises UserError for anything else, and
-        for a continuous model.
+        frames: RGB images of any size, uint8 or floats in [0, 1], as NumPy array or tensor, [B, 2, 3, H, W] or
+        [B, 2, H, W, 3]; one pair without the batch axis; a pair, or a list of pairs, of PIL images or arrays. They are
+        resized as in training: the short side to the model's image_size, the centre cropped. Raises UserError for
+        anything else, and for a continuous model.
         """
         frames_BTCHW = _as_frames(frames, self.config.image_size)
         codes_BL = self.encode(frames_BTCHW.to(self.token_positions_LD.device)).codes_BL
@@ -431,7 +431,8 @@ def _as_frames(frames: Any, size: int) -> UInt8[Tensor, "B 2 3 size size"]:
     pairs = _pairs(frames)
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise UserError(f"got {_described(frames)}; {WANTED_FRAMES}")
-    images_NHWC = np.stack([resize_and_crop(_image_HWC(image)[None], size)[0] for pair in pairs for image in pair])
+    images = (as_image(image, "frames") for pair in pairs for image in pair)
+    images_NHWC = np.stack([resize_and_crop(image_HWC[None], size)[0] for image_HWC in images])
     return torch.from_numpy(rearrange(images_NHWC, "(b t) h w c -> b t c h w", t=2).copy())
 
 
@@ -443,17 +444,6 @@ def _pairs(frames: Any) -> list[Any]:
         images = [isinstance(item, Image.Image) or getattr(item, "ndim", 0) == 3 for item in frames]
         return [frames] if any(images) else [pair for item in frames for pair in _pairs(item)]
     raise UserError(f"got {_described(frames)}; {WANTED_FRAMES}")
-
-
-def _image_HWC(image: Any) -> UInt8[np.ndarray, "H W 3"]:
-    if isinstance(image, Image.Image):
-        image = image.convert("RGB")
-    pixels = np.asarray(image.cpu() if isinstance(image, Tensor) else image)
-    if pixels.ndim == 3 and pixels.shape[0] == 3:
-        pixels = rearrange(pixels, "c h w -> h w c")
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise UserError(f"got an image of {_described(image)}; {WANTED_FRAMES}")
-    return np.ascontiguousarray(pixels)
 
 
 def _described(value: Any) -> str:

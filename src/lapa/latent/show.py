@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Int64, UInt8
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lapa.console import finish
 from lapa.data.transforms import resize_and_crop
-from lapa.data.video import encode_clip
+from lapa.data.video import decode_image, encode_clip
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output
+from lapa.files import atomic_path, claim_output, errors_about, reading
 from lapa.latent.config import ShowConfig
 from lapa.latent.metrics import BATCH, Sample, device_of, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
@@ -106,14 +106,10 @@ def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Te
 
 def read_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
     """An image file, resized as in training. Raises UserError naming the file if it is missing or no image."""
-    try:
-        with Image.open(path) as image:
-            pixels_HWC = np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; --image must name an image file") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); give a PNG or JPEG file") from None
-    pixels_HWC = resize_and_crop(pixels_HWC[None], size)[0]
+    with reading(path):
+        encoded = path.read_bytes()
+    with errors_about(path):
+        pixels_HWC = resize_and_crop(decode_image(encoded)[None], size)[0]
     return torch.from_numpy(np.ascontiguousarray(rearrange(pixels_HWC, "h w c -> c h w")))
 
 

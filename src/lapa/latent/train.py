@@ -79,10 +79,7 @@ def run(config: LatentTrainConfig) -> None:
         collate_pairs,
         config.loop,
         config.out,
-        run_config={
-            **configs.to_dict(config),
-            "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
-        },
+        run_config={**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]},
         description="latent action model",
         resume=config.resume,
         prepare=prepare,
