@@ -70,44 +70,28 @@ class Level(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Encoder(nn.Module):
-    def __init__(self, config: VQGANConfig) -> None:
+class Tower(nn.Module):
+    """The encoder (resample "down") or the decoder ("up"), which is its mirror image with one more block a level."""
+
+    def __init__(self, config: VQGANConfig, resample: str) -> None:
         super().__init__()
-        widths = (config.hidden_channels, *config.channels)
-        last = len(config.channels) - 1
-        self.conv_in = nn.Conv2d(3, config.hidden_channels, 3, padding=1)
+        self.down = resample == "down"
+        widths, channels = (config.hidden_channels, *config.channels), (3, config.z_channels)
+        if not self.down:
+            widths, channels = (*config.channels, config.channels[-1])[::-1], channels[::-1]
+        last = len(widths) - 2
+        num_blocks, innermost = config.num_res_blocks + (not self.down), config.channels[-1]
+        self.conv_in = nn.Conv2d(channels[0], widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
-            Level(widths[i], widths[i + 1], config.num_res_blocks, "down" if i < last else None)
-            for i in range(last + 1)
+            Level(widths[i], widths[i + 1], num_blocks, resample if i < last else None) for i in range(last + 1)
         )
-        self.middle = nn.ModuleList(ResidualBlock(widths[-1], widths[-1]) for _ in range(2))
+        self.middle = nn.ModuleList(ResidualBlock(innermost, innermost) for _ in range(2))
         self.norm = nn.GroupNorm(NORM_GROUPS, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], channels[1], 3, padding=1)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        x = self.conv_in(pixels)
-        for layer in (*self.levels, *self.middle):
-            x = layer(x)
-        return self.conv_out(F.silu(self.norm(x)))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: VQGANConfig) -> None:
-        super().__init__()
-        widths = tuple(reversed((*config.channels, config.channels[-1])))
-        last = len(config.channels) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
-        self.middle = nn.ModuleList(ResidualBlock(widths[0], widths[0]) for _ in range(2))
-        self.levels = nn.ModuleList(
-            Level(widths[i], widths[i + 1], config.num_res_blocks + 1, "up" if i < last else None)
-            for i in range(last + 1)
-        )
-        self.norm = nn.GroupNorm(NORM_GROUPS, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
-        x = self.conv_in(latents)
-        for layer in (*self.middle, *self.levels):
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        x = self.conv_in(x)
+        for layer in (*self.levels, *self.middle) if self.down else (*self.middle, *self.levels):
             x = layer(x)
         return self.conv_out(F.silu(self.norm(x)))
 
@@ -118,7 +102,7 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = Tower(config, "down"), Tower(config, "up")
         self.to_code = nn.Conv2d(config.z_channels, config.quantized_embed_dim, 1)
         self.from_code = nn.Conv2d(config.quantized_embed_dim, config.z_channels, 1)
         self.codebook_KD = nn.Parameter(torch.empty(config.num_embeddings, config.quantized_embed_dim))
