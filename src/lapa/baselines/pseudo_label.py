@@ -103,7 +103,7 @@ def merge_pairs(predicted_PKA: Float[np.ndarray, "P K A"], scale: ActionScale) -
     """Merges the predictions for the pairs (p, p + K) of an episode into one action a frame, T = P + K.
 
     The mean over all pairs that span a step, the majority in a binary dimension; a pair weighs the more the nearer the
-    step is to its middle, since its mean motion is what it predicts best. The last frame repeats the action before it.
+    step is to its middle, where its predictions are best. The last frame repeats the action before it.
     """
     num_pairs, horizon, action_dim = predicted_PKA.shape
     weights_K = np.minimum(np.arange(horizon), np.arange(horizon)[::-1]) + 1

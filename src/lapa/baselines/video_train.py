@@ -137,7 +137,7 @@ class FutureFrames(TrainingDataset):
         }
 
     def describe(self, index: int) -> str:
-        """Where a sample comes from, for messages."""
+        """The origin of a sample, for messages."""
         number, episode, frame = self._index.locate(index)
         return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
 

@@ -1,4 +1,4 @@
-"""All that reads the files of LAPA's authors.
+"""Readers of the files that LAPA's authors released.
 
 from lapa.released import from_released                # LAPA-7B
 from_released(params, config).logits(tokens_BT, vision_mask_BT, latent_mask_BT)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lapa.errors import UserError
 
-# What code that expects a sound file raises on a malformed one. RecursionError is a RuntimeError.
+# Errors that code for sound files raises on a malformed one. RecursionError is a RuntimeError.
 MALFORMED = (
     *(pickle.UnpicklingError, SafetensorError, StrictDataclassError, struct.error),
     *(EOFError, OSError, MemoryError, RuntimeError),
@@ -74,7 +74,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies in the file: its bytes in C order, in one piece or several."""
+    """The place of a tensor in the file: its bytes in C order, in one piece or several."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -127,7 +127,6 @@ def open_checkpoint(path: Path) -> Mapping[str, Tensor]:
 
     A streaming file is only indexed, and its tensors read on demand; a pickle is read whole.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a file that the authors of LAPA or LWM released")
     with path.open("rb") as file:
@@ -144,7 +143,7 @@ def open_checkpoint(path: Path) -> Mapping[str, Tensor]:
 
 
 def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shapes of tensors or arrays; those that lie in a file are not read."""
+    """The shapes of tensors or arrays; those in a file are not read."""
     if isinstance(params, StoredTensors):
         return params.shapes
     return {name: tuple(array.shape) for name, array in params.items()}
@@ -366,7 +365,7 @@ class _Array:
     def tensor(self) -> Tensor:
         """The array in memory of its own."""
         array = np.frombuffer(self.raw, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
-        # torch takes no other byte order, and wants what it holds to be writable.
+        # torch takes no other byte order, and wants writable memory.
         return torch.from_numpy(np.array(array, dtype=self.dtype.newbyteorder("="), order="C"))
 
 
@@ -388,7 +387,7 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# All that a file may name, and what is called in its place, with what the libraries' own reductions pass. Versions of
+# The names that a file may have, and the function called for each, with the arguments of the libraries. Versions of
 # NumPy, JAX and Flax differ in the module. Protocol 2 writes bytes as text in latin1, and those of no length as a call.
 ALLOWED: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray._reconstruct": _empty,
@@ -408,7 +407,7 @@ ALLOWED: dict[str, Callable[..., Any]] = {
 
 
 class _StandIn:
-    """What a name in the file becomes: it can be called, and a pickle can change nothing in it."""
+    """Stands in for a name in the file: it can be called, and a pickle can change nothing in it."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -97,7 +97,7 @@ class LwmProcessor:
         return tuple(self._text(f"<{name}>")), closing
 
     def grow(self, vocabulary: Vocabulary) -> None:
-        """Nothing: the segments lie beyond the tokenizer's own tokens."""
+        """Does nothing: the segments come after the tokenizer's own tokens."""
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer, as transformers does."""
