@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_only_whole_episodes(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("actions", "told"),
+    ("actions", "message"),
     [
         (np.full((4, 2), np.nan), "action is not finite at frame 0"),
         (np.zeros((4, 3)), r"action has shape \(4, 3\), expected \(frames, 2\)"),
@@ -261,9 +261,9 @@ def test_a_full_disk_leaves_only_whole_episodes(tmp_path: Path, monkeypatch: pyt
         ([["x", "y"]] * 4, "action is no array of numbers"),
     ],
 )
-def test_bad_actions_are_refused(tmp_path: Path, actions: np.ndarray | None, told: str) -> None:
+def test_bad_actions_are_refused(tmp_path: Path, actions: np.ndarray | None, message: str) -> None:
     writing = writer(tmp_path / "d")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         writing.add_episode({"front": grey(4)}, "task", actions=actions, source="s0")
     assert writing.num_episodes == 0
 
@@ -413,7 +413,7 @@ def test_a_dataset_from_elsewhere_is_declared_by_hand(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("declared", "told"),
+    ("declared", "message"),
     [
         ({"binary": ["griper"]}, r"unknown binary action dimension 'griper'; did you mean 'gripper'"),
         ({"binary": "gripper"}, r"`binary` must be a list of names"),
@@ -422,10 +422,10 @@ def test_a_dataset_from_elsewhere_is_declared_by_hand(tmp_path: Path, capsys: py
         (["gripper"], r"action_space must be like"),
     ],
 )
-def test_a_mistake_in_the_file_is_named(tmp_path: Path, declared: object, told: str) -> None:
+def test_a_mistake_in_the_file_is_named(tmp_path: Path, declared: object, message: str) -> None:
     dataset = arm(tmp_path / "d")
     (dataset.root / EXTRA).write_text(json.dumps({"action_space": declared}))
-    with pytest.raises(ValueError, match=rf"meta/lapa\.json: {told}"):
+    with pytest.raises(ValueError, match=rf"meta/lapa\.json: {message}"):
         _ = open_dataset(dataset.root).action_space
 
 
@@ -470,7 +470,7 @@ def test_datasets_of_one_robot_have_one_action_space(tmp_path: Path) -> None:
 
 def test_what_datasets_differ_in_is_named(tmp_path: Path) -> None:
     switch = arm(tmp_path / "switch", binary_actions=("gripper",), control="delta")
-    for other, told in (
+    for other, message in (
         (arm(tmp_path / "wide", names=("x", "y", "gripper")), r"wide: has actions of 3 dimensions \(x, y, gripper\)"),
         (arm(tmp_path / "plain"), r"plain: declares nothing binary, .*switch gripper; correct"),
         (
@@ -479,7 +479,7 @@ def test_what_datasets_differ_in_is_named(tmp_path: Path) -> None:
         ),
         (arm(tmp_path / "video", names=None), r"video: has no actions"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             common_action_space([switch, other])
     with pytest.raises(ValueError, match="no dataset"):
         common_action_space([])

@@ -223,14 +223,14 @@ def test_damaged_episodes_are_left_out_and_counted(old: Path, tmp_path: Path, ca
 def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs LeRobotDataset v3\.0, got v2\.1; `lapa data lerobot"):
         hide_actions(HideActionsConfig(data=str(old), out=tmp_path / "out"))
-    pictures = with_images_in_tables(robot, tmp_path / "d")
+    images = with_images_in_tables(robot, tmp_path / "d")
     with pytest.raises(ValueError, match="needs cameras whose images are videos; `lapa data lerobot"):
-        hide_actions(HideActionsConfig(data=str(pictures), out=tmp_path / "out"))
+        hide_actions(HideActionsConfig(data=str(images), out=tmp_path / "out"))
     assert require_folder(open_dataset(f"lerobot:{robot.root}")).root == robot.root
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"codebase_version": "v1.6"}, r"is LeRobotDataset v1\.6.*convert it with LeRobot's own scripts"),
         ({"codebase_version": "v3.7"}, r"is LeRobotDataset v3\.7.*update lapa"),
@@ -253,11 +253,11 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
         ({"data_path": "data/{episode}.parquet"}, "may name chunk_index, file_index"),
     ],
 )
-def test_what_is_wrong_with_info_is_named(robot: Dataset, tmp_path: Path, change: dict[str, Any], told: str) -> None:
+def test_what_is_wrong_with_info_is_named(robot: Dataset, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "meta").mkdir()
     info = {key: value for key, value in {**robot.info, **change}.items() if value is not None}
     (tmp_path / INFO).write_text(json.dumps(info))
-    with pytest.raises(UserError, match=rf"meta/info\.json: .*{told}"):
+    with pytest.raises(UserError, match=rf"meta/info\.json: .*{message}"):
         open_dataset(tmp_path)
 
 
@@ -297,7 +297,7 @@ def test_empty_files_and_pointers_of_git_lfs_are_distinguished(old: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "message"),
     [
         ("episodes", '{"episode_index": 0, "length": 9}\n{"episode', "line 2 is not JSON"),
         ("episodes", '{"episode_index": 0, "length": "9"}\n', "line 1 lacks length"),
@@ -311,19 +311,19 @@ def test_empty_files_and_pointers_of_git_lfs_are_distinguished(old: Path, tmp_pa
         ("episodes", '{"episode_index": 0, "length": 9, "tasks": 3}', "cannot be read"),
     ],
 )
-def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str | None, told: str) -> None:
+def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str | None, message: str) -> None:
     root = copied(old, tmp_path)
     path = root / f"meta/{name}.jsonl"
     if text is None:
         path.unlink()
     else:
         path.write_text(text)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         open_dataset(root)
 
 
 @pytest.mark.parametrize(
-    ("file", "column", "values", "told"),
+    ("file", "column", "values", "message"),
     [
         ("meta/tasks.parquet", "task_index", [None, 1], "task_index holds empty values, expected whole numbers"),
         ("meta/tasks.parquet", "task_index", ["a", "b"], "task_index holds string, expected whole numbers"),
@@ -336,18 +336,18 @@ def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str
     ],
 )
 def test_columns_of_other_types_are_named(
-    robot: Dataset, tmp_path: Path, file: str, column: str, values: list, told: str
+    robot: Dataset, tmp_path: Path, file: str, column: str, values: list, message: str
 ) -> None:
     root = copied(robot.root, tmp_path)
     table = pq.read_table(root / file)
     pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), root / file)
     where = "meta/episodes" if "episodes" in file else file
-    with pytest.raises(UserError, match=rf"{where}: .*{told}"):
+    with pytest.raises(UserError, match=rf"{where}: .*{message}"):
         open_dataset(root).actions(0)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda times: [*times[:5], times[3], *times[6:]], r"go backwards at frame 5 \(0\.100 s after 0\.133 s\)"),
         (lambda times: [3 * time for time in times], r"do not match 30 fps \(frame 1 is at 0\.100 s, should be at 0"),
@@ -355,12 +355,12 @@ def test_columns_of_other_types_are_named(
         (lambda times: [float("nan")] * len(times), "go backwards"),
     ],
 )
-def test_times_that_are_wrong_are_named(old: Path, tmp_path: Path, change: Callable, told: str) -> None:
+def test_times_that_are_wrong_are_named(old: Path, tmp_path: Path, change: Callable, message: str) -> None:
     root = copied(old, tmp_path)
     change_rows(root / OLD_DATA, "timestamp", change)
     dataset = open_dataset(root)
     for read in (dataset.actions, lambda episode: dataset.frames(episode, [0])):
-        with pytest.raises(ValueError, match=rf"episode_000001\.parquet: episode 1: timestamps {told}"):
+        with pytest.raises(ValueError, match=rf"episode_000001\.parquet: episode 1: timestamps {message}"):
             read(1)
         assert len(read(0))
 
@@ -401,14 +401,14 @@ def test_a_path_that_leads_in_a_circle_is_no_dataset(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, tmp_path: Path) -> None:
     root = copied(old, tmp_path)
     table = pq.read_table(root / OLD_DATA)
-    for rows, told in (
+    for rows, message in (
         (table[:-2], r"lacks rows of episode 1 \(has 29 of 31\)"),
         (pa.concat_tables([table, table[-1:]]), "has 32 rows of episode 1 of 31 frames"),
         (table.drop_columns("observation.state"), r"lacks the columns observation\.state"),
         (table.set_column(0, "action", pa.array(["x"] * 31)), "action holds string, expected numbers"),
     ):
         pq.write_table(rows, root / OLD_DATA)
-        with pytest.raises(ValueError, match=rf"episode_000001\.parquet: {told}"):
+        with pytest.raises(ValueError, match=rf"episode_000001\.parquet: {message}"):
             open_dataset(root).actions(1)
     new = tmp_path / "new"
     shutil.copytree(robot.root, new)
@@ -421,14 +421,14 @@ def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, 
 def test_damaged_images_in_tables_are_named(robot: Dataset, tmp_path: Path) -> None:
     root = with_images_in_tables(robot, tmp_path / "d")
     first = LENGTHS[0]
-    for picture, told in (
+    for image, message in (
         ({"bytes": None, "path": "x.png"}, "holds no image in row 11"),
         ({"bytes": png(np.zeros((64, 64, 3), np.uint8))[:60], "path": None}, r"cannot be decoded in row 11 \("),
         ({"bytes": b"nothing", "path": None}, r"cannot be decoded in row 11 \(no image in JPEG, PNG"),
         ({"bytes": png(np.zeros((8, 8, 3), np.uint8)), "path": None}, "differ in size"),
     ):
-        change_rows(root / DATA, FRONT, lambda rows, it=picture: [*rows[: first + 2], it, *rows[first + 3 :]])
-        with pytest.raises(ValueError, match=rf"file-000\.parquet: .*{told}"):
+        change_rows(root / DATA, FRONT, lambda rows, it=image: [*rows[: first + 2], it, *rows[first + 3 :]])
+        with pytest.raises(ValueError, match=rf"file-000\.parquet: .*{message}"):
             open_dataset(root).frames(1)
         assert len(open_dataset(root).frames(0)) == first
 

@@ -112,14 +112,14 @@ def test_file_urls_are_folders_of_this_machine(local: Dataset) -> None:
     same(local, open_dataset(f"lerobot:file://{local.root}"))
 
 
-def test_old_layouts_and_stored_pictures_open_from_a_store(local: Dataset, bucket: str, tmp_path: Path) -> None:
+def test_old_layouts_and_stored_images_open_from_a_store(local: Dataset, bucket: str, tmp_path: Path) -> None:
     write_v21(local, tmp_path / "old")
     upload(tmp_path / "old", f"/{bucket}/old")
     dataset = open_dataset(f"old=lerobot:memory://{bucket}/old,control=delta")
     assert dataset.name == "old"
     same(open_dataset(f"lerobot:{tmp_path / 'old'},control=delta"), dataset)
-    path = tmp_path / "pictures.parquet"
-    pq.write_table(pa.table({"picture": [{"bytes": b"none", "path": "x"}]}), path)
+    path = tmp_path / "images.parquet"
+    pq.write_table(pa.table({"image": [{"bytes": b"none", "path": "x"}]}), path)
     assert as_path(f"file://{path}") == path
 
 

@@ -1,4 +1,4 @@
-"""The same videos with other actions or none: nothing that is kept changes, nothing is lost unsaid."""
+"""The same videos with other actions or none: nothing that is kept changes, nothing is lost without a message."""
 
 import os
 import shutil
@@ -76,15 +76,15 @@ def with_shared_files(source: Dataset, root: Path) -> Dataset:
     return open_dataset(root)
 
 
-def same_pictures(before: Dataset, old: int, after: Dataset, new: int) -> bool:
+def same_images(before: Dataset, old: int, after: Dataset, new: int) -> bool:
     return np.array_equal(before.frames(old), after.frames(new))
 
 
-def test_hidden_actions_leave_pictures_and_instructions_as_they_are(robot: Dataset, tmp_path: Path) -> None:
+def test_hidden_actions_leave_images_and_instructions_as_they_are(robot: Dataset, tmp_path: Path) -> None:
     hidden = hide(robot, tmp_path / "hidden")
     assert hidden.action_dim is None and hidden.state_dim is None and hidden.action_space is None
     assert hidden.episodes == robot.episodes and hidden.cameras == robot.cameras and hidden.fps == robot.fps
-    assert all(same_pictures(robot, episode, hidden, episode) for episode in range(4))
+    assert all(same_images(robot, episode, hidden, episode) for episode in range(4))
     with pytest.raises(ValueError, match="has no actions"):
         hidden.actions(0)
     assert hidden.extra["made_by"] == "lapa data hide-actions"
@@ -133,10 +133,10 @@ def test_episodes_left_out_are_counted_and_the_rest_renumbered(
 ) -> None:
     source = with_shared_files(robot, tmp_path / "shared")
     after = rewritten(source, tmp_path / "new", without=(0, 1, 2), keep_states=False)
-    told = capsys.readouterr().err
-    assert "3 of 4 episodes left out" in told and "left out: observation.state, next.reward" in told
+    message = capsys.readouterr().err
+    assert "3 of 4 episodes left out" in message and "left out: observation.state, next.reward" in message
     assert [episode.instruction for episode in after.episodes] == [source.episodes[3].instruction]
-    assert same_pictures(source, 3, after, 0)
+    assert same_images(source, 3, after, 0)
     np.testing.assert_array_equal(after.actions(0), new_actions(source, 3))
     (path,) = (after.root / "data").rglob("*.parquet")
     rows = pq.read_table(path)
@@ -149,7 +149,7 @@ def test_episodes_left_out_are_counted_and_the_rest_renumbered(
 def test_files_that_hold_several_episodes_are_kept_in_their_layout(robot: Dataset, tmp_path: Path) -> None:
     source = with_shared_files(robot, tmp_path / "shared")
     after = rewritten(source, tmp_path / "new")
-    assert all(same_pictures(source, episode, after, episode) for episode in range(4))
+    assert all(same_images(source, episode, after, episode) for episode in range(4))
     for folder in ("data", "meta/episodes", "videos"):
         names = [sorted(str(p.relative_to(d.root)) for p in (d.root / folder).rglob("*.*")) for d in (source, after)]
         assert names[0] == names[1]
@@ -203,16 +203,16 @@ def test_a_finished_rewrite_is_accepted_as_it_is(robot: Dataset, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("where", "told"), [(".", "is or lies inside"), ("new", "is or lies inside"), ("..", "contains")]
+    ("where", "message"), [(".", "is or lies inside"), ("new", "is or lies inside"), ("..", "contains")]
 )
-def test_the_source_is_never_written_over(robot: Dataset, where: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_the_source_is_never_written_over(robot: Dataset, where: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         hide(robot, robot.root / where, overwrite=True)
     assert (robot.root / INFO).exists() and not (robot.root / "new").exists()
 
 
 @pytest.mark.parametrize(
-    ("actions", "told"),
+    ("actions", "message"),
     [
         (np.zeros((8, 3), np.float32), r"are \(8, 3\), expected \(8, 2\)"),
         (np.full((8, 2), np.nan, np.float32), "not finite at frame 0"),
@@ -220,11 +220,11 @@ def test_the_source_is_never_written_over(robot: Dataset, where: str, told: str)
     ],
 )
 def test_actions_that_do_not_fit_are_refused(
-    robot: Dataset, tmp_path: Path, actions: np.ndarray | None, told: str
+    robot: Dataset, tmp_path: Path, actions: np.ndarray | None, message: str
 ) -> None:
     note = {"made_by": "a test"}
     claim_rewrite(tmp_path / "new", robot, note, overwrite=False, resume=False)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         rewrite_actions(
             robot, tmp_path / "new", actions=lambda _: actions, action_space=SPACE, keep_states=False, note=note
         )

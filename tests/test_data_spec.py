@@ -70,7 +70,7 @@ def test_a_spec_may_be_longer_than_any_name_of_a_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("lerbot:lerobot/pusht", "unknown source 'lerbot'; did you mean 'lerobot'"),
         ("x=rdls:path", "unknown source 'rdls'; did you mean 'rlds'"),
@@ -80,8 +80,8 @@ def test_a_spec_may_be_longer_than_any_name_of_a_file() -> None:
         ("data/clips:1.2.3", r"'1\.2\.3' is not a weight"),
     ],
 )
-def test_specs_that_cannot_be_read_are_named(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_specs_that_cannot_be_read_are_named(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse(text)
 
 
@@ -98,8 +98,8 @@ def test_specs_that_cannot_be_read_are_named(text: str, told: str) -> None:
 def test_what_is_put_together_is_taken_apart(
     name: str, source: str, path: str, options: dict[str, str], weight: float
 ) -> None:
-    told = "".join(f",{key}={value}" for key, value in options.items())
-    assert parse(f"{name}={source}:{path}{told}:{weight}") == DataSpec(path, source, name, options, weight)
+    message = "".join(f",{key}={value}" for key, value in options.items())
+    assert parse(f"{name}={source}:{path}{message}:{weight}") == DataSpec(path, source, name, options, weight)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Options:
 def test_options_have_the_types_of_their_fields() -> None:
     texts = {"camera": "a+b", "fps": "5", "limit": "7", "deep": "True", "control": "delta"}
     assert typed_options(Options, "x", texts, "rlds") == Options(Path("x"), ("a", "b"), 5.0, 7, True, "delta")
-    for text, told in (
+    for text, message in (
         ({"camra": "a"}, "unknown option of rlds 'camra'; did you mean 'camera'"),
         ({"fps": "five"}, "fps=five: expected float, got 'five'"),
         ({"limit": "1.5"}, "limit=1.5: expected int, got '1.5'"),
@@ -123,7 +123,7 @@ def test_options_have_the_types_of_their_fields() -> None:
         ({"control": "absolut"}, "unknown value 'absolut'; did you mean 'absolute'"),
         ({"path": "y"}, "unknown option of rlds 'path'"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             typed_options(Options, "x", text, "rlds")
 
 

@@ -359,8 +359,8 @@ def test_outputs_on_a_store_are_claimed_as_on_disk() -> None:
     claim_output(out, complete=False, inputs=[root / "input", Path("/out")])
     claim_output(out, complete=False)
     (out / "file").write_text("x")
-    for complete, mend in ((False, "--resume to go on with it"), (True, "--overwrite to replace it")):
-        with pytest.raises(ValueError, match=mend):
+    for complete, remedy in ((False, "--resume to go on with it"), (True, "--overwrite to replace it")):
+        with pytest.raises(ValueError, match=remedy):
             claim_output(out, complete=complete)
     claim_output(out, complete=False, resume=True)
     assert (out / "file").exists()

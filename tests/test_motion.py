@@ -59,7 +59,7 @@ def test_hard_cuts_are_found() -> None:
         assert [(shot.start, shot.stop) for shot in shots(small)] == [(0, 12), (12, 32), (32, 47)]
 
 
-def test_a_film_without_cut_is_one_shot() -> None:
+def test_a_video_without_cut_is_one_shot() -> None:
     assert shots(video(still(0, 30))) == [range(30)]
     assert shots(video(still(0, 1))) == [range(1)]
     assert shots(thumbnails([])) == [range(0)]
@@ -85,14 +85,14 @@ def test_a_light_that_is_faded_in_is_no_cut() -> None:
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 6, 10])
-def test_pictures_that_come_several_times_are_no_cuts(repeats: int) -> None:
+def test_images_that_come_several_times_are_no_cuts(repeats: int) -> None:
     """As where video of 3 images a second is stored at 30; its first and last move are no different from cuts."""
     for seed in range(4):
         moving = [image for image in pan(seed, 12, 12) for _ in range(repeats)]
         assert set(starts(video(moving))) <= {0, repeats, 11 * repeats}
 
 
-def test_motion_of_a_meter_equals_that_of_the_whole_film() -> None:
+def test_motion_of_a_meter_equals_that_of_the_whole_video() -> None:
     for length, horizon in ((1, 3), (3, 3), (4, 3), (20, 3)):
         small = video(pan(1, length, 3))
         meter = MotionMeter(horizon)

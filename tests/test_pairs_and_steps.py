@@ -378,7 +378,7 @@ def test_what_cannot_be_trained_on_is_said(demos: Dataset, labels: Labels, tmp_p
         EpisodeSteps([demos], 32, cameras=("wrist",), chunk=1)
 
 
-def test_augmentation_by_nothing_is_the_picture_and_by_the_papers_amounts_stays_near() -> None:
+def test_augmentation_by_nothing_is_the_image_and_by_the_papers_amounts_stays_near() -> None:
     image = np.random.default_rng(0).integers(40, 216, (32, 32, 3), dtype=np.uint8)
     rng = np.random.default_rng(1)
     same = augment(image, rng, crop=1, brightness=0, contrast=0, hue=0, saturation=0, value=0)
@@ -577,8 +577,8 @@ def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_hori
     noted = read_json(config.out / "config.json")["datasets"]
     assert noted[clips.fingerprint] == {"name": "own", "horizon_seconds": 0.2}
     assert noted[squares.fingerprint]["horizon_seconds"] == lam.horizon == 0.3
-    unsaid = open_dataset(specs(root, "")[1])
-    assert horizon_for(config.out, unsaid, lam) == 0.2, "as it was trained"
+    undeclared = open_dataset(specs(root, "")[1])
+    assert horizon_for(config.out, undeclared, lam) == 0.2, "as it was trained"
     assert horizon_for(config.out, open_dataset(specs(root, ",horizon=0.4")[1]), lam) == 0.4, "the given one"
     probe.run(ProbeConfig(lam=config.out, data=specs(root, "")[1], out=tmp_path / "probe", num_pairs=8, device="cpu"))
     assert read_json(tmp_path / "probe" / "probe.json")["horizon_seconds"] == 0.2

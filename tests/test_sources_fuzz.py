@@ -96,7 +96,7 @@ def fuzz(
 
 
 def everything(dataset: Dataset) -> list[tuple[Any, ...]]:
-    """All of a dataset, picture by picture."""
+    """All of a dataset, image by image."""
     found = []
     for one in dataset.episodes:
         shown = [dataset.frames(one.index, None, camera) for camera in dataset.cameras]

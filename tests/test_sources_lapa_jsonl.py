@@ -1,4 +1,4 @@
-"""Files of the released LAPA code: what rows say, which are one episode, malformed ones, labels, and pretraining."""
+"""Files of the released LAPA code: what rows hold, which are one episode, malformed ones, labels, and pretraining."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def published(number: int, **changes: Any) -> dict[str, Any]:
-    """A row as the published latent-action dataset has them, with a smaller picture."""
+    """A row as the published latent-action dataset has them, with a smaller image."""
     row = {
         "instruction": PROMPT.format(f"push {number % 2}"),
         "vision": [str((number + place) % 64) for place in range(CODES)],
@@ -89,13 +89,13 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def write_pictures(folder: Path, rows: list[dict[str, Any]], seed: int = 0) -> list[np.ndarray]:
+def write_images(folder: Path, rows: list[dict[str, Any]], seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    pictures = [rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in rows]
-    for row, frame_HWC in zip(rows, pictures, strict=True):
+    images = [rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for _ in rows]
+    for row, frame_HWC in zip(rows, images, strict=True):
         (folder / row["image"]).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(frame_HWC).save(folder / row["image"])
-    return pictures
+    return images
 
 
 def opened(path: Path, **options: Any) -> Dataset:
@@ -116,7 +116,7 @@ def test_published_rows_are_read_in_place(tmp_path: Path) -> None:
         FramePairs([opened(longer)], PairsConfig(size=32, horizon=0.2, held_out=0))[0]
 
 
-def test_of_several_pictures_in_a_row_the_first_is_read(tmp_path: Path) -> None:
+def test_of_several_images_in_a_row_the_first_is_read(tmp_path: Path) -> None:
     twice = published(0, vision=[str(place) for place in range(2 * CODES)])
     assert opened(write_rows(tmp_path / "two.jsonl", [twice])).image_codes(0, [0]).tolist() == [[*range(CODES)]]
 
@@ -124,7 +124,7 @@ def test_of_several_pictures_in_a_row_the_first_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_finetuning_rows_become_a_dataset(tmp_path: Path, form: str) -> None:
     rows = [finetuning(episode, step) for step in range(3) for episode in range(2)]
-    pictures = write_pictures(tmp_path, rows)
+    images = write_images(tmp_path, rows)
     path = tmp_path / "finetune.json"
     path.write_text(json.dumps(rows, indent=1) if form == "list" else "\n".join(map(json.dumps, rows)))
     dataset = opened(path)
@@ -135,7 +135,7 @@ def test_finetuning_rows_become_a_dataset(tmp_path: Path, form: str) -> None:
     assert dataset.features["observation.state"]["names"] == ["eef_pos_0", "eef_pos_1", "eef_pos_2", "gripper_state"]
     assert dataset.action_space is not None and dataset.action_space.control == "delta"
     assert dataset.action_space.binary == (False,) * 6 + (True,)
-    assert (dataset.frames(1, [2, 0]) == np.stack([pictures[5], pictures[1]])).all()
+    assert (dataset.frames(1, [2, 0]) == np.stack([images[5], images[1]])).all()
     run(LapaJsonlConfig(str(path), out=tmp_path / "out", size=16, workers=1))
     converted = open_dataset(tmp_path / "out")
     assert [(one.length, one.instruction) for one in converted.episodes] == [(3, "lift 0"), (3, "lift 1")]
@@ -146,7 +146,7 @@ def test_labels_lie_beside_what_the_rows_become(tmp_path: Path) -> None:
     rows = [published(number, id=f"clip_{number // 3}_{number % 3}", vision=None) for number in range(6)]
     rows = [{**row, "fields": "[instruction],delta", "image": f"{row['id']}.png"} for row in rows]
     del rows[2]["delta"], rows[2]["fields"]
-    write_pictures(tmp_path, rows)
+    write_images(tmp_path, rows)
     path = write_rows(tmp_path / "rows.jsonl", rows)
     run(LapaJsonlConfig(str(path), out=tmp_path / "out", size=16, workers=1, lam="laq"))
     dataset = open_dataset(tmp_path / "out")
@@ -159,7 +159,7 @@ def test_labels_lie_beside_what_the_rows_become(tmp_path: Path) -> None:
         run(LapaJsonlConfig(str(path), out=tmp_path / "few", size=16, workers=1, codebook_size=3))
 
 
-def test_codes_without_pictures_become_labels_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_codes_without_images_become_labels_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(4)])
     config = LapaJsonlConfig(str(path), out=tmp_path / "out", image_codes=CODES)
     run(config)
@@ -179,7 +179,7 @@ GOOD = published(0)
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ('{"instruction": "push", ', "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
@@ -199,11 +199,11 @@ GOOD = published(0)
         ({**GOOD, "conversations": "words"}, "`conversations` must be"),
     ],
 )
-def test_a_malformed_row_is_named_by_its_line(tmp_path: Path, row: Any, told: str, capsys: Any) -> None:
+def test_a_malformed_row_is_named_by_its_line(tmp_path: Path, row: Any, message: str, capsys: Any) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [GOOD, "", row, published(2)])
     with pytest.raises(ValueError, match=r"rows\.jsonl: row 3 .*skip_bad=true") as caught:
         opened(path)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     dataset = opened(path, skip_bad=True)
     assert [one.source for one in dataset.episodes] == ["row 1", "row 4"]
     assert "left out, malformed rows: 1" in capsys.readouterr().err
@@ -224,26 +224,26 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     broken.write_text(json.dumps([finetuning(0, 0), finetuning(0, 1)])[:-40])
     after = tmp_path / "after.json"
     after.write_text("[] []")
-    for path, told in (
+    for path, message in (
         (empty, "holds no row"),
         (tmp_path / "none.jsonl", "no such file; name a JSONL file"),
         (tmp_path, "is a folder; name a JSONL file"),
         (broken, "row 1, at byte .* is not valid JSON"),
         (after, "goes on after the end of its list"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             opened(path, skip_bad=True)
     rows = [finetuning(0, 0), finetuning(0, 1)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ValueError, match=r"row 1: .*step_0\.png: no such file; give the folder .* --images"):
         opened(path)
-    write_pictures(tmp_path, rows)
-    picture = tmp_path / rows[1]["image"]
-    picture.write_bytes(picture.read_bytes()[:-200])
+    write_images(tmp_path, rows)
+    image = tmp_path / rows[1]["image"]
+    image.write_bytes(image.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"row 2: .*step_1\.png: cannot be decoded"):
         opened(path).frames(0)
-    picture.unlink()
-    picture.symlink_to(picture)
+    image.unlink()
+    image.symlink_to(image)
     with pytest.raises(ValueError, match=r"row 2: .*step_1\.png: cannot be read"):
         opened(path).frames(0)
 
@@ -261,9 +261,9 @@ def test_rows_are_put_together_where_their_names_tell(tmp_path: Path, capsys: py
         ("row 7", 1),
     ]
     assert dataset.source.items[0].place[0][0] == 2, "rows of an episode are in the order of its steps"  # type: ignore
-    told = capsys.readouterr().err
-    assert "whose ids are the same, taken as an episode each: 2" in told
-    assert "lack steps in between: 1" in told
+    message = capsys.readouterr().err
+    assert "whose ids are the same, taken as an episode each: 2" in message
+    assert "lack steps in between: 1" in message
 
 
 def test_a_remote_file_is_read(tmp_path: Path) -> None:
@@ -372,32 +372,32 @@ def pretrained(data: str, labels: Path, out: Path, **changes: Any) -> list[float
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_codes_and_the_pictures_they_stand_for_pretrain_alike(tmp_path: Path, policy: Path) -> None:
+def test_codes_and_the_images_they_stand_for_pretrain_alike(tmp_path: Path, policy: Path) -> None:
     rows = [published(number, id=f"e{number // 4}_{number % 4}", image=f"{number}.png") for number in range(8)]
-    pictures = write_pictures(tmp_path, rows)
+    images = write_images(tmp_path, rows)
     with torch.no_grad():
-        codes = load_policy(policy).model.backbone.vqgan.encode(torch.from_numpy(np.stack(pictures)))  # type: ignore
+        codes = load_policy(policy).model.backbone.vqgan.encode(torch.from_numpy(np.stack(images)))  # type: ignore
     for row, codes_hw in zip(rows, codes, strict=True):
         row["vision"] = [str(code) for code in codes_hw.flatten().tolist()]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     losses = {}
-    for name, images in (("codes", None), ("pictures", str(tmp_path))):
+    for name, images in (("codes", None), ("images", str(tmp_path))):
         config = LapaJsonlConfig(str(path), out=tmp_path / name, image_codes=CODES, images=images, size=SIDE, workers=1)
         if images is None:
             run(config)
             labels = tmp_path / name / LABELS
         data = f"lapa-jsonl:{path},image_codes={CODES}" + (f",images={images}" if images else "")
         if images is not None:
-            # The same rows, read as pictures, are another dataset for labels.
+            # The same rows, read as images, are another dataset for labels.
             manifest = json.loads((labels / "manifest.json").read_text())
             manifest["dataset_fingerprint"] = open_dataset(data).fingerprint
             (labels / "manifest.json").write_text(json.dumps(manifest))
         losses[name] = pretrained(data, labels, tmp_path / f"{name} policy", policy=policy)
-    assert losses["codes"] == losses["pictures"] and len(losses["codes"]) == 2
+    assert losses["codes"] == losses["images"] and len(losses["codes"]) == 2
     assert losses["codes"][0] != losses["codes"][1]
 
 
-def test_codes_and_pictures_may_be_in_one_batch(policy: Path) -> None:
+def test_codes_and_images_may_be_in_one_batch(policy: Path) -> None:
     parts = load_policy(policy)
     backbone, processor = parts.model.backbone, parts.processor
     frame_HWC = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)

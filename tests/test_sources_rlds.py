@@ -38,11 +38,11 @@ from tfds_files import (
     FEATURES,
     STEPS,
     encode_example,
-    encode_picture,
+    encode_image,
     episode,
     frame,
     group,
-    picture,
+    image_node,
     shard_path,
     tensor,
     write_folder,
@@ -94,11 +94,11 @@ def test_one_camera_without_actions(tmp_path: Path) -> None:
 
 def test_an_action_of_several_features(tmp_path: Path) -> None:
     features = {
-        "observation": group(image=picture(), natural_language_instruction=tensor("string")),
+        "observation": group(image=image_node(), natural_language_instruction=tensor("string")),
         "action": group(world_vector=tensor("float32", 3), open_gripper=tensor("bool")),
     }
     values = {
-        "steps/observation/image": [encode_picture(30)] * STEPS,
+        "steps/observation/image": [encode_image(30)] * STEPS,
         "steps/observation/natural_language_instruction": [b"lift", b"drop", b"drop"] * 2,
         "steps/action/world_vector": np.arange(STEPS * 3, dtype=np.float32),
         "steps/action/open_gripper": np.ones(STEPS, np.int64),
@@ -149,7 +149,7 @@ def test_what_is_known_of_a_datasets_actions_is_declared(tmp_path: Path) -> None
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
-    for options, told in (
+    for options, message in (
         ({"camera": ("man",)}, "unknown camera 'man'; did you mean 'main'"),
         ({"camera": ("wrist_depth",)}, "unknown camera 'wrist_depth'"),
         ({"split": "val"}, "unknown split 'val'"),
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path: Path) -> None:
         ({"folder": folder.parent}, "name the folder of a version, such as .*1.0.0"),
         ({"folder": tmp_path / "none"}, "name the folder of a TFDS dataset"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             convert(**{"folder": folder, "out": tmp_path / "out", **options})
     (folder / "features.json").write_text('{"featuresDict": {"features": {"image": {}}}}')
     with pytest.raises(ValueError, match=r"features\.json: describes no `steps`"):
@@ -224,8 +224,8 @@ def test_a_file_that_ends_early(tmp_path: Path, capsys: pytest.CaptureFixture, w
     else:
         path.write_bytes(whole[: {"within": offset + 50, "between": offset, "before": 0}[where]])
     found = 0 if where == "before" else 1
-    told = {"within": f"byte {offset}: the file ends", "length": f"byte {offset}: CRC mismatch of its length"}
-    with pytest.raises(ValueError, match=told.get(where, f"{found} records found, dataset_info.json expects 3")):
+    message = {"within": f"byte {offset}: the file ends", "length": f"byte {offset}: CRC mismatch of its length"}
+    with pytest.raises(ValueError, match=message.get(where, f"{found} records found, dataset_info.json expects 3")):
         convert(folder)
     dataset = convert(folder, skip_bad=True, overwrite=True)
     assert len(dataset.episodes) == 2 + found
@@ -245,7 +245,7 @@ def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("steps/action", None, "lacks steps/action, which features.json names"),
         ("steps/action", np.zeros(4, np.float32), "steps/action is not 3 numbers in each of 6 steps"),
@@ -253,19 +253,19 @@ def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         ("steps/observation/state", np.full(12, np.nan, np.float32), "state is not finite at step 0"),
         ("steps/observation/main", [], "has no step"),
         ("steps/observation/main", np.zeros(6, np.float32), "main cannot be decoded at step 0 (no image in JPEG, PNG"),
-        ("steps/observation/wrist/rgb", [encode_picture(9)], "rgb has 1 images in an episode of 6 steps"),
+        ("steps/observation/wrist/rgb", [encode_image(9)], "rgb has 1 images in an episode of 6 steps"),
         (
             "steps/observation/main",
-            [encode_picture(9)] * 5 + [encode_picture(9)[:-60]],
+            [encode_image(9)] * 5 + [encode_image(9)[:-60]],
             "main cannot be decoded at step 5",
         ),
         ("steps/language_instruction", [b"\xff\xfe"] * 6, "not UTF-8"),
     ],
 )
-def test_an_episode_that_does_not_fit(tmp_path: Path, key: str, value: Any, told: str) -> None:
+def test_an_episode_that_does_not_fit(tmp_path: Path, key: str, value: Any, message: str) -> None:
     bad = {name: values for name, values in {**episode(1), key: value}.items() if values is not None}
     folder = write_folder(tmp_path, [episode(0), bad, episode(2)], shards=1)
-    with pytest.raises(ValueError, match=rf"record 1 at byte \d+: .*{re.escape(told)}"):
+    with pytest.raises(ValueError, match=rf"record 1 at byte \d+: .*{re.escape(message)}"):
         convert(folder)
     assert len(convert(folder, skip_bad=True, resume=True).episodes) == 2
 
@@ -285,9 +285,9 @@ def test_blank_cameras_and_missing_instructions_are_counted(tmp_path: Path, caps
     folder = write_folder(tmp_path, [episode(0), {**episode(1), **blank}, {**episode(2), **unlabelled}], shards=1)
     dataset = convert(folder)
     assert [item.instruction for item in dataset.episodes] == ["task 0", "task 1", ""]
-    told = capsys.readouterr().err
+    message = capsys.readouterr().err
     for noted in ("camera main shows one colour throughout", "without instruction (--caption TEXT"):
-        assert re.search(rf"{re.escape(noted)}.*: 1\n", told)
+        assert re.search(rf"{re.escape(noted)}.*: 1\n", message)
     opened(folder)
     assert "made_up: without instruction" in capsys.readouterr().err
     dataset = convert(folder, camera=("main",), caption="wait", overwrite=True)
@@ -430,9 +430,9 @@ def _refuse(path: Path) -> Any:
     raise PermissionError(f"{path}: no")
 
 
-def test_a_picture_that_breaks_in_the_middle_of_an_episode(tmp_path: Path) -> None:
-    pictures = [encode_picture(9)] * 3 + [encode_picture(9)[:-60]] + [encode_picture(9)] * 2
-    broken = {**episode(1), "steps/observation/main": pictures}
+def test_a_image_that_breaks_in_the_middle_of_an_episode(tmp_path: Path) -> None:
+    images = [encode_image(9)] * 3 + [encode_image(9)[:-60]] + [encode_image(9)] * 2
+    broken = {**episode(1), "steps/observation/main": images}
     folder = write_folder(tmp_path, [episode(0), broken, episode(2)], shards=1)
     dataset = opened(folder)
     assert len(dataset.frames(1, [2, 4], "main")) == 2
@@ -472,16 +472,16 @@ def test_what_is_packed_or_compressed_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "packed", features=features)
     with pytest.raises(ValueError, match=r"no step feature 'note' of plain numbers.*note is packed \(zlib\)"):
         convert(folder, action_keys=("note",))
-    for parts, told in (
+    for parts, message in (
         ("action[1:7]", "action has 3 numbers"),
         ("sin:action", "unknown operation sin"),
         ("a b", "as KEY"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             convert(folder, action_keys=(parts,))
 
 
-def test_pictures_whose_size_is_not_told(tmp_path: Path) -> None:
+def test_images_whose_size_is_not_known(tmp_path: Path) -> None:
     features = json.loads(json.dumps(FEATURES))
     features["observation"]["featuresDict"]["features"]["main"]["image"]["shape"]["dimensions"] = ["-1", "-1", "3"]
     assert opened(write_folder(tmp_path, features=features)).image_shape("main") == (32, 48)
@@ -517,7 +517,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], list[list[float]]]] = {
                 rotation_delta=tensor("float32", 3),
                 gripper_closedness_action=tensor("float32", 1),
             ),
-            "observation": group(image=picture(), other=picture(), natural_language_instruction=tensor("string")),
+            "observation": group(image=image_node(), other=image_node(), natural_language_instruction=tensor("string")),
         },
         {
             "action/world_vector": np.arange(9, dtype=np.float32),
@@ -528,7 +528,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], list[list[float]]]] = {
         [[0, 1, 2, 0, 1, 2, 1], [3, 4, 5, 3, 4, 5, 0], [6, 7, 8, 6, 7, 8, 0]],
     ),
     "language_table": (
-        {"action": tensor("float32", 2), "observation": group(rgb=picture(), instruction=tensor("int32", 6))},
+        {"action": tensor("float32", 2), "observation": group(rgb=image_node(), instruction=tensor("int32", 6))},
         {"action": np.arange(6, dtype=np.float32), "observation/instruction": np.tile(SPELLED, 3)},
         [[0, 1, 0, 0, 0, 0, 1], [2, 3, 0, 0, 0, 0, 1], [4, 5, 0, 0, 0, 0, 1]],
     ),
@@ -536,7 +536,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], list[list[float]]]] = {
         {
             "action": tensor("float32", 8),
             "language_instruction": {"text": {}},
-            "observation": group(image=picture(), wrist_image=picture()),
+            "observation": group(image=image_node(), wrist_image=image_node()),
         },
         {
             # Quaternions x y z w: a quarter turn about z, one about x, and none, of length two.
@@ -551,7 +551,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], list[list[float]]]] = {
         {
             "action": tensor("float32", 6),
             "language_instruction": {"text": {}},
-            "observation": group(image=picture(), wrist_image=picture(), state=tensor("float32", 13)),
+            "observation": group(image=image_node(), wrist_image=image_node(), state=tensor("float32", 13)),
         },
         {
             "action": np.tile(np.arange(6, dtype=np.float32), 3),
@@ -564,7 +564,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any], list[list[float]]]] = {
         {
             "action": tensor("float32", 7),
             "language_instruction": {"text": {}},
-            "observation": group(image_1=picture(), image_0=picture(), state=tensor("float32", 7)),
+            "observation": group(image_1=image_node(), image_0=image_node(), state=tensor("float32", 7)),
         },
         {
             "action": np.concatenate([[0, 1, 2, 3, 4, 5, opening] for opening in (0.5, 0.96, 0.4)]).astype(np.float32),
@@ -581,7 +581,7 @@ def test_a_dataset_of_the_table_gets_the_common_action(tmp_path: Path, name: str
     features, values, actions = SHAPES[name]
     known = KNOWN[name]
     cameras = [key for key, node in features["observation"]["featuresDict"]["features"].items() if "image" in node]
-    values = {**values, **{f"observation/{camera}": [encode_picture(9)] * 3 for camera in cameras}}
+    values = {**values, **{f"observation/{camera}": [encode_image(9)] * 3 for camera in cameras}}
     values = {f"steps/{key}": value for key, value in values.items()}
     dataset = convert(write_folder(tmp_path, [values], features, name=name, shards=1), fps=None)
     assert (dataset.fps, dataset.cameras[0], dataset.episodes[0].instruction) == (known.fps, known.image, "push")

@@ -1,4 +1,4 @@
-"""`lapa data sthv2`: labels of Something-Something v2, films that are missing or damaged, and the same in place."""
+"""`lapa data sthv2`: labels of Something-Something v2, videos that are missing or damaged, and the same in place."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def convert(root: Path, **settings) -> Dataset:
     return open_dataset(out)
 
 
-def test_the_films_of_a_split_become_episodes(root: Path) -> None:
+def test_the_videos_of_a_split_become_episodes(root: Path) -> None:
     dataset = convert(root)
     assert dataset.fps == 12.0
     assert [(e.source, e.length, e.instruction) for e in dataset.episodes] == [
@@ -67,7 +67,7 @@ def test_the_test_split_has_no_text(root: Path, capsys: pytest.CaptureFixture) -
     assert [e.instruction for e in dataset.episodes] == ["do it"]
 
 
-def test_missing_films_are_counted(root: Path, capsys: pytest.CaptureFixture) -> None:
+def test_missing_videos_are_counted(root: Path, capsys: pytest.CaptureFixture) -> None:
     (root / "9.webm").unlink()
     assert len(convert(root).lengths) == 2
     assert "videos missing: 1 of the 3 that" in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_missing_films_are_counted(root: Path, capsys: pytest.CaptureFixture) ->
         convert(root, out=root.parent / "other")
 
 
-def test_damaged_films_are_left_out_on_request(root: Path) -> None:
+def test_damaged_videos_are_left_out_on_request(root: Path) -> None:
     (root / "9.webm").write_bytes(b"")
     with pytest.raises(ValueError, match=r"9\.webm: .*empty, zero bytes"):
         convert(root)

@@ -31,7 +31,7 @@ def test_no_flipped_bit_and_no_truncation_is_silent(payloads: list[bytes], data:
     assert all(record == payloads[index] for index, record in enumerate(records) if isinstance(record, bytes))
     end = data.draw(st.integers(0, len(whole) - 1))
     records = list(_read(whole[:end]))
-    # Cut between two records, only the count of them tells.
+    # Cut between two records, only their number shows it.
     assert any(isinstance(record, str) for record in records) or len(records) < len(payloads)
 
 

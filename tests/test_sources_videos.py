@@ -113,7 +113,7 @@ def test_bad_captions_are_named(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_text("push")
     (tmp_path / "f.csv").write_bytes("file,text\na.mp4,caf\u00e9\n".encode("latin-1"))
     (tmp_path / "f.jsonl").write_bytes('{"file": "a.mp4", "text": "caf\u00e9"}\n'.encode("latin-1"))
-    for name, told in (
+    for name, message in (
         ("a.jsonl", "line 2 is not valid JSON"),
         ("b.csv", "entry 1 needs `file`"),
         ("c.json", "'a.mp4' is not text"),
@@ -122,7 +122,7 @@ def test_bad_captions_are_named(tmp_path: Path) -> None:
         ("f.csv", "save it as UTF-8"),
         ("f.jsonl", "save it as UTF-8"),
     ):
-        with pytest.raises(ValueError, match=rf"{name}: .*{told}"):
+        with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
             read_captions(tmp_path / name)
 
 
@@ -161,9 +161,9 @@ def test_what_is_not_a_video(folder: Path, capsys: pytest.CaptureFixture) -> Non
     with pytest.raises(ValueError, match=r"bad\.mp4: not a readable video.*--skip-bad"):
         convert(folder)
     assert len(convert(folder, skip_bad=True).episodes) == 3
-    told = capsys.readouterr().err
-    assert "bad.mp4" in told
-    assert "ignored: 1 file without the suffix of a video" in told
+    message = capsys.readouterr().err
+    assert "bad.mp4" in message
+    assert "ignored: 1 file without the suffix of a video" in message
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
@@ -183,10 +183,10 @@ def test_a_truncated_video_is_kept_as_far_as_it_goes(folder: Path, capsys: pytes
     dataset = convert(folder)
     length = dataset.episodes[3].length
     assert 5 < length < 115
-    told = capsys.readouterr().err
-    assert f"{length} frames kept" in told
-    assert "damaged, the readable part is kept: 1" in told
-    assert "frames lost in what is damaged: " in told
+    message = capsys.readouterr().err
+    assert f"{length} frames kept" in message
+    assert "damaged, the readable part is kept: 1" in message
+    assert "frames lost in what is damaged: " in message
 
 
 def test_mixed_sizes_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -197,9 +197,9 @@ def test_mixed_sizes_and_rates(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert (dataset.fps, [episode.length for episode in dataset.episodes]) == (10.0, [10, 10, 10])
     apart = dataset.frames(0).mean(axis=(1, 2, 3)) - dataset.frames(2).mean(axis=(1, 2, 3))
     assert np.abs(apart).max() < 6
-    told = capsys.readouterr().err
-    assert "1 at 30 fps" in told
-    assert "2 different image sizes" in told
+    message = capsys.readouterr().err
+    assert "1 at 30 fps" in message
+    assert "2 different image sizes" in message
     assert convert(tmp_path / "clips", fps=30, out=tmp_path / "fast").episodes[0].length in (29, 30)
 
 
@@ -245,18 +245,18 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script.write_text(
         "import os, time\n"
         "from lapa.data.workers import Workers\n"
-        "def tell(seconds):\n"
+        "def report(seconds):\n"
         "    os.write(1, b'begun ')\n"
         "    time.sleep(seconds)\n"
         "if __name__ == '__main__':\n"
         "    with Workers(2) as workers:\n"
-        "        list(workers.in_order(tell, [(600,), (600,)]))\n"
+        "        list(workers.in_order(report, [(600,), (600,)]))\n"
     )
     parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE)
     assert parent.stdout is not None
-    told = b""
-    while told.count(b"begun") < 2:
-        told += os.read(parent.stdout.fileno(), 100)
+    message = b""
+    while message.count(b"begun") < 2:
+        message += os.read(parent.stdout.fileno(), 100)
     parent.kill()
     # The output ends when the last process that holds it is gone.
     parent.communicate(timeout=30)
@@ -323,15 +323,15 @@ def write_times(path: Path, times: list[float], size: tuple[int, int] = (48, 64)
         stream.height, stream.width, stream.pix_fmt, stream.time_base = *size, "yuv420p", Fraction(1, 1000)
         for number, seconds in enumerate(times):
             grey = np.full((*size, 3), 20 + 7 * number, np.uint8)
-            picture = av.VideoFrame.from_ndarray(grey, format="rgb24")
-            picture.pts, picture.time_base = round(seconds * 1000), Fraction(1, 1000)
-            container.mux(stream.encode(picture))
+            image = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            image.pts, image.time_base = round(seconds * 1000), Fraction(1, 1000)
+            container.mux(stream.encode(image))
         container.mux(stream.encode(None))
 
 
 def in_place(folder: Path, **options: object) -> Dataset:
-    told = "".join(f",{key}={value}" for key, value in {"caption": "wait", **options}.items())
-    return open_dataset(f"videos:{folder}{told}")
+    message = "".join(f",{key}={value}" for key, value in {"caption": "wait", **options}.items())
+    return open_dataset(f"videos:{folder}{message}")
 
 
 def numbers(frames_THWC: np.ndarray) -> list[int]:
@@ -413,9 +413,9 @@ def test_a_video_without_a_frame_is_left_out_in_place_on_request(folder: Path) -
         stream.height, stream.width = 48, 64
         packets = [*stream.encode(av.VideoFrame(64, 48, "yuv420p")), *stream.encode(None)]
         container.mux(packets)
-        picture = bytes(packets[0])
-    assert path.read_bytes().count(picture) == 1
-    path.write_bytes(path.read_bytes().replace(picture, bytes(len(picture))))
+        image = bytes(packets[0])
+    assert path.read_bytes().count(image) == 1
+    path.write_bytes(path.read_bytes().replace(image, bytes(len(image))))
     with pytest.raises(ValueError, match=r"blind\.webm: no frame of it can be decoded.*skip_bad=true"):
         in_place(folder)
     assert len(in_place(folder, skip_bad=True).lengths) == 3

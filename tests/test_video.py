@@ -65,7 +65,7 @@ def test_ntsc_rates_are_exact() -> None:
 
 
 @pytest.mark.parametrize("fps", [14.99, 23.98, 29.973, 7.0004])
-def test_a_frame_of_a_long_film_at_an_odd_rate_is_found_at_its_time(fps: float) -> None:
+def test_a_frame_of_a_long_video_at_an_odd_rate_is_found_at_its_time(fps: float) -> None:
     assert abs(20_000 / exact_rate(fps) - 20_000 / fps) < 0.1 / fps
 
 

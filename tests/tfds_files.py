@@ -49,20 +49,20 @@ def frame(payload: bytes) -> bytes:
     return length + struct.pack("<I", masked_crc(length)) + payload + struct.pack("<I", masked_crc(payload))
 
 
-def encode_picture(level: int, form: str = "JPEG", size: tuple[int, int] = (48, 32)) -> bytes:
-    buffer, picture = io.BytesIO(), Image.new("RGB", size, (level, level, level))
-    picture.paste((255, 0, 0), (20, 4, 28, 12))
-    picture.save(buffer, form)
+def encode_image(level: int, form: str = "JPEG", size: tuple[int, int] = (48, 32)) -> bytes:
+    buffer, image = io.BytesIO(), Image.new("RGB", size, (level, level, level))
+    image.paste((255, 0, 0), (20, 4, 28, 12))
+    image.save(buffer, form)
     return buffer.getvalue()
 
 
 def episode(number: int, steps: int = STEPS) -> dict[str, Any]:
-    pictures = {
-        "steps/observation/main": [encode_picture(20 * number + 10 * step) for step in range(steps)],
-        "steps/observation/wrist/rgb": [encode_picture(200, "PNG") for _ in range(steps)],
+    images = {
+        "steps/observation/main": [encode_image(20 * number + 10 * step) for step in range(steps)],
+        "steps/observation/wrist/rgb": [encode_image(200, "PNG") for _ in range(steps)],
     }
     return {
-        **pictures,
+        **images,
         "steps/language_instruction": [f"task {number % 2}".encode()] * steps,
         "steps/action": np.arange(steps * 3, dtype=np.float32) + number,
         "steps/observation/state": np.arange(steps * 2, dtype=np.float32) - number,
@@ -75,7 +75,7 @@ def tensor(dtype: str, *shape: int) -> dict[str, Any]:
     return {"tensor": {"shape": dimensions, "dtype": dtype, "encoding": "none"}}
 
 
-def picture(channels: int = 3) -> dict[str, Any]:
+def image_node(channels: int = 3) -> dict[str, Any]:
     return {"image": {"shape": {"dimensions": ["32", "48", str(channels)]}, "dtype": "uint8", "encodingFormat": "jpeg"}}
 
 
@@ -87,7 +87,9 @@ FEATURES = {
     "language_instruction": {"text": {}},
     "action": tensor("float32", 3),
     "is_first": tensor("bool"),
-    "observation": group(wrist=group(rgb=picture(), depth=picture(1)), main=picture(), state=tensor("float32", 2)),
+    "observation": group(
+        wrist=group(rgb=image_node(), depth=image_node(1)), main=image_node(), state=tensor("float32", 2)
+    ),
 }
 
 
