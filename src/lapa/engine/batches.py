@@ -1,7 +1,7 @@
 """Batches in an order that is a function of the seed and the step, so that a resume needs only the step number.
 
-A dataset of one piece is drawn in a fresh permutation each epoch. One that is a mixture says so by `groups`: how many
-of its samples, which follow each other, belong to each part, and the parts' weights. Then
+A dataset of one part is drawn in a fresh permutation each epoch. A mixture declares `groups`: the number of samples,
+which follow each other, and the weight of each part. Then
 
 - of any first N draws, part i has exactly `count(i, N)`, the nearest whole number to its share of what the parts
   before it leave; so however long the run is, no count strays from its share by more draws than half the parts;
@@ -46,7 +46,7 @@ class Order(Protocol):
     """Which sample each draw since training began is."""
 
     def sample(self, number: int) -> int:
-        """Of the draw `number`, counted from 0."""
+        """The sample of the draw `number`, counted from 0."""
 
 
 class Permutations:
@@ -64,10 +64,7 @@ class Permutations:
 
 
 class Mixed:
-    """Samples of several parts, in exact shares: see the module's docstring. Part i holds the samples that follow
-
-    those of the parts before it.
-    """
+    """Samples of several parts, one after the other in the dataset, in exact shares: see the module's docstring."""
 
     def __init__(self, groups: Sequence[tuple[int, float]], seed: int) -> None:
         """groups: (number of samples, weight) of each part; an empty part, or one of weight 0, is never drawn."""
@@ -112,9 +109,7 @@ class Mixed:
 
 
 class StepSampler(Sampler[list[Draw]]):
-    """Micro-batches of one process, from `first_step` on: a fresh permutation of the dataset each epoch, or, with
-
-    `groups` of (number of samples, weight), the mixture of its parts.
+    """Micro-batches of one process, from `first_step` on, in the order of `Permutations` or, with `groups`, of `Mixed`.
 
     A step draws `batch_size` samples over all processes and accumulations; the process `rank` takes its share.
     So one process and many see the same samples at the same step.

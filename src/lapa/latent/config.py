@@ -177,7 +177,7 @@ class LatentTrainConfig:
     min_motion: float = 0.0
     """Leave out training pairs that change less than this: 0.005 is noise, 0.05 an object of a fiftieth that moves."""
     cache_gib: float = 4.0
-    """Keep decoded frames in memory where they fit into this much, training and held-out episodes each."""
+    """Keep decoded frames in memory where they fit into this much, training and validation split each."""
     overwrite: bool = False
     """Replace the contents of `out`."""
     resume: bool = False
@@ -196,7 +196,7 @@ class MeasureConfig:
     camera: str | None = None
     """Camera to read; by default the dataset's first."""
     seed: int = 0
-    """Seed of the drawn pairs, the held-out episodes and the MLP."""
+    """Seed of the drawn pairs, the test episodes and the MLP."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False

@@ -102,6 +102,10 @@ def other_episodes(episodes_B: np.ndarray, seed: int = 0) -> np.ndarray:
     return partners_B
 
 
+def device_of(model: LatentActionModel) -> torch.device:
+    return next(model.parameters()).device
+
+
 @torch.no_grad()
 def reconstruction_figures(
     model: LatentActionModel, sample: Sample, encoded: LatentAction | None = None
@@ -235,41 +239,8 @@ def consistency_figures(model: LatentActionModel, sample: Sample, encoded: Laten
     return figures
 
 
-def device_of(model: LatentActionModel) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _joined(latents: Sequence[LatentAction]) -> LatentAction:
-    codes = [latent.codes_BL.cpu() for latent in latents if latent.codes_BL is not None]
-    return LatentAction(
-        torch.cat(codes) if codes else None,
-        torch.cat([latent.z_BLD.float().cpu() for latent in latents]),
-        torch.cat([latent.quantized_BLD.float().cpu() for latent in latents]),
-    )
-
-
-def _moving(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
-    """1 at target positions that hold a changing pixel, else 0: [B, 1, h, w]."""
-    changed = (second.float() - first.float()).abs().amax(dim=1, keepdim=True) > MOVING * 255
-    return F.adaptive_max_pool2d(changed.float(), target.shape[-2:])
-
-
-def _predict(model: LatentActionModel, first: Tensor, quantized_BLD: Tensor) -> Tensor:
-    prediction = model.predict(first, quantized_BLD).float()
-    return prediction.clamp(0, 1) if model.predicts_pixels else prediction
-
-
-def _ratio(numerator: Tensor | float, denominator: Tensor | float) -> float | None:
-    """None for a zero denominator, as with latents that are all the same."""
-    return float(numerator) / float(denominator) if float(denominator) > 0 else None
-
-
-def _perplexity(share: Tensor) -> Tensor:
-    return torch.special.entr(share).sum(dim=-1).exp()
-
-
 def action_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any]:
-    """Linear (ridge) and MLP regressions to the mean true action, scored on held-out episodes; see `scores`.
+    """Linear (ridge) and MLP regressions to the mean true action, scored on the test episodes; see `scores`.
 
     From the codes (one-hot), the quantised latent action, the continuous one and, as a yardstick, the difference of
     the two frames at 8x8 pixels; mean_action: from nothing. lp_mse (CoMo, https://arxiv.org/abs/2505.17006): the
@@ -299,7 +270,7 @@ def action_figures(sample: Sample, encoded: LatentAction, codebook_size: int, se
 
 
 def returned_action_r2(sample: Sample, encoded: LatentAction, returned: LatentAction, seed: int = 0) -> float | None:
-    """R2 between the linear regression's predictions before and after a transfer, on held-out episodes.
+    """R2 between the linear regression's predictions before and after a transfer, on the test episodes.
 
     returned: the latent actions encoded again, of `transfer`. 1: the same action; 0 or less: no better than the mean
     prediction. None if the regression predicts the same for every pair.
@@ -337,9 +308,9 @@ def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0)
 
 
 def task_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any] | None:
-    """Accuracy of a logistic regression from the latent action to the instruction, on held-out episodes.
+    """Accuracy of a logistic regression from the latent action to the instruction, on test episodes.
 
-    A fifth of each instruction's episodes is held out. Instructions of a single episode are left out, and only the 50
+    A fifth of each instruction's episodes are test episodes. Instructions of a single episode are left out, and only the 50
     with most pairs are classes; None if that leaves fewer than two. chance: the share of the most frequent instruction.
     first_frame: from the first frame at 8x8 pixels, what the scene alone predicts.
     """
@@ -374,17 +345,6 @@ def features_of(sample: Sample, encoded: LatentAction, codebook_size: int) -> di
     if encoded.codes_BL is not None:
         features = {"codes": F.one_hot(encoded.codes_BL, codebook_size), **features}
     return {name: rearrange(values, "b ... -> b (...)").double().numpy() for name, values in features.items()}
-
-
-def _small(frame_BCHW: Tensor) -> Tensor:
-    parts = [F.interpolate(part.float() / 255, size=PIXEL_BASELINE_SIDE, mode="area") for part in frame_BCHW.split(64)]
-    return torch.cat(parts)
-
-
-def _known(values: list[float | None], summary: Callable[[list[float]], Any]) -> float | None:
-    """The summary (max, mean) of the values that are known; None if none is."""
-    known = [value for value in values if value is not None]
-    return float(summary(known)) if known else None
 
 
 def hold_out(groups_B: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -531,3 +491,43 @@ def mutual_information(symbols_B: np.ndarray, others_B: np.ndarray, seed: int = 
     permuted = float(np.mean([information(rng.permutation(others_B)) for _ in range(PERMUTATIONS)]))
     room = float(entropy(np.unique(others_B, return_counts=True)[1])) - permuted
     return {"nats": nats, "permuted": permuted, "known": (nats - permuted) / room if room > 1e-3 else None}
+
+
+def _joined(latents: Sequence[LatentAction]) -> LatentAction:
+    codes = [latent.codes_BL.cpu() for latent in latents if latent.codes_BL is not None]
+    return LatentAction(
+        torch.cat(codes) if codes else None,
+        torch.cat([latent.z_BLD.float().cpu() for latent in latents]),
+        torch.cat([latent.quantized_BLD.float().cpu() for latent in latents]),
+    )
+
+
+def _moving(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
+    """1 at target positions that hold a changing pixel, else 0: [B, 1, h, w]."""
+    changed = (second.float() - first.float()).abs().amax(dim=1, keepdim=True) > MOVING * 255
+    return F.adaptive_max_pool2d(changed.float(), target.shape[-2:])
+
+
+def _predict(model: LatentActionModel, first: Tensor, quantized_BLD: Tensor) -> Tensor:
+    prediction = model.predict(first, quantized_BLD).float()
+    return prediction.clamp(0, 1) if model.predicts_pixels else prediction
+
+
+def _ratio(numerator: Tensor | float, denominator: Tensor | float) -> float | None:
+    """None for a zero denominator, as with latents that are all the same."""
+    return float(numerator) / float(denominator) if float(denominator) > 0 else None
+
+
+def _perplexity(share: Tensor) -> Tensor:
+    return torch.special.entr(share).sum(dim=-1).exp()
+
+
+def _small(frame_BCHW: Tensor) -> Tensor:
+    parts = [F.interpolate(part.float() / 255, size=PIXEL_BASELINE_SIDE, mode="area") for part in frame_BCHW.split(64)]
+    return torch.cat(parts)
+
+
+def _known(values: list[float | None], summary: Callable[[list[float]], Any]) -> float | None:
+    """The summary (max, mean) of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return float(summary(known)) if known else None

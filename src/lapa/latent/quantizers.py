@@ -29,6 +29,17 @@ from lapa.latent.config import LatentModelConfig
 # latents form clusters, moments that waver would push clusters to and fro over the border between two codes.
 FIRST_MOMENTUM, LAST_MOMENTUM, SETTLING = 0.05, 0.005, 10
 VARIANCE_FLOOR = 1e-8
+REPLACE_EVERY = 64  # training forwards
+DEAD_SHARE = 0.02  # of the uses a code would have if all were used equally
+REPLACEMENT_NOISE = 0.1  # of the spread of z; keeps replacements apart
+KMEANS_STEPS = 10
+NORM_FLOOR = 1e-24
+EMA_DECAY = 0.99
+COMMITMENT = 0.25  # weight of the loss that pulls latents to their codes
+KL_WEIGHT = 1e-4  # of the divergence from the unit normal
+EMA_DEAD_USES = 0.5  # of a code in a batch, on average
+LARGEST_LOG_VARIANCE = 10.0
+NO_CODES = "a continuous latent action model has no codes; train one with --quantizer fsq for codes"
 
 
 @dataclass(frozen=True)
@@ -158,19 +169,6 @@ def same_everywhere(x: Tensor) -> Tensor:
         x = x.contiguous()
         dist.broadcast(x, src=0)
     return x
-
-
-REPLACE_EVERY = 64  # training forwards
-DEAD_SHARE = 0.02  # of the uses a code would have if all were used equally
-REPLACEMENT_NOISE = 0.1  # of the spread of z; keeps replacements apart
-KMEANS_STEPS = 10
-NORM_FLOOR = 1e-24
-EMA_DECAY = 0.99
-COMMITMENT = 0.25  # weight of the loss that pulls latents to their codes
-KL_WEIGHT = 1e-4  # of the divergence from the unit normal
-EMA_DEAD_USES = 0.5  # of a code in a batch, on average
-LARGEST_LOG_VARIANCE = 10.0
-NO_CODES = "a continuous latent action model has no codes; train one with --quantizer fsq for codes"
 
 
 class NSVQ(Quantizer):

@@ -166,14 +166,16 @@ class CollapseWatch:
         if "codes_used" in figures:
             usage = f"; {figures['codes_used']:.0%} of the codes used, perplexity {figures['perplexity']:.1f}"
         say(
-            f"held-out pairs: error {figures['mse']:.5f}, copying the first frame {figures['mse_copy']:.5f}, "
+            f"validation split: error {figures['mse']:.5f}, copying the first frame {figures['mse_copy']:.5f}, "
             f"another pair's latent action {figures['mse_shuffled']:.5f}{usage}"
         )
         self.look(figures)
         if figures["mse_shuffled"] < UNREAD * figures["mse"]:
-            self._warn("on held-out episodes, the latent action of another pair gives the same error as the pair's own")
+            self._warn(
+                "on the validation split, the latent action of another pair gives the same error as the pair's own"
+            )
         elif figures["mse"] > figures["mse_copy"]:
-            sign = "on held-out episodes, the prediction is worse than copying the first frame"
+            sign = "on the validation split, the prediction is worse than copying the first frame"
             self._warn(sign, self._advice_of_overfitting)
 
     def _warn(self, sign: str, advice: str | None = None) -> None:
