@@ -310,8 +310,8 @@ def information_figures(codes_BL: Tensor, actions_BA: np.ndarray, seed: int = 0)
 def task_figures(sample: Sample, encoded: LatentAction, codebook_size: int, seed: int = 0) -> dict[str, Any] | None:
     """Accuracy of a logistic regression from the latent action to the instruction, on test episodes.
 
-    A fifth of each instruction's episodes are test episodes. Instructions of a single episode are left out, and only the 50
-    with most pairs are classes; None if that leaves fewer than two. chance: the share of the most frequent instruction.
+    A fifth of each instruction's episodes are test episodes. Instructions of a single episode are left out, and only
+    the 50 with most pairs are classes; None if that leaves fewer than two. chance: the share of the most frequent one.
     first_frame: from the first frame at 8x8 pixels, what the scene alone predicts.
     """
     assert sample.tasks_B is not None

@@ -22,7 +22,7 @@ from lapa.data.transforms import resize_and_crop
 from lapa.data.video import decode_image, encode_clip
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, errors_about, reading
+from lapa.files import atomic_path, claim_output, reading
 from lapa.latent.config import ShowConfig
 from lapa.latent.metrics import BATCH, Sample, device_of, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
@@ -107,9 +107,8 @@ def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Te
 def read_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
     """An image file, resized as in training. Raises UserError naming the file if it is missing or no image."""
     with reading(path):
-        encoded = path.read_bytes()
-    with errors_about(path):
-        pixels_HWC = resize_and_crop(decode_image(encoded)[None], size)[0]
+        pixels_HWC = decode_image(path.read_bytes(), f"{path}: cannot be decoded")
+    pixels_HWC = resize_and_crop(pixels_HWC[None], size)[0]
     return torch.from_numpy(np.ascontiguousarray(rearrange(pixels_HWC, "h w c -> c h w")))
 
 
