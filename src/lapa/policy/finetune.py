@@ -18,7 +18,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from lapa import config as configs
 from lapa.console import finish, say, warn
 from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.sampling import require_names
@@ -30,12 +29,12 @@ from lapa.policy.actions import ActionBins, ActionCodec, KeyedSpace, Statistics,
 from lapa.policy.backbones import renew_backbone
 from lapa.policy.config import FinetuneConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.pretrain import open_labels
 from lapa.policy.runtime import Policy, is_policy, read_config, statistics_of
 from lapa.policy.training import (
     choose_prompts,
     load_start,
     new_policy,
+    open_labels,
     open_steps,
     require_same_codes,
     slot_cameras,
@@ -61,28 +60,11 @@ def run(config: FinetuneConfig) -> None:
     _check_continuation(config, start.config, datasets)
 
     training, held_out = open_steps(
-        config,
-        datasets,
-        start.config.backbone.image_size,
-        cameras,
-        labels=labels,
-        chunk=config.chunk,
-        state=config.state,
+        config, datasets, start.config, cameras, labels=labels, chunk=config.chunk, state=config.state
     )
     policy = _with_actions(config, start, datasets, training, cameras)
-    finished = train_policy(
-        policy,
-        training,
-        held_out,
-        config,
-        labels=config.labels,
-        run_config={
-            **configs.to_dict(config),
-            "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
-        },
-        description="policy from scratch" if config.from_scratch else "policy",
-    )
-    if finished:
+    description = "policy from scratch" if config.from_scratch else "policy"
+    if train_policy(policy, training, held_out, config, description=description):
         finish("policy", config.out, _next_commands(config, policy.config))
 
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from lapa import config as configs
 from lapa.console import finish
 from lapa.data.dataset import Dataset
-from lapa.data.labels import Labels, Manifest
+from lapa.data.labels import Manifest
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
 from lapa.errors import UserError
@@ -26,6 +24,7 @@ from lapa.policy.training import (
     choose_prompts,
     load_start,
     new_policy,
+    open_labels,
     open_steps,
     require_same_codes,
     slot_cameras,
@@ -46,42 +45,10 @@ def run(config: PretrainConfig) -> None:
     policy = _starting_policy(config, datasets, labels[0].manifest)
 
     cameras = policy.cameras if config.policy else config.cameras or None
-    training, held_out = open_steps(config, datasets, policy.config.backbone.image_size, cameras, labels=labels)
-    run_config = {
-        **configs.to_dict(config),
-        "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
-        "lam_fingerprint": labels[0].manifest.lam_fingerprint,
-    }
-    finished = train_policy(
-        policy,
-        training,
-        held_out,
-        config,
-        labels=config.labels,
-        run_config=run_config,
-        description="latent policy",
-    )
-    if finished:
+    training, held_out = open_steps(config, datasets, policy.config, cameras, labels=labels)
+    lam = labels[0].manifest.lam_fingerprint
+    if train_policy(policy, training, held_out, config, description="latent policy", lam_fingerprint=lam):
         finish("pretrained policy", config.out, next_commands)
-
-
-def open_labels(folders: Sequence[str | Path], datasets: Sequence[Dataset]) -> list[Labels]:
-    """The labels of each dataset. Raises UserError where they belong to other datasets or to several models."""
-    if len(folders) != len(datasets):
-        raise UserError(
-            f"{len(datasets)} datasets need as many --labels folders, in the same order; got {len(folders)}"
-        )
-    labels = [
-        Labels.open(folder, dataset_fingerprint=dataset.fingerprint)
-        for folder, dataset in zip(folders, datasets, strict=True)
-    ]
-    for folder, other in zip(folders, labels, strict=True):
-        if other.manifest.lam_fingerprint != labels[0].manifest.lam_fingerprint:
-            raise UserError(
-                f"{folder}: made by the latent action model {other.manifest.lam_fingerprint}, but {folders[0]} by "
-                f"{labels[0].manifest.lam_fingerprint}; label all datasets with one model"
-            )
-    return labels
 
 
 def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manifest: Manifest) -> Policy:

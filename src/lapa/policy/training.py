@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lapa import config as configs
 from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
@@ -22,7 +23,7 @@ from lapa.errors import UserError, unknown
 from lapa.files import claim_output
 from lapa.policy.backbones import create_backbone
 from lapa.policy.backbones.hf import native_image_size
-from lapa.policy.config import HF, BackboneConfig, HfConfig, TrainingOptions
+from lapa.policy.config import HF, BackboneConfig, FinetuneConfig, HfConfig, PretrainConfig, TrainingOptions
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
 from lapa.policy.runtime import Policy, is_policy, load_policy
@@ -40,9 +41,8 @@ def new_policy(
     prompts = choose_prompts(options, datasets)
     cameras = options.cameras or datasets[0].cameras[:1]
     config = backbone_config(options)
-    backbone, processor, vocabulary = create_backbone(
-        config, texts=instructions(datasets, prompts), num_cameras=len(cameras), segments=segments
-    )
+    texts = [prompts.text(episode.instruction, d.name) for d in datasets for episode in d.episodes]
+    backbone, processor, vocabulary = create_backbone(config, texts=texts, num_cameras=len(cameras), segments=segments)
     policy = PolicyConfig(vocabulary, cameras, config, prompts, latent_length=latent_length)
     return Policy(LatentPolicy(policy, backbone), processor)
 
@@ -80,9 +80,23 @@ def load_start(options: TrainingOptions, folder: Path) -> Policy:
     return policy
 
 
-def instructions(datasets: Sequence[Dataset], prompts: Prompts) -> list[str]:
-    """The prompts of all episodes: the text that a new tokenizer is trained on."""
-    return [prompts.text(episode.instruction, d.name) for d in datasets for episode in d.episodes]
+def open_labels(folders: Sequence[str | Path], datasets: Sequence[Dataset]) -> list[Labels]:
+    """The labels of each dataset. Raises UserError where they belong to other datasets or to several models."""
+    if len(folders) != len(datasets):
+        raise UserError(
+            f"{len(datasets)} datasets need as many --labels folders, in the same order; got {len(folders)}"
+        )
+    labels = [
+        Labels.open(folder, dataset_fingerprint=dataset.fingerprint)
+        for folder, dataset in zip(folders, datasets, strict=True)
+    ]
+    for folder, other in zip(folders, labels, strict=True):
+        if other.manifest.lam_fingerprint != labels[0].manifest.lam_fingerprint:
+            raise UserError(
+                f"{folder}: made by the latent action model {other.manifest.lam_fingerprint}, but {folders[0]} by "
+                f"{labels[0].manifest.lam_fingerprint}; label all datasets with one model"
+            )
+    return labels
 
 
 def require_same_codes(policy: PolicyConfig, manifest: Manifest, folder: Path | None) -> None:
@@ -147,15 +161,14 @@ def train_policy(
     policy: Policy,
     training: EpisodeSteps,
     held_out: EpisodeSteps | None,
-    options: TrainingOptions,
+    options: PretrainConfig | FinetuneConfig,
     *,
-    labels: Sequence[str],
-    run_config: dict[str, Any],
     description: str,
+    **made_from: str,
 ) -> bool:
     """Trains the policy in place and writes its folder. Returns False where the run was stopped before its end.
 
-    labels: folders of labels; the output may replace neither them nor the datasets nor the policy to start from.
+    made_from: recorded with the run, next to its options and the fingerprints of its datasets.
     """
     if options.lora_rank:
         policy.model.add_adapters(options.lora_rank)
@@ -166,12 +179,13 @@ def train_policy(
             complete=is_policy(options.out),
             overwrite=options.overwrite,
             resume=options.resume,
-            inputs=[
-                *(dataset.root for dataset in training.datasets),
-                *labels,
-                *([options.policy] if options.policy else []),
-            ],
+            inputs=[*(d.root for d in training.datasets), *options.labels, *filter(None, [options.policy])],
         )
+    run_config = {
+        **configs.to_dict(options),
+        "dataset_fingerprints": [dataset.fingerprint for dataset in training.datasets],
+        **made_from,
+    }
     evaluate = None if held_out is None else held_out_figures(policy, held_out)
     if held_out is None:
         say("no episode is held out: nothing is evaluated during training")
@@ -243,7 +257,7 @@ def evaluated_steps(steps: EpisodeSteps) -> list[tuple[float, list[int]]]:
 def open_steps(
     options: TrainingOptions,
     datasets: Sequence[Dataset],
-    size: int,
+    policy: PolicyConfig,
     cameras: Sequence[str] | None,
     *,
     labels: Sequence[Labels] | None = None,
@@ -258,7 +272,7 @@ def open_steps(
     def steps(split: str) -> EpisodeSteps:
         return EpisodeSteps(
             datasets,
-            size,
+            policy.backbone.image_size,
             cameras,
             labels=labels,
             chunk=chunk,
