@@ -200,7 +200,6 @@ def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkey
         return 0.2
 
     monkeypatch.setattr(study_run, "run_stage", slowly)
-    monkeypatch.setattr(study_run, "POLL_SECONDS", 0.05)
     step = Step("one", "label", (), "manifest.json")
 
     def one_run() -> None:

@@ -22,9 +22,9 @@ from lapa.subcommand import Stage, run_stage
 SETTINGS, RESULTS = "settings.json", "demo.json"
 # Seeds of the stages are far apart, so that no labelled episode or rollout repeats a video.
 DEMONSTRATION_SEED, ROLLOUT_SEED = 1000, 2000
-# Columns of the table -> folders of the policies. `from scratch` has the pretrained policy's architecture, trained on
-# the demonstrations alone.
+# With the pretrained policy's architecture, trained on the demonstrations alone.
 SCRATCH = "policy_from_scratch"
+# Columns of the table -> folders of the policies.
 ARMS = {"random actions": "random", "from scratch": SCRATCH, "pretrained": "policy"}
 
 

@@ -267,14 +267,13 @@ def main_table(groups: Sequence[Group]) -> Table:
 
 def wording_table(heard: Sequence[Group], unheard: Sequence[Group]) -> Table:
     """Success on the goals whose wording the labelled episodes contain, and on the others."""
-    both = [{(each.split, each.demonstrations): each.cells for each in groups} for groups in (heard, unheard)]
+    both = [{f"{each.split}, {each.demonstrations}": each.cells for each in groups} for groups in (heard, unheard)]
     rows = []
-    for split, number in dict.fromkeys([*both[0], *both[1]]):
-        own, other = (found.get((split, number), {}) for found in both)
+    for name in dict.fromkeys([*both[0], *both[1]]):
+        own, other = (found.get(name, {}) for found in both)
         for arm in (arm for arm in ARMS if arm in own or arm in other):
             rates = [_percent(cells[arm].success) if arm in cells else "-" for cells in (own, other)]
-            versus = own[arm].versus.get("scratch") if arm in own else None
-            rows.append((f"{split}, {number}", arm, *rates, _difference(versus)))
+            rows.append((name, arm, *rates, _difference(own[arm].versus.get("scratch") if arm in own else None)))
     header = ("split, labelled episodes a task", "arm", "success on heard goals, %", "success on unheard goals, %")
     return Table("By wording", (*header, "minus scratch on heard goals, points"), tuple(rows))
 
@@ -313,21 +312,22 @@ def _seconds(result: ArmResult) -> Mapping[str, float]:
 
 def settings_table(results: Sequence[ArmResult]) -> Table:
     """Sizes, versions, hardware and commands, with the different values of each entry."""
-    flat = [_flat({"preset": result.preset, **result.sizes, **result.provenance}) for result in results]
+    found: dict[str, list[str]] = {}
+
+    def collect(entries: Mapping[str, Any], prefix: str = "") -> None:
+        for key, value in entries.items():
+            if isinstance(value, Mapping):
+                collect(value, f"{prefix}{key}.")
+            elif str(value) not in found.setdefault(prefix + key, []):
+                found[prefix + key].append(str(value))
+
+    for result in results:
+        collect({"preset": result.preset, **result.sizes, **result.provenance})
     rows = []
-    for key in dict.fromkeys(key for entries in flat for key in entries):
-        values = list(dict.fromkeys(str(entries[key]) for entries in flat if key in entries))
+    for key, values in found.items():
         more = f"; and {len(values) - MAX_VALUES} others" if len(values) > MAX_VALUES else ""
         rows.append((key, "; ".join(values[:MAX_VALUES]) + more))
     return Table("Sizes, versions, hardware, commands", ("setting", "values"), tuple(rows))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _difference(estimate: Estimate | None) -> str:

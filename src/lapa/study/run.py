@@ -38,8 +38,6 @@ from lapa.study.plan import ARTIFACTS, Plan, Step, order, stage_presets
 from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout
 from lapa.subcommand import Stage, run_stage
 
-POLL_SECONDS = 1.0
-
 # The figures of a result: the JSON file of a step -> name of the figure -> where it is in that file.
 FIGURES = {
     "action error": {
@@ -139,12 +137,9 @@ def _locked(study: Path, step: Step) -> Iterator[int]:
     path = study / ARTIFACTS / f".{step.key}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        waiting = False
-        while not _try_lock(file.fileno()):
-            if not waiting:
-                say(f"waiting for {step.title}, which another run is making")
-                waiting = True
-            time.sleep(POLL_SECONDS)
+        if not _try_lock(file.fileno()):
+            say(f"waiting for {step.title}, which another run is making")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 
@@ -215,13 +210,13 @@ def rollout_strip(videos: Path) -> Image.Image:
 
 def _rollouts(study: Path, plan: Plan, episodes: Sequence[dict[str, Any]]) -> tuple[Rollout, ...]:
     """Returns the rollouts, with whether the labelled episodes contain the instruction where tasks have several."""
-    heard: dict[tuple[str, int], bool] = {}
+    heard: list[bool | None] = [None] * len(episodes)
     if plan.sizes.world.env == "metaworld":
         known = {episode.instruction for episode in open_dataset(plan.labelled.folder(study)).episodes}
-        heard = {(e["task"], e["episode"]): draw_instruction(e["task"], e["seed"]) in known for e in episodes}
+        heard = [draw_instruction(each["task"], each["seed"]) in known for each in episodes]
     return tuple(
-        Rollout(e["task"], e["episode"], e["success"], e["steps"], heard.get((e["task"], e["episode"])))
-        for e in episodes
+        Rollout(each["task"], each["episode"], each["success"], each["steps"], known_wording)
+        for each, known_wording in zip(episodes, heard, strict=True)
     )
 
 
@@ -271,9 +266,6 @@ def _curves(study: Path, steps: list[Step]) -> Iterator[Curve]:
         rows = read_json_lines(step.folder(study) / "training" / "metrics.jsonl")
         if rows and step.title.startswith(TRAINED):
             every = -(-len(rows) // CURVE_POINTS)
-            kept = [
-                row
-                for number, row in enumerate(rows)
-                if number % every == 0 or any(name.startswith("eval/") for name in row)
-            ]
+            evaluated = [any(name.startswith("eval/") for name in row) for row in rows]
+            kept = (row for number, row in enumerate(rows) if number % every == 0 or evaluated[number])
             yield Curve(step.title, tuple(kept))

@@ -157,19 +157,19 @@ def shared(*arms: Sequence[ArmResult]) -> SharedRollouts | None:
     common = set.intersection(*map(set, each)) if each else set()
     if not common:
         return None
-    seeds, tasks = sorted({key[0] for key in common}), sorted({key[1] for key in common})
-    met: dict[str, set[int]] = {task: set() for task in tasks}
-    for _, task, goal in common:
-        met[task].add(goal)
-    goals = {task: sorted(numbers) for task, numbers in met.items()}
-    place = {(task, goal): (row, column) for row, task in enumerate(tasks) for column, goal in enumerate(goals[task])}
-    success_ASKE = np.zeros((len(each), len(seeds), len(tasks), max(map(len, goals.values()))))
+    seeds = sorted({seed for seed, _, _ in common})
+    columns: dict[str, dict[int, int]] = {}
+    for task, goal in sorted({(task, goal) for _, task, goal in common}):
+        of_task = columns.setdefault(task, {})
+        of_task[goal] = len(of_task)
+    tasks = tuple(columns)
+    success_ASKE = np.zeros((len(each), len(seeds), len(tasks), max(map(len, columns.values()))))
     present_SKE = np.zeros(success_ASKE.shape[1:])
-    for number, task, goal in common:
-        where = (seeds.index(number), *place[task, goal])
-        present_SKE[where] = 1
-        success_ASKE[:, *where] = [outcomes[number, task, goal] for outcomes in each]
-    return SharedRollouts(success_ASKE, present_SKE, tuple(tasks))
+    for seed, task, goal in common:
+        place = seeds.index(seed), tasks.index(task), columns[task][goal]
+        present_SKE[place] = 1
+        success_ASKE[:, *place] = [outcomes[seed, task, goal] for outcomes in each]
+    return SharedRollouts(success_ASKE, present_SKE, tasks)
 
 
 def estimate(rollouts: SharedRollouts, weights: Sequence[float]) -> Estimate:

@@ -209,7 +209,16 @@ class _Renderer:
         import mujoco
 
         model, data = simulator._environment.model, simulator._environment.data
-        self._prepare(simulator, model)
+        key = (simulator.task, simulator.size, simulator.look)
+        if self._key != key:
+            self.release()
+            self._live = mujoco.Renderer(model, height=simulator.size, width=simulator.size)
+            self._live.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self._live.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            self._key = key
+            # Registered after EGL's own exit handler, hence run before it: a context must be freed before its display.
+            atexit.unregister(self.release)
+            atexit.register(self.release)
         view = mujoco.MjvCamera()
         view.type = mujoco.mjtCamera.mjCAMERA_FIXED
         view.fixedcamid = model.camera(camera).id
@@ -219,24 +228,10 @@ class _Renderer:
         return np.ascontiguousarray(image_HWC[::-1, ::-1]) if camera in UPSIDE_DOWN else image_HWC
 
     def release(self, task: str | None = None) -> None:
-        if self._live is not None and (task is None or (self._key is not None and self._key[0] == task)):
+        """Frees the OpenGL context, of this task alone where it is given."""
+        if self._key is not None and task in (None, self._key[0]):
             self._live.close()
             self._key, self._live = None, None
-
-    def _prepare(self, simulator: Simulator, model: Any) -> None:
-        import mujoco
-
-        key = (simulator.task, simulator.size, simulator.look)
-        if self._key == key:
-            return
-        self.release()
-        self._live = mujoco.Renderer(model, height=simulator.size, width=simulator.size)
-        self._live.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self._live.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self._key = key
-        # Registered after EGL's own exit handler, hence run before it: a context must be freed before its display.
-        atexit.unregister(self.release)
-        atexit.register(self.release)
 
 
 _renderer = _Renderer()
