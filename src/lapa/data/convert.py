@@ -160,7 +160,7 @@ def resample(timed_frames: Iterable[tuple[float, np.ndarray]], fps: float) -> It
 
 
 def resample_rows(rows_TD: np.ndarray, fps: float, rate: float, space: ActionSpace | None = None) -> np.ndarray:
-    """The rows at each tick of 1 / rate seconds, of rows at `fps`.
+    """Returns the rows at each tick of 1 / rate seconds, of rows at `fps`.
 
     space: of actions, which hold until the next tick: deltas are added up, of targets and switches the last one holds.
     Without it, rows are measurements at the tick.
@@ -196,7 +196,7 @@ def _check_names(source: Source, items: Sequence[Item]) -> None:
 
 
 def _choose_rate(source: Source, options: ConvertOptions) -> float:
-    """The dataset's frames a second. Raises UserError where actions cannot follow."""
+    """Returns the dataset's frames a second. Raises UserError where actions cannot follow."""
     rate = source.fps if options.rate is None else options.rate
     if not 0 < rate <= source.fps:
         raise UserError(
@@ -392,7 +392,7 @@ def _video(target: Path, shot: int, camera: str) -> Path:
 
 
 def _rows(source: Source, clip: Clip, where: str, fps: float, options: ConvertOptions) -> dict[str, np.ndarray]:
-    """Actions and states at the dataset's rate, where there are any. Raises UserError where one is not finite."""
+    """Returns actions and states at the dataset's rate, if any. Raises UserError where one is not finite."""
     rows = {}
     for name, values, space in ((ACTION, clip.actions, source.action_space), (STATE, clip.states, None)):
         if not options.actions or values is None:

@@ -91,11 +91,11 @@ class EpisodeDecoders:
         self._workers.__exit__()
 
     def count(self, episodes: Sequence[int]) -> int:
-        """Number of windows of these episodes."""
+        """Returns the number of windows of these episodes."""
         return sum(1 for _ in self._jobs(episodes))
 
     def windows(self, episodes: Sequence[int]) -> Iterator[Window]:
-        """The windows of the episodes, in order. All those of an episode that cannot be read have its error.
+        """Yields the windows of the episodes, in order. All those of an episode that cannot be read have its error.
 
         Raises UserError where a decoder was killed.
         """
@@ -153,7 +153,7 @@ def _decode(
     stop: int,
     slot: int,
 ) -> tuple[UInt8[np.ndarray, "T SIDE SIDE"] | None, str | None]:
-    """The job of a decoder: writes the frames start..stop into their slot. Returns (thumbnails, error)."""
+    """Decodes the frames start..stop into their slot, the job of a worker. Returns (thumbnails, error)."""
     room = _slots(buffer, shape)[slot, horizon:]
     at_once = max(1, PIECE // (3 * prod(dataset.image_shape(camera))))
     try:

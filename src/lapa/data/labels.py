@@ -76,12 +76,12 @@ class EpisodeLabels:
 
 
 def shard_path(folder: Path, first_episode: int, last_episode: int) -> Path:
-    """The shard of the episodes first..last (inclusive)."""
+    """Returns the shard of the episodes first..last (inclusive)."""
     return folder / f"episodes-{first_episode:06d}-{last_episode:06d}.parquet"
 
 
 def shard_episodes(path: Path) -> tuple[int, int]:
-    """The first and last episode of a shard, by its name."""
+    """Returns the first and last episode of a shard, by its name."""
     first, last = map(int, path.stem.split("-")[1:])
     return first, last
 
@@ -122,7 +122,7 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def shard_notes(path: Path, table: pa.Table) -> ShardNotes:
-    """The notes of a shard that was read. Raises UserError naming the file where they are damaged."""
+    """Returns the notes of a shard that was read. Raises UserError naming the file where they are damaged."""
     try:
         notes = json.loads((table.schema.metadata or {}).get(NOTES, b"{}"))
     except ValueError as error:
@@ -186,13 +186,13 @@ class Labels:
         return cls(folder, manifest, (read_shard(path, columns) for path in paths))
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The labelled frames of an episode: (frame_indices_T, codes_TL), both int64; empty where it has none."""
+        """Returns the labelled frames of an episode, (frame_indices_T, codes_TL), both int64, perhaps empty."""
         known = 0 <= episode_index < len(self._starts) - 1
         rows = slice(*self._starts[episode_index : episode_index + 2]) if known else slice(0, 0)
         return self._frames_N[rows].astype(np.int64), self._codes_NL[rows].astype(np.int64)
 
     def embeddings(self, episode_index: int) -> np.ndarray:
-        """The continuous embeddings [T, L * D] of the same frames. Raises UserError where the labels have none."""
+        """Returns the embeddings [T, L * D] of the same frames. Raises UserError where the labels have none."""
         if not self.manifest.embeddings:
             raise UserError(f"{self.folder}: has no embeddings; label again with --embeddings")
         for path in self.folder.glob(SHARDS):

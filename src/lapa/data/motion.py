@@ -28,18 +28,18 @@ FLASH, UNDONE = 5, 0.5
 
 
 def thumbnail(frame_HWC: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "SIDE SIDE"]:
-    """A grey image of 32 pixels a side, each the mean of the pixels that it covers; one kilobyte."""
+    """Returns a grey image of 32 pixels a side, each the mean of the pixels that it covers; one kilobyte."""
     return np.asarray(Image.fromarray(frame_HWC).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def thumbnails(frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> UInt8[np.ndarray, "T SIDE SIDE"]:
-    """The thumbnail of each frame."""
+    """Returns the thumbnail of each frame."""
     small = [thumbnail(frame_HWC) for frame_HWC in frames]
     return np.stack(small) if small else np.zeros((0, SIDE, SIDE), np.uint8)
 
 
 def motion_energy(thumbnails_THW: UInt8[np.ndarray, "T H W"], horizon: int) -> Float[np.ndarray, "P"]:
-    """The root mean square change of brightness, in [0, 1], between frames t and t + horizon.
+    """Returns the root mean square change of brightness, in [0, 1], between frames t and t + horizon.
 
     A camera's noise is mostly below 0.005; a moving object of a fiftieth of the image gives about 0.05.
     """
@@ -91,7 +91,7 @@ def shot_numbers(thumbnails: Iterable[UInt8[np.ndarray, "H W"]]) -> Iterator[int
 
 
 def _is_cut(frames: Sequence[np.ndarray], position: int) -> bool:
-    """Whether a shot begins with the frame at `position`."""
+    """Returns whether a shot begins with the frame at `position`."""
     before = [frames[place] for place in range(max(0, position - AROUND - 1), position)]
     after = [frames[place] for place in range(position, min(len(frames), position + AROUND + 1))]
     change, quiet = _change(before[-1], after[0]), _quiet_change(before[-1], after[0])
@@ -106,7 +106,7 @@ def _is_cut(frames: Sequence[np.ndarray], position: int) -> bool:
 
 
 def _second(values: list[float]) -> float:
-    """The greatest but one."""
+    """Returns the greatest but one."""
     return sorted(values)[-2] if len(values) > 1 else 0.0
 
 

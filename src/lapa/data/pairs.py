@@ -153,28 +153,28 @@ class FramePairs(TrainingDataset):
         return number, episode, position if moving is None else int(moving[position])
 
     def index_of(self, number: int, episode: int, frame: int) -> int:
-        """The index of the pair at this location, which must exist."""
+        """Returns the index of the pair at this location, which must exist."""
         moving = self._moving.get((number, episode))
         position = frame if moving is None else int(np.flatnonzero(moving == frame)[0])
         return self._index.index_of(number, episode, position)
 
     def actions_between(self, index: int) -> Float[np.ndarray, "h A"]:
-        """The robot's actions from the first frame up to, not including, the second."""
+        """Returns the robot's actions from the first frame up to, not including, the second."""
         number, episode, frame = self.location(index)
         return self.datasets[number].actions(episode)[frame : frame + self.horizon_frames[number]]
 
     def known_actions(self) -> Float[np.ndarray, "P A"]:
-        """The mean actions of all pairs whose actions are known (action_share)."""
+        """Returns the mean actions of all pairs whose actions are known (action_share)."""
         return np.concatenate(list(self._actions.values()))
 
     def describe(self, index: int) -> str:
-        """The origin of a pair, for messages."""
+        """Returns the origin of a pair, for messages."""
         number, episode, frame = self.location(index)
         second = frame + self.horizon_frames[number]
         return f"dataset {self.datasets[number].name}, episode {episode}, frames {frame} and {second}"
 
     def _count_short_episodes(self) -> tuple[int, ...]:
-        """Number of episodes too short for a pair, of each dataset. Raises UserError where all of a dataset are."""
+        """Counts the episodes too short for a pair, by dataset. Raises UserError where all of a dataset are."""
         counts = []
         for dataset, seconds, horizon in zip(self.datasets, self.horizons, self.horizon_frames, strict=True):
             skipped = int((dataset.lengths <= horizon).sum())
@@ -193,33 +193,32 @@ class FramePairs(TrainingDataset):
 
     def _leave_out_still(self) -> None:
         """Drops pairs below `min_motion`, and prints how many. Raises UserError where none of a dataset is left."""
-        numbers = range(len(self.datasets))
         places = list(zip(self._index.datasets.tolist(), self._index.episodes.tolist(), strict=True))
         energies = dict(zip(places, in_threads(self._motion, places, "measuring motion"), strict=True))
         self._moving = {
             place: np.flatnonzero(energy_P >= self.config.min_motion).astype(np.int32)
             for place, energy_P in energies.items()
         }
-        episodes = [self._index.of_dataset(number) for number in numbers]
-        counts = [
-            np.array([len(self._moving[number, int(episode)]) for episode in episodes[number]], np.int64)
-            for number in numbers
-        ]
-        totals = [self._index.num_items(number) for number in numbers]
-        self.num_still = tuple(total - int(count.sum()) for total, count in zip(totals, counts, strict=True))
-        for number, (dataset, still, total) in enumerate(zip(self.datasets, self.num_still, totals, strict=True)):
+        episodes, counts, num_still = [], [], []
+        for number, dataset in enumerate(self.datasets):
+            episodes.append(self._index.of_dataset(number))
+            counts.append(np.array([len(self._moving[number, int(e)]) for e in episodes[-1]], np.int64))
+            total = self._index.num_items(number)
+            still = total - int(counts[-1].sum())
             if total and still == total:
-                most = max(float(energies[number, int(episode)].max()) for episode in episodes[number])
+                most = max(float(energies[number, int(episode)].max()) for episode in episodes[-1])
                 raise UserError(
                     f"{dataset.root}: none of its {total} pairs changes by --min-motion {self.config.min_motion:g}, "
                     f"{most:.4f} at most; lower it, or leave the dataset out"
                 )
             report = warn if still > MANY_STILL * total else say
             report(f"{dataset.name}: {still} of {total} pairs ({still / max(1, total):.0%}) left out, nothing moves")
+            num_still.append(still)
+        self.num_still = tuple(num_still)
         self._index = ItemIndex(episodes, counts)
 
     def _motion(self, place: tuple[int, int]) -> Float[np.ndarray, "P"]:
-        """The motion energy of each pair of an episode."""
+        """Returns the motion energy of each pair of an episode."""
         (number, episode), horizon = place, self.horizon_frames[place[0]]
         stretches = self._frames.stretches(number, self._cameras[number], episode)
         small_THW = np.concatenate([thumbnails(frames_THWC) for frames_THWC in stretches])
@@ -254,7 +253,7 @@ class FramePairs(TrainingDataset):
 
 
 def horizon_frames(horizon: float, fps: float) -> int:
-    """A horizon in seconds as frames, at least one."""
+    """Returns a horizon in seconds as frames, at least one."""
     return max(1, round(horizon * fps))
 
 

@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) -> np.ndarray:
-    """The episodes of a split ('train', 'held_out' or 'all'), in order; the same for the same seed.
+    """Returns the episodes of a split ('train', 'held_out' or 'all'), in order; the same for the same seed.
 
     At least one episode is held out where `held_out` is above 0 and there are two or more; a single one is trained on.
     """
@@ -55,14 +55,14 @@ def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) ->
 
 
 def choose_cameras(datasets: Sequence[Dataset], cameras: Sequence[str] | None) -> list[list[str]]:
-    """The cameras to read of each dataset: the given ones, or else the first. Raises UserError where one is missing."""
+    """Returns the cameras to read of each dataset, by default the first. Raises UserError where one is missing."""
     if cameras is None:
         return [[dataset.camera_name()] for dataset in datasets]
     return [[dataset.camera_name(camera) for camera in cameras] for dataset in datasets]
 
 
 def parse_key(key: int | Sequence[int]) -> tuple[int, int]:
-    """A dataset's key as (index, number of the draw since training began); a plain index is draw 0 of itself."""
+    """Returns a key as (index, number of the draw since training began); a plain index is draw 0 of itself."""
     if isinstance(key, int | np.integer):
         return int(key), 0
     index, number = key
@@ -90,16 +90,16 @@ class ItemIndex:
         return int(self.datasets[row]), int(self.episodes[row]), index - (int(self.ends[row - 1]) if row else 0)
 
     def index_of(self, number: int, episode: int, item: int) -> int:
-        """The inverse of `locate`."""
+        """Returns the inverse of `locate`."""
         (row,) = np.flatnonzero((self.datasets == number) & (self.episodes == episode))
         return item + (int(self.ends[row - 1]) if row else 0)
 
     def of_dataset(self, number: int) -> np.ndarray:
-        """The episodes of one dataset that have items."""
+        """Returns the episodes of one dataset that have items."""
         return self.episodes[self.datasets == number]
 
     def num_items(self, number: int) -> int:
-        """Number of items of one dataset."""
+        """Returns the number of items of one dataset."""
         return int(np.diff(self.ends, prepend=0)[self.datasets == number].sum())
 
 
@@ -112,7 +112,7 @@ def split_items(
     seed: int,
     none_held_out: str = "",
 ) -> ItemIndex:
-    """The items of a split. count(number of the dataset, episodes) returns the number of items of each episode.
+    """Returns the items of a split. count(number of the dataset, episodes) returns the number of items of each episode.
 
     none_held_out: a warning; where the held-out episodes have no items, the training split takes their place.
     """
@@ -165,13 +165,13 @@ class FrameStore:
     def get(
         self, dataset: int, camera: str, episode: int, frame_indices: Sequence[int]
     ) -> UInt8[np.ndarray, "T size size 3"]:
-        """Images of one episode, in the given order."""
+        """Returns images of one episode, in the given order."""
         if self.in_memory:
             return self._cache[dataset, camera, episode][list(frame_indices)]
         return self._decode((dataset, camera, episode), frame_indices)
 
     def stretches(self, dataset: int, camera: str, episode: int) -> Iterator[UInt8[np.ndarray, "T size size 3"]]:
-        """All images of an episode, a few at a time: a long one needs no more memory than a short one."""
+        """Yields all images of an episode, a few at a time: a long one needs no more memory than a short one."""
         length = int(self.datasets[dataset].lengths[episode])
         for first in range(0, length, STRETCH):
             yield self.get(dataset, camera, episode, range(first, min(first + STRETCH, length)))
@@ -182,7 +182,7 @@ class FrameStore:
 
 
 def in_threads(function: Callable[[Job], Result], jobs: Sequence[Job], description: str) -> list[Result]:
-    """The results in order, with progress. PyAV and Pillow release the interpreter lock while they work."""
+    """Returns the results in order, with progress. PyAV and Pillow release the interpreter lock while they work."""
     results = []
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
         task = bar.add_task(description, total=len(jobs), note="")

@@ -123,12 +123,12 @@ class EpisodeSteps(TrainingDataset):
         return number, episode, position
 
     def describe(self, index: int) -> str:
-        """The origin of a step, for messages."""
+        """Returns the origin of a step, for messages."""
         number, episode, frame = self.location(index)
         return f"dataset {self.datasets[number].name}, episode {episode}, frame {frame}"
 
     def actions(self, number: int | None = None) -> Float[np.ndarray, "N A"]:
-        """All actions of the episodes in this split: the base of action statistics.
+        """Returns all actions of the episodes in this split: the base of action statistics.
 
         number: of one of the datasets only. Like `states`, raises UserError naming dataset, episode and frame where a
         number is not finite.
@@ -136,7 +136,7 @@ class EpisodeSteps(TrainingDataset):
         return np.concatenate([dataset.actions(episode) for dataset, episode in self._episodes(number)])
 
     def states(self, number: int | None = None) -> Float[np.ndarray, "N S"]:
-        """All states of the episodes in this split. Raises UserError where a dataset has none."""
+        """Returns all states of the episodes in this split. Raises UserError where a dataset has none."""
         return np.concatenate([_states(dataset, episode) for dataset, episode in self._episodes(number)])
 
     def _episodes(self, only: int | None) -> list[tuple[Dataset, int]]:
@@ -169,7 +169,7 @@ class EpisodeSteps(TrainingDataset):
 
 
 def codes_at(labels: Labels, episode: int, frame: int) -> tuple[Int64[np.ndarray, "L"], bool]:
-    """The codes of a frame and True; zeros and False where it has no label."""
+    """Returns the codes of a frame and True; zeros and False where it has no label."""
     frames_T, codes_TL = labels.codes(episode)
     row = int(np.searchsorted(frames_T, frame))
     if row == len(frames_T) or frames_T[row] != frame:
@@ -180,7 +180,7 @@ def codes_at(labels: Labels, episode: int, frame: int) -> tuple[Int64[np.ndarray
 def _states(dataset: Dataset, episode: int) -> Float[np.ndarray, "T S"]:
     states_TS = dataset.states(episode)
     if states_TS is None:
-        raise _missing(dataset, "state", "observation.state")
+        raise UserError(f"{dataset.root}: has no state; this needs a dataset with the feature `observation.state`")
     return states_TS
 
 
@@ -188,11 +188,7 @@ def _check_width(datasets: Sequence[Dataset], what: str, feature: str, widths: S
     """Raises UserError where a dataset lacks a feature, or datasets differ in its width."""
     for dataset, width in zip(datasets, widths, strict=True):
         if width is None:
-            raise _missing(dataset, what, feature)
+            raise UserError(f"{dataset.root}: has no {what}; this needs a dataset with the feature `{feature}`")
     if len(set(widths)) > 1:
         named = {dataset.name: width for dataset, width in zip(datasets, widths, strict=True)}
         raise UserError(f"datasets differ in the width of their {what}: {named}; learn from those of one robot")
-
-
-def _missing(dataset: Dataset, what: str, feature: str) -> UserError:
-    return UserError(f"{dataset.root}: has no {what}; this needs a dataset with the feature `{feature}`")

@@ -15,7 +15,7 @@ from lapa.errors import UserError
 
 
 def as_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "H W 3"]:
-    """An RGB image as uint8 [H, W, 3].
+    """Returns an RGB image as uint8 [H, W, 3].
 
     image: a PIL image of any mode, or an array or tensor [H, W, 3] or [3, H, W], uint8 or floats in [0, 1].
     Raises UserError, which begins with `name`, for anything else.
@@ -64,7 +64,7 @@ def augment(
     saturation: float = 20.0,
     value: float = 20.0,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """A random crop of `crop` of the area, scaled back, and changed colours: LAPA's augmentation in finetuning.
+    """Returns a random crop of `crop` of the area, scaled back, and changed colours: LAPA's augmentation in finetuning.
 
     brightness, contrast: largest relative change; hue: degrees; saturation, value: steps out of 255.
     All randomness comes from `rng`.

@@ -79,7 +79,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def frame_times(path: Path) -> list[float]:
-    """The time of each frame, in seconds from the first, without decoding. Raises UserError where it is not a video."""
+    """Reads the time of each frame, in seconds from the first, without decoding. Raises UserError as `probe`."""
     with open_video(path) as container:
         times = _packet_times(container, container.streams.video[0], path)
         return [time - times[0] for time in times]
@@ -232,7 +232,7 @@ class OpenClip:
         self.start: float | None = None
 
     def first_time(self) -> float:
-        """The time of the first frame, in the file's own seconds. Raises EOFError where there is none."""
+        """Returns the time of the first frame, in the file's own seconds. Raises EOFError where there is none."""
         if self.start is None:
             self.seek(0.0)
             first = next(self.frames, None)
@@ -273,7 +273,7 @@ class OpenClip:
         self.stream.thread_type, self.stream.thread_count = "SLICE", 1
 
     def _decode_to(self, time: float, tolerance: float) -> VideoFrame | None:
-        """The frame at `time`, or None: then `position` is past it, or None at the end of the file."""
+        """Returns the frame at `time`, or None: then `position` is past it, or None at the end of the file."""
         for frame in self.frames:
             self.position = float(frame.time or 0.0)
             if self.position > time - tolerance:
@@ -283,7 +283,7 @@ class OpenClip:
 
 
 def open_clip(path: Path) -> OpenClip:
-    """The clip, opened for random access or still open in this thread. Raises UserError where it is not a video."""
+    """Returns the clip, opened or still open in this thread. Raises UserError where it is not a video."""
     clips = _open_clips.of_this_process()
     with reading(path, "write or download the dataset again"):
         status = path.stat()
@@ -301,7 +301,7 @@ def open_clip(path: Path) -> OpenClip:
 
 
 def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
-    """A decoded frame as RGB, rotated by the file's display matrix (phones record sideways).
+    """Returns a decoded frame as RGB, rotated by the file's display matrix (phones record sideways).
 
     converter: one for all frames of a clip; setting up a new one takes longer than decoding a frame.
     """
@@ -342,7 +342,7 @@ _open_clips = _OpenClips()
 
 
 def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
-    """The frames that can be decoded, and None for each packet that cannot."""
+    """Yields the frames that can be decoded, and None for each packet that cannot."""
     packets = container.demux(stream)
     while True:
         try:
@@ -362,7 +362,7 @@ def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[Vi
 
 
 def _length(container: InputContainer, stream: VideoStream) -> float | None:
-    """Seconds, by the header."""
+    """Returns the length in seconds, by the header; None where it is not known."""
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     # A container's duration is that of its longest stream, which may be the sound.

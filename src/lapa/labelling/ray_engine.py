@@ -124,7 +124,7 @@ def label_with_ray(plan: Plan, shards: Sequence[Shard]) -> Iterator[int]:
 
 
 def _rows(ray: Any, results: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a Ray Dataset. Raises UserError where Ray gives up: the cluster is lost, or a worker raised."""
+    """Yields the rows of a Ray Dataset. Raises UserError where Ray gives up (cluster lost, worker raised)."""
     try:
         yield from results.iter_rows()
     except ray.exceptions.RayError as error:
@@ -174,7 +174,7 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
 
 
 def _pool(config: LabelConfig, has: dict[str, float], num_shards: int) -> tuple[int, float, float]:
-    """Number of workers, and the CPU cores and GPUs of each. Raises UserError where the cluster has less than that."""
+    """Returns the number of workers, and the CPU cores and GPUs of each. Raises UserError if they do not fit."""
     there = {"CPU": has.get("CPU", 0.0), "GPU": has.get("GPU", 0.0)}
     kind, num_gpus = config.device.partition(":")[0], config.ray.num_gpus
     if kind not in ("auto", "cpu", "cuda"):

@@ -90,7 +90,7 @@ def run(config: LabelConfig) -> None:
 
 
 def choose_decoders(asked: int | None, device: torch.device, num_frames: int) -> int:
-    """Number of processes that decode, 0 for a thread: nearly all cores feed a GPU; a CPU keeps most for itself."""
+    """Returns the number of decoding processes, 0 for a thread: nearly all cores for a GPU, few for a CPU."""
     if asked is not None:
         return asked
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

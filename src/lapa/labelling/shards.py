@@ -59,7 +59,7 @@ class Plan:
     identity: dict[str, Any]
 
     def num_pairs(self, episodes: Sequence[int]) -> int:
-        """Number of pairs of these episodes, static ones and those of damaged episodes included."""
+        """Returns the number of pairs of these episodes, static ones and those of damaged episodes included."""
         return int(np.maximum(self.dataset.lengths[list(episodes)] - self.horizon, 0).sum())
 
 
@@ -106,13 +106,13 @@ def make_plan(config: LabelConfig) -> Plan:
 
 
 def make_shards(out: Path, num_episodes: int, size: int) -> list[Shard]:
-    """All episodes, `size` to a shard."""
+    """Returns all episodes, `size` to a shard."""
     ends = [(first, min(first + size, num_episodes) - 1) for first in range(0, num_episodes, size)]
     return [Shard(shard_path(out, first, last), first, last) for first, last in ends]
 
 
 def missing_shards(shards: Sequence[Shard], out: Path, plan: Plan) -> list[Shard]:
-    """The shards to make: those without a file, or with a damaged one."""
+    """Returns the shards to make: those without a file, or with a damaged one."""
     there = {path.name for path in out.glob(SHARDS)}
     missing = []
     for shard in shards:
@@ -257,7 +257,7 @@ class Labeller:
         self.encoder.add(window.frames_THWC, kept_P)
 
     def _labels_of(self, shard: Shard, pairs: _Pairs) -> tuple[dict[int, EpisodeLabels], ShardNotes]:
-        """A shard's pairs as labels of its episodes, without those that could not be read to their end."""
+        """Returns a shard's pairs as labels of its episodes, without those that could not be read to their end."""
         codes_PL, z_PLD = self.encoder.finish()
         none = np.zeros(0, np.int64)
         episodes_P = np.concatenate([none, *pairs.episodes_P])
@@ -316,7 +316,7 @@ class Encoder:
         return codes_PL, z_PLD
 
     def encode(self, pairs_BTCHW: UInt8[Tensor, "B 2 3 H W"]) -> tuple[Int64[Tensor, "B L"], Float[Tensor, "B L D"]]:
-        """Codes and continuous latents of a batch, at the run's precision."""
+        """Returns codes and continuous latents of a batch, at the run's precision."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             action = self.model.encode(pairs_BTCHW)
         assert action.codes_BL is not None

@@ -39,13 +39,13 @@ class CaptionedReading(Reading):
         return () if self.captions is None else (Path(self.captions),)
 
     def settings(self, folder: str, **others: Any) -> dict[str, Any]:
-        """The given options, as a converted dataset records them. folder: its name; others: options of the source."""
+        """Returns the options as a converted dataset records them. folder: its name; others: of the source."""
         captions = self.captions and Path(self.captions).name
         values = {"folder": folder, "captions": captions, "caption": self.caption, **others}
         return {name: value for name, value in values.items() if value}
 
     def find_captions(self, names: Sequence[str], what: str) -> tuple[dict[str, str], int]:
-        """The text of each clip that has one, and how many problems were skipped.
+        """Returns the text of each clip that has one, and how many problems were skipped.
 
         names: the clips, which a caption may name with their folders or, where that is unique, without; what: what a
         clip is called in messages. Of several captions of a clip the first counts, and an empty one is none.

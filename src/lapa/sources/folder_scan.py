@@ -39,7 +39,7 @@ def require_rate(fps: float | None) -> None:
 
 
 def require_folder(folder: Path | str, content: str) -> Path:
-    """The folder; `content`: what it should hold. Raises UserError where it is none, or not on this machine."""
+    """Returns the folder; `content`: what it should hold. Raises UserError where it is none, or not on this machine."""
     root = as_path(folder)
     if is_remote(root):
         raise UserError(f"{folder}: {content} are read from this machine's disk; copy or mount it first")
@@ -52,7 +52,7 @@ def require_folder(folder: Path | str, content: str) -> Path:
 
 
 def find_videos(folder: Path | str) -> tuple[Path, list[str]]:
-    """A folder, and the paths of the videos in it and in the folders inside, in natural order.
+    """Returns a folder, and the paths of the videos in it and in the folders inside, in natural order.
 
     Raises UserError where it holds none.
     """
@@ -88,14 +88,14 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def natural_order(name: str) -> tuple[str, str]:
-    """A sort key that puts clip2 before clip10."""
+    """Returns a sort key that puts clip2 before clip10."""
     return re.sub(r"[0-9]+", lambda number: number[0].zfill(20), name.lower()), name
 
 
 def short_names(names: Sequence[str], without_suffix: bool = False) -> tuple[dict[str, str], dict[str, str]]:
-    """What files may be called in a table: by their paths, or by the last part of these, with or without the suffix.
+    """Returns the file that each name in a table means, and the candidates, in words, of names that fit several.
 
-    Returns the file that each name means, and the candidates, in words, of short names that fit several.
+    A table names files by their paths, or by the last part of these, with or without the suffix.
     """
     candidates: dict[str, list[str]] = {}
     for name in names:
@@ -110,7 +110,7 @@ def short_names(names: Sequence[str], without_suffix: bool = False) -> tuple[dic
 
 
 def scan_files(read: Callable[[str], Found], names: Sequence[str]) -> tuple[dict[str, Found], list[str]]:
-    """What `read` returns for each file, and the messages of those for which it raises UserError. Runs in threads."""
+    """Returns `read` of each file, and the messages of those for which it raises UserError. Runs in threads."""
 
     def attempt(name: str) -> Found | UserError:
         try:
@@ -148,7 +148,7 @@ def stop_or_skip(problems: Sequence[str], fix: str, skip_bad: bool) -> int:
 
 
 def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
-    """The JSON value cached under a JSON key, or else what `make` returns, which is then cached.
+    """Returns the JSON value cached under a JSON key, or else what `make` returns, which is then cached.
 
     A damaged entry is made again; a folder that cannot be written to is a warning, and no error.
     """
@@ -173,7 +173,7 @@ def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def file_state(path: Path) -> list[Any]:
-    """A file's name, size and time of change, by which `cached` knows that it is unchanged; missing: its name alone."""
+    """Returns a file's name, size and time of change, for the key of `cached`; its name alone if it is missing."""
     try:
         stat = path.stat()
     except OSError:

@@ -97,7 +97,7 @@ class FramesSource(Source):
         return str(self.root / item.place[0])
 
     def read(self, item: Item) -> Clip:
-        """The images; a damaged one is left out, and counted as lost."""
+        """Reads the images; a damaged one is left out, and counted as lost."""
         clip = Clip({}, item.instruction)
 
         def frames() -> Iterator[tuple[float, np.ndarray]]:
@@ -137,7 +137,7 @@ class FramesSource(Source):
         return [folder / image for image in images[first : first + length]]
 
     def _first_size(self) -> tuple[int, int]:
-        """Height and width of the first image that can be read."""
+        """Returns height and width of the first image that can be read."""
         for item in self.items:
             for path in self._paths(item):
                 try:
@@ -154,7 +154,7 @@ def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def _list_folders(root: Path) -> dict[str, _Folder]:
-    """The folders that hold numbered images, by the names of these alone: there may be millions."""
+    """Returns the folders that hold numbered images, by the names of these alone: there may be millions."""
     folders, num_ignored = {}, 0
     for folder, names in walk(root):
         images = [name for name in names if _is_image(name)]
@@ -169,7 +169,7 @@ def _list_folders(root: Path) -> dict[str, _Folder]:
 
 
 def _without_gaps(numbers: list[int]) -> _Folder:
-    """A clip by the numbers of its images. Where only each second or fifth image was kept, that is no gap."""
+    """Returns a clip by the numbers of its images. Where only each second or fifth image was kept, that is no gap."""
     steps = [other - one for one, other in pairwise(numbers)]
     if 0 in steps:
         twice = numbers[steps.index(0)]

@@ -171,7 +171,7 @@ def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config
 
 
 def _spec(config: LapaJsonlConfig) -> str:
-    """The `--data` of the next command, with the options that the labels depend on."""
+    """Returns the `--data` of the next command, with the options that the labels depend on."""
     defaults = LapaJsonlReading(config.file)
     given = {name: getattr(config, name) for name in ("fps", "image_codes", "skip_bad")}
     options = [f",{name}={str(value).lower()}" for name, value in given.items() if value != getattr(defaults, name)]
@@ -237,7 +237,7 @@ class LapaJsonlSource(Source):
         return np.stack(frames)
 
     def codes(self, item: Item, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
-        """The codes in place of images."""
+        """Returns the codes in place of images."""
         rows = [self._row(item, int(index)).vision_N or () for index in frame_indices]
         return np.array([vision_N[: self.options.image_codes] for vision_N in rows], np.int64)
 
@@ -253,7 +253,7 @@ class LapaJsonlSource(Source):
         return found
 
     def labels(self, item: Item, codebook_size: int) -> EpisodeLabels:
-        """The latent actions of an episode. Raises UserError naming the row that holds a code outside the codebook."""
+        """Returns an episode's latent actions. Raises UserError naming the row with a code outside the codebook."""
         frames, codes = [], []
         for index, (number, _, _) in enumerate(item.place):
             delta_L = self._row(item, index).delta_L
@@ -338,7 +338,7 @@ class RowEpisodes(Sequence[Item]):
 
 
 def scan_rows(path: Path, options: LapaJsonlReading) -> dict[str, Any]:
-    """One pass over the rows: their common properties, and which of them are an episode. Plain JSON values.
+    """Passes once over the rows: returns what they share, and which of them are an episode, as plain JSON values.
 
     Raises UserError naming the row that is malformed or unlike the first one, unless `skip_bad`.
     """
@@ -391,7 +391,7 @@ def scan_rows(path: Path, options: LapaJsonlReading) -> dict[str, Any]:
 def _group(
     steps: Mapping[str, list[tuple[int, int]]], text_of: Sequence[int]
 ) -> tuple[list[str], list[list[int]], Counter[str]]:
-    """Names and rows of the episodes, in the order of their steps; a name that has a step twice is no episode."""
+    """Returns names and rows of the episodes, in order of their steps; a name with a step twice is no episode."""
     names, groups = [], []
     notes: Counter[str] = Counter()
     for name, numbered in steps.items():
@@ -485,7 +485,7 @@ def _list_rows(content: bytes, path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def parse_row(content: bytes) -> Row:
-    """A row of either file. Raises UserError, which does not name the file, where it is malformed."""
+    """Returns a row of either file. Raises UserError, which does not name the file, where it is malformed."""
     try:
         row = json.loads(content.decode())
     except UnicodeDecodeError:
@@ -514,7 +514,7 @@ def parse_row(content: bytes) -> Row:
 
 
 def task_in_words(instruction: str) -> str:
-    """An instruction without what the released code puts around it."""
+    """Returns an instruction without what the released code puts around it."""
     match = ROLES.fullmatch(IMAGE_TAG.sub("", instruction))
     assert match is not None, "the pattern takes any text"
     question = QUESTION.fullmatch(match[1])
@@ -523,7 +523,7 @@ def task_in_words(instruction: str) -> str:
 
 
 def _from_conversation(conversation: Any) -> dict[str, Any]:
-    """The words of the person, and the actions of the robot, under the names that JSONL rows give them."""
+    """Returns the words of the person, and the actions of the robot, under the names that JSONL rows give them."""
     try:
         words, actions = conversation[0]["value"], conversation[1]
         return {"instruction": words, **{key: actions[key] for key in ("raw_actions", "states") if key in actions}}
@@ -552,7 +552,7 @@ def _text(row: Mapping[str, Any], key: str) -> str:
 
 
 def _codes(row: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
-    """Codes, stored as numbers or as text."""
+    """Returns codes, stored as numbers or as text."""
     values = row.get(key)
     if values is None:
         return None
@@ -587,7 +587,7 @@ def _numbers(values: Any, key: str) -> np.ndarray | None:
 
 
 def _states(states: Any) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Names and values of the robot's state, which is stored as a number or a list of them under each name."""
+    """Returns names and values of the robot's state, which is stored as a number or a list of them under each name."""
     if states is None:
         return (), None
     if not isinstance(states, dict) or not states:

@@ -97,7 +97,7 @@ class LeRobotSource(Source):
         ]
 
     def dataset(self, name: str | None = None) -> Dataset:
-        """The folder itself: the same dataset, with the same fingerprint, as `--data FOLDER`."""
+        """Returns the folder itself: the same dataset, with the same fingerprint, as `--data FOLDER`."""
         self._dataset.name = name or self.name
         return self._dataset
 
@@ -132,7 +132,7 @@ class LeRobotSource(Source):
 
 
 def _folder(path: str) -> Path:
-    """The folder, or the hub's copy of it. Raises UserError where there is neither."""
+    """Returns the folder, or the hub's copy of it. Raises UserError where there is neither."""
     # Whatever could not be a name on the hub is a path.
     if "://" in path or Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
         return as_path(path)

@@ -113,7 +113,7 @@ class NarratedSource(Source):
         return frames_at(*self._place(item, frame_indices))
 
     def _place(self, item: Item, frame_indices: Sequence[int]) -> tuple[Path, list[float]]:
-        """The video, and the seconds at which it shows the frames."""
+        """Returns the video, and the seconds at which it shows the frames."""
         name, start = item.place
         return self.root / name, [start + index / self.fps for index in frame_indices]
 
@@ -146,7 +146,7 @@ class NarratedSource(Source):
 
 
 def seconds(text: str) -> float:
-    """Seconds from `12.5`, `1:02.5` or `00:01:02.500`. Raises UserError where it is none of these, or not finite."""
+    """Parses `12.5`, `1:02.5` or `00:01:02.500` as seconds. Raises UserError where it is none of these."""
     try:
         parts = [float(part) for part in text.strip().split(":")]
     except ValueError:
@@ -160,7 +160,7 @@ def seconds(text: str) -> float:
 
 
 def _find_named(root: Path, names: Sequence[str], rows: Sequence[_Row], table: Path) -> dict[str, str]:
-    """The file of each video that rows name, of those that there are; missing ones are counted."""
+    """Returns the file of each video that rows name, of those that there are; missing ones are counted."""
     videos, ambiguous = short_names(names, without_suffix=True)
     asked = dict.fromkeys(row.video for row in rows)
     for video in asked:
@@ -176,7 +176,7 @@ def _find_named(root: Path, names: Sequence[str], rows: Sequence[_Row], table: P
 
 
 def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
-    """The rows of a table of narrations, and what is wrong with malformed ones."""
+    """Returns the rows of a table of narrations, and what is wrong with malformed ones."""
     if not path.is_file():
         raise UserError(f"{path}: no such table of narrations")
     with path.open(newline="", encoding="utf-8-sig") as file:

@@ -83,7 +83,7 @@ class Sthv2Source(VideoFilesSource):
         self.settings = {"folder": self.root.resolve().name, "labels": labels.name, "text": "label"}
 
     def _first_size(self) -> tuple[int, int]:
-        """Height and width of the first video; with `skip_bad`, of the first that can be read."""
+        """Returns height and width of the first video; with `skip_bad`, of the first that can be read."""
         for item in self.items:
             try:
                 header = probe(self.path_of(item))
@@ -96,7 +96,7 @@ class Sthv2Source(VideoFilesSource):
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """The label of each video by its id; "" where it has none. Raises UserError naming the file and the entry."""
+    """Reads the label of each video by its id, "" without. Raises UserError naming the file and the entry."""
     entries = read_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: is no list of labels ({{id, label, template, placeholders}})")
@@ -112,7 +112,7 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 
 def _text(entry: dict[str, Any], where: str) -> str:
-    """The label, such as "holding cup next to book", or else the template with its placeholders filled in."""
+    """Returns the label, such as "holding cup next to book", or else the template with its placeholders filled in."""
     label, template, placeholders = entry.get("label", ""), entry.get("template", ""), entry.get("placeholders", [])
     strings = isinstance(label, str) and isinstance(template, str) and isinstance(placeholders, list)
     if not strings or not all(isinstance(name, str) for name in placeholders):

@@ -64,7 +64,7 @@ def run(config: SyntheticConfig) -> None:
 
 
 def heading(direction: int) -> Float[np.ndarray, "2"]:
-    """The unit vector (right, down) of a direction."""
+    """Returns the unit vector (right, down) of a direction."""
     angle = direction * np.pi / 4
     return np.array([np.cos(angle), -np.sin(angle)])
 
@@ -81,7 +81,7 @@ class Square:
         self._ground, self._colour, self._rng = rng.uniform(0, 138, 3), rng.uniform(117, 255, 3), rng
 
     def image(self, centre: Float[np.ndarray, "2"]) -> UInt8[np.ndarray, "size size 3"]:
-        """The square at a place, with new noise."""
+        """Returns the square at a place, with new noise."""
         right, down = centre
         pixels = np.arange(self.size) + 0.5
         inside_HW = (np.abs(pixels[:, None] - down) < self.half) & (np.abs(pixels[None] - right) < self.half)
@@ -154,7 +154,7 @@ def write_synthetic_dataset(
 def _clip(
     rng: np.random.Generator, direction: int, num_frames: int, size: int, travel: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A square moving `travel` pixels in all: frames [T, H, W, C] and its centres (right, down) [T, 2]."""
+    """Returns a square moving `travel` pixels in all: frames [T, H, W, C] and its centres (right, down) [T, 2]."""
     way = heading(direction) * travel
     square = Square(rng, size, way)
     centres_T2 = (square.start + np.linspace(0, 1, num_frames)[:, None] * way).astype(np.float32)

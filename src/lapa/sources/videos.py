@@ -63,7 +63,7 @@ class VideoFilesSource(Source):
     skip_bad = False
 
     def path_of(self, item: Item) -> Path:
-        """The file of an item."""
+        """Returns the file of an item."""
         return self.root / item.key
 
     def file_of(self, item: Item) -> str:
@@ -83,7 +83,7 @@ class VideoFilesSource(Source):
         return clip
 
     def measured(self) -> Sequence[Item]:
-        """All items with their lengths; see `count_frames`."""
+        """Returns all items with their lengths; see `count_frames`."""
         headers, unreadable = read_headers(self.root, [item.key for item in self.items if item.length is None])
         lengths = {name: quick_count(info, self.fps) for name, info in headers.items()}
         counted, empty = scan_files(
@@ -136,7 +136,7 @@ def common_format(infos: Collection[VideoInfo], fps: float | None) -> tuple[floa
 
 
 def read_headers(root: Path, names: Sequence[str]) -> tuple[dict[str, VideoInfo], list[str]]:
-    """The header of each video that can be read, and what is wrong with the others. Many headers are cached."""
+    """Returns the header of each video that can be read, and what is wrong with the others. Many headers are cached."""
 
     def header(name: str) -> VideoInfo:
         # A pipe would keep the command waiting forever.
@@ -155,7 +155,7 @@ def read_headers(root: Path, names: Sequence[str]) -> tuple[dict[str, VideoInfo]
 
 
 def quick_count(info: VideoInfo, fps: float) -> int | None:
-    """Number of frames at `fps` up to the middle of the last frame, by the header alone; None where it is not known.
+    """Returns the number of frames at `fps` up to the middle of the last one, by the header; None if not known.
 
     As `resample` counts, but one more where a header declares a constant rate that the frames do not keep.
     """
@@ -187,7 +187,7 @@ def frames_at(path: Path, times: Sequence[float]) -> UInt8[np.ndarray, "T H W 3"
 
 
 def frames_in_order(path: Path, times: Sequence[float]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-    """The frame shown nearest to each time, in seconds from the first frame; times must not go backwards.
+    """Yields the frame shown nearest to each time, in seconds from the first frame; times must not go backwards.
 
     Seeks the first time instead of decoding up to it. Raises UserError naming the file where it cannot be decoded, or
     ends more than a frame or two before a time.
@@ -218,12 +218,12 @@ def frames_in_order(path: Path, times: Sequence[float]) -> Iterator[UInt8[np.nda
 
 
 def next_frame(clip: OpenClip) -> VideoFrame | None:
-    """The next frame of an open video, or None at its end."""
+    """Returns the next frame of an open video, or None at its end."""
     return next(clip.frames, None)
 
 
 def _seek(clip: OpenClip, time: float) -> tuple[VideoFrame, VideoFrame | None]:
-    """The frame shown up to a time, or else the video's first, and the one that follows."""
+    """Returns the frame shown up to a time, or else the video's first, and the one that follows."""
     for earlier in (*EARLIER, time + 1):
         clip.seek(max(0.0, time - earlier))
         before = next_frame(clip)

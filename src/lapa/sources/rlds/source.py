@@ -171,7 +171,7 @@ class Episode:
         return decode_image(self.values[key][step], f"{self.where}: {STEPS}{key} cannot be decoded at step {step}")
 
     def blank_cameras(self) -> list[str]:
-        """The cameras that show one colour throughout: the same bytes at every step, and these of one colour."""
+        """Returns the cameras that show one colour throughout: the same bytes at every step, of one colour."""
         blank = []
         for camera, key in self.layout.cameras.items():
             encoded = self.values[key]
@@ -180,7 +180,7 @@ class Episode:
         return blank
 
     def instructions(self) -> list[str]:
-        """The text of each step; empty where the dataset has none."""
+        """Returns the text of each step; empty where the dataset has none."""
         key, width = self.layout.instruction, self.layout.spelled
         if not key:
             return []
@@ -195,7 +195,7 @@ class Episode:
             raise self._error("its instruction is not UTF-8 text") from None
 
     def numbers(self) -> dict[str, np.ndarray]:
-        """Actions and states, [T, D], those of them that there are."""
+        """Returns actions and states, [T, D], those of them that there are."""
         rows = {key: self._rows(key, width) for key, width in self.layout.widths.items()}
         parts = {ACTION: self.layout.actions, STATE: self.layout.states}
         return {
@@ -205,7 +205,7 @@ class Episode:
         }
 
     def _rows(self, key: str, width: int) -> np.ndarray:
-        """The numbers of a feature, [T, width]."""
+        """Returns the numbers of a feature, [T, width]."""
         flat = self.values[key]
         if not isinstance(flat, np.ndarray) or len(flat) != self.num_steps * width:
             raise self._error(f"{STEPS}{key} is not {width} numbers in each of {self.num_steps} steps")
@@ -310,7 +310,7 @@ class RldsSource(Source):
         return {"episodes": episodes, "notes": notes, "problems": problems}
 
     def _examine(self, episode: Episode) -> tuple[str, list[str], list[str]]:
-        """The instruction, what should be counted, and the blank cameras, without decoding all images."""
+        """Returns the instruction, what should be counted, and the blank cameras, without decoding all images."""
         texts = episode.instructions()
         instruction = (texts[0] if texts else "") or self.reading.caption or ""
         blank = episode.blank_cameras()
@@ -319,7 +319,7 @@ class RldsSource(Source):
         return instruction, notes, blank
 
     def _episode(self, item: Item) -> Episode:
-        """The parsed record of an item; the last few are kept in memory."""
+        """Returns the parsed record of an item; the last few are kept in memory."""
         episode = PARSED.get((self._token, item.key))
         if episode is not None:
             return episode
@@ -336,7 +336,7 @@ class RldsSource(Source):
 
 
 def read_info(folder: Path, split: str) -> tuple[str, str, dict[Path, int]]:
-    """The dataset's name and version, and the files of a split with the episodes that each should hold.
+    """Returns the dataset's name and version, and the files of a split with the episodes that each should hold.
 
     The files need not be there. Raises UserError naming the file that is wrong and how to fix it.
     """
@@ -375,7 +375,7 @@ def read_info(folder: Path, split: str) -> tuple[str, str, dict[Path, int]]:
 
 
 def present_shards(shards: Mapping[Path, int], skip_bad: bool) -> dict[Path, int]:
-    """The files that are there; a missing one is a problem as in `find_items`."""
+    """Returns the files that are there; a missing one is a problem as in `find_items`."""
     present = {path: num_records for path, num_records in shards.items() if path.is_file()}
     if len(present) < len(shards):
         missing = [path for path in shards if path not in present]
@@ -386,7 +386,7 @@ def present_shards(shards: Mapping[Path, int], skip_bad: bool) -> dict[Path, int
 
 
 def find_items(shards: Mapping[Path, int], skip_bad: bool) -> list[Item]:
-    """All records of the files. Raises UserError (with skip_bad: warns) where their number is not the expected one."""
+    """Returns all records. Raises UserError (with skip_bad: warns) where their number is not the expected one."""
     items = []
     for path, num_records in shards.items():
         problem, num_found = "", 0
@@ -446,7 +446,7 @@ def choose_layout(folder: Path, known: Known, reading: RldsReading) -> Layout:
 def _choose_actions(
     folder: Path, features: Mapping[str, Feature], widths: Mapping[str, int], known: Known, reading: RldsReading
 ) -> tuple[list[Part], ActionSpace]:
-    """The parts of the action: those given, those known of the dataset, or else the feature `action`."""
+    """Returns the parts of the action: those given, those known of the dataset, or else the feature `action`."""
     if not reading.action_keys:
         try:
             parts = columns(known.action, widths)
@@ -484,7 +484,7 @@ def _choose_states(widths: Mapping[str, int], known: Known) -> list[Part]:
 
 
 def _names(parts: Sequence[Part]) -> list[str]:
-    """One name a number: the feature's (its whole path where two share a name), and its place there."""
+    """Returns one name a number: the feature's (its whole path where two share a name), and its place there."""
     places = [(part.key, part.start + number) for part in parts for number in range(part.num)]
     short = [f"{key.rsplit('/', 1)[-1]}_{place}" for key, place in places]
     whole = [f"{key.replace('/', '_')}_{place}" for key, place in places]
@@ -493,7 +493,7 @@ def _names(parts: Sequence[Part]) -> list[str]:
 
 
 def _read_features(folder: Path) -> dict[str, Feature]:
-    """The step features of features.json, by their paths below `steps`."""
+    """Returns the step features of features.json, by their paths below `steps`."""
 
     def leaves(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Feature]]:
         if "featuresDict" not in node:
@@ -521,6 +521,6 @@ def _rate(reading: RldsReading, known: Known, name: str) -> float:
 
 
 def _spelled(row: np.ndarray) -> str:
-    """The text of characters as numbers, padded with zeros."""
+    """Returns the text of characters as numbers, padded with zeros."""
     letters = row[: int(np.argmin(row))] if (row == 0).any() else row
     return "".join(chr(int(letter)) for letter in letters if 0 < letter < 0x110000).strip()

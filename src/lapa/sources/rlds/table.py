@@ -164,7 +164,7 @@ class Part:
 
 
 def columns(parts: str | Sequence[str], widths: Mapping[str, int]) -> list[Part]:
-    """The parts to concatenate, given how many numbers each feature has.
+    """Returns the parts to concatenate, given how many numbers each feature has.
 
     Raises KeyError with the name of a feature that is not there, UserError for a malformed or too narrow part.
     """
@@ -189,7 +189,7 @@ def columns(parts: str | Sequence[str], widths: Mapping[str, int]) -> list[Part]
 
 
 def _inside(width: int, place: str | None, start: str | None, stop: str | None) -> range:
-    """The numbers of a feature that `[place]` or `[start:stop]` means; empty where it does not have all of them."""
+    """Returns the indices that `[place]` or `[start:stop]` means; empty where the feature lacks any of them."""
     numbers = range(width)
     if any(not -width <= int(end) <= width for end in (place, start, stop) if end):
         return range(0)
@@ -199,7 +199,7 @@ def _inside(width: int, place: str | None, start: str | None, stop: str | None) 
 
 
 def _open_from_moves(closing_TD: np.ndarray) -> np.ndarray:
-    """Whether a gripper is open after each command; before the first one the opposite of it; without any, open."""
+    """Returns whether a gripper is open after each command; before the first its opposite, without any open."""
     opened = np.empty_like(closing_TD)
     for dim in range(closing_TD.shape[1]):
         commands = np.where(closing_TD[:, dim] > MOVES, 0.0, np.where(closing_TD[:, dim] < -MOVES, 1.0, np.nan))
@@ -211,7 +211,7 @@ def _open_from_moves(closing_TD: np.ndarray) -> np.ndarray:
 
 
 def _settled(opening_TD: np.ndarray) -> np.ndarray:
-    """The end that an opening moves to: the next value at an end; after the last such value, the nearer end."""
+    """Returns the end that an opening moves to: the next value at an end; after the last such value, the nearer end."""
     settled = np.empty_like(opening_TD)
     for dim in range(opening_TD.shape[1]):
         state = float(opening_TD[-1, dim] > 0.5) if len(opening_TD) else 0.0

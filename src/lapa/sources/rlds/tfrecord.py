@@ -47,13 +47,13 @@ class Record:
 
 
 def masked_crc(data: bytes) -> int:
-    """The checksum that a TFRecord holds."""
+    """Returns the checksum that a TFRecord holds."""
     crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + MASK_DELTA) & 0xFFFFFFFF
 
 
 def scan_records(path: Path) -> Iterator[Record]:
-    """The records of a file, by their lengths alone; payloads are skipped, and not verified.
+    """Yields the records of a file, by their lengths alone; payloads are skipped, and not verified.
 
     A record with a damaged length, or one within which the file ends, is the last: those after it cannot be found.
     """
@@ -99,7 +99,7 @@ def read_record(path: Path, offset: int, length: int) -> bytes:
 
 
 def parse_example(payload: bytes, keys: Iterable[str]) -> dict[str, Any]:
-    """The values of a tf.train.Example's features: a list of bytes, or an array of float32 or int64.
+    """Returns the values of a tf.train.Example's features: a list of bytes, or an array of float32 or int64.
 
     keys: the features to read; those that the message lacks are left out. Raises UserError where it is no Example.
     """
@@ -118,7 +118,7 @@ def parse_example(payload: bytes, keys: Iterable[str]) -> dict[str, Any]:
 
 @cache
 def _example_class() -> Any:
-    """The message class of tf.train.Example, in its own pool: TensorFlow, if loaded, has registered the same name."""
+    """Makes the class of tf.train.Example, in its own pool: TensorFlow, if loaded, has registered the name."""
     kind = descriptor_pb2.FieldDescriptorProto
     one, many, message = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED, kind.TYPE_MESSAGE
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tensorflow", syntax="proto3")
