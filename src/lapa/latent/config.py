@@ -74,8 +74,8 @@ class LatentModelConfig:
     """Weight of the loss that pulls the latent of the reversed pair to the negative of the pair's own."""
     composition_weight: float = 0.0
     """Weight of the loss that pulls the sum of the latents of a pair's two halves to the latent of the whole pair."""
-    layout: Literal["clean", "released"] = "clean"
-    """released: with the quirks of the published weights; of no other use."""
+    layout: Annotated[Literal["clean", "released"], tyro.conf.Suppress] = "clean"
+    """released: with the quirks of the published weights; set by `lapa import laq`."""
     horizon_seconds: float = 0.6
     """Seconds between the two frames of a training pair."""
 
@@ -103,9 +103,7 @@ class LatentModelConfig:
         if self.vision_tower is not None and not self.uses_features:
             raise UserError("--vision-tower is given but not used: add --inputs features or --targets features")
         if self.layout == "released" and (self.uses_features or not self.patch_norm):
-            raise UserError(
-                "--layout released reads pixels only, normalised patch by patch; use --layout clean for anything else"
-            )
+            raise UserError("layout released reads pixels only, normalised patch by patch; use layout clean otherwise")
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any], source: str) -> LatentModelConfig:
