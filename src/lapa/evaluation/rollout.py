@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from einops import rearrange
 from rich.table import Column, Table
 
 from lapa.config import require_at_least, require_same, to_dict
@@ -130,8 +131,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[RolloutSett
 
         policy = load_actor(config.policy, config.statistics_key)
         _check_policy(config, kind, policy)
-        cameras, infer, actor = policy.cameras, policy.infer, "policy"
-        binary = policy.action_space.binary
+        cameras, infer, actor, binary = policy.cameras, policy.infer, "policy", policy.action_space.binary
     settings = RolloutSettings(
         env=config.env,
         size=config.size or kind.size,
@@ -224,11 +224,8 @@ def write_video(path: Path, results: Sequence[EpisodeResult], settings: RolloutS
     padding = [np.zeros_like(ordered[0].frames[0])] * (-len(ordered) % columns)
     # Half a second longer, to show how the last one ended.
     length = max(len(result.frames) for result in ordered) + VIDEO_FPS // 2
-    images = []
-    for time_step in range(length):
-        tiles = [*(_tile(result, time_step) for result in ordered), *padding]
-        rows = [np.concatenate(tiles[first : first + columns], axis=1) for first in range(0, len(tiles), columns)]
-        images.append(np.concatenate(rows))
+    tiles = ([*(_tile(result, time_step) for result in ordered), *padding] for time_step in range(length))
+    images = [rearrange(each, "(row column) h w c -> (row h) (column w) c", column=columns) for each in tiles]
     encode_clip(path, images, kind_of(settings.env).fps / settings.video_every, keyframe_interval=VIDEO_FPS)
 
 
