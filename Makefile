@@ -10,7 +10,7 @@ LEROBOT_VERSION := 0.6.1
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
-	@echo 'make study      LAPA beside other ways of using video: one seed, hours; goes on when run again'
+	@echo 'make study      LAPA and other ways of using video: one seed, hours; continues when run again'
 	@echo 'make test       the tests (make test-slow: the ones that take minutes)'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
