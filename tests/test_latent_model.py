@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lapa import files
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.latent import model as model_file
 from lapa.latent.config import LatentModelConfig
-from lapa.latent.model import FEATURE_WEIGHT, LatentActionModel, lam_fingerprint
+from lapa.latent.model import LatentActionModel, lam_fingerprint
 
 PAPER = LatentModelConfig(
     image_size=32, patch_size=8, dim=16, spatial_depth=1, temporal_depth=1, heads=2, dim_head=8, quant_dim=6
@@ -214,7 +213,7 @@ def test_vision_features_as_inputs_and_targets(tower, tmp_path, inputs, targets,
     losses = model.loss(frames())
     if targets == "both":
         parts = losses.parts
-        expected = parts["reconstruction"] + FEATURE_WEIGHT * parts["feature_reconstruction"]
+        expected = parts["reconstruction"] + model.config.feature_weight * parts["feature_reconstruction"]
     else:
         expected = (prediction - target).square().mean()
     torch.testing.assert_close(losses.loss.detach(), expected)
@@ -348,20 +347,19 @@ def test_standardize_over_two_processes_is_that_of_the_whole_batch(tmp_path):
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-3, msg=name)
 
 
-def test_a_config_with_retired_keys_loads_at_their_only_value(tmp_path):
+def test_models_saved_with_values_that_are_no_options_any_more_load(tmp_path):
     torch.manual_seed(0)
-    model = LatentActionModel(TINY).eval()
+    saved = replace(
+        TINY, quantizer="fsq", codebook_size=8, fsq_levels=(2, 2, 2), action_weight=0.5, commitment_weight=0.1,
+        feature_weight=0.2, kl_weight=0.3,
+    )  # fmt: skip
+    model = LatentActionModel(saved).eval()
     model.save_pretrained(tmp_path)
-    before, config = lam_fingerprint(tmp_path), files.read_json(tmp_path / "config.json")
-    config["model"] |= {"fsq_levels": None, "action_weight": 0.1}
-    config["model"] |= {"commitment_weight": 0.25, "feature_weight": 0.01, "kl_weight": 0.0001}
-    files.write_json(tmp_path / "config.json", config)
-    assert LatentActionModel.from_pretrained(tmp_path).config == TINY
-    assert lam_fingerprint(tmp_path) == before
-    config["model"]["kl_weight"] = 0.5
-    files.write_json(tmp_path / "config.json", config)
-    with pytest.raises(UserError, match=r"config.json: kl_weight 0.5 is no longer supported, only 0.0001"):
-        LatentActionModel.from_pretrained(tmp_path)
+    again = LatentActionModel.from_pretrained(tmp_path)
+    assert again.config == saved
+    assert torch.equal(again.codes(frames(4)), model.codes(frames(4)))
+    with pytest.raises(UserError, match=r"fsq_levels \(2, 3\) do not make codebook_size 8"):
+        replace(saved, fsq_levels=(2, 3))
 
 
 @pytest.mark.parametrize("name", ["tiny", "released"])

@@ -5,24 +5,19 @@ lapa latent train --help
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from lapa import config as configs
 from lapa.data.config import MixBy
 from lapa.engine.config import LoopConfig
 from lapa.errors import UserError
 
 LARGEST_LEVELS = 16
 FACTORS = range(8, 1, -1)
-# Keys of configs of earlier versions, with the only value that this version computes.
-RETIRED = {
-    "fsq_levels": None, "action_weight": 0.1, "commitment_weight": 0.25, "feature_weight": 0.01, "kl_weight": 1e-4
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,17 @@ class LatentModelConfig:
     """released: with the quirks of the published weights; set by `lapa import laq`."""
     horizon_seconds: float = 0.6
     """Seconds between the two frames of a training pair."""
+    # No options, kept for models that were saved with other values.
+    fsq_levels: Annotated[tuple[int, ...] | None, tyro.conf.Suppress] = None
+    """Levels of each scalar of fsq, whose product is codebook_size; None: `levels` derives them."""
+    commitment_weight: Annotated[float, tyro.conf.Suppress] = 0.25
+    """Weight of the loss that pulls latents to their codes, of vq."""
+    kl_weight: Annotated[float, tyro.conf.Suppress] = 1e-4
+    """Weight of the divergence from the unit normal, of continuous."""
+    feature_weight: Annotated[float, tyro.conf.Suppress] = 0.01
+    """Weight of the features' error where pixels are a target too; features have unit scale."""
+    action_weight: Annotated[float, tyro.conf.Suppress] = 0.1
+    """Weight of the error of the true action, in units of its variance."""
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -89,6 +95,8 @@ class LatentModelConfig:
                 f"latent_length {self.latent_length} and codebook_size {self.codebook_size} carry no information; "
                 "give at least 1 code of at least 2 values"
             )
+        if math.prod(self.levels) != self.codebook_size or min(self.levels) < 2:
+            raise UserError(f"fsq_levels {self.levels} do not make codebook_size {self.codebook_size}")
         if max(self.latent_shape) > self.grid:
             rows, columns = self.latent_shape
             raise UserError(
@@ -105,26 +113,6 @@ class LatentModelConfig:
         if self.layout == "released" and (self.uses_features or not self.patch_norm):
             raise UserError("layout released reads pixels only, normalised patch by patch; use layout clean otherwise")
 
-    @classmethod
-    def from_saved(cls, values: Mapping[str, Any], source: str) -> LatentModelConfig:
-        """The config that a saved model's config.json holds, of this version or an earlier one.
-
-        Raises UserError naming `source` where a key is unknown, or a retired one is not at its only value.
-        """
-        if isinstance(values, Mapping):
-            for key in sorted(RETIRED.keys() & values.keys()):
-                if values[key] != RETIRED[key]:
-                    raise UserError(
-                        f"{source}: {key} {values[key]} is no longer supported, only {RETIRED[key]}; "
-                        "load the model with an earlier version of lapa-vla"
-                    )
-            values = {key: value for key, value in values.items() if key not in RETIRED}
-        return configs.from_dict(cls, values, source)
-
-    def identity(self) -> dict[str, Any]:
-        """All keys as plain values, retired ones too: the same for a model whichever version saved it."""
-        return {**configs.to_dict(self), **RETIRED}
-
     @property
     def grid(self) -> int:
         """Patches on a side."""
@@ -138,6 +126,8 @@ class LatentModelConfig:
     @property
     def levels(self) -> tuple[int, ...]:
         """Levels of each scalar of FSQ: codebook_size in factors of at most 16 where it has them."""
+        if self.fsq_levels is not None:
+            return self.fsq_levels
         levels, rest = [], self.codebook_size
         while rest > LARGEST_LEVELS and (factor := next((f for f in FACTORS if rest % f == 0), None)):
             levels.append(factor)

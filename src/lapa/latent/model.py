@@ -51,8 +51,6 @@ DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
 WANTED_FRAMES = "give pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
 SMALLEST_STD = 1e-6
-ACTION_WEIGHT = 0.1  # of the error of the true action, in units of its variance
-FEATURE_WEIGHT = 0.01  # of the features' error where pixels are a target too; features have unit scale
 SMALLEST_SCALE = 1e-12
 
 
@@ -199,7 +197,7 @@ class LatentActionModel(TrainableModel, nn.Module):
         if config.action_dim and actions_BA is not None:
             scaled_BA = (actions_BA - self.action_mean_A) / self.action_std_A.clamp(min=SMALLEST_STD)
             read_BA = self.to_action(action.quantized_BLD.flatten(1)).float()
-            added["action"] = (ACTION_WEIGHT, known_actions_error(read_BA, scaled_BA))
+            added["action"] = (self.config.action_weight, known_actions_error(read_BA, scaled_BA))
         for name, (weight, error) in added.items():
             loss = loss + weight * error
             parts[name] = error.detach()
@@ -339,7 +337,7 @@ class LatentActionModel(TrainableModel, nn.Module):
             error = F.mse_loss(predicted.pixels_BTCHW.float(), second.pixels_BTCHW)
             copy = F.mse_loss(first.pixels_BTCHW, second.pixels_BTCHW)
             parts |= {"reconstruction": error.detach(), "copy": copy}
-            loss = error if self.config.targets == "pixels" else error + FEATURE_WEIGHT * loss
+            loss = error if self.config.targets == "pixels" else error + self.config.feature_weight * loss
         return loss, parts
 
     def save_pretrained(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -376,7 +374,7 @@ def lam_fingerprint(folder_or_hub_id: str | Path) -> str:
     for path in weights:
         if not path.is_file():
             raise UserError(f"{path}: no such file; the model is incomplete, save or copy it again")
-    identity = [*map(files.fingerprint, weights), json.dumps(config.identity(), sort_keys=True)]
+    identity = [*map(files.fingerprint, weights), json.dumps(configs.to_dict(config), sort_keys=True)]
     return hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
 
 
@@ -462,4 +460,4 @@ def _read_config(folder: Path) -> LatentModelConfig:
     values = files.read_json(folder / CONFIG)
     if not isinstance(values, dict) or "model" not in values:
         raise UserError(f'{folder / CONFIG}: has no "model"; give the folder of a latent action model')
-    return LatentModelConfig.from_saved(values["model"], str(folder / CONFIG))
+    return configs.from_dict(LatentModelConfig, values["model"], str(folder / CONFIG))

@@ -35,8 +35,6 @@ REPLACEMENT_NOISE = 0.1  # of the spread of z; keeps replacements apart
 KMEANS_STEPS = 10
 NORM_FLOOR = 1e-24
 EMA_DECAY = 0.99
-COMMITMENT = 0.25  # weight of the loss that pulls latents to their codes
-KL_WEIGHT = 1e-4  # of the divergence from the unit normal
 EMA_DEAD_USES = 0.5  # of a code in a batch, on average
 LARGEST_LOG_VARIANCE = 10.0
 NO_CODES = "a continuous latent action model has no codes; train one with --quantizer fsq for codes"
@@ -236,7 +234,9 @@ class NSVQ(Quantizer):
 class MovingAverages(Quantizer):
     """EMA-VQ: codes follow the mean of the latents they are nearest to; straight-through gradient, commitment loss."""
 
-    def __init__(self, dim: int, codebook_size: int, standardize: Standardize | None = None):
+    def __init__(
+        self, dim: int, codebook_size: int, standardize: Standardize | None = None, *, commitment_weight: float = 0.25
+    ):
         super().__init__(standardize)
         self.codebook = VectorQuantize(
             dim,
@@ -244,7 +244,7 @@ class MovingAverages(Quantizer):
             decay=EMA_DECAY,
             kmeans_init=True,
             threshold_ema_dead_code=EMA_DEAD_USES,
-            commitment_weight=COMMITMENT,
+            commitment_weight=commitment_weight,
             rotation_trick=False,
             # Asked for by torchrun's own variable, since the processes meet only after the model is built.
             sync_codebook=int(os.environ.get("WORLD_SIZE", "1")) > 1,
@@ -298,16 +298,16 @@ class Continuous(Quantizer):
 
     discrete = False
 
-    def __init__(self, dim: int, standardize: Standardize | None = None):
+    def __init__(self, dim: int, standardize: Standardize | None = None, *, kl_weight: float = 1e-4):
         super().__init__(standardize)
-        self.moments = nn.Linear(dim, 2 * dim)
+        self.moments, self.kl_weight = nn.Linear(dim, 2 * dim), kl_weight
 
     def learn(self, z_BLD: Tensor, noise: Tensor | None) -> Quantized:
         mean, log_variance = self.moments(z_BLD).chunk(2, dim=-1)
         log_variance = log_variance.clamp(max=LARGEST_LOG_VARIANCE)
         noise = torch.randn_like(mean) if noise is None else noise.reshape(mean.shape).to(mean)
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return Quantized(mean + (0.5 * log_variance).exp() * noise, None, KL_WEIGHT * divergence)
+        return Quantized(mean + (0.5 * log_variance).exp() * noise, None, self.kl_weight * divergence)
 
     def look_up(self, z_BLD: Tensor) -> Quantized:
         return Quantized(self.moments(z_BLD).chunk(2, dim=-1)[0], None)
@@ -323,10 +323,12 @@ def build_quantizer(config: LatentModelConfig) -> Quantizer:
     if config.quantizer == "nsvq":
         return NSVQ(config.quant_dim, config.codebook_size, standardize)
     if config.quantizer == "vq":
-        return MovingAverages(config.quant_dim, config.codebook_size, standardize)
+        return MovingAverages(
+            config.quant_dim, config.codebook_size, standardize, commitment_weight=config.commitment_weight
+        )
     if config.quantizer == "fsq":
         return FiniteScalar(config.quant_dim, config.levels, standardize)
-    return Continuous(config.quant_dim, standardize)
+    return Continuous(config.quant_dim, standardize, kl_weight=config.kl_weight)
 
 
 def _norm(x: Tensor) -> Tensor:
