@@ -44,8 +44,7 @@ Place = tuple[int, int]  # episode, frame
 
 def run(config: MeasureConfig) -> None:
     """`lapa policy measure`. Raises UserError on bad input, before anything is evaluated."""
-    if min(config.samples, config.batch_size) < 1 or (config.steps is not None and config.steps < 1):
-        raise UserError("--samples, --batch-size and --steps must be at least 1")
+    configs.require_at_least(config, samples=1, batch_size=1, steps=1)
     dataset = open_dataset(config.data)
     labels = config.labels and Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
     policy, actor = _load(config, latent=bool(labels))
