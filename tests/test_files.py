@@ -29,6 +29,47 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     files.claim_output(tmp_path / "data" / "labels", complete=False, inputs=[tmp_path / "data"])
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        "../a",
+        "a/../../b",
+        "/etc/passwd",
+        "",
+        ".",
+        "..",
+        "a/..",
+        "a\0b",
+        "a\nb",
+        "a\x1b[2J",
+        "..\\a",
+        "\ud800",
+        None,
+        1,
+        ["a"],
+    ],
+)
+@pytest.mark.parametrize("written", [False, True])
+def test_what_a_file_names_stays_inside_its_folder(tmp_path: Path, named: object, written: bool) -> None:
+    with pytest.raises(UserError, match="names no file inside") as error:
+        files.inside(tmp_path, named, written=written)
+    assert len(str(error.value).splitlines()) == 1 and str(error.value).isprintable()
+
+
+def test_links_inside_a_folder_are_read_but_lead_no_writer_out(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    (inner / "real").mkdir(parents=True)
+    (inner / "away").symlink_to(tmp_path)
+    (inner / "near").symlink_to(inner / "real")
+    (inner / "round").symlink_to(inner / "round")
+    for name in ("real/a b.mp4", "near/é..mp4", "./x", "observation.images.top/clip-000.mp4"):
+        assert files.inside(inner, name, written=True) == inner / name
+    for name in ("away/a", "away", "near/../away/a"):
+        with pytest.raises(UserError, match="names no file inside"):
+            files.inside(inner, name, written=True)
+    assert files.inside(inner, "away/a") == inner / "away/a"
+
+
 FULL_DISK = """
 import resource, sys
 from pathlib import Path

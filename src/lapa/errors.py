@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 120
 
 
 class UserError(ValueError):
@@ -19,3 +23,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def shown(value: object) -> str:
+    """Returns a value of a file as one line of an error: its repr, shortened, without control characters."""
+    return _brief.repr(value)

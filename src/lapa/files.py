@@ -16,16 +16,19 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
-from lapa.errors import UserError
+from lapa.errors import UserError, shown
 
 # Protocols of fsspec and the pip packages that implement them.
 FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
 
 # A URL after pathlib, which makes `s3:/bucket` of `s3://bucket`.
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
+
+# Control characters, halves of a surrogate pair, and the separator of Windows: in no path that a file names.
+NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]")
 
 
 def as_path(location: str | Path) -> Path:
@@ -56,6 +59,26 @@ def as_path(location: str | Path) -> Path:
 def is_remote(path: Path) -> bool:
     """Whether a path is outside this machine's file system."""
     return not isinstance(path, Path)
+
+
+def inside(folder: Path, relative: Any, *, written: bool = False) -> Path:
+    """Returns `folder / relative`, where `relative` is what a file names: a file or folder inside `folder`.
+
+    written: whether it is to be written. Then no link on the way may lead out of `folder`; files that are only read
+    may be links, as they are in the cache of the hub.
+    Raises UserError where `relative` is no path, is absolute, holds `..`, a backslash or a control character.
+    """
+    named = PurePath(relative) if isinstance(relative, str) and not NOT_IN_PATHS.search(relative) else PurePath()
+    path = folder / named
+    leads_out = written and not is_remote(path) and not _resolved(path).is_relative_to(_resolved(folder))
+    if not named.parts or named.anchor or ".." in named.parts or leads_out:
+        raise UserError(f"{shown(relative)} names no file inside {folder}; expected a path such as folder/file")
+    return path
+
+
+def _resolved(path: Path) -> Path:
+    # Unlike Path.resolve, no error where links go round in a circle.
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
