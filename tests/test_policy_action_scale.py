@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lapa.policy.actions import ActionBins, ActionScale
+from lapa.policy.actions import ActionBins, ActionScale, warn_of_ranges
 
 RNG = np.random.default_rng(0)
 # As BridgeData's: open or shut, and now and then on the way.
@@ -129,3 +129,48 @@ def test_a_saved_scale_is_the_same(tmp_path):
         ActionScale.load(path)
     with pytest.raises(ValueError, match=r"absent\.safetensors: missing"):
         ActionScale.load(tmp_path / "absent.safetensors")
+
+
+def hardly_moving(share: float, dust: float = 1e-9, num: int = 5000) -> tuple[np.ndarray, np.ndarray]:
+    """A rotation and a gripper that are float dust but in a share of the steps; and which steps these are."""
+    turns = RNG.choice(num, max(2, round(share * num)), replace=False)
+    actions_TA = np.stack([RNG.normal(0, dust, num), 1 + RNG.normal(0, 100 * dust, num)], axis=1).astype(np.float32)
+    actions_TA[turns, 0] = np.where(np.arange(len(turns)) % 2, -0.3, 0.3)
+    actions_TA[turns, 1] = 0
+    return actions_TA, turns
+
+
+@pytest.mark.parametrize("codec", [ActionScale, ActionBins])
+@pytest.mark.parametrize("share", [0.0004, 0.002, 0.008, 0.019])
+@pytest.mark.parametrize("dust", [0, 1e-9, 1e-6])
+def test_rare_moves_amid_float_dust_come_back(codec, share, dust):
+    """Percentiles and bins of equal frequency would leave the dust as all that can be predicted."""
+    actions_TA, turns = hardly_moving(share, dust)
+    fitted = codec.fit(actions_TA)
+    back_TA = fitted.decode(fitted.encode(actions_TA))
+    np.testing.assert_allclose(back_TA[turns], actions_TA[turns], atol=1e-6)
+    np.testing.assert_allclose(back_TA, actions_TA, atol=1e-3)
+    assert not fitted.count_outside(actions_TA[turns]).any()
+
+
+def test_ordinary_motion_keeps_its_percentiles():
+    """A rare value a hundred times as far as the others does not stretch the scale."""
+    values_N1 = RNG.normal(size=(5000, 1)).astype(np.float32)
+    values_N1[0] = 300
+    scale = ActionScale.fit(values_N1)
+    assert -3 < scale.low_A[0] < -2 and 2 < scale.high_A[0] < 3
+
+
+def test_dimensions_that_clamping_narrows_are_named(capsys):
+    actions_TA = np.stack([RNG.uniform(-1, 1, 5000), RNG.normal(0, 0.01, 5000), RNG.normal(0, 1e-9, 5000)], axis=1)
+    actions_TA[::1250, 1:] = 0.3
+    actions_TA = actions_TA.astype(np.float32)
+    for codec in (ActionScale, ActionBins):
+        fitted = codec.fit(actions_TA)
+        kept_A = fitted.kept_range(actions_TA)
+        assert kept_A[0] > 0.9 and kept_A[1] < 0.3 and kept_A[2] > 0.99
+        warn_of_ranges("robot", fitted, actions_TA, ["x", "roll", "yaw"])
+        said = capsys.readouterr().err
+        assert "which narrows roll to" in said and "values of yaw (" in said and "x to" not in said
+    warn_of_ranges("robot", ActionScale.fit(actions_TA[:, :1]), actions_TA[:, :1], ["x"])
+    assert not capsys.readouterr().err

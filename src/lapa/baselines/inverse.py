@@ -43,7 +43,7 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json, write_json
 from lapa.nn.vision import residual_tower
-from lapa.policy.actions import ActionScale
+from lapa.policy.actions import ActionScale, warn_of_ranges
 from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.open_loop import action_figures
 from lapa.types import Losses, TrainableModel
@@ -213,6 +213,7 @@ def run(config: InverseTrainConfig) -> None:
         )
     outside = int(scale.count_outside(actions_NA).sum())
     say(f"actions: {scale.action_dim} dimensions, {outside} of {actions_NA.size} values lie outside and are clamped")
+    warn_of_ranges(", ".join(dataset.name for dataset in datasets), scale, actions_NA, space.names)
     if held_out is None:
         say("no episode is held out: nothing is evaluated during training")
     seed_everything(config.loop.seed)

@@ -13,7 +13,9 @@ the remaining bins; a dimension of at most 256 distinct values has a bin for eac
 data (the paper's: to its midpoint), which has the least absolute error and is exactly the shared value where a bin
 holds one and a few others.
 
-The scale is linear, from the 1st to the 99th percentile of each dimension; values beyond are clamped.
+The scale is linear, from the 1st to the 99th percentile of each dimension; values beyond are clamped. A dimension that
+hardly moves, as a rotation that is float dust but in a few steps, is scaled from its least to its greatest value, and
+its dust is one value for the bins: percentiles would make the dust all that a policy can do.
 
 A dimension that the dataset declares binary (`lapa.data.dataset`) has two bins, or the ends of the scale, whatever
 values its recordings passed through between the two.
@@ -34,6 +36,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lapa.console import warn
 from lapa.data.dataset import ActionSpace
 from lapa.errors import UserError
 from lapa.files import atomic_path
@@ -45,6 +48,10 @@ PERCENTILES = (1, 99)
 # are farther from both than BINARY_TOLERANCE of their distance.
 BINARY_TOLERANCE, BINARY_STRAGGLERS = 0.05, 0.1
 SHOWN_VALUES = 6
+# A dimension hardly moves where its percentiles span less than this share of its whole range.
+HARDLY_MOVES = 1e-3
+# A warning names a dimension of which a codec keeps less than this share of the range.
+LEAST_KEPT = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +89,13 @@ class ActionCodec(ABC):
         actions = np.asarray(actions, dtype=np.float32)
         self._require_width(actions)
         return ((actions < self.low_A) | (actions > self.high_A)).reshape(-1, self.action_dim).sum(0)
+
+    def kept_range(self, actions_NA: Float[np.ndarray, "N A"]) -> Float[np.ndarray, "A"]:
+        """The share of each dimension's range, from its least to its greatest value, that can be predicted."""
+        ends_2A = np.stack([actions_NA.min(0), actions_NA.max(0)])
+        kept_2A = self.decode(self.encode(ends_2A))
+        kept_A, range_A = (np.diff(each.astype(np.float64), axis=0)[0] for each in (kept_2A, ends_2A))
+        return np.where(range_A > 0, kept_A / np.where(range_A > 0, range_A, 1), 1.0)
 
     def save(self, path: Path) -> None:
         """Writes the arrays as safetensors, atomically."""
@@ -259,6 +273,25 @@ def fit_codec(
     return ActionBins.fit(actions_NA, num_bins, binary) if head == "bins" else ActionScale.fit(actions_NA, binary)
 
 
+def warn_of_ranges(name: str, codec: ActionCodec, actions_NA: Float[np.ndarray, "N A"], names: Sequence[str]) -> None:
+    """Warns of the dimensions whose clamping loses most of their range, and of those that hardly move.
+
+    name: of the dataset; names: of the dimensions.
+    """
+    kept_A = codec.kept_range(actions_NA)
+    if narrow := [f"{names[a]} to {kept_A[a]:.1%}" for a in np.flatnonzero(kept_A < LEAST_KEPT)]:
+        warn(
+            f"actions of {name}: rare values are clamped, which narrows {', '.join(narrow)} of its range; if these are "
+            "moves that the policy needs, give more episodes with them"
+        )
+    still = [f"{names[a]} ({v.min():g} to {v.max():g})" for a, v in enumerate(actions_NA.T) if _hardly_moves(v)]
+    if still:
+        warn(
+            f"actions of {name}: nearly all values of {', '.join(still)} are one; its whole range is kept for the "
+            "others; if these are errors of the recording, leave their episodes out"
+        )
+
+
 def save_keyed(path: Path, sets: Mapping[str, ActionCodec | None]) -> None:
     """Writes several sets into one file, each array under KEY/, atomically; no file where there is none."""
     arrays = {f"{key}/{name}": a for key, each in sets.items() if each for name, a in each.arrays().items()}
@@ -323,14 +356,36 @@ def _middle(low: float, high: float) -> float:
     return float(low) / 2 + float(high) / 2
 
 
-def _usual_range(values_T: Float[np.ndarray, "T"]) -> tuple[float, float]:
+def _hardly_moves(values_T: Float[np.ndarray, "T"]) -> bool:
+    """Whether the percentiles are next to each other, and other values far from them."""
     low, high = np.percentile(values_T.astype(np.float64), PERCENTILES)
-    return (float(low), float(high)) if low < high else (float(values_T.min()), float(values_T.max()))
+    return bool(high - low < HARDLY_MOVES * (float(values_T.max()) - float(values_T.min())))
+
+
+def _usual_range(values_T: Float[np.ndarray, "T"]) -> tuple[float, float]:
+    """The percentiles, or the whole range of a dimension that hardly moves."""
+    if _hardly_moves(values_T):
+        return float(values_T.min()), float(values_T.max())
+    low, high = np.percentile(values_T.astype(np.float64), PERCENTILES)
+    return float(low), float(high)
+
+
+def _without_dust(values_T: Float[np.ndarray, "T"]) -> Float[np.ndarray, "T"]:
+    """The values, with those near the median put on it where the dimension hardly moves."""
+    if not _hardly_moves(values_T):
+        return values_T
+    median = np.median(values_T)
+    distance_T = np.abs(values_T.astype(np.float64) - median)
+    dust = HARDLY_MOVES * (float(values_T.max()) - float(values_T.min()))
+    return np.where(distance_T <= dust, median, values_T).astype(np.float32)
 
 
 def _fit_dimension(values_T: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:
     """Inner edges (float64) and centres (float32) of one dimension."""
     distinct, counts = np.unique(values_T, return_counts=True)
+    if len(distinct) > num_bins:
+        values_T = _without_dust(values_T)
+        distinct, counts = np.unique(values_T, return_counts=True)
     bins = np.arange(len(distinct)) if len(distinct) <= num_bins else _bins_of_distinct(counts, num_bins)
     firsts = np.flatnonzero(np.diff(bins, prepend=-1))
     edges = (distinct[firsts[1:]].astype(np.float64) + distinct[firsts[1:] - 1]) / 2

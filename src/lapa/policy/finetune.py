@@ -25,7 +25,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.errors import UserError, unknown
-from lapa.policy.actions import ActionBins, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins
+from lapa.policy.actions import ActionBins, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins, warn_of_ranges
 from lapa.policy.backbones import renew_backbone
 from lapa.policy.config import FinetuneConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
@@ -181,7 +181,7 @@ def _with_actions(
     if not start.acts:
         statistics, spaces = _statistics(config, training, num_bins)
     for number, dataset in enumerate(datasets):
-        _report(dataset.name, statistics_of(statistics, dataset.name).codec, training.actions(number))
+        _report(dataset, statistics_of(statistics, dataset.name).codec, training.actions(number))
     vocabulary = replace(
         before.vocabulary,
         bins=num_bins if config.head == "bins" else before.vocabulary.bins,
@@ -238,8 +238,9 @@ def _pooled_actions(config: FinetuneConfig, training: EpisodeSteps) -> np.ndarra
     return np.concatenate([other.all_actions() for other in others])
 
 
-def _report(name: str, codec: ActionCodec, actions_NA: np.ndarray) -> None:
+def _report(dataset: Dataset, codec: ActionCodec, actions_NA: np.ndarray) -> None:
     outside_A = codec.count_outside(actions_NA)
     how = f" of {', '.join(map(str, codec.counts_A))} bins" if isinstance(codec, ActionBins) else ""
     clamped = f"; {outside_A.sum()} of {actions_NA.size} values lie outside and are clamped" if outside_A.any() else ""
-    say(f"actions of {name}: {codec.action_dim} dimensions{how}{clamped}")
+    say(f"actions of {dataset.name}: {codec.action_dim} dimensions{how}{clamped}")
+    warn_of_ranges(dataset.name, codec, actions_NA, common_action_space([dataset]).names)
