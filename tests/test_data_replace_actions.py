@@ -1,7 +1,9 @@
 """The same videos with other actions or none: nothing that is kept changes, nothing is lost without a message."""
 
+import json
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS
 from lapa.data.replace_actions import claim_rewrite, rewrite_actions
 from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip
+from lapa.errors import UserError
 from lapa.files import read_json
 from lapa.sources.synthetic import write_synthetic_dataset
 
@@ -167,6 +170,120 @@ def test_videos_are_linked_or_copied(robot: Dataset, tmp_path: Path, monkeypatch
     copied = hide(robot, tmp_path / "copied")
     assert not copied.video_path(0).samefile(robot.video_path(0))
     assert copied.video_path(0).read_bytes() == robot.video_path(0).read_bytes()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("key", ["data_path", "video_path"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "../.bashrc",
+        "{place}/../../../.bashrc",
+        "/{place}.mp4",
+        "a\\{place}.mp4",
+        "a\n{place}.mp4",
+        "{place:02000000000d}",
+        "{place:013d}",
+        "{place!r}",
+        "{place.real}",
+        "{place.__class__.__init__}",
+        "{place[0]}",
+        "{place:{place}}",
+        "{place:>9}",
+        "{}{place}",
+        "{other}/{place}",
+        "{place",
+        "meta/info.json",
+        "./meta//{place}.parquet",
+        "one/{place}",
+        "",
+        7,
+        ["data"],
+        {"data": 1},
+    ],
+)
+def test_a_template_names_files_of_the_dataset_alone(
+    robot: Dataset, tmp_path: Path, key: str, template: object
+) -> None:
+    """Nothing is written outside --out, and nothing is removed there: neither a sibling nor a file above it."""
+    root, outside = tmp_path / "work" / "d", tmp_path / "work"
+    shutil.copytree(robot.root, root)
+    (outside / ".bashrc").write_text("mine")
+    template = template.replace("place", "file_index") if isinstance(template, str) else template
+    other = {"data_path": "video_path", "video_path": "data_path"}[key]
+    info = read_json(root / INFO)
+    info |= {key: template} | ({other: template} if template == "one/{file_index}" else {})
+    (root / INFO).write_text(json.dumps(info))
+    before = tree(outside)
+    with pytest.raises(UserError, match=r"info\.json: .*(data_path|video_path)") as error:
+        hide(Namespace(root=root), outside / "x" / "out")
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 800
+    assert tree(outside) == before
+
+
+@pytest.mark.parametrize("name", ["observation.images./../../../../x", "../../x", "/x", "a\0b", "a\x1b[2Jb", "a/.."])
+def test_a_camera_names_no_place_outside(robot: Dataset, tmp_path: Path, name: str) -> None:
+    shutil.copytree(robot.root, tmp_path / "d")
+    info = read_json(robot.root / INFO)
+    info["features"][name] = info["features"]["observation.images.front"]
+    (tmp_path / "d" / INFO).write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"info\.json: the name of a camera: .* names no file inside"):
+        open_dataset(tmp_path / "d")
+
+
+def test_links_in_the_output_lead_nowhere(robot: Dataset, tmp_path: Path) -> None:
+    """--resume takes a folder as it is, with the links that somebody put there."""
+    note = {"made_by": "lapa data hide-actions", "source_fingerprint": robot.fingerprint}
+    for link in ("meta", "data", "videos", "videos/observation.images.front", "meta/episodes", "meta/info.json"):
+        out, outside = tmp_path / link / "out", tmp_path / link / "outside"
+        outside.mkdir(parents=True)
+        (outside / "mine").write_text("mine")
+        (out / link).parent.mkdir(parents=True, exist_ok=True)
+        (out / link).symlink_to(outside / "new.json" if link.endswith("json") else outside)
+        if link != "meta":
+            (out / "meta").mkdir(exist_ok=True)
+            (out / JOURNAL).write_text(json.dumps(note) + "\n")
+        with pytest.raises(UserError, match="a link leads out of"):
+            hide(robot, out, resume=True)
+        assert tree(outside) == {"mine": b"mine"}
+
+
+def test_a_cache_of_the_hub_is_read_and_rewritten(robot: Dataset, tmp_path: Path) -> None:
+    """There every file is a link into ../../blobs; a link to what is no video is not taken along."""
+    snapshot, blobs = tmp_path / "datasets--a--b/snapshots/0123", tmp_path / "datasets--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(path for path in robot.root.rglob("*") if path.is_file())):
+        shutil.copyfile(path, blobs / f"{number:064d}")
+        link = snapshot / path.relative_to(robot.root)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / f"{number:064d}", link.parent))
+    cached = open_dataset(snapshot)
+    hidden = hide(cached, tmp_path / "hidden")
+    assert all(same_images(robot, episode, hidden, episode) for episode in range(4))
+    assert not any(path.is_symlink() for path in hidden.root.rglob("*"))
+    assert not list(hidden.root.rglob(".*"))
+    (tmp_path / "secret").write_text("mine")
+    video = cached.video_path(2)
+    video.unlink()
+    video.symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=str(video)):
+        hide(cached, tmp_path / "again")
+    assert b"mine" not in tree(tmp_path / "again").values()
+
+
+def test_a_rewrite_leaves_no_partial_file_where_the_video_is_there_already(robot: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "hidden"
+    target = out / robot.video_path(1).relative_to(robot.root)
+    note = {"made_by": "lapa data hide-actions", "source_fingerprint": robot.fingerprint}
+    target.parent.mkdir(parents=True)
+    (out / "meta").mkdir()
+    (out / JOURNAL).write_text(json.dumps(note) + "\n")
+    os.link(robot.video_path(1), target)
+    assert hide(robot, out, resume=True).video_path(1).samefile(robot.video_path(1))
+    assert not list(out.rglob(".*"))
 
 
 def test_an_unfinished_rewrite_is_begun_again(robot: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

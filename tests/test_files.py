@@ -65,7 +65,7 @@ def test_links_inside_a_folder_are_read_but_lead_no_writer_out(tmp_path: Path) -
     for name in ("real/a b.mp4", "near/é..mp4", "./x", "observation.images.top/clip-000.mp4"):
         assert files.inside(inner, name, written=True) == inner / name
     for name in ("away/a", "away", "near/../away/a"):
-        with pytest.raises(UserError, match="names no file inside"):
+        with pytest.raises(UserError, match=r"names no file inside|a link leads out of"):
             files.inside(inner, name, written=True)
     assert files.inside(inner, "away/a") == inner / "away/a"
 

@@ -69,10 +69,11 @@ def inside(folder: Path, relative: Any, *, written: bool = False) -> Path:
     Raises UserError where `relative` is no path, is absolute, holds `..`, a backslash or a control character.
     """
     named = PurePath(relative) if isinstance(relative, str) and not NOT_IN_PATHS.search(relative) else PurePath()
-    path = folder / named
-    leads_out = written and not is_remote(path) and not _resolved(path).is_relative_to(_resolved(folder))
-    if not named.parts or named.anchor or ".." in named.parts or leads_out:
+    if not named.parts or named.anchor or ".." in named.parts:
         raise UserError(f"{shown(relative)} names no file inside {folder}; expected a path such as folder/file")
+    path = folder / named
+    if written and not is_remote(path) and not _resolved(path).is_relative_to(_resolved(folder)):
+        raise UserError(f"{path}: a link leads out of {folder}, where nothing may be written; remove the link")
     return path
 
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import string
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,8 +37,17 @@ from jaxtyping import Float, Int, UInt8
 
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, image_keys
 from lapa.data.video import decode_clip, decode_image
-from lapa.errors import UserError, unknown
-from lapa.files import fingerprint, is_remote, open_binary, read_json, reading, why_unreadable
+from lapa.errors import UserError, shown, unknown
+from lapa.files import (
+    errors_about,
+    fingerprint,
+    inside,
+    is_remote,
+    open_binary,
+    read_json,
+    reading,
+    why_unreadable,
+)
 
 CODEBASE_VERSION = "v3.0"
 # One file per episode.
@@ -59,6 +70,8 @@ LEGACY_CHUNK = 1000
 OPEN_TABLES = 8
 # Row groups of images that stay in memory: LeRobot writes one per episode, and an item has one image per camera.
 OPEN_GROUPS = 4
+# A number's format in a path template, such as 03d.
+WIDTH = "(0?([1-9]|1[0-2]))?d?"
 AGAIN = "write the dataset again"
 
 Value = TypeVar("Value")
@@ -424,6 +437,9 @@ def _check_features(path: Path, info: dict[str, Any]) -> None:
             or not all(isinstance(feature.get(key) or {}, dict) for key in ("info", "video_info"))
         ):
             raise UserError(f"{path}: feature {name} is not as LeRobot describes images, got {feature}; {AGAIN}")
+    with errors_about(f"{path}: the name of a camera"):
+        for key in image_keys(features):
+            inside(path.parent.parent, key)
     if not image_keys(features):
         raise UserError(f"{path}: has no camera (no feature of dtype video or image); lapa learns from video")
     needed = ["fps", "data_path", *(["video_path"] if video_keys(features) else [])]
@@ -432,18 +448,38 @@ def _check_features(path: Path, info: dict[str, Any]) -> None:
 
 
 def _check_templates(path: Path, info: dict[str, Any]) -> None:
-    legacy = info["codebase_version"] in LEGACY_VERSIONS
+    """Raises UserError for a template that is more than names and numbers, or that leads to a file of another kind."""
+    legacy, root = info["codebase_version"] in LEGACY_VERSIONS, path.parent.parent
     fields = ("episode_chunk", "episode_index") if legacy else PLACE
     chunk = info.get("chunks_size") or LEGACY_CHUNK
     if type(chunk) is not int or chunk < 1:
-        raise UserError(f"{path}: chunks_size must be a whole number above 0, got {chunk!r}; {AGAIN}")
-    for key in ("data_path", "video_path"):
-        template: Any = "" if info.get(key) is None else info[key]
-        try:
-            template.format(video_key="", **dict.fromkeys(fields, 0))
-        except (AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
-            form = f"may name {', '.join(fields)}"
-            raise UserError(f"{path}: {key} is {template!r}; it {form} (got {error}); {AGAIN}") from None
+        raise UserError(f"{path}: chunks_size must be a whole number above 0, got {shown(chunk)}; {AGAIN}")
+    named = []
+    for key, known in (("data_path", fields), ("video_path", (*fields, "video_key"))):
+        template = info.get(key)
+        if template is None:
+            continue
+        if not _is_template(template, known):
+            raise UserError(f"{path}: {key} is {shown(template)}; it may name {', '.join(known)}; {AGAIN}")
+        with errors_about(f"{path}: {key}"):
+            for video_key in video_keys(info["features"]) if key == "video_path" else [""]:
+                name = template.format(**{**dict.fromkeys(fields, 0), "video_key": video_key})
+                named.append(inside(root, name).relative_to(root))
+    if len(set(named)) < len(named) or any(name.parts[0] == "meta" for name in named):
+        raise UserError(f"{path}: data_path and video_path name one file for two purposes, or a file of meta; {AGAIN}")
+
+
+def _is_template(template: Any, fields: Sequence[str]) -> bool:
+    """Whether a text is formatted by these fields and nothing else, with a width at most."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except (TypeError, ValueError):
+        return False
+    return all(
+        field is None
+        or (field in fields and not conversion and re.fullmatch("" if field == "video_key" else WIDTH, width or ""))
+        for _, field, width, conversion in parsed
+    )
 
 
 def _renamed(features: dict[str, Any], stored: Mapping[str, str], path: Path) -> dict[str, Any]:

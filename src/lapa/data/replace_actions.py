@@ -41,9 +41,10 @@ from lapa.data.lerobot import (
     require_folder,
 )
 from lapa.data.spec import open_dataset
+from lapa.data.video import probe
 from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, read_json_lines, write_json
+from lapa.files import atomic_path, claim_output, inside, read_json_lines, write_json
 
 NO_ACTIONS = "lapa data hide-actions"
 STATISTICS = ("min", "max", "mean", "std", "count")
@@ -83,9 +84,10 @@ def claim_rewrite(
         raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
     inputs = [dataset.root, *inputs]
     claim_output(out, complete=(out / INFO).exists(), overwrite=overwrite, resume=resume, inputs=inputs)
-    if (begun := read_json_lines(out / JOURNAL)) and begun[0] != note:
+    journal = inside(out, JOURNAL, written=True)
+    if (begun := read_json_lines(journal)) and begun[0] != note:
         raise UserError(f"{out}: was begun with other settings; --overwrite to start anew")
-    with atomic_path(out / JOURNAL) as temporary:
+    with atomic_path(journal) as temporary:
         temporary.write_text(json.dumps(note, ensure_ascii=False) + "\n")
 
 
@@ -111,14 +113,15 @@ def rewrite_actions(
     left_out = [name for name in dataset.features if name not in features]
     if left_out:
         say(f"left out: {', '.join(left_out)}")
-    rows, num_frames = _write_data(dataset, out, actions, action_space, [*kept_features, *FRAME_COLUMNS])
+    targets = _targets(dataset, out)
+    rows, num_frames = _write_data(dataset, targets, actions, action_space, [*kept_features, *FRAME_COLUMNS])
     num_lost = len(dataset) - len(rows)
     if not rows:
         raise UserError(f"{dataset.root}: every one of its {num_lost} episodes is left out; nothing is left to write")
     if num_lost:
         say(f"{num_lost} of {len(dataset)} episodes left out: they have no actions")
-    _link_videos(dataset, out, sorted(rows))
-    totals = _write_episodes(dataset, out, rows, list(features))
+    _link_videos(dataset, targets, sorted(rows))
+    totals = _write_episodes(dataset, targets, rows, list(features))
     with atomic_path(out / TASKS) as temporary:
         shutil.copyfile(dataset.root / TASKS, temporary)
     write_json(out / STATS, totals)
@@ -132,6 +135,24 @@ def rewrite_actions(
     return LeRobotDataset(out)
 
 
+def _targets(dataset: LeRobotDataset, out: Path) -> dict[Path, Path]:
+    """Returns the place in `out` of each file of the dataset.
+
+    Raises UserError where that is outside `out`, through a link, or is the place of two files.
+    """
+    episodes, root = range(len(dataset)), dataset.root
+    kinds: list[set[Path]] = [
+        {dataset.data_path(episode) for episode in episodes},
+        {dataset.video_path(episode, camera) for episode in episodes for camera in dataset.cameras},
+        set(episode_files(root)),
+        {root / name for name in (TASKS, STATS, EXTRA, INFO, JOURNAL)},
+    ]
+    targets = {path: inside(out, path.relative_to(root).as_posix(), written=True) for kind in kinds for path in kind}
+    if len(targets) < sum(map(len, kinds)):
+        raise UserError(f"{root / INFO}: data_path or video_path names a file of another kind; write the dataset again")
+    return targets
+
+
 def _features(dataset: LeRobotDataset, space: ActionSpace | None, kept: Sequence[str]) -> dict[str, Any]:
     """Returns the features of the new dataset for meta/info.json."""
     action = {ACTION: {"dtype": "float32", "shape": [space.action_dim], "names": list(space.names)}} if space else {}
@@ -141,7 +162,7 @@ def _features(dataset: LeRobotDataset, space: ActionSpace | None, kept: Sequence
 
 def _write_data(
     dataset: LeRobotDataset,
-    out: Path,
+    targets: Mapping[Path, Path],
     actions: Callable[[int], np.ndarray | None] | None,
     space: ActionSpace | None,
     columns: Sequence[str],
@@ -182,7 +203,7 @@ def _write_data(
             }
             num_frames += length
         if parts:
-            with atomic_path(out / path.relative_to(dataset.root)) as temporary:
+            with atomic_path(targets[path]) as temporary:
                 pq.write_table(pa.concat_tables(parts), temporary)
     return rows, num_frames
 
@@ -197,7 +218,10 @@ def _renumbered(table: pa.Table, new: Mapping[str, np.ndarray], actions_TA: np.n
 
 
 def _write_episodes(
-    dataset: LeRobotDataset, out: Path, changes: Mapping[int, dict[str, Any]], features: Sequence[str]
+    dataset: LeRobotDataset,
+    targets: Mapping[Path, Path],
+    changes: Mapping[int, dict[str, Any]],
+    features: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
     """Writes the tables of episodes, under their old names; returns the statistics of the whole dataset."""
     # Statistics of columns that are gone, or written anew, are not kept.
@@ -217,7 +241,7 @@ def _write_episodes(
                 shapes[name] = np.shape(values["mean"])
                 totals[name].merge({key: np.ravel(value).tolist() for key, value in values.items()})
         if rows:
-            with atomic_path(out / path.relative_to(dataset.root)) as temporary:
+            with atomic_path(targets[path]) as temporary:
                 pq.write_table(pa.Table.from_pylist(rows), temporary)
     return {
         name: {
@@ -229,20 +253,27 @@ def _write_episodes(
     }
 
 
-def _link_videos(dataset: LeRobotDataset, out: Path, episodes: Sequence[int]) -> None:
+def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes: Sequence[int]) -> None:
     """Links every video file of the episodes, once."""
     paths = {dataset.video_path(episode, camera) for episode in episodes for camera in dataset.cameras}
-    num_copied = 0
+    num_copied, root = 0, dataset.root.resolve()
     for path in sorted(paths):
-        target = out / path.relative_to(dataset.root)
+        source, target = Path(os.path.realpath(path)), targets[path]
+        if not source.is_relative_to(root):
+            # A link of the hub's cache, or to any file: what is no video is not taken along.
+            probe(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
+        temporary = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
         try:
-            os.link(path.resolve(), target)
+            os.link(source, temporary)
+            temporary.replace(target)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write the dataset again") from None
         except OSError:
-            with atomic_path(target) as temporary:
-                shutil.copyfile(path, temporary)
+            with atomic_path(target) as copy:
+                shutil.copyfile(path, copy)
             num_copied += 1
+        finally:
+            # Also after success: a link that replaces one to the same file stays.
+            temporary.unlink(missing_ok=True)
     say(f"videos: {len(paths) - num_copied} files linked, {num_copied} copied")
