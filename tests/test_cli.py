@@ -7,14 +7,20 @@ import subprocess
 import sys
 import time
 import typing
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import tyro
+from rich.table import Table
 
-from lapa import cli, presets
+from lapa import cli, console, presets
 from lapa.cli import imported
+from lapa.data.writer import DatasetWriter
+from lapa.errors import UserError, printable
 from lapa.help import command_help
 
 
@@ -162,6 +168,58 @@ class GreetConfig:
 
 def greet(config: GreetConfig) -> None:
     print(f"hello {config.name}")
+
+
+# Escapes that colour and set the title, a bell, C1, ends of lines, marks of direction, half a surrogate pair, markup.
+HOSTILE = "\x1b[31mred\x1b]0;title\x07 \x9b2J\r\n\x0bdown\x85 \u202eevil\u2066 \u2028 \x00\x7f\ufeff\U000e0041 \ud800"
+HOSTILE += " [/x] [bold]"
+
+
+def without_controls(text: str) -> bool:
+    return all(letter == "\n" or unicodedata.category(letter) not in ("Cc", "Cf", "Cs", "Zl", "Zp") for letter in text)
+
+
+def test_texts_of_files_reach_no_control_of_the_terminal(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    def lines() -> list[str]:
+        shown = capsys.readouterr().err
+        assert without_controls(shown)
+        return shown.splitlines()
+
+    for speak in (console.say, console.warn, lambda text: console.finish(text, "a")):
+        speak(HOSTILE)
+        (line,) = lines()
+        assert r"\x1b[31mred\x1b]0;title\x07 \x9b2J down \u202eevil" in line and line.endswith(("[/x] [bold]", ": a"))
+    table = Table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    console.console.print(table)
+    assert "[/x]" in "".join(lines())
+    with console.progress() as bar:
+        bar.add_task(HOSTILE, total=1, note=HOSTILE)
+    lines()
+    assert without_controls(str(UserError(HOSTILE))) and "\n" not in str(UserError(HOSTILE))
+    assert printable("no\u200dthing of a t\u00e9xt \u05d0\u6587 \U0001f600 changes") == (
+        "no\u200dthing of a t\u00e9xt \u05d0\u6587 \U0001f600 changes"
+    )
+
+
+def test_a_dataset_of_hostile_texts_is_shown(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    text = HOSTILE.replace("\ud800", "")
+    names = [f"{text} {number}" for number in range(2)]
+    writer = DatasetWriter(tmp_path / "d", fps=10, cameras={"front": (16, 16)}, action_names=names)
+    writer.add_episode({"front": np.full((3, 16, 16, 3), 9, np.uint8)}, text, actions=np.zeros((3, 2), np.float32))
+    writer.finish()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["data", "info", str(tmp_path / "d")])
+    shown = capsys.readouterr()
+    assert exit_.value.code == 0 and without_controls(shown.err + shown.out)
+    assert r"\u202eevil" in shown.err and (tmp_path / "d" / "contact_sheet.png").exists()
+
+
+def test_an_error_of_several_lines_is_one(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (OSError(f"{HOSTILE}\nTraceback"), UserError(f"a\n  b\r{HOSTILE}"), FloatingPointError("x\ny")):
+        monkeypatch.setattr(cli, "find_verb", Mock(side_effect=error))
+        shown = failure(capsys, "data", "info", "x")
+        assert shown.startswith("lapa: error: ") and without_controls(shown) and len(shown.splitlines()) == 1
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:

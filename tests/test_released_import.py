@@ -159,7 +159,7 @@ def test_files_that_do_not_fit_stop_the_import_before_it_writes(config, tmp_path
     refused(r"(?s)params: .*ln_f/kernel: missing.*transformer/more: not a name")
     config.params.write_bytes(whole)
     write_stream(tmp_path / "images", {**IMAGE_PARAMS, "quant_conv/bias": torch.zeros(4)})
-    refused(r"images: .*\n.*quant_conv/bias: shape \(4,\)", vqgan=tmp_path / "images")
+    refused(r"images: .*quant_conv/bias: shape \(4,\)", vqgan=tmp_path / "images")
     refused("vqgan: not a model of sentencepiece", tokenizer=config.vqgan)
     refused("nowhere: no such file", tokenizer=tmp_path / "nowhere")
     write_tokenizer(tmp_path / "other.model", TEXT_ROWS + 5)
@@ -350,7 +350,7 @@ def test_a_file_of_torch_is_refused_wherever_it_is_malformed_and_without_advice_
         (weight / 0, "not finite"),
     ]:
         torch.save({"vq.codebooks": tensor, "fine": weight}, path)
-        refused(rf"(?s)laq.pt: expected finite floating-point numbers:\n  vq.codebooks: [^\n]*{complaint}")
+        refused(rf"(?s)laq.pt: expected finite floating-point numbers: .*vq.codebooks: [^;]*{complaint}")
     torch.save({1: weight}, path)
     refused("not a state dict")
     for key, value in (("heads", 0), ("dim", "a"), ("dim", 64.0), ("patch_size", -1)):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa import __version__
-from lapa.errors import UserError, unknown
+from lapa.errors import UserError, printable, unknown
 
 USAGE = """\
 lapa {version}: from videos without action labels to a robot policy (arXiv 2410.11758)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UserError, FloatingPointError, OSError) as error:
         if os.environ.get("LAPA_TRACEBACK"):
             raise
-        print(f"lapa: error: {error}", file=sys.stderr)
+        print(f"lapa: error: {printable(error)}", file=sys.stderr)
         status = 2
     sys.exit(status)
 
@@ -185,7 +185,7 @@ def parse(verb: Verb, options: Sequence[str]) -> Any:
     if {"-h", "--help"} & set(options):
         from lapa.help import command_help
 
-        print(command_help(verb.name, verb.help, config, default, verb.run), end="")
+        print(command_help(verb.name, printable(verb.help), config, default, verb.run), end="")
         raise SystemExit(0)
     start = {} if default is None else {"default": default}
     return tyro.cli(config, args=gathered(options), prog=f"lapa {verb.name}", description=verb.help, **start)
@@ -277,5 +277,5 @@ def preset_name(options: Sequence[str]) -> str:
 def usage(verbs: Sequence[Verb] = VERBS) -> str:
     """The help of the whole command, or of one group."""
     width = max(len(verb.name) for verb in VERBS)
-    commands = "\n".join(f"  {verb.name:<{width}}  {verb.help}" for verb in verbs)
+    commands = "\n".join(f"  {printable(verb.name):<{width}}  {printable(verb.help)}" for verb in verbs)
     return USAGE.format(version=__version__, commands=commands + "\n")

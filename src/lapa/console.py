@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from lapa.errors import printable
 
 
 def is_main_process() -> bool:
@@ -15,17 +18,28 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-console = Console(stderr=True, quiet=not is_main_process(), highlight=False)
+class PlainConsole(Console):
+    """A console for texts of other people's files: nothing in them is markup or reaches the terminal's controls."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield segment._replace(text="\n".join(map(printable, segment.text.split("\n"))))
+
+
+console = PlainConsole(stderr=True, quiet=not is_main_process(), highlight=False, markup=False)
 
 
 def say(message: str) -> None:
-    """Prints one line of plain text (square brackets are not markup)."""
-    console.print(escape(message), soft_wrap=True)
+    """Prints one line of text."""
+    console.print(printable(message), soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Prints one line as a warning."""
-    console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+    console.print(Text.assemble(("warning:", "yellow"), f" {printable(message)}"), soft_wrap=True)
 
 
 def progress() -> Progress:
@@ -34,12 +48,12 @@ def progress() -> Progress:
     A task may carry `note` (task.fields), shown at the end of its line: `progress.update(task, note="loss 0.1")`.
     """
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         refresh_per_second=2,
         disable=not is_main_process(),
@@ -48,6 +62,7 @@ def progress() -> Progress:
 
 def finish(wrote: str, path: object, next_commands: Sequence[str] = ()) -> None:
     """Prints the artifact that a command wrote, and the commands to run next."""
-    console.print(f"[green]wrote[/] {escape(wrote)}: [bold]{escape(str(path))}[/]", soft_wrap=True)
+    what, where = f" {printable(wrote)}: ", printable(path)
+    console.print(Text.assemble(("wrote", "green"), what, (where, "bold")), soft_wrap=True)
     for command in next_commands:
-        console.print(f"  next: {escape(command)}", soft_wrap=True)
+        console.print(f"  next: {printable(command)}", soft_wrap=True)

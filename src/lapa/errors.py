@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
+
+# Ends of lines, with the blanks around them.
+LINE_ENDS = re.compile(r"\s*[\t-\r\x1c-\x1e\x85\u2028\u2029]\s*")
+# Control characters, marks that change the direction of a text or are not seen, and halves of a surrogate pair.
+UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 120
@@ -13,8 +22,20 @@ _brief.maxstring = _brief.maxother = 120
 class UserError(ValueError):
     """A mistake that the user can fix: one line with what was wrong, what was expected, and how to fix it.
 
-    The command shows it as that line; any other exception is a bug and keeps its traceback.
+    The command shows it as that line; any other exception is a bug and keeps its traceback. The message is `printable`.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """Returns a text as one line for a terminal, a log or an image: whatever a file holds cannot control these.
+
+    Ends of lines become spaces, and control characters and their like escapes such as `\\x1b`.
+    """
+    line = LINE_ENDS.sub(" ", str(text))
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

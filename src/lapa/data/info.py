@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
-from rich.markup import escape
 from rich.table import Table
 
 from lapa.console import console, finish, say
@@ -16,11 +15,12 @@ from lapa.data.config import InfoConfig
 from lapa.data.dataset import ACTION_SPACE, STATE, Dataset
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
+from lapa.errors import printable
 from lapa.files import atomic_path, is_remote
 
 THUMBNAIL = 128
 SHEET_EPISODES, SHEET_TIMES = 8, 6
-SHOWN_TASKS = 10
+SHOWN_TASKS, SHOWN_LETTERS = 10, 200
 CAPTION_HEIGHT = 14
 
 
@@ -41,35 +41,39 @@ def run(config: InfoConfig) -> None:
 def summary(dataset: Dataset) -> Table:
     """Returns a table of episodes, frames, rate, tasks, features and sizes on disk."""
     lengths, seconds = dataset.lengths, dataset.num_frames / dataset.fps
-    table = Table(title=str(dataset.root), show_header=False, title_justify="left")
+    table = Table(title=printable(dataset.root), show_header=False, title_justify="left")
+
+    def row(name: str, text: str) -> None:
+        table.add_row(printable(name), printable(text))
+
     spread = f"{lengths.min()} to {lengths.max()} frames (median {np.median(lengths):g})"
-    table.add_row("episodes", f"{len(dataset)}, of {spread}")
-    table.add_row("frames", f"{dataset.num_frames} at {dataset.fps:g} fps ({seconds:.1f} s in all)")
+    row("episodes", f"{len(dataset)}, of {spread}")
+    row("frames", f"{dataset.num_frames} at {dataset.fps:g} fps ({seconds:.1f} s in all)")
     for camera in dataset.cameras:
         height, width = dataset.image_shape(camera)
         feature = dataset.camera_feature(camera)
         # LeRobot has used both names for the details of a video.
         codec = (feature.get("info") or feature.get("video_info") or {}).get("video.codec")
-        table.add_row(f"camera {camera}", f"{width}x{height}{f', {codec}' if codec else ''}")
-    table.add_row("action", _actions(dataset))
-    table.add_row("state", _states(dataset))
+        row(f"camera {camera}", f"{width}x{height}{f', {codec}' if codec else ''}")
+    row("action", _actions(dataset))
+    row("state", _states(dataset))
     counts = Counter(episode.instruction for episode in dataset)
     for number, (task, count) in enumerate(counts.most_common(SHOWN_TASKS)):
-        table.add_row(f"{len(counts)} tasks" if number == 0 else "", escape(f"{task} ({count})"))
+        row(f"{len(counts)} tasks" if number == 0 else "", f"{task[:SHOWN_LETTERS]} ({count})")
     if len(counts) > SHOWN_TASKS:
-        table.add_row("", f"and {len(counts) - SHOWN_TASKS} more")
+        row("", f"and {len(counts) - SHOWN_TASKS} more")
     sizes = {
         name: sum(path.stat().st_size for path in (dataset.root / name).rglob("*") if path.is_file()) / 1e6
         for name in ("videos", "data", "meta", "labels")
     }
     if any(sizes.values()):
-        table.add_row("on disk", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items() if size))
-    table.add_row("fingerprint", dataset.fingerprint)
+        row("on disk", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items() if size))
+    row("fingerprint", dataset.fingerprint)
     if extra := dataset.extra:
         settings = ", ".join(
             f"{name} {value}" for name, value in extra.items() if name not in ("made_by", ACTION_SPACE)
         )
-        table.add_row("made by", escape(f"{extra.get('made_by', 'unknown')}: {settings}"))
+        row("made by", f"{extra.get('made_by', 'unknown')}: {settings}")
     return table
 
 
@@ -85,8 +89,8 @@ def contact_sheet(dataset: Dataset, camera: str | None = None) -> Image.Image:
         for column, image_HWC in enumerate(thumbnails):
             sheet.paste(Image.fromarray(image_HWC), (column * THUMBNAIL, row * height + CAPTION_HEIGHT))
         # Pillow's built-in font lacks most scripts; the rest becomes question marks.
-        text = f"{episode}: {dataset.episodes[episode].instruction}".encode("latin-1", "replace").decode("latin-1")
-        pen.text((2, row * height + 1), text, fill="black")
+        text = printable(f"{episode}: {dataset.episodes[episode].instruction[:SHOWN_LETTERS]}")
+        pen.text((2, row * height + 1), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
     return sheet
 
 

@@ -152,7 +152,7 @@ def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def require_shapes(what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError that lists the `misfits`."""
     if complaints := misfits(what, given, expected):
-        raise UserError(f"the weights do not fit {what}:\n  " + "\n  ".join(complaints))
+        raise UserError(f"the weights do not fit {what}: " + "; ".join(complaints))
 
 
 def misfits(what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -171,7 +171,7 @@ def require_floats(params: Mapping[str, Any]) -> None:
     dtypes = params.dtypes if isinstance(params, StoredTensors) else {name: each.dtype for name, each in params.items()}
     wrong = [f"{name}: {dtype}" for name, dtype in dtypes.items() if not dtype.is_floating_point]
     if wrong:
-        raise UserError("expected weights of floating-point numbers:\n  " + "\n  ".join(wrong))
+        raise UserError("expected weights of floating-point numbers: " + "; ".join(wrong))
 
 
 def _read_into(file: BinaryIO, pieces: tuple[Span, ...], skip: int, raw: Tensor) -> None:

@@ -138,7 +138,7 @@ def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[st
     complaints = misfits("the released model", shapes_of(state_dict), shapes)
     complaints += [f"{name}: expected zeros" for name in constants if name in state_dict and state_dict[name].any()]
     if complaints:
-        raise UserError("the weights do not fit the released model:\n  " + "\n  ".join(complaints))
+        raise UserError("the weights do not fit the released model: " + "; ".join(complaints))
     model.load_state_dict({**own, **{ours: state_dict[name] for name, ours in names.items()}})
     return model.eval()
 
@@ -184,7 +184,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         raise UserError(f"{path}: not a state dict; expected names and tensors")
     complaints = [f"{name}: {fault}" for name, tensor in weights.items() if (fault := _fault(tensor))]
     if complaints:
-        raise UserError(f"{path}: expected finite floating-point numbers:\n  " + "\n  ".join(complaints))
+        raise UserError(f"{path}: expected finite floating-point numbers: " + "; ".join(complaints))
     return weights
 
 

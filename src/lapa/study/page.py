@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from rich.markup import escape as escape_markup
 from rich.table import Table as RichTable
 
 from lapa.errors import UserError
@@ -106,11 +105,11 @@ def _markdown(block: Heading | Paragraph | Bullets | Table) -> str:
 
 def rich_table(table: Table) -> RichTable:
     """Returns the table for the terminal."""
-    rich = RichTable(*map(escape_markup, table.header), title=escape_markup(table.title))
+    rich = RichTable(*table.header, title=table.title)
     for number, row in enumerate(table.rows):
         if table.starts_part(number):
             rich.add_section()
-        rich.add_row(*map(escape_markup, row))
+        rich.add_row(*row)
     return rich
 
 
