@@ -51,7 +51,6 @@ def test_the_horizon_is_seconds_at_each_datasets_own_rate(square: Dataset, fast:
     pairs = FramePairs([square, fast], PairsConfig(size=32, horizon=0.6), split="all")
     assert pairs.horizon_frames == (6, 18)
     assert len(pairs) == 5 * (12 - 6) + 3 * (25 - 18)
-    assert horizon_frames(0.01, 10) == 1
 
 
 @pytest.mark.parametrize("cache_gib", [0.0, 1.0])
@@ -125,6 +124,18 @@ def test_episodes_shorter_than_the_horizon_are_skipped_and_counted(tmp_path: Pat
     assert "2 of 3 episodes skipped" in capsys.readouterr().err
     with pytest.raises(ValueError, match="all 3 episodes are too short for a horizon of 2 s"):
         FramePairs([dataset], PairsConfig(size=32, horizon=2.0))
+
+
+def test_a_horizon_is_whole_frames_and_never_silently_another(square: Dataset, capsys) -> None:
+    assert [horizon_frames(seconds, 10.0) for seconds in (0.05, 0.1, 0.149, 0.6)] == [1, 1, 1, 6]
+    with pytest.raises(ValueError, match=r"horizon of 0\.01 s is less than half a frame at 10 fps; give 0\.1 or more"):
+        FramePairs([square], PairsConfig(size=32, horizon=0.01))
+    with pytest.raises(ValueError, match="horizon is nan seconds"):
+        FramePairs([square], PairsConfig(size=32, horizon=float("nan")))
+    FramePairs([square], PairsConfig(size=32, horizon=0.6))
+    assert "rounded" not in capsys.readouterr().err
+    FramePairs([square], PairsConfig(size=32, horizon=0.26))
+    assert "the horizon of 0.26 s is rounded to 0.3 s (3 frames at 10 fps)" in capsys.readouterr().err
 
 
 def test_a_camera_that_is_not_there_is_corrected(square: Dataset) -> None:

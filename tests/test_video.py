@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from lapa.data import video
 from lapa.data.transforms import augment, resize_and_crop
@@ -117,6 +119,55 @@ def test_what_is_not_a_video_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("not a video")
     with pytest.raises(ValueError, match=r"a\.mp4: not a readable video"):
         probe(tmp_path / "a.mp4")
+
+
+def write_film(path: Path, cover: Disposition | None = None, pixel: Fraction | None = None) -> Path:
+    """12 images of 64x48, a white square of 16x16 pixels on grey; before them a white cover of one image."""
+    frames_THWC = np.full((12, 48, 64, 3), 90, np.uint8)
+    frames_THWC[:, 16:32, 24:40] = 255
+    with av.open(str(path), "w") as container:
+        streams = []
+        for codec, rate, images in (("mjpeg", 1, frames_THWC[:1, :16, :16] * 0 + 255), ("libx264", 10, frames_THWC)):
+            if codec == "mjpeg" and cover is None:
+                continue
+            stream = container.add_stream(codec, rate=rate)
+            stream.height, stream.width = images.shape[1:3]
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            if codec == "mjpeg":
+                stream.disposition = cover
+            elif pixel:
+                stream.codec_context.sample_aspect_ratio = pixel
+            streams.append((stream, images))
+        for stream, images in streams:
+            for number, frame_HWC in enumerate(images):
+                frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("cover", [Disposition.attached_pic, Disposition.default])
+def test_the_still_of_a_cover_is_not_the_video(tmp_path: Path, suffix: str, cover: Disposition) -> None:
+    path = write_film(tmp_path / f"a.{suffix}", cover)
+    info = probe(path)
+    assert (info.width, info.height, info.fps, info.codec) == (64, 48, 10.0, "h264")
+    assert [frame.shape for _, frame in ClipScan(path)] == [(48, 64, 3)] * 12
+    assert decode_clip(path, [7], 10.0).mean() < 120
+
+
+@pytest.mark.parametrize(("pixel", "width"), [(Fraction(4, 3), 85), (Fraction(1, 2), 32), (Fraction(1), 64)])
+def test_frames_have_square_pixels(tmp_path: Path, pixel: Fraction, width: int) -> None:
+    path = write_film(tmp_path / "a.mp4", pixel=pixel)
+    assert (probe(path).width, probe(path).height) == (width, 48)
+    for frame_HWC in (next(iter(ClipScan(path)))[1], decode_clip(path, [3], 10.0)[0]):
+        assert frame_HWC.shape == (48, width, 3)
+        # The square of the stored image is as wide as its pixels say.
+        assert abs((frame_HWC[24, :, 0] > 170).sum() - 16 * pixel) <= 2
+        assert abs((frame_HWC[:, width // 2, 0] > 170).sum() - 16) <= 2
+    with pytest.raises(UserError, match=r"b\.mp4: declares pixels 20 times as wide as high"):
+        probe(write_film(tmp_path / "b.mp4", pixel=Fraction(20)))
 
 
 def test_a_codec_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ class PairsConfig:
 
 # Share of a dataset's pairs from which on dropping them is worth a warning.
 MANY_STILL = 0.5
+# Relative difference from which on rounding a horizon to whole frames is worth a line.
+ROUNDED = 0.05
 
 
 class FramePairs(TrainingDataset):
@@ -84,7 +86,7 @@ class FramePairs(TrainingDataset):
             raise UserError("no dataset was given to take frame pairs from")
         if not 0 <= config.action_share <= 1:
             raise UserError(f"action_share is {config.action_share}; it must be a share from 0 to 1")
-        if config.horizon <= 0:
+        if not 0 < config.horizon < math.inf:
             raise UserError(f"horizon is {config.horizon} seconds; it must be above 0")
         if not 0 <= config.min_motion < 1:
             raise UserError(f"min_motion is {config.min_motion}; it lies from 0 (keep all pairs) to below 1")
@@ -177,6 +179,9 @@ class FramePairs(TrainingDataset):
         """Counts the episodes too short for a pair, by dataset. Raises UserError where all of a dataset are."""
         counts = []
         for dataset, seconds, horizon in zip(self.datasets, self.horizons, self.horizon_frames, strict=True):
+            if abs(horizon / dataset.fps / seconds - 1) > ROUNDED:
+                is_read = f"{horizon / dataset.fps:.3g} s ({horizon} frames at {dataset.fps:g} fps)"
+                say(f"{dataset.name}: the horizon of {seconds:g} s is rounded to {is_read}")
             skipped = int((dataset.lengths <= horizon).sum())
             if skipped == len(dataset.lengths):
                 raise UserError(
@@ -253,7 +258,11 @@ class FramePairs(TrainingDataset):
 
 
 def horizon_frames(horizon: float, fps: float) -> int:
-    """Returns a horizon in seconds as frames, at least one."""
+    """Returns a horizon in seconds as frames. Raises UserError where it is less than half a frame."""
+    if horizon * fps < 0.5:
+        raise UserError(
+            f"a horizon of {horizon:g} s is less than half a frame at {fps:g} fps; give {1 / fps:.3g} or more"
+        )
     return max(1, round(horizon * fps))
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
@@ -32,10 +33,14 @@ from lapa.errors import UserError
 from lapa.files import atomic_path, is_remote, open_binary, reading, why_unreadable
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+# Codecs of covers, and of films that have no other video stream.
+STILL_CODECS = ("mjpeg", "png", "bmp", "webp")
 # Relative difference up to which a mean rate counts as a constant one.
 VARIES = 0.01
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16
+# Width of a pixel beside its height, and the reverse, beyond which a file is taken to be damaged.
+WIDEST_PIXEL = 8
 # Seconds before a frame from which it is decoded, tried in turn.
 EARLIER = (0.0, 0.5, 5.0, 60.0)
 
@@ -44,6 +49,7 @@ EARLIER = (0.0, 0.5, 5.0, 60.0)
 class VideoInfo:
     """The header of a video. num_frames is None where the format does not have it.
 
+    width, height: in square pixels, as frames are read.
     constant: whether frames come at one rate; otherwise `fps` is the mean, and num_frames was counted.
     """
 
@@ -59,7 +65,7 @@ class VideoInfo:
 def probe(path: Path) -> VideoInfo:
     """Reads a video's header. Raises UserError naming the file where it is not a video."""
     with open_video(path) as container:
-        stream = container.streams.video[0]
+        stream = film_of(container)
         fps, length = _rate(stream), _length(container, stream)
         num_frames = stream.frames or (None if length is None else round(length * fps))
         constant = not stream.base_rate or abs(fps / float(stream.base_rate) - 1) < VARIES
@@ -68,7 +74,7 @@ def probe(path: Path) -> VideoInfo:
             constant = len(times) < 2 or times[-1] == times[0]
             num_frames, fps = len(times) or None, fps if constant else (len(times) - 1) / (times[-1] - times[0])
         return VideoInfo(
-            width=stream.width,
+            width=round(stream.width * _pixel_width(stream)),
             height=stream.height,
             fps=fps,
             num_frames=num_frames,
@@ -81,14 +87,14 @@ def probe(path: Path) -> VideoInfo:
 def frame_times(path: Path) -> list[float]:
     """Reads the time of each frame, in seconds from the first, without decoding. Raises UserError as `probe`."""
     with open_video(path) as container:
-        times = _packet_times(container, container.streams.video[0], path)
+        times = _packet_times(container, film_of(container), path)
         return [time - times[0] for time in times]
 
 
 class ClipScan:
     """Reads a clip from its first frame to its last readable one.
 
-    Iterate for `(seconds from the first frame, frame_HWC uint8 RGB)`, upright where the file carries a rotation.
+    Iterate for `(seconds from the first frame, frame_HWC uint8 RGB)`, as `ToRgb` makes it.
     Damaged packets are skipped. After the iteration, `num_frames` is the number of frames that were read, and
     `num_lost` the number of those that the header promises beyond them.
     """
@@ -99,9 +105,10 @@ class ClipScan:
         self.num_lost = 0
 
     def __iter__(self) -> Iterator[tuple[float, UInt8[np.ndarray, "H W 3"]]]:
-        self.num_frames, damaged, converter = 0, 0, VideoReformatter()
+        self.num_frames, damaged = 0, 0
         with open_video(self.path) as container:
-            stream = container.streams.video[0]
+            stream = film_of(container)
+            to_rgb = ToRgb(stream)
             stream.thread_type = "AUTO"
             length, rate, first, seconds = _length(container, stream), _rate(stream), None, 0.0
             for frame in _sound_frames(container, stream):
@@ -111,7 +118,7 @@ class ClipScan:
                 seconds = self.num_frames / rate if frame.time is None else frame.time
                 first = seconds if first is None else first
                 self.num_frames += 1
-                yield seconds - first, upright(frame, converter)
+                yield seconds - first, to_rgb(frame)
             expected = stream.frames
         if expected:
             missing = expected - self.num_frames
@@ -175,7 +182,7 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
         for index in wanted:
             frame = clip.frame_at(start + index / fps, tolerance=0.5 / fps)
             if frame is not None:
-                found[index] = upright(frame, clip.converter)
+                found[index] = clip.to_rgb(frame)
     except (av.FFmpegError, OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
     missing = [index for index in wanted if index not in found]
@@ -212,12 +219,18 @@ def open_video(path: Path) -> InputContainer:
     except (av.FFmpegError, OSError) as error:
         reason = why_unreadable(path) or error.strerror or str(error) or type(error).__name__
         raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
-    streams = container.streams.video
-    if not streams or streams[0].codec_context is None:
+    problem = _film_flaw(container)
+    if problem:
         container.close()
-        problem = "is encoded with a codec that cannot be read" if streams else "has no video stream"
         raise UserError(f"{path}: {problem}; replace it or take it out")
     return container
+
+
+def film_of(container: InputContainer) -> VideoStream:
+    """Returns the video stream of an opened file that is its film, not the still of its cover."""
+    films = _films(container)
+    best = container.streams.best("video")
+    return next((film for film in films if best is not None and film.index == best.index), films[0])
 
 
 class OpenClip:
@@ -226,7 +239,6 @@ class OpenClip:
     def __init__(self, path: Path):
         self.path = path
         self._open()
-        self.converter = VideoReformatter()
         self.position: float | None = None
         self.frames: Iterator[VideoFrame] = iter(())
         self.start: float | None = None
@@ -268,7 +280,8 @@ class OpenClip:
 
     def _open(self) -> None:
         self.container = open_video(self.path)
-        self.stream = self.container.streams.video[0]
+        self.stream = film_of(self.container)
+        self.to_rgb = ToRgb(self.stream)
         # Threads that work on several frames at once would have to start again after every seek.
         self.stream.thread_type, self.stream.thread_count = "SLICE", 1
 
@@ -300,14 +313,22 @@ def open_clip(path: Path) -> OpenClip:
     return clips[path][1]
 
 
-def upright(frame: VideoFrame, converter: VideoReformatter) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns a decoded frame as RGB, rotated by the file's display matrix (phones record sideways).
+class ToRgb:
+    """Converts decoded frames of a stream to RGB: rotated by the display matrix (phones record sideways), and scaled in
+    width to square pixels.
 
-    converter: one for all frames of a clip; setting up a new one takes longer than decoding a frame.
+    One for all frames of a clip: setting up a new one takes longer than decoding a frame.
     """
-    frame_HWC = converter.reformat(frame, format="rgb24").to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
+
+    def __init__(self, stream: VideoStream):
+        self._pixel_width = _pixel_width(stream)
+        self._converter = VideoReformatter()
+
+    def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
+        width = round(frame.width * self._pixel_width)
+        frame_HWC = self._converter.reformat(frame, width=width, format="rgb24").to_ndarray()
+        turns = round(frame.rotation / 90) % 4
+        return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
 
 
 def exact_rate(fps: float) -> Fraction:
@@ -339,6 +360,36 @@ class _OpenClips(threading.local):
 
 
 _open_clips = _OpenClips()
+
+
+def _films(container: InputContainer) -> list[VideoStream]:
+    """Returns the video streams that are no covers, and no stills where there are others."""
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    return [stream for stream in streams if not _is_still(stream)] or streams
+
+
+def _is_still(stream: VideoStream) -> bool:
+    return stream.frames == 1 or (stream.codec_context is not None and stream.codec_context.name in STILL_CODECS)
+
+
+def _film_flaw(container: InputContainer) -> str:
+    """Returns what is wrong with the video stream of a file, \"\" where nothing is."""
+    if not container.streams.video:
+        return "has no video stream"
+    if not _films(container):
+        return "has no video stream but the still of a cover"
+    film = film_of(container)
+    if film.codec_context is None:
+        return "is encoded with a codec that cannot be read"
+    wide = _pixel_width(film)
+    if not 1 / WIDEST_PIXEL <= wide <= WIDEST_PIXEL:
+        return f"declares pixels {float(wide):g} times as wide as high"
+    return ""
+
+
+def _pixel_width(stream: VideoStream) -> Fraction:
+    """Returns how wide a stream's pixels are, beside their height; 1 where that is not declared."""
+    return stream.sample_aspect_ratio or Fraction(1)
 
 
 def _sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:

@@ -25,7 +25,7 @@ from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import TIE, in_time, resample
 from lapa.data.source import Clip, Item, Source
-from lapa.data.video import EARLIER, ClipScan, OpenClip, VideoInfo, frame_times, open_clip, probe, upright
+from lapa.data.video import EARLIER, ClipScan, OpenClip, VideoInfo, frame_times, open_clip, probe
 from lapa.errors import UserError
 from lapa.sources.captions import CaptionedReading
 from lapa.sources.folder_scan import cached, file_state, find_videos, require_rate, scan_files, stop_or_skip
@@ -147,7 +147,9 @@ def read_headers(root: Path, names: Sequence[str]) -> tuple[dict[str, VideoInfo]
     if len(names) < WORTH_CACHING:
         return scan_files(header, names)
     state = [file_state(root / name) for name in names]
-    kept = cached("headers", state, lambda: {n: astuple(info) for n, info in scan_files(header, names)[0].items()})
+    kept = cached(
+        "video-headers", state, lambda: {n: astuple(info) for n, info in scan_files(header, names)[0].items()}
+    )
     # Errors are not cached: a missing permission is no change of the file.
     retried, problems = scan_files(header, [name for name in names if name not in kept])
     headers = {name: VideoInfo(*values) for name, values in kept.items()} | retried
@@ -209,7 +211,7 @@ def frames_in_order(path: Path, times: Sequence[float]) -> Iterator[UInt8[np.nda
                     f"{path}: ends at {_time(before) - first:.3f} s, before {seconds:.3f} s; it is damaged, replace it"
                 )
             nearer = before if after is None or time < (_time(before) + _time(after)) / 2 - TIE else after
-            yield upright(nearer, clip.converter)
+            yield clip.to_rgb(nearer)
     except (av.FFmpegError, OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be decoded ({error}); replace it or remove it") from None
     finally:
