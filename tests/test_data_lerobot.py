@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from PIL import Image
 from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import INFO, find_episodes, require_folder
+from lapa.data.lerobot import INFO, TASKS, find_episodes, read_parquet, require_folder
 from lapa.data.replace_actions import run as hide_actions
 from lapa.data.spec import open_dataset
 from lapa.errors import UserError
@@ -30,6 +32,7 @@ from lapa.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 DATA = "data/chunk-000/file-000.parquet"
+EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
 OLD_DATA = "data/chunk-000/episode_000001.parquet"
 
 
@@ -236,7 +239,7 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
         ({"codebase_version": "v3.7"}, r"is LeRobotDataset v3\.7.*update lapa"),
         ({"codebase_version": None}, "lacks codebase_version"),
         ({"features": None}, "lacks features"),
-        ({"features": {"action": {"dtype": "float32"}}}, "feature action needs a dtype and a shape"),
+        ({"features": {"action": {"dtype": "float32"}}}, "feature 'action' needs a dtype and a shape"),
         ({"features": {"action": {"dtype": "float32", "shape": [1]}}}, "has no camera"),
         ({"data_path": None}, "lacks data_path"),
         ({"video_path": None}, "lacks video_path"),
@@ -244,8 +247,11 @@ def test_rewriting_refuses_what_it_cannot_keep(robot: Dataset, old: Path, tmp_pa
         ({"fps": "ten"}, "fps must be a number above 0, got 'ten'"),
         ({"fps": -3}, "fps must be a number above 0"),
         ({"fps": float("inf")}, "fps must be a number above 0"),
-        ({"features": {"action": {"dtype": "float32", "shape": ["x"]}}}, "feature action needs a dtype and a shape"),
-        ({"features": {FRONT: {"dtype": "video", "shape": [3]}}}, "feature .*front is not as LeRobot describes images"),
+        ({"features": {"action": {"dtype": "float32", "shape": ["x"]}}}, "feature 'action' needs a dtype and a shape"),
+        (
+            {"features": {FRONT: {"dtype": "video", "shape": [3]}}},
+            "feature .*front' is not as LeRobot describes images",
+        ),
         ({"chunks_size": "x"}, "chunks_size must be a whole number above 0, got 'x'"),
         ({"data_path": "{chunk_index.x}"}, "may name chunk_index, file_index"),
         ({"data_path": 3}, "data_path is 3; it may name chunk_index"),
@@ -300,14 +306,19 @@ def test_empty_files_and_pointers_of_git_lfs_are_distinguished(old: Path, tmp_pa
     ("name", "text", "message"),
     [
         ("episodes", '{"episode_index": 0, "length": 9}\n{"episode', "line 2 is not JSON"),
-        ("episodes", '{"episode_index": 0, "length": "9"}\n', "line 1 lacks length"),
+        ("episodes", '{"episode_index": 0, "length": "9"}\n', r"length of episode 0 is '9'; correct it"),
         ("episodes", '{"episode_index": 1, "length": 9}\n', "does not count from 0"),
-        ("episodes", '{"episode_index": 0, "length": 0}\n', "episode 0 has length 0"),
+        ("episodes", '{"episode_index": 0, "length": 0}\n', "length of episode 0 is 0; correct it"),
         ("episodes", "", "holds no episode"),
         ("tasks", "[1]\n", "line 1 lacks task_index, task"),
         ("tasks", None, "no such file"),
         ("episodes", "[" * 100_000, "line 1 is not JSON"),
-        ("episodes", '{"episode_index": 0, "length": ' + "9" * 30 + "}", "cannot be read"),
+        ("episodes", '{"episode_index": 0, "length": ' + "9" * 30 + "}", "length of episode 0 is 9999"),
+        (
+            "episodes",
+            '{"episode_index": 0, "length": 1000000000}\n{"episode_index": 1, "length": 9}',
+            "declares 1000000009",
+        ),
         ("episodes", '{"episode_index": 0, "length": 9, "tasks": 3}', "cannot be read"),
     ],
 )
@@ -325,12 +336,12 @@ def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str
 @pytest.mark.parametrize(
     ("file", "column", "values", "message"),
     [
-        ("meta/tasks.parquet", "task_index", [None, 1], "task_index holds empty values, expected whole numbers"),
+        ("meta/tasks.parquet", "task_index", [None, 1], "task_index is empty in row 0, expected whole numbers"),
         ("meta/tasks.parquet", "task_index", ["a", "b"], "task_index holds string, expected whole numbers"),
-        ("meta/episodes/chunk-000/file-000.parquet", "length", [9.5, 1, 1], "length holds double, expected whole"),
-        ("meta/episodes/chunk-000/file-000.parquet", "tasks", [1, 2, 3], r"cannot be read \("),
-        ("meta/episodes/chunk-000/file-000.parquet", f"videos/{FRONT}/from_timestamp", [None, 0, 0], "is not finite"),
-        ("meta/episodes/chunk-000/file-000.parquet", f"videos/{FRONT}/from_timestamp", ["a"] * 3, r"cannot be read \("),
+        (EPISODES_FILE, "length", [9.5, 1, 1], r"length of episode 0 is 9\.5; correct it"),
+        (EPISODES_FILE, "tasks", [1, 2, 3], r"cannot be read \("),
+        (EPISODES_FILE, f"videos/{FRONT}/from_timestamp", [None, 0, 0], "from_timestamp of episode 0 is empty"),
+        (EPISODES_FILE, f"videos/{FRONT}/from_timestamp", ["a"] * 3, "holds string, expected numbers"),
         (DATA, "episode_index", ["a"] * 47, "episode_index holds string, expected whole numbers"),
         (DATA, "timestamp", ["a"] * 47, r"cannot be read \("),
     ],
@@ -342,7 +353,7 @@ def test_columns_of_other_types_are_named(
     table = pq.read_table(root / file)
     pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), root / file)
     where = "meta/episodes" if "episodes" in file else file
-    with pytest.raises(UserError, match=rf"{where}: .*{message}"):
+    with pytest.raises(UserError, match=rf"{where}.*: .*{message}"):
         open_dataset(root).actions(0)
 
 
@@ -416,6 +427,145 @@ def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, 
     pq.write_table(shuffled, new / DATA)
     with pytest.raises(ValueError, match="timestamps go backwards"):
         open_dataset(new).frames(0)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("length", None, "length of episode 1 is empty"),
+        ("length", -3, "length of episode 1 is -3"),
+        ("data/chunk_index", None, "data/chunk_index of episode 1 is empty"),
+        ("data/file_index", -1, "data/file_index of episode 1 is -1"),
+        (f"videos/{FRONT}/chunk_index", None, f"videos/{FRONT}/chunk_index of episode 1 is empty"),
+        (f"videos/{FRONT}/file_index", None, f"videos/{FRONT}/file_index of episode 1 is empty"),
+        (f"videos/{FRONT}/from_timestamp", None, f"videos/{FRONT}/from_timestamp of episode 1 is empty"),
+        (f"videos/{FRONT}/from_timestamp", float("inf"), f"videos/{FRONT}/from_timestamp of episode 1 is inf"),
+    ],
+)
+def test_an_empty_value_in_the_table_of_episodes_spoils_that_episode_alone(
+    robot: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture, column: str, value: float | None, message: str
+) -> None:
+    root = copied(robot.root, tmp_path)
+    path = root / EPISODES_FILE
+    change_rows(path, column, lambda values: [values[0], value, values[2]])
+    dataset = open_dataset(root)
+    for episode in (0, 2):
+        assert np.array_equal(dataset.frames(episode), robot.frames(episode))
+        assert np.array_equal(dataset.actions(episode), robot.actions(episode))
+    for read in (dataset.frames, dataset.actions):
+        with pytest.raises(UserError, match=re.escape(f"{path}: {message}; correct it or leave the episode out")):
+            read(1)
+    settings = {"size": 32, "camera": ("front",), "workers": 1}
+    with pytest.raises(UserError, match=re.escape(message)):
+        run(LeRobotConfig(str(root), out=tmp_path / "a", **settings))
+    run(LeRobotConfig(str(root), out=tmp_path / "b", skip_bad=True, **settings))
+    assert open_dataset(tmp_path / "b").lengths.tolist() == [LENGTHS[0], LENGTHS[2]]
+    assert re.search("left out, damaged.* 1", capsys.readouterr().err)
+
+
+def test_whole_numbers_may_be_stored_as_pandas_stores_them_beside_empty_ones(robot: Dataset, tmp_path: Path) -> None:
+    root = copied(robot.root, tmp_path)
+    table = pq.read_table(root / EPISODES_FILE)
+    for column in ("length", f"videos/{FRONT}/chunk_index"):
+        values = pa.array(table[column].to_pylist(), pa.float64())
+        table = table.set_column(table.column_names.index(column), column, values)
+    pq.write_table(table, root / EPISODES_FILE)
+    same(open_dataset(root), robot)
+
+
+def test_rows_that_name_no_episode_spoil_the_episode_that_lacks_them(robot: Dataset, tmp_path: Path) -> None:
+    root = copied(robot.root, tmp_path)
+    change_rows(root / DATA, "episode_index", lambda rows: [None, *rows[1:]])
+    dataset = open_dataset(root)
+    with pytest.raises(UserError, match=rf"lacks rows of episode 0 \(has {LENGTHS[0] - 1} of {LENGTHS[0]}\)"):
+        dataset.actions(0)
+    assert np.array_equal(dataset.actions(1), robot.actions(1))
+
+
+# Opens the folders one after another; memory is limited to 1 GiB more than the first, a whole one, needs.
+WITHIN_LIMITS = """
+import resource, sys
+from lapa.data.spec import open_dataset
+from lapa.errors import UserError
+def read(root):
+    dataset = open_dataset(root)
+    for episode in range(len(dataset)):
+        dataset.frames(episode, [0]), dataset.actions(episode), dataset.action_space
+read(sys.argv[1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+for root in sys.argv[2:]:
+    try:
+        read(root)
+        print("read")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_small_file_takes_no_large_memory(robot: Dataset, tmp_path: Path) -> None:
+    """Values that a file holds once, compressed or in a dictionary, and names a million times."""
+    expected = {}
+
+    def bomb(name: str, file: str, table: pa.Table, message: str, **options: Any) -> None:
+        shutil.copytree(robot.root, tmp_path / name)
+        pq.write_table(table, tmp_path / name / file, **options)
+        assert (tmp_path / name / file).stat().st_size < 2_000_000
+        expected[name] = rf"{re.escape(file)}: cannot be read \({message}"
+
+    def repeated(values: pa.Array, count: int) -> pa.Array:
+        return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int8)), values)
+
+    def replaced(file: str, column: str, values: pa.Array) -> pa.Table:
+        table = pq.read_table(robot.root / file)
+        return table.set_column(table.column_names.index(column), column, values)
+
+    count, plain = 130_000, {"store_schema": False}
+    numbers = pa.array(np.arange(count))
+    texts = repeated(pa.array(["x" * 33_000]), count)
+    bomb("rows", TASKS, pa.table({"task": texts, "task_index": numbers}), "would take 4.* MiB of memory", **plain)
+    one = pa.table({"task": ["x" * 2**30], "task_index": [0]})
+    bomb("text", TASKS, one, "would take .* MiB of memory", compression="zstd")
+    lists = pa.ListArray.from_arrays([0, 43_000, 86_000, count], texts)
+    bomb("lists", EPISODES_FILE, replaced(EPISODES_FILE, "tasks", lists), "would take 4.* MiB of memory", **plain)
+    many = repeated(pa.array([0]), 10**8)
+    bomb("owners", DATA, pa.table({"episode_index": many}), "would take .* MiB of memory", **plain)
+    wide = pa.ListArray.from_arrays(pa.array([0] * 47 + [10**8], pa.int32()), many.cast(pa.int8()))
+    bomb("wide", DATA, replaced(DATA, "action", wide), "would take .* MiB of memory", **plain)
+    fixed = pa.array([None] * 47, pa.list_(pa.float32(), 10**7))
+    bomb("fixed", DATA, replaced(DATA, "action", fixed), "would take .* MiB of memory")
+    for name, shape in (("width", [10**9]), ("product", [10**5, 10**5]), ("overflow", [2**40, 2**40])):
+        shutil.copytree(robot.root, tmp_path / name)
+        info = read_json(robot.root / INFO)
+        info["features"]["action"]["shape"] = shape
+        write_json(tmp_path / name / INFO, info)
+        expected[name] = r"meta/info\.json: feature 'action' is .* numbers wide"
+    shutil.copytree(robot.root, tmp_path / "image")
+    info["features"] = {**robot.info["features"], FRONT: {**robot.features[FRONT], "shape": [10**6, 10**6, 3]}}
+    write_json(tmp_path / "image" / INFO, info)
+    expected["image"] = r"meta/info\.json: feature .*front' is not as LeRobot describes images"
+    images = pa.StructArray.from_arrays([repeated(pa.array([b"x" * 900_000]), 47)], ["bytes"])
+    shutil.copytree(with_images_in_tables(robot, tmp_path / "images"), tmp_path / "same-images")
+    table = pq.read_table(tmp_path / "images" / DATA).drop_columns([FRONT, WRIST])
+    pq.write_table(table.append_column(FRONT, images).append_column(WRIST, images), tmp_path / "same-images" / DATA)
+    expected["same-images"] = f"{DATA}: {FRONT} cannot be decoded in row 0"
+    roots = [str(tmp_path / name) for name in expected]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHIN_LIMITS, str(robot.root), *roots], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for line, message in zip(done.stdout.splitlines(), expected.values(), strict=True):
+        assert re.search(message, line), line
+
+
+def test_large_tables_of_real_datasets_are_read(tmp_path: Path) -> None:
+    """A million rows of constant numbers, and as many equal texts, are more in memory than in the file."""
+    path = tmp_path / "data.parquet"
+    actions = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(14 * 10**6, np.float32)), 14)
+    texts = pa.array(["pick up the cup and put it on the plate"] * 10**6)
+    pq.write_table(pa.table({"action": actions, "task": texts, "index": np.arange(10**6)}), path)
+    assert read_parquet(path).num_rows == 10**6
+    assert read_parquet(path, ["task"])["task"].type == pa.string()
 
 
 def test_damaged_images_in_tables_are_named(robot: Dataset, tmp_path: Path) -> None:

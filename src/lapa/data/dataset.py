@@ -16,6 +16,7 @@ Axes: T time, H W image, C channel, A action dimensions, S state dimensions, N f
 
 from __future__ import annotations
 
+import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -238,7 +239,7 @@ class Dataset(ABC):
             raise IndexError(f"{self.name}: has {len(self)} episodes, no episode {episode_index}") from None
 
     def _width(self, feature: str) -> int | None:
-        return int(np.prod(self.features[feature]["shape"])) if feature in self.features else None
+        return math.prod(self.features[feature]["shape"]) if feature in self.features else None
 
     def _rows(self, feature: str, episode_index: int) -> np.ndarray:
         rows_TD, file = self._numbers(feature, self._position(episode_index))

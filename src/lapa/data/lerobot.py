@@ -28,10 +28,11 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
 
@@ -72,6 +73,15 @@ OPEN_TABLES = 8
 OPEN_GROUPS = 4
 # A number's format in a path template, such as 03d.
 WIDTH = "(0?([1-9]|1[0-2]))?d?"
+# Frames of a dataset; larger ones are split, and mixed in training.
+MOST_FRAMES = 10**9
+# Sides of an image, and numbers of another feature in one frame: far above those of any camera and robot.
+MOST_PIXELS, MOST_NUMBERS = 2**14, 10**6
+# Bytes that columns of a file may take in memory: so many in any case, and so many times the size of the file. Repeated
+# values take next to no room in a file.
+SMALL_TABLE, EXPANSION = 2**28, 100
+# Bytes of a number, or of a reference to a text, by the name of its type in parquet.
+SIZES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "BYTE_ARRAY": 4}
 AGAIN = "write the dataset again"
 
 Value = TypeVar("Value")
@@ -125,7 +135,7 @@ class LeRobotDataset(Dataset):
         self._groups: OrderedDict[Any, pa.ChunkedArray] = OrderedDict()
         # The first row of each episode in its data file, -1 before that is read; and the errors found there.
         self._first_rows = np.full(len(self.lengths), -1)
-        self._flaws: dict[int, str] = {}
+        self._flaws = {episode: flaw for episode, flaw in enumerate(self._columns["flaw"]) if flaw}
         self._require_videos()
 
     @cached_property
@@ -167,17 +177,17 @@ class LeRobotDataset(Dataset):
 
     def rows(self, episode_index: int) -> slice:
         """Returns an episode's rows in its data file, which is checked once. Raises UserError where it is damaged."""
-        if self._first_rows[episode_index] < 0:
+        if self._first_rows[episode_index] < 0 and episode_index not in self._flaws:
             path = self.data_path(episode_index)
             timed = ["timestamp"] if "timestamp" in _column_names(path) else []
             table = read_parquet(path, ["episode_index", *timed])
-            owners = _integers(table, "episode_index", path)
+            owners = _integers(table, "episode_index", path, empty=-1)
             with _parsing(path):
                 seconds = table["timestamp"].to_numpy().astype(np.float64) if timed else None
             episodes = self._episodes_in(episode_index)
             found = find_episodes(owners, seconds, episodes, self.lengths[episodes], self.fps)
             self._first_rows[episodes] = found[0]
-            self._flaws |= {episode: f"{path}: {flaw}" for episode, flaw in found[1].items()}
+            self._flaws = {episode: f"{path}: {flaw}" for episode, flaw in found[1].items()} | self._flaws
         if episode_index in self._flaws:
             raise UserError(self._flaws[episode_index])
         first = int(self._first_rows[episode_index])
@@ -211,6 +221,8 @@ class LeRobotDataset(Dataset):
         if self.legacy:
             chunk = episode_index // int(self.info.get("chunks_size") or LEGACY_CHUNK)
             return {"episode_chunk": chunk, "episode_index": episode_index}
+        if flaw := self._columns["flaw"][episode_index]:
+            raise UserError(flaw)
         return {name: int(self._columns[f"{kind}/{name}"][episode_index]) for name in PLACE}
 
     def _episodes_in(self, episode_index: int) -> np.ndarray:
@@ -251,7 +263,8 @@ class LeRobotDataset(Dataset):
             if self.legacy:
                 places = [self._place("", episode) for episode in range(len(self))]
             else:
-                numbers = zip(*(self._columns[f"videos/{key}/{name}"].tolist() for name in PLACE), strict=True)
+                whole = self._columns["flaw"] == ""
+                numbers = zip(*(self._columns[f"videos/{key}/{name}"][whole].tolist() for name in PLACE), strict=True)
                 places = [dict(zip(PLACE, pair, strict=True)) for pair in dict.fromkeys(numbers)]
             files = [self.info["video_path"].format(video_key=key, **place) for place in places]
             folders = {file.rpartition("/")[0] for file in files}
@@ -328,9 +341,9 @@ def read_tasks(root: Path, legacy: bool) -> tuple[str, ...]:
 def read_episodes(root: Path, legacy: bool, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
     """Reads the metadata of all episodes, in order, as columns.
 
-    length, instruction (the first of its tasks), num_tasks, source (what it was made from, where that is noted), and
-    for v3.0 its location: data/chunk_index, data/file_index, and for each video key videos/KEY/chunk_index,
-    videos/KEY/file_index, videos/KEY/from_timestamp.
+    length, instruction (the first of its tasks), num_tasks, source (what it was made from, where that is noted), flaw
+    (what is wrong with these, "" where nothing is), and for v3.0 its location: data/chunk_index, data/file_index, and
+    for each video key videos/KEY/chunk_index, videos/KEY/file_index, videos/KEY/from_timestamp.
     """
     path = root / (LEGACY_EPISODES if legacy else EPISODES)
     with _parsing(path):
@@ -342,9 +355,10 @@ def read_episodes(root: Path, legacy: bool, video_keys: Sequence[str]) -> dict[s
         raise UserError(f"{root}: holds no episode; write it again")
     if (columns.pop("episode_index") != np.arange(len(tasks))).any():
         raise UserError(f"{path}: episode_index does not count from 0; {AGAIN}")
-    if columns["length"].min() < 1:
-        episode = int(columns["length"].argmin())
-        raise UserError(f"{path}: episode {episode} has length {columns['length'][episode]}; {AGAIN}")
+    if (columns["flaw"] != "").all():
+        raise UserError(columns["flaw"][0])
+    if (num_frames := sum(columns["length"].tolist())) > MOST_FRAMES:
+        raise UserError(f"{path}: declares {num_frames} frames, more than {MOST_FRAMES}; {AGAIN}, or split it")
     return columns
 
 
@@ -358,14 +372,86 @@ def episode_files(root: Path) -> list[Path]:
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Reads a table of a dataset. Raises UserError naming the file where it is damaged or lacks a column."""
+    """Reads a table of a dataset.
+
+    Raises UserError naming the file where it is damaged, lacks a column, or would be far larger in memory.
+    """
     with _parsing(path), open_binary(path) as file:
-        table = pq.ParquetFile(file).read(columns=columns)
+        parquet = _open_parquet(file, columns)
+        if lacking := [name for name in columns or () if name not in parquet.schema_arrow.names]:
+            raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
+        table = parquet.read(columns=columns)
         # Finds texts that are not UTF-8, which would raise where they are used.
         table.validate(full=True)
-    if lacking := [name for name in columns or () if name not in table.column_names]:
-        raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
+        if any(_texts_in(column) for column in table.columns):
+            _require_memory(sum(map(_text_size, table.columns)), file)
+            table = pq.ParquetFile(file).read(columns=columns)
     return table
+
+
+def _open_parquet(file: BinaryIO, columns: Sequence[str] | None, groups: Sequence[int] | None = None) -> pq.ParquetFile:
+    """Opens a file to read these columns of these row groups; None: all. Texts are read as dictionaries.
+
+    Raises ValueError where they would be far larger in memory than the file.
+    """
+    parquet = pq.ParquetFile(file)
+    metadata, leaves = parquet.metadata, range(len(parquet.schema))
+    paths = [parquet.schema.column(leaf).path for leaf in leaves]
+    if columns is not None:
+        leaves = [leaf for leaf in leaves if any(f"{paths[leaf]}.".startswith(f"{name}.") for name in columns)]
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+        raise ValueError(f"its row groups hold {sum(rows)} rows, its footer declares {metadata.num_rows}")
+    slots = {field.name: field.type for field in parquet.schema_arrow}
+    total = 0
+    for leaf in leaves:
+        column, path = parquet.schema.column(leaf), paths[leaf]
+        width = SIZES.get(column.physical_type, max(8, column.length)) + 4 * column.max_repetition_level
+        kind = next((kind for name, kind in slots.items() if f"{path}.".startswith(f"{name}.")), None)
+        for group in range(len(rows)) if groups is None else groups:
+            chunk = metadata.row_group(group).column(leaf)
+            values = max(chunk.num_values, rows[group], _num_slots(kind, rows[group], chunk.num_values))
+            total += max(chunk.total_uncompressed_size, values * width)
+    _require_memory(total, file)
+    texts = [paths[leaf] for leaf in leaves if parquet.schema.column(leaf).physical_type == "BYTE_ARRAY"]
+    return pq.ParquetFile(file, read_dictionary=texts) if texts else parquet
+
+
+def _require_memory(num_bytes: int, file: BinaryIO) -> None:
+    """Raises ValueError where `num_bytes` are far more than the size of the file."""
+    most = max(SMALL_TABLE, EXPANSION * file.seek(0, 2))
+    if num_bytes > most:
+        raise ValueError(f"would take {num_bytes / 2**20:.0f} MiB of memory, a file of this size {most >> 20} at most")
+
+
+def _num_slots(kind: pa.DataType | None, rows: int, values: int) -> int:
+    """Returns the most values that Arrow makes room for, which it does in empty lists of a fixed size as well."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _num_slots(kind.storage_type, rows, values)
+    if kind is None or not pa.types.is_nested(kind):
+        return rows
+    if pa.types.is_fixed_size_list(kind):
+        return _num_slots(kind.value_type, rows * kind.list_size, values)
+    return max(_num_slots(kind.field(number).type, values, values) for number in range(kind.num_fields))
+
+
+def _texts_in(column: pa.ChunkedArray | pa.Array) -> list[pa.DictionaryArray]:
+    """Returns the texts of a column that is read as dictionaries, out of its lists and structures."""
+    if isinstance(column, pa.ChunkedArray):
+        return [texts for chunk in column.chunks for texts in _texts_in(chunk)]
+    if isinstance(column, pa.DictionaryArray):
+        return [column]
+    if isinstance(column, pa.ExtensionArray):
+        return _texts_in(column.storage)
+    if isinstance(column, pa.StructArray):
+        return [texts for field in column.flatten() for texts in _texts_in(field)]
+    return _texts_in(column.flatten()) if pa.types.is_nested(column.type) else []
+
+
+def _text_size(column: pa.ChunkedArray) -> int:
+    """Returns the bytes of a column's texts, each counted as often as it occurs."""
+    lengths = (pc.binary_length(texts.dictionary).take(texts.indices) for texts in _texts_in(column))
+    return sum(pc.sum(its).as_py() or 0 for its in lengths)
 
 
 def find_episodes(
@@ -429,14 +515,18 @@ def _check_features(path: Path, info: dict[str, Any]) -> None:
     if not isinstance(features, dict) or not features:
         raise UserError(f"{path}: lacks features; {AGAIN}")
     for name, feature in features.items():
-        known = isinstance(feature, dict) and feature.get("dtype") and isinstance(feature.get("shape"), list)
-        if not known or not all(type(side) is int and side > 0 for side in feature["shape"]):
-            raise UserError(f"{path}: feature {name} needs a dtype and a shape, got {feature}; {AGAIN}")
-        if feature["dtype"] in ("video", "image") and (
-            len(feature["shape"]) not in (2, 3)
-            or not all(isinstance(feature.get(key) or {}, dict) for key in ("info", "video_info"))
-        ):
-            raise UserError(f"{path}: feature {name} is not as LeRobot describes images, got {feature}; {AGAIN}")
+        known = isinstance(feature, dict) and isinstance(feature.get("dtype"), str)
+        shape = feature.get("shape") if known else None
+        if not isinstance(shape, list) or not all(type(side) is int and side > 0 for side in shape):
+            raise UserError(f"{path}: feature {shown(name)} needs a dtype and a shape, got {shown(feature)}; {AGAIN}")
+        if feature["dtype"] in ("video", "image"):
+            details = all(isinstance(feature.get(key) or {}, dict) for key in ("info", "video_info"))
+            if len(shape) not in (2, 3) or max(shape) > MOST_PIXELS or not details:
+                what = f"is not as LeRobot describes images, got {shown(feature)}"
+                raise UserError(f"{path}: feature {shown(name)} {what}; {AGAIN}")
+        elif math.prod(shape) > MOST_NUMBERS:
+            what = f"is {math.prod(shape)} numbers wide, {MOST_NUMBERS} at most are read"
+            raise UserError(f"{path}: feature {shown(name)} {what}; {AGAIN}")
     with errors_about(f"{path}: the name of a camera"):
         for key in image_keys(features):
             inside(path.parent.parent, key)
@@ -496,31 +586,54 @@ def _renamed(features: dict[str, Any], stored: Mapping[str, str], path: Path) ->
     return renamed
 
 
-def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, Any]:
-    integers = ["episode_index", "length", *(f"data/{name}" for name in PLACE)]
+def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
+    integers = ["length", *(f"data/{name}" for name in PLACE)]
     integers += [f"videos/{key}/{name}" for key in video_keys for name in PLACE]
     starts = [f"videos/{key}/from_timestamp" for key in video_keys]
-    tables = []
-    for path in episode_files(root):
-        sources = ["source"] if "source" in _column_names(path) else []
-        tables.append(read_parquet(path, [*integers, *starts, "tasks", *sources]))
-    table = pa.concat_tables(tables, promote_options="default").sort_by("episode_index")
-    columns: dict[str, Any] = {name: _integers(table, name, root / EPISODES) for name in integers}
-    for name in starts:
-        columns[name] = table[name].to_numpy().astype(np.float64)
-        if not np.isfinite(columns[name]).all():
-            raise UserError(f"{root / EPISODES}: {name} is not finite; {AGAIN}")
-    sources = table["source"].to_pylist() if "source" in table.column_names else [""] * len(table)
+    parts = [_episode_rows(path, integers, starts) for path in episode_files(root)]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(columns["episode_index"], kind="stable")
+    return {name: values[order] for name, values in columns.items()}
+
+
+def _episode_rows(path: Path, integers: Sequence[str], starts: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads a file of episodes. What is empty, or no number of its kind, is a flaw of that episode alone."""
+    noted = ["source"] if "source" in _column_names(path) else []
+    table = read_parquet(path, ["episode_index", *integers, *starts, "tasks", *noted])
+    episodes = _integers(table, "episode_index", path)
+    columns = {"episode_index": episodes, "flaw": np.full(len(table), "", object)}
+    for name in (*integers, *starts):
+        values, least = _floats(table[name], f"{path}: {name}"), 1 if name == "length" else 0
+        fits = np.isfinite(values)
+        if name in integers:
+            fits &= (np.floor(values) == values) & (values >= least) & (values < 2**53)
+        for row in np.flatnonzero(~fits & (columns["flaw"] == "")):
+            columns["flaw"][row] = _episode_flaw(path, episodes[row], name, table[name][int(row)].as_py())
+        values = np.where(fits, values, least)
+        columns[name] = values.astype(np.int64) if name in integers else values
+    sources = table["source"].to_pylist() if noted else [""] * len(table)
     columns["source"] = np.array([source or "" for source in sources], object)
-    return {**columns, "tasks": [its or [] for its in table["tasks"].to_pylist()]}
+    columns["tasks"] = np.fromiter((its or [] for its in table["tasks"].to_pylist()), object, len(table))
+    return columns
+
+
+def _episode_flaw(path: Path, episode: int, column: str, found: object) -> str:
+    what = "empty" if found is None else shown(found)
+    return f"{path}: {column} of episode {episode} is {what}; correct it or leave the episode out"
 
 
 def _legacy_episodes(path: Path) -> dict[str, Any]:
-    rows = _json_lines(path, {"episode_index": int, "length": int})
+    rows = _json_lines(path, {"episode_index": int})
     rows.sort(key=lambda row: row["episode_index"])
+    fits = [type(row.get("length")) is int and 1 <= row["length"] <= MOST_FRAMES for row in rows]
+    flaws = [
+        "" if fit else _episode_flaw(path, row["episode_index"], "length", row.get("length"))
+        for row, fit in zip(rows, fits, strict=True)
+    ]
     return {
         "episode_index": np.array([row["episode_index"] for row in rows], np.int64),
-        "length": np.array([row["length"] for row in rows], np.int64),
+        "length": np.array([row["length"] if fit else 1 for row, fit in zip(rows, fits, strict=True)], np.int64),
+        "flaw": np.array(flaws, object),
         "source": np.array([str(row.get("source") or "") for row in rows], object),
         "tasks": [row.get("tasks") or [] for row in rows],
     }
@@ -576,15 +689,25 @@ def _column_names(path: Path) -> list[str]:
 
 def _read_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
     with _parsing(path), open_binary(path) as file:
-        return pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
+        return _open_parquet(file, [column], [group]).read_row_group(group, columns=[column])[column]
 
 
-def _integers(table: pa.Table, name: str, path: Path) -> Int[np.ndarray, "N"]:
+def _integers(table: pa.Table, name: str, path: Path, empty: int | None = None) -> Int[np.ndarray, "N"]:
+    """Returns a column of whole numbers, with `empty` for those that are not there; None: all must be."""
     column = table[name]
-    if not pa.types.is_integer(column.type) or column.null_count:
-        kind = "empty values" if column.null_count else column.type
-        raise UserError(f"{path}: {name} holds {kind}, expected whole numbers; {AGAIN}")
-    return column.to_numpy()
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"{path}: {name} holds {column.type}, expected whole numbers; {AGAIN}")
+    if column.null_count and empty is None:
+        row = pc.index(column.is_null(), True).as_py()
+        raise UserError(f"{path}: {name} is empty in row {row}, expected whole numbers; {AGAIN}")
+    return (column.fill_null(empty) if column.null_count else column).to_numpy()
+
+
+def _floats(column: pa.ChunkedArray, source: str) -> Float[np.ndarray, "N"]:
+    """Returns a column of numbers, NaN for those that are not there."""
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        raise UserError(f"{source} holds {column.type}, expected numbers; {AGAIN}")
+    return column.cast(pa.float64(), safe=False).to_numpy()
 
 
 def _matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray, "N D"]:
