@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lapa.data import transforms
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.spec import open_dataset
+from lapa.data.transforms import as_image, decode_image, read_image
+from lapa.errors import UserError
 from lapa.sources.frames import FramesConfig
+
+# What Pillow warns of in damaged metadata and in sizes.
+pytestmark = pytest.mark.filterwarnings("ignore:.*(EXIF|Tag data|Image size)")
 
 
 def write_images(folder: Path, numbers: list[int], size: tuple[int, int] = (32, 48), name: str = "{:04d}.png") -> None:
@@ -157,3 +167,150 @@ def test_images_that_went_missing_after_opening_are_named(tmp_path: Path) -> Non
     (tmp_path / "frames" / "a" / "0002.png").unlink()
     with pytest.raises(ValueError, match=r"a: holds 2 images, 3 when"):
         here.frames(0)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def corners() -> np.ndarray:
+    """An image that differs from each of its turns and reflections."""
+    image_HWC = np.full((16, 24, 3), 40, np.uint8)
+    image_HWC[:8, :8], image_HWC[:8, 16:], image_HWC[8:, :8] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    return image_HWC
+
+
+# How a camera that is held as EXIF's orientation tells stores an upright image.
+STORED = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright),
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_images_stand_upright_wherever_they_are_opened(tmp_path: Path, orientation: int, form: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](corners())))
+    content = encoded(stored, form, exif=exif, quality=100)
+    (tmp_path / "image").write_bytes(content)
+    for image in (
+        decode_image(content, "image"),
+        read_image(tmp_path / "image"),
+        as_image(Image.open(tmp_path / "image")),
+    ):
+        assert image.shape == (16, 24, 3) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - corners()).mean() < 12
+
+
+def test_damaged_exif_data_turn_nothing() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(corners()), "JPEG", exif=exif)
+    place = content.index(b"Exif")
+    for damage in (b"\xff" * 8, b"MM\x00\x2a\xff\xff\xff\xff"):
+        assert decode_image(content[: place + 6] + damage + content[place + 14 :], "image").shape == (16, 24, 3)
+
+
+@pytest.mark.parametrize("top", [255, 1023, 1500, 4095, 16_383, 40_000, 65_535])
+def test_grey_images_of_16_bits_keep_their_content(top: int) -> None:
+    values = np.linspace(0, top, 24 * 16).round().astype(np.uint16).reshape(16, 24)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if top < 2**bits)
+    wanted = values / (2.0**bits - 1) * 255
+    image = Image.fromarray(values)
+    for found in (decode_image(encoded(image), "image"), as_image(image), as_image(image.convert("I"))):
+        assert found.shape == (16, 24, 3) and np.abs(found - wanted[..., None]).max() <= 0.5
+        assert found.max() > 60
+
+
+def test_images_of_every_mode_become_rgb() -> None:
+    colours = Image.fromarray(corners())
+    for mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa"):
+        image = Image.new("RGBa", (24, 16)) if mode == "RGBa" else colours.convert("RGB" if mode == "LAB" else mode)
+        assert as_image(image).shape == (16, 24, 3)
+    for mode in ("1", "L", "LA", "F"):
+        image = (
+            colours.convert("L").convert(mode) if mode != "F" else Image.fromarray(np.full((16, 24), 0.5, np.float32))
+        )
+        found = as_image(image)
+        assert found.shape == (16, 24, 3) and (found == found[..., :1]).all()
+    for values in (np.full((4, 4), -1, np.int32), np.full((4, 4), 70_000, np.int32), np.full((4, 4), 2, np.float32)):
+        with pytest.raises(UserError, match=r"front: cannot be decoded \(one channel of values from"):
+            as_image(Image.fromarray(values), "front")
+    # Transparency is ignored: the colours below it are shown.
+    see_through = np.dstack([corners(), np.zeros((16, 24), np.uint8)])
+    assert (decode_image(encoded(Image.fromarray(see_through)), "image") == corners()).all()
+    moving = encoded(colours, save_all=True, append_images=[colours.rotate(180)])
+    assert (decode_image(moving, "image") == corners()).all()
+
+
+def png_of_zeros(width: int, height: int) -> bytes:
+    """A small file of a large black image, written without the image."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(3 * width + 1)) for _ in range(height)) + packer.flush()
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(8_001, 8_000), (13_000, 13_000), (2**31 - 1, 2**31 - 1)])
+def test_an_image_too_large_is_refused_by_its_header(tmp_path: Path, size: tuple[int, int], monkeypatch) -> None:
+    monkeypatch.setattr(Image.Image, "load", None)
+    path = tmp_path / "a" / "1.png"
+    path.parent.mkdir()
+    content = png_of_zeros(8, 8)
+    head = struct.pack(">II", *size) + content[24:29]
+    path.write_bytes(content[:16] + head + struct.pack(">I", zlib.crc32(b"IHDR" + head)) + content[33:])
+    with pytest.raises(UserError, match=r"1\.png: cannot be decoded \(.*more than 64 megapixels\)") as error:
+        read_image(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_large_image_is_refused_before_it_takes_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "MAX_PIXELS", 100)
+    (tmp_path / "frames" / "a").mkdir(parents=True)
+    (tmp_path / "frames" / "a" / "1.png").write_bytes(png_of_zeros(20, 20))
+    with pytest.raises(UserError, match="none of its images can be decoded"):
+        open_dataset(f"frames:{tmp_path / 'frames'},caption=wait")
+    with pytest.raises(UserError, match=r"front: cannot be decoded \(20x20, more than"):
+        as_image(Image.new("RGB", (20, 20)), "front")
+
+
+def test_what_is_no_image_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("secret")
+    for content in (b"", b"\x89PNG", "text.png", str(tmp_path / "text.png"), None, 3, corners().tobytes()):
+        with pytest.raises(UserError, match="image: cannot"):
+            decode_image(content, "image: cannot be decoded")  # type: ignore[arg-type]
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png: is no regular file"):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_many_damaged_images_are_user_errors_or_images() -> None:
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    wholes = [encoded(Image.fromarray(corners()), form, exif=exif) for form in ("JPEG", "PNG", "WEBP")]
+    wholes += [encoded(Image.fromarray(corners()).quantize(8), form) for form in ("PNG", "BMP")]
+    num_refused = 0
+    for _ in range(1_000):
+        content = bytearray(wholes[rng.integers(len(wholes))])
+        for place in rng.integers(len(content), size=rng.integers(1, 4)):
+            content[place] ^= 1 << int(rng.integers(8))
+        try:
+            assert decode_image(bytes(content), "image").shape[2] == 3
+        except UserError:
+            num_refused += 1
+    assert num_refused > 100

@@ -20,6 +20,7 @@ from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.config import LoopConfig
+from lapa.errors import UserError
 from lapa.files import as_path, read_json_lines
 from lapa.policy import pretrain
 from lapa.policy.config import PretrainConfig, VQGANConfig
@@ -246,6 +247,18 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     image.symlink_to(image)
     with pytest.raises(ValueError, match=r"row 2: .*step_1\.png: cannot be read"):
         opened(path).frames(0)
+
+
+def test_images_that_rows_name_lie_in_the_folder(tmp_path: Path) -> None:
+    rows = [finetuning(0, step) for step in range(2)]
+    path = write_rows(tmp_path / "rows" / "rows.jsonl", rows)
+    write_images(tmp_path / "rows", rows)
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "secret.png")
+    for named in ("../secret.png", "a/../../secret.png", str(tmp_path / "secret.png"), "a\0b.png", "~/secret.png", "."):
+        write_rows(path, [rows[0], {**rows[1], "image": named}])
+        dataset = opened(path)
+        with pytest.raises(UserError, match=r"rows\.jsonl: row 2: .*(names no file inside|no such file)"):
+            dataset.frames(0, [1])
 
 
 def test_rows_are_put_together_where_their_names_tell(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -37,7 +37,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
 
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, image_keys
-from lapa.data.video import decode_clip, decode_image
+from lapa.data.transforms import decode_image
+from lapa.data.video import decode_clip
 from lapa.errors import UserError, shown, unknown
 from lapa.files import (
     errors_about,

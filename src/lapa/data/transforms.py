@@ -1,27 +1,84 @@
-"""Image transforms between the file and the model: one chain for conversion, training and serving.
+"""Images from the file to the model: decoded in one place, and one chain for conversion, training and serving.
 
 Axes: T time, H W image, C channel.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import io
+import struct
+import warnings
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lapa.errors import UserError
+from lapa.files import is_remote, open_binary, reading
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+# Pixels of an image: half a megabyte of PNG can be 13,000 pixels square, which takes a gigabyte of memory.
+MAX_PIXELS = 64_000_000
+TOO_LARGE = f"more than {MAX_PIXELS // 1_000_000} megapixels"
+# Bits that sensors' values have in images of 16 bits.
+DEPTHS = (8, 10, 12, 14, 16)
+# Pillow raises SyntaxError for a broken PNG, and these others for damaged headers and metadata.
+UNDECODABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    *(IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError),
+)
+# Of metadata that are damaged, and of sizes that are refused.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def read_image(path: Path, where_else: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """Returns an image file as `decode_image` does.
+
+    Raises UserError naming the file where it cannot be decoded, or is not there: that one ends with `where_else`.
+    """
+    # A pipe would keep the command waiting forever.
+    if not is_remote(path) and path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file; remove it")
+    with reading(path, where_else), open_binary(path) as file:
+        return decode_image(file, f"{path}: cannot be decoded", "; replace it or remove it")
+
+
+def decode_image(encoded: bytes | BinaryIO, failure: str, remedy: str = "") -> UInt8[np.ndarray, "H W 3"]:
+    """Returns an image of one of `IMAGE_FORMATS` as RGB, upright where its EXIF data turn it; of several the first.
+
+    Transparency is ignored. Of 16 bits in one channel, the 8 highest that its values reach are taken (`DEPTHS`).
+    Raises UserError with `failure`, the reason and `remedy` where it is none, damaged, or above `MAX_PIXELS`.
+    """
+    try:
+        # A text would be taken for a path.
+        file = cast(BinaryIO, encoded) if hasattr(encoded, "read") else io.BytesIO(encoded)
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            return _rgb(image)
+    except UnidentifiedImageError:
+        problem = "empty, zero bytes" if file.seek(0, io.SEEK_END) == 0 else f"no image in {', '.join(IMAGE_FORMATS)}"
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        problem = TOO_LARGE
+    except UNDECODABLE as error:
+        problem = str(error)
+    raise UserError(f"{failure} ({problem}){remedy}")
 
 
 def as_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "H W 3"]:
     """Returns an RGB image as uint8 [H, W, 3].
 
-    image: a PIL image of any mode, or an array or tensor [H, W, 3] or [3, H, W], uint8 or floats in [0, 1].
+    image: a PIL image of any mode, as `decode_image` takes it, or an array or tensor [H, W, 3] or [3, H, W], uint8 or
+        floats in [0, 1].
     Raises UserError, which begins with `name`, for anything else.
     """
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        try:
+            return _rgb(image)
+        except UNDECODABLE as error:
+            raise UserError(f"{name}: cannot be decoded ({error})") from None
     # torch.Tensor, without importing torch.
     array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     shape = array.shape
@@ -38,6 +95,31 @@ def as_image(image: Any, name: str = "image") -> UInt8[np.ndarray, "H W 3"]:
     if not (array.min() >= 0 and array.max() <= 1):
         raise UserError(f"{name}: floats must lie in [0, 1], got {array.min():g} to {array.max():g}")
     return (array * 255).round().astype(np.uint8)
+
+
+def _rgb(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns an image of any mode as RGB, upright. Raises one of `UNDECODABLE`."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height}, {TOO_LARGE}")
+    image.load()
+    # Damaged metadata do not turn an image.
+    with suppress(*UNDECODABLE):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return np.repeat(_eight_bits(np.asarray(image))[..., None], 3, axis=-1)
+    return np.asarray(image.convert("RGB"))
+
+
+def _eight_bits(values_HW: np.ndarray) -> UInt8[np.ndarray, "H W"]:
+    """Returns whole numbers of up to 16 bits, or floats in [0, 1], as 8 bits. Raises ValueError for other values."""
+    low, high = values_HW.min(), values_HW.max()
+    top = 1.0
+    if values_HW.dtype.kind != "f":
+        top = next((2.0**bits - 1 for bits in DEPTHS if high < 2**bits), 0.0)
+    if not 0 <= low <= high <= top:
+        raise ValueError(f"one channel of values from {low:g} to {high:g}, expected up to 16 bits")
+    return (values_HW * (255 / top)).round().astype(np.uint8)
 
 
 def resize_and_crop(frames_THWC: UInt8[np.ndarray, "T H W 3"], size: int) -> UInt8[np.ndarray, "T size size 3"]:

@@ -10,7 +10,6 @@ Axes: T time, H W image, C channel.
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections import OrderedDict
@@ -27,12 +26,10 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
 
 from lapa.errors import UserError
 from lapa.files import atomic_path, is_remote, open_binary, reading, why_unreadable
 
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # Codecs of covers, and of films that have no other video stream.
 STILL_CODECS = ("mjpeg", "png", "bmp", "webp")
 # Relative difference up to which a mean rate counts as a constant one.
@@ -192,22 +189,6 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
             "the video is shorter than the dataset's metadata, write the dataset again"
         )
     return np.stack([found[index] for index in indices])
-
-
-def decode_image(encoded: bytes, failure: str, remedy: str = "") -> UInt8[np.ndarray, "H W 3"]:
-    """Returns an image of one of `IMAGE_FORMATS` as RGB.
-
-    Raises UserError with `failure`, the reason and `remedy` where it is none, or damaged.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, TypeError):
-        problem = "empty, zero bytes" if encoded == b"" else f"no image in {', '.join(IMAGE_FORMATS)}"
-    # Pillow raises SyntaxError for a broken PNG.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = str(error)
-    raise UserError(f"{failure} ({problem}){remedy}")
 
 
 def open_video(path: Path) -> InputContainer:

@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lapa.console import finish
-from lapa.data.transforms import resize_and_crop
-from lapa.data.video import decode_image, encode_clip
+from lapa.data.transforms import read_image, resize_and_crop
+from lapa.data.video import encode_clip
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, reading
+from lapa.files import atomic_path, claim_output
 from lapa.latent.config import ShowConfig
 from lapa.latent.metrics import BATCH, Sample, device_of, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
@@ -44,7 +44,7 @@ def run(config: ShowConfig) -> None:
     if len(base_L) != 1:
         raise UserError(f"--codes {config.codes} holds {len(base_L)} latent actions; give one, of {length} codes")
     steps_SL = parse_codes(config.rollout, length, num_codes)
-    frame_CHW = read_image(config.image, model.config.image_size)
+    frame_CHW = open_image(config.image, model.config.image_size)
     out = config.out or (config.lam if config.lam.is_dir() else Path()) / f"show_{config.image.stem}"
     complete = (out / "codes.png").exists()
     claim_output(out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.lam, config.image])
@@ -104,11 +104,9 @@ def parse_codes(texts: tuple[str, ...], length: int, num_codes: int) -> Int64[Te
     return torch.cat(actions) if actions else torch.zeros(0, length, dtype=torch.int64)
 
 
-def read_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
+def open_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
     """An image file, resized as in training. Raises UserError naming the file if it is missing or no image."""
-    with reading(path):
-        pixels_HWC = decode_image(path.read_bytes(), f"{path}: cannot be decoded")
-    pixels_HWC = resize_and_crop(pixels_HWC[None], size)[0]
+    pixels_HWC = resize_and_crop(read_image(path)[None], size)[0]
     return torch.from_numpy(np.ascontiguousarray(rearrange(pixels_HWC, "h w c -> c h w")))
 
 

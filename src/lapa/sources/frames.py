@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.source import Clip, Item, Source
-from lapa.data.video import decode_image
+from lapa.data.transforms import read_image
 from lapa.errors import UserError
 from lapa.files import reading as reading_file
 from lapa.sources.captions import CaptionedReading
@@ -145,12 +145,6 @@ class FramesSource(Source):
                 except UserError:
                     continue
         raise UserError(f"{self.root}: none of its images can be decoded")
-
-
-def read_image(path: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns an image file as RGB. Raises UserError naming it where it cannot be decoded."""
-    with reading_file(path):
-        return decode_image(path.read_bytes(), f"{path}: cannot be decoded", "; replace it or remove it")
 
 
 def _list_folders(root: Path) -> dict[str, _Folder]:

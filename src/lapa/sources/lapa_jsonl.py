@@ -41,9 +41,9 @@ from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, writ
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Reading, Source, SourceDataset
 from lapa.data.spec import open_dataset
-from lapa.data.video import decode_image
+from lapa.data.transforms import read_image
 from lapa.errors import UserError
-from lapa.files import as_path, claim_output, open_binary, reading, remove_folder
+from lapa.files import as_path, claim_output, errors_about, inside, open_binary, reading, remove_folder
 from lapa.sources.folder_scan import cached, file_state, require_rate
 from lapa.sources.rlds.table import POSE
 
@@ -279,14 +279,9 @@ class LapaJsonlSource(Source):
             raise UserError(f"{self.root}: row {number} {error}") from None
 
     def _image(self, item: Item, index: int) -> np.ndarray:
-        path = self._image_folder / self._row(item, index).image
-        try:
-            with reading(path, "give the folder of the images as --images (images= with --data)"):
-                content = path.read_bytes()
-            return decode_image(content, f"{path}: cannot be decoded")
-        # A zero byte in the path is a ValueError that is no UserError.
-        except ValueError as error:
-            raise UserError(f"{self.root}: row {item.place[index][0]}: {error}") from None
+        with errors_about(f"{self.root}: row {item.place[index][0]}"):
+            path = inside(self._image_folder, self._row(item, index).image)
+            return read_image(path, "give the folder of the images as --images (images= with --data)")
 
 
 class CodedDataset(SourceDataset):

@@ -29,7 +29,7 @@ from lapa.data.config import ConvertOptions
 from lapa.data.convert import BLANK
 from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.source import Clip, Item, Reading, Source
-from lapa.data.video import decode_image
+from lapa.data.transforms import decode_image
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, read_json
 from lapa.sources.folder_scan import cached, file_state
