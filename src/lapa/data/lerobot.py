@@ -396,7 +396,7 @@ def _open_parquet(file: BinaryIO, columns: Sequence[str] | None, groups: Sequenc
     Raises ValueError where they would be far larger in memory than the file.
     """
     parquet = pq.ParquetFile(file)
-    metadata, leaves = parquet.metadata, range(len(parquet.schema))
+    metadata, leaves = parquet.metadata, list(range(len(parquet.schema)))
     paths = [parquet.schema.column(leaf).path for leaf in leaves]
     if columns is not None:
         leaves = [leaf for leaf in leaves if any(f"{paths[leaf]}.".startswith(f"{name}.") for name in columns)]
