@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import INFO, TASKS, find_episodes, read_parquet, require_folder
+from lapa.data.lerobot import EXTRA, INFO, TASKS, find_episodes, read_parquet, require_folder
 from lapa.data.replace_actions import run as hide_actions
 from lapa.data.spec import open_dataset
 from lapa.errors import UserError
@@ -131,13 +132,112 @@ def test_names_and_shapes_come_in_several_forms(robot: Dataset, tmp_path: Path) 
     features = info["features"]
     features[WRIST] |= {"shape": [3, 32, 64], "names": ["channels", "height", "width"]}
     features[FRONT] |= {"shape": [3, 64, 64], "names": None}
-    for names in ({"axes": ["a", "b", "c"]}, {"a": 0, "c": 2, "b": 1}, ["a", "b", "c"]):
+    for names in (
+        {"axes": ["a", "b", "c"]},
+        {"arm": ["a", "b"], "hand": ["c"], "head": []},
+        {"a": 0, "c": 2, "b": 1},
+        {"motors": {"a": 0, "c": 2, "b": 1}},
+        ["a", "b", "c"],
+        [["a", "b", "c"]],
+        [["a"], ["b", "c"]],
+    ):
         features["action"]["names"] = names
         write_json(root / INFO, info)
         dataset = open_dataset(f"lerobot:{root},control=absolute,binary=b+c")
         assert (dataset.image_shape("wrist"), dataset.image_shape("front")) == ((32, 64), (64, 64))
         assert dataset.action_space.names == ("a", "b", "c")
         assert (dataset.action_space.control, dataset.action_space.binary) == ("absolute", (False, True, True))
+
+
+OTHER_NAMES = [None, [], ["a", "b"], [["a", "b"]], list("abcd"), ["a", "b", None], ["a", "b", 1.5], "abc", 3, True]
+OTHER_NAMES += [[["a"], {}, "c"], ["a", "b", {"c": None}], {"a": None}, json.loads("[" * 500 + '"a"' + "]" * 500)]
+
+
+@pytest.mark.parametrize("names", OTHER_NAMES)
+def test_names_that_do_not_fit_are_replaced_by_numbers(robot: Dataset, tmp_path: Path, names: object) -> None:
+    root = copied(robot.root, tmp_path)
+    info = read_json(root / INFO)
+    info["features"]["action"]["names"] = names
+    write_json(root / INFO, info)
+    (root / EXTRA).unlink()
+    assert open_dataset(root).action_space.names == ("action_0", "action_1", "action_2")
+    info["features"]["observation.state"]["names"] = ["x", "y"]
+    write_json(root / INFO, info)
+    assert LeRobotReading(str(root)).open().state_names == ("state_0",)
+
+
+def rows_of(robot: Dataset) -> list[list[float]]:
+    return pq.read_table(robot.root / DATA)["action"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ([[0.1], [0.1, 0.2, 0.3, 0.4, 0.5]], "changes its width at frame 1"),
+        ([[0.1, 0.2, 0.3], [], [0.1] * 6], "changes its width at frame 1"),
+        ([[0.1, 0.2, 0.3], None, [0.1] * 6], "is empty at frame 1"),
+        ([None], "is empty at frame 0"),
+        ([[0.1, 0.2, 0.3], [0.1, None, 0.3]], "is empty at frame 1"),
+        ([[0.1, float("nan"), 0.3]], "is not finite at frame 0"),
+    ],
+)
+def test_rows_of_another_width_spoil_their_episode_alone(
+    robot: Dataset, tmp_path: Path, first: list[list[float | None] | None], message: str
+) -> None:
+    """Numbers that add up to whole rows are no whole rows."""
+    root, rows = copied(robot.root, tmp_path), rows_of(robot)
+    table = pq.read_table(root / DATA)
+    column = pa.array([*first, *rows[len(first) :]], pa.list_(pa.float32()))
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", column), root / DATA)
+    dataset = open_dataset(root)
+    assert np.array_equal(dataset.actions(1), robot.actions(1))
+    assert np.array_equal(dataset.states(0), robot.states(0))
+    with pytest.raises(UserError, match=rf"{DATA}: action of episode 0 {message}; correct it or leave the episode out"):
+        dataset.actions(0)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float16()),
+        pa.list_(pa.float64(), 3),
+        pa.large_list(pa.int16()),
+        pa.list_(pa.uint64()),
+        pa.list_(pa.bool_()),
+        pa.list_(pa.decimal128(9, 3)),
+        pa.list_(pa.list_(pa.float32(), 1)),
+        pa.list_(pa.list_(pa.list_(pa.float32())), 1),
+    ],
+)
+def test_numbers_are_read_from_every_type(robot: Dataset, tmp_path: Path, kind: pa.DataType) -> None:
+    root = copied(robot.root, tmp_path)
+    expected = (np.arange(47 * 3).reshape(47, 3) % 2).astype(np.float32)
+    rows: list[Any] = expected.tolist()
+    if kind == pa.list_(pa.list_(pa.float32(), 1)):
+        rows = expected[:, :, None].tolist()
+    elif kind == pa.list_(pa.list_(pa.list_(pa.float32())), 1):
+        rows = expected[:, None, :, None].tolist()
+    elif pa.types.is_decimal(kind.value_type):
+        rows = [[Decimal(int(number)) for number in row] for row in rows]
+    elif pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type):
+        rows = [[kind.value_type.to_pandas_dtype()(number) for number in row] for row in rows]
+    elif pa.types.is_float16(kind.value_type):
+        rows = [[np.float16(number) for number in row] for row in rows]
+    table = pq.read_table(root / DATA)
+    column = pa.array(rows, kind)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", column), root / DATA)
+    dataset = open_dataset(root)
+    assert np.array_equal(np.concatenate([dataset.actions(episode) for episode in range(3)]), expected)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_an_empty_time_spoils_its_episode_alone(robot: Dataset, tmp_path: Path, value: float | None) -> None:
+    root = copied(robot.root, tmp_path)
+    change_rows(root / DATA, "timestamp", lambda rows: [*rows[:2], value, *rows[3:]])
+    dataset = open_dataset(root)
+    assert np.array_equal(dataset.frames(1), robot.frames(1))
+    with pytest.raises(UserError, match=f"{DATA}: episode 0: timestamps are empty or not finite at frame 2"):
+        dataset.frames(0)
 
 
 def test_depth_maps_are_no_cameras(robot: Dataset, tmp_path: Path) -> None:
@@ -343,7 +443,7 @@ def test_damaged_lines_are_named(old: Path, tmp_path: Path, name: str, text: str
         (EPISODES_FILE, f"videos/{FRONT}/from_timestamp", [None, 0, 0], "from_timestamp of episode 0 is empty"),
         (EPISODES_FILE, f"videos/{FRONT}/from_timestamp", ["a"] * 3, "holds string, expected numbers"),
         (DATA, "episode_index", ["a"] * 47, "episode_index holds string, expected whole numbers"),
-        (DATA, "timestamp", ["a"] * 47, r"cannot be read \("),
+        (DATA, "timestamp", ["a"] * 47, "timestamp holds string, expected numbers"),
     ],
 )
 def test_columns_of_other_types_are_named(
@@ -363,7 +463,7 @@ def test_columns_of_other_types_are_named(
         (lambda times: [*times[:5], times[3], *times[6:]], r"go backwards at frame 5 \(0\.100 s after 0\.133 s\)"),
         (lambda times: [3 * time for time in times], r"do not match 30 fps \(frame 1 is at 0\.100 s, should be at 0"),
         (lambda times: [time + 1 for time in times], r"do not match 30 fps \(frame 0 is at 1\.000 s"),
-        (lambda times: [float("nan")] * len(times), "go backwards"),
+        (lambda times: [float("nan")] * len(times), "are empty or not finite at frame 0"),
     ],
 )
 def test_times_that_are_wrong_are_named(old: Path, tmp_path: Path, change: Callable, message: str) -> None:
@@ -416,7 +516,7 @@ def test_rows_that_do_not_fit_the_metadata_are_named(old: Path, robot: Dataset, 
         (table[:-2], r"lacks rows of episode 1 \(has 29 of 31\)"),
         (pa.concat_tables([table, table[-1:]]), "has 32 rows of episode 1 of 31 frames"),
         (table.drop_columns("observation.state"), r"lacks the columns observation\.state"),
-        (table.set_column(0, "action", pa.array(["x"] * 31)), "action holds string, expected numbers"),
+        (table.set_column(0, "action", pa.array(["x"] * 31)), "action of episode 1 holds string, expected numbers"),
     ):
         pq.write_table(rows, root / OLD_DATA)
         with pytest.raises(ValueError, match=rf"episode_000001\.parquet: {message}"):

@@ -35,6 +35,8 @@ ACTION, STATE = "action", "observation.state"
 Control = Literal["delta", "absolute"]
 CONTROLS = typing.get_args(Control)
 ACTION_SPACE = "action_space"
+# Levels of lists in which the names of a feature are found.
+NAMES_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +269,7 @@ def read_action_space(feature: Mapping[str, Any], extra: Mapping[str, Any], sour
     if not isinstance(binary, list):
         raise UserError(f"{source}: `binary` must be a list of names of action dimensions, got {binary!r}")
     try:
-        return ActionSpace.named(_dimension_names(feature), binary, declared.get("control"))
+        return ActionSpace.named(dimension_names(feature), binary, declared.get("control"))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -317,15 +319,24 @@ def image_keys(features: dict[str, dict[str, Any]]) -> list[str]:
     return keys
 
 
-def _dimension_names(feature: Mapping[str, Any]) -> list[str]:
-    """Returns one name per dimension, in any form of LeRobot's: a list, lists under titles, positions by name.
+def dimension_names(feature: Mapping[str, Any], prefix: str = ACTION) -> list[str]:
+    """Returns one name per dimension from any form of LeRobot's: lists, in lists or under titles, or positions by name.
 
-    Where there are none, or too few, the names are `action_0` and so on.
+    Where there are none, or not as many as dimensions, the names are `action_0` and so on (with that prefix).
     """
-    width, names = int(np.prod(feature["shape"])), feature.get("names")
+    width = math.prod(feature["shape"])
+    found = list(_flat_names(feature.get("names"), NAMES_DEPTH))
+    return found if len(found) == width and all(found) else [f"{prefix}_{number}" for number in range(width)]
+
+
+def _flat_names(names: object, depth: int) -> Iterator[str]:
+    """Yields the names in lists and under titles, at most `depth` levels deep; "" for what is no name."""
     if isinstance(names, Mapping):
-        positions = {name: position for name, position in names.items() if isinstance(position, int)}
-        lists = [group for group in names.values() if isinstance(group, list)]
-        names = sorted(positions, key=lambda name: positions[name]) or [name for group in lists for name in group]
-    found = [str(name) for name in names] if isinstance(names, list) else []
-    return found if len(found) == width else [f"action_{number}" for number in range(width)]
+        # Positions by name, or a list under each title.
+        by_position = all(type(position) is int for position in names.values())
+        names = sorted(names, key=lambda name: names[name]) if by_position else list(names.values())
+    if isinstance(names, list) and depth:
+        for name in names:
+            yield from _flat_names(name, depth - 1)
+    else:
+        yield str(names) if type(names) in (str, int) else ""

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lapa.console import console, finish, say
 from lapa.data.config import InfoConfig
-from lapa.data.dataset import ACTION_SPACE, STATE, Dataset
+from lapa.data.dataset import ACTION_SPACE, STATE, Dataset, dimension_names
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import printable
@@ -106,6 +106,4 @@ def _actions(dataset: Dataset) -> str:
 def _states(dataset: Dataset) -> str:
     if dataset.state_dim is None:
         return "none"
-    names = dataset.features[STATE].get("names")
-    listed = f": {', '.join(map(str, names))}" if isinstance(names, list) else ""
-    return f"{dataset.state_dim} numbers{listed}"
+    return f"{dataset.state_dim} numbers: {', '.join(dimension_names(dataset.features[STATE], 'state'))}"

@@ -83,6 +83,7 @@ MOST_PIXELS, MOST_NUMBERS = 2**14, 10**6
 SMALL_TABLE, EXPANSION = 2**28, 100
 # Bytes of a number, or of a reference to a text, by the name of its type in parquet.
 SIZES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "BYTE_ARRAY": 4}
+LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 AGAIN = "write the dataset again"
 
 Value = TypeVar("Value")
@@ -130,7 +131,7 @@ class LeRobotDataset(Dataset):
         if cameras:
             self._camera_keys = {camera: self._camera_keys[self.camera_name(camera)] for camera in cameras}
             self.cameras = tuple(cameras)
-        self._tables: OrderedDict[Any, dict[str, np.ndarray]] = OrderedDict()
+        self._tables: OrderedDict[Any, dict[str, np.ndarray | pa.ChunkedArray]] = OrderedDict()
         # Of data files with images: the first row of each row group, and the last few row groups.
         self._group_rows: dict[Path, np.ndarray] = {}
         self._groups: OrderedDict[Any, pa.ChunkedArray] = OrderedDict()
@@ -184,7 +185,7 @@ class LeRobotDataset(Dataset):
             table = read_parquet(path, ["episode_index", *timed])
             owners = _integers(table, "episode_index", path, empty=-1)
             with _parsing(path):
-                seconds = table["timestamp"].to_numpy().astype(np.float64) if timed else None
+                seconds = _floats(table["timestamp"], f"{path}: timestamp") if timed else None
             episodes = self._episodes_in(episode_index)
             found = find_episodes(owners, seconds, episodes, self.lengths[episodes], self.fps)
             self._first_rows[episodes] = found[0]
@@ -207,15 +208,23 @@ class LeRobotDataset(Dataset):
     def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
         path, span = self.data_path(episode_index), self.rows(episode_index)
 
-        def read() -> dict[str, np.ndarray]:
+        def read() -> dict[str, np.ndarray | pa.ChunkedArray]:
             wanted = {name: stored for name, stored in self._stored.items() if name in self.features}
             table = read_parquet(path, list(wanted.values()))
-            return {
-                name: _matrix(table[stored], self._width(name) or 0, f"{path}: {stored}")
-                for name, stored in wanted.items()
-            }
+            numbers: dict[str, np.ndarray | pa.ChunkedArray] = {}
+            for name, stored in wanted.items():
+                try:
+                    numbers[name] = _matrix(table[stored], self._width(name) or 0, "")
+                except UserError:
+                    # What is wrong with one episode is found where it is read.
+                    numbers[name] = table[stored]
+            return numbers
 
-        return _recent(self._tables, path, OPEN_TABLES, read)[feature][span], str(path)
+        rows = _recent(self._tables, path, OPEN_TABLES, read)[feature][span]
+        if not isinstance(rows, np.ndarray):
+            stored = self._stored[feature]
+            rows = _matrix(rows, self._width(feature) or 0, f"{path}: {stored} of episode {episode_index}")
+        return rows, str(path)
 
     def _place(self, kind: str, episode_index: int) -> dict[str, int]:
         """Returns the fields of a path template."""
@@ -487,6 +496,9 @@ def find_episodes(
 
 def _time_flaw(seconds_T: np.ndarray, fps: float) -> str:
     """Returns what is wrong with the times of an episode's frames; "" where nothing is."""
+    known_T = np.isfinite(seconds_T)
+    if not known_T.all():
+        return f"timestamps are empty or not finite at frame {np.argmin(known_T)}; correct it or leave the episode out"
     forward, expected_T = np.diff(seconds_T) > 0, np.arange(len(seconds_T)) / fps
     fits_T = np.abs(seconds_T - expected_T) < 0.5 / fps
     if not forward.all():
@@ -712,19 +724,36 @@ def _floats(column: pa.ChunkedArray, source: str) -> Float[np.ndarray, "N"]:
 
 
 def _matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray, "N D"]:
-    """Returns a column as rows of `width` numbers; rows of one number may be stored as plain numbers."""
+    """Returns a column as rows of `width` numbers; rows of one number may be stored as plain numbers.
+
+    Raises UserError where a row, or a list inside it, is empty, or has another number of numbers than the rest.
+    """
     flat = column.combine_chunks()
-    num_rows = len(flat)
-    if isinstance(flat, pa.ExtensionArray):
-        flat = flat.storage
-    while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type) or pa.types.is_fixed_size_list(flat.type):
+    num_rows, found = len(flat), 1
+    while True:
+        if isinstance(flat, pa.ExtensionArray):
+            flat = flat.storage
+        if not any(is_kind(flat.type) for is_kind in LISTS):
+            break
+        lengths = pc.list_value_length(flat).unique().to_pylist()
+        if None in lengths:
+            row = pc.index(flat.is_null(), True).as_py() // found
+            raise UserError(f"{source} is empty at frame {row}; correct it or leave the episode out")
+        if len(lengths) > 1:
+            row = pc.index(pc.not_equal(pc.list_value_length(flat), lengths[0]), True).as_py() // found
+            raise UserError(f"{source} changes its width at frame {row}; correct it or leave the episode out")
+        found *= lengths[0] if lengths else 1
         flat = flat.flatten()
+    if pa.types.is_decimal(flat.type):
+        flat = flat.cast(pa.float64())
+    if flat.null_count:
+        row = pc.index(flat.is_null(), True).as_py() // found
+        raise UserError(f"{source} is empty at frame {row}; correct it or leave the episode out")
     if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type) or pa.types.is_boolean(flat.type)):
         raise UserError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
-    values = flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
-    if len(values) != num_rows * width:
-        raise UserError(f"{source} is not {width} numbers wide in every row, which meta/info.json declares; {AGAIN}")
-    return values.reshape(num_rows, width)
+    if num_rows and found != width:
+        raise UserError(f"{source} is {found} numbers wide, {width} in meta/info.json; correct one of them")
+    return flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(num_rows, width)
 
 
 def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, read: Callable[[], Value]) -> Value:

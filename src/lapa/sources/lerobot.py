@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from lapa.data.config import ConvertOptions
-from lapa.data.dataset import ACTION, STATE, Control, Dataset, read_action_space
+from lapa.data.dataset import ACTION, STATE, Control, Dataset, dimension_names
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Reading, Source
 from lapa.files import as_path, hub_folder
@@ -84,7 +84,7 @@ class LeRobotSource(Source):
         self.cameras = {camera: dataset.image_shape(camera) for camera in dataset.cameras}
         self.action_space = dataset.action_space
         if STATE in dataset.features:
-            self.state_names = read_action_space(dataset.features[STATE], {}, str(self.root)).names
+            self.state_names = tuple(dimension_names(dataset.features[STATE], "state"))
         self.settings = {
             "dataset": self.name,
             "version": dataset.version,
