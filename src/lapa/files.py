@@ -185,6 +185,14 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON. Raises ValueError or RecursionError, also for text that no file takes: half a surrogate pair."""
+    value = json.loads(text)
+    if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises UserError naming it where it is absent or not JSON."""
     path = as_path(path)
@@ -192,7 +200,7 @@ def read_json(path: Path) -> Any:
         content = path.read_bytes()
     # Besides malformed JSON: numbers of thousands of digits are a ValueError, thousands of brackets a RecursionError.
     try:
-        return json.loads(content)
+        return parse_json(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
@@ -210,7 +218,7 @@ def read_json_lines(path: Path) -> list[Any]:
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             try:
-                values.append(json.loads(line))
+                values.append(parse_json(line))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error}); correct it, or start anew") from None
     return values

@@ -46,6 +46,7 @@ from lapa.files import (
     inside,
     is_remote,
     open_binary,
+    parse_json,
     read_json,
     reading,
     why_unreadable,
@@ -330,6 +331,10 @@ def read_info(root: Path) -> dict[str, Any]:
     if not isinstance(info["fps"], int | float) or not 0 < info["fps"] < math.inf:
         raise UserError(f"{path}: fps must be a number above 0, got {info['fps']!r}")
     _check_templates(path, info)
+    try:
+        json.dumps(info, allow_nan=False)
+    except ValueError:
+        raise UserError(f"{path}: holds a number that is not finite; correct it") from None
     return info
 
 
@@ -619,7 +624,8 @@ def _episode_rows(path: Path, integers: Sequence[str], starts: Sequence[str]) ->
         values, least = _floats(table[name], f"{path}: {name}"), 1 if name == "length" else 0
         fits = np.isfinite(values)
         if name in integers:
-            fits &= (np.floor(values) == values) & (values >= least) & (values < 2**53)
+            fits &= (np.floor(values) == values) & (values >= least)
+        fits &= values < 2**53
         for row in np.flatnonzero(~fits & (columns["flaw"] == "")):
             columns["flaw"][row] = _episode_flaw(path, episodes[row], name, table[name][int(row)].as_py())
         values = np.where(fits, values, least)
@@ -660,7 +666,7 @@ def _json_lines(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is not JSON ({error}); {AGAIN}") from None
         lacking = [key for key, kind in keys.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]

@@ -4,7 +4,7 @@
 
 Video files are hard-linked (copied where the file system cannot); images, instructions and the layout of the files stay
 as they are. Numbers are written anew: data, statistics, and meta/info.json last, which makes the dataset readable.
-Statistics that cannot be merged from those of the episodes (quantiles) are left out.
+Statistics that cannot be merged from those of the episodes (quantiles, or where an episode has none) are left out.
 
 Axes: T time, A action dimensions.
 """
@@ -48,6 +48,8 @@ from lapa.files import atomic_path, claim_output, inside, read_json_lines, write
 
 NO_ACTIONS = "lapa data hide-actions"
 STATISTICS = ("min", "max", "mean", "std", "count")
+# The square of a larger number may be infinite.
+LARGEST = 1e150
 # The columns that are written anew.
 CHANGED = (ACTION, "episode_index", "index")
 
@@ -236,10 +238,11 @@ def _write_episodes(
             new = changes[int(row["episode_index"])]
             rows.append({name: value for name, value in row.items() if name in new or not name.startswith(gone)} | new)
         for row, name in product(rows, features):
-            values: dict[str, Any] = {key: row.get(f"stats/{name}/{key}") for key in STATISTICS}
-            if all(value is not None for value in values.values()):
-                shapes[name] = np.shape(values["mean"])
-                totals[name].merge({key: np.ravel(value).tolist() for key, value in values.items()})
+            values = _statistics(row, name)
+            if values is None or shapes.setdefault(name, values["mean"].shape) != values["mean"].shape:
+                totals.pop(name, None)
+            elif name in totals:
+                totals[name].merge({key: value.ravel().tolist() for key, value in values.items()})
         if rows:
             with atomic_path(targets[path]) as temporary:
                 pq.write_table(pa.Table.from_pylist(rows), temporary)
@@ -251,6 +254,18 @@ def _write_episodes(
         for name, moments in totals.items()
         if moments.count
     }
+
+
+def _statistics(row: Mapping[str, Any], feature: str) -> dict[str, np.ndarray] | None:
+    """Returns an episode's statistics of a feature, None where one is missing or they are no numbers that fit."""
+    try:
+        values = {key: np.array(row[f"stats/{feature}/{key}"], np.float64) for key in STATISTICS}
+    except (KeyError, OverflowError, TypeError, ValueError):
+        return None
+    shapes = {value.shape for key, value in values.items() if key != "count"}
+    small = all((np.abs(value) < LARGEST).all() for value in values.values())
+    count = values["count"]
+    return values if small and len(shapes) == 1 and count.size == 1 and count.min() >= 1 else None
 
 
 def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes: Sequence[int]) -> None:
