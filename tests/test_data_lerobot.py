@@ -240,6 +240,25 @@ def test_an_empty_time_spoils_its_episode_alone(robot: Dataset, tmp_path: Path, 
         dataset.frames(0)
 
 
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_a_missing_list_of_tasks_is_no_loss_where_episodes_name_theirs(
+    robot: Dataset, old: Path, tmp_path: Path, version: str
+) -> None:
+    root = copied(robot.root if version == "v3.0" else old, tmp_path)
+    tasks = root / (TASKS if version == "v3.0" else "meta/tasks.jsonl")
+    whole = open_dataset(root).fingerprint
+    tasks.unlink()
+    dataset = open_dataset(root)
+    same(dataset, robot)
+    assert len({whole, dataset.fingerprint}) == 2
+    if version == "v3.0":
+        with pytest.raises(UserError, match=r"needs meta/tasks\.parquet, which is missing; `lapa data lerobot"):
+            hide_actions(HideActionsConfig(data=str(root), out=tmp_path / "hidden"))
+        change_rows(root / EPISODES_FILE, "tasks", lambda rows: [rows[0], [], rows[2]])
+        with pytest.raises(UserError, match=r"tasks\.parquet: no such file, and not all episodes name"):
+            open_dataset(root)
+
+
 def test_depth_maps_are_no_cameras(robot: Dataset, tmp_path: Path) -> None:
     root = copied(robot.root, tmp_path)
     info = read_json(root / INFO)
@@ -411,7 +430,6 @@ def test_empty_files_and_pointers_of_git_lfs_are_distinguished(old: Path, tmp_pa
         ("episodes", '{"episode_index": 0, "length": 0}\n', "length of episode 0 is 0; correct it"),
         ("episodes", "", "holds no episode"),
         ("tasks", "[1]\n", "line 1 lacks task_index, task"),
-        ("tasks", None, "no such file"),
         ("episodes", "[" * 100_000, "line 1 is not JSON"),
         ("episodes", '{"episode_index": 0, "length": ' + "9" * 30 + "}", "length of episode 0 is 9999"),
         (

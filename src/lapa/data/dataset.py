@@ -333,8 +333,9 @@ def _flat_names(names: object, depth: int) -> Iterator[str]:
     """Yields the names in lists and under titles, at most `depth` levels deep; "" for what is no name."""
     if isinstance(names, Mapping):
         # Positions by name, or a list under each title.
-        by_position = all(type(position) is int for position in names.values())
-        names = sorted(names, key=lambda name: names[name]) if by_position else list(names.values())
+        positions = dict(names)
+        by_position = all(type(position) is int for position in positions.values())
+        names = sorted(positions, key=positions.__getitem__) if by_position else list(positions.values())
     if isinstance(names, list) and depth:
         for name in names:
             yield from _flat_names(name, depth - 1)

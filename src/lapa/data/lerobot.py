@@ -117,6 +117,9 @@ class LeRobotDataset(Dataset):
         self.legacy = self.version in LEGACY_VERSIONS
         self.tasks = read_tasks(root, self.legacy)
         self._columns = read_episodes(root, self.legacy, video_keys(self.info["features"]))
+        tasks = root / (LEGACY_TASKS if self.legacy else TASKS)
+        if not self._columns["num_tasks"].all() and not tasks.exists():
+            raise UserError(f"{tasks}: no such file, and not all episodes name their tasks; {AGAIN}")
         self._stored = {ACTION: ACTION, STATE: STATE, **(columns or {})}
         self._declared = dict(declared or {})
         super().__init__(
@@ -144,9 +147,9 @@ class LeRobotDataset(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the metadata files."""
-        files = [LEGACY_TASKS, LEGACY_EPISODES] if self.legacy else [TASKS]
-        episodes = [] if self.legacy else episode_files(self.root)
-        return fingerprint(*(self.root / file for file in (INFO, *files)), *episodes)
+        tasks = self.root / (LEGACY_TASKS if self.legacy else TASKS)
+        episodes = [self.root / LEGACY_EPISODES] if self.legacy else episode_files(self.root)
+        return fingerprint(self.root / INFO, *([tasks] if tasks.exists() else []), *episodes)
 
     @cached_property
     def extra(self) -> dict[str, Any]:
@@ -297,6 +300,8 @@ def require_folder(dataset: Dataset) -> LeRobotDataset:
         raise UserError(f"{dataset.root}: this needs a dataset folder on this machine; convert or copy it first")
     if dataset.legacy:
         raise UserError(f"{dataset.root}: this needs LeRobotDataset {CODEBASE_VERSION}, got {dataset.version}; {make}")
+    if not (dataset.root / TASKS).exists():
+        raise UserError(f"{dataset.root}: this needs {TASKS}, which is missing; {make}")
     if dataset._stored != {ACTION: ACTION, STATE: STATE} or len(dataset.cameras) < len(image_keys(dataset.features)):
         raise UserError(f"{dataset.root}: this needs the dataset as it is, without options; {make}")
     if len(video_keys(dataset.features)) < len(dataset.cameras):
@@ -339,7 +344,9 @@ def read_info(root: Path) -> dict[str, Any]:
 
 
 def read_tasks(root: Path, legacy: bool) -> tuple[str, ...]:
-    """Reads the instructions, in the order of task_index."""
+    """Reads the instructions, in the order of task_index; none where the file is missing."""
+    if not (root / (LEGACY_TASKS if legacy else TASKS)).exists():
+        return ()
     if legacy:
         rows = _json_lines(root / LEGACY_TASKS, {"task_index": int, "task": str})
         return tuple(row["task"] for row in sorted(rows, key=lambda row: row["task_index"]))
