@@ -364,6 +364,13 @@ def test_a_dataset_is_called_by_its_folder(square: Dataset, monkeypatch: pytest.
     assert open_dataset(".").name == square.name == square.root.name
 
 
+@pytest.mark.parametrize("camera", ["../x", "a/b", "/x", "..", ".", "", "a\0b", "a\x1b[2J", "x" * 201, "a\\b"])
+def test_a_camera_is_no_path(tmp_path: Path, camera: str) -> None:
+    with pytest.raises(UserError, match="camera") as error:
+        writer(tmp_path / "d", cameras={"front": (32, 32), camera: (32, 32)})
+    assert str(error.value).isprintable() and not list(tmp_path.iterdir())
+
+
 def test_info_draws_a_contact_sheet(square: Dataset, tmp_path: Path) -> None:
     run_info(InfoConfig(str(square.root), sheet=tmp_path / "sheet.png"))
     assert (tmp_path / "sheet.png").stat().st_size > 1000

@@ -270,6 +270,159 @@ def test_an_episode_that_does_not_fit(tmp_path: Path, key: str, value: Any, mess
     assert len(convert(folder, skip_bad=True, resume=True).episodes) == 2
 
 
+TEXTS = {"language_instruction": {"text": {}}, "language_instruction_2": {"text": {}}}
+UNLABELLED = {key: feature for key, feature in FEATURES.items() if key != "language_instruction"}
+
+
+def with_texts(tmp_path: Path, features: dict[str, Any], of_episode: dict[str, Any], **texts: list[bytes]) -> Path:
+    """Two episodes with given texts, `/` in whose names is written as `__`, besides those of `UNLABELLED`."""
+    episodes = [
+        {**episode(number), **{key.replace("__", "/"): value for key, value in texts.items()}} for number in (0, 1)
+    ]
+    folder = write_folder(tmp_path, episodes, {**UNLABELLED, **features}, shards=1)
+    steps = {"sequence": {"feature": group(**{**UNLABELLED, **features}), "length": "-1"}}
+    (folder / "features.json").write_text(json.dumps(group(steps=steps, **of_episode)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("texts", "instruction", "said"),
+    [
+        # Of one feature the first that has words, and whether there is another.
+        ({"steps__language_instruction": [b""] * 2 + [b" open it "] * 4}, "open it", None),
+        (
+            {"steps__language_instruction": [b""] * 2 + [b"open it"] * 3 + [b"shut it"]},
+            "open it",
+            "instruction changes",
+        ),
+        ({"steps__language_instruction": [b"b'open it'"] * 6}, "open it", None),
+        ({"steps__language_instruction": [repr(repr(b"it's open").encode()).encode()] * 6}, "it's open", None),
+        ({"steps__language_instruction": [rb"b'\xe2\x86\x92 left'"] * 6}, "\u2192 left", None),
+        ({"steps__language_instruction": [b"b'a' + b'b'"] * 6}, "b'a' + b'b'", None),
+        ({"steps__language_instruction": [b"b''"] * 6}, "", "without instruction"),
+        # Of several the first that has words.
+        ({"steps__language_instruction_2": [b"shut it"] * 6}, "shut it", None),
+        (
+            {"steps__language_instruction": [b"open it"] * 6, "steps__language_instruction_2": [b"shut it"] * 6},
+            "open it",
+            "other features hold other instructions",
+        ),
+        ({"steps__language_instruction": [b"a"] * 6, "steps__language_instruction_2": [b"a"] * 6}, "a", None),
+        # Of the episode, where its steps have none.
+        ({"episode_metadata__natural_language_instruction": [b"open it"]}, "open it", None),
+        (
+            {"episode_metadata__natural_language_instruction": [b"a"], "steps__language_instruction": [b"b"] * 6},
+            "b",
+            "other features hold other instructions",
+        ),
+        ({"episode_metadata__file_path": [b"b.tfrecord"]}, "", "without instruction"),
+        ({"steps__observation__camera_model": [b"d435"] * 6}, "", "without instruction"),
+    ],
+)
+def test_the_instruction_is_the_first_text_with_words(
+    tmp_path: Path, texts: dict[str, list[bytes]], instruction: str, said: str | None, capsys: pytest.CaptureFixture
+) -> None:
+    bare = {"steps__language_instruction": [b""] * 6, "steps__language_instruction_2": [b""] * 6}
+    bare |= {f"episode_metadata__{key}": [b""] for key in ("natural_language_instruction", "file_path")}
+    bare |= {"steps__observation__camera_model": [b""] * 6}
+    metadata = group(natural_language_instruction={"text": {}}, file_path={"text": {}})
+    seen = group(**UNLABELLED["observation"]["featuresDict"]["features"], camera_model={"text": {}})
+    folder = with_texts(tmp_path, {**TEXTS, "observation": seen}, {"episode_metadata": metadata}, **{**bare, **texts})
+    for read in (opened, convert):
+        assert [one.instruction for one in read(folder).episodes] == [instruction] * 2
+        shown = capsys.readouterr().err
+        counted = ("instruction changes", "other features hold other", "without instruction")
+        assert [note for note in counted if re.search(rf"{note}[^\n]*: 2\n", shown)] == [
+            note for note in counted if said and note in said
+        ]
+
+
+def test_a_text_that_is_not_known_is_taken_on_request_only(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    seen = group(**UNLABELLED["observation"]["featuresDict"]["features"], camera_model={"text": {}})
+    metadata = {"episode_metadata": group(goal=tensor("string"))}
+    texts = {"steps__observation__camera_model": [b"d435"] * 6, "episode_metadata__goal": [b"open it"]}
+    folder = with_texts(tmp_path, {"observation": seen}, metadata, **texts)
+    assert [one.instruction for one in opened(folder).episodes] == ["", ""]
+    shown = capsys.readouterr().err
+    assert "(observation/camera_model, episode_metadata/goal); --instruction-key KEY takes one" in shown
+    for key, text in (("episode_metadata/goal", "open it"), ("observation/camera_model", "d435")):
+        for dataset in (opened(folder, instruction_key=key), convert(folder, instruction_key=key, overwrite=True)):
+            assert [one.instruction for one in dataset.episodes] == [text] * 2
+        assert "none of its texts" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"unknown text feature 'goal' \(known: .*, episode_metadata/goal\)"):
+        opened(folder, instruction_key="goal")
+    dataset = open_dataset(f"rlds:{folder},fps=5,instruction_key=episode_metadata/goal")
+    assert dataset.episodes[0].instruction == "open it"
+
+
+def test_a_part_of_a_dataset_is_read_and_what_is_missing_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_folder(tmp_path)
+    for number in range(2):
+        shard_path(folder, number).rename(shard_path(folder, number, 32))
+    for read in (opened, convert):
+        assert [one.source for one in read(folder).episodes][::2] == [
+            "made_up-train.tfrecord-00000-of-00032:0",
+            "made_up-train.tfrecord-00001-of-00032:0",
+            "made_up-train.tfrecord-00001-of-00032:2",
+        ]
+        shown = capsys.readouterr().err
+        assert (
+            "lists 2 shards with 5 episodes, the files are of 32 shards; the 2 that are here are read, missing: 30"
+            in shown
+        )
+    # Not the first, and next to the only one of another number.
+    shard_path(folder, 0, 32).rename(shard_path(folder, 30, 32))
+    shutil.copy(shard_path(folder, 1, 32), shard_path(folder, 0, 7))
+    assert len(opened(folder).episodes) == 5
+    assert "shards of other numbers, not read: 1" in capsys.readouterr().err
+    # Those that dataset_info.json names come first.
+    shutil.copy(shard_path(folder, 30, 32), shard_path(folder, 0))
+    with pytest.raises(UserError, match="00001-of-00002: missing; 1 of 2 shards are"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    "template", ["../{DATASET}", "/{SHARD_INDEX}", "a/{SHARD_X_OF_Y}", "", "..", "a\n{SHARD_INDEX}"]
+)
+def test_shards_lie_in_the_folder(tmp_path: Path, template: str) -> None:
+    folder = write_folder(tmp_path)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"][0]["filepathTemplate"] = template or "{SPLIT}/../../{DATASET}"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"dataset_info\.json: .*(names no file inside|hold a folder)"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a\x1b[31m", "..", "", "a/b", "x" * 300])
+def test_the_name_of_a_dataset_is_no_path(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    (folder / "dataset_info.json").write_text(json.dumps({**info, "name": name}))
+    with pytest.raises(UserError, match=r"dataset_info\.json: the dataset's name is"):
+        opened(folder)
+
+
+def test_a_template_of_repeated_numbers_names_files(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, shards=1)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"][0]["filepathTemplate"] = "{SHARD_INDEX}.{SHARD_INDEX}.{NUM_SHARDS}.(x"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    shard_path(folder, shards=1).rename(folder / "00003.00003.00009.(x")
+    assert len(opened(folder).episodes) == 5
+
+
+@pytest.mark.parametrize("size", [10**9, 10**30, 5_000])
+def test_an_action_of_absurd_size_is_refused(tmp_path: Path, size: int) -> None:
+    folder = write_folder(tmp_path, features={**FEATURES, "action": tensor("float32", size)})
+    with pytest.raises(UserError, match=rf"{size} numbers a step are no action or state; expected up to 4096"):
+        opened(folder)
+
+
+def test_images_that_show_no_colour_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert opened(write_folder(tmp_path)).cameras == ("main", "wrist_rgb")
+    assert "left out, no colour images (depth, masks): observation/wrist/depth" in capsys.readouterr().err
+
+
 def test_what_is_no_example(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [episode(0)], shards=1)
     shard_path(folder, shards=1).write_bytes(frame(b"\xff\xff\xff"))

@@ -35,9 +35,10 @@ from lapa.data.lerobot import (
     LeRobotDataset,
 )
 from lapa.data.video import encode_clip, probe
-from lapa.errors import UserError
-from lapa.files import atomic_path, write_json
+from lapa.errors import UserError, shown
+from lapa.files import atomic_path, errors_about, inside, write_json
 
+MAX_NAME = 200  # Bytes of a camera's name, which is part of folders' names.
 CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
 ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
 EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
@@ -94,6 +95,10 @@ class DatasetWriter:
         self._journal = self.root / JOURNAL
         self._image_keys = [CAMERA_PREFIX + camera for camera in self.cameras]
         for camera, (height, width) in self.cameras.items():
+            with errors_about(f"{root}: camera {shown(camera)}"):
+                inside(self.root, camera)
+            if "/" in camera or len(camera.encode()) > MAX_NAME:
+                raise UserError(f"{root}: camera {shown(camera)}: a name has no slash and at most {MAX_NAME} bytes")
             if height % 2 or width % 2:
                 raise UserError(f"{root}: camera {camera} is {width}x{height}; width and height must be even")
         self._begin(resume)

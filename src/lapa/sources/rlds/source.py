@@ -12,10 +12,13 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 
 from __future__ import annotations
 
+import ast
 import math
+import re
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +33,9 @@ from lapa.data.convert import BLANK
 from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.transforms import decode_image
-from lapa.errors import UserError, unknown
-from lapa.files import as_path, read_json
+from lapa.errors import UserError, shown, unknown
+from lapa.files import as_path, errors_about, inside, read_json
+from lapa.files import reading as reading_folder
 from lapa.sources.folder_scan import cached, file_state
 from lapa.sources.rlds.table import CONSTANTS, KNOWN, POSE, Known, Part, columns
 from lapa.sources.rlds.tfrecord import PARSED, parse_example, read_record, scan_records
@@ -39,7 +43,17 @@ from lapa.sources.rlds.tfrecord import PARSED, parse_example, read_record, scan_
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 STEPS = "steps/"
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction", "natural_language_instruction")
+# Last parts of names of features that hold an instruction, the first preferred; a number may follow (DROID has three).
+INSTRUCTIONS = (
+    *("language_instruction", "natural_language_instruction", "instruction"),
+    *("task_instruction", "task_description", "caption"),
+)
+PLAIN_NAME = re.compile(r"\w[\w.+-]{0,199}")
+NUMBERED = re.compile(r"(.*?)_?(\d*)")
+# Stand for the numbers in a file's name; of no meaning in a pattern, and in no name.
+INDEX, NUM = "\ue000", "\ue001"
+# Bytes that Python printed, stored as a text.
+PRINTED = re.compile(r"b(['\"]).*\1", re.DOTALL)
 STATE_FEATURE = "observation/state"
 # What reading JSON of another structure, or absurd numbers, may raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -48,6 +62,7 @@ FIX_EPISODE = "repair or replace it, or convert with `lapa data rlds --skip-bad`
 # What is counted.
 NO_TEXT = "without instruction (--caption TEXT gives them one)"
 CHANGES = "the instruction changes, the first is taken"
+OTHERS = "other features hold other instructions (--instruction-key takes one of these)"
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,9 @@ class RldsReading(Reading):
     action_keys: tuple[str, ...] = ()
     """Step features that make up the action, in order; by default `action`, or what is known of the dataset. KEY is a
     feature, KEY[6] or KEY[:6] some of its numbers, not:KEY[6] one minus it; lapa.sources.rlds.table has all."""
+    instruction_key: str | None = None
+    """Text feature that is the instruction: of a step, or `episode_metadata/KEY`; by default those of usual names, such
+    as language_instruction, the first of them that has words."""
     caption: str | None = None
     """One text for the episodes that have no instruction."""
     fps: float | None = None
@@ -119,13 +137,14 @@ class Layout:
     """Features to read, by their names below `steps` in a record.
 
     cameras: name -> feature; sizes: name -> (height, width), 0 where features.json does not contain it.
-    spelled: characters in a step where the instruction is numbers, one a character; else 0.
+    texts: features of the instruction by their names in a record, the first preferred.
+    spelled: characters in a step where the only one of these is numbers, one a character; else 0.
     actions, states: parts that are concatenated (lapa.sources.rlds.table), empty without.
     """
 
     cameras: dict[str, str]
     sizes: dict[str, tuple[int, int]]
-    instruction: str | None
+    texts: list[str]
     spelled: int
     actions: list[Part]
     states: list[Part]
@@ -139,13 +158,12 @@ class Layout:
     @property
     def keys(self) -> list[str]:
         """All features, by their names in a record."""
-        texts = [self.instruction] if self.instruction else []
-        return [STEPS + key for key in (*self.cameras.values(), *texts, *self.widths)]
+        return [*(STEPS + key for key in (*self.cameras.values(), *self.widths)), *self.texts]
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A parsed record: its features by their names below `steps`. where: file and record, for messages.
+    """A parsed record: its features by their names. where: file and record, for messages.
 
     Its methods raise UserError, naming the place, where the record does not fit the layout.
     """
@@ -157,7 +175,7 @@ class Episode:
     @cached_property
     def num_steps(self) -> int:
         """As many as its images."""
-        counts = {key: len(self.values[key]) for key in self.layout.cameras.values()}
+        counts = {key: len(self.values[STEPS + key]) for key in self.layout.cameras.values()}
         first = next(iter(counts.values()))
         if not first:
             raise self._error("has no step")
@@ -167,30 +185,31 @@ class Episode:
         return first
 
     def image(self, camera: str, step: int) -> np.ndarray:
-        key = self.layout.cameras[camera]
-        return decode_image(self.values[key][step], f"{self.where}: {STEPS}{key} cannot be decoded at step {step}")
+        key = STEPS + self.layout.cameras[camera]
+        return decode_image(self.values[key][step], f"{self.where}: {key} cannot be decoded at step {step}")
 
     def blank_cameras(self) -> list[str]:
         """Returns the cameras that show one colour throughout: the same bytes at every step, of one colour."""
         blank = []
         for camera, key in self.layout.cameras.items():
-            encoded = self.values[key]
+            encoded = self.values[STEPS + key]
             if all(one == encoded[0] for one in encoded) and not np.ptp(self.image(camera, 0), axis=(0, 1)).any():
                 blank.append(camera)
         return blank
 
-    def instructions(self) -> list[str]:
-        """Returns the text of each step; empty where the dataset has none."""
-        key, width = self.layout.instruction, self.layout.spelled
-        if not key:
-            return []
-        if width:
+    def instructions(self) -> dict[str, list[str]]:
+        """Returns the texts of each feature of the instruction that has words, without its empty ones."""
+        found = {key: [text for text in self._texts(key) if text] for key in self.layout.texts}
+        return {key: texts for key, texts in found.items() if texts}
+
+    def _texts(self, key: str) -> list[str]:
+        if width := self.layout.spelled:
             letters = np.asarray(self.values[key])
             if not np.issubdtype(letters.dtype, np.integer) or len(letters) % width:
-                raise self._error(f"{STEPS}{key} is not {width} characters a step")
+                raise self._error(f"{key} is not {width} characters a step")
             return [_spelled(row) for row in letters.reshape(-1, width)]
         try:
-            return [text.decode().strip() for text in self.values[key]]
+            return [_words(text.decode()) for text in self.values[key]]
         except (UnicodeDecodeError, AttributeError):
             raise self._error("its instruction is not UTF-8 text") from None
 
@@ -206,7 +225,7 @@ class Episode:
 
     def _rows(self, key: str, width: int) -> np.ndarray:
         """Returns the numbers of a feature, [T, width]."""
-        flat = self.values[key]
+        flat = self.values[STEPS + key]
         if not isinstance(flat, np.ndarray) or len(flat) != self.num_steps * width:
             raise self._error(f"{STEPS}{key} is not {width} numbers in each of {self.num_steps} steps")
         rows_TD = flat.reshape(self.num_steps, width).astype(np.float32)
@@ -245,6 +264,7 @@ class RldsSource(Source):
             "version": version,
             "split": reading.split,
             "caption": reading.caption,
+            **({"instruction": reading.instruction_key} if reading.instruction_key else {}),
             "features": {ACTION: list(map(str, layout.actions)), STATE: list(map(str, layout.states))},
         }
 
@@ -276,7 +296,7 @@ class RldsSource(Source):
 
     def measured(self) -> Sequence[Item]:
         """Instructions and lengths need a pass over all records, which is cached."""
-        options = [self.settings, self._layout.keys, self.reading.skip_bad]
+        options = [self.settings, self._layout.keys, self._layout.texts, self.reading.skip_bad]
         found = cached("rlds", [options, [file_state(file) for file in self._files]], self._measure)
         for problem in found["problems"]:
             warn(f"left out: {problem}")
@@ -312,9 +332,11 @@ class RldsSource(Source):
     def _examine(self, episode: Episode) -> tuple[str, list[str], list[str]]:
         """Returns the instruction, what should be counted, and the blank cameras, without decoding all images."""
         texts = episode.instructions()
-        instruction = (texts[0] if texts else "") or self.reading.caption or ""
+        first, *others = texts.values() or [[]]
+        instruction = first[0] if first else self.reading.caption or ""
         blank = episode.blank_cameras()
-        notes = [*([CHANGES] if len(set(texts)) > 1 else []), *([] if instruction else [NO_TEXT])]
+        notes = [*([CHANGES] if len(set(first)) > 1 else []), *([] if instruction else [NO_TEXT])]
+        notes += [OTHERS] if any(text not in first for other in others for text in other) else []
         notes += [f"camera {name} shows one colour throughout (--camera chooses others)" for name in blank]
         return instruction, notes, blank
 
@@ -330,20 +352,22 @@ class RldsSource(Source):
             raise UserError(f"{where}: {error}") from None
         if lacking := [key for key in keys if key not in values]:
             raise UserError(f"{where}: lacks {', '.join(lacking)}, which features.json names")
-        episode = Episode({key.removeprefix(STEPS): value for key, value in values.items()}, self._layout, where)
+        episode = Episode(values, self._layout, where)
         PARSED.put((self._token, item.key), episode, length)
         return episode
 
 
-def read_info(folder: Path, split: str) -> tuple[str, str, dict[Path, int]]:
+def read_info(folder: Path, split: str) -> tuple[str, str, dict[Path, int | None]]:
     """Returns the dataset's name and version, and the files of a split with the episodes that each should hold.
 
-    The files need not be there. Raises UserError naming the file that is wrong and how to fix it.
+    That is None where it is not known. The files need not be there.
+    Raises UserError naming the file that is wrong and how to fix it.
     """
     path = folder / INFO_FILE
     if not path.is_file():
-        inside = sorted(found.parent for found in folder.glob(f"*/{INFO_FILE}")) if folder.is_dir() else []
-        hint = f"name the folder of a version, such as {inside[0]}" if inside else "name the folder of a TFDS dataset"
+        versions = sorted(found.parent for found in folder.glob(f"*/{INFO_FILE}")) if folder.is_dir() else []
+        such = f"a version, such as {versions[0]}" if versions else "a TFDS dataset"
+        hint = f"name the folder of {such}"
         raise UserError(f"{folder}: holds no {INFO_FILE}; {hint}")
     info = read_json(path)
     try:
@@ -358,34 +382,77 @@ def read_info(folder: Path, split: str) -> tuple[str, str, dict[Path, int]]:
         raise UserError(f"{path}: the files are {file_format}, only tfrecord is read; convert them with TFDS")
     if split not in splits:
         raise unknown("split", split, splits)
-    shards, num = {}, len(splits[split])
-    for index, count in enumerate(splits[split]):
-        file_name = templates[split]
+    if not PLAIN_NAME.fullmatch(name):
+        raise UserError(f"{path}: the dataset's name is {shown(name)}; expected letters, digits and any of _ . + -")
+
+    def file_name(index: str, num: str) -> str:
+        found = templates[split]
         for field, value in {
             "DATASET": name,
             "SPLIT": split,
             "FILEFORMAT": file_format,
-            "SHARD_INDEX": f"{index:05d}",
-            "NUM_SHARDS": f"{num:05d}",
-            "SHARD_X_OF_Y": f"{index:05d}-of-{num:05d}",
+            "SHARD_INDEX": index,
+            "NUM_SHARDS": num,
+            "SHARD_X_OF_Y": f"{index}-of-{num}",
         }.items():
-            file_name = file_name.replace(f"{{{field}}}", value)
-        shards[folder / file_name] = count
-    return name, version, shards
+            found = found.replace(f"{{{field}}}", value)
+        with errors_about(path):
+            if inside(folder, found).parent != folder:
+                raise UserError(f"the files' names hold a folder, {shown(found)}; expected files in {folder}")
+        return found
+
+    return name, version, _name_shards(folder, splits[split], file_name)
 
 
-def present_shards(shards: Mapping[Path, int], skip_bad: bool) -> dict[Path, int]:
+def _name_shards(folder: Path, counts: Sequence[int], file_name: Callable[[str, str], str]) -> dict[Path, int | None]:
+    """Returns the files with the episodes that each should hold, None where this is not known.
+
+    counts: these, by dataset_info.json. In a part of a dataset, or in one that was divided again, the files there count
+    others than dataset_info.json: where it names none that is there, the files themselves are taken.
+    """
+    shards = {folder / file_name(f"{index:05d}", f"{len(counts):05d}"): count for index, count in enumerate(counts)}
+    if any(path.is_file() for path in shards):
+        return dict(shards)
+    numbered = _numbered_files(folder, re.escape(file_name(INDEX, NUM)))
+    if not numbered:
+        return dict(shards)
+    num = max(numbered, key=lambda num: (len(numbered[num]), num))
+    here = len(numbered[num])
+    warn(
+        f"{folder}: {INFO_FILE} lists {len(counts)} shards with {sum(counts)} episodes, the files are of {num} shards; "
+        f"the {here} that are here are read, missing: {num - here}"
+    )
+    if ignored := sum(len(files) for other, files in numbered.items() if other != num):
+        warn(f"{folder}: shards of other numbers, not read: {ignored}")
+    return {path: None for _, path in sorted(numbered[num].items())}
+
+
+def _numbered_files(folder: Path, pattern: str) -> dict[int, dict[int, Path]]:
+    """Returns the files whose names fit a pattern, by their number of shards and their index among these."""
+    for mark, group in ((INDEX, "index"), (NUM, "num")):
+        pattern = pattern.replace(mark, rf"(?P<{group}>\d{{5,9}})", 1).replace(mark, f"(?P={group})")
+    numbered: dict[int, dict[int, Path]] = {}
+    with reading_folder(folder):
+        for path in folder.iterdir():
+            match = re.fullmatch(pattern, path.name)
+            groups = match.groupdict() if match else {}
+            if {"index", "num"} <= set(groups) and int(groups["index"]) < int(groups["num"]) and path.is_file():
+                numbered.setdefault(int(groups["num"]), {})[int(groups["index"])] = path
+    return numbered
+
+
+def present_shards(shards: Mapping[Path, int | None], skip_bad: bool) -> dict[Path, int | None]:
     """Returns the files that are there; a missing one is a problem as in `find_items`."""
     present = {path: num_records for path, num_records in shards.items() if path.is_file()}
     if len(present) < len(shards):
         missing = [path for path in shards if path not in present]
-        num_lost = sum(shards[path] for path in missing)
+        num_lost = sum(shards[path] or 0 for path in missing)
         problem = f"{missing[0]}: missing; {len(missing)} of {len(shards)} shards are, with {num_lost} episodes"
         _report(problem, num_lost, skip_bad)
     return present
 
 
-def find_items(shards: Mapping[Path, int], skip_bad: bool) -> list[Item]:
+def find_items(shards: Mapping[Path, int | None], skip_bad: bool) -> list[Item]:
     """Returns all records. Raises UserError (with skip_bad: warns) where their number is not the expected one."""
     items = []
     for path, num_records in shards.items():
@@ -396,10 +463,10 @@ def find_items(shards: Mapping[Path, int], skip_bad: bool) -> list[Item]:
                 continue
             num_found += 1
             items.append(Item(f"{path.name}:{record.index}", (path.name, record.offset, record.length)))
-        if not problem and num_found != num_records:
+        if not problem and num_records is not None and num_found != num_records:
             problem = f"{path}: {num_found} records found, dataset_info.json expects {num_records}"
         if problem:
-            _report(problem, max(0, num_records - num_found), skip_bad)
+            _report(problem, max(0, (num_records or 0) - num_found), skip_bad)
     return items
 
 
@@ -411,7 +478,7 @@ def _report(problem: str, num_lost: int, skip_bad: bool) -> None:
 
 def choose_layout(folder: Path, known: Known, reading: RldsReading) -> Layout:
     """Decides what is read. Raises UserError on a camera or an action feature that is not there."""
-    features = _read_features(folder)
+    features, of_episode = _read_features(folder)
     # features.json has no order of its own, and the first camera is the one that other commands take.
     known_first = {"observation/" + known.image: 0, "observation/" + known.wrist: 1} if known.image else {}
     images = {
@@ -419,28 +486,61 @@ def choose_layout(folder: Path, known: Known, reading: RldsReading) -> Layout:
         for key in sorted(features, key=lambda key: (known_first.get(key, 2), key))
         if features[key].is_colour_image
     }
+    others = [key for key, feature in features.items() if feature.kind == "image" and not feature.is_colour_image]
     if not images:
         raise UserError(f"{folder / FEATURES_FILE}: none of its step features is a colour image; nothing to convert")
+    if others:
+        say(f"{folder}: left out, no colour images (depth, masks): {', '.join(others)}")
     for camera in reading.camera:
         if camera not in images:
             raise unknown("camera", camera, images)
     cameras = {camera: images[camera] for camera in reading.camera or images}
     sizes = {camera: features[key].shape for camera, key in cameras.items()}
     widths = {key: feature.width for key, feature in features.items() if feature.width is not None}
-    texts = [key for key, feature in features.items() if feature.is_text]
-    spelled = widths.get(known.text, 0)
-    likely = (known.text, *INSTRUCTIONS, *texts)
-    instruction = known.text if spelled else next((key for key in likely if key in texts), None)
+    spelled = 0 if reading.instruction_key else widths.get(known.text, 0)
+    texts = [STEPS + known.text] if spelled else _choose_texts(folder, features, of_episode, known, reading)
     action_parts, space = _choose_actions(folder, features, widths, known, reading) if reading.actions else ([], None)
     return Layout(
         cameras,
         {camera: (max(0, height), max(0, width)) for camera, (height, width, _) in sizes.items()},
-        instruction,
+        texts,
         spelled,
         action_parts,
         _choose_states(widths, known) if reading.actions else [],
         space,
     )
+
+
+def _choose_texts(
+    folder: Path,
+    features: Mapping[str, Feature],
+    of_episode: Mapping[str, Feature],
+    known: Known,
+    reading: RldsReading,
+) -> list[str]:
+    """Returns the features of the instruction by their names in a record: the one that is given, or those known."""
+    texts = [STEPS + key for key, feature in features.items() if feature.is_text]
+    texts += [key for key, feature in of_episode.items() if feature.is_text]
+    if reading.instruction_key:
+        for key in (STEPS + reading.instruction_key, reading.instruction_key):
+            if key in texts:
+                return [key]
+        raise unknown("text feature", reading.instruction_key, [key.removeprefix(STEPS) for key in texts])
+
+    def preference(key: str) -> tuple[bool, bool, int, int, str] | None:
+        match = NUMBERED.fullmatch(key.rpartition("/")[2])
+        assert match is not None, "the pattern takes any name"
+        if key == STEPS + known.text:
+            return False, False, 0, 0, key
+        if match[1] not in INSTRUCTIONS:
+            return None
+        return True, not key.startswith(STEPS), INSTRUCTIONS.index(match[1]), int(match[2][:9] or 0), key
+
+    found = sorted(place for key in texts if (place := preference(key)) is not None)
+    if texts and not found:
+        others = ", ".join(key.removeprefix(STEPS) for key in texts)
+        say(f"{folder}: none of its texts is known to be an instruction ({others}); --instruction-key KEY takes one")
+    return [key for *_, key in found]
 
 
 def _choose_actions(
@@ -492,8 +592,8 @@ def _names(parts: Sequence[Part]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}_at_{position}" for position, name in enumerate(names)]
 
 
-def _read_features(folder: Path) -> dict[str, Feature]:
-    """Returns the step features of features.json, by their paths below `steps`."""
+def _read_features(folder: Path) -> tuple[dict[str, Feature], dict[str, Feature]]:
+    """Returns the features of features.json: those of steps, by their paths below `steps`, and those of episodes."""
 
     def leaves(node: Mapping[str, Any], path: str) -> Iterator[tuple[str, Feature]]:
         if "featuresDict" not in node:
@@ -505,7 +605,8 @@ def _read_features(folder: Path) -> dict[str, Feature]:
     path = folder / FEATURES_FILE
     features = read_json(path)
     try:
-        return dict(leaves(features["featuresDict"]["features"]["steps"]["sequence"]["feature"], ""))
+        steps = features["featuresDict"]["features"].pop("steps")["sequence"]["feature"]
+        return dict(leaves(steps, "")), dict(leaves(features, ""))
     except MALFORMED:
         raise UserError(f"{path}: describes no `steps`; only RLDS datasets, one record an episode, are read") from None
 
@@ -518,6 +619,16 @@ def _rate(reading: RldsReading, known: Known, name: str) -> float:
             f"{reading.folder}: the control rate of {name} {problem}; give it as --fps (or fps= with --data)"
         )
     return fps
+
+
+def _words(text: str) -> str:
+    """Returns a text without blanks around it, and as it was before Python printed it as bytes."""
+    text = text.strip()
+    if PRINTED.fullmatch(text):
+        # Where it cannot be told what was printed, it stays as it is.
+        with suppress(SyntaxError, ValueError):
+            return _words(ast.literal_eval(text).decode())
+    return text
 
 
 def _spelled(row: np.ndarray) -> str:

@@ -33,6 +33,8 @@ POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 PART = re.compile(r"((?:[a-z]+:)*)([\w/.-]+)(?:\[(-?\d+)\]|\[(-?\d+)?:(-?\d+)?\])?")
 EXPECTED = "expected a feature, as KEY, KEY[2] or KEY[:6], or zeros[3] or ones[1]"
 CONSTANTS = {"zeros": 0.0, "ones": 1.0}
+# Numbers of a step; a file of some bytes may declare any.
+MAX_NUMBERS = 4096
 # How far from zero a movement of the gripper counts, and how near to its ends an opening is settled.
 MOVES, SETTLED = 0.1, 0.05
 
@@ -185,6 +187,8 @@ def columns(parts: str | Sequence[str], widths: Mapping[str, int]) -> list[Part]
         if not inside or ("euler" in operations and len(inside) != 4):
             raise UserError(f"{text!r}: {key} has {width} numbers a step")
         found.append(Part(key, width, inside.start, inside.stop, operations))
+    if (num := sum(part.num for part in found)) > MAX_NUMBERS:
+        raise UserError(f"{parts!r}: {num} numbers a step are no action or state; expected up to {MAX_NUMBERS}")
     return found
 
 
