@@ -13,7 +13,7 @@ Files of v3.0 hold many episodes, those of v2.1 one each. Images may also be PNG
 (features of dtype `image`). Action-free video has no `action` feature. LeRobot's statistics are not read.
 `lapa data info DATASET` shows the content of a dataset.
 Formats: https://huggingface.co/docs/lerobot/lerobot-dataset-v3, https://github.com/huggingface/lerobot (v0.3.3: v2.1).
-Axes: T time, H W image, C channel, D numbers of a feature, N rows of a file, E episodes of it, P episodes with rows.
+Axes: T time, H W image, C channel, D numbers of a feature, N rows of a file, E episodes of it, R runs of rows of one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -188,10 +187,10 @@ class LeRobotDataset(Dataset):
             timed = ["timestamp"] if "timestamp" in _column_names(path) else []
             table = read_parquet(path, ["episode_index", *timed])
             owners = _integers(table, "episode_index", path, empty=-1)
-            with _parsing(path):
-                seconds = _floats(table["timestamp"], f"{path}: timestamp") if timed else None
+            seconds = _floats(table["timestamp"], f"{path}: timestamp") if timed else None
             episodes = self._episodes_in(episode_index)
-            found = find_episodes(owners, seconds, episodes, self.lengths[episodes], self.fps)
+            with _parsing(path):
+                found = find_episodes(owners, seconds, episodes, self.lengths[episodes], self.fps)
             self._first_rows[episodes] = found[0]
             self._flaws = {episode: f"{path}: {flaw}" for episode, flaw in found[1].items()} | self._flaws
         if episode_index in self._flaws:
@@ -488,20 +487,24 @@ def find_episodes(
     owners_N: the episode of each row; seconds_N: its time in the episode, None where the file has no such column.
     Frame i of an episode must be at i / fps seconds, to half a frame, since images are found by it.
     """
-    ends = [*(np.flatnonzero(np.diff(owners_N)) + 1), len(owners_N)]
-    pieces: dict[int, list[slice]] = {}
-    for first, end in pairwise([0, *ends]):
-        pieces.setdefault(int(owners_N[first]) if end else -1, []).append(slice(first, end))
+    # Runs of rows of one episode, ordered by it. In arrays, since a file may change its episode in every row.
+    starts_R = np.flatnonzero(np.concatenate([np.ones(min(1, len(owners_N)), bool), owners_N[1:] != owners_N[:-1]]))
+    order_R = np.argsort(owners_N[starts_R], kind="stable")
+    ends_R = np.cumsum(np.diff(starts_R, append=len(owners_N))[order_R])
+    starts_R = starts_R[order_R]
+    pieces_E, beyond_E = (np.searchsorted(owners_N[starts_R], episodes_E, side) for side in ("left", "right"))
     firsts, flaws = [], {}
-    for episode, length in zip(episodes_E.tolist(), lengths_E.tolist(), strict=True):
-        its_pieces = pieces.get(episode, [])
-        count = sum(piece.stop - piece.start for piece in its_pieces)
-        firsts.append(its_pieces[0].start if its_pieces else 0)
+    for episode, length, piece, beyond in zip(
+        episodes_E.tolist(), lengths_E.tolist(), pieces_E.tolist(), beyond_E.tolist(), strict=True
+    ):
+        count = int(ends_R[beyond - 1] - (ends_R[piece - 1] if piece else 0)) if beyond > piece else 0
+        first = int(starts_R[piece]) if count else 0
+        firsts.append(first)
         if count < length:
             flaws[episode] = f"lacks rows of episode {episode} (has {count} of {length}); {AGAIN}"
-        elif count > length or len(its_pieces) > 1:
+        elif count > length or beyond > piece + 1:
             flaws[episode] = f"has {count} rows of episode {episode} of {length} frames, or not in one piece; {AGAIN}"
-        elif seconds_N is not None and (flaw := _time_flaw(seconds_N[its_pieces[0]], fps)):
+        elif seconds_N is not None and (flaw := _time_flaw(seconds_N[first : first + length], fps)):
             flaws[episode] = f"episode {episode}: {flaw}"
     return np.array(firsts), flaws
 
