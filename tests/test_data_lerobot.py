@@ -25,8 +25,11 @@ from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import EXTRA, INFO, TASKS, find_episodes, read_parquet, require_folder
+from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.replace_actions import run as hide_actions
 from lapa.data.spec import open_dataset
+from lapa.data.steps import EpisodeSteps
+from lapa.data.video import encode_clip
 from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.sources.lerobot import SEVERAL_TASKS, LeRobotConfig, LeRobotReading
@@ -259,16 +262,53 @@ def test_a_missing_list_of_tasks_is_no_loss_where_episodes_name_theirs(
             open_dataset(root)
 
 
-def test_depth_maps_are_no_cameras(robot: Dataset, tmp_path: Path) -> None:
+DEPTH_FORMS = [
+    {"info": {"video.is_depth_map": True}},
+    {"info": None, "video_info": {"is_depth_map": True}},
+    {"shape": [32, 64, 1]},
+    {"shape": [1, 32, 64], "names": ["channel", "height", "width"]},
+    {"shape": [32, 64], "names": None},
+    {"info": {"video.channels": 1}},
+    {"info": {"video.pix_fmt": "gray16le", "video.is_depth_map": False}},
+]
+
+
+@pytest.mark.parametrize("form", DEPTH_FORMS)
+def test_depth_maps_are_no_cameras(robot: Dataset, tmp_path: Path, form: dict[str, Any], capsys) -> None:
     root = copied(robot.root, tmp_path)
     info = read_json(root / INFO)
-    info["features"][WRIST]["info"]["video.is_depth_map"] = True
+    features = info["features"]
+    features[WRIST] |= form
+    # The first of the cameras would be the default.
+    info["features"] = {WRIST: features[WRIST], **features}
     write_json(root / INFO, info)
     shutil.rmtree(root / "videos" / WRIST)
     dataset = open_dataset(root)
     assert dataset.cameras == ("front",)
+    assert np.array_equal(dataset.frames(0), robot.frames(0))
+    assert f"1 depth or grey cameras left out: {WRIST}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="camera 'wrist'"):
+        dataset.frames(0, camera="wrist")
     hide_actions(HideActionsConfig(data=str(root), out=tmp_path / "hidden"))
     assert WRIST not in open_dataset(tmp_path / "hidden").features
+    write_json(root / INFO, {**info, "features": {key: its for key, its in info["features"].items() if key != FRONT}})
+    with pytest.raises(ValueError, match=rf"info\.json: has no camera \(only depth or grey images \({WRIST}\)\)"):
+        open_dataset(root)
+
+
+def test_depth_is_known_by_its_name_and_by_its_bits(robot: Dataset, tmp_path: Path) -> None:
+    root = with_images_in_tables(robot, tmp_path / "d")
+    deep = np.linspace(600, 5000, 32 * 64).reshape(32, 64).astype(np.uint16)
+    change_rows(root / DATA, WRIST, lambda rows: [{"bytes": png(deep), "path": "x"} for _ in rows])
+    assert open_dataset(root).cameras == ("front",)
+    info = read_json(root / INFO)
+    name = "observation.images.wrist_depth"
+    info["features"][name] = info["features"].pop(WRIST)
+    write_json(root / INFO, info)
+    assert open_dataset(root).cameras == ("front",)
+    change_rows(root / DATA, FRONT, lambda rows: [{"bytes": png(deep), "path": "x"} for _ in rows])
+    with pytest.raises(ValueError, match=r"has no camera \(only depth or grey images \("):
+        open_dataset(root)
 
 
 def test_features_of_other_names_are_read_under_their_own(robot: Dataset, tmp_path: Path) -> None:
@@ -386,21 +426,200 @@ def test_what_is_wrong_with_info_is_named(robot: Dataset, tmp_path: Path, change
         open_dataset(tmp_path)
 
 
-def test_missing_videos_are_counted_when_opened(old: Path, robot: Dataset, tmp_path: Path) -> None:
+def test_missing_files_are_counted_where_they_are_needed(old: Path, robot: Dataset, tmp_path: Path) -> None:
     root = copied(old, tmp_path)
     for number in (1, 2):
         (root / f"videos/chunk-000/{WRIST}/episode_{number:06d}.mp4").unlink()
+    dataset = open_dataset(root)
+    dataset.require_files(["front"])
+    assert len(dataset.frames(0, [0], "wrist")) == 1
     with pytest.raises(ValueError, match=r"episode_000001\.mp4: no such file; 2 of 3 video files of .*wrist are"):
-        open_dataset(root)
+        dataset.require_files(["front", "wrist"])
+    with pytest.raises(ValueError, match=r"2 of 3 video files of .*skip_bad=true"):
+        FramePairs([dataset], PairsConfig(size=32, horizon=0.1, camera="wrist"))
     assert open_dataset(f"lerobot:{root},camera=front").cameras == ("front",)
-    shutil.rmtree(root / "videos")
-    with pytest.raises(ValueError, match=r"3 of 3 video files"):
-        open_dataset(root)
+    (root / OLD_DATA).unlink()
+    with pytest.raises(ValueError, match=r"episode_000001\.parquet: no such file; 1 of 3 data files are missing"):
+        dataset.require_files(["front"])
     new = tmp_path / "new"
     shutil.copytree(robot.root, new)
     shutil.rmtree(new / "videos" / FRONT)
     with pytest.raises(ValueError, match=r"3 of 3 video files of observation\.images\.front are missing; download"):
-        open_dataset(new)
+        open_dataset(new).require_files(["front"])
+
+
+def test_a_part_of_a_dataset_is_read(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A download lacks the files of some episodes and of a camera; numbers of deleted episodes are gaps."""
+    root = copied(old, tmp_path)
+    rows = [json.loads(line) for line in (root / "meta/episodes.jsonl").read_text().splitlines()]
+    rows[2]["episode_index"] = 7
+    (root / "meta/episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for folder, suffix in (("data/chunk-000", "parquet"), (f"videos/chunk-000/{FRONT}", "mp4")):
+        (root / folder / f"episode_000002.{suffix}").rename(root / folder / f"episode_000007.{suffix}")
+    last = root / "data/chunk-000/episode_000007.parquet"
+    change_rows(last, "episode_index", lambda numbers: [7] * len(numbers))
+    (root / f"videos/chunk-000/{FRONT}/episode_000001.mp4").unlink()
+    shutil.rmtree(root / "videos/chunk-000" / WRIST)
+    whole = open_dataset(old)
+
+    part = open_dataset(f"lerobot:{root},camera=front,skip_bad=true")
+    assert part.numbers.tolist() == [0, 7]
+    assert part.fingerprint != open_dataset(root).fingerprint
+    assert "left out: 1 of 3 episodes; the first: " in capsys.readouterr().err
+    for index, episode in enumerate((0, 2)):
+        assert part[index].instruction == whole[episode].instruction
+        assert np.array_equal(part.frames(index), whole.frames(episode))
+        assert np.array_equal(part.actions(index), whole.actions(episode))
+
+    settings = {"size": 32, "camera": ("front",), "workers": 1}
+    with pytest.raises(ValueError, match=r"episode_000001\.mp4: no such file; 1 of 3 video files"):
+        run(LeRobotConfig(str(root), out=tmp_path / "a", **settings))
+    run(LeRobotConfig(str(root), out=tmp_path / "b", skip_bad=True, **settings))
+    converted = open_dataset(tmp_path / "b")
+    assert [episode.source for episode in converted] == ["episode_000000", "episode_000007"]
+    assert np.array_equal(converted.actions(1), whole.actions(2))
+    run(LeRobotConfig(str(root), out=tmp_path / "c", limit=1, **settings))
+    assert len(open_dataset(tmp_path / "c")) == 1
+
+    change_rows(last, "action", lambda actions: [[float("nan")] * 3, *actions[1:]])
+    with pytest.raises(ValueError, match=r"episode_000007\.parquet: action of episode 7 is not finite"):
+        open_dataset(root).actions(2)
+
+
+def test_numbers_with_gaps_are_read_and_kept_apart(robot: Dataset, tmp_path: Path) -> None:
+    root = copied(robot.root, tmp_path)
+    for file in (EPISODES_FILE, DATA):
+        change_rows(root / file, "episode_index", lambda numbers: [(0, 4, 9)[number] for number in numbers])
+    dataset = open_dataset(root)
+    same(robot, dataset)
+    assert dataset.numbers.tolist() == [0, 4, 9]
+    hide_actions(HideActionsConfig(data=str(root), out=tmp_path / "hidden"))
+    hidden = open_dataset(tmp_path / "hidden")
+    assert np.array_equal(hidden.frames(2, [3]), robot.frames(2, [3]))
+    assert hidden.numbers.tolist() == [0, 1, 2]
+
+
+def test_a_total_that_is_wrong_is_said(robot: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = copied(robot.root, tmp_path)
+    write_json(root / INFO, {**read_json(root / INFO), "total_episodes": 10})
+    assert len(open_dataset(root)) == len(open_dataset(root)) == 3
+    assert capsys.readouterr().err.count("total_episodes is 10; the 3 episodes that are listed are read") == 1
+
+
+def test_metadata_of_a_camera_that_is_not_read_may_be_missing(robot: Dataset, tmp_path: Path) -> None:
+    root = copied(robot.root, tmp_path)
+    table = pq.read_table(root / EPISODES_FILE)
+    of_wrist = [name for name in table.column_names if name.startswith(f"videos/{WRIST}")]
+    pq.write_table(table.drop_columns(of_wrist), root / EPISODES_FILE)
+    shutil.rmtree(root / "videos" / WRIST)
+    assert np.array_equal(open_dataset(f"lerobot:{root},camera=front").frames(1), robot.frames(1))
+    dataset = open_dataset(root)
+    assert np.array_equal(dataset.frames(1), robot.frames(1))
+    for read in (lambda: dataset.frames(1, camera="wrist"), lambda: dataset.require_files(["wrist"])):
+        with pytest.raises(ValueError, match=rf"lacks the columns videos/{WRIST}/chunk_index, .*choose other cameras"):
+            read()
+    run(LeRobotConfig(str(root), out=tmp_path / "out", camera=("front",), size=32, workers=1))
+    assert len(open_dataset(tmp_path / "out")) == 3
+
+
+TASK_FORMS = {
+    "text": lambda row: {**row, "tasks": row["tasks"][0]},
+    "absent": lambda row: {key: value for key, value in row.items() if key != "tasks"},
+    "empty": lambda row: {**row, "tasks": ["", " "]},
+    "null": lambda row: {**row, "tasks": None},
+    "index": lambda row: {**row, "tasks": [row["episode_index"] % 2]},
+}
+
+
+@pytest.mark.parametrize("form", TASK_FORMS)
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_instructions_are_read_in_every_form(
+    robot: Dataset, old: Path, tmp_path: Path, version: str, form: str
+) -> None:
+    change = TASK_FORMS[form]
+    if version == "v2.1":
+        root = copied(old, tmp_path)
+        rows = [json.loads(line) for line in (old / "meta/episodes.jsonl").read_text().splitlines()]
+        (root / "meta/episodes.jsonl").write_text("".join(json.dumps(change(row)) + "\n" for row in rows))
+    else:
+        root = copied(robot.root, tmp_path)
+        rows = [change(row) for row in pq.read_table(root / EPISODES_FILE).to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows), root / EPISODES_FILE)
+    assert [episode.instruction for episode in open_dataset(root)] == [episode.instruction for episode in robot]
+
+
+def test_episodes_without_an_instruction_are_counted(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root = copied(old, tmp_path)
+    rows = [json.loads(line) for line in (old / "meta/episodes.jsonl").read_text().splitlines()]
+    del rows[1]["tasks"], rows[2]["tasks"]
+    rows[0]["tasks"] = ["first", "second"]
+    (root / "meta/episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = root / OLD_DATA
+    pq.write_table(pq.read_table(path).drop_columns("task_index"), path)
+    change_rows(root / "data/chunk-000/episode_000002.parquet", "task_index", lambda numbers: [99] * len(numbers))
+    dataset = open_dataset(root)
+    assert [episode.instruction for episode in dataset] == ["first", "", ""]
+    assert "1 episodes have several tasks; the first of each is its instruction" in capsys.readouterr().err
+    run(LeRobotConfig(str(root), out=tmp_path / "new", camera=("front",), size=32, workers=1))
+    assert "kept, without an instruction: 2" in capsys.readouterr().err
+    EpisodeSteps([dataset], size=32, chunk=2)
+    assert "2 of 3 episodes have no instruction" in capsys.readouterr().err
+
+
+# Seconds by which the times of episodes in one file drift from the frames: 0.4 of a frame for each episode.
+DRIFT = np.array([0.0, 0.013, 0.026])
+
+
+def one_file(robot: Dataset, root: Path, fps: float = 30.0) -> Path:
+    """The dataset as LeRobot writes it: the episodes of each camera in one file."""
+    shutil.copytree(robot.root, root)
+    ends = np.cumsum(LENGTHS)
+    for key, camera in ((FRONT, "front"), (WRIST, "wrist")):
+        shutil.rmtree(root / "videos" / key)
+        frames = np.concatenate([made_up(number)[0][camera] for number in range(len(LENGTHS))])
+        encode_clip(root / f"videos/{key}/chunk-000/file-000.mp4", frames, fps)
+        change_rows(root / EPISODES_FILE, f"videos/{key}/file_index", lambda numbers: [0] * len(numbers))
+        change_rows(root / EPISODES_FILE, f"videos/{key}/from_timestamp", lambda _: ((ends - LENGTHS) / fps).tolist())
+        change_rows(root / EPISODES_FILE, f"videos/{key}/to_timestamp", lambda _: (ends / fps).tolist())
+    return root
+
+
+@pytest.mark.parametrize("fps", [30.0, 29.97])
+def test_episodes_of_one_file_are_found_though_their_times_drift(robot: Dataset, tmp_path: Path, fps: float) -> None:
+    root = one_file(robot, tmp_path / "d", fps)
+    same_images(robot, open_dataset(root))
+    for column, key in itertools.product(("from_timestamp", "to_timestamp"), (FRONT, WRIST)):
+        change_rows(root / EPISODES_FILE, f"videos/{key}/{column}", lambda times: (np.array(times) + DRIFT).tolist())
+    same_images(robot, open_dataset(root))
+
+
+def same_images(one: Dataset, other: Dataset) -> None:
+    """Images of neighbouring frames differ by far more than those of one frame that is encoded twice."""
+    for episode, camera in itertools.product(range(len(one)), one.cameras):
+        mine, theirs = (dataset.frames(episode, camera=camera).astype(int) for dataset in (one, other))
+        assert np.abs(mine - theirs).max() < 8
+
+
+def test_an_episode_whose_place_in_a_file_is_not_certain_is_left_out(robot: Dataset, tmp_path: Path, capsys) -> None:
+    root = one_file(robot, tmp_path / "d")
+    change_rows(root / EPISODES_FILE, f"videos/{FRONT}/from_timestamp", lambda times: [times[0], 46.0, times[2]])
+    dataset, message = open_dataset(root), rf"videos/{FRONT}/.*file-000\.mp4: episode 1 begins at 46\.000 s by the meta"
+    assert np.abs(dataset.frames(2).astype(int) - robot.frames(2)).max() < 8
+    with pytest.raises(UserError, match=message):
+        dataset.frames(1)
+    settings = {"size": 32, "camera": ("front",), "workers": 1}
+    with pytest.raises(UserError, match=message):
+        run(LeRobotConfig(str(root), out=tmp_path / "a", **settings))
+    run(LeRobotConfig(str(root), out=tmp_path / "b", skip_bad=True, **settings))
+    assert open_dataset(tmp_path / "b").lengths.tolist() == [LENGTHS[0], LENGTHS[2]]
+    assert re.search("left out, damaged.* 1", capsys.readouterr().err)
+    assert open_dataset(f"lerobot:{root},skip_bad=true").numbers.tolist() == [0, 2]
+    # Each episode's file of the older layout may begin late, and no frame of it may be missing.
+    write_v21(robot, tmp_path / "old")
+    path = tmp_path / f"old/videos/chunk-000/{FRONT}/episode_000001.mp4"
+    encode_clip(path, made_up(1)[0]["front"][:-2], 30.0)
+    with pytest.raises(UserError, match=r"episode 1 begins at .* and needs 31 frames, but the video ends 2 frames too"):
+        open_dataset(tmp_path / "old").frames(1, [0])
 
 
 def test_empty_files_and_pointers_of_git_lfs_are_distinguished(old: Path, tmp_path: Path) -> None:
@@ -426,7 +645,8 @@ def test_empty_files_and_pointers_of_git_lfs_are_distinguished(old: Path, tmp_pa
     [
         ("episodes", '{"episode_index": 0, "length": 9}\n{"episode', "line 2 is not JSON"),
         ("episodes", '{"episode_index": 0, "length": "9"}\n', r"length of episode 0 is '9'; correct it"),
-        ("episodes", '{"episode_index": 1, "length": 9}\n', "does not count from 0"),
+        ("episodes", '{"episode_index": 1, "length": 9}\n' * 2, "lists episode_index 1 twice"),
+        ("episodes", '{"episode_index": -1, "length": 9}\n', "lists episode_index -1"),
         ("episodes", '{"episode_index": 0, "length": 0}\n', "length of episode 0 is 0; correct it"),
         ("episodes", "", "holds no episode"),
         ("tasks", "[1]\n", "line 1 lacks task_index, task"),
@@ -472,7 +692,7 @@ def test_columns_of_other_types_are_named(
     pq.write_table(table.set_column(table.column_names.index(column), column, pa.array(values)), root / file)
     where = "meta/episodes" if "episodes" in file else file
     with pytest.raises(UserError, match=rf"{where}.*: .*{message}"):
-        open_dataset(root).actions(0)
+        open_dataset(root).frames(0)
 
 
 @pytest.mark.parametrize(
@@ -570,7 +790,8 @@ def test_an_empty_value_in_the_table_of_episodes_spoils_that_episode_alone(
     for episode in (0, 2):
         assert np.array_equal(dataset.frames(episode), robot.frames(episode))
         assert np.array_equal(dataset.actions(episode), robot.actions(episode))
-    for read in (dataset.frames, dataset.actions):
+    # Numbers do not depend on where the images are.
+    for read in (dataset.frames,) if column.startswith("videos/") else (dataset.frames, dataset.actions):
         with pytest.raises(UserError, match=re.escape(f"{path}: {message}; correct it or leave the episode out")):
             read(1)
     settings = {"size": 32, "camera": ("front",), "workers": 1}

@@ -63,7 +63,9 @@ def with_shared_files(source: Dataset, root: Path) -> Dataset:
     rows = rows.append_column("next.reward", pa.array(np.ones(len(rows), np.float32)))
     episodes = pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
     for number, row in enumerate(episodes):
-        row |= {f"videos/{key}/file_index": 0, f"videos/{key}/from_timestamp": number * 8 / source.fps}
+        begins, ends = number * 8 / source.fps, (number + 1) * 8 / source.fps
+        row |= {f"videos/{key}/from_timestamp": begins, f"videos/{key}/to_timestamp": ends}
+        row |= {f"videos/{key}/file_index": 0}
         row |= {"data/chunk_index": number // 2, "meta/episodes/chunk_index": number // 2}
     for chunk in (0, 1):
         for folder, table in (

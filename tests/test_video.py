@@ -13,8 +13,9 @@ import pytest
 from av.stream import Disposition
 
 from lapa.data import video
+from lapa.data.films import episode_frames
 from lapa.data.transforms import augment, resize_and_crop
-from lapa.data.video import ClipScan, decode_clip, encode_clip, exact_rate, probe
+from lapa.data.video import ClipScan, decode_clip, encode_clip, exact_rate, film_times, probe
 from lapa.errors import UserError
 from lapa.sources.synthetic import moving_squares
 
@@ -261,3 +262,99 @@ def test_augmentation_depends_on_its_generator_only() -> None:
     assert (once != other).any()
     assert once.shape == image.shape
     assert once.dtype == np.uint8
+
+
+def placed(times, starts, lengths, ends=None, fps=10.0):
+    starts = np.asarray(starts, float)
+    lengths = np.asarray(lengths)
+    ends = starts + lengths / fps if ends is None else np.asarray(ends, float)
+    firsts, flaws = episode_frames(np.asarray(times, float), starts, ends, lengths, fps)
+    return [flaw or int(first) for first, flaw in zip(firsts, flaws, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("first", "starts", "ends"),
+    [
+        (0.0, [0, 2, 4, 6], [2, 4, 6, 8]),
+        # Sums of rounded durations, with and without the ends.
+        (0.0, [0, 2.04, 4.08, 6.12], [2, 4, 6, 8]),
+        (0.0, [0, 2.04, 4.08, 6.12], [2.04, 4.08, 6.12, 8.16]),
+        (0.0, [0, 1.9, 3.8, 5.7], [1.9, 3.8, 5.7, 7.6]),
+        # The file starts late, or the sum began in another file.
+        (0.2, [0, 2, 4, 6], [2, 4, 6, 8]),
+        (0.0, [8, 10, 12, 14], [10, 12, 14, 16]),
+        (0.0, [0, 2, 4, 6], [float("nan")] * 4),
+    ],
+)
+def test_episodes_that_fill_a_file_are_placed_by_order_and_length(first: float, starts, ends) -> None:
+    assert placed(first + np.arange(80) / 10, starts, [20] * 4, ends) == [0, 20, 40, 60]
+    # At the rate of the file, which merely is near that of the dataset.
+    assert placed(first + np.arange(80) / 9.99, starts, [20] * 4, ends) == [0, 20, 40, 60]
+
+
+@pytest.mark.parametrize("count", [79, 81, 200])
+def test_episodes_that_do_not_fill_a_file_begin_on_their_frames(count: int) -> None:
+    times = np.arange(count) / 10
+    assert placed(times, [0, 2, 4], [20] * 3) == [0, 20, 40]
+    # In another order, and with gaps between them.
+    assert placed(times, [4.1, 2, 0], [15] * 3) == [41, 20, 0]
+    drifted = placed(times, [0, 2.04, 4.08, 4.4], [20, 20, 20, 2])
+    assert drifted[0] == 0
+    assert "begins at 2.040 s by the metadata, where the video has no frame (the nearest is at 2.000 s)" in drifted[1]
+    assert "begins at 4.080 s" in drifted[2]
+    assert "after an episode that begins where the video has no frame" in drifted[3]
+
+
+def test_times_that_contradict_each_other_are_named() -> None:
+    times = np.arange(80) / 10
+    assert placed(times, [0, 2, 4, 46], [20] * 4)[:3] == [0, 20, 40]
+    assert "begins at 46.000 s" in placed(times, [0, 2, 4, 46], [20] * 4)[3]
+    longer = placed(times, [0, 2, 4], [20] * 3, [2, 4.5, 6])
+    assert (longer[0], longer[2]) == (0, 40)
+    assert longer[1] == "takes 2.500 s by the metadata, but its 20 frames take 2.000 s"
+    shared = placed(times, [0, 1.5, 4], [20] * 3)
+    assert shared[2] == 40
+    assert all("in the frames of another episode" in flaw for flaw in shared[:2])
+    # As many frames as the file, but other lengths than the times.
+    assert all("takes" in flaw for flaw in placed(times[:40], [0, 1.5], [20] * 2, [1.5, 4]))
+    assert "the video ends 5 frames too early" in placed(times, [6.5], [20])[0]
+    assert "the video starts late, at 0.200 s" in placed(times + 0.2, [0, 2], [20] * 2)[0]
+    hole = np.concatenate([times[:10], times[10:] + 0.3])
+    assert "its 20 frames take 2.200 s, not those of 10 fps" in placed(hole, [0], [20])[0]
+
+
+def test_no_episode_is_placed_on_other_frames_than_its_own() -> None:
+    """Against the truth: whatever the metadata says, an episode has its own frames or is refused."""
+    rng = np.random.default_rng(0)
+    num_placed = 0
+    for _ in range(500):
+        lengths = rng.integers(2, 30, rng.integers(1, 12))
+        gaps = rng.integers(0, 3, len(lengths)) * (rng.random() < 0.3)
+        truth = np.cumsum(lengths + gaps) - lengths
+        times = rng.choice([0.0, 0.2]) + np.arange(truth[-1] + lengths[-1] + rng.integers(0, 3)) / 10
+        drift = rng.choice([0.0, 0.0, 0.001, 0.03, 0.04, 0.07]) * np.arange(len(lengths))
+        from_first = times[0] if rng.random() < 0.5 and not gaps.any() else 0
+        starts = times[truth] - from_first + drift
+        ends = rng.choice([0, 1]) * (times[truth] - starts) + starts + lengths / 10
+        exact = np.allclose(starts, times[truth], atol=1e-9)
+        for episode, found in enumerate(placed(times, starts, lengths, ends)):
+            assert found == truth[episode] or (isinstance(found, str) and not exact)
+            num_placed += not isinstance(found, str)
+    assert num_placed > 500
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_the_times_of_a_files_frames_are_its_own(tmp_path: Path, suffix: str) -> None:
+    for name, numbers in (("steady", range(3, 15)), ("uneven", [0, 1, 2, 5, 6, 9])):
+        path = tmp_path / f"{name}.{suffix}"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.height = stream.width = 32
+            stream.pix_fmt = "yuv420p"
+            for number in numbers:
+                frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * number, np.uint8), format="rgb24")
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        assert film_times(path, 10.0) == pytest.approx(np.array(numbers) / 10, abs=2e-3)
+        assert film_times(path, 30.0) == pytest.approx(np.array(numbers) / 10, abs=2e-3)

@@ -46,6 +46,7 @@ LONGEST_GAP = 60.0
 # Reasons to leave something out, and other counts, as the journal and the summary name them.
 DAMAGED, KEPT = "left out, damaged", "damaged, the readable part is kept"
 LOST = "frames lost in what is damaged"
+NO_INSTRUCTION = "kept, without an instruction"
 SMALL, SHORT, STATIC, BLANK = (
     "left out, images too small",
     "left out, too short",
@@ -127,7 +128,8 @@ def convert_item(
         episodes, left_out = _encode(source, clip, item, streams, fps, options, target)
     except UserError as error:
         return ConvertedItem(error=str(error))
-    return ConvertedItem(tuple(episodes), Counter((*left_out, *clip.notes)), clip.lost, clip.damage)
+    bare = [NO_INSTRUCTION for episode in episodes if not episode["instruction"].strip()]
+    return ConvertedItem(tuple(episodes), Counter((*left_out, *bare, *clip.notes)), clip.lost, clip.damage)
 
 
 def in_time(timed_frames: Iterable[tuple[float, np.ndarray]], where: str) -> Iterator[tuple[float, np.ndarray]]:

@@ -97,6 +97,7 @@ class Dataset(ABC):
     fps: frames per second, one rate for all episodes; features: `dtype`, `shape` and `names` of each feature, as in
         LeRobot's meta/info.json.
     lengths: frames of each episode, int64; num_frames: their sum.
+    numbers: each episode's number in the data, for messages; some may be left out, so it is not always its index.
     cameras: short names; action_dim, state_dim: None where the dataset has none.
     horizon: seconds between the frames of a pair, where the dataset was opened with one (`PATH,horizon=2.4`).
     weight: share of the draws in a mixture (lapa.data.sampling).
@@ -120,6 +121,7 @@ class Dataset(ABC):
     ):
         self.root, self.name, self.fps, self.features = root, name, fps, features
         self.lengths = lengths
+        self.numbers = np.arange(len(lengths))
         self._instructions, self._sources = instructions, sources
         self.num_frames = int(lengths.sum())
         self._camera_keys = {
@@ -154,8 +156,7 @@ class Dataset(ABC):
 
     def __getitem__(self, index: int) -> Episode:
         index = self._position(index)
-        instruction, source = str(self._instructions[index]), str(self._sources[index])
-        return Episode(index, int(self.lengths[index]), instruction, source)
+        return Episode(index, int(self.lengths[index]), self.instruction(index), str(self._sources[index]))
 
     def __iter__(self) -> Iterator[Episode]:
         return map(self.__getitem__, range(len(self)))
@@ -211,6 +212,11 @@ class Dataset(ABC):
             raise UserError(f"{self.name}: episode {episode_index} has frames 0 to {length - 1}, asked for {indices}")
         return self._images(episode_index, indices, self.camera_name(camera))
 
+    def require_files(self, cameras: Sequence[str]) -> None:
+        """Raises UserError where one of these cameras, or a file that it needs, is known to be missing."""
+        for camera in cameras:
+            self.camera_name(camera)
+
     def image_codes(self, episode_index: int, frame_indices: Sequence[int]) -> Int[np.ndarray, "T N"]:
         """Returns the codes of images, of a dataset that is `coded`."""
         raise UserError(f"{self.root}: holds images, not codes of them")
@@ -244,8 +250,9 @@ class Dataset(ABC):
         return math.prod(self.features[feature]["shape"]) if feature in self.features else None
 
     def _rows(self, feature: str, episode_index: int) -> np.ndarray:
-        rows_TD, file = self._numbers(feature, self._position(episode_index))
-        require_finite(rows_TD, f"{file}: {feature} of episode {episode_index}")
+        episode_index = self._position(episode_index)
+        rows_TD, file = self._numbers(feature, episode_index)
+        require_finite(rows_TD, f"{file}: {feature} of episode {self.numbers[episode_index]}")
         return rows_TD
 
 
@@ -308,15 +315,27 @@ def common_action_space(datasets: Sequence[Dataset]) -> ActionSpace:
 
 
 def image_keys(features: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns the features that are colour images; depth maps are not."""
-    keys = []
-    for key, feature in features.items():
-        # LeRobot has used both places and both names.
-        details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
-        is_depth = details.get("is_depth_map") or details.get("video.is_depth_map")
-        if feature["dtype"] in ("video", "image") and not is_depth:
-            keys.append(key)
-    return keys
+    """Returns the features that are colour images; depth maps and other images of one channel are not."""
+    return [key for key in all_image_keys(features) if _is_colour(key, features[key])]
+
+
+def all_image_keys(features: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the features that are images of any kind."""
+    return [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+
+
+def _is_colour(key: str, feature: Mapping[str, Any]) -> bool:
+    # LeRobot has used both places and both names, and notes that a video is no depth map of videos that are.
+    details = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    if details.get("is_depth_map") or details.get("video.is_depth_map") or "depth" in key.lower():
+        return False
+    shape, names = feature["shape"], feature.get("names")
+    if isinstance(names, list) and len(names) == len(shape) and (named := {"channel", "channels"} & {*map(str, names)}):
+        channels = shape[names.index(named.pop())]
+    else:
+        channels = 1 if len(shape) < 3 or 1 in (shape[0], shape[2]) else 3
+    grey = str(details.get("video.pix_fmt")).startswith("gray")
+    return channels > 1 and details.get("video.channels") != 1 and not grey
 
 
 def dimension_names(feature: Mapping[str, Any], prefix: str = ACTION) -> list[str]:

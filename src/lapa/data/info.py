@@ -27,6 +27,7 @@ CAPTION_HEIGHT = 14
 def run(config: InfoConfig) -> None:
     """`lapa data info`."""
     dataset = open_dataset(config.data)
+    dataset.require_files([dataset.camera_name()])
     console.print(summary(dataset))
     if dataset.coded:
         say("no contact sheet: the dataset holds codes of images, not images")
@@ -58,6 +59,8 @@ def summary(dataset: Dataset) -> Table:
     row("action", _actions(dataset))
     row("state", _states(dataset))
     counts = Counter(episode.instruction for episode in dataset)
+    if bare := counts.pop("", 0):
+        row("no instruction", f"{bare} episodes")
     for number, (task, count) in enumerate(counts.most_common(SHOWN_TASKS)):
         row(f"{len(counts)} tasks" if number == 0 else "", f"{task[:SHOWN_LETTERS]} ({count})")
     if len(counts) > SHOWN_TASKS:

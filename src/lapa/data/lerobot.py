@@ -18,6 +18,8 @@ Axes: T time, H W image, C channel, D numbers of a feature, N rows of a file, E 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import math
 import re
@@ -25,7 +27,8 @@ import string
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -34,10 +37,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
+from PIL import Image
 
-from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, image_keys
+from lapa.console import warn
+from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, all_image_keys, image_keys
+from lapa.data.films import episode_frames
 from lapa.data.transforms import decode_image
-from lapa.data.video import decode_clip
+from lapa.data.video import decode_times, film_times
 from lapa.errors import UserError, shown, unknown
 from lapa.files import (
     errors_about,
@@ -64,12 +70,15 @@ EPISODES_PATH = EPISODES + "/chunk-{chunk_index:03d}/file-{file_index:03d}.parqu
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 PLACE = ("chunk_index", "file_index")
+SPAN = ("from_timestamp", "to_timestamp")
 LEGACY_TASKS = "meta/tasks.jsonl"
 LEGACY_EPISODES = "meta/episodes.jsonl"
 # Episodes per chunk folder in v2.1, where meta/info.json does not have the number.
 LEGACY_CHUNK = 1000
 # Parquet files whose numbers stay in memory: they are read episode by episode, mostly in order.
 OPEN_TABLES = 8
+# Video files of which it stays known where their episodes begin.
+OPEN_FILMS = 64
 # Row groups of images that stay in memory: LeRobot writes one per episode, and an item has one image per camera.
 OPEN_GROUPS = 4
 # A number's format in a path template, such as 03d.
@@ -84,6 +93,8 @@ SMALL_TABLE, EXPANSION = 2**28, 100
 # Bytes of a number, or of a reference to a text, by the name of its type in parquet.
 SIZES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "BYTE_ARRAY": 4}
 LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+# Modes of images that Pillow reads from PNGs of more than 8 bits: depth, in LeRobot's datasets.
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 AGAIN = "write the dataset again"
 
 Value = TypeVar("Value")
@@ -93,7 +104,8 @@ class LeRobotDataset(Dataset):
     """A dataset folder. `LeRobotDataset(root)` raises UserError naming the file, what is wrong, and how to fix it.
 
     info: meta/info.json; version: its codebase_version; tasks: the instructions by task_index.
-    num_tasks: how many tasks each episode has, of which the first is its instruction.
+    num_tasks: how many tasks the metadata gives each episode. The first is its instruction; where there is none, that
+    of its first frame. Depth maps and other images of one channel are no cameras.
     legacy: whether it is of v2.1 or v2.0: one data file and one video per episode.
     """
 
@@ -105,17 +117,21 @@ class LeRobotDataset(Dataset):
         cameras: Sequence[str] = (),
         columns: Mapping[str, str] | None = None,
         declared: Mapping[str, Any] | None = None,
+        skip_bad: bool = False,
     ):
         """Opens a folder.
 
         cameras: the cameras to use, in this order; by default all. columns: other names under which `action` and
         `observation.state` are stored. declared: entries of the action space that meta/lapa.json lacks.
+        skip_bad: leave out, and count, episodes whose files are missing or do not fit the metadata; otherwise they
+        raise UserError when they are read.
         """
         self.info = read_info(root)
         self.version = str(self.info["codebase_version"])
         self.legacy = self.version in LEGACY_VERSIONS
-        self.tasks = read_tasks(root, self.legacy)
-        self._columns = read_episodes(root, self.legacy, video_keys(self.info["features"]))
+        self._task_of = read_tasks(root, self.legacy)
+        self.tasks = tuple(self._task_of.values())
+        self._columns = read_episodes(root, self.legacy, video_keys(self.info["features"]), self._task_of)
         tasks = root / (LEGACY_TASKS if self.legacy else TASKS)
         if not self._columns["num_tasks"].all() and not tasks.exists():
             raise UserError(f"{tasks}: no such file, and not all episodes name their tasks; {AGAIN}")
@@ -130,25 +146,37 @@ class LeRobotDataset(Dataset):
             instructions=self._columns["instruction"],
             sources=self._columns["source"],
         )
-        self.num_tasks = self._columns["num_tasks"]
-        if cameras:
-            self._camera_keys = {camera: self._camera_keys[self.camera_name(camera)] for camera in cameras}
-            self.cameras = tuple(cameras)
+        self.numbers, self.num_tasks = self._columns["episode_index"], self._columns["num_tasks"]
+        # The row of each episode in the metadata, all of which is needed to find an episode in a shared file.
+        self._entries = np.arange(len(self))
         self._tables: OrderedDict[Any, dict[str, np.ndarray | pa.ChunkedArray]] = OrderedDict()
+        self._films: OrderedDict[Any, _Film] = OrderedDict()
         # Of data files with images: the first row of each row group, and the last few row groups.
         self._group_rows: dict[Path, np.ndarray] = {}
         self._groups: OrderedDict[Any, pa.ChunkedArray] = OrderedDict()
-        # The first row of each episode in its data file, -1 before that is read; and the errors found there.
-        self._first_rows = np.full(len(self.lengths), -1)
-        self._flaws = {episode: flaw for episode, flaw in enumerate(self._columns["flaw"]) if flaw}
-        self._require_videos()
+        # By row of the metadata: the first row in its data file, -1 before that is read; and the errors found there.
+        self._first_rows = np.full(len(self), -1)
+        self._flaws = {entry: flaw for entry, flaw in enumerate(self._columns["flaw"]) if flaw}
+        self._leave_out_depth()
+        if cameras:
+            self._camera_keys = {camera: self._camera_keys[self.camera_name(camera)] for camera in cameras}
+            self.cameras = tuple(cameras)
+        if type(total := self.info.get("total_episodes")) is int and total != len(self):
+            _warn_once(f"{root / INFO}: total_episodes is {total}; the {len(self)} episodes that are listed are read")
+        if several := int((self.num_tasks > 1).sum()):
+            _warn_once(f"{root}: {several} episodes have several tasks; the first of each is its instruction")
+        if skip_bad:
+            self._leave_out_bad()
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the metadata files."""
         tasks = self.root / (LEGACY_TASKS if self.legacy else TASKS)
         episodes = [self.root / LEGACY_EPISODES] if self.legacy else episode_files(self.root)
-        return fingerprint(self.root / INFO, *([tasks] if tasks.exists() else []), *episodes)
+        whole = fingerprint(self.root / INFO, *([tasks] if tasks.exists() else []), *episodes)
+        if len(self) == len(self._columns["length"]):
+            return whole
+        return hashlib.sha256(whole.encode() + self.numbers.tobytes()).hexdigest()[: len(whole)]
 
     @cached_property
     def extra(self) -> dict[str, Any]:
@@ -171,42 +199,75 @@ class LeRobotDataset(Dataset):
         height, width = shape[1:] if len(shape) == 3 and shape[0] == 3 and shape[2] != 3 else shape[:2]
         return height, width
 
+    def instruction(self, episode_index: int) -> str:
+        """Returns the instruction of an episode: the first of its tasks, or else the task of its first frame."""
+        noted = super().instruction(episode_index)
+        return noted or self._task_of_frames(self._position(episode_index))
+
+    def require_files(self, cameras: Sequence[str], episodes: Sequence[int] | None = None) -> None:
+        """Raises UserError with the first missing file of these cameras and episodes (None: all), and their number.
+
+        Each folder is listed once, which is much faster than asking for every file.
+        """
+        entries = self._entries if episodes is None else self._entries[list(episodes)]
+        keys = [self._camera_keys[self.camera_name(camera)] for camera in cameras]
+        kinds = [f"videos/{key}" for key in keys if self.features[key]["dtype"] == "video"]
+        for kind in (*kinds, "data"):
+            sound = [entry for entry in entries.tolist() if not self._flaw_of(kind, entry)]
+            files = list(dict.fromkeys(self._file(kind, entry) for entry in sound))
+            if len(sound) < len(entries) and not sound:
+                raise UserError(self._flaw_of(kind, int(entries[0])))
+            folders = {file.rpartition("/")[0] for file in files}
+            present = {f"{folder}/{name}" for folder in folders for name in _names_in(self.root / folder)}
+            if missing := [file for file in files if file not in present]:
+                what = "data files" if kind == "data" else f"video files of {kind.removeprefix('videos/')}"
+                raise UserError(
+                    f"{self.root / missing[0]}: no such file; {len(missing)} of {len(files)} {what} are missing; "
+                    f"download the dataset again, or leave their episodes out (lerobot:{self.root},skip_bad=true)"
+                )
+
     def video_path(self, episode_index: int, camera: str | None = None) -> Path:
         """Returns the mp4 that holds an episode."""
         key = self._camera_keys[self.camera_name(camera)]
-        return self.root / self.info["video_path"].format(video_key=key, **self._place(f"videos/{key}", episode_index))
+        return self.root / self._file(f"videos/{key}", int(self._entries[episode_index]))
 
     def data_path(self, episode_index: int) -> Path:
         """Returns the parquet file that holds an episode's rows."""
-        return self.root / self.info["data_path"].format(**self._place("data", episode_index))
+        return self.root / self._file("data", int(self._entries[episode_index]))
 
     def rows(self, episode_index: int) -> slice:
         """Returns an episode's rows in its data file, which is checked once. Raises UserError where it is damaged."""
-        if self._first_rows[episode_index] < 0 and episode_index not in self._flaws:
+        entry = int(self._entries[episode_index])
+        if self._first_rows[entry] < 0 and entry not in self._flaws:
             path = self.data_path(episode_index)
             timed = ["timestamp"] if "timestamp" in _column_names(path) else []
             table = read_parquet(path, ["episode_index", *timed])
             owners = _integers(table, "episode_index", path, empty=-1)
             seconds = _floats(table["timestamp"], f"{path}: timestamp") if timed else None
-            episodes = self._episodes_in(episode_index)
+            entries = self._entries_in("data", entry)
+            numbers, lengths = (self._columns[name][entries] for name in ("episode_index", "length"))
             with _parsing(path):
-                found = find_episodes(owners, seconds, episodes, self.lengths[episodes], self.fps)
-            self._first_rows[episodes] = found[0]
-            self._flaws = {episode: f"{path}: {flaw}" for episode, flaw in found[1].items()} | self._flaws
-        if episode_index in self._flaws:
-            raise UserError(self._flaws[episode_index])
-        first = int(self._first_rows[episode_index])
+                firsts, flaws = find_episodes(owners, seconds, numbers, lengths, self.fps)
+            self._first_rows[entries] = firsts
+            entry_of = dict(zip(numbers.tolist(), entries.tolist(), strict=True))
+            self._flaws = {entry_of[number]: f"{path}: {flaw}" for number, flaw in flaws.items()} | self._flaws
+        if entry in self._flaws:
+            raise UserError(self._flaws[entry])
+        first = int(self._first_rows[entry])
         return slice(first, first + int(self.lengths[episode_index]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict(), "_group_rows": {}, "_groups": OrderedDict()}
+        emptied = ("_tables", "_films", "_groups")
+        return {**self.__dict__, **{name: OrderedDict() for name in emptied}, "_group_rows": {}}
 
     def _images(self, episode_index: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         key, span = self._camera_keys[camera], self.rows(episode_index)
         if self.features[key]["dtype"] == "image":
             return self._stored_images(self.data_path(episode_index), key, [span.start + i for i in frame_indices])
-        start = 0.0 if self.legacy else float(self._columns[f"videos/{key}/from_timestamp"][episode_index])
-        return decode_clip(self.video_path(episode_index, camera), frame_indices, self.fps, start)
+        path, film, first = self._film(episode_index, camera)
+        times = {index: float(film.times_N[first + index]) for index in set(frame_indices)}
+        found = decode_times(path, times, film.tolerance)
+        return np.stack([found[index] for index in frame_indices])
 
     def _numbers(self, feature: str, episode_index: int) -> tuple[np.ndarray, str]:
         path, span = self.data_path(episode_index), self.rows(episode_index)
@@ -226,24 +287,127 @@ class LeRobotDataset(Dataset):
         rows = _recent(self._tables, path, OPEN_TABLES, read)[feature][span]
         if not isinstance(rows, np.ndarray):
             stored = self._stored[feature]
-            rows = _matrix(rows, self._width(feature) or 0, f"{path}: {stored} of episode {episode_index}")
+            rows = _matrix(
+                rows, self._width(feature) or 0, f"{path}: {stored} of episode {self.numbers[episode_index]}"
+            )
         return rows, str(path)
 
-    def _place(self, kind: str, episode_index: int) -> dict[str, int]:
-        """Returns the fields of a path template."""
-        if self.legacy:
-            chunk = episode_index // int(self.info.get("chunks_size") or LEGACY_CHUNK)
-            return {"episode_chunk": chunk, "episode_index": episode_index}
-        if flaw := self._columns["flaw"][episode_index]:
-            raise UserError(flaw)
-        return {name: int(self._columns[f"{kind}/{name}"][episode_index]) for name in PLACE}
+    def _film(self, episode_index: int, camera: str) -> tuple[Path, _Film, int]:
+        """Returns an episode's video file, the file's frames, and the number of the episode's first frame there.
 
-    def _episodes_in(self, episode_index: int) -> np.ndarray:
-        """Returns the episodes that share one's data file."""
+        Raises UserError where its place in the file is not certain.
+        """
+        entry, path = int(self._entries[episode_index]), self.video_path(episode_index, camera)
+        kind = f"videos/{self._camera_keys[camera]}"
+        film = _recent(self._films, (kind, path), OPEN_FILMS, partial(self._read_film, path, kind, entry))
+        if entry in film.flaws:
+            raise UserError(film.flaws[entry])
+        return path, film, film.firsts[entry]
+
+    def _read_film(self, path: Path, kind: str, entry: int) -> _Film:
+        entries = [its for its in self._entries_in(kind, entry).tolist() if not self._flaw_of(kind, its)]
+        times_N, lengths = film_times(path, self.fps), self._columns["length"][entries]
+        # In the older layout each episode has a file of its own, from second 0 on.
+        starts = np.zeros(1) if self.legacy else self._columns[f"{kind}/from_timestamp"][entries]
+        ends = lengths / self.fps if self.legacy else self._columns[f"{kind}/to_timestamp"][entries]
+        firsts, flaws = episode_frames(times_N, starts, ends, lengths, self.fps)
+        numbers, fix = self._columns["episode_index"][entries], "correct it or leave the episode out"
+        found = zip(entries, numbers, flaws, strict=True)
+        named = {its: f"{path}: episode {number} {flaw}; {fix}" for its, number, flaw in found if flaw}
+        closest = float(np.diff(times_N).min(initial=1 / self.fps))
+        return _Film(times_N, closest / 2, dict(zip(entries, firsts.tolist(), strict=True)), named)
+
+    def _task_of_frames(self, episode_index: int) -> str:
+        """Returns the task that an episode's first frame names; "" where none is known."""
+        path, span = self.data_path(episode_index), self.rows(episode_index)
+        if "task_index" not in _column_names(path):
+            return ""
+
+        def read() -> dict[str, np.ndarray | pa.ChunkedArray]:
+            return {"task_index": _integers(read_parquet(path, ["task_index"]), "task_index", path, empty=-1)}
+
+        column = _recent(self._tables, (path, "task_index"), OPEN_TABLES, read)["task_index"]
+        return self._task_of.get(int(column[span.start]), "")
+
+    def _file(self, kind: str, entry: int) -> str:
+        """Returns the file of a row of the metadata. kind: `data`, or `videos/KEY`."""
+        if flaw := self._flaw_of(kind, entry):
+            raise UserError(flaw)
         if self.legacy:
-            return np.array([episode_index])
-        chunks, files = self._columns["data/chunk_index"], self._columns["data/file_index"]
-        return np.flatnonzero((chunks == chunks[episode_index]) & (files == files[episode_index]))
+            number = int(self._columns["episode_index"][entry])
+            chunk = number // int(self.info.get("chunks_size") or LEGACY_CHUNK)
+            place = {"episode_chunk": chunk, "episode_index": number}
+        else:
+            place = {name: int(self._columns[f"{kind}/{name}"][entry]) for name in PLACE}
+        template = self.info["data_path" if kind == "data" else "video_path"]
+        return str(template.format(video_key=kind.removeprefix("videos/"), **place))
+
+    def _flaw_of(self, kind: str, entry: int) -> str:
+        """Returns what the metadata lacks to find a file (`data`, `videos/KEY`) of one of its rows; "" for nothing."""
+        of_kind = self._columns.get(f"{kind}/flaw")
+        return str(self._columns["flaw"][entry] or ("" if of_kind is None else of_kind[entry]))
+
+    def _entries_in(self, kind: str, entry: int) -> np.ndarray:
+        """Returns the rows of the metadata that share one's file (`data`, `videos/KEY`)."""
+        if self.legacy:
+            return np.array([entry])
+        chunks, files = (self._columns[f"{kind}/{name}"] for name in PLACE)
+        return np.flatnonzero((chunks == chunks[entry]) & (files == files[entry]))
+
+    def _leave_out_depth(self) -> None:
+        """Takes depth maps out of the cameras, and reports them. Raises UserError where no camera is left."""
+        deep = [camera for camera, key in self._camera_keys.items() if self._is_deep(key)]
+        self._camera_keys = {camera: key for camera, key in self._camera_keys.items() if camera not in deep}
+        self.cameras = tuple(self._camera_keys)
+        others = [key for key in all_image_keys(self.features) if key not in self._camera_keys.values()]
+        if not self.cameras:
+            raise UserError(_no_colour(self.root / INFO, others))
+        if others:
+            _warn_once(f"{self.root}: {len(others)} depth or grey cameras left out: {', '.join(others)}")
+
+    def _is_deep(self, key: str) -> bool:
+        """Whether the first image of a column that can be read has more than 8 bits, as depth maps have."""
+        if self.features[key]["dtype"] != "image":
+            return False
+        sound = (entry for entry in range(len(self)) if not self._flaw_of("data", entry))
+        for file in dict.fromkeys(self._file("data", entry) for entry in sound):
+            try:
+                with open_binary(self.root / file) as opened:
+                    parquet = _open_parquet(opened, [key], [0])
+                    rows = next(parquet.iter_batches(batch_size=1, row_groups=[0], columns=[key]))[key]
+                value = rows[0].as_py()
+                with Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value)) as image:
+                    return image.mode in DEEP_MODES
+            # What is wrong there is said when an image is read.
+            except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, StopIteration, SyntaxError):
+                continue
+            except Image.DecompressionBombError:
+                return False
+        return False
+
+    def _leave_out_bad(self) -> None:
+        """Leaves out, and counts, the episodes whose files are missing or do not fit. Raises UserError for all."""
+        problems = {}
+        for episode in range(len(self)):
+            try:
+                self.rows(episode)
+                for camera in self.cameras:
+                    if self.camera_feature(camera)["dtype"] == "video":
+                        self._film(episode, camera)
+            except UserError as error:
+                problems[episode] = str(error)
+        if not problems:
+            return
+        first = next(iter(problems.values()))
+        if len(problems) == len(self):
+            raise UserError(f"{first} (and so in all {len(self)} episodes)")
+        warn(f"left out: {len(problems)} of {len(self)} episodes; the first: {first}")
+        self._entries = np.array([entry for entry in range(len(self)) if entry not in problems])
+        self._instructions, self._sources = (self._columns[name][self._entries] for name in ("instruction", "source"))
+        self.lengths, self.numbers, self.num_tasks = (
+            self._columns[name][self._entries] for name in ("length", "episode_index", "num_tasks")
+        )
+        self.num_frames = int(self.lengths.sum())
 
     def _stored_images(self, path: Path, column: str, rows: Sequence[int]) -> UInt8[np.ndarray, "T H W 3"]:
         """Returns images of a column of {bytes, path}. Raises UserError naming file and row of a damaged one."""
@@ -267,26 +431,18 @@ class LeRobotDataset(Dataset):
             raise UserError(f"{path}: images of {column} differ in size between rows {rows[0]} and {rows[-1]}")
         return np.stack(images)
 
-    def _require_videos(self) -> None:
-        """Raises UserError with the first missing video file and their number.
 
-        Each folder is listed once, which is much faster than asking for every file.
-        """
-        for key in (key for key in video_keys(self.features) if key in self._camera_keys.values()):
-            if self.legacy:
-                places = [self._place("", episode) for episode in range(len(self))]
-            else:
-                whole = self._columns["flaw"] == ""
-                numbers = zip(*(self._columns[f"videos/{key}/{name}"][whole].tolist() for name in PLACE), strict=True)
-                places = [dict(zip(PLACE, pair, strict=True)) for pair in dict.fromkeys(numbers)]
-            files = [self.info["video_path"].format(video_key=key, **place) for place in places]
-            folders = {file.rpartition("/")[0] for file in files}
-            present = {f"{folder}/{name}" for folder in folders for name in _names_in(self.root / folder)}
-            if missing := [file for file in files if file not in present]:
-                raise UserError(
-                    f"{self.root / missing[0]}: no such file; {len(missing)} of {len(files)} video files of {key} are "
-                    "missing; download the dataset again, or leave the camera out"
-                )
+@dataclass(frozen=True)
+class _Film:
+    """The frames of a video file; by row of the metadata the first frame of each episode, or what is wrong with it.
+
+    times_N: when the frames are shown; tolerance: of finding one by its time. Seconds.
+    """
+
+    times_N: np.ndarray
+    tolerance: float
+    firsts: dict[int, int]
+    flaws: dict[int, str]
 
 
 def require_folder(dataset: Dataset) -> LeRobotDataset:
@@ -342,13 +498,13 @@ def read_info(root: Path) -> dict[str, Any]:
     return info
 
 
-def read_tasks(root: Path, legacy: bool) -> tuple[str, ...]:
-    """Reads the instructions, in the order of task_index; none where the file is missing."""
+def read_tasks(root: Path, legacy: bool) -> dict[int, str]:
+    """Reads the instruction of each task_index, in order; none where the file is missing."""
     if not (root / (LEGACY_TASKS if legacy else TASKS)).exists():
-        return ()
+        return {}
     if legacy:
         rows = _json_lines(root / LEGACY_TASKS, {"task_index": int, "task": str})
-        return tuple(row["task"] for row in sorted(rows, key=lambda row: row["task_index"]))
+        return dict(sorted((row["task_index"], row["task"]) for row in rows))
     path = root / TASKS
     table = read_parquet(path)
     # pandas gives an index without a name this one.
@@ -356,31 +512,43 @@ def read_tasks(root: Path, legacy: bool) -> tuple[str, ...]:
     if not names or "task_index" not in table.column_names:
         raise UserError(f"{path}: needs the columns task and task_index; {AGAIN}")
     pairs = zip(_integers(table, "task_index", path).tolist(), table[names[0]].to_pylist(), strict=True)
-    return tuple(task for _, task in sorted(pairs, key=lambda pair: pair[0]))
+    return dict(sorted((number, str(task or "")) for number, task in pairs))
 
 
-def read_episodes(root: Path, legacy: bool, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
+def read_episodes(
+    root: Path, legacy: bool, video_keys: Sequence[str], tasks: Mapping[int, str]
+) -> dict[str, np.ndarray]:
     """Reads the metadata of all episodes, in order, as columns.
 
-    length, instruction (the first of its tasks), num_tasks, source (what it was made from, where that is noted), flaw
-    (what is wrong with these, "" where nothing is), and for v3.0 its location: data/chunk_index, data/file_index, and
-    for each video key videos/KEY/chunk_index, videos/KEY/file_index, videos/KEY/from_timestamp.
+    episode_index, length, instruction (the first of its tasks), num_tasks, source (what it was made from, where that is
+    noted), flaw (what is wrong with these, "" where nothing is), and for v3.0 its location: data/chunk_index,
+    data/file_index, and for each video key videos/KEY/chunk_index, videos/KEY/file_index, videos/KEY/from_timestamp,
+    videos/KEY/to_timestamp, videos/KEY/flaw.
     """
     path = root / (LEGACY_EPISODES if legacy else EPISODES)
     with _parsing(path):
         columns = _legacy_episodes(path) if legacy else _episodes(root, video_keys)
-        tasks = columns.pop("tasks")
-        columns["num_tasks"] = np.array([len(its) for its in tasks], np.int64)
-        columns["instruction"] = np.array([str(its[0]) if len(its) else "" for its in tasks], object)
+        texts = [_texts_of(its, tasks) for its in columns.pop("tasks")]
+        columns["num_tasks"] = np.array([len(its) for its in texts], np.int64)
+        columns["instruction"] = np.array([its[0] if its else "" for its in texts], object)
     if not len(columns["length"]):
         raise UserError(f"{root}: holds no episode; write it again")
-    if (columns.pop("episode_index") != np.arange(len(tasks))).any():
-        raise UserError(f"{path}: episode_index does not count from 0; {AGAIN}")
+    numbers = columns["episode_index"]
+    if numbers[0] < 0 or (again := np.flatnonzero(np.diff(numbers) < 1)).size:
+        wrong = numbers[0] if numbers[0] < 0 else f"{numbers[again[0]]} twice"
+        raise UserError(f"{path}: lists episode_index {wrong}; {AGAIN}")
     if (columns["flaw"] != "").all():
         raise UserError(columns["flaw"][0])
     if (num_frames := sum(columns["length"].tolist())) > MOST_FRAMES:
         raise UserError(f"{path}: declares {num_frames} frames, more than {MOST_FRAMES}; {AGAIN}, or split it")
     return columns
+
+
+def _texts_of(tasks: Any, known: Mapping[int, str]) -> list[str]:
+    """Returns the instructions in an episode's `tasks`: texts, numbers of tasks, or one of them; without empty ones."""
+    listed = [tasks] if isinstance(tasks, str) else list(tasks)
+    texts = [known.get(task, "") if type(task) is int else str(task or "") for task in listed]
+    return [text for text in texts if text.strip()]
 
 
 def episode_files(root: Path) -> list[Path]:
@@ -559,10 +727,15 @@ def _check_features(path: Path, info: dict[str, Any]) -> None:
         for key in image_keys(features):
             inside(path.parent.parent, key)
     if not image_keys(features):
-        raise UserError(f"{path}: has no camera (no feature of dtype video or image); lapa learns from video")
+        raise UserError(_no_colour(path, all_image_keys(features)))
     needed = ["fps", "data_path", *(["video_path"] if video_keys(features) else [])]
     if lacking := [key for key in needed if info.get(key) is None]:
         raise UserError(f"{path}: lacks {', '.join(lacking)}; {AGAIN}")
+
+
+def _no_colour(path: Path, others: Sequence[str]) -> str:
+    found = f"only depth or grey images ({', '.join(others)})" if others else "no feature of dtype video or image"
+    return f"{path}: has no camera ({found}); lapa learns from colour video"
 
 
 def _check_templates(path: Path, info: dict[str, Any]) -> None:
@@ -615,34 +788,48 @@ def _renamed(features: dict[str, Any], stored: Mapping[str, str], path: Path) ->
 
 
 def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
-    integers = ["length", *(f"data/{name}" for name in PLACE)]
-    integers += [f"videos/{key}/{name}" for key in video_keys for name in PLACE]
-    starts = [f"videos/{key}/from_timestamp" for key in video_keys]
-    parts = [_episode_rows(path, integers, starts) for path in episode_files(root)]
+    parts = [_episode_rows(path, video_keys) for path in episode_files(root)]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(columns["episode_index"], kind="stable")
     return {name: values[order] for name, values in columns.items()}
 
 
-def _episode_rows(path: Path, integers: Sequence[str], starts: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads a file of episodes. What is empty, or no number of its kind, is a flaw of that episode alone."""
-    noted = ["source"] if "source" in _column_names(path) else []
-    table = read_parquet(path, ["episode_index", *integers, *starts, "tasks", *noted])
-    episodes = _integers(table, "episode_index", path)
-    columns = {"episode_index": episodes, "flaw": np.full(len(table), "", object)}
-    for name in (*integers, *starts):
-        values, least = _floats(table[name], f"{path}: {name}"), 1 if name == "length" else 0
-        fits = np.isfinite(values)
-        if name in integers:
-            fits &= (np.floor(values) == values) & (values >= least)
-        fits &= values < 2**53
-        for row in np.flatnonzero(~fits & (columns["flaw"] == "")):
-            columns["flaw"][row] = _episode_flaw(path, episodes[row], name, table[name][int(row)].as_py())
-        values = np.where(fits, values, least)
-        columns[name] = values.astype(np.int64) if name in integers else values
-    sources = table["source"].to_pylist() if noted else [""] * len(table)
-    columns["source"] = np.array([source or "" for source in sources], object)
-    columns["tasks"] = np.fromiter((its or [] for its in table["tasks"].to_pylist()), object, len(table))
+def _episode_rows(path: Path, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Reads a file of episodes.
+
+    What is empty, or no number of its kind, is a flaw of that episode alone, and what is lacking of a camera, of that
+    camera alone.
+    """
+    present, of_data = set(_column_names(path)), ["length", *(f"data/{name}" for name in PLACE)]
+    wanted = ["episode_index", *of_data]
+    of_cameras = {f"videos/{key}": [f"videos/{key}/{name}" for name in (*PLACE, *SPAN)] for key in video_keys}
+    ends = [f"videos/{key}/{SPAN[1]}" for key in video_keys]
+    optional = ["tasks", "source", *(name for names in of_cameras.values() for name in names)]
+    table = read_parquet(path, [*wanted, *(name for name in optional if name in present)])
+    columns = {"episode_index": _integers(table, "episode_index", path)}
+    for kind, names in {"": of_data, **of_cameras}.items():
+        lacking = [name for name in names if name not in present and name not in ends]
+        flaw = f"{path}: lacks the columns {', '.join(lacking)}; download it again, or choose other cameras"
+        flaws = np.full(len(table), flaw if lacking else "", object)
+        for name in names:
+            least = 1 if name == "length" else 0
+            if name not in present:
+                columns[name] = np.full(len(table), np.nan if name in ends else 0)
+                continue
+            values = _floats(table[name], f"{path}: {name}")
+            fits = np.isfinite(values)
+            if not name.endswith(SPAN):
+                fits &= (np.floor(values) == values) & (values >= least)
+            fits &= values < 2**53
+            for row in np.flatnonzero(~fits & (flaws == "")):
+                number = columns["episode_index"][row]
+                flaws[row] = _episode_flaw(path, number, name, table[name][int(row)].as_py())
+            values = np.where(fits, values, least)
+            columns[name] = values if name.endswith(SPAN) else values.astype(np.int64)
+        columns[f"{kind}/flaw" if kind else "flaw"] = flaws
+    for name, empty in (("source", ""), ("tasks", [])):
+        values = table[name].to_pylist() if name in present else [empty] * len(table)
+        columns[name] = np.fromiter((value or empty for value in values), object, len(table))
     return columns
 
 
@@ -774,9 +961,14 @@ def _matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarra
 
 def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, read: Callable[[], Value]) -> Value:
     """Returns cache[key], read where it is absent; the cache keeps the `most` last used."""
-    if key not in cache:
-        cache[key] = read()
-        if len(cache) > most:
-            cache.popitem(last=False)
-    cache.move_to_end(key)
-    return cache[key]
+    value = cache.pop(key) if key in cache else read()
+    cache[key] = value
+    if len(cache) > most:
+        cache.popitem(last=False)
+    return value
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Prints a warning, once in a process: a command may open a dataset several times."""
+    warn(message)

@@ -123,7 +123,8 @@ def rewrite_actions(
     if num_lost:
         say(f"{num_lost} of {len(dataset)} episodes left out: they have no actions")
     _link_videos(dataset, targets, sorted(rows))
-    totals = _write_episodes(dataset, targets, rows, list(features))
+    changes = {int(dataset.numbers[episode]): change for episode, change in rows.items()}
+    totals = _write_episodes(dataset, targets, changes, list(features))
     with atomic_path(out / TASKS) as temporary:
         shutil.copyfile(dataset.root / TASKS, temporary)
     write_json(out / STATS, totals)

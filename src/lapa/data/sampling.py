@@ -55,10 +55,15 @@ def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) ->
 
 
 def choose_cameras(datasets: Sequence[Dataset], cameras: Sequence[str] | None) -> list[list[str]]:
-    """Returns the cameras to read of each dataset, by default the first. Raises UserError where one is missing."""
-    if cameras is None:
-        return [[dataset.camera_name()] for dataset in datasets]
-    return [[dataset.camera_name(camera) for camera in cameras] for dataset in datasets]
+    """Returns the cameras to read of each dataset, by default the first.
+
+    Raises UserError where a dataset lacks one, or files of it.
+    """
+    wanted = [None] if cameras is None else cameras
+    chosen = [[dataset.camera_name(camera) for camera in wanted] for dataset in datasets]
+    for dataset, names in zip(datasets, chosen, strict=True):
+        dataset.require_files(names)
+    return chosen
 
 
 def parse_key(key: int | Sequence[int]) -> tuple[int, int]:

@@ -81,6 +81,10 @@ class EpisodeSteps(TrainingDataset):
         if not len(self._index):
             names = ", ".join(dataset.name for dataset in datasets)
             raise UserError(f"{names}: no step is left to train on; label the dataset again with a shorter horizon")
+        for number, dataset in enumerate(datasets):
+            its = self._index.of_dataset(number)
+            if bare := sum(not dataset.instruction(episode).strip() for episode in its):
+                warn(f"{dataset.name}: {bare} of {len(its)} episodes have no instruction")
         coded = [dataset.name for dataset in datasets if dataset.coded]
         if augment and coded:
             warn(f"{', '.join(coded)}: has image codes and no images, so nothing is augmented")

@@ -5,7 +5,7 @@
 
 A clip written here has a keyframe every second frame (g=2), so that a random frame costs one seek and at most two
 decoded frames; `python benchmarks/bench_data.py` measures what that is worth. Files stay open for further frames.
-Axes: T time, H W image, C channel.
+Axes: T time, H W image, C channel, N frames of a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +25,7 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from lapa.errors import UserError
 from lapa.files import atomic_path, is_remote, open_binary, reading, why_unreadable
@@ -34,6 +34,8 @@ from lapa.files import atomic_path, is_remote, open_binary, reading, why_unreada
 STILL_CODECS = ("mjpeg", "png", "bmp", "webp")
 # Relative difference up to which a mean rate counts as a constant one.
 VARIES = 0.01
+# Frames by which the length of a whole file may differ from that of its frames at a constant rate.
+STEADY = 0.02
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16
 # Width of a pixel beside its height, and the reverse, beyond which a file is taken to be damaged.
@@ -172,23 +174,51 @@ def decode_clip(path: Path, indices: Sequence[int], fps: float, start: float = 0
     indices: in any order, repeats allowed. Several episodes may share a file; each has its own `start`.
     Raises UserError naming the file where it cannot be read or ends before a frame that is asked for.
     """
+    times = {index: start + index / fps for index in set(indices)}
+    found = decode_times(path, times, tolerance=0.5 / fps)
+    return np.stack([found[index] for index in indices])
+
+
+def decode_times(path: Path, times: Mapping[int, float], tolerance: float) -> dict[int, UInt8[np.ndarray, "H W 3"]]:
+    """Reads the frame within `tolerance` of each time, in the file's own seconds. Raises UserError as `decode_clip`.
+
+    times: by any number of the frame, which is that of the result and of the error.
+    """
     clip = open_clip(path)
-    wanted = sorted(set(indices))
+    wanted = sorted(times, key=lambda number: times[number])
     found: dict[int, np.ndarray] = {}
     try:
-        for index in wanted:
-            frame = clip.frame_at(start + index / fps, tolerance=0.5 / fps)
+        for number in wanted:
+            frame = clip.frame_at(times[number], tolerance)
             if frame is not None:
-                found[index] = clip.to_rgb(frame)
+                found[number] = clip.to_rgb(frame)
     except (av.FFmpegError, OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be decoded ({error}); write the dataset again") from None
-    missing = [index for index in wanted if index not in found]
-    if missing:
+    missing = next((number for number in wanted if number not in found), None)
+    if missing is not None:
         raise UserError(
-            f"{path}: has no frame {missing[0]} ({start + missing[0] / fps:.3f} s at {fps:g} fps); "
+            f"{path}: has no frame {missing} (at {times[missing]:.3f} s); "
             "the video is shorter than the dataset's metadata, write the dataset again"
         )
-    return np.stack([found[index] for index in indices])
+    return found
+
+
+def film_times(path: Path, fps: float) -> Float[np.ndarray, "N"]:
+    """Returns when each frame of a file is shown, in order and in the file's own seconds.
+
+    By the header, where that has a constant rate of `fps`. Raises UserError as `probe`.
+    """
+    stream = open_clip(path).stream
+    length, first = stream.duration, stream.start_time
+    if stream.frames and length and first is not None and stream.time_base and stream.base_rate:
+        drift = abs(float(length * stream.time_base) * fps - stream.frames)
+        if drift < STEADY and abs(float(stream.base_rate) / fps - 1) < VARIES:
+            return float(first * stream.time_base) + np.arange(stream.frames) / fps
+    with open_video(path) as container:
+        times_N = np.array(_packet_times(container, film_of(container), path))
+    if not len(times_N):
+        raise UserError(f"{path}: has no frame; replace it or take it out")
+    return times_N
 
 
 def open_video(path: Path) -> InputContainer:

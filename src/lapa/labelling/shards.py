@@ -87,6 +87,7 @@ def make_plan(config: LabelConfig) -> Plan:
         )
     seconds = horizon_for(config.lam, dataset, model)
     horizon, camera = horizon_frames(seconds, dataset.fps), dataset.camera_name(config.camera)
+    dataset.require_files([camera])
     if not (dataset.lengths > horizon).any():
         raise UserError(
             f"{dataset.root}: all {len(dataset.lengths)} episodes are too short for the model's horizon of "

@@ -12,7 +12,7 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +48,8 @@ class LeRobotReading(Reading):
     """Whether the actions are `delta` or `absolute`, which LeRobot's datasets do not contain. --rate needs it."""
     binary: tuple[str, ...] = ()
     """Names of the action dimensions that are switches, such as a gripper that opens or shuts."""
+    skip_bad: bool = False
+    """Leave out, and count, episodes whose files are missing or do not fit the metadata."""
 
     def open(self) -> LeRobotSource:
         return LeRobotSource(self)
@@ -58,8 +60,14 @@ class LeRobotConfig(ConvertOptions, LeRobotReading):
     """Convert a LeRobot dataset (v3.0 or v2.1, a folder or on the hub) to a dataset of images of one size."""
 
     def open(self) -> LeRobotSource:
-        """As `LeRobotReading.open`; with --no-actions, damaged actions are no error."""
-        return LeRobotSource(self, with_numbers=self.actions)
+        """As `LeRobotReading.open`; with --no-actions, damaged actions are no error.
+
+        Raises UserError where files of the episodes up to --limit are missing, unless `skip_bad`.
+        """
+        source = LeRobotSource(replace(self, skip_bad=False), with_numbers=self.actions)
+        if not self.skip_bad:
+            source.require_files(self.limit)
+        return source
 
 
 class LeRobotSource(Source):
@@ -79,6 +87,7 @@ class LeRobotSource(Source):
             cameras=reading.camera,
             columns=columns,
             declared={key: value for key, value in declared.items() if value},
+            skip_bad=reading.skip_bad,
         )
         self.fps = dataset.fps
         self.cameras = {camera: dataset.image_shape(camera) for camera in dataset.cameras}
@@ -91,10 +100,14 @@ class LeRobotSource(Source):
             "source_fingerprint": dataset.fingerprint,
             **{key: column for key, column in columns.items() if column != key},
         }
+        episodes = zip(dataset.numbers.tolist(), dataset.lengths.tolist(), strict=True)
         self.items = [
-            Item(f"episode_{episode.index:06d}", (episode.index,), episode.instruction, episode.length)
-            for episode in dataset.episodes
+            Item(f"episode_{number:06d}", (index,), length=length) for index, (number, length) in enumerate(episodes)
         ]
+
+    def require_files(self, limit: int | None) -> None:
+        """Raises UserError where a file of the first `limit` episodes is missing."""
+        self._dataset.require_files(self._dataset.cameras, range(len(self.items))[:limit])
 
     def dataset(self, name: str | None = None) -> Dataset:
         """Returns the folder itself: the same dataset, with the same fingerprint, as `--data FOLDER`."""
@@ -106,7 +119,7 @@ class LeRobotSource(Source):
         numbers = self.numbers(item) if self.with_numbers else {}
         return Clip(
             {camera: self._frames(episode, camera) for camera in self.cameras},
-            item.instruction,
+            self._dataset.instruction(episode),
             numbers.get(ACTION),
             numbers.get(STATE),
             notes=(SEVERAL_TASKS,) if self._dataset.num_tasks[episode] > 1 else (),
