@@ -29,6 +29,8 @@ from lapa.errors import UserError
 from lapa.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
 from lapa.sources.synthetic import run as run_synthetic
 
+pytestmark = pytest.mark.usefixtures("edited_datasets")
+
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
@@ -240,7 +242,7 @@ def test_a_full_disk_leaves_only_whole_episodes(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(OSError, match="No space"):
             writing.add_episode({"front": grey(4)}, "task", actions=actions, source="s1")
         with pytest.raises(OSError, match="No space"):
-            writing._append({"source": "s1"})
+            writing._journal.append({"source": "s1"}, sync=True)
         with pytest.raises(OSError, match="No space"):
             writing.finish()
     assert (tmp_path / "d" / JOURNAL).read_bytes() == journal

@@ -21,6 +21,7 @@ import pytest
 from check_lerobot import LENGTHS, made_up, write_robot, write_v21
 from PIL import Image
 
+from lapa.checksums import SUMS
 from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
@@ -38,6 +39,8 @@ FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 DATA = "data/chunk-000/file-000.parquet"
 EPISODES_FILE = "meta/episodes/chunk-000/file-000.parquet"
 OLD_DATA = "data/chunk-000/episode_000001.parquet"
+
+pytestmark = pytest.mark.usefixtures("edited_datasets")
 
 
 @pytest.fixture(scope="module")
@@ -848,6 +851,7 @@ def test_a_small_file_takes_no_large_memory(robot: Dataset, tmp_path: Path) -> N
 
     def bomb(name: str, file: str, table: pa.Table, message: str, **options: Any) -> None:
         shutil.copytree(robot.root, tmp_path / name)
+        (tmp_path / name / SUMS).unlink()
         pq.write_table(table, tmp_path / name / file, **options)
         assert (tmp_path / name / file).stat().st_size < 2_000_000
         expected[name] = rf"{re.escape(file)}: cannot be read \({message}"

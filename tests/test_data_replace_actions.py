@@ -22,6 +22,8 @@ from lapa.errors import UserError
 from lapa.files import read_json
 from lapa.sources.synthetic import write_synthetic_dataset
 
+pytestmark = pytest.mark.usefixtures("edited_datasets")
+
 SPACE = ActionSpace.named(["x", "grip"], ["grip"], "delta")
 
 
@@ -289,14 +291,12 @@ def test_a_rewrite_leaves_no_partial_file_where_the_video_is_there_already(robot
 
 
 def test_an_unfinished_rewrite_is_begun_again(robot: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, write = tmp_path / "hidden", rewrite.write_json
+    out = tmp_path / "hidden"
 
-    def die(path: Path, value: object) -> None:
-        if path.name == "info.json":
-            raise KeyboardInterrupt
-        write(path, value)
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(rewrite, "write_json", die)
+    monkeypatch.setattr(rewrite, "write_marker", die)
     with pytest.raises(KeyboardInterrupt):
         hide(robot, out)
     monkeypatch.undo()

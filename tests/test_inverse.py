@@ -13,6 +13,7 @@ from lapa.baselines import inverse, pseudo_label
 from lapa.baselines.config import InverseConfig, InverseTrainConfig, PseudoLabelConfig
 from lapa.baselines.inverse import InverseDynamics, Recording, augmented, held_out_figures, inverse_fingerprint
 from lapa.baselines.pseudo_label import merge_pairs, pseudo_actions
+from lapa.checksums import SUMS
 from lapa.data import replace_actions as rewrite
 from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ActionSpace, Dataset
@@ -304,6 +305,7 @@ def test_a_damaged_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "bare/actions.safetensors").unlink()
     with pytest.raises(ValueError, match=r"actions\.safetensors: missing"):
         InverseDynamics.from_pretrained(tmp_path / "bare")
+    (tmp_path / "model" / SUMS).unlink()
     save_file({"place.weight": torch.zeros(2)}, tmp_path / "model/model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors: does not fit"):
         InverseDynamics.from_pretrained(tmp_path / "model")

@@ -24,6 +24,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lapa import config as configs
+from lapa.checksums import SUMS
 from lapa.data.episode_decoders import EpisodeDecoders
 from lapa.data.labels import EpisodeLabels, Labels, Manifest, shard_path, write_shard
 from lapa.data.spec import open_dataset
@@ -392,6 +393,7 @@ def test_a_dataset_may_have_its_own_horizon(data: Path, lam: Path, tmp_path: Pat
     run(LabelConfig(lam=lam, data=f"{data},horizon=0.5", out=tmp_path / "given"))
     # As its training wrote it down, for this dataset.
     trained = shutil.copytree(lam, tmp_path / "trained")
+    (trained / SUMS).unlink()
     config = read_json(trained / "config.json")
     known = {open_dataset(data).fingerprint: {"name": "videos", "horizon_seconds": 0.5}}
     write_json(trained / "config.json", {**config, "datasets": known})
@@ -477,7 +479,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_decoding_in_processes_and_more_threads_change_no_bit(
     data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert sorted(whole) == [*(f"episodes-{i:06d}-{i + 1:06d}.parquet" for i in (0, 2, 4)), "manifest.json"]
+    assert sorted(whole) == [SUMS, *(f"episodes-{i:06d}-{i + 1:06d}.parquet" for i in (0, 2, 4)), "manifest.json"]
     monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", 5)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lapa.checksums import SUMS
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.latent import model as model_file
@@ -309,11 +310,14 @@ def test_what_is_not_a_saved_model_is_named(tmp_path, monkeypatch):
     model = LatentActionModel(TINY)
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"half of a file")
-    with pytest.raises(ValueError, match=r"model\.safetensors: does not fit the config.json of its folder"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged or changed"):
+        LatentActionModel.from_pretrained(tmp_path)
+    (tmp_path / SUMS).unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors: does not fit the config next to it"):
         LatentActionModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     for read in (LatentActionModel.from_pretrained, lam_fingerprint):
-        with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: (missing|no such file)"):
             read(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="give the folder of a latent action model"):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from lapa.checksums import SUMS
 from lapa.data.dataset import ActionSpace
 from lapa.errors import UserError
 from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
@@ -135,11 +136,14 @@ def damage_tokenizer(folder, text):
         (lambda folder: (folder / "model" / "model.safetensors").unlink(), r"model\.safetensors: missing"),
         (
             lambda folder: (folder / "model" / "model.safetensors").write_bytes(b"x" * 99),
-            r"model\.safetensors: does not fit",
+            r"model\.safetensors: damaged or changed",
         ),
         (lambda folder: (folder / "actions.safetensors").unlink(), r"actions\.safetensors: missing"),
-        (lambda folder: shutil.rmtree(folder / "processor"), r"no tokenizer\.json"),
-        *((lambda folder, text=text: damage_tokenizer(folder, text), r"tokenizer\.json: damaged") for text in DAMAGED),
+        (lambda folder: shutil.rmtree(folder / "processor"), r"processor/.*: missing"),
+        *(
+            (lambda folder, text=text: damage_tokenizer(folder, text), r"tokenizer\.json: damaged or changed")
+            for text in DAMAGED
+        ),
     ],
 )
 def test_a_spoilt_folder_is_named(folders, tmp_path, spoil, message):
@@ -150,9 +154,20 @@ def test_a_spoilt_folder_is_named(folders, tmp_path, spoil, message):
         Policy.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_tokenizer_of_an_earlier_version_is_named(folders, tmp_path, text):
+    folder = tmp_path / "policy"
+    shutil.copytree(folders / "acting", folder)
+    (folder / SUMS).unlink()
+    damage_tokenizer(folder, text)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: damaged, or"):
+        Policy.from_pretrained(folder)
+
+
 def test_weights_of_another_size_are_refused(folders, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(folders / "acting", folder)
+    (folder / SUMS).unlink()
     written = json.loads((folder / "config.json").read_text())
     written["policy"]["backbone"]["layers"] = 2
     (folder / "config.json").write_text(json.dumps(written))
@@ -163,6 +178,7 @@ def test_weights_of_another_size_are_refused(folders, tmp_path):
 def test_a_policy_saved_before_statistics_had_names_loads(folders, policy, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(folders / "acting", folder)
+    (folder / SUMS).unlink()
     written = json.loads((folder / "config.json").read_text())
     (space,) = written["policy"].pop("spaces")
     written["policy"]["action_space"] = space["space"]

@@ -230,7 +230,7 @@ def test_a_checkpoint_of_another_config_and_a_broken_one_are_refused(tmp_path: P
         run(tmp_path, SHARD, resume=True, run_config={"a": 2})
     for path in (tmp_path / "training" / "checkpoint" / "step-2").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"latest\.json: not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"SHA256SUMS: damaged|its SHA-256 is not that in SHA256SUMS"):
         run(tmp_path, SHARD, resume=True)
 
 

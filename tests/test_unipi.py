@@ -18,6 +18,7 @@ from lapa.baselines.inverse import InverseDynamics, Recording
 from lapa.baselines.unipi import UniPi
 from lapa.baselines.video_model import VideoModel
 from lapa.baselines.video_train import FutureFrames
+from lapa.checksums import SUMS
 from lapa.data.dataset import ActionSpace
 from lapa.data.spec import open_dataset
 from lapa.engine.config import LoopConfig, OptimConfig
@@ -324,6 +325,7 @@ def test_sizes_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
 def test_a_part_that_was_changed_is_named(root: Path, tmp_path: Path, part: str) -> None:
     unipi.run(UniPiConfig(root / "video", root / "inverse", tmp_path / "policy"))
     path = tmp_path / "policy" / part / "model.safetensors"
+    (path.parent / SUMS).unlink()
     weights = load_file(path)
     next(iter(weights.values())).view(-1)[0] += 1e-3
     save_file(weights, path)
@@ -345,6 +347,7 @@ def test_a_preset_takes_images_of_one_size_in_all_stages(name: str) -> None:
 def test_a_spoilt_folder_is_named(root: Path, tmp_path: Path) -> None:
     unipi.run(UniPiConfig(root / "video", root / "inverse", tmp_path / "policy"))
     config = tmp_path / "policy" / "video" / "config.json"
+    (config.parent / SUMS).unlink()
     written = json.loads(config.read_text())
     written["video"]["widths"] = [16, 32]
     config.write_text(json.dumps(written))

@@ -78,6 +78,8 @@ VERBS = (
          "a dataset -> the same videos without actions and states"),
     Verb("data info", "lapa.data.config:InfoConfig", "lapa.data.info:run",
          "what a dataset holds, with a contact sheet"),
+    Verb("data check", "lapa.data.config:CheckConfig", "lapa.data.check:run",
+         "reads every file of a dataset and names the damaged ones"),
     Verb("latent train", "lapa.latent.config:LatentTrainConfig", "lapa.latent.train:run",
          "datasets -> a latent action model (LAM)", presets="latent"),
     Verb("latent probe", "lapa.latent.config:ProbeConfig", "lapa.latent.probe:run",

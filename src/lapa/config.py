@@ -6,6 +6,7 @@ An error names the file, the key and, for a typo, the nearest known name.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -59,6 +60,8 @@ def require_same(path: Path, now: Mapping[str, Any], then: Mapping[str, Any] | N
     if not as_path(path).exists():
         return
     then = read_json(path) if then is None else then
+    if not isinstance(then, Mapping):
+        raise UserError(f"{path}: expected an object; use --overwrite to start anew")
     changed = differences({key: then.get(key) for key in now}, now)
     if changed:
         raise UserError(
@@ -118,6 +121,10 @@ def typed(hint: Any, value: Any, source: str, text: bool = False) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, source)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{source}: expected an object, got {value!r}")
+        return {key: typed(arguments[1], item, f"{source}.{key}", text) for key, item in value.items()}
     if origin in (tuple, list):
         values = value.split("+") if text else value
         if not isinstance(values, list | tuple):
@@ -135,7 +142,8 @@ def _scalar(hint: type, value: Any, source: str, text: bool) -> Any:
             value = hint(value)
     except (KeyError, OverflowError, TypeError, ValueError):
         raise error from None
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)) or infinite:
         raise error
     return value
 

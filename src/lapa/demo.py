@@ -119,7 +119,8 @@ def stages(config: DemoConfig) -> list[Stage]:
 def report(config: DemoConfig, seconds: dict[str, float]) -> None:
     """Prints the table, and writes demo.json."""
     path = config.out / RESULTS
-    before = read_json(path)["seconds"] if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
+    before = known.get("seconds", {}) if isinstance(known, dict) else {}
     results = {name: read_json(config.out / "results" / who / "results.json") for name, who in ARMS.items()}
     table = Table("success (95% interval)", *results)
     for task in next(iter(results.values()))["tasks"]:

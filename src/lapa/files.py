@@ -27,6 +27,9 @@ FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abf
 # A URL after pathlib, which makes `s3:/bucket` of `s3://bucket`.
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
+# Of JSON: no file of ours is nested more, and code that descends into it must come to an end.
+DEEPEST = 100
+
 # Control characters, halves of a surrogate pair, and the separator of Windows: in no path that a file names.
 NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]")
 
@@ -179,10 +182,20 @@ def errors_about(path: Path | str | None) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode())
+
+
+def as_json(value: Any) -> str:
+    """The text that `write_json` writes. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. Raises ValueError for NaN and infinity."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, as_json(value))
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -200,14 +213,33 @@ def read_json(path: Path) -> Any:
         content = path.read_bytes()
     # Besides malformed JSON: numbers of thousands of digits are a ValueError, thousands of brackets a RecursionError.
     try:
-        return parse_json(content)
+        value = parse_json(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+    if content.count(b"[") + content.count(b"{") > DEEPEST and _deeper(value, DEEPEST):
+        raise UserError(f"{path}: not valid here: JSON nested more than {DEEPEST} deep")
+    return value
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """Reads a file of one JSON value per line, [] without a file; a last line that a kill cut short is left out.
+def _deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects are nested more than `most` deep."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for group in level
+            for item in (group.values() if isinstance(group, dict) else group)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
+
+def read_json_lines(path: Path, **keys: type) -> list[dict[str, Any]]:
+    """Reads a file of one JSON object per line, [] without a file; a last line that a kill cut short is left out.
+
+    keys: those that each must have, with the type of its value.
     Raises UserError naming the file and the line that is damaged.
     """
     if not path.exists():
@@ -218,9 +250,13 @@ def read_json_lines(path: Path) -> list[Any]:
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             try:
-                values.append(parse_json(line))
+                value = parse_json(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error}); correct it, or start anew") from None
+            if not isinstance(value, dict) or not all(type(value.get(key)) is kind for key, kind in keys.items()):
+                wanted = f" with {', '.join(keys)}" if keys else ""
+                raise UserError(f"{path}: line {number} is no object{wanted}; correct it, or start anew")
+            values.append(value)
     return values
 
 

@@ -30,6 +30,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lapa import checksums
 from lapa import config as configs
 from lapa.baselines.config import InverseConfig, InverseTrainConfig
 from lapa.console import finish, is_main_process, say
@@ -43,8 +44,8 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json, write_json
 from lapa.nn.vision import residual_tower
+from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionScale, warn_of_ranges
-from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.open_loop import action_figures
 from lapa.types import Losses, TrainableModel
 
@@ -127,13 +128,15 @@ class InverseDynamics(TrainableModel, nn.Module):
         self.scale.save(folder / ACTIONS)
         write_json(folder / "metrics.json", dict(metrics or {}))
         model = {"sizes": configs.to_dict(self.config), "recording": configs.to_dict(self.recording)}
-        write_json(folder / CONFIG, {"inverse_dynamics": model, "run": dict(run or {})})
+        whole = {"inverse_dynamics": model, "run": dict(run or {})}
+        checksums.write_marker(folder, CONFIG, whole, [WEIGHTS, ACTIONS, "metrics.json"])
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> InverseDynamics:
         """Reads a saved model onto the CPU, in evaluation mode. Raises UserError naming the file that does not fit."""
         folder = Path(folder)
         parts = read_inverse_config(folder)
+        checksums.verify(folder, "copy or train the model again")
         model = cls(
             configs.from_dict(InverseConfig, parts["sizes"], str(folder / CONFIG)),
             configs.from_dict(Recording, parts["recording"], str(folder / CONFIG)),

@@ -29,6 +29,7 @@ from lapa import config as configs
 from lapa.baselines.config import UniPiConfig
 from lapa.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, TOKENIZER, WEIGHTS, VideoModel
+from lapa.checksums import verify, write_marker
 from lapa.console import finish, warn
 from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import resize_and_crop
@@ -71,7 +72,8 @@ def run(config: UniPiConfig) -> None:
     )
     for source, name in ((config.video, VIDEO), (config.inverse, INVERSE)):
         shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png"))
-    configs.save(Acting(config.sampling_steps, config.guidance, 0, **fingerprints(config.out)), config.out / CONFIG)
+    acting = Acting(config.sampling_steps, config.guidance, 0, **fingerprints(config.out))
+    write_marker(config.out, CONFIG, configs.to_dict(acting), ())
     finish("policy", config.out, [f"lapa evaluate {shlex.quote(str(config.out))} --env ENVIRONMENT --out RESULTS"])
 
 
@@ -110,6 +112,7 @@ class UniPi(Actor):
         """Loads a joined policy. Raises UserError where a part is missing, was changed, or does not fit the other."""
         folder = Path(folder)
         acting = configs.load(Acting, folder / CONFIG)
+        verify(folder, "join the two models again with `lapa baseline unipi`")
         video, inverse = VideoModel.from_pretrained(folder / VIDEO), InverseDynamics.from_pretrained(folder / INVERSE)
         for name, now in fingerprints(folder).items():
             if now != (joined := getattr(acting, name)):

@@ -28,9 +28,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lapa import config as configs
 from lapa.baselines.config import NORM_GROUPS, VideoConfig
+from lapa.checksums import files_below, verify, write_marker
 from lapa.errors import UserError
-from lapa.files import read_json, write_json
-from lapa.policy.backbones.base import load_weights, save_weights
+from lapa.files import read_json
+from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.backbones.tiny import load_tokenizer, save_tokenizer
 from lapa.types import Losses, TrainableModel
 
@@ -72,6 +73,7 @@ class VideoModel(TrainableModel, nn.Module):
         if not isinstance(written, dict) or not {"video", "camera"} <= set(written):
             raise UserError(f"{path}: not the config of a video model (no keys video and camera); give another folder")
         config = configs.from_dict(VideoConfig, written["video"], source=str(path))
+        verify(folder, "copy or train the model again")
         model = cls(config, load_tokenizer(folder / TOKENIZER))
         load_weights(model, folder / WEIGHTS)
         return model.eval()
@@ -80,7 +82,8 @@ class VideoModel(TrainableModel, nn.Module):
         """Writes the folder, `config.json` last. camera: the one that it learned from."""
         save_weights(self, folder / WEIGHTS)
         save_tokenizer(self.tokenizer, folder / TOKENIZER)
-        write_json(folder / CONFIG, {"video": configs.to_dict(self.config), "camera": camera, "run": run})
+        whole = {"video": configs.to_dict(self.config), "camera": camera, "run": run}
+        write_marker(folder, CONFIG, whole, [WEIGHTS, *files_below(folder, TOKENIZER)])
 
     def checkpoint_activations(self) -> None:
         """Less memory in training: for --gradient-checkpointing."""

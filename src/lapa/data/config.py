@@ -1,4 +1,4 @@
-"""Options of the converter, of mixtures of datasets, of `lapa data info` and of `lapa data hide-actions`."""
+"""Options of the converter, of mixtures of datasets, and of `lapa data info`, `check` and `hide-actions`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,14 @@ class InfoConfig:
     sheet: Path | None = None
     """PNG to draw the contact sheet to; by default contact_sheet.png in the dataset's folder, or, for a source in place
     and for a remote dataset, NAME_contact_sheet.png here."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Read every file of a dataset and name the damaged ones; the exit status is 2 where there is one."""
+
+    data: Annotated[str, tyro.conf.Positional]
+    """The dataset: [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
 
 
 @dataclass(frozen=True)

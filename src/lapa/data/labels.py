@@ -9,7 +9,7 @@ Axes: T time, L latent action length, D width, N rows of all episodes.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapa import config as configs
+from lapa.checksums import opened_line, read_sums, require_sum, sealed_line, verify, write_marker
 from lapa.errors import UserError
 from lapa.files import as_path, atomic_path, open_binary, reading
 
@@ -30,6 +31,7 @@ LISTS = ("codes", "embedding")
 # The key of a shard's notes in its schema.
 NOTES = b"lapa"
 MAKE_AGAIN = "run `lapa label --resume`, which makes it again"
+LABEL_ANEW = "run `lapa label --overwrite`"
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ def shard_episodes(path: Path) -> tuple[int, int]:
 
 
 def write_shard(path: Path, episodes: dict[int, EpisodeLabels], notes: ShardNotes | None = None) -> None:
-    """Writes one shard, atomically, sorted by episode and frame."""
+    """Writes one shard, atomically, sorted by episode and frame. Raises UserError where codes are no codes."""
     order = sorted(episodes)
+    for i in order:
+        require_codes(episodes[i].codes_TL, 2**31, f"{path}: episode {i}")
     columns = {
         "episode_index": np.concatenate([np.full(len(episodes[i].frame_indices_T), i, np.int64) for i in order]),
         "frame_index": np.concatenate([episodes[i].frame_indices_T.astype(np.int64) for i in order]),
@@ -102,15 +106,20 @@ def write_shard(path: Path, episodes: dict[int, EpisodeLabels], notes: ShardNote
         )
         table = table.append_column("embedding", _fixed_lists(flat))
     if notes is not None:
-        table = table.replace_schema_metadata({NOTES: json.dumps(configs.to_dict(notes)).encode()})
+        table = table.replace_schema_metadata({NOTES: sealed_line(configs.to_dict(notes))[0]})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
-def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Reads a shard and verifies its checksums. Raises UserError naming the file where it is damaged."""
+def read_shard(path: Path, columns: Sequence[str] | None = None, sha256: str | None = None) -> pa.Table:
+    """Reads a shard and verifies its checksums. Raises UserError naming the file where it is damaged.
+
+    sha256: the checksum of the whole file, where it is known.
+    """
     try:
         with reading(path, MAKE_AGAIN), open_binary(path) as file:
+            if sha256 is not None:
+                require_sum(path, hashlib.sha256(file.read()).hexdigest(), sha256, LABEL_ANEW)
             table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
     # Names of columns that are not UTF-8 raise UnicodeDecodeError.
     except (pa.ArrowException, UnicodeDecodeError) as error:
@@ -123,37 +132,90 @@ def read_shard(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def shard_notes(path: Path, table: pa.Table) -> ShardNotes:
     """Returns the notes of a shard that was read. Raises UserError naming the file where they are damaged."""
+    line = (table.schema.metadata or {}).get(NOTES)
+    if line is None:
+        return ShardNotes()
     try:
-        notes = json.loads((table.schema.metadata or {}).get(NOTES, b"{}"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged (its notes are not JSON: {error}); {MAKE_AGAIN}") from None
-    return configs.from_dict(ShardNotes, notes, str(path))
+        notes = configs.from_dict(ShardNotes, opened_line(line)[0])
+    except UserError as error:
+        raise UserError(f"{path}: damaged (its notes: {error}); {MAKE_AGAIN}") from None
+    return notes
+
+
+def table_codes(table: pa.Table, length: int, codebook_size: int, path: Path) -> np.ndarray:
+    """Returns the codes of a shard [N, L], not narrowed. Raises UserError naming the file for what is no code."""
+    column = table["codes"]
+    if column.type.list_size != length:
+        raise UserError(f"{path}: its codes are {column.type.list_size} long, {length} in {MANIFEST}; {LABEL_ANEW}")
+    if column.combine_chunks().flatten().null_count or column.null_count:
+        raise UserError(f"{path}: codes are missing; {LABEL_ANEW}")
+    codes_NL = _from_fixed_lists(column)
+    require_codes(codes_NL, codebook_size, str(path))
+    return codes_NL
+
+
+def require_codes(codes_NL: np.ndarray, codebook_size: int, source: str) -> None:
+    """Raises UserError naming `source` where codes are no whole numbers from 0 to below the size of the codebook."""
+    if not np.issubdtype(codes_NL.dtype, np.integer):
+        raise UserError(f"{source}: its codes are {codes_NL.dtype}, expected whole numbers; {LABEL_ANEW}")
+    if codes_NL.size and not 0 <= int(codes_NL.min()) <= int(codes_NL.max()) < codebook_size:
+        found = f"{int(codes_NL.min())} to {int(codes_NL.max())}"
+        raise UserError(f"{source}: its codes lie in {found}, expected 0 to {codebook_size - 1}; {LABEL_ANEW}")
+
+
+def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """Returns a column of numbers of episodes or frames. Raises UserError naming the file for anything else."""
+    column = table[name]
+    if not pa.types.is_integer(column.type) or column.null_count:
+        kind = "empty values" if column.null_count else column.type
+        raise UserError(f"{path}: {name} holds {kind}, expected whole numbers; {LABEL_ANEW}")
+    numbers_N = column.to_numpy()
+    if len(numbers_N) and not 0 <= int(numbers_N.min()) <= int(numbers_N.max()) < 2**31:
+        raise UserError(
+            f"{path}: {name} lies in {numbers_N.min()} to {numbers_N.max()}, expected numbers from 0; {LABEL_ANEW}"
+        )
+    return numbers_N
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest, which marks labels as complete, and the checksums of the shards."""
+    write_marker(folder, MANIFEST, configs.to_dict(manifest), (path.name for path in folder.glob(SHARDS)))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of finished labels. Raises UserError naming it where it is damaged."""
+    path = folder / MANIFEST
+    manifest = configs.load(Manifest, path)
+    verify(folder, LABEL_ANEW, {name: digest for name, digest in read_sums(folder).items() if name == MANIFEST})
+    if min(manifest.latent_length, manifest.codebook_size) < 1 or manifest.num_rows < 0:
+        raise UserError(f"{path}: its sizes cannot be; {LABEL_ANEW}")
+    return manifest
 
 
 class Labels:
     """A finished labels folder. Codes are held in memory, as small integers; embeddings are read when asked for."""
 
-    def __init__(self, folder: Path, manifest: Manifest, tables: Iterable[pa.Table]) -> None:
-        """tables: of the shards, in order; each is read after the one before it was copied."""
+    def __init__(self, folder: Path, manifest: Manifest, shards: Iterable[tuple[Path, pa.Table]]) -> None:
+        """shards: file and table of each, in order; each is read after the one before it was copied."""
         self.folder, self.manifest = folder, manifest
         rows, length = manifest.num_rows, manifest.latent_length
         small = np.int16 if manifest.codebook_size <= 2**15 else np.int32
-        self._codes_NL, self._frames_N = np.empty((rows, length), small), np.empty(rows, np.int32)
-        episodes_N, taken = np.empty(rows, np.int32), 0
-        for table in tables:
+        try:
+            self._codes_NL, self._frames_N = np.empty((rows, length), small), np.empty(rows, np.int32)
+            episodes_N, taken = np.empty(rows, np.int32), 0
+        except (MemoryError, OverflowError, ValueError):
+            raise UserError(f"{folder / MANIFEST}: {rows} rows of {length} codes cannot be; {LABEL_ANEW}") from None
+        for path, table in shards:
             there = slice(taken, taken + len(table))
             taken = there.stop
             if taken <= rows:
-                if table["codes"].type.list_size != length:
-                    raise UserError(
-                        f"{folder}: its codes are {table['codes'].type.list_size} long, {length} in {MANIFEST}; "
-                        "run `lapa label --overwrite`"
-                    )
-                self._codes_NL[there] = _from_fixed_lists(table["codes"])
-                self._frames_N[there] = table["frame_index"].to_numpy()
-                episodes_N[there] = table["episode_index"].to_numpy()
+                self._codes_NL[there] = table_codes(table, length, manifest.codebook_size, path)
+                self._frames_N[there] = _numbers(table, "frame_index", path)
+                episodes_N[there] = _numbers(table, "episode_index", path)
         if taken != rows:
-            raise UserError(f"{folder}: has {taken} rows, {rows} in {MANIFEST}; run `lapa label --overwrite`")
+            raise UserError(f"{folder}: has {taken} rows, {rows} in {MANIFEST}; {LABEL_ANEW}")
+        if (np.diff(episodes_N) < 0).any():
+            raise UserError(f"{folder}: its episodes are not in order; {LABEL_ANEW}")
         # Rows are sorted by episode: episode i's begin at _starts[i].
         last = int(episodes_N[-1]) if rows else -1
         self._starts = np.searchsorted(episodes_N, np.arange(last + 2))
@@ -171,7 +233,7 @@ class Labels:
             raise UserError(f"{folder}: no such labels folder; make one with `lapa label --lam LAM --data DATASET`")
         if not (folder / MANIFEST).exists():
             raise UserError(f"{folder}: unfinished or not a labels folder (no {MANIFEST}); run `lapa label --resume`")
-        manifest = configs.load(Manifest, folder / MANIFEST)
+        manifest = read_manifest(folder)
         if lam_fingerprint is not None and manifest.lam_fingerprint != lam_fingerprint:
             raise UserError(
                 f"{folder}: made by the latent action model {manifest.lam_fingerprint}, not by {lam_fingerprint}; "
@@ -181,9 +243,9 @@ class Labels:
             raise UserError(
                 f"{folder}: labels another dataset, or an earlier state of this one; run `lapa label` again"
             )
-        columns = ["episode_index", "frame_index", "codes"]
+        columns, sums = ["episode_index", "frame_index", "codes"], read_sums(folder)
         paths = sorted(folder.glob(SHARDS), key=shard_episodes)
-        return cls(folder, manifest, (read_shard(path, columns) for path in paths))
+        return cls(folder, manifest, ((path, read_shard(path, columns, sums.get(path.name))) for path in paths))
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the labelled frames of an episode, (frame_indices_T, codes_TL), both int64, perhaps empty."""
@@ -201,7 +263,7 @@ class Labels:
                 table = read_shard(path, ["episode_index", "embedding"])
                 rows = np.searchsorted(table["episode_index"].to_numpy(), [episode_index, episode_index + 1])
                 return _from_fixed_lists(table["embedding"])[slice(*rows)]
-        raise UserError(f"{self.folder}: has no shard with episode {episode_index}; run `lapa label --overwrite`")
+        raise UserError(f"{self.folder}: has no shard with episode {episode_index}; {LABEL_ANEW}")
 
 
 def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:

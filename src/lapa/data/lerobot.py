@@ -24,6 +24,7 @@ import json
 import math
 import re
 import string
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from lapa.checksums import SUMS, read_sums, sha256, verify
 from lapa.console import warn
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, all_image_keys, image_keys
 from lapa.data.films import episode_frames
@@ -135,6 +137,10 @@ class LeRobotDataset(Dataset):
         tasks = root / (LEGACY_TASKS if self.legacy else TASKS)
         if not self._columns["num_tasks"].all() and not tasks.exists():
             raise UserError(f"{tasks}: no such file, and not all episodes name their tasks; {AGAIN}")
+        # Videos are many and large: `lapa data check` compares theirs.
+        self._sums = {name: digest for name, digest in read_sums(root).items() if not name.startswith("videos/")}
+        opened = {name for name in self._sums if name in (INFO, TASKS) or name.startswith(EPISODES)}
+        verify(root, AGAIN, {name: self._sums[name] for name in opened})
         self._stored = {ACTION: ACTION, STATE: STATE, **(columns or {})}
         self._declared = dict(declared or {})
         super().__init__(
@@ -183,6 +189,9 @@ class LeRobotDataset(Dataset):
         """The notes of the command that wrote the dataset; empty for datasets from elsewhere."""
         path = self.root / EXTRA
         noted = read_json(path) if path.exists() else {}
+        # People declare their robot's actions there.
+        if path.exists() and sha256(path) != self._sums.get(EXTRA, sha256(path)):
+            warn(f"{path}: edited by hand, or damaged: its SHA-256 is not that in {SUMS}")
         if not isinstance(noted, dict):
             raise UserError(f"{path}: expected an object, got {noted!r}; correct it, or delete it")
         known = noted.get(ACTION_SPACE, {})
@@ -240,6 +249,8 @@ class LeRobotDataset(Dataset):
         entry = int(self._entries[episode_index])
         if self._first_rows[entry] < 0 and entry not in self._flaws:
             path = self.data_path(episode_index)
+            name = path.relative_to(self.root).as_posix()
+            verify(self.root, AGAIN, {name: self._sums[name]} if name in self._sums else {})
             timed = ["timestamp"] if "timestamp" in _column_names(path) else []
             table = read_parquet(path, ["episode_index", *timed])
             owners = _integers(table, "episode_index", path, empty=-1)
@@ -488,7 +499,7 @@ def read_info(root: Path) -> dict[str, Any]:
         fix = "convert it with LeRobot's own scripts" if str(version) < "v2.0" else "update lapa"
         raise UserError(f"{path}: is LeRobotDataset {version}, {known} are read; {fix}")
     _check_features(path, info)
-    if not isinstance(info["fps"], int | float) or not 0 < info["fps"] < math.inf:
+    if type(info["fps"]) not in (int, float) or not 0 < info["fps"] <= sys.float_info.max:
         raise UserError(f"{path}: fps must be a number above 0, got {info['fps']!r}")
     _check_templates(path, info)
     try:
@@ -574,7 +585,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
         table.validate(full=True)
         if any(_texts_in(column) for column in table.columns):
             _require_memory(sum(map(_text_size, table.columns)), file)
-            table = pq.ParquetFile(file).read(columns=columns)
+            table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
     return table
 
 
@@ -583,7 +594,7 @@ def _open_parquet(file: BinaryIO, columns: Sequence[str] | None, groups: Sequenc
 
     Raises ValueError where they would be far larger in memory than the file.
     """
-    parquet = pq.ParquetFile(file)
+    parquet = pq.ParquetFile(file, page_checksum_verification=True)
     metadata, leaves = parquet.metadata, list(range(len(parquet.schema)))
     paths = [parquet.schema.column(leaf).path for leaf in leaves]
     if columns is not None:
@@ -603,7 +614,7 @@ def _open_parquet(file: BinaryIO, columns: Sequence[str] | None, groups: Sequenc
             total += max(chunk.total_uncompressed_size, values * width)
     _require_memory(total, file)
     texts = [paths[leaf] for leaf in leaves if parquet.schema.column(leaf).physical_type == "BYTE_ARRAY"]
-    return pq.ParquetFile(file, read_dictionary=texts) if texts else parquet
+    return pq.ParquetFile(file, read_dictionary=texts, page_checksum_verification=True) if texts else parquet
 
 
 def _require_memory(num_bytes: int, file: BinaryIO) -> None:

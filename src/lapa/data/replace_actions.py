@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lapa import config as configs
+from lapa.checksums import read_sums, write_marker
 from lapa.console import finish, say
 from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys, require_finite
@@ -42,7 +42,7 @@ from lapa.data.lerobot import (
 )
 from lapa.data.spec import open_dataset
 from lapa.data.video import probe
-from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of
+from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of, write_parquet
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, inside, read_json_lines, write_json
 
@@ -122,7 +122,7 @@ def rewrite_actions(
         raise UserError(f"{dataset.root}: every one of its {num_lost} episodes is left out; nothing is left to write")
     if num_lost:
         say(f"{num_lost} of {len(dataset)} episodes left out: they have no actions")
-    _link_videos(dataset, targets, sorted(rows))
+    videos = _link_videos(dataset, targets, sorted(rows))
     changes = {int(dataset.numbers[episode]): change for episode, change in rows.items()}
     totals = _write_episodes(dataset, targets, changes, list(features))
     with atomic_path(out / TASKS) as temporary:
@@ -133,7 +133,10 @@ def rewrite_actions(
     info = {**dataset.info, "features": features, "total_episodes": len(rows), "total_frames": num_frames}
     if num_lost or "splits" not in info:
         info["splits"] = {"train": f"0:{len(rows)}"}
-    write_json(out / INFO, info)
+    names = {path.relative_to(out).as_posix() for path in targets.values() if path.exists()} - {INFO, JOURNAL}
+    # Videos are the same files, whose checksums are those that they were written with.
+    known = {name: digest for name, digest in read_sums(dataset.root).items() if name in names and name in videos}
+    write_marker(out, INFO, info, names - set(known), known)
     (out / JOURNAL).unlink(missing_ok=True)
     return LeRobotDataset(out)
 
@@ -206,8 +209,7 @@ def _write_data(
             }
             num_frames += length
         if parts:
-            with atomic_path(targets[path]) as temporary:
-                pq.write_table(pa.concat_tables(parts), temporary)
+            write_parquet(targets[path], pa.concat_tables(parts))
     return rows, num_frames
 
 
@@ -245,8 +247,7 @@ def _write_episodes(
             elif name in totals:
                 totals[name].merge({key: value.ravel().tolist() for key, value in values.items()})
         if rows:
-            with atomic_path(targets[path]) as temporary:
-                pq.write_table(pa.Table.from_pylist(rows), temporary)
+            write_parquet(targets[path], pa.Table.from_pylist(rows))
     return {
         name: {
             key: value if key == "count" else np.reshape(value, shapes[name]).tolist()
@@ -269,8 +270,8 @@ def _statistics(row: Mapping[str, Any], feature: str) -> dict[str, np.ndarray] |
     return values if small and len(shapes) == 1 and count.size == 1 and count.min() >= 1 else None
 
 
-def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes: Sequence[int]) -> None:
-    """Links every video file of the episodes, once."""
+def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes: Sequence[int]) -> set[str]:
+    """Links every video file of the episodes, once; returns their names below the dataset's folder."""
     paths = {dataset.video_path(episode, camera) for episode in episodes for camera in dataset.cameras}
     num_copied, root = 0, dataset.root.resolve()
     for path in sorted(paths):
@@ -293,3 +294,4 @@ def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes
             # Also after success: a link that replaces one to the same file stays.
             temporary.unlink(missing_ok=True)
     say(f"videos: {len(paths) - num_copied} files linked, {num_copied} copied")
+    return {path.relative_to(dataset.root).as_posix() for path in paths}

@@ -130,6 +130,18 @@ class ClipScan:
         self.num_lost = max(missing, damaged) if damaged or missing > 1 else 0
 
 
+def count_frames(path: Path) -> tuple[int, int]:
+    """Decodes a video from its first frame to its last; returns the numbers of whole and of damaged ones."""
+    whole = damaged = 0
+    with open_video(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for frame in _sound_frames(container, stream):
+            sound = frame is not None and not frame.is_corrupt
+            whole, damaged = whole + sound, damaged + (not sound)
+    return whole, damaged
+
+
 def encode_clip(
     path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: float, keyframe_interval: int = 2
 ) -> int:

@@ -9,7 +9,6 @@ readable. Memory does not grow with the number of frames.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
+from lapa.checksums import Journal, sha256, write_marker
 from lapa.console import say
 from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, ActionSpace, Control, require_finite
 from lapa.data.lerobot import (
@@ -92,7 +92,7 @@ class DatasetWriter:
         self.done_sources: set[str] = set()
         self.done_items: set[str] = set()
         self.notes: Counter[str] = Counter()
-        self._journal = self.root / JOURNAL
+        self._journal = Journal(self.root / JOURNAL)
         self._image_keys = [CAMERA_PREFIX + camera for camera in self.cameras]
         for camera, (height, width) in self.cameras.items():
             with errors_about(f"{root}: camera {shown(camera)}"):
@@ -159,14 +159,14 @@ class DatasetWriter:
         notes: counts to report; `notes` adds them up over all runs, and `done_items` has the items.
         """
         notes = notes or {}
-        self._append({"item": item, "notes": dict(notes)}, sync=False)
+        self._journal.append({"item": item, "notes": dict(notes)})
         self.done_items.add(item)
         self.notes.update(notes)
 
     def discard(self) -> None:
         """Removes the journal of a writer without episodes, as if nothing had been begun."""
-        self._journal.unlink()
-        self._journal.parent.rmdir()
+        self._journal.path.unlink()
+        self._journal.path.parent.rmdir()
 
     def video_path(self, camera: str, episode_index: int) -> Path:
         """Returns the mp4 of an episode."""
@@ -179,8 +179,11 @@ class DatasetWriter:
         tasks: dict[str, int] = {}
         totals = {name: Moments() for name in (*self._image_keys, *self.widths, *FRAME_COLUMNS)}
         tables = _Tables(self.root)
-        num_frames = 0
+        num_frames = index = 0
+        videos: dict[str, str] = {}
         for index, record in enumerate(self._records()):
+            for camera, digest in record["videos"].items():
+                videos[self.video_path(camera, index).relative_to(self.root).as_posix()] = digest
             task = tasks.setdefault(record["instruction"], len(tasks))
             steps, ones = np.arange(record["length"]), np.ones(record["length"], np.int64)
             values = (steps / self.fps, steps, index * ones, num_frames + steps, task * ones)
@@ -190,13 +193,16 @@ class DatasetWriter:
                 totals[name].merge(values)
             tables.add(self._frame_table(record, columns), self._episode_row(record, index, num_frames, stats))
             num_frames += record["length"]
+        if index + 1 != self.num_episodes:
+            raise UserError(f"{self._journal.path}: has lost an episode; --overwrite to start anew")
         tables.close()
         _write_tasks(self.root / TASKS, list(tasks))
         stats = {name: self._shaped(moments.to_dict(), name) for name, moments in totals.items()}
         write_json(self.root / STATS, stats)
         write_json(self.root / EXTRA, self.extra_info)
-        write_json(self.root / INFO, self._info(num_frames, len(tasks)))
-        self._journal.unlink()
+        files = [TASKS, STATS, EXTRA, *tables.files]
+        write_marker(self.root, INFO, self._info(num_frames, len(tasks)), files, known=videos)
+        self._journal.path.unlink()
         return LeRobotDataset(self.root)
 
     def _begin(self, resume: bool) -> None:
@@ -210,65 +216,28 @@ class DatasetWriter:
         }
         if (self.root / INFO).exists():
             raise UserError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
-        if not (resume and self._journal.exists()):
-            self._journal.parent.mkdir(parents=True, exist_ok=True)
-            self._journal.write_bytes(b"")
-        whole = 0
-        with self._journal.open("rb") as lines:
-            for number, line in enumerate(lines):
-                if not line.endswith(b"\n"):
-                    break
-                whole += len(line)
-                record = self._parsed(line)
-                if number == 0:
-                    if record != settings:
-                        raise UserError(f"{self.root}: was begun with other settings; --overwrite to start anew")
-                elif "item" in record:
-                    self.done_items.add(record["item"])
-                    self.notes.update(record["notes"])
-                else:
-                    self.num_episodes += 1
-                    self.done_sources.add(record["source"])
-        os.truncate(self._journal, whole)
+        if not (resume and self._journal.path.exists()):
+            self._journal.begin(())
+        for number, record in enumerate(self._journal):
+            if number == 0:
+                if record != settings:
+                    raise UserError(f"{self.root}: was begun with other settings; --overwrite to start anew")
+            elif "item" in record:
+                self.done_items.add(record["item"])
+                self.notes.update(record["notes"])
+            else:
+                self.num_episodes += 1
+                self.done_sources.add(record["source"])
         # Half-written tables keep their suffix, and a reader that lists the folder would take them for whole ones.
         for leftover in self.root.glob("*/**/.*.partial*"):
             leftover.unlink()
-        if not whole:
-            self._append(settings)
-
-    def _append(self, record: dict[str, Any], sync: bool = True) -> None:
-        """Adds a line to the journal, or, where that fails (disk full), leaves it as it was.
-
-        sync: wait until it is on the disk.
-        """
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        before = self._journal.stat().st_size
-        try:
-            with self._journal.open("ab") as file:
-                file.write(line)
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-        except OSError:
-            os.truncate(self._journal, before)
-            raise
-
-    def _parsed(self, line: bytes) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self._journal}: is damaged ({error}); --overwrite to start anew") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{self._journal}: is damaged (got {record!r}); --overwrite to start anew")
-        return record
+        if not self._journal.length:
+            self._journal.append(settings, sync=True)
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        with self._journal.open("rb") as lines:
-            next(lines)
-            for line in lines:
-                record = self._parsed(line)
-                if "item" not in record:
-                    yield record
+        lines = iter(self._journal)
+        next(lines)
+        return (record for record in lines if "item" not in record)
 
     def _add(
         self,
@@ -280,8 +249,9 @@ class DatasetWriter:
     ) -> int:
         stats = {CAMERA_PREFIX + camera: values for camera, values in pixel_stats.items()}
         stats |= {name: moments_of(values) for name, values in rows.items()}
-        record = {"source": source, "instruction": instruction, "length": length, "stats": stats}
-        self._append({**record, **{name: values.tolist() for name, values in rows.items()}})
+        videos = {camera: sha256(self.video_path(camera, self.num_episodes)) for camera in self.cameras}
+        record = {"source": source, "instruction": instruction, "length": length, "stats": stats, "videos": videos}
+        self._journal.append({**record, **{name: values.tolist() for name, values in rows.items()}}, sync=True)
         self.num_episodes += 1
         self.done_sources.add(source)
         return self.num_episodes - 1
@@ -488,6 +458,7 @@ class _Tables:
         self.frames: list[pa.Table] = []
         self.rows: list[dict[str, Any]] = []
         self.num_rows = self.data_file = self.episode_file = 0
+        self.files: list[str] = []
 
     def add(self, frames: pa.Table, row: dict[str, Any]) -> None:
         """Adds an episode: its frames, and its row of metadata."""
@@ -515,16 +486,18 @@ class _Tables:
 
     def _write_frames(self) -> None:
         self._merge()
-        with atomic_path(self.root / DATA_PATH.format(**_place(self.data_file))) as temporary:
-            pq.write_table(pa.concat_tables(self.frames), temporary)
+        self._write(DATA_PATH.format(**_place(self.data_file)), pa.concat_tables(self.frames))
         self.frames, self.num_rows = [], 0
         self.data_file += 1
 
     def _write_episodes(self) -> None:
-        with atomic_path(self.root / EPISODES_PATH.format(**_place(self.episode_file))) as temporary:
-            pq.write_table(pa.Table.from_pylist(self.rows), temporary)
+        self._write(EPISODES_PATH.format(**_place(self.episode_file)), pa.Table.from_pylist(self.rows))
         self.rows = []
         self.episode_file += 1
+
+    def _write(self, name: str, table: pa.Table) -> None:
+        write_parquet(self.root / name, table)
+        self.files.append(name)
 
 
 def _write_tasks(path: Path, tasks: list[str]) -> None:
@@ -542,5 +515,10 @@ def _write_tasks(path: Path, tasks: list[str]) -> None:
         "pandas_version": "2.2.0",
     }
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    write_parquet(path, table.replace_schema_metadata({"pandas": json.dumps(pandas)}))
+
+
+def write_parquet(path: Path, table: pa.Table) -> None:
+    """Writes a table of a dataset, atomically; its pages have checksums."""
     with atomic_path(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
+import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,9 @@ VOLATILE_KEYS = frozenset(
         "save_every_steps", "save_every_minutes", "cache_gib", "compile", "gradient_checkpointing",
     }
 )  # fmt: skip
+
+# Characters of a SHA-256, and bytes that are read at once.
+SEAL, BLOCK = 64, 1 << 20
 
 # A file or, of a sharded model, a folder whose last file is this.
 SINGLE, SHARDED = "checkpoint.pt", "checkpoint/latest.json"
@@ -61,6 +68,7 @@ def save_checkpoint(path: Path, run: RunState, step: int, random_states: list[di
     }
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
+        _seal(temporary)
 
 
 def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1) -> int:
@@ -72,7 +80,10 @@ def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1)
     Raises UserError naming the file where it is unreadable, or was written under another config.
     """
     try:
+        _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); use --overwrite to start anew"
@@ -85,6 +96,37 @@ def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1)
     step = int(state["step"])
     restore_random_states(state["random"], step=step, rank=rank, world=world)
     return step
+
+
+def _seal(path: Path) -> None:
+    """Appends the SHA-256 of a file of torch to it, as the comment of a zip file, which readers of these pass over."""
+    with path.open("rb+") as file:
+        # The last two bytes are the length of the comment.
+        file.seek(-2, os.SEEK_END)
+        file.write(SEAL.to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(digest.encode())
+
+
+def _verify(path: Path) -> None:
+    """Raises UserError where a checkpoint is not as it was written."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        rest = max(0, path.stat().st_size - SEAL)
+        while block := file.read(min(rest, BLOCK)):
+            digest.update(block)
+            rest -= len(block)
+        seal = file.read()
+    if re.fullmatch(rb"[0-9a-f]{64}", seal):
+        damaged = seal != digest.hexdigest().encode()
+    else:
+        # Of an earlier version: a zip file has a checksum of each record, at which torch.load does not look.
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip() is not None
+    if damaged:
+        raise UserError(f"{path}: damaged, its checksum is wrong; use --overwrite to start anew")
 
 
 def require_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

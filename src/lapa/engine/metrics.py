@@ -29,7 +29,7 @@ class MetricLog:
 
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_json_lines(self.path) if row["step"] <= first_step]
+        kept = [row for row in read_json_lines(self.path, step=int) if row["step"] <= first_step]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from lapa.checksums import read_sums, sums_of, verify, write_marker
 from lapa.engine.checkpoint import RunState, lasting, require_same_run, restore_random_states
 from lapa.engine.distributed import Processes
 from lapa.errors import UserError
-from lapa.files import read_json, write_json
+from lapa.files import errors_about, inside, read_json, write_json
 from lapa.types import TrainableModel
+
+# In a checkpoint's folder, what is not tensors; it is written last.
+STATE = "state.json"
 
 
 def shard(model: TrainableModel, processes: Processes, *, half: bool = False, compile: bool = False) -> TrainableModel:
@@ -118,9 +122,12 @@ def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[
         raise OSError(
             f"{written}: could not be written ({_reason(error)}); make room and run the command again with --resume"
         ) from error
+    sums = sums_of(written, _share(path.name for path in written.iterdir()))
+    known = {name: digest for each in _gathered(sums) for name, digest in each.items()}
     if dist.get_rank() == 0:
-        state = {"step": step, "folder": written.name, "run_config": lasting(run.run_config), "random": random_states}
-        write_json(path, state)
+        state = {"step": step, "run_config": lasting(run.run_config), "random": random_states}
+        write_marker(written, STATE, state, (), known)
+        write_json(path, {"folder": written.name})
         for old in path.parent.glob("step-*"):
             if old != written:
                 shutil.rmtree(old)
@@ -130,18 +137,48 @@ def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[
 def load_sharded(path: Path, run: RunState, *, rank: int, world: int) -> int:
     """Restores what `save_sharded` wrote, by any number of processes, and returns the step; as `load_checkpoint`."""
     latest = read_json(path)
-    require_same_run(path, latest["run_config"], run.run_config)
+    if not isinstance(latest, dict) or not isinstance(latest.get("folder"), str):
+        raise UserError(f"{path}: not the name of a checkpoint's folder; use --overwrite to start anew")
+    with errors_about(path):
+        folder = inside(path.parent, latest["folder"])
+    _verify(folder)
+    # Earlier versions kept the state in the file that names the folder.
+    state = latest if "run_config" in latest else read_json(folder / STATE)
+    require_same_run(path, state["run_config"], run.run_config)
     weights, moments = get_state_dict(run.model, run.optimizer)
     try:
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path.parent / latest["folder"])
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
     except (CheckpointException, OSError) as error:
         raise UserError(
             f"{path}: not a readable checkpoint ({_reason(error)}); use --overwrite to start anew"
         ) from error
     set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
-    step = int(latest["step"])
-    restore_random_states(latest["random"], step=step, rank=rank, world=world)
+    step = int(state["step"])
+    restore_random_states(state["random"], step=step, rank=rank, world=world)
     return step
+
+
+def _verify(folder: Path) -> None:
+    """Compares the files of a checkpoint with their checksums, each in one process. Raises UserError in all of them."""
+    sums, error = read_sums(folder), ""
+    try:
+        verify(folder, "use --overwrite to start anew", {name: sums[name] for name in _share(sums)})
+    except UserError as found:
+        error = str(found)
+    if errors := [each for each in _gathered(error) if each]:
+        raise UserError(errors[0])
+
+
+def _share(names: Iterable[str]) -> list[str]:
+    """The files that this process reads."""
+    return sorted(names)[dist.get_rank() :: dist.get_world_size()]
+
+
+def _gathered(value: Any) -> list[Any]:
+    """The values of all processes."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:

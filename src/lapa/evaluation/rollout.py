@@ -11,7 +11,6 @@ Interval: Wilson, JASA 22 (1927), 209-212.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import time
@@ -25,6 +24,7 @@ import numpy as np
 from einops import rearrange
 from rich.table import Column, Table
 
+from lapa.checksums import Journal, files_below, verify, write_marker
 from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
@@ -32,7 +32,7 @@ from lapa.envs import EnvironmentKind, kind_of
 from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
-from lapa.files import atomic_path, claim_output, fingerprint, read_json, read_json_lines, write_json
+from lapa.files import claim_output, fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from lapa.policy.runtime import Actor
@@ -65,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.resume and (config.out / RESULTS).exists():
         require_same(config.out / CONFIG, identity)
         say(f"{config.out} is complete")
+        verify(config.out, "--overwrite to evaluate anew")
         return read_json(config.out / RESULTS)
     kind.check_machine()
     settings, infer = _prepare(config, kind)
@@ -95,7 +96,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **{name: importlib.metadata.version(name) for name in kind.packages},
         "episodes": [_row(result) for result in results],
     }
-    write_json(config.out / RESULTS, report)
+    files = [CONFIG, EPISODES, *files_below(config.out, "videos")]
+    write_marker(config.out, RESULTS, report, files)
     return report
 
 
@@ -173,20 +175,20 @@ def _play(
     config: EvaluateConfig, settings: RolloutSettings, infer: Infer | None, tasks: Sequence[str], workers: int | None
 ) -> list[EpisodeResult]:
     """Plays the missing episodes, keeps a journal, and writes a task's video after its last recorded rollout."""
-    results = _journal(config, tasks)
+    journal = Journal(config.out / EPISODES)
+    results = _kept_results(config, tasks, journal)
     done = {(result.task, result.episode) for result in results}
     missing = {task: [number for number in range(config.episodes) if (task, number) not in done] for task in tasks}
     workers = os.cpu_count() or 1 if workers is None else workers
     recorded: dict[str, list[EpisodeResult]] = defaultdict(list)
-    with progress() as bar, (config.out / EPISODES).open("a") as journal:
+    with progress() as bar:
         line = bar.add_task("episodes", total=config.episodes * len(tasks), completed=len(results), note="")
         assignments = _split(missing, workers)
         workers = min(workers, len(assignments))
         settings = replace(settings, num_parallel=max(1, math.ceil(config.parallel / max(1, workers))))
         for result in play_episodes(settings, assignments, infer, workers):
             results.append(result)
-            journal.write(json.dumps(_row(result)) + "\n")
-            journal.flush()
+            journal.append(_row(result))
             if result.frames:
                 recorded[result.task].append(result)
                 if len(recorded[result.task]) == min(config.videos, config.episodes):
@@ -203,17 +205,15 @@ def _split(missing: dict[str, list[int]], workers: int) -> list[TaskEpisodes]:
     return [TaskEpisodes(task, tuple(numbers)) for task, numbers in cut if numbers]
 
 
-def _journal(config: EvaluateConfig, tasks: Sequence[str]) -> list[EpisodeResult]:
-    """Returns the results of an earlier run, and removes a half-written last line from the journal.
+def _kept_results(config: EvaluateConfig, tasks: Sequence[str], journal: Journal) -> list[EpisodeResult]:
+    """Returns the results of an earlier run, and leaves only those in the journal.
 
     Rollouts whose video was not yet written are played again: their frames were in that run's memory.
     """
-    path = config.out / EPISODES
     with_video = {task for task in tasks if _video(config, task).exists()}
-    found = [EpisodeResult(**row) for row in read_json_lines(path)]
+    found = [EpisodeResult(**row) for row in journal]
     kept = [result for result in found if result.episode >= config.videos or result.task in with_video]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(_row(result)) + "\n" for result in kept))
+    journal.begin(map(_row, kept))
     return kept
 
 

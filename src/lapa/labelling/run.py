@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from lapa import config as configs
 from lapa.console import finish, progress, say, warn
-from lapa.data.labels import MANIFEST, Manifest
+from lapa.data.labels import MANIFEST, Manifest, read_manifest, write_manifest
 from lapa.engine.distributed import Processes, start
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, is_remote, write_json
@@ -45,7 +45,7 @@ def run(config: LabelConfig) -> None:
     next_command = shlex.join(["lapa", "policy", "pretrain", "--data", str(config.data), "--labels", str(out)])
     next_commands = [f"{next_command} --out POLICY"]
     if config.resume and (out / MANIFEST).exists():
-        known = configs.to_dict(configs.load(Manifest, out / MANIFEST))
+        known = configs.to_dict(read_manifest(out))
         configs.require_same(out / MANIFEST, plan.identity, then=known)
         finish("labels, already complete", out, next_commands)
         return
@@ -83,7 +83,7 @@ def run(config: LabelConfig) -> None:
                 cast(Any, out).fs.invalidate_cache()
             manifest = make_manifest(shards, plan)
             _remove_leftovers(out)
-            write_json(out / MANIFEST, configs.to_dict(manifest))
+            write_manifest(out, manifest)
             (out / RUN).unlink()
             _report_left_out(manifest)
             finish(f"{manifest.num_rows} labels", out, next_commands)

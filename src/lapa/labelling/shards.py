@@ -33,6 +33,7 @@ from lapa.data.labels import (
     read_shard,
     shard_notes,
     shard_path,
+    table_codes,
     write_shard,
 )
 from lapa.data.pairs import horizon_frames
@@ -147,7 +148,7 @@ def make_manifest(shards: Sequence[Shard], plan: Plan) -> Manifest:
     counts_LK, num_rows, num_episodes, static, bad = np.zeros((length, size), np.int64), 0, 0, 0, list[int]()
     for shard in shards:
         table = read_complete(shard, plan)
-        codes_TL = table["codes"].combine_chunks().flatten().to_numpy().reshape(-1, length)
+        codes_TL = table_codes(table, length, size, shard.path)
         for position in range(length):
             counts_LK[position] += np.bincount(codes_TL[:, position], minlength=size)
         num_rows += len(codes_TL)

@@ -12,6 +12,7 @@ Axes: N images, C channel, H W image or patch grid, D width, S tokens of the tow
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers.utils import logging
 from lapa import files
 from lapa.console import warn
 from lapa.errors import UserError
+from lapa.nn.weights import require_finite_weights
 
 NORMALISATION = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -179,6 +181,7 @@ def _load_model(folder: Path, name: str | Path) -> PreTrainedModel:
             f"{name}: has no weights for {len(missing)} parameters of its {config.model_type} ({missing[0]}, ...); "
             "give the model that the vision tower comes from, or download it again"
         )
+    require_finite_weights(name, model.named_parameters())
     return model
 
 
@@ -190,9 +193,9 @@ def _normalisation(folder: Path, name: str | Path) -> tuple[tuple[float, ...], t
     values = files.read_json(folder / NORMALISATION)
     try:
         mean, std = (tuple(float(value) for value in values[key]) for key in ("image_mean", "image_std"))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         mean = std = ()
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
         raise UserError(f"{folder / NORMALISATION}: needs image_mean and image_std, three numbers each, std above 0")
     return mean, std
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +26,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lapa import checksums, files
 from lapa import config as configs
-from lapa import files
 from lapa.data.transforms import as_image, resize_and_crop
 from lapa.errors import UserError
 from lapa.latent.augment import augment_pairs
@@ -38,6 +37,7 @@ from lapa.latent.config import LatentModelConfig
 from lapa.latent.quantizers import NO_CODES, build_quantizer, mean_everywhere
 from lapa.nn.patches import PatchEmbedding, PatchPixels, PatchSummary, PositionBias, sinusoids
 from lapa.nn.transformer import Transformer
+from lapa.nn.weights import load_weights, save_weights
 from lapa.types import Losses, TrainableModel
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
 # In config.json, the datasets that a model learned from: fingerprint -> name and horizon.
 DATASETS, HORIZON = "datasets", "horizon_seconds"
-SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*")
+SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*", checksums.SUMS)
 WANTED_FRAMES = "give pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
 SMALLEST_STD = 1e-6
 SMALLEST_SCALE = 1e-12
@@ -343,26 +343,20 @@ class LatentActionModel(TrainableModel, nn.Module):
     def save_pretrained(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Writes model.safetensors, the vision tower if any, then config.json: {**extra, "model": its config}."""
         folder = Path(folder)
-        with files.atomic_path(folder / WEIGHTS) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary)
+        save_weights(self, folder / WEIGHTS)
         if self.tower is not None:
             self.tower.save_pretrained(folder / TOWER)
-        files.write_json(folder / CONFIG, {**(extra or {}), "model": configs.to_dict(self.config)})
+        whole = {**(extra or {}), "model": configs.to_dict(self.config)}
+        checksums.write_marker(folder, CONFIG, whole, [WEIGHTS, *checksums.files_below(folder, TOWER)])
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> LatentActionModel:
         """A saved model, on the CPU, in evaluation mode. Raises UserError naming the file that is missing or wrong."""
         folder = files.hub_folder(folder_or_hub_id, SAVED)
         config = _read_config(folder)
+        checksums.verify(folder, "copy or train the model again")
         model = cls(config, _load_tower(folder / TOWER, config) if config.uses_features else None)
-        try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder / WEIGHTS}: no such file; the model is incomplete, save or copy it again"
-            ) from None
-        except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{folder / WEIGHTS}: does not fit the {CONFIG} of its folder: {error}") from None
+        load_weights(model, folder / WEIGHTS)
         return model.eval()
 
 
@@ -389,8 +383,11 @@ def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentAct
     known = files.read_json(path).get(DATASETS, {})
     try:
         seconds = known.get(dataset.fingerprint, {}).get(HORIZON)
-        return model.horizon if seconds is None else float(seconds)
-    except (AttributeError, TypeError, ValueError):
+        horizon = model.horizon if seconds is None else float(seconds)
+        if 0 < horizon < math.inf:
+            return horizon
+        raise ValueError(seconds)
+    except (AttributeError, OverflowError, TypeError, ValueError):
         raise UserError(f'{path}: "{DATASETS}" must hold {{FINGERPRINT: {{"{HORIZON}": SECONDS}}}}') from None
 
 

@@ -114,11 +114,16 @@ class ActionCodec(ABC):
         try:
             arrays = load_file(path)
             prefix = f"{key}/" if key is not None and any(name.startswith(f"{key}/") for name in arrays) else ""
-            return cls(**{field: arrays[f"{prefix}{name}"] for name, field in cls.ARRAYS.items()})
+            own = {name: arrays[f"{prefix}{name}"] for name in cls.ARRAYS}
         except FileNotFoundError:
             raise UserError(f"{path}: missing; the folder is incomplete, train its model again") from None
         except (SafetensorError, KeyError) as error:
             raise UserError(f"{path}: not a file of {cls.NAME} ({error}); train its model again") from None
+        for name, values in own.items():
+            # Edges are padded with infinity.
+            if np.isnan(values).any() or (name != "edges" and np.isinf(values).any()):
+                raise UserError(f"{path}: {prefix}{name} holds numbers that are not finite; train its model again")
+        return cls(**{field: own[name] for name, field in cls.ARRAYS.items()})
 
     def _require_width(self, actions: np.ndarray) -> None:
         if actions.ndim < 1 or actions.shape[-1] != self.action_dim:

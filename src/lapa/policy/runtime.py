@@ -34,14 +34,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lapa import config as configs
+from lapa.checksums import files_below, verify, write_marker
 from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
 from lapa.files import errors_about, hub_folder, read_json, write_json
+from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionBins, ActionScale, Statistics, most_bins, save_keyed
 from lapa.policy.backbones import Processor, load_backbone
-from lapa.policy.backbones.base import load_weights, save_weights
 from lapa.policy.execution import Execution, RecedingHorizon
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.types import Observation
@@ -301,7 +302,14 @@ class Policy(Actor):
         save_keyed(folder / ACTIONS, {key: each.codec for key, each in self.statistics.items()})
         save_keyed(folder / STATES, {key: each.states for key, each in self.statistics.items()})
         write_json(folder / "metrics.json", metrics or {})
-        write_json(folder / CONFIG, {"policy": configs.to_dict(self.config), "run": run})
+        write_policy_config(folder, self.config, run)
+
+
+def write_policy_config(folder: Path, config: PolicyConfig, run: Mapping[str, Any]) -> None:
+    """Writes `config.json`, which marks a policy folder as complete, and the checksums of its files."""
+    own = [name for name in (HEAD, ACTIONS, STATES, "metrics.json") if (folder / name).exists()]
+    whole = {"policy": configs.to_dict(config), "run": dict(run)}
+    write_marker(folder, CONFIG, whole, [*own, *files_below(folder, MODEL, PROCESSOR)])
 
 
 def observe(
@@ -462,6 +470,7 @@ def load_policy(folder: Path) -> Policy:
     """Reads a policy folder, on the CPU. Raises UserError naming what is missing, unfinished or does not fit."""
     folder = Path(folder)
     config = read_config(folder)
+    verify(folder, "copy or train the policy again")
     backbone, processor = load_backbone(
         config.backbone,
         folder / MODEL,

@@ -46,10 +46,11 @@ from lapa import config as configs
 from lapa.console import finish, progress, say
 from lapa.errors import UserError, unknown
 from lapa.files import atomic_path, claim_output, errors_about, read_json, write_json, writing
+from lapa.nn.weights import finite_weights, require_finite_weights
 from lapa.policy.config import LwmConfig, VQGANConfig
 from lapa.policy.model import PolicyConfig
 from lapa.policy.prompts import PROMPTS, Prompts
-from lapa.policy.runtime import CONFIG, MODEL, PROCESSOR, is_policy
+from lapa.policy.runtime import MODEL, PROCESSOR, is_policy, write_policy_config
 from lapa.policy.vocabulary import Segment, Vocabulary
 from lapa.released import vqgan
 from lapa.released.checkpoints import (
@@ -220,6 +221,7 @@ def run(config: ImportLapaConfig) -> None:
     llama = released_llama(sizes, vocabulary)
     shapes = llama_shapes(llama)
     image_tokenizer = vqgan.from_released(images, image_sizes)
+    require_finite_weights(config.vqgan, image_tokenizer.state_dict().items())
     claim_output(
         config.out,
         complete=is_policy(config.out),
@@ -231,9 +233,10 @@ def run(config: ImportLapaConfig) -> None:
     processor.save(config.out / PROCESSOR)
     image_tokenizer.save(config.out / MODEL / VQGAN_FOLDER)
     del images, image_tokenizer
-    write_llama(config.out / MODEL, llama, shapes, dtype, llama_tensors(params, sizes))
+    weights = finite_weights(config.params, llama_tensors(params, sizes))
+    write_llama(config.out / MODEL, llama, shapes, dtype, weights)
     write_json(config.out / "metrics.json", {})
-    write_json(config.out / CONFIG, {"policy": configs.to_dict(policy), "run": configs.to_dict(config)})
+    write_policy_config(config.out, policy, configs.to_dict(config))
     what = "latent policy" if vocabulary.latent else "vision-language model without latent actions"
     if vocabulary.bins:
         what = "policy with the released robot actions' rows (their bins were not released)"

@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapa.errors import UserError
 from lapa.files import writing
+from lapa.nn.weights import require_finite_weights
 from lapa.policy.backbones.base import PrefixBackbone, Tags, require_room
 from lapa.policy.backbones.tiny import load_tokenizer, save_tokenizer, square_images, train_tokenizer
 from lapa.policy.config import LwmConfig
@@ -194,6 +195,7 @@ def load(
             model, dtype="auto", local_files_only=True, output_loading_info=True
         )
     language, loading = loaded
+    require_finite_weights(model, language.named_parameters())
     if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]}):
         raise UserError(f"{model}: weights missing, left over or misshapen: {', '.join(map(str, wrong))}")
     rows = language.get_input_embeddings().weight.shape[0]

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from lapa import config as configs
 from lapa.errors import UserError
-from lapa.policy.backbones.base import load_weights, save_weights
+from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.config import NORM_GROUPS, VQGANConfig
 from lapa.released.checkpoints import require_shapes, shapes_of
 

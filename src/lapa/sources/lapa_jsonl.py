@@ -32,12 +32,11 @@ import numpy as np
 import tyro
 from jaxtyping import Int
 
-from lapa import config as configs
 from lapa.console import finish, progress, say, warn
 from lapa.data import convert
 from lapa.data.config import ConvertOptions
 from lapa.data.dataset import ACTION, STATE, ActionSpace, Dataset
-from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_shard
+from lapa.data.labels import MANIFEST, EpisodeLabels, Manifest, shard_path, write_manifest, write_shard
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.source import Clip, Item, Reading, Source, SourceDataset
 from lapa.data.spec import open_dataset
@@ -166,7 +165,7 @@ def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config
         skipped_episodes=len(dataset.lengths) - num_labelled,
         code_usage=(usage_LK / max(1, num_rows)).tolist(),
     )
-    configs.save(manifest, folder / MANIFEST)
+    write_manifest(folder, manifest)
     return num_rows
 
 

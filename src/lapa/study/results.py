@@ -119,7 +119,13 @@ class ArmResult:
 def load_result(path: Path) -> ArmResult:
     """Reads the file that `save` wrote. Raises UserError naming it where it is damaged."""
     values = read_json(path)
-    return configs.from_dict(ArmResult, {**values, "folder": str(path.parent)}, source=str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object; run its arm again with `lapa study run`")
+    result = configs.from_dict(ArmResult, {**values, "folder": str(path.parent)}, source=str(path))
+    for curve in result.curves:
+        if not all(type(row.get("step")) is int for row in curve.rows):
+            raise UserError(f"{path}: a row of the curve {curve.name!r} has no step; run its arm again")
+    return result
 
 
 def load_results(studies: Sequence[Path]) -> list[ArmResult]:

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 import lapa
 from lapa import config as configs
+from lapa.checksums import verify
 from lapa.console import console, finish, say
 from lapa.data.spec import open_dataset
 from lapa.data.video import decode_clip, probe
@@ -99,6 +100,8 @@ def _require_same_study(out: Path, preset: str, sizes: StudySizes) -> None:
     path = out / SETTINGS
     if path.exists():
         then = read_json(path)
+        if not isinstance(then, dict):
+            raise UserError(f"{path}: expected an object; give another --out")
         if changed := configs.differences({name: then.get(name) for name in settings}, settings):
             raise UserError(f"{path}: another study ({'; '.join(changed)}); give another --out")
     write_json(path, settings)
@@ -156,9 +159,10 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     steps = steps_of(plan, arm)
     every = list(order(*steps.values()))
     titles = {step.key: step.title for step in every}
-    spent = [row for row in read_json_lines(study / SECONDS) if row["key"] in titles]
+    spent = [row for row in read_json_lines(study / SECONDS, key=str, code=str, seconds=float) if row["key"] in titles]
     seconds = {title: [row["seconds"] for row in spent if row["key"] == key] for key, title in titles.items()}
     stages = json.dumps(stage_presets(plan.sizes), sort_keys=True)
+    verify(steps["rollouts"].folder(study), "delete this folder and run the study again")
     rollouts = read_json(steps["rollouts"].folder(study) / "results.json")
     result = ArmResult(
         arm=arm,
@@ -263,7 +267,7 @@ def _figure(values: dict[str, Any], path: str) -> float | None:
 
 def _curves(study: Path, steps: list[Step]) -> Iterator[Curve]:
     for step in steps:
-        rows = read_json_lines(step.folder(study) / "training" / "metrics.jsonl")
+        rows = read_json_lines(step.folder(study) / "training" / "metrics.jsonl", step=int)
         if rows and step.title.startswith(TRAINED):
             every = -(-len(rows) // CURVE_POINTS)
             evaluated = [any(name.startswith("eval/") for name in row) for row in rows]

@@ -17,16 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 from transformers.utils import logging
 
 from lapa.engine.memory import require_memory
-from lapa.errors import UserError
-from lapa.files import atomic_path
 from lapa.policy.vocabulary import Segment, Vocabulary
 
 Tags = tuple[tuple[int, ...], tuple[int, ...]]
@@ -240,20 +236,3 @@ def require_room(folder: Path, name: str) -> None:
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     remedies = ["a smaller model", "a machine with more memory", "fewer processes on this machine"]
     require_memory(needed, torch.device("cpu"), f"{name}: loading its weights", remedies)
-
-
-def save_weights(module: nn.Module, path: Path) -> None:
-    """Writes a module's state as safetensors, atomically."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Reads a file of `save_weights`. Raises UserError naming the file where it is missing or does not fit."""
-    try:
-        module.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; the folder is incomplete, train its model again") from None
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path}: does not fit the config next to it ({str(error).splitlines()[0]})") from error

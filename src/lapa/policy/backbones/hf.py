@@ -33,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lapa import files
 from lapa.errors import UserError
+from lapa.nn.weights import require_finite_weights
 from lapa.policy.backbones.base import Backbone, Memory, positions, require_room
 from lapa.policy.backbones.hf_processor import HfProcessor, model_images
 from lapa.policy.config import HfConfig
@@ -227,6 +228,7 @@ def _load_language(folder: Path, name: str) -> PreTrainedModel:
         raise UserError(f"{name}: its weights cannot be loaded ({str(error).splitlines()[0]})") from error
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name}: has no weights for {len(missing)} parameters ({missing[0]}, ...); download it again")
+    require_finite_weights(name, language.named_parameters())
     head = language.get_output_embeddings()
     if head is None or head.bias is not None or not hasattr(language.base_model, "get_image_features"):
         raise UserError(f"{name}: a {type(language).__name__} cannot be used (its head or its images); give {TESTED}")

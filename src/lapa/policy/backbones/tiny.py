@@ -26,7 +26,8 @@ from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.files import writing
 from lapa.nn.vision import residual_tower
-from lapa.policy.backbones.base import PrefixBackbone, Processor, load_weights, save_weights
+from lapa.nn.weights import load_weights, save_weights
+from lapa.policy.backbones.base import PrefixBackbone, Processor
 from lapa.policy.config import TinyConfig
 from lapa.policy.vocabulary import Vocabulary
 
