@@ -1,14 +1,19 @@
 """Files are whole or absent, and finished work is not overwritten by accident."""
 
 import errno
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lapa import files
 from lapa.errors import UserError
+from lapa.locks import LOCK, locks_output
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -26,7 +31,7 @@ def test_an_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     for out in (tmp_path / "data", tmp_path):
         with pytest.raises(ValueError, match=r"is or contains .*data, which this command reads"):
             files.claim_output(out, complete=False, overwrite=True, inputs=[tmp_path / "data"])
-    files.claim_output(tmp_path / "data" / "labels", complete=False, inputs=[tmp_path / "data"])
+    locks_output(files.claim_output)(tmp_path / "data" / "labels", complete=False, inputs=[tmp_path / "data"])
 
 
 @pytest.mark.parametrize(
@@ -117,23 +122,23 @@ def test_unreadable_json_is_named(tmp_path: Path) -> None:
 
 
 def test_claiming_an_output(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    files.claim_output(out, complete=False)
+    out, claim_output = tmp_path / "out", locks_output(files.claim_output)
+    claim_output(out, complete=False)
     assert out.is_dir()
-    files.claim_output(out, complete=False)
+    claim_output(out, complete=False)
     (out / "half").touch()
     with pytest.raises(ValueError, match="--resume to go on with it"):
-        files.claim_output(out, complete=False)
+        claim_output(out, complete=False)
     with pytest.raises(ValueError, match=r"give another --out, or --overwrite to replace it$"):
-        files.claim_output(out, complete=False, resumable=False)
+        claim_output(out, complete=False, resumable=False)
     with pytest.raises(ValueError, match="finished result; give another --out, or --overwrite"):
-        files.claim_output(out, complete=True)
-    files.claim_output(out, complete=False, resume=True)
+        claim_output(out, complete=True)
+    claim_output(out, complete=False, resume=True)
     assert (out / "half").exists()
-    files.claim_output(out, complete=True, overwrite=True)
+    claim_output(out, complete=True, overwrite=True)
     assert not any(out.iterdir())
     with pytest.raises(ValueError, match="exclude each other"):
-        files.claim_output(out, complete=False, overwrite=True, resume=True)
+        claim_output(out, complete=False, overwrite=True, resume=True)
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
@@ -168,3 +173,134 @@ def test_lines_of_json_are_read_up_to_one_cut_short_and_damage_is_named(tmp_path
         path.write_bytes(b"1\n" + damage)
         with pytest.raises(UserError, match=r"rows\.jsonl: line 2 is not JSON"):
             files.read_json_lines(path)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lapa.files import claim_output
+claim_output(Path(sys.argv[1]), complete=False, resume=True)
+print("claimed", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def another_writer(out: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has claimed `out`, and is killed in the end."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "claimed\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@locks_output
+def claim(out: Path, **options: bool) -> set[str]:
+    """What a command that begins with this claim finds in `out`."""
+    files.claim_output(out, complete=False, **options)
+    return {path.name for path in out.iterdir()}
+
+
+def test_a_second_process_is_told_who_writes_until_the_first_is_killed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with another_writer(out) as writer:
+        (out / "half").touch()
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(UserError, match=rf"out: is being written by process {writer.pid} on .*, started 20"):
+                claim(out, **options)
+        assert claim(out / "inner") == {LOCK}
+        assert {path.name for path in out.iterdir()} == {"half", "inner", LOCK}
+    assert claim(out, resume=True) == {"half", "inner", LOCK}
+    assert {path.name for path in out.iterdir()} == {"half", "inner"}
+
+
+def test_an_overwrite_stops_where_another_process_writes_further_inside(tmp_path: Path) -> None:
+    inner = tmp_path / "out" / "labels"
+    with another_writer(inner), pytest.raises(UserError, match="labels: is being written by process"):
+        claim(tmp_path / "out", overwrite=True)
+    assert inner.is_dir()
+    assert claim(tmp_path / "out", overwrite=True) == {LOCK}
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_of_many_processes_one_claims(tmp_path: Path) -> None:
+    code = HOLDER.replace("time.sleep(600)", "sys.stdin.read()")
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=-1, stdout=-1, stderr=-1, text=True)
+        for _ in range(4)
+    ]
+    first = [writer for writer in writers if writer.stdout is not None and writer.stdout.readline() == "claimed\n"]
+    assert len(first) == 1
+    outputs = {writer: writer.communicate()[1] for writer in writers}
+    assert first[0].returncode == 0
+    for writer in set(writers) - set(first):
+        assert f"is being written by process {first[0].pid} on" in outputs[writer]
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_process_claims_again_after_its_command_has_ended_or_failed(tmp_path: Path) -> None:
+    @locks_output
+    def fail() -> None:
+        files.claim_output(tmp_path, complete=False)
+        claim(tmp_path, resume=True)
+        with ThreadPoolExecutor(1) as thread, pytest.raises(UserError, match="by another thread of this process"):
+            thread.submit(claim, tmp_path).result()
+        with pytest.raises(AssertionError), another_writer(tmp_path):
+            pass
+        raise KeyError
+
+    for _ in range(2):
+        with pytest.raises(KeyError):
+            fail()
+        assert claim(tmp_path) == {LOCK}
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_locks_of_the_file_system_a_warning_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    claim(tmp_path)
+    assert "its file system has no locks (No locks available)" in capsys.readouterr().err
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "target")
+    with pytest.raises(UserError, match="out: cannot be written"):
+        claim(tmp_path / "out")
+    assert (tmp_path / "target").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    for out in (tmp_path, tmp_path / "inner"):
+        with pytest.raises(UserError, match=f"{out}: cannot be written"):
+            claim(out)
+    tmp_path.chmod(0o755)
+
+
+def test_a_resume_removes_what_killed_runs_left_half_written(tmp_path: Path) -> None:
+    left = [
+        ".checkpoint.123.partial.pt",
+        "training/.metrics.4.partial.json",
+        "videos/a/.x.y.9.partial.mp4",
+        ".a.7.partial",
+    ]
+    kept = ["a.partial.json", ".a.partial.json", "videos/partial.mp4", "other/.lock", "other/inner/.x.1.partial.mp4"]
+    for name in left + kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    claim(tmp_path, resume=True)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == set(kept)

@@ -17,6 +17,7 @@ from rich.table import Table
 from lapa import config as configs
 from lapa.console import console, finish, say
 from lapa.files import claim_output, read_json, write_json
+from lapa.locks import locks_output
 from lapa.subcommand import Stage, run_stage
 
 SETTINGS, RESULTS = "settings.json", "demo.json"
@@ -54,6 +55,7 @@ class DemoConfig:
     """Continue the demo at --out."""
 
 
+@locks_output
 def run(config: DemoConfig) -> None:
     """`lapa demo`. Raises UserError where a demo with other settings is at `out`, and where a stage fails."""
     out = config.out

@@ -14,15 +14,19 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from lapa.errors import UserError, shown
+from lapa.locks import LOCK, hold_to_the_end, locked
 
 # Protocols of fsspec and the pip packages that implement them.
 FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+
+# The name of a file that is being written: of the final name, the process's id and the suffix.
+PARTIAL = re.compile(r"\..+\.\d+\.partial(\..+)?")
 
 # A URL after pathlib, which makes `s3:/bucket` of `s3://bucket`.
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
@@ -107,6 +111,23 @@ def _first_line(error: Exception) -> str:
 def open_binary(path: Path) -> BinaryIO:
     """Opens a file, local or remote, for reading bytes."""
     return cast(BinaryIO, path.open("rb"))
+
+
+@contextmanager
+def open_for_arrow(path: Path) -> Iterator[Any]:
+    """Opens a file, local or remote, for pyarrow to read.
+
+    A local one is read by pyarrow itself: its threads may drop a file of Python's as late as the process ends, which
+    aborts it ("terminate called without an active exception").
+    """
+    if is_remote(path):
+        with open_binary(path) as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "rb") as file:
+        yield file
 
 
 def why_unreadable(path: Path) -> str:
@@ -269,12 +290,14 @@ def claim_output(
     resumable: bool = True,
     inputs: Iterable[str | Path] = (),
 ) -> None:
-    """Makes the folder `out` ready to be written.
+    """Makes the folder `out` ready to be written, by this process alone until its command ends (`locks_output`).
 
-    complete: whether `out` holds the finished artifact; with `resume` the caller then has nothing to do and returns
-    before this. resumable: whether the command has --resume. inputs: folders that the command reads; `out` may be
-    inside one of them, but neither be nor contain one.
-    Raises UserError where `out` is not empty and neither `overwrite` nor `resume` is set.
+    A resumed run finds no partial file of a killed one. A remote `out` cannot be locked: there the user sees to it that
+    one command at a time writes.
+    complete: whether `out` holds the finished artifact. resumable: whether the command has --resume. inputs: folders
+    that the command reads; `out` may be inside one of them, but neither be nor contain one.
+    Raises UserError where another command writes `out`, where it cannot be written, and where it is not empty and
+    neither `overwrite` nor `resume` is set.
     """
     out = as_path(out)
     for path in map(as_path, inputs):
@@ -286,15 +309,49 @@ def claim_output(
         raise UserError(f"{out}: is a file; --out must name a folder")
     if overwrite and resume:
         raise UserError("--overwrite and --resume exclude each other; give one")
-    if out.is_dir() and any(out.iterdir()):
-        if overwrite:
-            remove_folder(out)
-        elif not resume:
+    with ExitStack() as locks:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+        if not is_remote(out):
+            locks.enter_context(locked(out))
+        contents = [path for path in out.iterdir() if path.name != LOCK] if out.is_dir() else []
+        if contents and overwrite:
+            _remove(out, contents)
+        elif contents and resume:
+            remove_partial(out)
+        elif contents:
             state = "already holds a finished result" if complete else "already exists and is not empty"
             go_on = "--resume to go on with it, --overwrite to start anew"
             remedy = go_on if resumable and not complete else "--overwrite to replace it"
             raise UserError(f"{out}: {state}; give another --out, or {remedy}")
-    out.mkdir(parents=True, exist_ok=True)
+        hold_to_the_end(locks)
+
+
+def _remove(out: Path, contents: Sequence[Path]) -> None:
+    """Removes what a locked folder holds. Raises UserError, and removes nothing, where another command writes in it."""
+    if not is_remote(out):
+        for lock in sorted(out.rglob(LOCK)):
+            with locked(lock.parent):
+                pass
+    for path in contents:
+        if path.is_dir() and not (isinstance(path, Path) and path.is_symlink()):
+            remove_folder(path)
+        else:
+            path.unlink()
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes the files that killed runs left half-written in a folder, except inside folders that are locked."""
+    if is_remote(folder):
+        return
+    for parent, folders, names in os.walk(folder):
+        if LOCK in names and Path(parent) != folder:
+            folders.clear()
+            continue
+        for name in filter(PARTIAL.fullmatch, names):
+            (Path(parent) / name).unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -38,11 +38,12 @@ from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.data.sampling import require_plain, split_episodes
 from lapa.data.spec import open_dataset
-from lapa.engine.checkpoint import seed_everything
+from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json, write_json
+from lapa.locks import locks_output
 from lapa.nn.vision import residual_tower
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionScale, warn_of_ranges
@@ -124,6 +125,7 @@ class InverseDynamics(TrainableModel, nn.Module):
     ) -> None:
         """Writes weights, scale and metrics, then config.json, which marks the folder as complete."""
         folder = Path(folder)
+        (folder / CONFIG).unlink(missing_ok=True)
         save_weights(self, folder / WEIGHTS)
         self.scale.save(folder / ACTIONS)
         write_json(folder / "metrics.json", dict(metrics or {}))
@@ -190,17 +192,19 @@ def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C 
     return (gain * frames + shift).clamp(0, 255)
 
 
+@locks_output
 def run(config: InverseTrainConfig) -> None:
     """`lapa baseline inverse`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     next_commands = [f"lapa baseline pseudo-label --inverse {shlex.quote(str(config.out))} --data VIDEOS --out DATASET"]
     complete = (config.out / CONFIG).exists()
-    if config.resume and complete:
-        finish("inverse dynamics model, already complete", config.out, next_commands)
-        return
     if config.loop.shard:
         raise UserError("--shard: an inverse dynamics model is too small to be sharded; leave the option out")
     datasets = [open_dataset(path) for path in config.data]
     require_plain(datasets, "lapa baseline inverse", "--horizon-seconds")
+    run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
+    if config.resume and complete and already_trained(config.out / CONFIG, run_config):
+        finish("inverse dynamics model, already complete", config.out, next_commands)
+        return
     space = common_action_space(datasets)
     recording = _recording(config, datasets, space)
     training, held_out = _open_pairs(config, datasets, recording)
@@ -221,7 +225,6 @@ def run(config: InverseTrainConfig) -> None:
         say("no episode is held out: nothing is evaluated during training")
     seed_everything(config.loop.seed)
     model = InverseDynamics(config.model, recording, scale)
-    run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     result = train(
         model,
         training,

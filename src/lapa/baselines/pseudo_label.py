@@ -35,12 +35,14 @@ from lapa.data.replace_actions import claim_rewrite, rewrite_actions
 from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
+from lapa.locks import locks_output
 from lapa.policy.actions import ActionScale
 
 # Pairs in one forward pass.
 BATCH = 128
 
 
+@locks_output
 def run(config: PseudoLabelConfig) -> None:
     """`lapa baseline pseudo-label`. Raises UserError on bad input, or where no episode is long enough for a pair."""
     next_commands = [f"lapa policy finetune --from-scratch --data {shlex.quote(str(config.out))} --out POLICY"]

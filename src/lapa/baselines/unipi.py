@@ -36,6 +36,7 @@ from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json
+from lapa.locks import LOCK, locks_output
 from lapa.policy.runtime import Actor
 from lapa.types import Observation
 
@@ -54,6 +55,7 @@ class Acting:
     kind: str = "unipi"
 
 
+@locks_output
 def run(config: UniPiConfig) -> None:
     """`lapa baseline unipi`. Raises UserError where the two models do not fit together."""
     if config.sampling_steps < 1:
@@ -71,7 +73,7 @@ def run(config: UniPiConfig) -> None:
         inputs=[config.video, config.inverse],
     )
     for source, name in ((config.video, VIDEO), (config.inverse, INVERSE)):
-        shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png"))
+        shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png", LOCK))
     acting = Acting(config.sampling_steps, config.guidance, 0, **fingerprints(config.out))
     write_marker(config.out, CONFIG, configs.to_dict(acting), ())
     finish("policy", config.out, [f"lapa evaluate {shlex.quote(str(config.out))} --env ENVIRONMENT --out RESULTS"])

@@ -80,6 +80,7 @@ class VideoModel(TrainableModel, nn.Module):
 
     def save_pretrained(self, folder: Path, run: dict[str, Any], camera: str) -> None:
         """Writes the folder, `config.json` last. camera: the one that it learned from."""
+        (folder / CONFIG).unlink(missing_ok=True)
         save_weights(self, folder / WEIGHTS)
         save_tokenizer(self.tokenizer, folder / TOKENIZER)
         whole = {"video": configs.to_dict(self.config), "camera": camera, "run": run}

@@ -27,11 +27,12 @@ from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.sampling import FrameStore, choose_cameras, parse_key, require_plain, split_items
 from lapa.data.spec import open_dataset
-from lapa.engine.checkpoint import seed_everything
+from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
+from lapa.locks import locks_output
 from lapa.policy.backbones.tiny import train_tokenizer
 from lapa.types import TrainingDataset
 
@@ -42,19 +43,21 @@ EVALUATION_BATCH = 32
 CELL, CAPTION, GAP = 128, 14, 2
 
 
+@locks_output
 def run(config: VideoTrainConfig) -> None:
     """`lapa baseline video`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     next_commands = [f"lapa baseline unipi --video {shlex.quote(str(config.out))} --inverse INVERSE --out POLICY"]
     complete = (config.out / CONFIG).exists()
-    if config.resume and complete:
-        finish("video model, already complete", config.out, next_commands)
-        return
     require_diffusers()
     datasets = [open_dataset(path) for path in config.data]
     require_plain(datasets, "lapa baseline video", "--horizon-seconds")
     seed_everything(config.loop.seed)
     model = _starting_model(config, datasets)
     config = replace(config, model=model.config)
+    run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
+    if config.resume and complete and already_trained(config.out / CONFIG, run_config):
+        finish("video model, already complete", config.out, next_commands)
+        return
     training = FutureFrames(datasets, config, "train")
     held_out = _held_out(config, datasets, training)
     if is_main_process():
@@ -73,7 +76,6 @@ def run(config: VideoTrainConfig) -> None:
             first = collated(model, _spread(training, INITIALISATION_SAMPLES))
             model.standardise(first["frames_BTCHW"].to(model.scale_F.device))
 
-    run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     result = train(
         model,
         training,

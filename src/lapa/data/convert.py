@@ -10,6 +10,8 @@ Axes: T time, H W image, C channel, D numbers of a feature.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -32,9 +34,10 @@ from lapa.data.source import Clip, Item, Source
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
-from lapa.data.writer import DatasetWriter, PixelMoments, nothing_to_add
+from lapa.data.writer import SOURCE_FINGERPRINT, DatasetWriter, PixelMoments
 from lapa.errors import UserError, unknown
 from lapa.files import claim_output
+from lapa.locks import locks_output
 
 # Prefix of the folder with the videos that wait to be added.
 INCOMING = ".incoming-"
@@ -70,11 +73,11 @@ class ConvertedItem:
     error: str | None = None
 
 
+@locks_output
 def run(options: ConvertOptions) -> None:
     """`lapa data SOURCE`: converts, and prints what was left out. Raises UserError on bad input."""
-    out = options.out
-    if nothing_to_add(out, resume=options.resume, overwrite=options.overwrite):
-        return
+    out, folder = options.out, shlex.quote(str(options.out))
+    next_commands = [f"lapa data info {folder}", f"lapa latent train --data {folder} --out LAM"]
     _check_options(options)
     source = options.open()
     say(f"{source.kind}: {len(source.items)} items in {source.root}")
@@ -92,7 +95,10 @@ def run(options: ConvertOptions) -> None:
         resume=options.resume,
         inputs=[source.root, *source.inputs],
     )
-    writer = _open_writer(source, cameras, fps, options)
+    writer = _open_writer(source, items, cameras, fps, options)
+    if writer.finished:
+        finish("dataset, already complete", out, next_commands)
+        return
     todo = [item for item in items if item.key not in writer.done_items]
     if len(todo) < len(items):
         say(f"resuming: {len(items) - len(todo)} of {len(items)} items are done")
@@ -103,9 +109,7 @@ def run(options: ConvertOptions) -> None:
         writer.discard()
         raise UserError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
     dataset = writer.finish()
-    what = f"dataset of {len(dataset)} episodes, {dataset.num_frames} frames at {fps:g} fps"
-    folder = shlex.quote(str(out))
-    finish(what, out, [f"lapa data info {folder}", f"lapa latent train --data {folder} --out LAM"])
+    finish(f"dataset of {len(dataset)} episodes, {dataset.num_frames} frames at {fps:g} fps", out, next_commands)
 
 
 def convert_item(
@@ -213,7 +217,9 @@ def _choose_rate(source: Source, options: ConvertOptions) -> float:
     return rate
 
 
-def _open_writer(source: Source, cameras: list[str], fps: float, options: ConvertOptions) -> DatasetWriter:
+def _open_writer(
+    source: Source, items: Sequence[Item], cameras: list[str], fps: float, options: ConvertOptions
+) -> DatasetWriter:
     space = source.action_space if options.actions else None
     # A resumed run must have the same options, those that decide what of the source is in the dataset.
     names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "limit", "size")
@@ -228,9 +234,20 @@ def _open_writer(source: Source, cameras: list[str], fps: float, options: Conver
         binary_actions=space.binary_names if space else (),
         control=space.control if space else None,
         keyframe_interval=KEYFRAME_INTERVAL,
-        extra_info={"made_by": f"lapa data {source.kind}", **source.settings, **filters},
+        extra_info={
+            "made_by": f"lapa data {source.kind}",
+            **source.settings,
+            SOURCE_FINGERPRINT: _fingerprint(items),
+            **filters,
+        },
         resume=options.resume,
     )
+
+
+def _fingerprint(items: Sequence[Item]) -> str:
+    """A hash of the items' names and of what is known of them without reading them."""
+    known = [[item.key, item.instruction, item.length] for item in items]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
 def _convert_all(

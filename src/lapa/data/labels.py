@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from lapa import config as configs
 from lapa.checksums import opened_line, read_sums, require_sum, sealed_line, verify, write_marker
 from lapa.errors import UserError
-from lapa.files import as_path, atomic_path, open_binary, reading
+from lapa.files import as_path, atomic_path, open_for_arrow, reading
 
 MANIFEST = "manifest.json"
 SHARDS = "episodes-*.parquet"
@@ -117,7 +117,7 @@ def read_shard(path: Path, columns: Sequence[str] | None = None, sha256: str | N
     sha256: the checksum of the whole file, where it is known.
     """
     try:
-        with reading(path, MAKE_AGAIN), open_binary(path) as file:
+        with reading(path, MAKE_AGAIN), open_for_arrow(path) as file:
             if sha256 is not None:
                 require_sum(path, hashlib.sha256(file.read()).hexdigest(), sha256, LABEL_ANEW)
             table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)

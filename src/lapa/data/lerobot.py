@@ -52,7 +52,7 @@ from lapa.files import (
     fingerprint,
     inside,
     is_remote,
-    open_binary,
+    open_for_arrow,
     parse_json,
     read_json,
     reading,
@@ -423,7 +423,7 @@ class LeRobotDataset(Dataset):
     def _stored_images(self, path: Path, column: str, rows: Sequence[int]) -> UInt8[np.ndarray, "T H W 3"]:
         """Returns images of a column of {bytes, path}. Raises UserError naming file and row of a damaged one."""
         if path not in self._group_rows:
-            with _parsing(path), open_binary(path) as file:
+            with _parsing(path), open_for_arrow(path) as file:
                 metadata = pq.ParquetFile(file).metadata
                 sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
             self._group_rows[path] = np.cumsum([0, *sizes])
@@ -576,7 +576,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
     Raises UserError naming the file where it is damaged, lacks a column, or would be far larger in memory.
     """
-    with _parsing(path), open_binary(path) as file:
+    with _parsing(path), open_for_arrow(path) as file:
         parquet = _open_parquet(file, columns)
         if lacking := [name for name in columns or () if name not in parquet.schema_arrow.names]:
             raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
@@ -910,12 +910,12 @@ def _parsing(path: Path) -> Iterator[None]:
 
 
 def _column_names(path: Path) -> list[str]:
-    with _parsing(path), open_binary(path) as file:
+    with _parsing(path), open_for_arrow(path) as file:
         return pq.read_schema(file).names
 
 
 def _read_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
-    with _parsing(path), open_binary(path) as file:
+    with _parsing(path), open_for_arrow(path) as file:
         return _open_parquet(file, [column], [group]).read_row_group(group, columns=[column])[column]
 
 

@@ -45,6 +45,7 @@ from lapa.data.video import probe
 from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of, write_parquet
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, inside, read_json_lines, write_json
+from lapa.locks import locks_output
 
 NO_ACTIONS = "lapa data hide-actions"
 STATISTICS = ("min", "max", "mean", "std", "count")
@@ -54,6 +55,7 @@ LARGEST = 1e150
 CHANGED = (ACTION, "episode_index", "index")
 
 
+@locks_output
 def run(config: HideActionsConfig) -> None:
     """`lapa data hide-actions`. Raises UserError where `out` is, contains or is inside the dataset."""
     dataset = require_folder(open_dataset(config.data))

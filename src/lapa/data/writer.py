@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, UInt8
 
 from lapa.checksums import Journal, sha256, write_marker
-from lapa.console import say
-from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, ActionSpace, Control, require_finite
+from lapa.config import differences
+from lapa.data.dataset import ACTION, ACTION_SPACE, CAMERA_PREFIX, STATE, ActionSpace, Control, require_finite
 from lapa.data.lerobot import (
     CODEBASE_VERSION,
     DATA_PATH,
@@ -36,12 +36,14 @@ from lapa.data.lerobot import (
 )
 from lapa.data.video import encode_clip, probe
 from lapa.errors import UserError, shown
-from lapa.files import atomic_path, errors_about, inside, write_json
+from lapa.files import atomic_path, errors_about, inside, remove_partial, write_json
 
 MAX_NAME = 200  # Bytes of a camera's name, which is part of folders' names.
 CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
 ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
 EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
+# In meta/lapa.json: what the source held.
+SOURCE_FINGERPRINT = "source_fingerprint"
 FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 # Statistics need no more than a sample of the pixels.
 FRAME_STRIDE, PIXEL_STRIDE = 5, 4
@@ -61,8 +63,9 @@ class DatasetWriter:
     robot_type: for meta/info.json. keyframe_interval: frames between two keyframes of the videos.
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
     resume: continue after the last whole episode of a writer with the same settings. `done_sources` are the sources of
-        its episodes, `done_items` the items that are closed, and `notes` what was counted of them.
-    Raises UserError where `root` holds a finished dataset, or was begun with other settings.
+        its episodes, `done_items` the items that are closed, and `notes` what was counted of them. Where `root` holds a
+        finished dataset of these settings, `finished` is set, and `finish` opens it.
+    Raises UserError where `root` was begun with other settings, or holds a finished dataset and is not to be resumed.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class DatasetWriter:
         declared = {} if action_names is None else ActionSpace.named(action_names, binary_actions, control).declared()
         self.extra_info = {**(extra_info or {}), **declared}
         self.num_episodes = 0
+        self.finished = False
         self.done_sources: set[str] = set()
         self.done_items: set[str] = set()
         self.notes: Counter[str] = Counter()
@@ -174,6 +178,8 @@ class DatasetWriter:
 
     def finish(self) -> LeRobotDataset:
         """Writes the tables, meta/info.json last, and opens the dataset. Raises UserError without an episode."""
+        if self.finished:
+            return LeRobotDataset(self.root)
         if not self.num_episodes:
             raise UserError(f"{self.root}: no episode was written; there is nothing to finish")
         tasks: dict[str, int] = {}
@@ -203,6 +209,7 @@ class DatasetWriter:
         files = [TASKS, STATS, EXTRA, *tables.files]
         write_marker(self.root, INFO, self._info(num_frames, len(tasks)), files, known=videos)
         self._journal.path.unlink()
+        self.finished = True
         return LeRobotDataset(self.root)
 
     def _begin(self, resume: bool) -> None:
@@ -215,13 +222,17 @@ class DatasetWriter:
             "extra_info": self.extra_info,
         }
         if (self.root / INFO).exists():
-            raise UserError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
+            if not resume:
+                raise UserError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
+            self._require_same(settings, self._settings_of_finished(settings))
+            self._journal.path.unlink(missing_ok=True)
+            self.finished = True
+            return
         if not (resume and self._journal.path.exists()):
             self._journal.begin(())
         for number, record in enumerate(self._journal):
             if number == 0:
-                if record != settings:
-                    raise UserError(f"{self.root}: was begun with other settings; --overwrite to start anew")
+                self._require_same(settings, record)
             elif "item" in record:
                 self.done_items.add(record["item"])
                 self.notes.update(record["notes"])
@@ -229,10 +240,27 @@ class DatasetWriter:
                 self.num_episodes += 1
                 self.done_sources.add(record["source"])
         # Half-written tables keep their suffix, and a reader that lists the folder would take them for whole ones.
-        for leftover in self.root.glob("*/**/.*.partial*"):
-            leftover.unlink()
+        remove_partial(self.root)
         if not self._journal.length:
             self._journal.append(settings, sync=True)
+
+    def _settings_of_finished(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the settings of the finished dataset, those that it does not note as in `settings`."""
+        dataset = LeRobotDataset(self.root)
+        extra = {name: value for name, value in dataset.extra.items() if name != ACTION_SPACE}
+        # The action space may be declared by hand, and earlier versions did not fingerprint the source.
+        unknown = {ACTION_SPACE} | {SOURCE_FINGERPRINT} - set(extra)
+        extra |= {name: value for name, value in self.extra_info.items() if name in unknown}
+        names = {name: (dataset.features.get(name) or {}).get("names") or [] for name in (ACTION, STATE)}
+        cameras = {name: dataset.features[CAMERA_PREFIX + name]["shape"][:2] for name in dataset.cameras}
+        return {**settings, "fps": dataset.fps, "cameras": cameras, "names": names, "extra_info": extra}
+
+    def _require_same(self, settings: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+        if changed := differences(then, settings):
+            raise UserError(
+                f"{self.root}: was begun with other settings ({'; '.join(changed[:4])}); --overwrite to start anew, or "
+                "give another --out"
+            )
 
     def _records(self) -> Iterator[dict[str, Any]]:
         lines = iter(self._journal)
@@ -421,14 +449,6 @@ class PixelMoments(Moments):
             if number % FRAME_STRIDE == 0:
                 self.add(frame_HWC[::PIXEL_STRIDE, ::PIXEL_STRIDE].reshape(-1, 3) / 255.0)
             yield frame_HWC
-
-
-def nothing_to_add(out: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Returns whether `out` holds a finished dataset that is to be resumed, and reports it."""
-    done = resume and not overwrite and (out / INFO).exists()
-    if done:
-        say(f"{out}: already complete")
-    return done
 
 
 def _place(number: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from lapa.config import differences
 from lapa.console import say
 from lapa.errors import UserError
-from lapa.files import atomic_path
+from lapa.files import atomic_path, read_json
 
 # Options that may differ between a run and its resume: they change no sample and no update.
 VOLATILE_KEYS = frozenset(
@@ -31,6 +32,8 @@ VOLATILE_KEYS = frozenset(
 # Characters of a SHA-256, and bytes that are read at once.
 SEAL, BLOCK = 64, 1 << 20
 
+# Folder of a run's state within its artifact.
+TRAINING = "training"
 # A file or, of a sharded model, a folder whose last file is this.
 SINGLE, SHARDED = "checkpoint.pt", "checkpoint/latest.json"
 
@@ -129,14 +132,59 @@ def _verify(path: Path) -> None:
         raise UserError(f"{path}: damaged, its checksum is wrong; use --overwrite to start anew")
 
 
-def require_same_run(path: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises UserError naming the checkpoint and the changes where its config differs from this run's."""
-    changed = differences(then, lasting(now))
+def require_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError naming the file and the changes where its config differs from this run's.
+
+    More steps are no change: the run goes on, under the schedule of the learning rate of the new number.
+    """
+    then, now = lasting(then), lasting(now)
+    if 0 < _steps(then) < _steps(now):
+        now["loop"] |= {"steps": _steps(then)}
+    changed = differences(then, now)
     if changed:
         raise UserError(
             f"{path}: was written under another config ({'; '.join(changed[:4])}); "
             "resume with the same options, or use --overwrite to start anew"
         )
+
+
+def already_trained(path: Path, run_config: Mapping[str, Any], *, key: str | None = "run") -> bool:
+    """Whether a resumed run has nothing to do: the finished one that wrote `path` did as many steps.
+
+    path: a JSON file with the config of that run under `key`, or at its top. A version of lapa with fewer options wrote
+    fewer; run_config: this run's, as far as it is known.
+    False where there are more steps to do and the checkpoint is there to go on from.
+    Raises UserError naming the changes where the options differ, and where the checkpoint is gone.
+    """
+    recorded = read_json(path)
+    if key is not None and isinstance(recorded, Mapping):
+        recorded = recorded.get(key)
+    if not isinstance(recorded, Mapping) or "loop" not in recorded:
+        raise UserError(f"{path}: was not written by this command; give another --out")
+    then, now = _common(recorded, run_config), _common(run_config, recorded)
+    require_same_run(path, then, now)
+    before, after = _steps(then), _steps(now)
+    if before < after and not resumable(path.parent / TRAINING, shard=run_config["loop"]["shard"]):
+        raise UserError(
+            f"{path}: finished after {before} steps, and its checkpoint in {path.parent / TRAINING} is gone, so that "
+            f"it cannot go on to {after}; use --overwrite to start anew"
+        )
+    return before == after
+
+
+def _steps(config: Mapping[str, Any]) -> int:
+    loop = config.get("loop")
+    steps = loop.get("steps") if isinstance(loop, Mapping) else None
+    return steps if isinstance(steps, int) else 0
+
+
+def _common(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries whose names both have, at every depth."""
+    return {
+        name: _common(value, other[name]) if isinstance(value, Mapping) and isinstance(other[name], Mapping) else value
+        for name, value in config.items()
+        if name in other
+    }
 
 
 def restore_random_states(states: list[dict[str, Any]], *, step: int, rank: int, world: int) -> None:
@@ -174,10 +222,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def lasting(config: dict[str, Any]) -> dict[str, Any]:
+def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without the options that may change between a run and its resume."""
     return {
-        key: lasting(value) if isinstance(value, dict) else value
+        key: lasting(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
         if key not in VOLATILE_KEYS
     }

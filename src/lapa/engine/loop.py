@@ -28,6 +28,7 @@ from lapa.engine.batches import StepSampler, batch_loader
 from lapa.engine.checkpoint import (
     SHARDED,
     SINGLE,
+    TRAINING,
     RunState,
     load_checkpoint,
     random_state,
@@ -70,7 +71,8 @@ def train(
     """Trains `model` in place, keeping its state in `out/training`.
 
     collate: makes a batch, a dictionary with `index`, of a list of samples.
-    run_config: the resolved config, as plain values; a checkpoint resumes only under the same one.
+    run_config: the resolved config, as plain values; a checkpoint resumes only under the same one, with as many steps
+    or more. The last checkpoint stays, so that a finished run can be resumed with more steps.
     description: what is trained, for messages.
     prepare: data-dependent initialisation, called on the device at the start of a new run.
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
@@ -88,7 +90,7 @@ def train(
         _stop_signals() as stop_asked,
         explained_out_of_memory(_less_memory(config, batches=True)),
     ):
-        device, state = processes.device, out / "training"
+        device, state = processes.device, out / TRAINING
         checkpoint = state / (SHARDED if config.shard else SINGLE)
         resuming = resume and resumable(state, shard=config.shard)
         seed_everything(config.seed)
@@ -110,7 +112,7 @@ def train(
         if resuming:
             load = load_sharded if config.shard else load_checkpoint
             first_step = load(checkpoint, run, rank=processes.rank, world=processes.world)
-            say(f"resuming at step {first_step} of {config.steps}")
+            say(f"resuming at step {first_step} of {config.steps}, with the learning rate of this number of steps")
         if processes.world > 1 and first_step == 0:
             # Each process draws its own noise, whatever they share.
             torch.manual_seed(config.seed + processes.rank)

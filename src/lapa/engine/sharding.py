@@ -128,9 +128,7 @@ def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[
         state = {"step": step, "run_config": lasting(run.run_config), "random": random_states}
         write_marker(written, STATE, state, (), known)
         write_json(path, {"folder": written.name})
-        for old in path.parent.glob("step-*"):
-            if old != written:
-                shutil.rmtree(old)
+        _remove_others(path.parent, written.name)
     dist.barrier()
 
 
@@ -153,6 +151,9 @@ def load_sharded(path: Path, run: RunState, *, rank: int, world: int) -> int:
             f"{path}: not a readable checkpoint ({_reason(error)}); use --overwrite to start anew"
         ) from error
     set_state_dict(run.model, run.optimizer, model_state_dict=weights, optim_state_dict=moments)
+    if rank == 0:
+        # Of a run that was killed while it wrote them.
+        _remove_others(path.parent, latest["folder"])
     step = int(state["step"])
     restore_random_states(state["random"], step=step, rank=rank, world=world)
     return step
@@ -179,6 +180,13 @@ def _gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _remove_others(folder: Path, kept: str) -> None:
+    """Removes the checkpoints but the one that counts."""
+    for old in folder.glob("step-*"):
+        if old.name != kept:
+            shutil.rmtree(old)
 
 
 def _replace_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:

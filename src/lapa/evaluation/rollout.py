@@ -33,6 +33,7 @@ from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
 from lapa.files import claim_output, fingerprint, read_json, write_json
+from lapa.locks import locks_output
 
 if TYPE_CHECKING:
     from lapa.policy.runtime import Actor
@@ -51,6 +52,7 @@ def run(config: EvaluateConfig) -> None:
     finish("results", config.out / RESULTS)
 
 
+@locks_output
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Plays the episodes, and returns and writes the report results.json.
 

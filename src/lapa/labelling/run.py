@@ -29,6 +29,7 @@ from lapa.errors import UserError
 from lapa.files import as_path, claim_output, is_remote, write_json
 from lapa.labelling.config import LabelConfig
 from lapa.labelling.shards import Labeller, Plan, Shard, make_manifest, make_plan, make_shards, missing_shards
+from lapa.locks import locks_output
 
 RUN = "run.json"
 # Below this number of frames, other processes take longer to start than they save.
@@ -36,6 +37,7 @@ FEW_FRAMES = 4096
 MOST_DECODERS = 16
 
 
+@locks_output
 def run(config: LabelConfig) -> None:
     """`lapa label`. Raises UserError on bad input, or where no episode is longer than the horizon."""
     _check_options(config)

@@ -343,6 +343,7 @@ class LatentActionModel(TrainableModel, nn.Module):
     def save_pretrained(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Writes model.safetensors, the vision tower if any, then config.json: {**extra, "model": its config}."""
         folder = Path(folder)
+        (folder / CONFIG).unlink(missing_ok=True)
         save_weights(self, folder / WEIGHTS)
         if self.tower is not None:
             self.tower.save_pretrained(folder / TOWER)

@@ -44,6 +44,7 @@ from lapa.latent.metrics import (
 )
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.show import probe_sheet
+from lapa.locks import locks_output
 
 NUM_ROWS = 6  # pairs shown in grid.png
 
@@ -109,6 +110,7 @@ ROWS = (
 )
 
 
+@locks_output
 def run(config: ProbeConfig) -> None:
     """`lapa latent probe`. Raises UserError on bad input."""
     if config.num_pairs < 1:
@@ -136,6 +138,7 @@ def run(config: ProbeConfig) -> None:
     finish("probe.json and grid.png", out, [next_command] if model.discrete else [])
 
 
+@locks_output
 def compare(config: CompareConfig) -> None:
     """`lapa latent compare`. Raises UserError on bad input."""
     if len(set(config.lams)) < max(2, len(config.lams)):

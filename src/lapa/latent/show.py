@@ -26,11 +26,13 @@ from lapa.files import atomic_path, claim_output
 from lapa.latent.config import ShowConfig
 from lapa.latent.metrics import BATCH, Sample, device_of, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
+from lapa.locks import locks_output
 
 HEADER, GAP = 14, 2
 MAX_CHANGES, MAX_CODES = 64, 16
 
 
+@locks_output
 def run(config: ShowConfig) -> None:
     """`lapa latent show`. Raises UserError on bad input."""
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()

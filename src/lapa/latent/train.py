@@ -20,13 +20,14 @@ from lapa import config as configs
 from lapa.console import finish, is_main_process, say, warn
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.data.spec import open_dataset
-from lapa.engine.checkpoint import seed_everything
+from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
 from lapa.latent.config import LatentModelConfig, LatentTrainConfig
 from lapa.latent.metrics import Sample, draw_sample, reconstruction_figures, usage_figures
 from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
+from lapa.locks import locks_output
 
 INITIALISATION_PAIRS = 256
 EVALUATION_PAIRS = 512
@@ -35,14 +36,20 @@ READ, UNREAD = 1.2, 1.05  # error with another pair's latent action, over that w
 SMALLEST_ERROR = 1e-12
 
 
+@locks_output
 def run(config: LatentTrainConfig) -> None:
     """`lapa latent train`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
-    if config.resume and (config.out / CONFIG).exists():
-        finish("latent action model, already complete", config.out, _next_commands(config))
-        return
+    complete = (config.out / CONFIG).exists()
     datasets = [open_dataset(path) for path in config.data]
+    fingerprints = {"dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
+    if config.resume and complete:
+        now = {**configs.to_dict(config), **fingerprints}
+        # Follows from the datasets and options.
+        del now["model"]["action_dim"]
+        if already_trained(config.out / CONFIG, now, key=None):
+            finish("latent action model, already complete", config.out, _next_commands(config))
+            return
     if is_main_process():
-        complete = (config.out / CONFIG).exists()
         claim_output(
             config.out,
             complete=complete,
@@ -79,7 +86,7 @@ def run(config: LatentTrainConfig) -> None:
         collate_pairs,
         config.loop,
         config.out,
-        run_config={**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]},
+        run_config={**configs.to_dict(config), **fingerprints},
         description="latent action model",
         resume=config.resume,
         prepare=prepare,
@@ -88,7 +95,7 @@ def run(config: LatentTrainConfig) -> None:
     if result.finished and is_main_process():
         watch.conclude(result.metrics)
         write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
-        model.save_pretrained(config.out, {**configs.to_dict(config), **learned_from(training)})
+        model.save_pretrained(config.out, {**configs.to_dict(config), **fingerprints, **learned_from(training)})
         finish("latent action model", config.out, _next_commands(config, datasets[0].in_place))
 
 

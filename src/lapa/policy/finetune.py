@@ -25,18 +25,21 @@ from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.errors import UserError, unknown
+from lapa.locks import locks_output
 from lapa.policy.actions import ActionBins, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins, warn_of_ranges
 from lapa.policy.backbones import renew_backbone
 from lapa.policy.config import FinetuneConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.runtime import Policy, is_policy, read_config, statistics_of
+from lapa.policy.runtime import Policy, read_config, statistics_of
 from lapa.policy.training import (
     choose_prompts,
+    finished_before,
     load_start,
     new_policy,
     open_labels,
     open_steps,
     require_same_codes,
+    run_config_of,
     slot_cameras,
     train_policy,
 )
@@ -46,12 +49,13 @@ STATE_BINS = 256
 POOLED = "pooled"
 
 
+@locks_output
 def run(config: FinetuneConfig) -> None:
     """`lapa policy finetune`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
-    if config.resume and is_policy(config.out):
+    datasets = [open_dataset(path) for path in config.data]
+    if finished_before(config, run_config_of(config, datasets)):
         finish("policy, already finetuned", config.out, _next_commands(config, read_config(config.out)))
         return
-    datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets) if config.labels else None
     start = _starting_policy(config, datasets)
     cameras = slot_cameras(start.cameras, datasets, config.cameras)

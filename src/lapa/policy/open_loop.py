@@ -31,6 +31,7 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, errors_about, write_json
+from lapa.locks import locks_output
 from lapa.policy.config import MeasureConfig
 from lapa.policy.runtime import Actor, Policy, load_actor, load_policy
 from lapa.policy.training import require_same_codes, slot_cameras
@@ -42,6 +43,7 @@ LEAST_MOTION = 0.1
 Place = tuple[int, int]  # episode, frame
 
 
+@locks_output
 def run(config: MeasureConfig) -> None:
     """`lapa policy measure`. Raises UserError on bad input, before anything is evaluated."""
     configs.require_at_least(config, samples=1, batch_size=1, steps=1)

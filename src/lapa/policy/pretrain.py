@@ -18,35 +18,39 @@ from lapa.data.labels import Manifest
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
 from lapa.errors import UserError
+from lapa.locks import locks_output
 from lapa.policy.config import PretrainConfig
-from lapa.policy.runtime import Policy, is_policy
+from lapa.policy.runtime import Policy
 from lapa.policy.training import (
     choose_prompts,
+    finished_before,
     load_start,
     new_policy,
     open_labels,
     open_steps,
     require_same_codes,
+    run_config_of,
     slot_cameras,
     train_policy,
 )
 
 
+@locks_output
 def run(config: PretrainConfig) -> None:
     """`lapa policy pretrain`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     start = ["lapa", "policy", "finetune", "--preset", config.preset, "--policy", str(config.out)]
     next_commands = [shlex.join([*start, "--data", "ROBOT_DATASET", "--out", "POLICY"])]
-    if config.resume and is_policy(config.out):
-        finish("policy, already pretrained", config.out, next_commands)
-        return
     datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets)
+    lam = labels[0].manifest.lam_fingerprint
+    if finished_before(config, run_config_of(config, datasets, lam_fingerprint=lam)):
+        finish("policy, already pretrained", config.out, next_commands)
+        return
     seed_everything(config.loop.seed)
     policy = _starting_policy(config, datasets, labels[0].manifest)
 
     cameras = policy.cameras if config.policy else config.cameras or None
     training, held_out = open_steps(config, datasets, policy.config, cameras, labels=labels)
-    lam = labels[0].manifest.lam_fingerprint
     if train_policy(policy, training, held_out, config, description="latent policy", lam_fingerprint=lam):
         finish("pretrained policy", config.out, next_commands)
 

@@ -293,6 +293,7 @@ class Policy(Actor):
     def save(self, folder: Path, *, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Writes a policy folder, `config.json` last. run: the resolved config of the run that made it."""
         folder = Path(folder)
+        (folder / CONFIG).unlink(missing_ok=True)
         for inner in (MODEL, PROCESSOR):
             (folder / inner).mkdir(parents=True, exist_ok=True)
         self.model.backbone.save(folder / MODEL)

@@ -5,7 +5,7 @@ Axes: B batch, K chunk, A action dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
 from lapa.data.steps import EpisodeSteps
+from lapa.engine.checkpoint import already_trained
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError, unknown
@@ -26,7 +27,7 @@ from lapa.policy.backbones.hf import native_image_size
 from lapa.policy.config import HF, BackboneConfig, FinetuneConfig, HfConfig, PretrainConfig, TrainingOptions
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
-from lapa.policy.runtime import Policy, is_policy, load_policy
+from lapa.policy.runtime import CONFIG, Policy, is_policy, load_policy
 
 # Validation steps of one evaluation, spread evenly over the validation episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
@@ -157,6 +158,22 @@ def slot_cameras(slots: Sequence[str], datasets: Sequence[Dataset], chosen: Sequ
     return tuple(chosen)
 
 
+def run_config_of(
+    options: PretrainConfig | FinetuneConfig, datasets: Sequence[Dataset], **made_from: str
+) -> dict[str, Any]:
+    """What a run records of itself: its options, the fingerprints of its datasets and `made_from`."""
+    return {
+        **configs.to_dict(options),
+        "dataset_fingerprints": [dataset.fingerprint for dataset in datasets],
+        **made_from,
+    }
+
+
+def finished_before(options: PretrainConfig | FinetuneConfig, run_config: Mapping[str, Any]) -> bool:
+    """Whether a resumed run finds a policy that needs no more steps. Raises UserError as `already_trained` does."""
+    return options.resume and is_policy(options.out) and already_trained(options.out / CONFIG, run_config)
+
+
 def train_policy(
     policy: Policy,
     training: EpisodeSteps,
@@ -181,11 +198,7 @@ def train_policy(
             resume=options.resume,
             inputs=[*(d.root for d in training.datasets), *options.labels, *filter(None, [options.policy])],
         )
-    run_config = {
-        **configs.to_dict(options),
-        "dataset_fingerprints": [dataset.fingerprint for dataset in training.datasets],
-        **made_from,
-    }
+    run_config = run_config_of(options, training.datasets, **made_from)
     evaluate = None if held_out is None else held_out_figures(policy, held_out)
     if held_out is None:
         say("no episode is held out: nothing is evaluated during training")

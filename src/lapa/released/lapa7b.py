@@ -46,6 +46,7 @@ from lapa import config as configs
 from lapa.console import finish, progress, say
 from lapa.errors import UserError, unknown
 from lapa.files import atomic_path, claim_output, errors_about, read_json, write_json, writing
+from lapa.locks import locks_output
 from lapa.nn.weights import finite_weights, require_finite_weights
 from lapa.policy.config import LwmConfig, VQGANConfig
 from lapa.policy.model import PolicyConfig
@@ -186,6 +187,7 @@ class ReleasedPolicy(nn.Module):
         return rows
 
 
+@locks_output
 def run(config: ImportLapaConfig) -> None:
     """`lapa import lapa-7b`. Raises UserError on a file that is missing, truncated or does not fit."""
     sizes, image_sizes = read_sizes(config.sizes)

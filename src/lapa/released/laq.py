@@ -23,6 +23,7 @@ from lapa.errors import UserError, unknown
 from lapa.files import claim_output, errors_about, read_json, write_json
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.model import CONFIG, LatentActionModel
+from lapa.locks import locks_output
 from lapa.released.checkpoints import MALFORMED, misfits, shapes_of
 from lapa.released.config import ImportLaqConfig
 
@@ -143,6 +144,7 @@ def from_released(state_dict: Mapping[str, Tensor], published_config: Mapping[st
     return model.eval()
 
 
+@locks_output
 def run(config: ImportLaqConfig) -> None:
     """`lapa import laq`. Raises UserError on a file that is missing, truncated or does not fit."""
     published = PUBLISHED_CONFIG if config.sizes is None else read_json(config.sizes)

@@ -42,7 +42,8 @@ from lapa.data.source import Clip, Item, Reading, Source, SourceDataset
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import read_image
 from lapa.errors import UserError
-from lapa.files import as_path, claim_output, errors_about, inside, open_binary, reading, remove_folder
+from lapa.files import as_path, claim_output, errors_about, inside, open_binary, reading
+from lapa.locks import locks_output
 from lapa.sources.folder_scan import cached, file_state, require_rate
 from lapa.sources.rlds.table import POSE
 
@@ -98,13 +99,14 @@ class LapaJsonlConfig(ConvertOptions, LapaJsonlReading):
     """Name of the latent action model that made `delta`: policies refuse to mix labels of two."""
 
 
+@locks_output
 def run(config: LapaJsonlConfig) -> None:
     """`lapa data lapa-jsonl`."""
     source = config.open()
     labels = config.out / LABELS
     if not source.coded:
         convert.run(config)
-        if not source.latent_length or (labels / MANIFEST).exists():
+        if not source.latent_length:
             return
         if config.rate not in (None, source.fps) or config.cut_shots:
             warn("labels are not written: with --rate or --cut-shots, frames are not those of the rows")
@@ -113,15 +115,23 @@ def run(config: LapaJsonlConfig) -> None:
     else:
         if not source.latent_length:
             raise UserError(f"{config.file}: has codes of images, and no `delta` to label them with; give --images")
-        if (labels / MANIFEST).exists() and config.resume and not config.overwrite:
-            say(f"{labels}: already complete")
-            return
         say(f"{config.file}: has codes and no images; its labels are written, the rows are read in place")
-        claim_output(config.out, complete=False, overwrite=config.overwrite, inputs=[source.root])
+        claim_output(config.out, complete=False, overwrite=config.overwrite, resume=config.resume, inputs=[source.root])
         dataset, words = source.dataset(), ["--policy", "LWM_POLICY", "--data", _spec(config)]
+    next_commands = [shlex.join(["lapa", "policy", "pretrain", *words, "--labels", str(labels), "--out", "POLICY"])]
+    identity = {
+        "lam_fingerprint": config.lam,
+        "dataset_fingerprint": dataset.fingerprint,
+        "horizon_seconds": config.horizon,
+        "codebook_size": config.codebook_size,
+    }
+    if (labels / MANIFEST).exists():
+        configs.require_same(labels / MANIFEST, identity)
+        finish("labels, already complete", labels, next_commands)
+        return
+    claim_output(labels, complete=False, overwrite=True)
     written = write_labels(source, dataset, labels, config)
-    command = ["lapa", "policy", "pretrain", *words, "--labels", str(labels), "--out", "POLICY"]
-    finish(f"labels of {written} rows", labels, [shlex.join(command)])
+    finish(f"labels of {written} rows", labels, next_commands)
 
 
 def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config: LapaJsonlConfig) -> int:
@@ -129,8 +139,6 @@ def write_labels(source: LapaJsonlSource, dataset: Dataset, folder: Path, config
 
     Returns the number of rows. Raises UserError naming the row whose latent action is outside the codebook.
     """
-    if folder.exists():
-        remove_folder(folder)
     # A dataset in place has an episode for each item, in their order.
     items: Iterable[Item] = source.items
     if isinstance(dataset, LeRobotDataset):

@@ -15,11 +15,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 
-from lapa.console import finish, progress
+from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import INFO
-from lapa.data.writer import DatasetWriter, nothing_to_add
+from lapa.data.writer import DatasetWriter
 from lapa.files import claim_output
+from lapa.locks import locks_output
 
 # Direction k points at k * 45 degrees, counted from the right, anticlockwise.
 DIRECTIONS = ("right", "up-right", "up", "up-left", "left", "down-left", "down", "down-right")
@@ -51,11 +52,10 @@ class SyntheticConfig:
     """Go on with what an interrupted run wrote."""
 
 
+@locks_output
 def run(config: SyntheticConfig) -> None:
     """`lapa data synthetic`."""
     out = config.out
-    if nothing_to_add(out, resume=config.resume, overwrite=config.overwrite):
-        return
     claim_output(out, complete=(out / INFO).exists(), overwrite=config.overwrite, resume=config.resume)
     names = ("episodes", "frames", "size", "fps", "actions", "seed", "resume")
     dataset = write_synthetic_dataset(out, **{name: getattr(config, name) for name in names})
@@ -127,6 +127,9 @@ def write_synthetic_dataset(
         extra_info={"made_by": "lapa data synthetic", "episodes": episodes, "frames": frames, "seed": seed},
         resume=resume,
     )
+    if writer.finished:
+        say(f"{root}: already complete")
+        return writer.finish()
     with progress() as bar:
         task = bar.add_task("writing", total=episodes, note="")
         for number in range(episodes):

@@ -20,6 +20,7 @@ from typing import Any
 from lapa.console import console, finish, say
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
+from lapa.locks import locks_output
 from lapa.study import plots
 from lapa.study.config import ReportConfig
 from lapa.study.page import Block, Bullets, Figure, Heading, Paragraph, Table, html_page, markdown, rich_table
@@ -75,6 +76,7 @@ class Findings:
     unheard: tuple[Group, ...]
 
 
+@locks_output
 def run(config: ReportConfig) -> None:
     """`lapa study report`. Raises UserError where there are no results, or results of different studies."""
     if not config.studies:

@@ -36,6 +36,7 @@ from lapa.envs.metaworld.simulator import (
 )
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json
+from lapa.locks import locks_output
 
 # Frames kept after success: enough to show the result, too few to train a policy to stand still.
 FRAMES_AFTER_SUCCESS = 5
@@ -54,6 +55,7 @@ class Demonstration:
     instruction: str
 
 
+@locks_output
 def run(config: MetaworldConfig) -> None:
     """Records the dataset at `config.out`. Raises UserError on a user's mistake, before any work is done."""
     tasks = parse_tasks(config.tasks)
