@@ -6,7 +6,7 @@ PYTHON312 ?= python3.12
 LEROBOT := .venv-lerobot
 LEROBOT_VERSION := 0.6.1
 
-.PHONY: help setup demo study test test-slow lint format bench bench-latent check-lerobot clean
+.PHONY: help setup demo study test test-slow lint format bench bench-latent faults check-lerobot clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -15,6 +15,7 @@ help:
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
 	@echo '                (make bench-latent: the latent action model alone)'
+	@echo 'make faults     kills, two writers, flipped bits, hostile files, odd data: a quarter of an hour'
 	@echo 'make check-lerobot   datasets go both ways between this project and LeRobot (its own environment: 5.6 GB)'
 
 setup: $(INSTALLED)
@@ -55,6 +56,9 @@ bench: setup
 
 bench-latent: setup
 	$(BIN)/python benchmarks/bench_latent.py
+
+faults: setup
+	$(BIN)/python benchmarks/faults.py
 
 $(LEROBOT)/installed-$(LEROBOT_VERSION):
 	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else 1)' || \
