@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapa.data.motion import AROUND, MotionMeter, motion_energy, shot_numbers, thumbnails
-from lapa.data.video import ClipScan
+from lapa.data.motion import AROUND, MotionMeter, motion_energy, share_of_new, shot_numbers, thumbnails
+from lapa.data.video import ClipScan, encode_clip
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -132,3 +132,36 @@ def test_real_clips_are_one_shot_each() -> None:
 def test_the_joins_of_real_clips_are_found_and_nothing_else() -> None:
     for one, other in list(permutations(real_clips(), 2))[::3]:
         assert starts(np.concatenate([one, other])) == [0, len(one)]
+
+
+def moving(num: int, seed: int = 0, step: int = 2) -> list[np.ndarray]:
+    """Frames of a pan."""
+    wide = scene(seed, 96 + step * num).clip(0, 255).astype(np.uint8)
+    return [np.repeat(wide[:, step * place : step * place + 96, None], 3, axis=2) for place in range(num)]
+
+
+@pytest.mark.parametrize(("times", "encoded"), [(2, False), (2.5, True), (3, True), (5, True), (10, True), (10, False)])
+def test_images_that_are_repeated_are_counted_once(tmp_path: Path, times: float, encoded: bool) -> None:
+    images = moving(30)
+    frames = [images[int(place / times)] for place in range(min(90, int(30 * times)))]
+    if encoded:
+        encode_clip(tmp_path / "film.mp4", frames, 30, keyframe_interval=12)
+        frames = [frame_HWC for _, frame_HWC in ClipScan(tmp_path / "film.mp4")]
+    assert share_of_new(frames) == pytest.approx(1 / times, rel=0.15)
+
+
+def test_films_that_move_or_stand_still_repeat_nothing() -> None:
+    rng = np.random.default_rng(0)
+    images = moving(90)
+    waits = [*images[:1] * 30, *images[:20], *images[20:21] * 25, *images[21:40]]
+    noisy = [np.clip(image + rng.normal(0, 3, image.shape), 0, 255).astype(np.uint8) for image in images[:1] * 60]
+    for frames in (images, waits, images[:1] * 60, noisy, images[:2], images[:1], []):
+        assert share_of_new(frames) == 1.0
+
+
+@pytest.mark.parametrize("name", ["rt1_videos", "calvin_videos"])
+def test_real_films_repeat_nothing(name: str) -> None:
+    paths = sorted((SHARED / name).glob("*.mp4"))
+    if not paths:
+        pytest.skip("the shared sample data are not here")
+    assert all(share_of_new(frame_HWC for _, frame_HWC in ClipScan(path)) == 1.0 for path in paths)

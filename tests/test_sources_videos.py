@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,10 @@ import pytest
 from av.video.stream import VideoStream
 
 from lapa.data import writer
+from lapa.data.config import InfoConfig
 from lapa.data.convert import resample, run
 from lapa.data.dataset import Dataset
+from lapa.data.info import run as run_info
 from lapa.data.lerobot import INFO
 from lapa.data.source import SourceDataset
 from lapa.data.spec import open_dataset
@@ -153,6 +156,32 @@ def test_a_video_without_caption(folder: Path, tmp_path: Path) -> None:
     assert len(convert(folder, captions=tmp_path / "c.json", caption=None, skip_bad=True).episodes) == 1
     with pytest.raises(ValueError, match="no captions; give --captions"):
         convert(folder, caption=None, out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["captions.json", "captions.jsonl", "captions.csv"])
+def test_captions_in_the_folder_are_used(folder: Path, name: str, capsys: pytest.CaptureFixture) -> None:
+    texts = {"clip2.mp4": "two", "clip10.mp4": "ten", "deeper/clip1.avi": "one"}
+    content = {
+        "captions.json": json.dumps(texts),
+        "captions.jsonl": "".join(json.dumps({"file": key, "text": text}) + "\n" for key, text in texts.items()),
+        "captions.csv": "file,text\n" + "".join(f"{key},{text}\n" for key, text in texts.items()),
+    }
+    (folder / name).write_text(content[name])
+    for dataset in (convert(folder, caption=None), open_dataset(f"videos:{folder}")):
+        assert [one.instruction for one in dataset.episodes] == ["two", "ten", "one"]
+    shown = capsys.readouterr().err
+    assert f"{name}: used as the captions" in shown and "ignored" not in shown
+    assert dataset.extra["captions"] == name
+    # What is asked for comes first.
+    assert in_place(folder).episodes[0].instruction == "wait"
+    assert f"{name}: not used, --caption is given; --captions takes it" in capsys.readouterr().err
+
+
+def test_captions_in_the_folder_that_lead_elsewhere_are_named(folder: Path) -> None:
+    write_clip(folder.parent / "outside.mp4")
+    (folder / "captions.json").write_text(json.dumps({"../outside.mp4": "push"}))
+    with pytest.raises(ValueError, match=r"has a caption for \.\./outside\.mp4, which is not in"):
+        convert(folder, caption=None)
 
 
 def test_what_is_not_a_video(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -313,6 +342,63 @@ def test_real_robot_videos(tmp_path: Path, name: str, fps: int, frames: int) -> 
     dataset = convert(tmp_path / name, captions=tmp_path / name / "captions.json", caption=None, size=64)
     assert (len(dataset.episodes), dataset.num_frames, dataset.fps) == (6, frames, fps)
     assert len(dataset.tasks) == 6
+
+
+def repeating(path: Path, times: int, num: int = 12) -> None:
+    """A film at 30 frames a second of squares that move every `times` frames."""
+    frames = np.full((num * times, 48, 64, 3), 60, np.uint8)
+    for number, frame_HWC in enumerate(frames):
+        left = 4 * (number // times)
+        frame_HWC[10:30, left : left + 16] = 220
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encode_clip(path, frames, 30, keyframe_interval=12)
+
+
+def test_repeated_images_are_said_and_a_rate_takes_each_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for number in range(3):
+        repeating(tmp_path / "films" / f"{number}.mp4", times=10)
+    said = r"most neighbouring frames are the same image, in 3 of 3 films: of 30 .* about 3 are new; .*--rate 3"
+    dataset = convert(tmp_path / "films")
+    assert re.search(said, capsys.readouterr().err)
+    run_info(InfoConfig(str(dataset.root)))
+    assert re.search(said, capsys.readouterr().err)
+    once = convert(tmp_path / "films", rate=3, overwrite=True)
+    assert (once.fps, once.lengths.tolist()) == (3, [12] * 3)
+    run_info(InfoConfig(str(once.root)))
+    assert "same image" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fps", [None, 6.0])
+def test_a_rate_that_the_files_state_wrongly_is_corrected(
+    tmp_path: Path, fps: float | None, capsys: pytest.CaptureFixture
+) -> None:
+    repeating(tmp_path / "films" / "a.mp4", times=1)
+    (tmp_path / "films" / "b").mkdir()
+    write_times(tmp_path / "films" / "b" / "varies.mp4", [0, 0.1, 0.3, 0.4, 0.6, 0.7])
+    in_place(tmp_path / "films")
+    assert "or less; where they play too fast, give the rate that was recorded as --true-fps" in capsys.readouterr().err
+    there = convert(tmp_path / "films", true_fps=3.0, fps=fps)
+    assert "--true-fps" not in capsys.readouterr().err
+    here = in_place(tmp_path / "films", true_fps=3.0, **({"fps": fps} if fps else {}))
+    times = 1 if fps is None else 2
+    for dataset in (there, here):
+        assert dataset.fps == 3.0 * times and dataset.extra["true_fps"] == 3.0
+    # Each frame is that much longer, and the last one not cut off by more than half of it.
+    lefts = [int(np.flatnonzero(frame_HWC[20, :, 0] > 140)[0]) for frame_HWC in here.frames(0)]
+    assert len(lefts) >= 12 * times - times // 2
+    assert np.abs(np.array(lefts) - 4 * (np.arange(len(lefts)) // times)).max() <= 4
+    assert len(set(np.round(np.array(lefts) / 4))) == 12
+    assert there.lengths.tolist() == here.lengths.tolist()
+    for wrong in (0, -1, "nan", "inf"):
+        with pytest.raises(ValueError, match="--true-fps"):
+            in_place(tmp_path / "films", true_fps=wrong)
+
+
+def test_real_clips_are_as_long_as_they_were_recorded(tmp_path: Path) -> None:
+    if not (SHARED / "rt1_videos").is_dir():
+        pytest.skip("the shared sample data are not here")
+    dataset = open_dataset(f"videos:{SHARED / 'rt1_videos'},true_fps=3")
+    assert (dataset.fps, dataset.num_frames, len(dataset)) == (3.0, 220, 6)
 
 
 def write_times(path: Path, times: list[float], size: tuple[int, int] = (48, 64), codec: str = "libx264") -> None:

@@ -18,10 +18,11 @@ import shutil
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from lapa.console import finish, progress, say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
 from lapa.data.lerobot import INFO
-from lapa.data.motion import MotionMeter, shot_numbers, thumbnail
+from lapa.data.motion import MotionMeter, share_of_new, shot_numbers, thumbnail
 from lapa.data.source import Clip, Item, Source
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import encode_clip
@@ -42,6 +43,9 @@ from lapa.locks import locks_output
 # Prefix of the folder with the videos that wait to be added.
 INCOMING = ".incoming-"
 KEYFRAME_INTERVAL = 2
+# Images a frame that are too few, and what is looked at for these.
+SLOWER = 0.7
+SAMPLED_ITEMS, SAMPLED_FRAMES = 3, 90
 # Seconds; a tick this close to the middle between two frames takes the later one, however the sum is rounded.
 TIE = 1e-6
 # Seconds between two frames that are plausible: a damaged timestamp would fill the disk with one image.
@@ -56,6 +60,9 @@ SMALL, SHORT, STATIC, BLANK = (
     "left out, nothing moves",
     "left out, no camera shows anything",
 )
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ def run(options: ConvertOptions) -> None:
     if writer.finished:
         finish("dataset, already complete", out, next_commands)
         return
+    report_repeated((_first_frames(source, item, cameras[0]) for item in sample(items)), source.fps, fps)
     todo = [item for item in items if item.key not in writer.done_items]
     if len(todo) < len(items):
         say(f"resuming: {len(items) - len(todo)} of {len(items)} items are done")
@@ -110,6 +118,35 @@ def run(options: ConvertOptions) -> None:
         raise UserError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
     dataset = writer.finish()
     finish(f"dataset of {len(dataset)} episodes, {dataset.num_frames} frames at {fps:g} fps", out, next_commands)
+
+
+def report_repeated(films: Iterable[Iterable[np.ndarray]], fps: float, rate: float) -> None:
+    """Warns where most of the films show the same image in most neighbouring frames.
+
+    fps: of the films; rate: at which they are taken.
+    """
+    shares = [share_of_new(frames) for frames in films]
+    repeated = sorted(share for share in shares if share < 1)
+    if 2 * len(repeated) <= len(shares):
+        return
+    real = repeated[len(repeated) // 2] * fps
+    if real < SLOWER * rate:
+        warn(
+            f"most neighbouring frames are the same image, in {len(repeated)} of {len(shares)} films: of {fps:g} "
+            f"frames a second about {real:.2g} are new; to take each image once, convert with --rate {real:.2g}"
+        )
+
+
+def sample(items: Sequence[T]) -> list[T]:
+    """Returns a few items, spread over all of them."""
+    places = np.linspace(0, len(items) - 1, min(SAMPLED_ITEMS, len(items))).round().astype(int)
+    return [items[place] for place in places.tolist()]
+
+
+def _first_frames(source: Source, item: Item, camera: str) -> Iterator[np.ndarray]:
+    """Yields the first frames of an item, at the rate of the source, as far as they can be read."""
+    with suppress(UserError):
+        yield from islice(resample(source.read(item).frames[camera], source.fps), SAMPLED_FRAMES)
 
 
 def convert_item(

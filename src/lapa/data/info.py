@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lapa.console import console, finish, say
 from lapa.data.config import InfoConfig
+from lapa.data.convert import SAMPLED_FRAMES, report_repeated, sample
 from lapa.data.dataset import ACTION_SPACE, STATE, Dataset, dimension_names
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
@@ -29,6 +30,7 @@ def run(config: InfoConfig) -> None:
     dataset = open_dataset(config.data)
     dataset.require_files([dataset.camera_name()])
     console.print(summary(dataset))
+    _report_repeated(dataset)
     if dataset.coded:
         say("no contact sheet: the dataset holds codes of images, not images")
         return
@@ -37,6 +39,13 @@ def run(config: InfoConfig) -> None:
     with atomic_path(sheet) as temporary:
         contact_sheet(dataset).save(temporary)
     finish("contact sheet", sheet, [f"lapa latent train --data {shlex.quote(str(config.data))} --out LAM"])
+
+
+def _report_repeated(dataset: Dataset) -> None:
+    if not dataset.coded:
+        lengths = {episode: min(SAMPLED_FRAMES, length) for episode, length in enumerate(dataset.lengths.tolist())}
+        films = (dataset.frames(episode, range(lengths[episode])) for episode in sample(list(lengths)))
+        report_repeated(films, dataset.fps, dataset.fps)
 
 
 def summary(dataset: Dataset) -> Table:

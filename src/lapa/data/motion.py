@@ -3,6 +3,7 @@
     thumbnails_THW = thumbnails(frames_THWC)
     motion_energy(thumbnails_THW, horizon)       # [T - horizon], 0 where nothing moves
     list(shot_numbers(thumbnails_THW))           # [0, 0, ..., 0, 1, 1, ..., 1]
+    share_of_new(frames_THWC)                    # 0.1: each image is shown for ten frames
 
 Axes: T time, H W image, C channel, P pairs of frames one horizon apart.
 """
@@ -18,6 +19,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 SIDE = 32
+# Two frames show the same image where they differ by less than SAME of the greater changes, which are at least MOVES
+# steps of brightness: encoding changes a repeated image. Images are repeated where REGULAR of them are shown for about
+# as many frames as the others, and for two or more. Measured: none of 212 real films (RT-1, CALVIN, DROID) is taken for
+# such a one; repeated 2 to 5 times and encoded again 97% are, repeated 10 times (9 images) 57%.
+SAME, MOVES, REGULAR = 0.25, 0.3, 0.7
 # A cut is a change, of the whole image or of its quieter half (which no moving arm or hand reaches), of at least this
 # share of the brightness range, and of several times the other changes within AROUND frames. The greatest of those may
 # be a cut itself; the second greatest stands for the video, repeated frames included.
@@ -68,6 +74,22 @@ class MotionMeter:
         if self._greatest is None:
             return _change(self._recent[0], self._recent[-1]) if self._recent else 0.0
         return self._greatest
+
+
+def share_of_new(frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> float:
+    """Returns how many different images a film shows a frame; 1 unless most frames only repeat the one before.
+
+    So are films of few images a second stored at a higher rate: each image is shown for about as many frames as the
+    others. Where nothing moves for a while that is not so.
+    """
+    small_THW = thumbnails(frames).astype(np.int16)
+    changes = np.abs(np.diff(small_THW, axis=0)).mean(axis=(1, 2))
+    great = float(np.quantile(changes, 0.97)) if len(changes) else 0.0
+    new = np.flatnonzero(changes >= SAME * great)
+    lasting = np.diff(new)
+    usual = np.median(lasting) if great >= MOVES and len(lasting) > 1 else 1
+    regular = usual >= 2 and (np.abs(lasting - usual) <= max(1, usual / 4)).mean() >= REGULAR
+    return len(lasting) / float(new[-1] - new[0]) if regular else 1.0
 
 
 def shot_numbers(thumbnails: Iterable[UInt8[np.ndarray, "H W"]]) -> Iterator[int]:

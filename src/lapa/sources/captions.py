@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from lapa.console import warn
+from lapa.console import say, warn
 from lapa.data.source import Reading
 from lapa.errors import UserError
-from lapa.files import read_json
+from lapa.files import as_path, read_json
 from lapa.sources.folder_scan import short_names, stop_or_skip
 
+# Names by which captions are found in the folder of the clips.
+CAPTIONS_FILES = ("captions.json", "captions.jsonl", "captions.csv")
 TEXT_COLUMNS = ("text", "caption", "instruction")
 
 
@@ -27,20 +29,28 @@ class CaptionedReading(Reading):
     folder: Annotated[str, tyro.conf.Positional]
     """Folder with the clips; folders inside it are searched too."""
     captions: str | None = None
-    """JSON {clip: text}, JSONL or CSV with the columns file and text (or caption, or instruction)."""
+    """JSON {clip: text}, JSONL or CSV with the columns file and text (or caption, or instruction); by default
+    captions.json, .jsonl or .csv in the folder, where there is one and no --caption."""
     caption: str | None = None
     """One text for every clip; with --captions, for those that have none there."""
     skip_bad: bool = False
     """Leave out, and count, clips that cannot be read, clips without caption and captions without clip."""
 
     @property
+    def captions_file(self) -> Path | None:
+        """The file of the captions: the one that is given, or without any, the one in the folder."""
+        if self.captions is not None:
+            return Path(self.captions)
+        return self._captions_inside() if self.caption is None else None
+
+    @property
     def inputs(self) -> tuple[Path, ...]:
         """The files that are read in addition to the folder."""
-        return () if self.captions is None else (Path(self.captions),)
+        return () if self.captions_file is None else (self.captions_file,)
 
     def settings(self, folder: str, **others: Any) -> dict[str, Any]:
         """Returns the options as a converted dataset records them. folder: its name; others: of the source."""
-        captions = self.captions and Path(self.captions).name
+        captions = self.captions_file and self.captions_file.name
         values = {"folder": folder, "captions": captions, "caption": self.caption, **others}
         return {name: value for name, value in values.items() if value}
 
@@ -51,27 +61,35 @@ class CaptionedReading(Reading):
         clip is called in messages. Of several captions of a clip the first counts, and an empty one is none.
         Raises UserError for clips without caption and captions without clip, unless `skip_bad`.
         """
-        if self.captions is None and self.caption is None:
+        path, inside = self.captions_file, self._captions_inside()
+        if path is None and self.caption is None:
             raise UserError(f'{self.folder}: no captions; give --captions FILE, or --caption "what the {what}s show"')
+        if self.captions is None and inside is not None:
+            use = "not used, --caption is given; --captions takes it" if path is None else "used as the captions"
+            say(f"{inside}: {use}")
         found = dict.fromkeys(names, self.caption) if self.caption is not None else {}
-        if self.captions is None:
+        if path is None:
             return found, 0
         (known, _), missing, captioned, again = short_names(names), [], set(), 0
-        for key, text in read_captions(Path(self.captions)):
+        for key, text in read_captions(path):
             name = known.get(key.removeprefix("./"))
             if name is None:
-                missing.append(f"{self.captions}: has a caption for {key}, which is not in {self.folder}")
+                missing.append(f"{path}: has a caption for {key}, which is not in {self.folder}")
             elif name in captioned:
                 again += 1
             elif text.strip():
                 found[name] = text.strip()
                 captioned.add(name)
         if again:
-            warn(f"{self.captions}: further captions of a {what} that has one, not used: {again}")
+            warn(f"{path}: further captions of a {what} that has one, not used: {again}")
         skipped = stop_or_skip(missing, f"add the {what}, or remove the entry, or give --skip-bad", self.skip_bad)
-        bare = [f"{self.folder}/{name}: has no caption in {self.captions}" for name in names if name not in found]
+        bare = [f"{self.folder}/{name}: has no caption in {path}" for name in names if name not in found]
         fix = "add one, or give --caption TEXT for those without, or --skip-bad to leave them out"
         return found, skipped + stop_or_skip(bare, fix, self.skip_bad)
+
+    def _captions_inside(self) -> Path | None:
+        found = (as_path(self.folder) / name for name in CAPTIONS_FILES)
+        return next((path for path in found if path.is_file()), None)
 
 
 def read_captions(path: Path) -> list[tuple[str, str]]:

@@ -32,10 +32,10 @@ THREADS, AT_ONCE = 16, 512
 Found = TypeVar("Found")
 
 
-def require_rate(fps: float | None) -> None:
-    """Raises UserError for an --fps that is no rate; None leaves the rate to the source."""
+def require_rate(fps: float | None, option: str = "--fps") -> None:
+    """Raises UserError for an option that is no rate; None leaves the rate to the source."""
     if fps is not None and not 0 < fps < inf:
-        raise UserError(f"--fps {fps}: must be above 0, and finite")
+        raise UserError(f"{option} {fps}: must be above 0, and finite")
 
 
 def require_folder(folder: Path | str, content: str) -> Path:
@@ -51,9 +51,10 @@ def require_folder(folder: Path | str, content: str) -> Path:
     return root
 
 
-def find_videos(folder: Path | str) -> tuple[Path, list[str]]:
+def find_videos(folder: Path | str, others: Sequence[Path] = ()) -> tuple[Path, list[str]]:
     """Returns a folder, and the paths of the videos in it and in the folders inside, in natural order.
 
+    others: files that are used, too, and not counted as ignored.
     Raises UserError where it holds none.
     """
     root = require_folder(folder, "videos")
@@ -61,7 +62,8 @@ def find_videos(folder: Path | str) -> tuple[Path, list[str]]:
     videos = sorted((name for name in names if name.lower().endswith(VIDEO_SUFFIXES)), key=natural_order)
     if not videos:
         raise UserError(f"{folder}: holds no video (other files: {len(names)}); looked for {', '.join(VIDEO_SUFFIXES)}")
-    if num_others := len(names) - len(videos):
+    num_used = sum(path.resolve().is_relative_to(root.resolve()) for path in others)
+    if num_others := len(names) - len(videos) - num_used:
         say(f"ignored: {num_others} {'file' if num_others == 1 else 'files'} without the suffix of a video")
     return root, videos
 

@@ -70,7 +70,7 @@ class FramesSource(Source):
         self.name, self.inputs = self.root.resolve().name, reading.inputs
         # Where numbers are missing, a new episode begins.
         self.settings = reading.settings(self.name, gaps="cut")
-        folders = _list_folders(self.root)
+        folders = _list_folders(self.root, reading.inputs)
         instructions, skipped = reading.find_captions(list(folders), "clip")
         self.items = items = []
         problems, with_gaps, missing = [], 0, 0
@@ -147,9 +147,12 @@ class FramesSource(Source):
         raise UserError(f"{self.root}: none of its images can be decoded")
 
 
-def _list_folders(root: Path) -> dict[str, _Folder]:
-    """Returns the folders that hold numbered images, by the names of these alone: there may be millions."""
-    folders, num_ignored = {}, 0
+def _list_folders(root: Path, others: Sequence[Path]) -> dict[str, _Folder]:
+    """Returns the folders that hold numbered images, by the names of these alone: there may be millions.
+
+    others: files that are used, too, and not counted as ignored.
+    """
+    folders, num_ignored = {}, -sum(path.resolve().is_relative_to(root.resolve()) for path in others)
     for folder, names in walk(root):
         images = [name for name in names if _is_image(name)]
         num_ignored += len(names) - len(images)
@@ -157,7 +160,7 @@ def _list_folders(root: Path) -> dict[str, _Folder]:
             folders[folder or "."] = _without_gaps(sorted(map(_number, images)))
     if not folders:
         raise UserError(f"{root}: no folder of it holds numbered images ({', '.join(SUFFIXES)})")
-    if num_ignored:
+    if num_ignored > 0:
         say(f"ignored: {num_ignored} files that are no images with a number in their names")
     return folders
 

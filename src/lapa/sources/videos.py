@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import ceil
 from pathlib import Path
+from statistics import median
 
 import av
 import numpy as np
@@ -36,6 +37,8 @@ WORTH_CACHING = 500
 NO_FRAME = np.zeros(0, np.uint8)
 # Seconds of a video that are decoded rather than skipped by seeking.
 DECODE_ON = 1.0
+# Seconds of which half of the videos are shorter only if they play too fast, or show single movements.
+SHORT = 2.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class VideosReading(CaptionedReading):
 
     fps: float | None = None
     """Frames a second at which the videos are read; by default the rate of most of them."""
+    true_fps: float | None = None
+    """Frames a second that were recorded, where the files state another rate and so play too fast or too slowly: clips
+    of RT-1 state 30, and were recorded at 3."""
 
     def open(self) -> Source:
         return VideosSource(self)
@@ -57,6 +63,7 @@ class VideosConfig(ConvertOptions, VideosReading):
 class VideoFilesSource(Source):
     """A source whose items are whole video files. An item's length, where it has one, is what the header promises.
 
+    An item's place, where it has one: how many times as long as by the file's own times it lasts.
     skip_bad: when read in place, leave out files that cannot be read.
     """
 
@@ -69,25 +76,31 @@ class VideoFilesSource(Source):
     def file_of(self, item: Item) -> str:
         return str(self.path_of(item))
 
+    def rate_of(self, item: Item) -> float:
+        """Returns the frames that are taken of each second of an item's file."""
+        return self.fps * _stretch(item)
+
     def read(self, item: Item) -> Clip:
         path = self.path_of(item)
         scan = ClipScan(path)
 
         def frames() -> Iterator[tuple[float, np.ndarray]]:
-            yield from scan
+            for seconds, frame_HWC in scan:
+                yield seconds * _stretch(item), frame_HWC
             if scan.num_lost:
                 # Losses are counted in frames of the dataset.
-                clip.lost = round(scan.num_lost * self.fps / probe(path).fps) or 1
+                clip.lost = round(scan.num_lost * self.rate_of(item) / probe(path).fps) or 1
 
         clip = Clip({CAMERA: frames()}, item.instruction)
         return clip
 
     def measured(self) -> Sequence[Item]:
         """Returns all items with their lengths; see `count_frames`."""
-        headers, unreadable = read_headers(self.root, [item.key for item in self.items if item.length is None])
-        lengths = {name: quick_count(info, self.fps) for name, info in headers.items()}
+        rates = {item.key: self.rate_of(item) for item in self.items if item.length is None}
+        headers, unreadable = read_headers(self.root, list(rates))
+        lengths = {name: quick_count(info, rates[name]) for name, info in headers.items()}
         counted, empty = scan_files(
-            lambda name: count_frames(self.root / name, headers[name], self.fps),
+            lambda name: count_frames(self.root / name, headers[name], rates[name]),
             [name for name, length in lengths.items() if length is None],
         )
         lengths |= counted
@@ -96,7 +109,7 @@ class VideoFilesSource(Source):
         return [replace(item, length=lengths[item.key]) for item in self.items if lengths.get(item.key) is not None]
 
     def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> UInt8[np.ndarray, "T H W 3"]:
-        return frames_at(self.path_of(item), [index / self.fps for index in frame_indices])
+        return frames_at(self.path_of(item), [index / self.rate_of(item) for index in frame_indices])
 
 
 class VideosSource(VideoFilesSource):
@@ -106,7 +119,8 @@ class VideosSource(VideoFilesSource):
 
     def __init__(self, reading: VideosReading):
         require_rate(reading.fps)
-        self.root, names = find_videos(reading.folder)
+        require_rate(reading.true_fps, "--true-fps")
+        self.root, names = find_videos(reading.folder, reading.inputs)
         instructions, skipped = reading.find_captions(names, "video")
         headers, unreadable = read_headers(self.root, [name for name in names if name in instructions])
         skipped += stop_or_skip(unreadable, "--skip-bad leaves such files out", reading.skip_bad)
@@ -115,10 +129,25 @@ class VideosSource(VideoFilesSource):
         if not headers:
             raise UserError(f"{self.root}: no video of it can be used")
         self.name, self.skip_bad, self.inputs = self.root.resolve().name, reading.skip_bad, reading.inputs
-        self.fps, size = common_format(headers.values(), reading.fps)
+        recorded = reading.true_fps
+        infos = [replace(info, fps=recorded or info.fps) for info in headers.values()]
+        self.fps, size = common_format(infos, reading.fps)
         self.cameras = {CAMERA: size}
-        self.settings = reading.settings(self.name, fps=reading.fps)
-        self.items = [Item(name, (), instructions[name], quick_count(info, self.fps)) for name, info in headers.items()]
+        self.settings = reading.settings(self.name, fps=reading.fps, true_fps=recorded)
+        self.items = []
+        for name, info in headers.items():
+            item = Item(name, (info.fps / recorded,) if recorded else (), instructions[name])
+            self.items.append(replace(item, length=quick_count(info, self.rate_of(item))))
+        seconds = [item.length / self.fps for item in self.items if item.length]
+        if recorded is None and seconds and median(seconds) < SHORT:
+            say(
+                f"half of the videos last {median(seconds):.2g} s or less; where they play too fast, give the rate "
+                "that was recorded as --true-fps (clips of RT-1 state 30 frames a second, and were recorded at 3)"
+            )
+
+
+def _stretch(item: Item) -> float:
+    return float(item.place[0]) if item.place else 1.0
 
 
 def common_format(infos: Collection[VideoInfo], fps: float | None) -> tuple[float, tuple[int, int]]:
