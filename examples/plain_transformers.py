@@ -46,10 +46,15 @@ def main(policy: Path, image: Path, instruction: str) -> None:
     prompt = layout["before"] + config["prompts"]["default"].replace("{instruction}", instruction) + layout["after"]
     inputs = tokenizer(prompt, add_special_tokens=False, return_token_type_ids=False, return_tensors="pt")
     fitted = ImageOps.fit(Image.open(image).convert("RGB"), (layout["image_size"], layout["image_size"]))
-    inputs |= image_processor([[fitted]], return_tensors="pt")
-    # Two families also read the type of each token: of an image (Qwen), of a prompt with full attention (PaliGemma).
+    images = image_processor([[fitted]], return_tensors="pt")
+    # Of an image that is not cut into parts, their number says nothing.
+    inputs |= {name: value for name, value in images.items() if name not in ("num_crops", "num_patches")}
+    # Some families also read the type of each token: of an image (Qwen, Gemma), of a prompt with full attention
+    # (PaliGemma).
     if layout["model_type"].startswith("qwen"):
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
+    if layout["model_type"] == "gemma3":
+        inputs["token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
     if layout["model_type"] == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
 

@@ -1,5 +1,6 @@
-"""The `hf` backbone on tiny models of four families: what their own code says is the twin."""
+"""The `hf` backbone on tiny models of its families: what their own code says is the twin."""
 
+import inspect
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     PaliGemmaProcessor,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from lapa.errors import UserError
 from lapa.policy.backbones import hf
@@ -43,6 +45,14 @@ LAYOUTS = {
     "paligemma": (32 * "<image>" + "<bos>", "\n"),
 }
 LAYOUTS["qwen3_vl"] = LAYOUTS["qwen2_5_vl"]
+LAYOUTS["gemma3"] = (
+    "<bos><start_of_turn>user\n" + 2 * f"\n\n<start_of_image>{4 * '<image_soft_token>'}<end_of_image>\n\n",
+    "<end_of_turn>\n<start_of_turn>model\n",
+)
+LAYOUTS["internvl"] = (
+    "<|im_start|>user\n" + 2 * f"<img>{4 * '<IMG_CONTEXT>'}</img>\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -81,6 +91,8 @@ def own_inputs(family: str, backbone: HfBackbone, batch: dict[str, torch.Tensor]
         inputs["mm_token_type_ids"] = (tokens == backbone.language.config.image_token_id).int()
     if family == "paligemma":
         inputs["token_type_ids"] = (torch.arange(tokens.shape[1]) >= batch["tokens_BT"].shape[1]).long()[None]
+    if family == "gemma3":
+        inputs["token_type_ids"] = (tokens == backbone.language.config.image_token_id).long()
     return inputs
 
 
@@ -110,6 +122,52 @@ def test_a_prompt_is_laid_out_as_the_models_own_processor_would(family: str, fol
     options = {"do_image_splitting": False, "do_resize": False} if family == "smolvlm" else {}
     pixels = own([[image] for one in images for image in one], return_tensors="pt", **options)["pixel_values"]
     assert torch.equal(batch["pixel_values"].flatten(), pixels.flatten())
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "llava"])
+def test_hidden_states_are_those_of_the_models_own_processor_and_forward(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text, the images and the token types of its combined processor, and positions that the model finds itself."""
+    folder = make_vlm(family, tmp_path / "model")
+    if family == "llava":
+        template = (
+            "{% for m in messages %}{{ m.role | upper }}: {% for part in m.content %}"
+            "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %}{% endfor %} ASSISTANT:"
+        )
+        (folder / "chat_template.jinja").write_text(template)
+    backbone, processor, _ = create(folder, latent=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    extra = {"llava": {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}}
+    extra |= {"idefics3": {"image_seq_len": 4}, "gemma3": {"image_seq_length": 4}, "internvl": {"image_seq_length": 4}}
+    kind = PROCESSOR_MAPPING[type(backbone.language.config)]
+    # It would ask for torchvision, for the films that nothing here reads.
+    monkeypatch.setattr(kind, "check_argument_for_proper_class", lambda *_: None)
+    own = kind(
+        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        tokenizer=tokenizer,
+        **{"video_processor": None} if "video_processor" in inspect.signature(kind).parameters else {},
+        **extra.get(family, {}),
+    )
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": WORDS[0]}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=processor.tokenizer.chat_template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    images = pictures(1)
+    options = {"size": {"longest_edge": IMAGE_SIZE}, "do_image_splitting": False} if family == "idefics3" else {}
+    opened = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    inputs = own(text=[text], images=images, return_tensors="pt", add_special_tokens=not opened, **options)
+    batch = processor(images, WORDS[:1])
+    assert batch["tokens_BT"].tolist() == inputs["input_ids"].tolist()
+    takes = inspect.signature(backbone.language.forward).parameters
+    with torch.no_grad():
+        given = {name: value for name, value in inputs.items() if name in takes}
+        expected = backbone.language.base_model(**given).last_hidden_state
+        hidden, _ = backbone.read(batch, batch["tokens_BT"][:, :0])
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_paligemmas_combined_processor_makes_the_same_batch(folders: dict[str, Path]) -> None:
@@ -338,7 +396,7 @@ def test_another_family_is_read_by_its_placeholders(tmp_path: Path, capsys: pyte
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}{% endfor %}")
     backbone, processor, vocabulary = create(folder)
     assert "its chat template has no <image> for an image" in capsys.readouterr().err
-    assert (processor.layout.before, processor.layout.after) == (2 * 16 * "<image>", "")
+    assert (processor.layout.before, processor.layout.after) == ("<s>" + 2 * 16 * "<image>", "")
     batch, tokens = processor(pictures(2, size=50), WORDS[:2]), codes(vocabulary, 2)
     with torch.no_grad():
         expected = backbone.language(

@@ -1,4 +1,4 @@
-"""Tiny random image-text models of the four families and one more, as folders like their big sisters'.
+"""Tiny random image-text models of the families that the `hf` backbone knows, as folders like their big sisters'.
 
 folder = make_vlm("qwen3_vl", tmp_path / "model")     # weights, tokenizer, image processor, chat template
 """
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# The families that are told apart; beside them `llava` stands for any other.
-FAMILIES = ("smolvlm", "qwen2_5_vl", "qwen3_vl", "paligemma")
+# One of each kind, for every test; `idefics3`, `qwen2_vl` and `llava` are like others.
+FAMILIES = ("smolvlm", "qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3", "internvl")
 IMAGE_SIZE = 32
 # Rows of the embedding beyond the tokenizer's, as most models have.
 PADDING_ROWS = 5
@@ -34,9 +34,29 @@ SPECIAL = {
         *("<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
     ),
     "paligemma": ("<pad>", "<eos>", "<bos>", "<unk>", "<image>"),
+    "gemma3": (
+        *("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+        *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+    ),
+    "internvl": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"),
+    "llava": ("<s>", "</s>", "<|endoftext|>", "<image>"),
+}
+# By which names a tokenizer's combined processor finds its marks.
+NAMED = {
+    "gemma3": {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"},
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
 }
 # Added tokens that are not special: `split_special_tokens` would not keep them out of the words.
-ADDED = {"smolvlm": (), "qwen": ("<tool_call>", "</tool_call>"), "paligemma": ("<loc0000>", "<seg000>")}
+ADDED = {
+    "qwen": ("<tool_call>", "</tool_call>"),
+    "paligemma": ("<loc0000>", "<seg000>"),
+    "gemma3": ("\n\n", "\n\n\n\n"),
+}
 TEMPLATES = {
     "smolvlm": (
         "<|im_start|>{% for m in messages %}{{ m.role | capitalize }}"
@@ -49,16 +69,28 @@ TEMPLATES = {
         "{{ '<|vision_start|><|image_pad|><|vision_end|>' if part.type == 'image' else part.text }}{% endfor %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
+    "gemma3": (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{% for part in m.content %}"
+        "{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{% endfor %}"
+        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+    "internvl": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+        "{{ '<IMG_CONTEXT>\n' if part.type == 'image' else part.text }}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
 }
+SENTENCEPIECE = ("paligemma", "gemma3")
+EOS = {"smolvlm": "<end_of_utterance>", "paligemma": "<eos>", "gemma3": "<eos>", "llava": "</s>"}
 TEXTS = ["open the drawer", "close the drawer", "push the red block to the left", "User: Assistant: user assistant\n"]
 
 
 def make_vlm(family: str, folder: Path, *, tied: bool = True, seed: int = 0) -> Path:
     """Writes a model of random weights, with tokenizer and image processor, into `folder`; about 0.2 MB."""
-    kin = {"qwen2_5_vl": "qwen", "qwen3_vl": "qwen", "llava": "smolvlm"}.get(family, family)
+    kin = {"qwen2_5_vl": "qwen", "qwen3_vl": "qwen", "qwen2_vl": "qwen", "idefics3": "smolvlm"}.get(family, family)
     tokenizer = _tokenizer(kin)
     tokenizer.save_pretrained(folder)
-    if kin in TEMPLATES and family != "llava":
+    if kin in TEMPLATES:
         # Where the big sisters keep it: beside the combined processor, not in the tokenizer's own file.
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATES[kin]}))
     (folder / "preprocessor_config.json").write_text(json.dumps(_image_processor(family)))
@@ -69,23 +101,34 @@ def make_vlm(family: str, folder: Path, *, tied: bool = True, seed: int = 0) -> 
 def build_vlm(family: str, tokenizer: PreTrainedTokenizerFast, *, tied: bool, seed: int) -> PreTrainedModel:
     """The model alone."""
     torch.manual_seed(seed)
-    return AutoModelForImageTextToText.from_config(_config(family, tokenizer, tied))
+    model: PreTrainedModel = AutoModelForImageTextToText.from_config(_config(family, tokenizer, tied))
+    if family == "gemma3":
+        # It begins at zero, where an image would be nothing.
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+    return model
 
 
 def _tokenizer(kin: str) -> PreTrainedTokenizerFast:
-    tokenizer = _sentencepiece_like() if kin == "paligemma" else _byte_level()
+    tokenizer = _sentencepiece_like() if kin in SENTENCEPIECE else _byte_level()
     special = SPECIAL[kin]
+    begin = {"paligemma": "<bos>", "gemma3": "<bos>", "llava": "<s>"}.get(kin)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<bos>" if kin == "paligemma" else None,
-        eos_token={"smolvlm": "<end_of_utterance>", "qwen": "<|im_end|>", "paligemma": "<eos>"}[kin],
-        pad_token="<pad>" if kin == "paligemma" else "<|endoftext|>",
-        unk_token="<unk>" if kin == "paligemma" else None,
+        bos_token=begin,
+        eos_token=EOS.get(kin, "<|im_end|>"),
+        pad_token="<pad>" if kin in SENTENCEPIECE else "<|endoftext|>",
+        unk_token="<unk>" if kin in SENTENCEPIECE else None,
+        extra_special_tokens=NAMED.get(kin),
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
     wrapped.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    wrapped.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED[kin]])
+    wrapped.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED.get(kin, ())])
+    if kin in ("gemma3", "llava"):
+        opening = (begin, wrapped.convert_tokens_to_ids(begin))
+        wrapped.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[opening]
+        )
     return wrapped
 
 
@@ -106,7 +149,7 @@ def _sentencepiece_like() -> Tokenizer:
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
     state = json.loads(trained.to_str())["model"]
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "\n\n", "\n\n\n\n", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = [*special, *sorted(state["vocab"], key=state["vocab"].get)]
     tokenizer = Tokenizer(
         models.BPE(
@@ -124,9 +167,9 @@ def _sentencepiece_like() -> Tokenizer:
 
 def _image_processor(family: str) -> dict[str, object]:
     mean_and_std = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    if family == "smolvlm":
+    if family in ("smolvlm", "idefics3"):
         return {
-            "image_processor_type": "SmolVLMImageProcessor",
+            "image_processor_type": "SmolVLMImageProcessor" if family == "smolvlm" else "Idefics3ImageProcessor",
             "size": {"longest_edge": 4 * IMAGE_SIZE},
             "max_image_size": {"longest_edge": IMAGE_SIZE},
             **mean_and_std,
@@ -134,6 +177,9 @@ def _image_processor(family: str) -> dict[str, object]:
     if family == "paligemma":
         size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         return {"image_processor_type": "SiglipImageProcessor", "size": size, "image_seq_length": 16, **mean_and_std}
+    if family in ("gemma3", "internvl"):
+        kind = {"gemma3": "Gemma3ImageProcessor", "internvl": "GotOcr2ImageProcessor"}[family]
+        return {"image_processor_type": kind, "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, **mean_and_std}
     if family == "llava":
         size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
         return {"image_processor_type": "CLIPImageProcessor", **size, **mean_and_std}
@@ -167,9 +213,9 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast, tied: bool) -> PreT
         **tokens,
     }
     name = tokenizer.convert_tokens_to_ids
-    if family == "smolvlm":
+    if family in ("smolvlm", "idefics3"):
         return AutoConfig.for_model(
-            "smolvlm",
+            family,
             text_config={"model_type": "llama", **text},
             vision_config=_siglip(),
             scale_factor=2,
@@ -194,6 +240,28 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast, tied: bool) -> PreT
             hidden_size=32,
             tie_word_embeddings=tied,
         )
+    if family == "gemma3":
+        return AutoConfig.for_model(
+            "gemma3",
+            text_config={"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 24, **text},
+            vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **_siglip()},
+            mm_tokens_per_image=4,
+            boi_token_index=name("<start_of_image>"),
+            eoi_token_index=name("<end_of_image>"),
+            image_token_index=name("<image_soft_token>"),
+            initializer_range=0.2,
+            tie_word_embeddings=tied,
+        )
+    if family == "internvl":
+        sides = {"image_size": [IMAGE_SIZE] * 2, "patch_size": [8, 8], "layer_scale_init_value": 1.0}
+        return AutoConfig.for_model(
+            "internvl",
+            text_config={"model_type": "qwen2", **text},
+            vision_config={"model_type": "internvl_vision", **_siglip(), **sides},
+            image_token_id=name("<IMG_CONTEXT>"),
+            image_seq_length=4,
+            tie_word_embeddings=tied,
+        )
     vision = {
         "depth": 2,
         "hidden_size": 32,
@@ -209,6 +277,8 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast, tied: bool) -> PreT
             if family == "qwen3_vl"
             else {"window_size": 16, "fullatt_block_indexes": [1]}
         ),
+        # Qwen2-VL has these sizes under other names.
+        **({"embed_dim": 32, "mlp_ratio": 2} if family == "qwen2_vl" else {}),
     }
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     return AutoConfig.for_model(

@@ -37,7 +37,13 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "confi
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"{source}: {cls.__name__} needs the key {name!r}")
-    return cls(**{key: typed(hints[key], value, f"{source}: {key}") for key, value in values.items()})
+    given = {key: typed(hints[key], value, f"{source}: {key}") for key, value in values.items()}
+    try:
+        return cls(**given)
+    # Besides what a class refuses: a size of zero or an empty list, where it computes others from it.
+    except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        why = error if isinstance(error, UserError) else f"no {cls.__name__} has these values ({error})"
+        raise UserError(f"{source}: {why}") from None
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -44,6 +44,7 @@ from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json, write_json
 from lapa.locks import locks_output
+from lapa.nn.saved import require_fit, require_sizes, shapes_of_file
 from lapa.nn.vision import residual_tower
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionScale, warn_of_ranges
@@ -139,11 +140,12 @@ class InverseDynamics(TrainableModel, nn.Module):
         folder = Path(folder)
         parts = read_inverse_config(folder)
         checksums.verify(folder, "copy or train the model again")
-        model = cls(
-            configs.from_dict(InverseConfig, parts["sizes"], str(folder / CONFIG)),
-            configs.from_dict(Recording, parts["recording"], str(folder / CONFIG)),
-            ActionScale.load(folder / ACTIONS),
-        )
+        require_sizes(folder / CONFIG, parts, shapes_of_file(folder / WEIGHTS))
+        sizes = configs.from_dict(InverseConfig, parts["sizes"], str(folder / CONFIG))
+        recording = configs.from_dict(Recording, parts["recording"], str(folder / CONFIG))
+        scale = ActionScale.load(folder / ACTIONS)
+        require_fit(lambda: cls(sizes, recording, scale), folder / CONFIG, folder / WEIGHTS)
+        model = cls(sizes, recording, scale)
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 

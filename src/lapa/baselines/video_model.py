@@ -31,6 +31,7 @@ from lapa.baselines.config import NORM_GROUPS, VideoConfig
 from lapa.checksums import files_below, verify, write_marker
 from lapa.errors import UserError
 from lapa.files import read_json
+from lapa.nn.saved import require_fit, require_sizes, shapes_of_file
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.backbones.tiny import load_tokenizer, save_tokenizer
 from lapa.types import Losses, TrainableModel
@@ -72,9 +73,12 @@ class VideoModel(TrainableModel, nn.Module):
         written = read_json(path)
         if not isinstance(written, dict) or not {"video", "camera"} <= set(written):
             raise UserError(f"{path}: not the config of a video model (no keys video and camera); give another folder")
-        config = configs.from_dict(VideoConfig, written["video"], source=str(path))
         verify(folder, "copy or train the model again")
-        model = cls(config, load_tokenizer(folder / TOKENIZER))
+        require_sizes(path, written["video"], shapes_of_file(folder / WEIGHTS))
+        config = configs.from_dict(VideoConfig, written["video"], source=str(path))
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        require_fit(lambda: cls(config, tokenizer), path, folder / WEIGHTS)
+        model = cls(config, tokenizer)
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 

@@ -18,6 +18,7 @@ from lapa.errors import UserError
 
 LARGEST_LEVELS = 16
 FACTORS = range(8, 1, -1)
+LARGEST_CODE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class LatentModelConfig:
                 f"latent_length {self.latent_length} and codebook_size {self.codebook_size} carry no information; "
                 "give at least 1 code of at least 2 values"
             )
+        for name in ("codebook_size", "latent_length"):
+            if (value := getattr(self, name)) > LARGEST_CODE:
+                raise UserError(
+                    f"{name} is {value if value < 10**18 else 'gigantic'}; it must be at most {LARGEST_CODE:,}"
+                )
         if math.prod(self.levels) != self.codebook_size or min(self.levels) < 2:
             raise UserError(f"fsq_levels {self.levels} do not make codebook_size {self.codebook_size}")
         if max(self.latent_shape) > self.grid:

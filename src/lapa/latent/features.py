@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from lapa import files
 from lapa.console import warn
 from lapa.errors import UserError
+from lapa.nn.pretrained import load_model, read_config
+from lapa.nn.saved import damaged
 from lapa.nn.weights import require_finite_weights
 
 NORMALISATION = "preprocessor_config.json"
@@ -158,18 +159,11 @@ class VisionTower(nn.Module):
 
 
 def _load_model(folder: Path, name: str | Path) -> PreTrainedModel:
-    try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(folder)
-            config = getattr(config, "vision_config", config)
-            model, report = AutoModel.from_pretrained(
-                folder, config=config, dtype=torch.float32, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{name}: not a model that transformers can load ({reason}); it needs config.json and model.safetensors"
-        ) from error
+    remedy = "; it needs config.json and model.safetensors"
+    with _quiet(), damaged(f"{name}: not a model that transformers can load", remedy, even_named=True):
+        config = read_config(folder)
+        config = getattr(config, "vision_config", config)
+        model, report = load_model(AutoModel, folder, config, dtype=torch.float32)
     if model.main_input_name != "pixel_values":
         raise UserError(
             f"{name}: a {config.model_type} model, which reads {model.main_input_name}, not images; "

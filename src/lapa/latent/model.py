@@ -36,6 +36,7 @@ from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.quantizers import NO_CODES, build_quantizer, mean_everywhere
 from lapa.nn.patches import PatchEmbedding, PatchPixels, PatchSummary, PositionBias, sinusoids
+from lapa.nn.saved import require_fit, require_sizes, shapes_of_file
 from lapa.nn.transformer import Transformer
 from lapa.nn.weights import load_weights, save_weights
 from lapa.types import Losses, TrainableModel
@@ -356,7 +357,10 @@ class LatentActionModel(TrainableModel, nn.Module):
         folder = files.hub_folder(folder_or_hub_id, SAVED)
         config = _read_config(folder)
         checksums.verify(folder, "copy or train the model again")
-        model = cls(config, _load_tower(folder / TOWER, config) if config.uses_features else None)
+        require_sizes(folder / CONFIG, configs.to_dict(config), shapes_of_file(folder / WEIGHTS))
+        tower = _load_tower(folder / TOWER, config) if config.uses_features else None
+        require_fit(lambda: cls(config, tower), folder / CONFIG, folder / WEIGHTS)
+        model = cls(config, tower)
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 

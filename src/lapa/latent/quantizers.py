@@ -276,7 +276,9 @@ class FiniteScalar(Quantizer):
     def __init__(self, dim: int, levels: tuple[int, ...], standardize: Standardize | None = None):
         super().__init__(standardize)
         self.project_in = nn.Linear(dim, len(levels))
-        self.levels = FSQ(list(levels), preserve_symmetry=True)
+        # It reads its own tensors as it is built, which those without memory (`lapa.nn.saved`) do not allow.
+        with torch.device("cpu"):
+            self.levels = FSQ(list(levels), preserve_symmetry=True)
         self.project_out = nn.Linear(len(levels), dim)
 
     def project(self, z_BLD: Tensor) -> Tensor:

@@ -26,12 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lapa import config as configs
 from lapa.checksums import files_below, verify, write_marker
@@ -40,6 +40,7 @@ from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
 from lapa.files import errors_about, hub_folder, read_json, write_json
+from lapa.nn.saved import require_fit, require_sizes, shapes_of_folder
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionBins, ActionScale, Statistics, most_bins, save_keyed
 from lapa.policy.backbones import Processor, load_backbone
@@ -472,6 +473,8 @@ def load_policy(folder: Path) -> Policy:
     folder = Path(folder)
     config = read_config(folder)
     verify(folder, "copy or train the policy again")
+    shapes = {**shapes_of_folder(folder / MODEL), **shapes_of_folder(folder)}
+    require_sizes(folder / CONFIG, configs.to_dict(config), shapes)
     backbone, processor = load_backbone(
         config.backbone,
         folder / MODEL,
@@ -479,6 +482,8 @@ def load_policy(folder: Path) -> Policy:
         vocabulary=config.vocabulary,
         num_cameras=len(config.cameras),
     )
+    if config.chunk and config.head != "bins":
+        require_fit(lambda: cast(nn.Module, LatentPolicy(config, backbone).head), folder / CONFIG, folder / HEAD)
     model = LatentPolicy(config, backbone)
     if model.head is not None:
         load_weights(model.head, folder / HEAD)

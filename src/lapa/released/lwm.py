@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lapa.errors import UserError
 from lapa.files import writing
+from lapa.nn.pretrained import load_model, read_config
 from lapa.nn.weights import require_finite_weights
 from lapa.policy.backbones.base import PrefixBackbone, Tags, require_room
 from lapa.policy.backbones.tiny import load_tokenizer, save_tokenizer, square_images, train_tokenizer
@@ -191,10 +192,7 @@ def load(
     """Reads what `save` wrote, in the saved precision. Raises UserError naming what is missing or does not fit."""
     require_room(model, str(model))
     with malformed(model, "no complete Llama of transformers"):
-        loaded: Any = LlamaForCausalLM.from_pretrained(
-            model, dtype="auto", local_files_only=True, output_loading_info=True
-        )
-    language, loading = loaded
+        language, loading = load_model(LlamaForCausalLM, model, read_config(model), dtype="auto")
     require_finite_weights(model, language.named_parameters())
     if wrong := sorted({*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]}):
         raise UserError(f"{model}: weights missing, left over or misshapen: {', '.join(map(str, wrong))}")

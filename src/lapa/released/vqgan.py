@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 from lapa import config as configs
 from lapa.errors import UserError
+from lapa.files import read_json
+from lapa.nn.saved import require_fit, require_sizes, shapes_of_file
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.config import NORM_GROUPS, VQGANConfig
 from lapa.released.checkpoints import require_shapes, shapes_of
@@ -159,8 +161,11 @@ class VQGAN(nn.Module):
     @classmethod
     def load(cls, folder: Path) -> VQGAN:
         """Reads what `save` wrote. Raises UserError naming the file that is missing or does not fit."""
+        require_sizes(folder / CONFIG, read_json(folder / CONFIG), shapes_of_file(folder / WEIGHTS))
+        config = configs.load(VQGANConfig, folder / CONFIG)
+        require_fit(lambda: cls(config), folder / CONFIG, folder / WEIGHTS)
         with torch.device("meta"):
-            model = cls(configs.load(VQGANConfig, folder / CONFIG))
+            model = cls(config)
         model.to_empty(device="cpu")
         load_weights(model, folder / WEIGHTS)
         return model.eval()

@@ -1,8 +1,9 @@
-"""The `hf` backbone: any image-text model of transformers, from a folder or the hub.
+"""The `hf` backbone: an image-text model of transformers, from a folder or the hub.
 
 It keeps its tokenizer, its image processor and its layout of a prompt (hf_processor.py). The segments of the vocabulary
-are rows at the end of its embedding and head, so that a saved model is an ordinary folder of transformers. Tested on
-SmolVLM, Qwen2.5-VL, Qwen3-VL and PaliGemma; others work if images are placeholder tokens in the text.
+are rows at the end of its embedding and head, so that a saved model is an ordinary folder of transformers. The families
+are those of `FAMILIES`, each compared with its own processor and forward pass in the tests; others are refused, since
+their marks around images, their positions or their attention may differ.
 
     lapa policy pretrain --preset smolvlm2-500m --data DATASET --labels LABELS --out POLICY
     python examples/plain_transformers.py POLICY image.png "open the drawer"
@@ -19,12 +20,10 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
     AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,15 +32,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lapa import files
 from lapa.errors import UserError
+from lapa.nn.pretrained import load_model, read_config
+from lapa.nn.saved import damaged
 from lapa.nn.weights import require_finite_weights
 from lapa.policy.backbones.base import Backbone, Memory, positions, require_room
-from lapa.policy.backbones.hf_processor import HfProcessor, model_images
+from lapa.policy.backbones.hf_processor import FAMILIES, HfProcessor, model_images, native_size
 from lapa.policy.config import HfConfig
 from lapa.policy.lora import vocabulary_weights
 from lapa.policy.vocabulary import SEGMENTS, Vocabulary
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-TESTED = "SmolVLM, Qwen2.5-VL, Qwen3-VL or PaliGemma"
+TESTED = "SmolVLM, Qwen2.5-VL, Qwen3-VL, PaliGemma or Gemma 3"
 # As a share of the spread of the text's rows: new rows differ from each other, but little from an average word.
 NEW_ROW_NOISE = 0.1
 
@@ -151,9 +152,10 @@ class HfBackbone(Backbone):
             "position_ids": torch.cat([observed, after.expand(*observed.shape[:-1], -1)], dim=-1),
             **model_images({name: value for name, value in batch.items() if name in self._takes}),
         }
-        if _is_paligemma(self.language.config):
-            # Attention is bidirectional within its prompt and causal after it.
-            inputs["token_type_ids"] = F.pad(torch.zeros_like(batch["tokens_BT"]), (0, num_after), value=1)
+        if "types_BT" in batch:
+            # PaliGemma's types are 0 for its prompt, Gemma's 1 for its images: both attend to what comes later, too.
+            after_type = int(_is_paligemma(self.language.config))
+            inputs["token_type_ids"] = F.pad(batch["types_BT"], (0, num_after), value=after_type)
         return inputs
 
 
@@ -166,7 +168,7 @@ def create(
     """
     del texts
     folder = files.hub_folder(config.source, FILES)
-    language = _load_language(folder, config.source)
+    language = _load_language(folder, config.source, new=True)
     processor = HfProcessor.from_source(
         folder, language, name=config.source, image_size=config.image_size, num_cameras=num_cameras
     )
@@ -178,7 +180,8 @@ def create(
 def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackbone:
     """The source's model with new rows for an existing vocabulary. Raises UserError as `create` does."""
     del num_cameras
-    return _grown(config, _load_language(files.hub_folder(config.source, FILES), config.source), vocabulary)
+    folder = files.hub_folder(config.source, FILES)
+    return _grown(config, _load_language(folder, config.source, new=True), vocabulary)
 
 
 def load(
@@ -189,43 +192,47 @@ def load(
     rows = len(vocabulary_weights(language)[0])
     if rows < vocabulary.size:
         raise UserError(f"{model}: has {rows} rows for a vocabulary of {vocabulary.size}; train the policy again")
-    return HfBackbone(config, language, vocabulary), HfProcessor.load(processor, num_cameras=num_cameras)
+    loaded = HfProcessor.load(processor, num_cameras=num_cameras)
+    if loaded.layout.image_size != config.image_size:
+        raise UserError(
+            f"{processor}: prepares images of {loaded.layout.image_size} pixels, the policy reads {config.image_size}; "
+            "copy the policy again"
+        )
+    return HfBackbone(config, language, vocabulary), loaded
 
 
 def native_image_size(source: str) -> int:
     """The side of the square images that a model was made for, in pixels; 224 for one that takes any (Qwen)."""
     folder = files.hub_folder(source, ["config.json"])
-    size = getattr(getattr(_read_config(folder, source), "vision_config", None), "image_size", None)
-    return size if isinstance(size, int) else 224
+    return native_size(_read_config(folder, source, new=True)) or 224
 
 
-def _read_config(folder: Path, name: str) -> PreTrainedConfig:
-    """Raises UserError where the folder has no model, or none that reads images as tokens among the text's."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: no model that transformers knows ({reason}); give one such as {TESTED}") from None
+def _read_config(folder: Path, name: str, *, new: bool) -> PreTrainedConfig:
+    """Raises UserError where the folder has no model, or none that reads images as tokens among the text's.
+
+    new: whether a policy begins with it, which takes a family of `FAMILIES`; one of before keeps its own layout.
+    """
+    with damaged(f"{name}: no model that transformers knows", f"; give one such as {TESTED}"):
+        config = read_config(folder)
     what = (config.architectures or [f"{config.model_type} model"])[0]
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(f"{name}: a {what}, which is no image-text model; give one such as {TESTED}")
     if config.is_encoder_decoder or getattr(config, "image_token_id", None) is None:
         raise UserError(f"{name}: a {what}, whose images are not tokens among the text's; give {TESTED}")
+    if new and config.model_type not in FAMILIES:
+        raise UserError(
+            f"{name}: a {what}, whose prompt (marks around images, token types, positions) is not known here; give one "
+            f"of {', '.join(FAMILIES)}"
+        )
     return config
 
 
-def _load_language(folder: Path, name: str) -> PreTrainedModel:
+def _load_language(folder: Path, name: str, *, new: bool = False) -> PreTrainedModel:
     """The model in the precision that it was saved in. Raises UserError where it is incomplete or cannot be used."""
-    config = _read_config(folder, name)
+    config = _read_config(folder, name, new=new)
     require_room(folder, name)
-    language: Any
-    report: Any
-    try:
-        language, report = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]
-            folder, config=config, dtype="auto", use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: its weights cannot be loaded ({str(error).splitlines()[0]})") from error
+    with damaged(f"{name}: its weights cannot be loaded"):
+        language, report = load_model(AutoModelForImageTextToText, folder, config, dtype="auto")
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name}: has no weights for {len(missing)} parameters ({missing[0]}, ...); download it again")
     require_finite_weights(name, language.named_parameters())

@@ -2,8 +2,9 @@
 
 The tokenizer and the image processor are called directly: the combined processors need packages that nothing here
 needs (torchvision, num2words). A prompt is where the model's chat template puts the user's text, after the images;
-PaliGemma, which has no template, reads `<image>...<bos>prompt\\n`. A prompt is never more than text: a control token in
-it, such as `<image>` or `</s>`, is read as ordinary letters.
+PaliGemma, which has no template, reads `<image>...<bos>prompt\\n`. The marks around an image (`_framed`) and the types
+of tokens differ by family; the tests compare each family with its combined processor. A prompt is never more than text:
+a control token in it, such as `<image>` or `</s>`, is read as ordinary letters.
 
     processor = HfProcessor.load(POLICY / "processor", num_cameras=1)
     processor([[image_HWC]], ["open the drawer"])     # tokens_BT, mask_BT, pixel_values, ...
@@ -23,15 +24,24 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from lapa import config as configs
 from lapa import files
 from lapa.console import warn
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
+from lapa.nn.pretrained import NO_CODE
+from lapa.nn.saved import damaged
 from lapa.policy.backbones.base import Processor
 from lapa.policy.backbones.tiny import save_tokenizer
 from lapa.policy.vocabulary import Segment, Vocabulary
@@ -47,16 +57,18 @@ SEGMENT_TOKENS: dict[Segment, str] = {
     "state": "<state_{}>",
     "query": "<query_{}>",
 }
-# These put tokens of their own around an image, which their template omits.
 IDEFICS = ("idefics3", "smolvlm")
+# The families whose prompts are known: `model_type` of their configs.
+FAMILIES = (*IDEFICS, "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3", "internvl", "llava")
 
 
 @dataclass(frozen=True)
 class Layout:
     """The text around a prompt.
 
-    image: the placeholder tokens of one image, as text. before, after: the text around the prompt and its `num_cameras`
-    images; empty until `for_cameras` fills them in.
+    image: the placeholder tokens of one image and what stands around them, as text. before, after: the text around the
+    prompt and its `num_cameras` images; empty until `for_cameras` fills them in. placeholder: what stands for an image
+    in the chat template, where that is not the image token.
     """
 
     model_type: str
@@ -66,6 +78,7 @@ class Layout:
     num_cameras: int = 0
     before: str = ""
     after: str = ""
+    placeholder: str = ""
 
     def for_cameras(self, num_cameras: int, tokenizer: PreTrainedTokenizerFast) -> Layout:
         """The layout for so many images: as the chat template has it, else images, the first token, the prompt."""
@@ -73,7 +86,11 @@ class Layout:
             raise UserError("a policy needs at least one camera")
         begin = tokenizer.bos_token or ""
         if tokenizer.chat_template:
-            text = _rendered(tokenizer, tokenizer.chat_template, num_cameras).replace(self.image_token, self.image)
+            text = _rendered(tokenizer, tokenizer.chat_template, num_cameras)
+            text = text.replace(self.placeholder or self.image_token, self.image)
+            # As transformers does, unless the template has the token that opens a text, the tokenizer adds it.
+            if begin and tokenizer.encode("")[:1] == [tokenizer.bos_token_id] and not text.startswith(begin):
+                text = begin + text
         elif self.model_type == "paligemma":
             text = f"{self.image * num_cameras}{begin}{WORDS}\n"
         else:
@@ -101,18 +118,30 @@ class HfProcessor(Processor):
     def __call__(
         self, images: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        """`tokens_BT`, `mask_BT`, and the tensors of the image processor, each with axes B V first."""
+        """`tokens_BT`, `mask_BT`, `types_BT` for some families, and the image processor's tensors, B V first."""
         for one in images:
             if len(one) != self.layout.num_cameras:
                 raise UserError(f"a policy of {self.layout.num_cameras} image slots was given {len(one)} images")
         tokens = [[*self._head, *self._words(prompt), *self._tail] for prompt in prompts]
         length = max(map(len, tokens))
         pad = self.tokenizer.pad_token_id or 0
+        tokens_BT = torch.tensor([[pad] * (length - len(one)) + one for one in tokens])
         return {
-            "tokens_BT": torch.tensor([[pad] * (length - len(one)) + one for one in tokens]),
+            "tokens_BT": tokens_BT,
             "mask_BT": torch.tensor([[0] * (length - len(one)) + [1] * len(one) for one in tokens]),
+            **self._types(tokens_BT),
             **_pixels(self.image_processor, images, self.layout.image_size),
         }
+
+    def _types(self, tokens_BT: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        """`types_BT` where attention depends on them: 0 everywhere (PaliGemma), 1 for an image's tokens (Gemma 3)."""
+        if self.layout.model_type == "paligemma":
+            return {"types_BT": torch.zeros_like(tokens_BT)}
+        # Policies of before have no marks around Gemma's images, and learned without types.
+        if self.layout.model_type == "gemma3" and self.layout.placeholder:
+            image_token_id = self.tokenizer.convert_tokens_to_ids(self.layout.image_token)
+            return {"types_BT": (tokens_BT == image_token_id).long()}
+        return {}
 
     def grow(self, vocabulary: Vocabulary) -> None:
         """Adds a token for each row of the segments. Raises UserError where it would not have the row's number."""
@@ -151,15 +180,12 @@ class HfProcessor(Processor):
     def load(cls, folder: Path, *, num_cameras: int) -> HfProcessor:
         """Reads the files of `save`, for any number of cameras. Raises UserError naming what is missing."""
         tokenizer, image_processor = _load_parts(folder, str(folder))
-        try:
-            layout = Layout(**files.read_json(folder / LAYOUT))
-        except TypeError as error:
-            raise UserError(
-                f"{folder / LAYOUT}: not the layout of a prompt ({error}); train the policy again"
-            ) from None
-        if layout.num_cameras != num_cameras:
-            layout = layout.for_cameras(num_cameras, tokenizer)
-        return cls(tokenizer, image_processor, layout)
+        layout = configs.load(Layout, folder / LAYOUT)
+        _require_image_size(image_processor, str(folder), layout.image_size)
+        with damaged(f"{folder}: the prompt cannot be laid out", "; train the policy again"):
+            if layout.num_cameras != num_cameras:
+                layout = layout.for_cameras(num_cameras, tokenizer)
+            return cls(tokenizer, image_processor, layout)
 
     @classmethod
     def from_source(
@@ -179,14 +205,14 @@ class HfProcessor(Processor):
                 f"{name}: its tokenizer lacks the image token {image_token_id}; give the model's own tokenizer"
             )
         _set_image_size(image_processor, language, name, image_size)
+        _require_image_size(image_processor, name, image_size)
         count = _count_image_tokens(image_processor, language, name, image_size)
         image_token = str(tokenizer.convert_ids_to_tokens(image_token_id))
-        image = image_token * count
-        if model_type in IDEFICS:
-            image = f"<fake_token_around_image><global-img>{image}<fake_token_around_image>"
-        tokenizer.chat_template = _chat_template(folder, tokenizer, image_token, name)
-        layout = Layout(model_type, image_size, image_token, image).for_cameras(num_cameras, tokenizer)
-        return cls(tokenizer, image_processor, layout)
+        with damaged(f"{name}: its prompt cannot be laid out"):
+            placeholder, image = _framed(tokenizer, language.config, image_token, count)
+            tokenizer.chat_template = _chat_template(folder, tokenizer, placeholder or image_token, name)
+            layout = Layout(model_type, image_size, image_token, image, placeholder=placeholder)
+            return cls(tokenizer, image_processor, layout.for_cameras(num_cameras, tokenizer))
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of the layout's text, in which control tokens are recognised."""
@@ -208,6 +234,29 @@ class HfProcessor(Processor):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def _framed(
+    tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, image_token: str, count: int
+) -> tuple[str, str]:
+    """The placeholder of an image in a template where it is not the image token, and the text that takes its place."""
+    image = image_token * count
+    if config.model_type in IDEFICS:
+        return "", f"<fake_token_around_image><global-img>{image}<fake_token_around_image>"
+    if config.model_type == "gemma3":
+        begin, end = tokenizer.convert_ids_to_tokens([config.boi_token_index, config.eoi_token_index])
+        return begin, f"\n\n{begin}{image}{end}\n\n"
+    if config.model_type == "internvl":
+        return "", f"{tokenizer.start_image_token}{image}{tokenizer.end_image_token}"
+    return "", image
+
+
+def native_size(config: PreTrainedConfig) -> int | None:
+    """The side of the square images that a vision tower was made for, in pixels; None where it takes any."""
+    size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if isinstance(size, list | tuple):
+        size = size[0] if len(set(size)) == 1 else None
+    return size if isinstance(size, int) else None
 
 
 def model_images(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,9 +293,10 @@ def _chat_template(folder: Path, tokenizer: PreTrainedTokenizerFast, image_token
     templates: list[Any] = []
     for file in ("chat_template.json", "processor_config.json"):
         if (folder / file).is_file():
-            templates.append(files.read_json(folder / file).get("chat_template"))
+            written = files.read_json(folder / file)
+            templates.append(written.get("chat_template") if isinstance(written, dict) else None)
     if (folder / "chat_template.jinja").is_file():
-        templates.append((folder / "chat_template.jinja").read_text())
+        templates.append((folder / "chat_template.jinja").read_text(errors="replace"))
     templates.append(tokenizer.chat_template)
     for template in templates:
         if isinstance(template, str) and _fits(tokenizer, template, image_token):
@@ -275,8 +325,11 @@ def _rendered(tokenizer: PreTrainedTokenizerFast, template: str, num_cameras: in
 
 def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, image_size: int) -> None:
     """Makes the image processor keep squares of `image_size`. Raises UserError where the model cannot read them."""
-    vision = language.config.vision_config
-    native = getattr(vision, "image_size", None)
+    vision, native = language.config.vision_config, native_size(language.config)
+    # One view of an image, as its own processor has for one of the model's size.
+    for tiles in ("do_pan_and_scan", "crop_to_patches"):
+        if hasattr(image_processor, tiles):
+            setattr(image_processor, tiles, False)
     if language.config.model_type in IDEFICS:
         _require_size(image_size, vision.patch_size * language.config.scale_factor, native, name)
         # Splitting would turn an image into many tiles, each as costly as the whole.
@@ -286,8 +339,19 @@ def _set_image_size(image_processor: Any, language: PreTrainedModel, name: str, 
         _require_size(image_size, image_processor.patch_size * image_processor.merge_size, None, name)
         # These "edges" are numbers of pixels.
         image_processor.size = {"shortest_edge": image_size**2, "longest_edge": image_size**2}
-    elif isinstance(native, int) and image_size != native:
+    elif native is not None and image_size != native:
         raise UserError(f"{name}: reads images of {native} pixels, not {image_size}; give --hf-image-size {native}")
+
+
+def _require_image_size(image_processor: Any, name: str, image_size: int) -> None:
+    """Raises UserError where an image processor would make other images than squares of `image_size`."""
+    pixels = image_size**2 if hasattr(image_processor, "merge_size") else image_size
+    for key in ("size", "crop_size", "max_image_size"):
+        given = getattr(image_processor, key, None)
+        # A number, a dict, or of transformers' class of sizes.
+        sides = [given] if given is None or isinstance(given, int) else getattr(given, "__dict__", given).values()
+        if wrong := [side for side in sides if side is not None and side != pixels]:
+            raise UserError(f"{name}: its image processor has the {key} {wrong[0]}, the model reads {pixels}")
 
 
 def _require_size(image_size: int, multiple: int, largest: int | None, name: str) -> None:
@@ -321,15 +385,13 @@ def _load_parts(folder: Path, name: str) -> tuple[PreTrainedTokenizerFast, Any]:
     for what, needed in (("tokenizer", TOKENIZER_FILES), ("image processor", IMAGE_FILES)):
         if not any((folder / file).is_file() for file in needed):
             raise UserError(f"{name}: has no {what} (none of {', '.join(needed)}); copy the model's own into it")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with damaged(
+        f"{name}: tokenizer.json cannot be loaded, or tokenizer_config.json", "; copy the model's own into it"
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    with damaged(f"{name}: its image processor cannot be loaded", "; copy the model's own into it"):
         # The other backend needs torchvision.
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    # On a damaged file transformers raises errors of many kinds, and the tokenizers library a plain Exception.
-    except Exception as error:
-        what = "tokenizer.json" if type(error) is Exception else "its tokenizer or image processor"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: {what} cannot be loaded ({reason})") from error
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **NO_CODE)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{name}: its tokenizer is not of the tokenizers library; add a tokenizer.json")
     return tokenizer, image_processor

@@ -25,6 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
 from lapa.files import writing
+from lapa.nn.pretrained import NO_CODE
+from lapa.nn.saved import damaged, require_fit
 from lapa.nn.vision import residual_tower
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.backbones.base import PrefixBackbone, Processor
@@ -32,6 +34,8 @@ from lapa.policy.config import TinyConfig
 from lapa.policy.vocabulary import Vocabulary
 
 WEIGHTS = "model.safetensors"
+# Of the policy, in the folder above.
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ def load(
     config: TinyConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
 ) -> tuple[TinyBackbone, TinyProcessor]:
     """Reads the files of `save`. Raises UserError naming the file that is missing or does not fit."""
+    require_fit(lambda: renew(config, vocabulary, num_cameras), model.parent / CONFIG, model / WEIGHTS)
     backbone = renew(config, vocabulary, num_cameras)
     load_weights(backbone, model / WEIGHTS)
     return backbone, TinyProcessor(load_tokenizer(processor), config.image_size)
@@ -189,11 +194,5 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     path = folder / "tokenizer.json"
     if not path.exists():
         raise UserError(f"{folder}: no tokenizer.json; the folder is incomplete, train its model again")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    # On a damaged file transformers raises errors of many kinds, and the tokenizers library a plain Exception.
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{path}: damaged, or tokenizer_config.json next to it is ({reason}); train its model again"
-        ) from error
+    with damaged(f"{path}: damaged, or tokenizer_config.json next to it is", "; train its model again"):
+        return PreTrainedTokenizerFast.from_pretrained(folder, **NO_CODE)
