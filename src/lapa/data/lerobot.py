@@ -383,7 +383,7 @@ class LeRobotDataset(Dataset):
         sound = (entry for entry in range(len(self)) if not self._flaw_of("data", entry))
         for file in dict.fromkeys(self._file("data", entry) for entry in sound):
             try:
-                with open_binary(self.root / file) as opened:
+                with open_for_arrow(self.root / file) as opened:
                     parquet = _open_parquet(opened, [key], [0])
                     rows = next(parquet.iter_batches(batch_size=1, row_groups=[0], columns=[key]))[key]
                 value = rows[0].as_py()

@@ -284,7 +284,7 @@ def warn_of_ranges(name: str, codec: ActionCodec, actions_NA: Float[np.ndarray, 
     name: of the dataset; names: of the dimensions.
     """
     kept_A = codec.kept_range(actions_NA)
-    if narrow := [f"{names[a]} to {kept_A[a]:.1%}" for a in np.flatnonzero(kept_A < LEAST_KEPT)]:
+    if narrow := [f"{names[a]} to {kept:.1%}" for a, kept in enumerate(kept_A) if kept < LEAST_KEPT]:
         warn(
             f"actions of {name}: rare values are clamped, which narrows {', '.join(narrow)} of its range; if these are "
             "moves that the policy needs, give more episodes with them"

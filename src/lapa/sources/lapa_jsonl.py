@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 from jaxtyping import Int
 
+from lapa import config as configs
 from lapa.console import finish, progress, say, warn
 from lapa.data import convert
 from lapa.data.config import ConvertOptions
