@@ -332,7 +332,10 @@ def test_no_episode_is_placed_on_other_frames_than_its_own() -> None:
         gaps = rng.integers(0, 3, len(lengths)) * (rng.random() < 0.3)
         truth = np.cumsum(lengths + gaps) - lengths
         times = rng.choice([0.0, 0.2]) + np.arange(truth[-1] + lengths[-1] + rng.integers(0, 3)) / 10
-        drift = rng.choice([0.0, 0.0, 0.001, 0.03, 0.04, 0.07]) * np.arange(len(lengths))
+        fills = len(times) == lengths.sum()
+        drift = rng.choice([0.0, 0.0, 0.001, 0.03, 0.04, 0.07, *((0.1, 0.2, 0.25, 0.5) if fills else ())]) * np.arange(
+            len(lengths)
+        )
         from_first = times[0] if rng.random() < 0.5 and not gaps.any() else 0
         starts = times[truth] - from_first + drift
         ends = rng.choice([0, 1]) * (times[truth] - starts) + starts + lengths / 10

@@ -191,7 +191,11 @@ class Dataset(ABC):
 
     def camera_feature(self, camera: str | None = None) -> dict[str, Any]:
         """Returns the feature of a camera; None: the first."""
-        return self.features[self._camera_keys[self.camera_name(camera)]]
+        return self.features[self.camera_key(camera)]
+
+    def camera_key(self, camera: str | None = None) -> str:
+        """Returns the name of a camera's feature; None: the first."""
+        return self._camera_keys[self.camera_name(camera)]
 
     def image_shape(self, camera: str | None = None) -> tuple[int, int]:
         """Returns the height and width of a camera's stored images."""

@@ -5,7 +5,8 @@ Sums of durations drift from the frames, so these times are checked against the 
 
 - Where the episodes' frames are as many as the file's, order and lengths decide. Their times must merely keep step, to
   a frame for each episode; where the file starts does not matter.
-- Elsewhere an episode must begin on a frame, last as long as its frames do, and share none with another.
+- Elsewhere an episode must begin on a frame, last as long as its frames do, and share none with another. Where one of
+  them does not, though the file has frames enough, the others must begin where those before them end.
 
 Axes: N frames of a file, E episodes of it.
 """
@@ -35,8 +36,9 @@ def episode_frames(
     times_N: when the file's frames are shown, in order; starts_E, ends_E: when the episodes begin and end, by the
     metadata; an end may be NaN, not known. Seconds; episodes are in the order of their numbers.
     """
+    counted_E = np.cumsum(lengths_E) - lengths_E
     if _fill(times_N, starts_E, lengths_E, fps):
-        return np.cumsum(lengths_E) - lengths_E, [""] * len(lengths_E)
+        return counted_E, [""] * len(lengths_E)
     after_E = np.searchsorted(times_N, starts_E).clip(max=len(times_N) - 1)
     before_E = (after_E - 1).clip(min=0)
     is_before_E = np.abs(times_N[before_E] - starts_E) < np.abs(times_N[after_E] - starts_E)
@@ -68,6 +70,12 @@ def episode_frames(
                 flaws[episode] = (
                     f"begins at {starts_E[episode]:.3f} s by the metadata, in the frames of another episode"
                 )
+    num_spare = len(times_N) - int(lengths_E.sum())
+    if (num_spare == 0 and any(flaws)) or (num_spare > 0 and (~off_E & (lasts_E >= len(times_N))).any()):
+        for episode in np.flatnonzero(firsts_E != counted_E).tolist():
+            begins = f"begins at {starts_E[episode]:.3f} s by the metadata"
+            by_count = f"at {times_N[counted_E[episode]]:.3f} s by the lengths of those before it"
+            flaws[episode] = flaws[episode] or f"{begins}, {by_count}"
     return firsts_E, flaws
 
 

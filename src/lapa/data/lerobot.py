@@ -44,7 +44,7 @@ from lapa.checksums import SUMS, read_sums, sha256, verify
 from lapa.console import warn
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, all_image_keys, image_keys
 from lapa.data.films import episode_frames
-from lapa.data.transforms import decode_image
+from lapa.data.transforms import IMAGE_FORMATS, decode_image
 from lapa.data.video import decode_times, film_times
 from lapa.errors import UserError, shown, unknown
 from lapa.files import (
@@ -219,7 +219,7 @@ class LeRobotDataset(Dataset):
         Each folder is listed once, which is much faster than asking for every file.
         """
         entries = self._entries if episodes is None else self._entries[list(episodes)]
-        keys = [self._camera_keys[self.camera_name(camera)] for camera in cameras]
+        keys = [self.camera_key(camera) for camera in cameras]
         kinds = [f"videos/{key}" for key in keys if self.features[key]["dtype"] == "video"]
         for kind in (*kinds, "data"):
             sound = [entry for entry in entries.tolist() if not self._flaw_of(kind, entry)]
@@ -232,13 +232,20 @@ class LeRobotDataset(Dataset):
                 what = "data files" if kind == "data" else f"video files of {kind.removeprefix('videos/')}"
                 raise UserError(
                     f"{self.root / missing[0]}: no such file; {len(missing)} of {len(files)} {what} are missing; "
-                    f"download the dataset again, or leave their episodes out (lerobot:{self.root},skip_bad=true)"
+                    f"download the dataset again, or leave their episodes out (--skip-bad; in place "
+                    f"lerobot:{self.root},skip_bad=true)"
                 )
 
     def video_path(self, episode_index: int, camera: str | None = None) -> Path:
         """Returns the mp4 that holds an episode."""
-        key = self._camera_keys[self.camera_name(camera)]
+        key = self.camera_key(camera)
         return self.root / self._file(f"videos/{key}", int(self._entries[episode_index]))
+
+    def span_in_video(self, episode_index: int, camera: str) -> tuple[float, float]:
+        """Returns when an episode begins and ends in its mp4, in seconds. Raises UserError where it is not certain."""
+        _, film, first = self._film(episode_index, camera)
+        start = float(film.times_N[first])
+        return start, start + int(self.lengths[episode_index]) / self.fps
 
     def data_path(self, episode_index: int) -> Path:
         """Returns the parquet file that holds an episode's rows."""
@@ -387,7 +394,8 @@ class LeRobotDataset(Dataset):
                     parquet = _open_parquet(opened, [key], [0])
                     rows = next(parquet.iter_batches(batch_size=1, row_groups=[0], columns=[key]))[key]
                 value = rows[0].as_py()
-                with Image.open(io.BytesIO(value["bytes"] if isinstance(value, dict) else value)) as image:
+                encoded = io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
+                with Image.open(encoded, formats=IMAGE_FORMATS) as image:
                     return image.mode in DEEP_MODES
             # What is wrong there is said when an image is read.
             except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, StopIteration, SyntaxError):

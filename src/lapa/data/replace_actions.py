@@ -124,6 +124,10 @@ def rewrite_actions(
         raise UserError(f"{dataset.root}: every one of its {num_lost} episodes is left out; nothing is left to write")
     if num_lost:
         say(f"{num_lost} of {len(dataset)} episodes left out: they have no actions")
+        # Without the others, an episode can no longer be found by counting frames.
+        for (episode, change), camera in product(rows.items(), dataset.cameras):
+            kind, span = f"videos/{dataset.camera_key(camera)}", dataset.span_in_video(episode, camera)
+            change |= {f"{kind}/from_timestamp": span[0], f"{kind}/to_timestamp": span[1]}
     videos = _link_videos(dataset, targets, sorted(rows))
     changes = {int(dataset.numbers[episode]): change for episode, change in rows.items()}
     totals = _write_episodes(dataset, targets, changes, list(features))
