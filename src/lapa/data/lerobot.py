@@ -131,16 +131,16 @@ class LeRobotDataset(Dataset):
         self.info = read_info(root)
         self.version = str(self.info["codebase_version"])
         self.legacy = self.version in LEGACY_VERSIONS
+        # Videos are many and large: `lapa data check` compares theirs.
+        self._sums = {name: digest for name, digest in read_sums(root).items() if not name.startswith("videos/")}
+        opened = {name for name in self._sums if name in (INFO, TASKS) or name.startswith(EPISODES)}
+        verify(root, AGAIN, {name: self._sums[name] for name in opened})
         self._task_of = read_tasks(root, self.legacy)
         self.tasks = tuple(self._task_of.values())
         self._columns = read_episodes(root, self.legacy, video_keys(self.info["features"]), self._task_of)
         tasks = root / (LEGACY_TASKS if self.legacy else TASKS)
         if not self._columns["num_tasks"].all() and not tasks.exists():
             raise UserError(f"{tasks}: no such file, and not all episodes name their tasks; {AGAIN}")
-        # Videos are many and large: `lapa data check` compares theirs.
-        self._sums = {name: digest for name, digest in read_sums(root).items() if not name.startswith("videos/")}
-        opened = {name for name in self._sums if name in (INFO, TASKS) or name.startswith(EPISODES)}
-        verify(root, AGAIN, {name: self._sums[name] for name in opened})
         self._stored = {ACTION: ACTION, STATE: STATE, **(columns or {})}
         self._declared = dict(declared or {})
         super().__init__(
