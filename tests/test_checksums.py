@@ -19,8 +19,10 @@ from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.checkpoint import RunState, load_checkpoint, random_state, save_checkpoint
 from lapa.errors import UserError
+from lapa.files import read_json
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.model import LatentActionModel
+from lapa.nn.weights import require_finite_weights
 
 RECORDS = [{"settings": [1, 2.5]}, {"item": "a", "notes": {}}, {"item": "ü", "notes": {"x": 1}}, {"item": "c"}]
 
@@ -333,3 +335,36 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, write: Callable[[Pat
     write(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match=rf"metrics\.jsonl: {read_again}"):
         MetricLog(tmp_path, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_weights_that_are_not_finite_are_refused_in_every_precision(dtype: torch.dtype) -> None:
+    weights = {"empty": torch.zeros(0, 3).to(dtype), "scale": torch.ones(()).to(dtype), "count": torch.tensor(3)}
+    require_finite_weights("model.safetensors", weights.items())
+    for value in (float("nan"), float("inf"), -float("inf"))[: 1 if dtype == torch.float8_e4m3fn else 3]:
+        wrong = torch.ones(3, 5)
+        wrong[1, 4] = value
+        with pytest.raises(UserError, match=r"model\.safetensors: wrong holds numbers that are not finite"):
+            require_finite_weights("model.safetensors", {**weights, "wrong": wrong.to(dtype)}.items())
+
+
+def test_a_latent_action_model_of_nan_is_refused(tmp_path: Path) -> None:
+    model = LatentActionModel(
+        LatentModelConfig(image_size=32, patch_size=8, dim=32, spatial_depth=1, temporal_depth=1, heads=2)
+    )
+    with torch.no_grad():
+        model.from_latents.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model\.safetensors: from_latents\.weight holds numbers that are not finite"):
+        LatentActionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("start", "end"), [("[", "]"), ('{"a":', "}")])
+def test_json_that_is_nested_deep_is_named(tmp_path: Path, start: str, end: str) -> None:
+    path = tmp_path / "config.json"
+    for depth in (900, 200_000):
+        path.write_text(start * depth + "1" + end * depth)
+        with pytest.raises(UserError, match=r"config\.json: not valid"):
+            read_json(path)
+    path.write_text(start * 50 + "1" + end * 50)
+    read_json(path)

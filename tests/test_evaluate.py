@@ -146,15 +146,12 @@ def test_resume_plays_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     config = EvaluateConfig("random", tmp_path / "whole", env="synthetic", tasks="up,left", episodes=4, videos=1)
     whole = evaluate(config)
     cut = replace(config, out=tmp_path / "cut")
-    write_json = rollout.write_json
 
-    def full_disk(path: Path, value: object) -> None:
-        if path.name == "results.json":
-            raise OSError("No space left on device")
-        write_json(path, value)
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(rollout, "write_json", full_disk)
+        patch.setattr(rollout, "write_marker", full_disk)
         evaluate(cut)
     journal = cut.out / "episodes.jsonl"
     journal.write_text("\n".join(journal.read_text().splitlines()[:5]) + '\n{"task": "le')

@@ -18,6 +18,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -32,6 +33,7 @@ from lapa.data.steps import EpisodeSteps
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter
 from lapa.engine.distributed import pick_device
+from lapa.errors import UserError
 from lapa.files import as_path, claim_output, read_json, write_json
 from lapa.labelling import ray_engine, shards
 from lapa.labelling.config import LabelConfig, RayConfig
@@ -437,6 +439,47 @@ def test_labels_of_more_than_a_million_episodes_are_in_order(tmp_path: Path) -> 
     for episode in range(999_998, 1_000_002):
         assert labels.codes(episode)[1].ravel().tolist() == [episode % 7] * 2
         assert (labels.embeddings(episode) == episode).all()
+
+
+@pytest.mark.parametrize(
+    ("codes", "complaint"),
+    [
+        (pa.array([[3, 70_000]] * 2, pa.list_(pa.int32(), 2)), r"its codes lie in 3 to 70000, expected 0 to 7"),
+        (pa.array([[3, 65_539]] * 2, pa.list_(pa.int64(), 2)), r"its codes lie in 3 to 65539, expected 0 to 7"),
+        (pa.array([[0, 8]] * 2, pa.list_(pa.int32(), 2)), r"its codes lie in 0 to 8, expected 0 to 7"),
+        (pa.array([[-1, 0]] * 2, pa.list_(pa.int32(), 2)), r"its codes lie in -1 to 0, expected 0 to 7"),
+        (pa.array([[0, 1, 2]] * 2, pa.list_(pa.int32(), 3)), r"its codes are 3 long, 2 in manifest\.json"),
+        (pa.array([[0.0, 1.5]] * 2, pa.list_(pa.float32(), 2)), r"its codes are float32, expected whole numbers"),
+        (pa.array([[0, None]] * 2, pa.list_(pa.int32(), 2)), r"codes are missing"),
+    ],
+)
+def test_what_is_no_code_is_named_when_labels_are_opened(tmp_path: Path, codes: pa.Array, complaint: str) -> None:
+    path = shard_path(tmp_path, 0, 0)
+    whole = {"episode_index": pa.array([0, 0]), "frame_index": pa.array([0, 1])}
+    pq.write_table(pa.table({**whole, "codes": codes}), path)
+    manifest = Manifest("a", "b", "front", 0.3, 3, 2, 8, 2, 1, 0, [[1.0] * 8] * 2)
+    write_json(tmp_path / "manifest.json", configs.to_dict(manifest))
+    with pytest.raises(UserError, match=rf"episodes-000000-000000\.parquet: {complaint}"):
+        Labels.open(tmp_path)
+    pq.write_table(pa.table({**whole, "codes": pa.array([[0, 7]] * 2, pa.list_(pa.int32(), 2))}), path)
+    assert Labels.open(tmp_path).codes(0)[1].tolist() == [[0, 7]] * 2
+
+
+@pytest.mark.parametrize("codes", [[[-1]], [[2**31]], [[0.5]]])
+def test_what_is_no_code_is_not_written(tmp_path: Path, codes: list) -> None:
+    with pytest.raises(UserError, match="episode 0: its codes"):
+        write_shard(shard_path(tmp_path, 0, 0), {0: EpisodeLabels(np.arange(1), np.array(codes))})
+
+
+@pytest.mark.parametrize("column", ["frame_index", "episode_index"])
+@pytest.mark.parametrize("value", [-1, 2**31])
+def test_numbers_of_frames_and_episodes_are_not_wrapped(tmp_path: Path, column: str, value: int) -> None:
+    whole = {"episode_index": pa.array([0]), "frame_index": pa.array([0]), column: pa.array([value])}
+    pq.write_table(pa.table({**whole, "codes": pa.array([[0]], pa.list_(pa.int32(), 1))}), shard_path(tmp_path, 0, 0))
+    manifest = Manifest("a", "b", "front", 0.3, 3, 1, 8, 1, 1, 0, [[1.0] * 8])
+    write_json(tmp_path / "manifest.json", configs.to_dict(manifest))
+    with pytest.raises(UserError, match=rf"\.parquet: {column} lies in {value} to {value}"):
+        Labels.open(tmp_path)
 
 
 def test_nonsense_is_refused(data: Path, lam: Path, tmp_path: Path) -> None:

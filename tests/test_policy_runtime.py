@@ -164,6 +164,20 @@ def test_a_damaged_tokenizer_of_an_earlier_version_is_named(folders, tmp_path, t
         Policy.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model/model.safetensors", "actions.safetensors"])
+def test_numbers_that_are_not_finite_are_refused(folders, tmp_path, name, value):
+    folder = tmp_path / "policy"
+    shutil.copytree(folders / "acting", folder)
+    (folder / SUMS).unlink()
+    arrays = {key: array.copy() for key, array in load_file(folder / name).items()}
+    key = next(key for key, array in arrays.items() if array.dtype == np.float32 and not key.endswith("edges"))
+    arrays[key].reshape(-1)[-1] = value
+    save_file(arrays, folder / name)
+    with pytest.raises(ValueError, match=rf"{name}: {key} holds numbers that are not finite"):
+        Policy.from_pretrained(folder)
+
+
 def test_weights_of_another_size_are_refused(folders, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(folders / "acting", folder)

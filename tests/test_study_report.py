@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from lapa.errors import UserError
 from lapa.study import page, plots
 from lapa.study.config import ReportConfig
 from lapa.study.report import (
@@ -189,6 +191,39 @@ def test_a_study_without_rollouts_is_refused(tmp_path: Path) -> None:
     ArmResult("lapa", "in-domain", 2, 0, "made-up", {}, ()).save(tmp_path)
     with pytest.raises(ValueError, match="no result has a rollout"):
         run(ReportConfig((tmp_path,)))
+
+
+def spoilt(**changes: object) -> object:
+    return lambda values: {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda values: [values], "expected an object"),
+        (lambda values: None, "expected an object"),
+        (spoilt(curves=[None]), "curves: expected an object"),
+        (spoilt(curves=[{"name": "policy", "rows": [None]}]), "curves: rows: expected an object"),
+        (spoilt(curves=[{"name": "policy", "rows": [{"loss": 1.0}]}]), "a row of the curve 'policy' has no step"),
+        (spoilt(figures={"token_accuracy": "high"}), "figures.token_accuracy: expected float"),
+        (spoilt(figures=[1.0]), "figures: expected an object"),
+        (spoilt(seconds={"policy": None}), "seconds.policy: expected float"),
+        (spoilt(rollouts=[1]), "rollouts: expected an object"),
+        (spoilt(sizes=None), "sizes: expected an object"),
+    ],
+)
+def test_a_damaged_result_is_named(tmp_path: Path, spoil: Callable[[object], object], complaint: str) -> None:
+    path = made_up("scratch").save(tmp_path)
+    path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=rf"in-domain-2-scratch-0\.json: {complaint}"):
+        load_results([tmp_path])
+
+
+def test_a_number_that_no_float_holds_is_named(tmp_path: Path) -> None:
+    path = made_up("scratch").save(tmp_path)
+    path.write_text(path.read_text().replace("60.0", "1e400"))
+    with pytest.raises(UserError, match=r"scratch-0\.json: seconds\.policy scratch: expected float, got inf"):
+        load_results([tmp_path])
 
 
 def test_a_run_without_rollouts_is_left_out(tmp_path: Path) -> None:

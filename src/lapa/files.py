@@ -32,7 +32,7 @@ PARTIAL = re.compile(r"\..+\.\d+\.partial(\..+)?")
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 
 # Of JSON: no file of ours is nested more, and code that descends into it must come to an end.
-DEEPEST = 100
+DEEPEST = 400
 
 # Control characters, halves of a surrogate pair, and the separator of Windows: in no path that a file names.
 NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]")
