@@ -33,7 +33,22 @@ from lapa.sources.lerobot import LeRobotConfig
 
 EPISODES_FILE, DATA = "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"
 DEEP = json.loads("[" * 300 + "]" * 300)
-ODD: list[Any] = [None, True, 0, -1, 1.5, float("inf"), float("nan"), 10**30, "", "../x", "\x1b[2J\n", "\ud800", [], {}]
+ODD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    float("inf"),
+    float("nan"),
+    10**400,
+    "",
+    "../x",
+    "\x1b[2J\n",
+    "\ud800",
+    [],
+    {},
+]
 ODD += [[[1]], [None], {"a": [None]}, {"0": "x"}, "{a}", DEEP]
 # Of all cases, one in so many is tried by the quick tests.
 SHARE = 9

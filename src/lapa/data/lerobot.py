@@ -85,8 +85,8 @@ OPEN_FILMS = 64
 OPEN_GROUPS = 4
 # A number's format in a path template, such as 03d.
 WIDTH = "(0?([1-9]|1[0-2]))?d?"
-# Frames of a dataset; larger ones are split, and mixed in training.
-MOST_FRAMES = 10**9
+# Frames of a dataset, of which larger ones are split and mixed in training; and of a second.
+MOST_FRAMES, MOST_FPS = 10**9, 10**6
 # Sides of an image, and numbers of another feature in one frame: far above those of any camera and robot.
 MOST_PIXELS, MOST_NUMBERS = 2**14, 10**6
 # Bytes that columns of a file may take in memory: so many in any case, and so many times the size of the file. Repeated
@@ -507,8 +507,8 @@ def read_info(root: Path) -> dict[str, Any]:
         fix = "convert it with LeRobot's own scripts" if str(version) < "v2.0" else "update lapa"
         raise UserError(f"{path}: is LeRobotDataset {version}, {known} are read; {fix}")
     _check_features(path, info)
-    if type(info["fps"]) not in (int, float) or not 0 < info["fps"] <= sys.float_info.max:
-        raise UserError(f"{path}: fps must be a number above 0, got {info['fps']!r}")
+    if type(info["fps"]) not in (int, float) or not 1 / MOST_FPS < info["fps"] <= MOST_FPS:
+        raise UserError(f"{path}: fps must be a number above 0, and {MOST_FPS} at most, got {shown(info['fps'])}")
     _check_templates(path, info)
     try:
         json.dumps(info, allow_nan=False)
