@@ -908,8 +908,19 @@ def test_a_small_file_takes_no_large_memory(robot: Dataset, tmp_path: Path) -> N
 
 
 def test_large_tables_of_real_datasets_are_read(tmp_path: Path) -> None:
-    """A million rows of constant numbers, and as many equal texts, are more in memory than in the file."""
+    """A million rows of constant numbers, and as many equal texts, are more in memory than in the file.
+
+    LeRobot writes a row group for each few episodes, each with dictionaries of its own.
+    """
     path = tmp_path / "data.parquet"
+    rows = [[f"task {number % 7}"] for number in range(10_000)]
+    episodes = pa.table({"tasks": rows, "data/chunk_index": np.arange(10_000), "text": ["x" * 30_000] * 10_000})
+    for size in (10, 10_000):
+        pq.write_table(episodes, path, row_group_size=size)
+        assert read_parquet(path, ["tasks"])["tasks"].to_pylist() == rows
+    pq.write_table(episodes, path, row_group_size=5_000)
+    with pytest.raises(UserError, match="would take 286 MiB of memory"):
+        read_parquet(path)
     actions = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(14 * 10**6, np.float32)), 14)
     texts = pa.array(["pick up the cup and put it on the plate"] * 10**6)
     pq.write_table(pa.table({"action": actions, "task": texts, "index": np.arange(10**6)}), path)

@@ -24,7 +24,6 @@ import json
 import math
 import re
 import string
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -585,50 +584,55 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     Raises UserError naming the file where it is damaged, lacks a column, or would be far larger in memory.
     """
     with _parsing(path), open_for_arrow(path) as file:
-        parquet = _open_parquet(file, columns)
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
         if lacking := [name for name in columns or () if name not in parquet.schema_arrow.names]:
             raise UserError(f"{path}: lacks the columns {', '.join(lacking)}; {AGAIN}")
+        rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        if min(rows, default=0) < 0 or sum(rows) != parquet.metadata.num_rows:
+            raise ValueError(f"its row groups hold {sum(rows)} rows, its footer declares {parquet.metadata.num_rows}")
+        _check_memory(parquet, file, columns, range(len(rows)))
         table = parquet.read(columns=columns)
         # Finds texts that are not UTF-8, which would raise where they are used.
         table.validate(full=True)
-        if any(_texts_in(column) for column in table.columns):
-            _require_memory(sum(map(_text_size, table.columns)), file)
-            table = pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
     return table
 
 
-def _open_parquet(file: BinaryIO, columns: Sequence[str] | None, groups: Sequence[int] | None = None) -> pq.ParquetFile:
-    """Opens a file to read these columns of these row groups; None: all. Texts are read as dictionaries.
-
-    Raises ValueError where they would be far larger in memory than the file.
-    """
-    parquet = pq.ParquetFile(file, page_checksum_verification=True)
-    metadata, leaves = parquet.metadata, list(range(len(parquet.schema)))
-    paths = [parquet.schema.column(leaf).path for leaf in leaves]
-    if columns is not None:
-        leaves = [leaf for leaf in leaves if any(f"{paths[leaf]}.".startswith(f"{name}.") for name in columns)]
-    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise ValueError(f"its row groups hold {sum(rows)} rows, its footer declares {metadata.num_rows}")
-    slots = {field.name: field.type for field in parquet.schema_arrow}
-    total = 0
-    for leaf in leaves:
-        column, path = parquet.schema.column(leaf), paths[leaf]
+def _check_memory(
+    parquet: pq.ParquetFile, file: BinaryIO, columns: Sequence[str] | None, groups: Sequence[int]
+) -> None:
+    """Raises ValueError where these columns of these row groups would be far larger in memory than the file."""
+    metadata, kinds = parquet.metadata, {field.name: field.type for field in parquet.schema_arrow}
+    size, text_size, texts = 0, 0, dict[str, str]()
+    for leaf in range(len(parquet.schema)):
+        column = parquet.schema.column(leaf)
+        name = max((name for name in kinds if f"{column.path}.".startswith(f"{name}.")), key=len, default="")
+        if columns is not None and name not in columns:
+            continue
         width = SIZES.get(column.physical_type, max(8, column.length)) + 4 * column.max_repetition_level
-        kind = next((kind for name, kind in slots.items() if f"{path}.".startswith(f"{name}.")), None)
-        for group in range(len(rows)) if groups is None else groups:
-            chunk = metadata.row_group(group).column(leaf)
-            values = max(chunk.num_values, rows[group], _num_slots(kind, rows[group], chunk.num_values))
-            total += max(chunk.total_uncompressed_size, values * width)
-    _require_memory(total, file)
-    texts = [paths[leaf] for leaf in leaves if parquet.schema.column(leaf).physical_type == "BYTE_ARRAY"]
-    return pq.ParquetFile(file, read_dictionary=texts, page_checksum_verification=True) if texts else parquet
+        for group in groups:
+            rows, chunk = metadata.row_group(group).num_rows, metadata.row_group(group).column(leaf)
+            values = max(chunk.num_values, rows, _num_slots(kinds.get(name), rows, chunk.num_values))
+            size += max(chunk.total_uncompressed_size, values * width)
+            if column.physical_type == "BYTE_ARRAY":
+                texts[column.path] = name
+                # As if each text were as large as all that are stored.
+                text_size += values * chunk.total_uncompressed_size
+    _require_memory(size, file)
+    if text_size > _most_memory(file):
+        text_size, dictionaries = 0, pq.ParquetFile(file, metadata=metadata, read_dictionary=list(texts))
+        for group in groups:
+            table = dictionaries.read_row_group(group, columns=sorted(set(texts.values())))
+            text_size += sum(map(_text_size, table.columns))
+            _require_memory(text_size, file)
+
+
+def _most_memory(file: BinaryIO) -> int:
+    return max(SMALL_TABLE, EXPANSION * file.seek(0, 2))
 
 
 def _require_memory(num_bytes: int, file: BinaryIO) -> None:
     """Raises ValueError where `num_bytes` are far more than the size of the file."""
-    most = max(SMALL_TABLE, EXPANSION * file.seek(0, 2))
-    if num_bytes > most:
+    if num_bytes > (most := _most_memory(file)):
         raise ValueError(f"would take {num_bytes / 2**20:.0f} MiB of memory, a file of this size {most >> 20} at most")
 
 
@@ -648,7 +652,7 @@ def _texts_in(column: pa.ChunkedArray | pa.Array) -> list[pa.DictionaryArray]:
     if isinstance(column, pa.ChunkedArray):
         return [texts for chunk in column.chunks for texts in _texts_in(chunk)]
     if isinstance(column, pa.DictionaryArray):
-        return [column]
+        return [] if pa.types.is_primitive(column.type.value_type) else [column]
     if isinstance(column, pa.ExtensionArray):
         return _texts_in(column.storage)
     if isinstance(column, pa.StructArray):
@@ -924,7 +928,9 @@ def _column_names(path: Path) -> list[str]:
 
 def _read_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
     with _parsing(path), open_for_arrow(path) as file:
-        return _open_parquet(file, [column], [group]).read_row_group(group, columns=[column])[column]
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        _check_memory(parquet, file, [column], [group])
+        return parquet.read_row_group(group, columns=[column])[column]
 
 
 def _integers(table: pa.Table, name: str, path: Path, empty: int | None = None) -> Int[np.ndarray, "N"]:
@@ -975,7 +981,9 @@ def _matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarra
         raise UserError(f"{source} holds {flat.type}, expected numbers; {AGAIN}")
     if num_rows and found != width:
         raise UserError(f"{source} is {found} numbers wide, {width} in meta/info.json; correct one of them")
-    return flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(num_rows, width)
+    # What float32 does not hold is not finite, which is named where the numbers are checked.
+    with np.errstate(over="ignore"):
+        return flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(num_rows, width)
 
 
 def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, read: Callable[[], Value]) -> Value:
