@@ -390,7 +390,8 @@ class LeRobotDataset(Dataset):
         for file in dict.fromkeys(self._file("data", entry) for entry in sound):
             try:
                 with open_for_arrow(self.root / file) as opened:
-                    parquet = _open_parquet(opened, [key], [0])
+                    parquet = pq.ParquetFile(opened)
+                    _check_memory(parquet, opened, [key], [0])
                     rows = next(parquet.iter_batches(batch_size=1, row_groups=[0], columns=[key]))[key]
                 value = rows[0].as_py()
                 encoded = io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
