@@ -156,7 +156,7 @@ def test_names_and_shapes_come_in_several_forms(robot: Dataset, tmp_path: Path) 
 
 
 OTHER_NAMES = [None, [], ["a", "b"], [["a", "b"]], list("abcd"), ["a", "b", None], ["a", "b", 1.5], "abc", 3, True]
-OTHER_NAMES += [[["a"], {}, "c"], ["a", "b", {"c": None}], {"a": None}, json.loads("[" * 500 + '"a"' + "]" * 500)]
+OTHER_NAMES += [[["a"], {}, "c"], ["a", "b", {"c": None}], {"a": None}, json.loads("[" * 50 + '"a"' + "]" * 50)]
 
 
 @pytest.mark.parametrize("names", OTHER_NAMES)
@@ -898,6 +898,8 @@ def test_a_small_file_takes_no_large_memory(robot: Dataset, tmp_path: Path) -> N
     table = pq.read_table(tmp_path / "images" / DATA).drop_columns([FRONT, WRIST])
     pq.write_table(table.append_column(FRONT, images).append_column(WRIST, images), tmp_path / "same-images" / DATA)
     expected["same-images"] = f"{DATA}: {FRONT} cannot be decoded in row 0"
+    for name in expected:
+        (tmp_path / name / SUMS).unlink(missing_ok=True)
     roots = [str(tmp_path / name) for name in expected]
     done = subprocess.run(
         [sys.executable, "-c", WITHIN_LIMITS, str(robot.root), *roots], capture_output=True, text=True

@@ -20,6 +20,7 @@ import pytest
 from check_lerobot import write_v21
 from rich.console import Console
 
+from lapa.checksums import SUMS
 from lapa.data import info
 from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run as convert
@@ -32,7 +33,7 @@ from lapa.errors import UserError
 from lapa.sources.lerobot import LeRobotConfig
 
 EPISODES_FILE, DATA = "meta/episodes/chunk-000/file-000.parquet", "data/chunk-000/file-000.parquet"
-DEEP = json.loads("[" * 300 + "]" * 300)
+DEEP = json.loads("[" * 90 + "]" * 90)
 ODD: list[Any] = [
     None,
     True,
@@ -64,6 +65,9 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         frames = rng.integers(0, 255, (4, 16, 16, 3), np.uint8)
         writer.add_episode({"front": frames}, f"task {number}", actions=np.eye(4)[:, :2], states=np.ones((4, 1)))
     write_v21(writer.finish(), folder / "old")
+    # What is damaged on purpose has another checksum.
+    for path in folder.glob(f"*/{SUMS}"):
+        path.unlink()
     return {"new": folder / "new", "old": folder / "old"}
 
 

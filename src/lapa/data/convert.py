@@ -273,8 +273,8 @@ def _open_writer(
         keyframe_interval=KEYFRAME_INTERVAL,
         extra_info={
             "made_by": f"lapa data {source.kind}",
-            **source.settings,
             SOURCE_FINGERPRINT: _fingerprint(items),
+            **source.settings,
             **filters,
         },
         resume=options.resume,
