@@ -232,6 +232,19 @@ def test_grey_images_of_16_bits_keep_their_content(top: int) -> None:
         assert found.max() > 60
 
 
+def test_grey_images_of_16_bits_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "frames" / "a").mkdir(parents=True)
+    for number in range(3):
+        values = np.linspace(700, 1700 + number, 32 * 32).astype(np.uint16).reshape(32, 32)
+        Image.fromarray(values).save(tmp_path / "frames" / "a" / f"{number}.png")
+    frames = convert(tmp_path / "frames").frames(0)
+    assert "0.png: is grey of 16 bits, such as depth" in capsys.readouterr().err
+    assert frames.min() > 35 and 95 < frames.max() < 120
+    write_images(tmp_path / "colours" / "a", [1])
+    convert(tmp_path / "colours", out=tmp_path / "other")
+    assert "16 bits" not in capsys.readouterr().err
+
+
 def test_images_of_every_mode_become_rgb() -> None:
     colours = Image.fromarray(corners())
     for mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa"):

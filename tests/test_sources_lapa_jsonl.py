@@ -249,6 +249,13 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
         opened(path).frames(0)
 
 
+def test_episodes_without_instruction_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    opened(
+        write_rows(tmp_path / "rows.jsonl", [published(0), published(1, instruction=""), published(2, instruction=" ")])
+    )
+    assert "rows: without instruction: 2" in capsys.readouterr().err
+
+
 def test_images_that_rows_name_lie_in_the_folder(tmp_path: Path) -> None:
     rows = [finetuning(0, step) for step in range(2)]
     path = write_rows(tmp_path / "rows" / "rows.jsonl", rows)
@@ -405,6 +412,7 @@ def test_codes_and_the_images_they_stand_for_pretrain_alike(tmp_path: Path, poli
             manifest = json.loads((labels / "manifest.json").read_text())
             manifest["dataset_fingerprint"] = open_dataset(data).fingerprint
             (labels / "manifest.json").write_text(json.dumps(manifest))
+            (labels / "SHA256SUMS").unlink()
         losses[name] = pretrained(data, labels, tmp_path / f"{name} policy", policy=policy)
     assert losses["codes"] == losses["images"] and len(losses["codes"]) == 2
     assert losses["codes"][0] != losses["codes"][1]

@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_said_before_any_work(tmp_path: Path) -> None:
     [
         ("[" * 100_000, "not valid JSON"),
         ("9" * 5000, "not valid JSON"),
-        ('{"featuresDict": {"features": ' + "[" * 900 + "]" * 900 + "}}", "describes no `steps`"),
+        ('{"featuresDict": {"features": ' + "[" * 900 + "]" * 900 + "}}", "not valid here: JSON nested"),
         ('{"image": {"shape": 3}}', "describes no `steps`"),
         ('{"image": {"shape": {"dimensions": ["a"]}}}', "describes no `steps`"),
         ('{"tensor": {"shape": {"dimensions": [Infinity]}}}', "describes no `steps`"),

@@ -112,7 +112,7 @@ def _taken(folder: Path, path: Path) -> int:
             return descriptor
         if _is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, _who().encode(), 0)
+            os.pwrite(descriptor, _who().encode(errors="replace"), 0)
             return descriptor
         os.close(descriptor)
 

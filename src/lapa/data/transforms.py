@@ -47,6 +47,13 @@ def read_image(path: Path, where_else: str = "") -> UInt8[np.ndarray, "H W 3"]:
         return decode_image(file, f"{path}: cannot be decoded", "; replace it or remove it")
 
 
+def has_16_bits(path: Path) -> bool:
+    """Returns whether an image file has one channel of 16 bits, as depth and heat have, by its header alone."""
+    with suppress(*UNDECODABLE), open_binary(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+        return image.mode.startswith("I")
+    return False
+
+
 def decode_image(encoded: bytes | BinaryIO, failure: str, remedy: str = "") -> UInt8[np.ndarray, "H W 3"]:
     """Returns an image of one of `IMAGE_FORMATS` as RGB, upright where its EXIF data turn it; of several the first.
 

@@ -15,7 +15,7 @@ from lapa.console import say, warn
 from lapa.data.source import Reading
 from lapa.errors import UserError
 from lapa.files import as_path, read_json
-from lapa.sources.folder_scan import short_names, stop_or_skip
+from lapa.sources.folder_scan import short_names, stop_or_skip, whole_characters
 
 # Names by which captions are found in the folder of the clips.
 CAPTIONS_FILES = ("captions.json", "captions.jsonl", "captions.csv")
@@ -51,7 +51,7 @@ class CaptionedReading(Reading):
     def settings(self, folder: str, **others: Any) -> dict[str, Any]:
         """Returns the options as a converted dataset records them. folder: its name; others: of the source."""
         captions = self.captions_file and self.captions_file.name
-        values = {"folder": folder, "captions": captions, "caption": self.caption, **others}
+        values = {"folder": folder, "captions": captions, "caption": self._text, **others}
         return {name: value for name, value in values.items() if value}
 
     def find_captions(self, names: Sequence[str], what: str) -> tuple[dict[str, str], int]:
@@ -67,7 +67,7 @@ class CaptionedReading(Reading):
         if self.captions is None and inside is not None:
             use = "not used, --caption is given; --captions takes it" if path is None else "used as the captions"
             say(f"{inside}: {use}")
-        found = dict.fromkeys(names, self.caption) if self.caption is not None else {}
+        found = dict.fromkeys(names, self._text) if self._text is not None else {}
         if path is None:
             return found, 0
         (known, _), missing, captioned, again = short_names(names), [], set(), 0
@@ -78,7 +78,7 @@ class CaptionedReading(Reading):
             elif name in captioned:
                 again += 1
             elif text.strip():
-                found[name] = text.strip()
+                found[name] = whole_characters(text.strip())
                 captioned.add(name)
         if again:
             warn(f"{path}: further captions of a {what} that has one, not used: {again}")
@@ -86,6 +86,10 @@ class CaptionedReading(Reading):
         bare = [f"{self.folder}/{name}: has no caption in {path}" for name in names if name not in found]
         fix = "add one, or give --caption TEXT for those without, or --skip-bad to leave them out"
         return found, skipped + stop_or_skip(bare, fix, self.skip_bad)
+
+    @property
+    def _text(self) -> str | None:
+        return self.caption and whole_characters(self.caption)
 
     def _captions_inside(self) -> Path | None:
         found = (as_path(self.folder) / name for name in CAPTIONS_FILES)

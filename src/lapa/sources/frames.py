@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.source import Clip, Item, Source
-from lapa.data.transforms import read_image
+from lapa.data.transforms import has_16_bits, read_image
 from lapa.errors import UserError
 from lapa.files import reading as reading_file
 from lapa.sources.captions import CaptionedReading
@@ -141,9 +141,12 @@ class FramesSource(Source):
         for item in self.items:
             for path in self._paths(item):
                 try:
-                    return read_image(path).shape[:2]
+                    size = read_image(path).shape[:2]
                 except UserError:
                     continue
+                if has_16_bits(path):
+                    warn(f"{path}: is grey of 16 bits, such as depth: each is scaled by the bits that its values use")
+                return size
         raise UserError(f"{self.root}: none of its images can be decoded")
 
 

@@ -45,7 +45,7 @@ from lapa.data.transforms import read_image
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, errors_about, inside, open_binary, reading
 from lapa.locks import locks_output
-from lapa.sources.folder_scan import cached, file_state, require_rate
+from lapa.sources.folder_scan import cached, file_state, require_rate, whole_characters
 from lapa.sources.rlds.table import POSE
 
 CAMERA = "image"
@@ -233,9 +233,8 @@ class LapaJsonlSource(Source):
 
     def read(self, item: Item) -> Clip:
         numbers = self.numbers(item)
-        notes = () if item.instruction else ("without instruction",)
         images = ((index / self.fps, self._image(item, index)) for index in range(len(item.place)))
-        return Clip({CAMERA: images}, item.instruction, numbers.get(ACTION), numbers.get(STATE), notes)
+        return Clip({CAMERA: images}, item.instruction, numbers.get(ACTION), numbers.get(STATE))
 
     def frames(self, item: Item, frame_indices: Sequence[int], camera: str) -> np.ndarray:
         frames = [self._image(item, int(index)) for index in frame_indices]
@@ -376,7 +375,8 @@ def scan_rows(path: Path, options: LapaJsonlReading) -> dict[str, Any]:
                 steps.setdefault(row.episode[0], []).append((row.episode[1], len(places)))
             places.append((number, offset, len(content)))
     names, groups, notes = _group(steps, text_of)
-    episodes = [*groups, *([row] for row in alone)]
+    episodes, words = [*groups, *([row] for row in alone)], list(texts)
+    notes["without instruction"] = sum(not words[text_of[rows[0]]] for rows in episodes)
     return {
         "problems": problems,
         "notes": notes,
@@ -387,7 +387,7 @@ def scan_rows(path: Path, options: LapaJsonlReading) -> dict[str, Any]:
         "names": names,
         "episodes": np.cumsum([0, *map(len, episodes)])[:-1].tolist(),
         "places": list(chain.from_iterable(places[row] for rows in episodes for row in rows)),
-        "instructions": [list(texts), [text_of[rows[0]] for rows in episodes]],
+        "instructions": [words, [text_of[rows[0]] for rows in episodes]],
     }
 
 
@@ -521,8 +521,7 @@ def task_in_words(instruction: str) -> str:
     match = ROLES.fullmatch(IMAGE_TAG.sub("", instruction))
     assert match is not None, "the pattern takes any text"
     question = QUESTION.fullmatch(match[1])
-    # Half a surrogate pair is no character, and cannot be written to a file.
-    return (question[1] if question else match[1]).strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole_characters((question[1] if question else match[1]).strip())
 
 
 def _from_conversation(conversation: Any) -> dict[str, Any]:

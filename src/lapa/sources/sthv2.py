@@ -21,7 +21,7 @@ from lapa.data.source import Item, Reading, Source
 from lapa.data.video import probe
 from lapa.errors import UserError
 from lapa.files import read_json
-from lapa.sources.folder_scan import find_videos, natural_order, require_rate, short_names
+from lapa.sources.folder_scan import find_videos, natural_order, require_rate, short_names, whole_characters
 from lapa.sources.videos import CAMERA, VideoFilesSource
 
 # Names that the labels have been published under, in the folder of the videos, next to it, or in `labels`.
@@ -66,7 +66,7 @@ class Sthv2Source(VideoFilesSource):
         texts = _read_labels(labels)
         videos, _ = short_names(names, without_suffix=True)
         self.items = [
-            Item(videos[name], (), text or reading.caption or "")
+            Item(videos[name], (), text or whole_characters(reading.caption or ""))
             for name, text in sorted(texts.items(), key=lambda entry: natural_order(entry[0]))
             if name in videos
         ]

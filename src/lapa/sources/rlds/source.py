@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ from lapa.data.transforms import decode_image
 from lapa.errors import UserError, shown, unknown
 from lapa.files import as_path, errors_about, inside, read_json
 from lapa.files import reading as reading_folder
-from lapa.sources.folder_scan import cached, file_state
+from lapa.sources.folder_scan import cached, file_state, whole_characters
 from lapa.sources.rlds.table import CONSTANTS, KNOWN, POSE, Known, Part, columns
 from lapa.sources.rlds.tfrecord import PARSED, parse_example, read_record, scan_records
 
@@ -97,6 +98,10 @@ class RldsReading(Reading):
 @dataclass(frozen=True)
 class RldsConfig(ConvertOptions, RldsReading):
     """Turn an RLDS (TFDS) folder, such as one of Open X-Embodiment, into a dataset."""
+
+    def open(self) -> Source:
+        """As `RldsReading.open`; with --limit, shards after those that hold as many records need not be there."""
+        return RldsSource(self, self.limit)
 
 
 @dataclass(frozen=True)
@@ -243,13 +248,15 @@ class RldsSource(Source):
 
     kind = "rlds"
 
-    def __init__(self, reading: RldsReading):
+    def __init__(self, reading: RldsReading, limit: int | None = None):
         self.reading, self.root = reading, as_path(reading.folder)
         self.name, version, shards = read_info(self.root, reading.split)
         known = KNOWN.get(self.name, Known())
         self.fps = _rate(reading, known, self.name)
         self._layout = layout = choose_layout(self.root, known, reading)
         self.action_space, self.state_names = layout.action_space, tuple(_names(layout.states)) or None
+        if limit is not None and not reading.skip_bad:
+            shards = first_shards(shards, limit)
         shards = present_shards(shards, reading.skip_bad)
         self.items = find_items(shards, reading.skip_bad)
         self._files = [self.root / INFO_FILE, self.root / FEATURES_FILE, *shards]
@@ -263,7 +270,7 @@ class RldsSource(Source):
             "dataset": self.name,
             "version": version,
             "split": reading.split,
-            "caption": reading.caption,
+            "caption": reading.caption and whole_characters(reading.caption),
             **({"instruction": reading.instruction_key} if reading.instruction_key else {}),
             "features": {ACTION: list(map(str, layout.actions)), STATE: list(map(str, layout.states))},
         }
@@ -333,7 +340,7 @@ class RldsSource(Source):
         """Returns the instruction, what should be counted, and the blank cameras, without decoding all images."""
         texts = episode.instructions()
         first, *others = texts.values() or [[]]
-        instruction = first[0] if first else self.reading.caption or ""
+        instruction = first[0] if first else whole_characters(self.reading.caption or "")
         blank = episode.blank_cameras()
         notes = [*([CHANGES] if len(set(first)) > 1 else []), *([] if instruction else [NO_TEXT])]
         notes += [OTHERS] if any(text not in first for other in others for text in other) else []
@@ -439,6 +446,14 @@ def _numbered_files(folder: Path, pattern: str) -> dict[int, dict[int, Path]]:
             if {"index", "num"} <= set(groups) and int(groups["index"]) < int(groups["num"]) and path.is_file():
                 numbered.setdefault(int(groups["num"]), {})[int(groups["index"])] = path
     return numbered
+
+
+def first_shards(shards: Mapping[Path, int | None], limit: int) -> dict[Path, int | None]:
+    """Returns the first files that hold `limit` records together; all where that is not known."""
+    if None in shards.values():
+        return dict(shards)
+    before = accumulate((count or 0 for count in shards.values()), initial=0)
+    return {path: count for (path, count), number in zip(shards.items(), before, strict=False) if number < limit}
 
 
 def present_shards(shards: Mapping[Path, int | None], skip_bad: bool) -> dict[Path, int | None]:
