@@ -14,13 +14,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+# Of many releases, such as 5.5 and 5.12, the same name in `transformers` itself needs torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 class OnlyLatentActions(LogitsProcessor):

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PaliGemmaProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from lapa.errors import UserError
@@ -410,14 +410,15 @@ def test_another_family_is_read_by_its_placeholders(tmp_path: Path, capsys: pyte
 def test_a_soft_capped_head_is_capped(tmp_path: Path) -> None:
     folder = make_vlm("paligemma", tmp_path / "model")
     backbone, processor, vocabulary = create(folder)
-    backbone.language.config.get_text_config().final_logit_softcapping = 0.5
     batch, tokens = processor(pictures(1), WORDS[:1]), codes(vocabulary, 1)
     with torch.no_grad():
-        expected = backbone.language(**own_inputs("paligemma", backbone, batch, tokens)).logits
+        # Some releases of transformers (5.5) leave PaliGemma's cap out.
+        uncapped = backbone.language(**own_inputs("paligemma", backbone, batch, tokens)).logits
         hidden, _ = backbone.read(batch, tokens)
+    backbone.language.config.get_text_config().final_logit_softcapping = 0.5
     ours = backbone.logits(hidden, vocabulary.rows("latent"))
-    torch.testing.assert_close(ours, expected[..., vocabulary.text : vocabulary.size])
-    assert ours.abs().max() < 0.5
+    torch.testing.assert_close(ours, 0.5 * torch.tanh(uncapped[..., vocabulary.text : vocabulary.size] / 0.5))
+    assert ours.abs().max() < 0.5 < uncapped.abs().max()
 
 
 def test_a_folder_that_is_no_image_text_model_is_named_as_what_it_is(tmp_path: Path) -> None:

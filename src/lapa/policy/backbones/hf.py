@@ -57,6 +57,9 @@ class HfBackbone(Backbone):
         super().__init__()
         self.config, self.language, self.vocabulary = config, language, vocabulary
         self._takes = frozenset(inspect.signature(language.base_model.forward).parameters)
+        if (connector := getattr(language.base_model, "connector", None)) is not None:
+            # Some releases (5.5) put an image's tokens among the text's embeddings without a cast.
+            connector.register_forward_hook(_in_precision_of_weights)
 
     @property
     def vision(self) -> nn.Module:
@@ -247,6 +250,11 @@ def _grown(config: HfConfig, language: PreTrainedModel, vocabulary: Vocabulary) 
     backbone = HfBackbone(config, language, Vocabulary(text=vocabulary.text))
     backbone.resize(vocabulary)
     return backbone
+
+
+def _in_precision_of_weights(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+    """A forward hook, for an output that does not depend on autocast."""
+    return output.to(next(module.parameters()).dtype)
 
 
 def _is_paligemma(config: PreTrainedConfig) -> bool:

@@ -28,12 +28,19 @@ from jaxtyping import Int, UInt8
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
+    Idefics3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    SmolVLMConfig,
 )
+
+# Of many releases, such as 5.5 and 5.12, the same name in `transformers` itself needs torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from lapa import config as configs
 from lapa import files
@@ -60,6 +67,10 @@ SEGMENT_TOKENS: dict[Segment, str] = {
 IDEFICS = ("idefics3", "smolvlm")
 # The families whose prompts are known: `model_type` of their configs.
 FAMILIES = (*IDEFICS, "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3", "internvl", "llava")
+if not is_torchvision_available():
+    # The same releases do not find these two either, which need no torchvision.
+    AutoImageProcessor.register(Idefics3Config, Idefics3ImageProcessorPil, exist_ok=True)
+    AutoImageProcessor.register(SmolVLMConfig, SmolVLMImageProcessorPil, exist_ok=True)
 
 
 @dataclass(frozen=True)
