@@ -5,13 +5,16 @@ INSTALLED := .venv/installed
 PYTHON312 ?= python3.12
 LEROBOT := .venv-lerobot
 LEROBOT_VERSION := 0.6.1
+FLOORS := .venv-floors
 
-.PHONY: help setup demo study test test-slow lint format bench bench-latent faults check-lerobot clean
+.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults check-lerobot clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
 	@echo 'make study      LAPA and other ways of using video: one seed, hours; continues when run again'
 	@echo 'make test       the tests (make test-slow: the ones that take minutes)'
+	@echo 'make test-floors   the tests with the oldest versions that pyproject.toml allows (Python 3.12, its own'
+	@echo '                environment: 6 GB)'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
 	@echo '                (make bench-latent: the latent action model alone)'
@@ -38,6 +41,16 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+$(FLOORS)/installed: pyproject.toml constraints-floors.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else 1)' || \
+	  { echo 'constraints-floors.txt is for Python 3.12. Run: make PYTHON312=/path/to/python3.12 test-floors' >&2; exit 1; }
+	$(PYTHON312) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-floors.txt -e '.[metaworld,dev,8bit]'
+	@touch $@
+
+test-floors: $(FLOORS)/installed
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -73,4 +86,4 @@ check-lerobot: setup $(LEROBOT)/installed-$(LEROBOT_VERSION)
 	$(BIN)/python benchmarks/check_lerobot.py read runs/check-lerobot
 
 clean:
-	rm -rf .venv $(LEROBOT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(LEROBOT) $(FLOORS) .pytest_cache .mypy_cache .ruff_cache

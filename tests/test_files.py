@@ -4,12 +4,15 @@ import errno
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from upath import UPath
 
 from lapa import files
 from lapa.errors import UserError
@@ -304,3 +307,48 @@ def test_a_resume_removes_what_killed_runs_left_half_written(tmp_path: Path) -> 
     claim(tmp_path, resume=True)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert found == set(kept)
+
+
+def test_files_are_found_in_folders_here_and_in_a_store(tmp_path: Path) -> None:
+    store = UPath(f"memory://found-{uuid.uuid4().hex}")
+    for root in (tmp_path / "here", store):
+        for name in ("b.json", "a.json", "a.txt", "one/c.json", "one/two/d.json", "not.json/e.json"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("{}")
+    for root in (tmp_path / "here", store):
+        found = {
+            pattern: [path.as_posix().removeprefix(f"{root.as_posix()}/") for path in files.find_files(root, pattern)]
+            for pattern in ("*.json", "*/*.json", "one/*", "**/*.json", "a.*", "a.json/*", "none/*", "**/a.txt/*")
+        }
+        assert found == {
+            "*.json": ["a.json", "b.json", "not.json"],
+            "*/*.json": ["not.json/e.json", "one/c.json"],
+            "one/*": ["one/c.json", "one/two"],
+            "**/*.json": ["a.json", "b.json", "not.json", "not.json/e.json", "one/c.json", "one/two/d.json"],
+            "a.*": ["a.json", "a.txt"],
+            "a.json/*": [],
+            "none/*": [],
+            "**/a.txt/*": [],
+        }
+    (tmp_path / "here" / "circle").symlink_to(tmp_path / "here", target_is_directory=True)
+    assert len(files.find_files(tmp_path / "here", "**/*.json")) == 6
+    assert len(files.find_files(tmp_path / "here", "circle/*.json")) == 3
+
+
+@pytest.mark.parametrize("pattern", ["*", "*/*.json", "**/*.json"])
+def test_a_folder_that_may_not_be_listed_is_not_an_empty_one(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shut = tmp_path / "shut"
+    shut.mkdir()
+    scan = os.scandir
+
+    def refuse(folder: Path) -> Any:
+        if folder == shut:
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scan(folder)
+
+    # Whoever runs the tests as root may list everything.
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"shut: no permission to read it .*; change its permissions"):
+        files.find_files(shut if pattern == "*" else tmp_path, pattern)

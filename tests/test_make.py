@@ -1,11 +1,16 @@
-"""`make` on a machine whose Python is too old says so, before it makes anything."""
+"""`make` on a machine whose Python is too old says so, before it makes anything; the oldest versions are tested."""
 
+import itertools
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 OLD_PYTHON = """#!/bin/sh
@@ -26,3 +31,16 @@ def test_an_old_python_is_named_with_what_is_needed(tmp_path: Path, target: str)
     assert "lapa needs Python 3.11 or newer" in done.stderr
     assert "is 3.9. Run: make PYTHON=python3.11" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_tested_floors_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    requirements = [Requirement(line) for line in lines if not line.startswith(project["name"])]
+    for name in ("constraints-floors.txt", "constraints.txt"):
+        pins = [Requirement(line) for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        versions = {canonicalize_name(pin.name): Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+        for requirement in requirements:
+            floor = Version(str(requirement.specifier).removeprefix(">="))
+            version = versions[canonicalize_name(requirement.name)]
+            assert version == floor if name == "constraints-floors.txt" else version >= floor, requirement

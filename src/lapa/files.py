@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
@@ -106,6 +107,37 @@ def reading(path: Path, remedy: str = "") -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Returns the paths in `folder`, local or remote, that match a pattern such as `*/*.parquet`, in order.
+
+    `**` stands for the folder and all folders in it; links to folders are not followed there. None without a folder.
+    Raises UserError for a folder that may not be listed, which pathlib and universal-pathlib take for an empty one.
+    """
+    part, _, rest = pattern.partition("/")
+    found = find_files(folder, rest) if part == "**" else []
+    for name, is_folder in sorted(_listed(folder, follow=part != "**")):
+        if part == "**":
+            found += find_files(folder / name, pattern) if is_folder else []
+        elif fnmatchcase(name, part):
+            found += find_files(folder / name, rest) if rest else [folder / name]
+    return found
+
+
+def _listed(folder: Path, follow: bool) -> list[tuple[str, bool]]:
+    """The names in a folder, and whether each is a folder; [] where `folder` is none. follow: links."""
+    with reading(folder):
+        try:
+            if not is_remote(folder):
+                with os.scandir(folder) as entries:
+                    return [(entry.name, entry.is_dir(follow_symlinks=follow)) for entry in entries]
+            remote = cast(Any, folder)
+            own = remote.path.strip("/")
+            found = [(entry["name"].strip("/"), entry["type"]) for entry in remote.fs.ls(remote.path, detail=True)]
+            return [(path.rpartition("/")[2], kind == "directory") for path, kind in found if path != own]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def open_binary(path: Path) -> BinaryIO:

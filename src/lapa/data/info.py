@@ -17,7 +17,7 @@ from lapa.data.dataset import ACTION_SPACE, STATE, Dataset, dimension_names
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import printable
-from lapa.files import atomic_path, is_remote
+from lapa.files import atomic_path, find_files, is_remote
 
 THUMBNAIL = 128
 SHEET_EPISODES, SHEET_TIMES = 8, 6
@@ -75,7 +75,7 @@ def summary(dataset: Dataset) -> Table:
     if len(counts) > SHOWN_TASKS:
         row("", f"and {len(counts) - SHOWN_TASKS} more")
     sizes = {
-        name: sum(path.stat().st_size for path in (dataset.root / name).rglob("*") if path.is_file()) / 1e6
+        name: sum(path.stat().st_size for path in find_files(dataset.root / name, "**/*") if path.is_file()) / 1e6
         for name in ("videos", "data", "meta", "labels")
     }
     if any(sizes.values()):

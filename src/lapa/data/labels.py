@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from lapa import config as configs
 from lapa.checksums import opened_line, read_sums, require_sum, sealed_line, verify, write_marker
 from lapa.errors import UserError
-from lapa.files import as_path, atomic_path, open_for_arrow, reading
+from lapa.files import as_path, atomic_path, find_files, open_for_arrow, reading
 
 MANIFEST = "manifest.json"
 SHARDS = "episodes-*.parquet"
@@ -244,7 +244,7 @@ class Labels:
                 f"{folder}: labels another dataset, or an earlier state of this one; run `lapa label` again"
             )
         columns, sums = ["episode_index", "frame_index", "codes"], read_sums(folder)
-        paths = sorted(folder.glob(SHARDS), key=shard_episodes)
+        paths = sorted(find_files(folder, SHARDS), key=shard_episodes)
         return cls(folder, manifest, ((path, read_shard(path, columns, sums.get(path.name))) for path in paths))
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -257,7 +257,7 @@ class Labels:
         """Returns the embeddings [T, L * D] of the same frames. Raises UserError where the labels have none."""
         if not self.manifest.embeddings:
             raise UserError(f"{self.folder}: has no embeddings; label again with --embeddings")
-        for path in self.folder.glob(SHARDS):
+        for path in find_files(self.folder, SHARDS):
             first, last = shard_episodes(path)
             if first <= episode_index <= last:
                 table = read_shard(path, ["episode_index", "embedding"])

@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,7 @@ from lapa.data.video import decode_times, film_times
 from lapa.errors import UserError, shown, unknown
 from lapa.files import (
     errors_about,
+    find_files,
     fingerprint,
     inside,
     is_remote,
@@ -226,7 +227,7 @@ class LeRobotDataset(Dataset):
             if len(sound) < len(entries) and not sound:
                 raise UserError(self._flaw_of(kind, int(entries[0])))
             folders = {file.rpartition("/")[0] for file in files}
-            present = {f"{folder}/{name}" for folder in folders for name in _names_in(self.root / folder)}
+            present = {f"{folder}/{path.name}" for folder in folders for path in find_files(self.root / folder, "*")}
             if missing := [file for file in files if file not in present]:
                 what = "data files" if kind == "data" else f"video files of {kind.removeprefix('videos/')}"
                 raise UserError(
@@ -572,8 +573,7 @@ def _texts_of(tasks: Any, known: Mapping[int, str]) -> list[str]:
 
 def episode_files(root: Path) -> list[Path]:
     """Returns the parquet files with the episodes of a v3.0 dataset."""
-    with reading(root / EPISODES, AGAIN):
-        paths = sorted(root.glob(f"{EPISODES}/*/*.parquet"))
+    paths = find_files(root / EPISODES, "*/*.parquet")
     if not paths:
         raise UserError(f"{root / EPISODES}: holds no parquet file; {AGAIN}")
     return paths
@@ -895,18 +895,6 @@ def _json_lines(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} lacks {', '.join(lacking)}; {AGAIN}")
         rows.append(row)
     return rows
-
-
-def _names_in(folder: Path) -> list[str]:
-    with reading(folder):
-        try:
-            if not is_remote(folder):
-                return [path.name for path in folder.iterdir()]
-            # UPath takes a folder that may not be listed for one that is not there.
-            remote = cast(Any, folder)
-            return [name.rstrip("/").rsplit("/", 1)[-1] for name in remote.fs.ls(remote.path, detail=False)]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
 
 
 @contextmanager

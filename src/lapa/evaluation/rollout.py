@@ -32,7 +32,7 @@ from lapa.envs import EnvironmentKind, kind_of
 from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
-from lapa.files import claim_output, fingerprint, read_json, write_json
+from lapa.files import claim_output, find_files, fingerprint, read_json, write_json
 from lapa.locks import locks_output
 
 if TYPE_CHECKING:
@@ -266,7 +266,8 @@ def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
 def _identity(config: EvaluateConfig) -> dict[str, Any]:
     """Everything that the results depend on: the settings, and the policy's contents."""
     folder = Path(config.policy)
-    found = [] if config.policy in BASELINES else sorted([*folder.glob("config.json"), *folder.rglob("*.safetensors")])
+    files = [*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")]
+    found = [] if config.policy in BASELINES else sorted(files)
     contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
     volatile = ("out", "workers", "parallel", "overwrite", "resume")
     settings = {name: value for name, value in to_dict(config).items() if name not in volatile}

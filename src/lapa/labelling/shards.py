@@ -40,6 +40,7 @@ from lapa.data.pairs import horizon_frames
 from lapa.data.spec import open_dataset
 from lapa.engine.memory import explained_out_of_memory
 from lapa.errors import UserError
+from lapa.files import find_files
 from lapa.labelling.config import LabelConfig
 from lapa.latent.model import LatentActionModel, horizon_for, lam_fingerprint
 
@@ -115,7 +116,7 @@ def make_shards(out: Path, num_episodes: int, size: int) -> list[Shard]:
 
 def missing_shards(shards: Sequence[Shard], out: Path, plan: Plan) -> list[Shard]:
     """Returns the shards to make: those without a file, or with a damaged one."""
-    there = {path.name for path in out.glob(SHARDS)}
+    there = {path.name for path in find_files(out, SHARDS)}
     missing = []
     for shard in shards:
         if shard.path.name in there:

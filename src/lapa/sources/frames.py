@@ -25,7 +25,7 @@ from lapa.data.config import ConvertOptions
 from lapa.data.source import Clip, Item, Source
 from lapa.data.transforms import has_16_bits, read_image
 from lapa.errors import UserError
-from lapa.files import reading as reading_file
+from lapa.files import find_files
 from lapa.sources.captions import CaptionedReading
 from lapa.sources.folder_scan import natural_order, require_folder, require_rate, stop_or_skip, walk
 from lapa.sources.videos import CAMERA
@@ -127,11 +127,10 @@ class FramesSource(Source):
     def _paths(self, item: Item) -> list[Path]:
         name, first, length = item.place
         folder = self.root / name
-        with reading_file(folder):
-            images = sorted(
-                (path.name for path in folder.iterdir() if _is_image(path.name)),
-                key=lambda name: (_number(name), natural_order(name)),
-            )
+        images = sorted(
+            (path.name for path in find_files(folder, "*") if _is_image(path.name)),
+            key=lambda name: (_number(name), natural_order(name)),
+        )
         if len(images) < first + length:
             raise UserError(f"{folder}: holds {len(images)} images, {first + length} when the command began")
         return [folder / image for image in images[first : first + length]]

@@ -19,7 +19,7 @@ import numpy as np
 
 from lapa import config as configs
 from lapa.errors import UserError
-from lapa.files import read_json, write_json
+from lapa.files import find_files, read_json, write_json
 
 Arm = Literal["scratch", "vpt", "unipi", "lapa", "actionvla"]
 Split = Literal["in-domain", "cross-task", "cross-environment"]
@@ -135,7 +135,7 @@ def load_results(studies: Sequence[Path]) -> list[ArmResult]:
     """
     found: dict[str, ArmResult] = {}
     for study in studies:
-        paths = sorted((study / FOLDER).glob("*.json"))
+        paths = find_files(study / FOLDER, "*.json")
         if not paths:
             raise UserError(f"{study}: no results; make some with `lapa study run --out {study}`")
         for path in paths:

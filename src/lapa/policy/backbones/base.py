@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 from transformers.utils import logging
 
 from lapa.engine.memory import require_memory
+from lapa.files import find_files
 from lapa.policy.vocabulary import Segment, Vocabulary
 
 Tags = tuple[tuple[int, ...], tuple[int, ...]]
@@ -233,6 +234,6 @@ def positions(mask_BS: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
 
 def require_room(folder: Path, name: str) -> None:
     """Raises UserError, before anything is read, where a model's weights need more memory than there is."""
-    needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = sum(path.stat().st_size for path in find_files(folder, "*.safetensors"))
     remedies = ["a smaller model", "a machine with more memory", "fewer processes on this machine"]
     require_memory(needed, torch.device("cpu"), f"{name}: loading its weights", remedies)
