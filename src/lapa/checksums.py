@@ -22,7 +22,7 @@ from lapa.files import as_json, as_path, atomic_path, errors_about, inside, open
 
 SUMS = "SHA256SUMS"
 BLOCK = 1 << 20
-SUM_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+SHA256_LENGTH = 64
 # The end of a journal's line; the checksum is of all before it, and of the lines before.
 CRC_ENDING = re.compile(rb', "crc": "([0-9a-f]{8})"\}\n')
 CRC_LENGTH = len(', "crc": "00000000"}\n')
@@ -55,11 +55,11 @@ def read_sums(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     with reading(path):
-        lines = path.read_bytes().decode(errors="replace").split("\n")
-    found = [SUM_LINE.fullmatch(line) for line in lines[:-1]]
-    if not found or not all(found) or lines[-1]:
+        *lines, rest = path.read_bytes().decode(errors="replace").split("\n")
+    sums = {line[SHA256_LENGTH + 2 :]: line[:SHA256_LENGTH] for line in lines}
+    if rest or not sums or not all(map(len, sums)):
         raise UserError(f"{path}: damaged; delete it, and its folder is no longer checked")
-    return {match[2]: match[1] for match in found if match}
+    return sums
 
 
 def write_marker(
