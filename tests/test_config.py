@@ -57,3 +57,11 @@ def test_mistakes_are_named(values: dict, message: str) -> None:
 
 def test_a_name_without_a_near_one_lists_the_known_ones() -> None:
     assert str(config.unknown("preset", "zzz", ["debug", "tiny"])) == "unknown preset 'zzz' (known: debug, tiny)"
+
+
+def test_a_path_is_the_same_however_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    there = {"lam": str(tmp_path / "lam"), "data": [f"robot={tmp_path / 'd'},camera=front", "b"], "rate": 1}
+    assert not config.differences({"lam": "./lam", "data": ["robot=d,camera=front", "./b"], "rate": 1}, there)
+    assert config.differences({**there, "lam": "other"}, there) and config.differences({**there, "data": ["b"]}, there)
+    assert config.differences({**there, "rate": "1"}, there)

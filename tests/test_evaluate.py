@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -350,3 +352,15 @@ def test_metaworld_rollouts_in_workers() -> None:
     assert alone.state.shape == (kind_of("metaworld").state_dim,)
     assert first[5].instruction == alone.instruction
     alone.close()
+
+
+def test_resume_knows_a_policy_under_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = of_robot(Robot(state_dim=2), tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, policy=os.path.relpath(config.policy))
+    whole = evaluate(config)
+    (config.out / "results.json").unlink()
+    absolute = replace(config, policy=str(Path(config.policy).resolve()), resume=True)
+    assert evaluate(absolute)["episodes"] == whole["episodes"]
+    shutil.move(config.policy, tmp_path / "moved")
+    assert evaluate(replace(absolute, policy=str(tmp_path / "moved")))["episodes"] == whole["episodes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import multiprocessing
 import os
 import shutil
@@ -587,6 +588,26 @@ class DyingActor(LabelActor):
         if shard.first == 4 and not (folder / "after").exists():
             (folder / "after").write_text(str(shard.path.stat().st_mtime_ns))
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+LISTENS = """
+import psutil
+from pathlib import Path
+from lapa.labelling.config import LabelConfig
+from lapa.labelling.ray_engine import _cluster
+with _cluster(LabelConfig(lam=Path("lam"), data="data", out=Path("out"), engine="ray")) as ray:
+    ray.get(ray.remote(lambda: 1).remote())
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        print(*(each.laddr.ip for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN))
+"""
+
+
+def test_rays_own_cluster_listens_on_this_machine_alone() -> None:
+    pytest.importorskip("ray")
+    done = subprocess.run([sys.executable, "-c", LISTENS], capture_output=True, text=True, timeout=300, check=True)
+    listening = [ipaddress.ip_address(word.removeprefix("::ffff:")) for word in done.stdout.split()]
+    assert len(listening) > 2 and all(address.is_loopback for address in listening), listening
 
 
 def test_ray_writes_the_same_files_and_a_killed_actor_loses_nothing_and_doubles_nothing(

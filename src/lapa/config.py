@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -47,13 +48,16 @@ def from_dict(cls: type[Config], values: Mapping[str, Any], source: str = "confi
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The differences of two configs as plain values: ["loop.optim.lr was 0.1, is 0.2"]; [] where they are equal."""
+    """The differences of two configs as plain values: ["loop.optim.lr was 0.1, is 0.2"]; [] where they are equal.
+
+    A path is equal to another that leads to the same place from here, as the absolute one to the relative one.
+    """
     found = []
     for key in sorted({*then, *now}):
         before, after = then.get(key), now.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
+        elif before != after and not _same_paths(before, after):
             found.append(f"{prefix}{key} was {before!r}, is {after!r}")
     return found
 
@@ -91,6 +95,16 @@ def save(config: Any, path: Path) -> None:
 def load(cls: type[Config], path: Path) -> Config:
     """Reads what `save` wrote. Raises UserError naming the file."""
     return from_dict(cls, read_json(path), source=str(path))
+
+
+def _same_paths(before: Any, after: Any) -> bool:
+    """Whether two texts, or lists of them, are equal but for how they name files: [NAME=]PATH[,KEY=...]."""
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(map(_same_paths, before, after))
+    if not isinstance(before, str) or not isinstance(after, str) or "://" in before + after or "\0" in before + after:
+        return before == after
+    then, now = (re.split("[=:,]", text) for text in (before, after))
+    return len(then) == len(now) and all(Path(a).resolve() == Path(b).resolve() for a, b in zip(then, now, strict=True))
 
 
 def _plain(value: Any) -> Any:

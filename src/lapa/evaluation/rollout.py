@@ -79,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         inputs=[] if config.policy in BASELINES else [Path(config.policy)],
     )
     require_same(config.out / CONFIG, identity)
-    write_json(config.out / CONFIG, identity)
+    write_json(config.out / CONFIG, {**identity, "policy": config.policy})
     started = time.monotonic()
     results = _play(config, settings, infer, tasks, 0 if kind.in_process else config.workers)
 
@@ -269,7 +269,8 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
     files = [*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")]
     found = [] if config.policy in BASELINES else sorted(files)
     contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
-    volatile = ("out", "workers", "parallel", "overwrite", "resume")
+    # A policy is the same under another path, which its fingerprint tells.
+    volatile = ("out", "workers", "parallel", "overwrite", "resume", *(("policy",) if contents else ()))
     settings = {name: value for name, value in to_dict(config).items() if name not in volatile}
     return {**settings, "policy_fingerprint": fingerprint(*contents) if contents else None}
 

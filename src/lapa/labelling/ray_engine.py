@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa.config import differences
-from lapa.console import say
+from lapa.console import say, warn
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import as_path, is_remote
@@ -31,6 +31,8 @@ from lapa.labelling.shards import Labeller, Plan, Shard, make_plan, read_complet
 RETRIES = 3
 # Bytes of Ray's object store where a cluster is started for this run: only the numbers of shards travel.
 OBJECT_STORE = 128 << 20
+# Whether Ray's processes may be reached from other machines, on the systems where its default is no.
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class LabelActor:
@@ -144,6 +146,9 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
     # Ray's workers run at a low priority (nice 15) by default; here they do the command's own work.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if config.ray.address is None:
+        # A cluster for this run alone listens on the loopback address; by default on Linux, on every interface.
+        os.environ[LOOPBACK_ONLY] = "0"
     try:
         import ray
         import ray.data
@@ -160,6 +165,8 @@ def _cluster(config: LabelConfig) -> Iterator[Any]:
     try:
         if config.ray.address is None:
             ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+            if not ray.util.get_node_ip_address().startswith("127."):
+                warn("Ray was imported before it could be told to listen on this machine alone: others may reach it")
         else:
             ray.init(config.ray.address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:

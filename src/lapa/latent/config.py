@@ -97,10 +97,8 @@ class LatentModelConfig:
                 "give at least 1 code of at least 2 values"
             )
         for name in ("codebook_size", "latent_length"):
-            if (value := getattr(self, name)) > LARGEST_CODE:
-                raise UserError(
-                    f"{name} is {value if value < 10**18 else 'gigantic'}; it must be at most {LARGEST_CODE:,}"
-                )
+            if getattr(self, name) > LARGEST_CODE:
+                raise UserError(f"{name} must be at most {LARGEST_CODE:,}")
         if math.prod(self.levels) != self.codebook_size or min(self.levels) < 2:
             raise UserError(f"fsq_levels {self.levels} do not make codebook_size {self.codebook_size}")
         if max(self.latent_shape) > self.grid:
