@@ -153,6 +153,18 @@ def test_episodes_left_out_are_counted_and_the_rest_renumbered(
     assert read_json(after.root / STATS)["index"]["max"] == [7]
 
 
+def test_episodes_that_drift_are_found_without_those_left_out(robot: Dataset, tmp_path: Path) -> None:
+    source = with_shared_files(robot, tmp_path / "shared")
+    for path in (source.root / "meta/episodes").rglob("*.parquet"):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            row |= {name: row[name] + 0.04 * row["episode_index"] for name in row if name.endswith("from_timestamp")}
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    after = rewritten(open_dataset(source.root), tmp_path / "new", without=(0, 2))
+    for new, old in enumerate((1, 3)):
+        assert same_images(source, old, after, new)
+
+
 def test_files_that_hold_several_episodes_are_kept_in_their_layout(robot: Dataset, tmp_path: Path) -> None:
     source = with_shared_files(robot, tmp_path / "shared")
     after = rewritten(source, tmp_path / "new")

@@ -833,7 +833,7 @@ def _episode_rows(path: Path, video_keys: Sequence[str]) -> dict[str, np.ndarray
     columns = {"episode_index": _integers(table, "episode_index", path)}
     for kind, names in {"": of_data, **of_cameras}.items():
         lacking = [name for name in names if name not in present and name not in ends]
-        flaw = f"{path}: lacks the columns {', '.join(lacking)}; download it again, or choose other cameras"
+        flaw = f"{path}: lacks the columns {', '.join(lacking)}; download it again, or choose other cameras (--camera)"
         flaws = np.full(len(table), flaw if lacking else "", object)
         for name in names:
             least = 1 if name == "length" else 0
