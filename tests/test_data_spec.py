@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lapa.data.source import Item, SourceDataset
 from lapa.data.spec import DataSpec, open_dataset, typed_options
 from lapa.errors import UserError
 
@@ -171,3 +173,16 @@ def test_another_distribution_brings_a_source(tmp_path: Path, monkeypatch: pytes
         open_dataset("grey:somewhere,levl=7")
     with pytest.raises(UserError, match="unknown source 'gray'; did you mean 'grey'"):
         open_dataset("gray:somewhere")
+
+
+def test_the_name_of_a_source_is_no_path(tmp_path: Path) -> None:
+    source = SimpleNamespace(
+        root=tmp_path,
+        name="../../outside",
+        fps=5.0,
+        cameras={"front": (32, 32)},
+        action_space=None,
+        state_names=None,
+        measured=lambda: [Item("a", (), "push", 3)],
+    )
+    assert SourceDataset(source).name == ".._.._outside"  # type: ignore[arg-type]

@@ -124,7 +124,8 @@ class SourceDataset(Dataset):
             raise UserError(f"{source.root}: holds no episode")
         super().__init__(
             source.root,
-            name or source.name,
+            # Part of the names of files that commands write.
+            name or source.name.replace("/", "_"),
             fps=float(source.fps),
             features=_features(source),
             lengths=np.array([item.length for item in self._items], np.int64),
