@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tyro
 from rich.table import Table
@@ -220,6 +221,57 @@ def test_an_error_of_several_lines_is_one(capsys: pytest.CaptureFixture, monkeyp
         monkeypatch.setattr(cli, "find_verb", Mock(side_effect=error))
         shown = failure(capsys, "data", "info", "x")
         assert shown.startswith("lapa: error: ") and without_controls(shown) and len(shown.splitlines()) == 1
+
+
+def test_a_lack_of_memory_is_one_line_and_a_bug_keeps_its_traceback(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause = ValueError("wrapped")
+    cause.__cause__ = MemoryError()
+    for error in (
+        MemoryError("Unable to allocate 8.00 GiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        RuntimeError("can't start new thread"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        OSError(12, "Cannot allocate memory"),
+        pa.ArrowMemoryError("malloc of size 64 failed"),
+        cause,
+    ):
+        monkeypatch.setattr(cli, "find_verb", Mock(side_effect=error))
+        shown = failure(capsys, "data", "info", "x")
+        assert shown.startswith("lapa: error: out of memory (") and "--batch-size" in shown
+        assert len(shown.splitlines()) == 1
+    for bug in (RuntimeError("shapes do not fit"), KeyError("a"), ImportError("no module named x")):
+        monkeypatch.setattr(cli, "find_verb", Mock(side_effect=bug))
+        with pytest.raises(type(bug)):
+            cli.main(["data", "info", "x"])
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+from lapa import cli
+class Slow:
+    def __del__(self):
+        # A second Ctrl-C while the first one unwinds: in a finaliser, an exception would be printed.
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+def wait(arguments):
+    slow = Slow()
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+cli._dispatch = wait
+cli.main([])
+"""
+INTERRUPTED_AT_EXIT = INTERRUPTED.replace(
+    "slow = Slow()", "threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()"
+)
+
+
+@pytest.mark.parametrize("code", [INTERRUPTED, INTERRUPTED_AT_EXIT])
+def test_a_second_ctrl_c_ends_quietly(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "", "")
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:

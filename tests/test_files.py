@@ -170,10 +170,10 @@ def test_a_url_is_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.
 def test_lines_of_json_are_read_up_to_one_cut_short_and_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     assert files.read_json_lines(path) == []
-    path.write_text('{"a": 1}\n[2]\n{"a"')
-    assert files.read_json_lines(path) == [{"a": 1}, [2]]
+    path.write_text('{"a": 1}\n{"a": [2]}\n{"a"')
+    assert files.read_json_lines(path) == [{"a": 1}, {"a": [2]}]
     for damage in (b"{\n", b"\xff\n", b"[" * 100_000 + b"\n"):
-        path.write_bytes(b"1\n" + damage)
+        path.write_bytes(b"{}\n" + damage)
         with pytest.raises(UserError, match=r"rows\.jsonl: line 2 is not JSON"):
             files.read_json_lines(path)
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import multiprocessing
 import operator
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lapa import __version__
-from lapa.errors import UserError, printable, unknown
+from lapa.errors import UserError, out_of_memory, printable, unknown
 
 USAGE = """\
 lapa {version}: from videos without action labels to a robot policy (arXiv 2410.11758)
@@ -33,6 +36,12 @@ start with: lapa demo
 REPEATABLE = ("--data", "--labels", "--statistics")
 # Entry points of other distributions that add commands: each loads to a Verb.
 ENTRY_POINTS = "lapa.commands"
+# Exit status after Ctrl-C.
+INTERRUPTED = 130
+LESS_MEMORY = (
+    "lower what the command holds at once (--batch-size, --workers, --decoders, --cache-gib, --size, a smaller model), "
+    "or raise the limit (ulimit -v, the job's memory)"
+)
 # The preset where none is named.
 PRESET = "tiny"
 
@@ -119,18 +128,45 @@ VERBS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command. A user's mistake is one line on stderr and exit status 2."""
+    """Runs one command. A user's mistake is one line on stderr and exit status 2, so is a lack of memory.
+
+    Ctrl-C ends it with status 130, a second one at once.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if handled:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         status = _dispatch(arguments)
     except KeyboardInterrupt:
-        status = 130
-    except (UserError, FloatingPointError, OSError) as error:
-        if os.environ.get("LAPA_TRACEBACK"):
+        status = INTERRUPTED
+        if in_main_thread:
+            # What is left to do, such as waiting for threads, may be cut short.
+            signal.signal(signal.SIGINT, _end_at_once)
+    except Exception as error:
+        known = isinstance(error, UserError | FloatingPointError | OSError)
+        shortage = out_of_memory(error)
+        if os.environ.get("LAPA_TRACEBACK") or not (known or shortage):
             raise
-        print(f"lapa: error: {printable(error)}", file=sys.stderr)
+        message = f"out of memory ({shortage}); {LESS_MEMORY}" if shortage else printable(error)
+        print(f"lapa: error: {message}", file=sys.stderr)
         status = 2
+    if handled and status != INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(status)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, _end_at_once)
+    raise KeyboardInterrupt
+
+
+def _end_at_once(number: int, frame: Any) -> None:
+    """Ends the process and its workers. Every file is whole at any time."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(INTERRUPTED)
 
 
 def _dispatch(arguments: list[str]) -> int:

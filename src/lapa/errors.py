@@ -15,6 +15,14 @@ UNPRINTABLE = re.compile(
     r"\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
+# How C and C++ libraries say that memory ran out.
+SHORTAGE = re.compile(
+    r"(can't|cannot|could not|unable to|failed to) (allocate|mmap|map segment|start new thread)|not enough memory|"
+    r"out of memory|bad_alloc|malloc of size",
+    re.IGNORECASE,
+)
+LONGEST_REASON = 200
+
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 120
 
@@ -36,6 +44,22 @@ def printable(text: object) -> str:
     """
     line = LINE_ENDS.sub(" ", str(text))
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """Returns how an error says that memory ran out, or one that it was made from; "" for any other and for UserError.
+
+    Python, NumPy, pyarrow and PyAV raise MemoryError. torch raises RuntimeError, a thread that cannot start too, and a
+    library that finds no room ImportError.
+    """
+    while error is not None and not isinstance(error, UserError):
+        message = printable(error)
+        if isinstance(error, MemoryError):
+            return message or "no more memory"
+        if isinstance(error, RuntimeError | OSError | ImportError) and SHORTAGE.search(message):
+            return message[:LONGEST_REASON]
+        error = error.__cause__
+    return ""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

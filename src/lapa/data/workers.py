@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from lapa.errors import UserError
@@ -78,7 +79,8 @@ class Workers:
         waiting: deque[Future[Result]] = deque()
         try:
             for job in jobs:
-                waiting.append(self._executor.submit(_call, function, job))
+                with interrupts_held():
+                    waiting.append(self._executor.submit(_call, function, job))
                 if len(waiting) >= self.ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -88,6 +90,25 @@ class Workers:
         finally:
             # Where the iteration ends early, no job may still write into memory that the caller then frees.
             wait([future for future in waiting if not future.cancel()])
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Puts off Ctrl-C while a process is started, which never gets any: half-started, it would end in a traceback."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    held: list[Any] = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Another thread takes a signal that this one blocks, and has it handled here.
+    handler = signal.signal(signal.SIGINT, lambda *signalled: held.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if held and callable(handler):
+            handler(*held[0])
 
 
 # The shared arguments of this worker, a process or a thread.

@@ -18,7 +18,7 @@ from torch import nn
 
 from lapa.config import differences
 from lapa.console import say
-from lapa.errors import UserError
+from lapa.errors import UserError, out_of_memory
 from lapa.files import atomic_path, read_json
 
 # Options that may differ between a run and its resume: they change no sample and no update.
@@ -88,6 +88,8 @@ def load_checkpoint(path: Path, run: RunState, *, rank: int = 0, world: int = 1)
     except UserError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); use --overwrite to start anew"
         ) from error

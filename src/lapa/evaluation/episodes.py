@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 
+from lapa.data.workers import interrupts_held
 from lapa.envs import Environment, episode_seed, kind_of, make
 from lapa.errors import UserError
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
@@ -245,7 +246,8 @@ class _ProcessWorker:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
-        self._process.start()
+        with interrupts_held():
+            self._process.start()
         theirs.close()
 
     def send(self, message: TaskEpisodes | np.ndarray) -> None:
