@@ -162,7 +162,7 @@ def _scalar(hint: type, value: Any, source: str, text: bool) -> Any:
             value = hint(value)
     except (KeyError, OverflowError, TypeError, ValueError):
         raise error from None
-    infinite = isinstance(value, float) and not math.isfinite(value)
+    infinite = not text and isinstance(value, float) and not math.isfinite(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)) or infinite:
         raise error
     return value
