@@ -283,6 +283,8 @@ class RldsSource(Source):
         episode = self._episode(item)
         num_steps, numbers = episode.num_steps, episode.numbers()
         instruction, notes, _ = self._examine(episode)
+        # The converter counts these for every source.
+        notes = [note for note in notes if note != NO_TEXT]
 
         def images(camera: str) -> Iterator[tuple[float, np.ndarray]]:
             for step in range(num_steps):
