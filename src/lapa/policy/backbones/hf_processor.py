@@ -24,6 +24,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Int, UInt8
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
@@ -40,7 +41,6 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
-from transformers.utils import is_torchvision_available
 
 from lapa import config as configs
 from lapa import files
@@ -67,8 +67,8 @@ SEGMENT_TOKENS: dict[Segment, str] = {
 IDEFICS = ("idefics3", "smolvlm")
 # The families whose prompts are known: `model_type` of their configs.
 FAMILIES = (*IDEFICS, "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3", "internvl", "llava")
-if not is_torchvision_available():
-    # The same releases do not find these two either, which need no torchvision.
+if getattr(transformers.SmolVLMImageProcessorPil, "is_dummy", False):
+    # The same releases do not find these two either without torchvision, which neither needs.
     AutoImageProcessor.register(Idefics3Config, Idefics3ImageProcessorPil, exist_ok=True)
     AutoImageProcessor.register(SmolVLMConfig, SmolVLMImageProcessorPil, exist_ok=True)
 
