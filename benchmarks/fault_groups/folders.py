@@ -36,7 +36,7 @@ def seen(images_THWC: np.ndarray) -> list[int]:
     return [round((float(image.mean()) - GREY) / STEP) for image in images_THWC]
 
 
-def film(path: Path, images: Sequence[np.ndarray], *, first: int = 0, aspect: Fraction | None = None) -> None:
+def write_video(path: Path, images: Sequence[np.ndarray], *, first: int = 0, aspect: Fraction | None = None) -> None:
     """Writes an mp4. first: number of its first frame in time; aspect: of its pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -46,9 +46,9 @@ def film(path: Path, images: Sequence[np.ndarray], *, first: int = 0, aspect: Fr
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         for number, image in enumerate(images):
-            picture = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p")
-            picture.pts, picture.time_base = number + first, Fraction(1, FPS)
-            container.mux(stream.encode(picture))
+            pixels = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuv420p")
+            pixels.pts, pixels.time_base = number + first, Fraction(1, FPS)
+            container.mux(stream.encode(pixels))
         container.mux(stream.encode())
 
 
@@ -65,8 +65,8 @@ def encoded(image: np.ndarray, form: str = "PNG", orientation: int | None = None
 class LeRobot:
     """The parts of a LeRobot dataset, to be changed before they are written.
 
-    numbers: of the episodes; rows: the columns of the data, a row a frame; episodes: columns of meta/episodes; films:
-    camera -> images of each episode; first: of the films, in frames.
+    numbers: of the episodes; rows: the columns of the data, a row a frame; episodes: columns of meta/episodes; first:
+    frame of the videos, in time.
     """
 
     numbers: Sequence[int] = tuple(range(EPISODES))
@@ -119,7 +119,7 @@ class LeRobot:
             self.episodes[f"{key}/to_timestamp"] = [FRAMES * (place + 1) / FPS for place in order]
 
     def write(self, root: Path) -> Path:
-        """Writes v3.0: one data file, one film a camera."""
+        """Writes v3.0: one data file, one video a camera."""
         meta = root / "meta" / "episodes" / "chunk-000"
         meta.mkdir(parents=True)
         (root / "meta" / "info.json").write_text(json.dumps(self.info))
@@ -132,11 +132,11 @@ class LeRobot:
         for camera in self.cameras:
             images = [grey(place, step) for place in range(len(self.numbers)) for step in range(FRAMES)]
             folder = root / "videos" / f"observation.images.{camera}" / "chunk-000"
-            film(folder / "file-000.mp4", images, first=self.first)
+            write_video(folder / "file-000.mp4", images, first=self.first)
         return root
 
     def write_legacy(self, root: Path, line: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row) -> Path:
-        """Writes v2.1: a data file and a film an episode. line: changes what is written of each episode."""
+        """Writes v2.1: a data file and a video an episode. line: changes what is written of each episode."""
         (root / "meta").mkdir(parents=True)
         named = "chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
         info = {**self.info, "codebase_version": "v2.1", "data_path": f"data/{named}"}
@@ -155,7 +155,9 @@ class LeRobot:
             pq.write_table(pa.table(rows), root / "data" / "chunk-000" / f"episode_{number:06d}.parquet")
             for camera in self.cameras:
                 folder = root / "videos" / "chunk-000" / f"observation.images.{camera}"
-                film(folder / f"episode_{number:06d}.mp4", [grey(place, t) for t in range(FRAMES)], first=self.first)
+                write_video(
+                    folder / f"episode_{number:06d}.mp4", [grey(place, t) for t in range(FRAMES)], first=self.first
+                )
         return root
 
 

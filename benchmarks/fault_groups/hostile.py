@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fault_groups.flips import read_dataset, read_labels, use_inverse, use_lam, use_policy
-from fault_groups.folders import FRAMES, FRONT, SIDE, LeRobot, encoded, film, grey, rlds
+from fault_groups.folders import FRAMES, FRONT, SIDE, LeRobot, encoded, grey, rlds, write_video
 from fault_groups.interrupted import words
 from fault_groups.made import COMMANDS, SUMS, Case, contents, snapshot
 from fault_groups.processes import Ended, Fault, ask, lapa
@@ -82,7 +82,7 @@ def _neighbours(folder: Path) -> None:
     """Files that lie where `..` leads from a dataset, and from an output."""
     for place in ("in", "place", "."):
         (folder / place).mkdir(exist_ok=True)
-        film(folder / place / "precious.mp4", [grey(0, step) for step in range(FRAMES)])
+        write_video(folder / place / "precious.mp4", [grey(0, step) for step in range(FRAMES)])
         (folder / place / "precious.txt").write_text(place)
 
 
@@ -137,7 +137,7 @@ def a_link_in_the_output(folder: Path) -> None:
     _neighbours(folder)
     data = LeRobot().write(folder / "in" / "data")
     outside = folder / "place" / "outside" / FRONT / "chunk-000"
-    film(outside / "file-000.mp4", [grey(1, 0)] * 3)
+    write_video(outside / "file-000.mp4", [grey(1, 0)] * 3)
     for option in ("--resume", "--overwrite"):
         out = folder / "place" / "out"
         out.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ def images_of_jsonl_outside(folder: Path) -> None:
 
 @alone
 def code_of_a_model_folder(folder: Path) -> None:
-    """config.json names code beside it: it is neither run nor offered to be run."""
+    """config.json names code of its own folder, which is neither run nor offered to be run."""
     data = LeRobot().write(folder / "data")
     code = f"from pathlib import Path\nPath({str(folder / 'ran')!r}).write_text('')\nclass Evil: pass\n"
     for part in ("AutoConfig", "AutoProcessor", "AutoImageProcessor", "AutoTokenizer"):
@@ -311,7 +311,7 @@ def a_pickle_that_runs(folder: Path) -> None:
 
 @alone
 def tensors_of_no_step(folder: Path) -> None:
-    """One number that says to be a million million, by a stride of 0."""
+    """One number that stands for a million million, by a stride of 0."""
 
     def write() -> None:
         import torch
@@ -354,8 +354,8 @@ def escapes_in_names(folder: Path) -> None:
 @alone
 def captions_outside(folder: Path) -> None:
     """Names in a captions file lead nowhere."""
-    film(folder / "clips" / "a.mp4", [grey(0, step) for step in range(FRAMES)])
-    film(folder / "secret.mp4", [grey(1, step) for step in range(FRAMES)])
+    write_video(folder / "clips" / "a.mp4", [grey(0, step) for step in range(FRAMES)])
+    write_video(folder / "secret.mp4", [grey(1, step) for step in range(FRAMES)])
     (folder / "captions.json").write_text(
         json.dumps({"../secret.mp4": "x", str(folder / "secret.mp4"): "y", "a.mp4": "z"})
     )
@@ -446,7 +446,7 @@ def _copied(made: Path, title: str, name: str, copy: Path) -> None:
         shutil.copytree(rlds(copy.parent / "rlds", {"language_instruction": lambda step: b"open"}), copy)
     elif title == "captions":
         copy.mkdir()
-        film(copy / "a.mp4", [grey(0, step) for step in range(FRAMES)])
+        write_video(copy / "a.mp4", [grey(0, step) for step in range(FRAMES)])
         (copy / "captions.json").write_text(json.dumps([{"file": "a.mp4", "text": "open"}, {"file": "b", "text": "x"}]))
     elif title == "train":
         half = (*words("train"), "--stop-after", 4, "--log-every", 1, "--out", copy)
@@ -520,7 +520,7 @@ def _replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
 
 
 def _little_memory(made: Path, name: str, size: int, folder: Path, chance: Random) -> None:
-    """Where memory is short, a command is done, or says so in one line."""
+    """Where memory is short, a command ends as asked, or with one line."""
     ended = lapa(*words(name), "--out", folder / "out", folder=made, address_space=size)
     if ended.refused() is None:
         contents(folder / "out")

@@ -116,13 +116,11 @@ def _two(made: Path, name: str, way: str, folder: Path, chance: Random) -> None:
     first = start_lapa(*words(name), "--out", out, *resume, folder=made)
     time.sleep(chance.choice((0, chance.uniform(0, 0.8 * seconds))))
     second = start_lapa(*words(name, way == "unlike"), "--out", out, *resume, folder=made)
-    begun = time.monotonic()
     ends = [first.wait(), second.wait()]
     lines = [ended.refused() for ended in ends]
     done = [number for number, line in enumerate(lines) if line is None]
     # Where the first had finished, a resuming second one has nothing to do.
-    late = ends[0].seconds < time.monotonic() - begun or "complete" in ends[1].output
-    if len(done) != 1 and not (resume and len(done) == 2 and late):
+    if len(done) != 1 and not (resume and len(done) == 2 and _idle(ends[1])):
         raise Fault(f"{len(done)} of two writers were done: {lines}")
     if len(done) == 1:
         line, pid = lines[1 - done[0]], (first, second)[done[0]].pid
@@ -178,9 +176,14 @@ def _finished(made: Path, name: str, folder: Path, chance: Random) -> None:
     before = contents(out)
     ended = lapa(*words(name), "--out", out, "--resume", folder=made)
     ended.require_done()
-    if not {"complete", "already"} & {*ended.output.split()}:
-        raise Fault(f"does not say that it is complete: {ended.output[-200:]}")
+    if not _idle(ended):
+        raise Fault(f"does not report that it is complete: {ended.output[-200:]}")
     require_same(contents(out), before)
+
+
+def _idle(ended: Ended) -> bool:
+    """Whether a command found the finished artifact."""
+    return bool({"complete", "already"} & {*ended.output.split()})
 
 
 def _others(made: Path, name: str, folder: Path, chance: Random) -> None:

@@ -118,6 +118,7 @@ def start(function: Callable[[], Any], folder: Path, *, address_space: int = ADD
     address_space: MiB above the present that the process may map.
     """
     log = folder / f".log-{time.monotonic_ns()}"
+    log.touch()
     answers, theirs = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -130,7 +131,7 @@ def start(function: Callable[[], Any], folder: Path, *, address_space: int = ADD
         signal.alarm(PATIENCE)
         os.close(answers)
         os.chdir(folder)
-        output = os.open(log, os.O_CREAT | os.O_WRONLY)
+        output = os.open(log, os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(output, stream)
         # A caller may have put something else in their place, as pytest does.

@@ -17,7 +17,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fault_groups.folders import EPISODES, FPS, FRAMES, FRONT, SIDE, TASKS, LeRobot, encoded, film, grey, rlds, seen
+from fault_groups.folders import (
+    EPISODES,
+    FPS,
+    FRAMES,
+    FRONT,
+    SIDE,
+    TASKS,
+    LeRobot,
+    encoded,
+    grey,
+    rlds,
+    seen,
+    write_video,
+)
 from fault_groups.made import Case
 from fault_groups.processes import Fault, ask, lapa
 
@@ -128,14 +141,14 @@ def episodes_that_overlap(folder: Path) -> None:
 
 
 @case
-def an_episode_longer_than_its_film(folder: Path) -> None:
+def an_episode_longer_than_its_video(folder: Path) -> None:
     dataset = LeRobot()
     dataset.episodes[f"videos/{FRONT}/to_timestamp"][0] = 0.5
     expect(read(dataset.write(folder / "data"), folder), refusal=("timestamp",), seen=OWN)
 
 
 @case
-def a_film_that_starts_late(folder: Path) -> None:
+def a_video_that_starts_late(folder: Path) -> None:
     found = read(LeRobot(first=2).write_legacy(folder / "data"), folder)
     expect(found, refusal=("start",), seen=OWN)
     if isinstance(found, str) and "shorter" in found:
@@ -168,7 +181,7 @@ def a_depth_camera_said_to_be_colour(folder: Path) -> None:
 
 
 @case
-def a_depth_film_by_its_flag(folder: Path) -> None:
+def a_depth_video_by_its_flag(folder: Path) -> None:
     dataset = LeRobot(cameras=("depth", "front"))
     feature = dataset.info["features"]["observation.images.depth"]
     feature["info"] = {"video.is_depth_map": True}
@@ -176,7 +189,7 @@ def a_depth_film_by_its_flag(folder: Path) -> None:
 
 
 @case
-def a_depth_film_of_one_channel(folder: Path) -> None:
+def a_depth_video_of_one_channel(folder: Path) -> None:
     dataset = LeRobot(cameras=("depth", "front"))
     dataset.info["features"]["observation.images.depth"]["shape"] = [SIDE, SIDE, 1]
     expect(read(dataset.write(folder / "data"), folder), cameras=["front"], seen=OWN)
@@ -302,7 +315,7 @@ def nulls_in_the_place_of_the_data(folder: Path) -> None:
 
 
 @case
-def a_film_was_not_downloaded(folder: Path) -> None:
+def a_video_was_not_downloaded(folder: Path) -> None:
     data = LeRobot().write_legacy(folder / "data")
     (data / "videos" / "chunk-000" / FRONT / "episode_000002.mp4").unlink()
     expect(read(data, folder), refusal=("episode_000002.mp4",))
@@ -380,7 +393,7 @@ def a_horizon_below_a_frame(folder: Path) -> None:
 def pixels_that_are_not_square(folder: Path) -> None:
     frames = np.zeros((FRAMES, 2 * SIDE, SIDE, 3), np.uint8)
     frames[:, SIDE - 16 : SIDE + 16, 8:24] = 255
-    film(folder / "clips" / "clip.mp4", list(frames), aspect=Fraction(2, 1))
+    write_video(folder / "clips" / "clip.mp4", list(frames), aspect=Fraction(2, 1))
     lapa(*VIDEOS, "--caption", "push", "--size", 64, folder=folder).require_done()
 
     def sides() -> list[int]:
@@ -399,7 +412,7 @@ def frames_that_repeat(folder: Path) -> None:
     rng = np.random.default_rng(0)
     kinds = [rng.integers(0, 255, (SIDE, SIDE, 3), np.uint8) for _ in range(6)]
     for clip in range(3):
-        film(folder / "clips" / f"clip{clip}.mp4", [kinds[step // 10] for step in range(60)])
+        write_video(folder / "clips" / f"clip{clip}.mp4", [kinds[step // 10] for step in range(60)])
     ended = lapa(*VIDEOS, "--caption", "push", "--size", SIDE, folder=folder)
     ended.require_done()
     if "--rate" not in ended.output and "--fps" not in ended.output:
@@ -408,7 +421,7 @@ def frames_that_repeat(folder: Path) -> None:
 
 @case
 def captions_in_the_folder(folder: Path) -> None:
-    film(folder / "clips" / "clip.mp4", [grey(0, step) for step in range(FRAMES)])
+    write_video(folder / "clips" / "clip.mp4", [grey(0, step) for step in range(FRAMES)])
     (folder / "clips" / "captions.json").write_text(json.dumps({"clip.mp4": "open the drawer"}))
     if line := lapa(*VIDEOS, "--size", SIDE, folder=folder).refused():
         if "captions.json" not in line:
