@@ -167,6 +167,11 @@ def test_resume_plays_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (cut.out / "videos" / "left.mp4").exists()
     assert len(journal.read_text().splitlines()) == 8
     assert evaluate(replace(cut, resume=True)) == resumed
+    (tmp_path / "cut" / "SHA256SUMS").unlink()
+    for odd in ([], {**resumed, "overall": None}, {**resumed, "tasks": 1.5}):
+        (tmp_path / "cut" / "results.json").write_text(json.dumps(odd))
+        with pytest.raises(ValueError, match=r"results.json: no report of `lapa evaluate`"):
+            evaluate(replace(cut, resume=True))
 
 
 @pytest.mark.parametrize(

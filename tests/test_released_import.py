@@ -348,6 +348,7 @@ def test_a_file_of_torch_is_refused_wherever_it_is_malformed_and_without_advice_
         (weight.to("meta"), "without numbers"),
         (weight.long(), "torch.int64"),
         (weight / 0, "not finite"),
+        (weight[0, :1].clone().as_strided((10**12,), (0,)), "larger than what the file holds"),
     ]:
         torch.save({"vq.codebooks": tensor, "fine": weight}, path)
         refused(rf"(?s)laq.pt: expected finite floating-point numbers: .*vq.codebooks: [^;]*{complaint}")

@@ -91,7 +91,7 @@ class Process:
 
     def __init__(self, pid: int, log: Path, answers: int) -> None:
         self.pid, self.log = pid, log
-        self._answers, self._started, self._base = answers, time.monotonic(), _resident()
+        self._answers, self._started = answers, time.monotonic()
 
     def kill(self) -> None:
         """Kills the process and its workers at once."""
@@ -103,11 +103,11 @@ class Process:
     def wait(self) -> Ended:
         """Waits for the end."""
         with os.fdopen(self._answers, "rb") as answers:
-            answer = answers.read()
+            base, _, answer = answers.read().partition(b"\n")
         _, status, usage = os.wait4(self.pid, 0)
         seconds = time.monotonic() - self._started
         output = self.log.read_text(errors="backslashreplace")
-        memory = usage.ru_maxrss / 1024 - self._base
+        memory = usage.ru_maxrss / 1024 - float(base) if base else 0.0
         value = json.loads(answer) if answer else None
         return Ended(os.waitstatus_to_exitcode(status), output, seconds, memory, value)
 
@@ -130,6 +130,7 @@ def start(function: Callable[[], Any], folder: Path, *, address_space: int = ADD
         os.setsid()
         signal.alarm(PATIENCE)
         os.close(answers)
+        os.write(theirs, b"%f\n" % _resident())
         os.chdir(folder)
         output = os.open(log, os.O_WRONLY)
         for stream in (1, 2):

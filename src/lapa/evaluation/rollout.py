@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         require_same(config.out / CONFIG, identity)
         say(f"{config.out} is complete")
         verify(config.out, "--overwrite to evaluate anew")
-        return read_json(config.out / RESULTS)
+        return read_report(config.out / RESULTS)
     kind.check_machine()
     settings, infer = _prepare(config, kind)
     claim_output(
@@ -100,6 +100,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
     files = [CONFIG, EPISODES, *files_below(config.out, "videos")]
     write_marker(config.out, RESULTS, report, files)
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Reads the report that `evaluate` wrote. Raises UserError naming the file where it is none."""
+    report = read_json(path)
+    try:
+        _table(report)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: no report of `lapa evaluate` ({error}); --overwrite to evaluate anew") from None
     return report
 
 

@@ -194,6 +194,9 @@ def _fault(tensor: Tensor) -> str | None:
     """The reason why a tensor cannot be a weight, if there is one."""
     if tensor.layout != torch.strided or tensor.is_meta:
         return "sparse, or without numbers"
+    # With a stride of 0 one number stands for any number of them.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "larger than what the file holds of it"
     if not tensor.is_floating_point():
         return str(tensor.dtype)
     return None if bool(tensor.isfinite().all()) else "not finite"
