@@ -305,3 +305,61 @@ def test_a_model_with_other_shapes_is_named(tmp_path: Path) -> None:
         UserError, match=r"does not fit the config next .*from_latents.bias is of shape \[7\], not \[32\]"
     ):
         load()
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "no object": lambda content: b"[1, 2]",
+    "null": lambda content: b"null",
+    "text": lambda content: b'"text"',
+    "number": lambda content: b"1e400",
+    "nothing in it": lambda content: b"{}",
+    "deep": lambda content: b"[" * 200_000 + b"]" * 200_000,
+    "deep objects": lambda content: b'{"a":' * 200_000 + b"1" + b"}" * 200_000,
+    "no text": lambda content: b"\xff\xfe\x00" + content,
+    "every value a list": lambda content: json.dumps({key: [] for key in json.loads(content)}).encode(),
+    "every value null": lambda content: json.dumps(dict.fromkeys(json.loads(content))).encode(),
+    "every value a number": lambda content: json.dumps(dict.fromkeys(json.loads(content), -(10**30))).encode(),
+    "every value an object": lambda content: json.dumps({key: {"a": {}} for key in json.loads(content)}).encode(),
+    "flipped 1": lambda content: flipped(content, 1),
+    "flipped 2": lambda content: flipped(content, 2),
+    "flipped 3": lambda content: flipped(content, 3),
+}
+
+
+def flipped(content: bytes, seed: int) -> bytes:
+    """With one bit in a hundred bytes flipped."""
+    rng, bent = np.random.default_rng(seed), bytearray(content)
+    for place in rng.integers(0, len(bent), max(1, len(bent) // 100)):
+        bent[place] ^= 1 << int(rng.integers(8))
+    return bytes(bent)
+
+
+def hf_policy(folder: Path) -> Callable[[], object]:
+    source = make_vlm("smolvlm", folder.with_name("source"))
+    config = HfConfig(source=str(source), image_size=IMAGE_SIZE)
+    backbone, processor, vocabulary = hf.create(config, texts=[], num_cameras=1, segments={"latent": 8})
+    policy = LatentPolicy(PolicyConfig(vocabulary, ("front",), config, latent_length=4), backbone)
+    Policy(policy, processor).save(folder, run={})
+    without_checksums(folder)
+    return lambda: load_policy(folder)
+
+
+@pytest.mark.parametrize("make", [policy, hf_policy, vlm, dinov2, lam, inverse])
+def test_a_damaged_file_is_one_line(make: Any, tmp_path: Path) -> None:
+    """Every JSON file of every saved model, damaged in every way: a model that may act, or a UserError of one line."""
+    folder = tmp_path / "model"
+    load = make(folder)
+    # What is set in the environment of tests aside, transformers warns of some of these.
+    for path in sorted(folder.rglob("*.json")):
+        whole = path.read_bytes()
+        for name, damage in DAMAGE.items():
+            path.write_bytes(damage(whole))
+            try:
+                load()
+            except UserError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1000, (path, name, str(error))
+            except Exception as error:
+                raise AssertionError(f"{path.name}, {name}") from error
+        path.write_bytes(whole)

@@ -8,12 +8,14 @@ import sys
 import tracemalloc
 import types
 from _codecs import encode as codecs_encode
+from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
 import torch
 
+from lapa.errors import UserError
 from lapa.released import checkpoints
 from lapa.released.checkpoints import open_checkpoint, require_floats, require_shapes
 from released_files import arrays, leaf, write_stream
@@ -287,3 +289,29 @@ def test_a_large_tensor_is_indexed_without_being_read(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_pickle_that_has_one_text_built_again_and_again_is_refused(tmp_path: Path) -> None:
+    """A few bytes for each call, and each a copy of the text: 2 GB of a file of 1 MB, were they built."""
+    text, latin1 = b"x" * 1_000_000, b"X\x06\x00\x00\x00latin1"
+    head = b"\x80\x02X" + len(text).to_bytes(4, "little") + text + b"q\x010c_codecs\nencode\nq\x020]("
+    path = tmp_path / "vqgan"
+    path.write_bytes(head + 2000 * (b"h\x02(h\x01" + latin1 + b"tR") + b"e.")
+    with pytest.raises(UserError, match="would fill much more memory than its"):
+        open_checkpoint(path)
+    entries = b"}q\x01(" + b"".join(b"X\x04\x00\x00\x00%04dN" % n for n in range(5000)) + b"u0"
+    call = b"h\x02h\x01\x85R"
+    path.write_bytes(b"\x80\x02" + entries + b"cflax.core.frozen_dict\nFrozenDict\nq\x020](" + 5000 * call + b"e.")
+    with pytest.raises(UserError, match="would fill much more memory than its"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("shape", [(10**30,), (2,) * 100, (-1, 4), (1 << 62, 1 << 62), (0,) * 65])
+def test_a_shape_beyond_its_bytes_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    array = pickle.dumps({"a": np.zeros((3, 7), np.uint8)}, protocol=2)
+    plain, other = pickle.dumps((3, 7), protocol=2)[2:-1], pickle.dumps(shape, protocol=2)[2:-1]
+    plain, other = (code[: code.index(b"q")] if b"q" in code else code for code in (plain, other))
+    assert plain in array
+    (tmp_path / "vqgan").write_bytes(array.replace(plain, other))
+    with pytest.raises(UserError, match="not a pickled map of arrays"):
+        open_checkpoint(tmp_path / "vqgan")

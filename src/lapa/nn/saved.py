@@ -29,6 +29,7 @@ MOST_EXTRA, PLAIN_EXTRA = 1.0, 1 << 26
 LAYERS, SIDES = ("layers", "depth", "depths", "num_res_blocks"), ("image_size", "resolution")
 LARGEST_SIDE = 8192
 LARGEST_LABELS = 1 << 16
+LONGEST_REASON = 300
 # Endings of names of numbers that make nothing larger.
 NO_SIZES = ("theta", "window_layers")
 
@@ -50,6 +51,8 @@ def damaged(what: str, remedy: str = "", *, even_named: bool = False) -> Iterato
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # transformers lists all models that it knows.
+        reason = reason if len(reason) < LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
         raise UserError(f"{what} ({reason}){remedy}") from error
 
 

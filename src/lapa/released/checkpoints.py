@@ -327,6 +327,8 @@ def _checked(stored: Stored) -> Stored:
 
 # How many times as long as a pickle its arrays may be: two names may share one.
 MOST_BYTES = 2
+# Most axes of an array, as NumPy's; least bytes of a map's entry in a file.
+MOST_AXES, ENTRY_BYTES = 64, 10
 
 
 class _Dtype:
@@ -356,7 +358,7 @@ class _Array:
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.shape, dtype, self.fortran, self.raw = state[-4:]
         self.dtype = dtype.numpy
-        if not all(type(size) is int and size >= 0 for size in self.shape):
+        if len(self.shape) > MOST_AXES or not all(type(size) is int and 0 <= size < 1 << 63 for size in self.shape):
             raise TypeError("an array whose shape is not of whole numbers")
         needed = math.prod(self.shape) * self.dtype.itemsize
         if not isinstance(self.raw, bytes | bytearray) or len(self.raw) != needed:
@@ -409,10 +411,13 @@ ALLOWED: dict[str, Callable[..., Any]] = {
 class _StandIn:
     """Stands in for a name in the file: it can be called, and a pickle can change nothing in it."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, spend: Callable[[int], None]) -> None:
+        self._name, self._spend = name, spend
 
     def __call__(self, *arguments: Any) -> Any:
+        # A call copies text or a map, which the file may hold once and name again and again.
+        copied = next((one for one in arguments if isinstance(one, str | dict)), "")
+        self._spend(len(copied) * (ENTRY_BYTES if isinstance(copied, dict) else 1))
         try:
             return ALLOWED[self._name](*arguments)
         except TypeError as error:
@@ -423,7 +428,17 @@ class _StandIn:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds plain data and stand-ins; refuses a file that names anything else."""
+    """Builds plain data and stand-ins; refuses a file that names anything else, or has them build too much."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(file)
+        self._size, self._left = size, MOST_BYTES * size + WINDOW
+
+    def _spend(self, count: int) -> None:
+        """Counts bytes that calls build. Raises ValueError where they are many times those of the file."""
+        self._left -= count
+        if self._left < 0:
+            raise ValueError(f"it would fill much more memory than its {self._size:,} bytes")
 
     def find_class(self, module: str, name: str) -> Any:
         if (full := f"{module}.{name}") not in ALLOWED:
@@ -431,7 +446,7 @@ class _Unpickler(pickle.Unpickler):
                 f"it names {full}; nothing in it was run; if you trust the file, load it where it was made and pickle "
                 "its weights again as a dict of NumPy arrays"
             )
-        return _StandIn(full)
+        return _StandIn(full, self._spend)
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -439,7 +454,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         _scan(file, path, size)
         file.seek(0)
-        tree = _Unpickler(file).load()
+        tree = _Unpickler(file, size).load()
     if not isinstance(tree, dict):
         raise TypeError(f"{type(tree).__name__} where a map was expected")
     flat: dict[str, _Array] = {}

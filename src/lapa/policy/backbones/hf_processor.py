@@ -379,14 +379,11 @@ def _require_size(image_size: int, multiple: int, largest: int | None, name: str
 def _count_image_tokens(image_processor: Any, language: PreTrainedModel, name: str, image_size: int) -> int:
     """The number of tokens of one image, by a forward pass of a grey one."""
     grey = np.full((image_size, image_size, 3), 128, dtype=np.uint8)
-    images = model_images(_pixels(image_processor, [[grey]], image_size))
-    try:
+    with damaged(f"{name}: its image processor does not fit the model", "; copy the model's own into it"):
+        images = model_images(_pixels(image_processor, [[grey]], image_size))
         images = {key: value.to(language.device) for key, value in images.items()}
         inner: Any = language.base_model
         features = inner.get_image_features(**images).pooler_output
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: its image processor does not fit the model ({reason})") from error
     each = list(features) if isinstance(features, list | tuple) else [features]
     return sum(one.numel() // one.shape[-1] for one in each)
 
