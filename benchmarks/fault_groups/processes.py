@@ -18,11 +18,11 @@ import traceback
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lapa import cli
-from lapa.errors import UserError
 
 # MiB that a command on the campaign's small inputs may use above what the process has when it starts. A run of the
 # debug preset uses up to 200.
@@ -159,19 +159,32 @@ def start_lapa(*words: object, folder: Path, **options: Any) -> Process:
 
 
 def ask(function: Callable[[], Any], folder: Path, **options: Any) -> Ended:
-    """Runs a function as a command is run: a user's mistake is one line and status 2."""
-    return start(function, folder, **options).wait()
+    """Runs a function in the place of a command, whose mistakes and lacks are shown as those of one."""
+    return start(partial(_as_command, function), folder, **options).wait()
+
+
+def _as_command(function: Callable[[], Any]) -> Any:
+    answers: list[Any] = []
+
+    def dispatch(arguments: list[str]) -> int:
+        answers.append(function())
+        return 0
+
+    # In this forked process alone.
+    cli._dispatch = dispatch
+    try:
+        cli.main([])
+    except SystemExit as end:
+        if end.code:
+            raise
+    return answers[0]
 
 
 def _status_of(function: Callable[[], Any], answers: int) -> int:
     try:
-        answer = function()
+        os.write(answers, json.dumps(function()).encode())
     except SystemExit as end:
         return int(end.code or 0)
-    except (UserError, FloatingPointError, OSError) as error:
-        print(f"{ERROR}{error}", file=sys.stderr)
-        return 2
-    os.write(answers, json.dumps(answer).encode())
     return 0
 
 
