@@ -27,6 +27,8 @@ PASSING = frozenset(
 UNCOMPARED = ("training/", "metrics.json")
 # The checksums of an artifact's files, in the form of `sha256sum`.
 SUMS = "SHA256SUMS"
+# The file that the writer of an output locks; one that a kill left is free.
+LOCK = ".lock"
 
 STEPS = ("--preset", "debug", "--steps", 8, "--device", "cpu")
 # The commands that write artifacts, by name; `{out}` and what they read are folders in the campaign's own.
@@ -95,7 +97,7 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if not name.startswith(UNCOMPARED) and name != SUMS:
+        if not name.startswith(UNCOMPARED) and path.name not in (SUMS, LOCK):
             data = path.read_bytes()
             if path.suffix == ".json" and not name.startswith("processor/"):
                 data = json.dumps(_lasting(json.loads(data)), sort_keys=True).encode()
