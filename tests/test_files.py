@@ -16,7 +16,7 @@ from upath import UPath
 
 from lapa import files
 from lapa.errors import UserError
-from lapa.locks import LOCK, locks_output
+from lapa.locks import LOCK, locked, locks_output
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -352,3 +352,16 @@ def test_a_folder_that_may_not_be_listed_is_not_an_empty_one(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"shut: no permission to read it .*; change its permissions"):
         files.find_files(shut if pattern == "*" else tmp_path, pattern)
+
+
+def test_a_writer_that_has_just_begun_is_named(tmp_path: Path) -> None:
+    code = (
+        "import fcntl, os, sys, time; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print('locked', flush=True); time.sleep(0.2); file.write('process 7 here'); file.flush(); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as writer:
+        assert writer.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="is being written by process 7 here"), locked(tmp_path):
+            pass
+        writer.stdin.close()

@@ -26,6 +26,8 @@ from lapa.errors import UserError
 
 LOCK = ".lock"
 COMMAND_SHOWN = 160
+# Times and seconds that a command waits for the name of the one that has just taken the lock.
+PATIENCE, WAIT = 50, 0.02
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -103,7 +105,7 @@ def _taken(folder: Path, path: Path) -> int:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                writer = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
+                writer = _writer(descriptor)
                 os.close(descriptor)
                 raise UserError(
                     f"{folder}: is being written by {writer}; wait for it to end, or give another --out"
@@ -115,6 +117,15 @@ def _taken(folder: Path, path: Path) -> int:
             os.pwrite(descriptor, _who().encode(errors="replace"), 0)
             return descriptor
         os.close(descriptor)
+
+
+def _writer(descriptor: int) -> str:
+    """Returns what the file says of its writer, who may have locked it a moment ago and not written that yet."""
+    for _ in range(PATIENCE):
+        if named := os.pread(descriptor, 1000, 0):
+            return named.decode(errors="replace")
+        time.sleep(WAIT)
+    return "another process"
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
