@@ -182,8 +182,8 @@ def _finished(made: Path, name: str, folder: Path, chance: Random) -> None:
 
 
 def _idle(ended: Ended) -> bool:
-    """Whether a command found the finished artifact."""
-    return bool({"complete", "already"} & {*ended.output.split()})
+    """Whether a command found the finished artifact, or a training that had taken its last step."""
+    return bool({"complete", "already"} & {*ended.output.split()}) or "resuming at step 8 of 8" in ended.output
 
 
 def _others(made: Path, name: str, folder: Path, chance: Random) -> None:
