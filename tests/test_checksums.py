@@ -14,7 +14,7 @@ import torch
 
 from lapa import cli
 from lapa.checksums import SUMS, Journal, read_sums, verify, write_marker
-from lapa.data.lerobot import EXTRA, INFO, STATS
+from lapa.data.metadata import EXTRA, INFO, STATS
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.checkpoint import RunState, load_checkpoint, random_state, save_checkpoint

@@ -19,7 +19,7 @@ from lapa.data import convert, writer
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import convert_item, in_time, resample, resample_rows
 from lapa.data.dataset import ActionSpace, Control, Dataset
-from lapa.data.lerobot import INFO, JOURNAL
+from lapa.data.metadata import INFO, JOURNAL
 from lapa.data.source import Clip, Item, Source
 from lapa.data.spec import open_dataset
 from lapa.errors import UserError

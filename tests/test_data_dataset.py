@@ -21,7 +21,7 @@ from lapa.data.config import InfoConfig
 from lapa.data.dataset import ActionSpace, Dataset, common_action_space, read_action_space
 from lapa.data.info import run as run_info
 from lapa.data.info import summary
-from lapa.data.lerobot import EXTRA, INFO, JOURNAL
+from lapa.data.metadata import EXTRA, INFO, JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip
 from lapa.data.writer import DatasetWriter, Moments

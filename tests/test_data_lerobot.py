@@ -25,11 +25,13 @@ from lapa.checksums import SUMS
 from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import EXTRA, INFO, TASKS, find_episodes, read_parquet, require_folder
+from lapa.data.lerobot import require_folder
+from lapa.data.metadata import EXTRA, INFO, TASKS, find_episodes
 from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.replace_actions import run as hide_actions
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
+from lapa.data.tables import read_parquet
 from lapa.data.video import encode_clip
 from lapa.errors import UserError
 from lapa.files import read_json, write_json

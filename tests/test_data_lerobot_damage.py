@@ -25,7 +25,7 @@ from lapa.data import info
 from lapa.data.config import HideActionsConfig
 from lapa.data.convert import run as convert
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import EXTRA, INFO, STATS, TASKS
+from lapa.data.metadata import EXTRA, INFO, STATS, TASKS
 from lapa.data.replace_actions import run as hide_actions
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter

@@ -14,7 +14,7 @@ import pytest
 from lapa.data import replace_actions as rewrite
 from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ActionSpace, Dataset
-from lapa.data.lerobot import EXTRA, INFO, JOURNAL, STATS
+from lapa.data.metadata import EXTRA, INFO, JOURNAL, STATS
 from lapa.data.replace_actions import claim_rewrite, rewrite_actions
 from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip

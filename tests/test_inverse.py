@@ -17,7 +17,7 @@ from lapa.checksums import SUMS
 from lapa.data import replace_actions as rewrite
 from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ActionSpace, Dataset
-from lapa.data.lerobot import EXTRA
+from lapa.data.metadata import EXTRA
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.config import LoopConfig, OptimConfig

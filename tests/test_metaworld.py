@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapa.data.lerobot import JOURNAL
+from lapa.data.metadata import JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.envs import episode_seed

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lapa.data import writer
 from lapa.data.convert import run
 from lapa.data.dataset import CONTROLS, Dataset
-from lapa.data.lerobot import INFO
+from lapa.data.metadata import INFO
 from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop

@@ -26,7 +26,7 @@ from lapa.data.config import InfoConfig
 from lapa.data.convert import resample, run
 from lapa.data.dataset import Dataset
 from lapa.data.info import run as run_info
-from lapa.data.lerobot import INFO
+from lapa.data.metadata import INFO
 from lapa.data.source import SourceDataset
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop

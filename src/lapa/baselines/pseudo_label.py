@@ -29,7 +29,8 @@ from lapa.baselines.inverse import InverseDynamics, inverse_fingerprint
 from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.episode_decoders import window_frames
-from lapa.data.lerobot import EXTRA, INFO, require_folder
+from lapa.data.lerobot import require_folder
+from lapa.data.metadata import EXTRA, INFO
 from lapa.data.pairs import horizon_frames
 from lapa.data.replace_actions import claim_rewrite, rewrite_actions
 from lapa.data.spec import open_dataset

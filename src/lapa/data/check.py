@@ -14,8 +14,9 @@ from lapa.checksums import read_sums, verify
 from lapa.console import progress, say, warn
 from lapa.data.config import CheckConfig
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import AGAIN, LeRobotDataset
+from lapa.data.lerobot import LeRobotDataset
 from lapa.data.spec import open_dataset
+from lapa.data.tables import AGAIN
 from lapa.data.video import count_frames
 from lapa.data.workers import Workers
 from lapa.errors import UserError

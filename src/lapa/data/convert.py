@@ -29,7 +29,7 @@ import numpy as np
 from lapa.console import finish, progress, say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
-from lapa.data.lerobot import INFO
+from lapa.data.metadata import INFO
 from lapa.data.motion import MotionMeter, share_of_new, shot_numbers, thumbnail
 from lapa.data.source import Clip, Item, Source
 from lapa.data.transforms import resize_and_crop

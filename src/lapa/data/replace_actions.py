@@ -29,18 +29,10 @@ from lapa.checksums import read_sums, write_marker
 from lapa.console import finish, say
 from lapa.data.config import HideActionsConfig
 from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys, require_finite
-from lapa.data.lerobot import (
-    EXTRA,
-    INFO,
-    JOURNAL,
-    STATS,
-    TASKS,
-    LeRobotDataset,
-    episode_files,
-    read_parquet,
-    require_folder,
-)
+from lapa.data.lerobot import LeRobotDataset, require_folder
+from lapa.data.metadata import EXTRA, INFO, JOURNAL, STATS, TASKS, episode_files
 from lapa.data.spec import open_dataset
+from lapa.data.tables import read_parquet
 from lapa.data.video import probe
 from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of, write_parquet
 from lapa.errors import UserError

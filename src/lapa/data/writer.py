@@ -22,7 +22,8 @@ from jaxtyping import Float, UInt8
 from lapa.checksums import Journal, sha256, write_marker
 from lapa.config import differences
 from lapa.data.dataset import ACTION, ACTION_SPACE, CAMERA_PREFIX, STATE, ActionSpace, Control, require_finite
-from lapa.data.lerobot import (
+from lapa.data.lerobot import LeRobotDataset
+from lapa.data.metadata import (
     CODEBASE_VERSION,
     DATA_PATH,
     EPISODES_PATH,
@@ -32,7 +33,6 @@ from lapa.data.lerobot import (
     STATS,
     TASKS,
     VIDEO_PATH,
-    LeRobotDataset,
 )
 from lapa.data.video import encode_clip, probe
 from lapa.errors import UserError, shown

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from lapa import __version__
 from lapa.console import progress, say, warn
-from lapa.data.lerobot import INFO, JOURNAL
+from lapa.data.metadata import INFO, JOURNAL
 from lapa.errors import UserError
 from lapa.files import as_path, atomic_path, is_remote
 

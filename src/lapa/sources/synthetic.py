@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 
 from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
-from lapa.data.lerobot import INFO
+from lapa.data.metadata import INFO
 from lapa.data.writer import DatasetWriter
 from lapa.files import claim_output
 from lapa.locks import locks_output

@@ -19,7 +19,7 @@ import numpy as np
 
 from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import finish, progress, say, warn
-from lapa.data.lerobot import INFO
+from lapa.data.metadata import INFO
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter
 from lapa.envs import episode_seed

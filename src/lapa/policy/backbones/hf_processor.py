@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import numpy as np
@@ -150,8 +150,8 @@ class HfProcessor(Processor):
             return {"types_BT": torch.zeros_like(tokens_BT)}
         # Policies of before have no marks around Gemma's images, and learned without types.
         if self.layout.model_type == "gemma3" and self.layout.placeholder:
-            image_token_id = self.tokenizer.convert_tokens_to_ids(self.layout.image_token)
-            return {"types_BT": (tokens_BT == image_token_id).long()}
+            image_token_id = cast(int, self.tokenizer.convert_tokens_to_ids(self.layout.image_token))
+            return {"types_BT": torch.eq(tokens_BT, image_token_id).long()}
         return {}
 
     def grow(self, vocabulary: Vocabulary) -> None:
@@ -255,7 +255,8 @@ def _framed(
     if config.model_type in IDEFICS:
         return "", f"<fake_token_around_image><global-img>{image}<fake_token_around_image>"
     if config.model_type == "gemma3":
-        begin, end = tokenizer.convert_ids_to_tokens([config.boi_token_index, config.eoi_token_index])
+        begin = cast(str, tokenizer.convert_ids_to_tokens(config.boi_token_index))
+        end = cast(str, tokenizer.convert_ids_to_tokens(config.eoi_token_index))
         return begin, f"\n\n{begin}{image}{end}\n\n"
     if config.model_type == "internvl":
         return "", f"{tokenizer.start_image_token}{image}{tokenizer.end_image_token}"
