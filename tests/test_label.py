@@ -248,7 +248,7 @@ def test_a_damaged_video_stops_or_is_left_out(
     writer.add_episode({"video": open_dataset(data).frames(3, range(8))}, "")
     shutil.copy(writer.finish().video_path(0), video)
     config = LabelConfig(lam=lam, data=damaged, out=tmp_path / "out", shard_episodes=1, batch_size=4, decoders=decoders)
-    with pytest.raises(ValueError, match=rf"{video.name}.*has no frame 8.*--skip-bad .*--resume"):
+    with pytest.raises(ValueError, match=rf"{video.name}.*the video ends 4 frames too early.*--skip-bad .*--resume"):
         run(config)
     assert len(list((tmp_path / "out").glob("episodes-*.parquet"))) == 3
     run(replace(config, resume=True, skip_bad=True, decoders=0))

@@ -304,6 +304,7 @@ def test_each_item_names_its_dataset(demos: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("feature", ["action", "observation.state"])
+@pytest.mark.usefixtures("edited_datasets")
 def test_a_number_that_is_not_finite_is_named(feature: str, tmp_path: Path) -> None:
     dataset = write_synthetic_dataset(tmp_path / "robot", episodes=2, frames=6, actions=True)
     (path,) = dataset.root.glob("data/*/*.parquet")
