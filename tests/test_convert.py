@@ -225,7 +225,8 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
 
 def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
     whole = converted(tmp_path, NAMES, "whole", **FILTERS)
-    (tmp_path / "source" / "move-2.trap").write_text("")
+    # Not one of those that are read to look for repeated images.
+    (tmp_path / "source" / "cuts-2.trap").write_text("")
     with pytest.raises(ValueError, match=r"worker process was killed.*--resume"):
         converted(tmp_path, NAMES, workers=2, **FILTERS)
     assert same(whole, converted(tmp_path, NAMES, resume=True, **FILTERS))
