@@ -181,11 +181,11 @@ def test_a_model_goes_on_with_its_sizes_horizon_and_scale(root: Path, tmp_path: 
     assert after.config == before.config and torch.equal(after.scale_F, before.scale_F)
     step = (after.unet.conv_in.weight - before.unet.conv_in.weight).abs().max()
     assert 0 < step < 0.01
-    write_synthetic_dataset(tmp_path / "slow", episodes=1, frames=4, size=32, fps=1)
+    write_synthetic_dataset(tmp_path / "slow", episodes=1, frames=4, size=32, fps=2)
     slow = VideoTrainConfig((tmp_path / "slow",), tmp_path / "out", start=root / "video")
-    with pytest.raises(ValueError, match=r"slow: at 1 fps its frames are 1 s apart where the video model .* 0.3 s"):
+    with pytest.raises(ValueError, match=r"slow: at 2 fps its frames are 0.5 s apart where the video model .* 0.3 s"):
         video_train.run(slow)
-    with pytest.raises(ValueError, match=r"squares 0.3 s, slow 1 s; give one with --horizon-seconds"):
+    with pytest.raises(ValueError, match=r"squares 0.3 s, slow 0.5 s; give one with --horizon-seconds"):
         video_train.run(replace(slow, data=(root / "squares", tmp_path / "slow"), start=None, model=SMALL))
 
 
