@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+msgpack = pytest.importorskip("msgpack")
 GOLDEN = Path(__file__).parent / "golden"
 VISION_ROWS, IMAGE_CODES = 128, 64
 

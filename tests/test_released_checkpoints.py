@@ -10,7 +10,6 @@ import types
 from _codecs import encode as codecs_encode
 from pathlib import Path
 
-import msgpack
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ import torch
 from lapa.errors import UserError
 from lapa.released import checkpoints
 from lapa.released.checkpoints import open_checkpoint, require_floats, require_shapes
-from released_files import arrays, leaf, write_stream
+from released_files import arrays, leaf, msgpack, write_stream
 
 TENSORS = {
     "transformer/wte/embedding": torch.randn(7, 5).bfloat16(),

@@ -26,6 +26,9 @@ from lapa.study.report import (
 from lapa.study.results import ARMS, Arm, ArmResult, Curve, Rollout, load_results
 from lapa.study.statistics import Estimate, Gap, compare
 
+# The report draws with it.
+pytest.importorskip("matplotlib")
+
 # Successes of 20 rollouts of each of two tasks.
 SUCCESSES: dict[Arm, tuple[int, int]] = {
     "scratch": (2, 4),
