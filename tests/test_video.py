@@ -135,7 +135,7 @@ def write_film(path: Path, cover: Disposition | None = None, pixel: Fraction | N
             stream.height, stream.width = images.shape[1:3]
             stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             if codec == "mjpeg":
-                stream.disposition = cover
+                stream.disposition = cover.value
             elif pixel:
                 stream.codec_context.sample_aspect_ratio = pixel
             streams.append((stream, images))
