@@ -178,7 +178,7 @@ class LeRobotDataset(Dataset):
         path = self.root / EXTRA
         noted = read_json(path) if path.exists() else {}
         # People declare their robot's actions there.
-        if path.exists() and sha256(path) != self._sums.get(EXTRA, sha256(path)):
+        if path.exists() and EXTRA in self._sums and sha256(path) != self._sums[EXTRA]:
             warn(f"{path}: edited by hand, or damaged: its SHA-256 is not that in {SUMS}")
         if not isinstance(noted, dict):
             raise UserError(f"{path}: expected an object, got {noted!r}; correct it, or delete it")
