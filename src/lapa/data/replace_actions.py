@@ -36,7 +36,7 @@ from lapa.data.tables import read_parquet
 from lapa.data.video import probe
 from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of, write_parquet
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, inside, read_json_lines, write_json
+from lapa.files import atomic_path, claim_output, inside, partial_path, read_json_lines, write_json
 from lapa.locks import locks_output
 
 NO_ACTIONS = "lapa data hide-actions"
@@ -278,7 +278,7 @@ def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes
             # A link of the hub's cache, or to any file: what is no video is not taken along.
             probe(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+        temporary = partial_path(target)
         try:
             os.link(source, temporary)
             temporary.replace(target)
