@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                    # all groups, about a quarter of an hour on two cores
     python benchmarks/faults.py --quick            # two minutes
-    python benchmarks/faults.py --group flips --seed 3
+    python benchmarks/faults.py --group flipped --seed 3
 
 A case is held where the result is the right one (bit-identical to that of an undisturbed run), or the command refuses
 in one line with status 2: without a traceback, in bounded memory, and with nothing written outside `--out`. Everything
