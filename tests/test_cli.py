@@ -232,6 +232,7 @@ def test_a_lack_of_memory_is_one_line_and_a_bug_keeps_its_traceback(
         MemoryError("Unable to allocate 8.00 GiB for an array"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
         RuntimeError("can't start new thread"),
+        RuntimeError("could not create a primitive"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         OSError(12, "Cannot allocate memory"),
         pa.ArrowMemoryError("malloc of size 64 failed"),

@@ -119,8 +119,8 @@ def _two(made: Path, name: str, way: str, folder: Path, chance: Random) -> None:
     ends = [first.wait(), second.wait()]
     lines = [ended.refused() for ended in ends]
     done = [number for number, line in enumerate(lines) if line is None]
-    # Where the first had finished, a resuming second one has nothing to do.
-    if len(done) != 1 and not (resume and len(done) == 2 and _idle(ends[1])):
+    # Where one had finished, the other, which resumes, has nothing to do.
+    if len(done) != 1 and not (resume and len(done) == 2 and any(map(_idle, ends))):
         raise Fault(f"{len(done)} of two writers were done: {lines}")
     if len(done) == 1:
         line, pid = lines[1 - done[0]], (first, second)[done[0]].pid

@@ -18,7 +18,7 @@ UNPRINTABLE = re.compile(
 # How C and C++ libraries say that memory ran out.
 SHORTAGE = re.compile(
     r"(can't|cannot|could not|unable to|failed to) (allocate|mmap|map segment|start new thread)|not enough memory|"
-    r"out of memory|bad_alloc|malloc of size",
+    r"out of memory|bad_alloc|malloc of size|could not create a primitive",
     re.IGNORECASE,
 )
 LONGEST_REASON = 200
@@ -49,8 +49,8 @@ def printable(text: object) -> str:
 def out_of_memory(error: BaseException | None) -> str:
     """Returns how an error says that memory ran out, or one that it was made from; "" for any other and for UserError.
 
-    Python, NumPy, pyarrow and PyAV raise MemoryError. torch raises RuntimeError, a thread that cannot start too, and a
-    library that finds no room ImportError.
+    Python, NumPy, pyarrow and PyAV raise MemoryError. torch raises RuntimeError (its oneDNN "could not create a
+    primitive"), a thread that cannot start too, and a library that finds no room ImportError.
     """
     while error is not None and not isinstance(error, UserError):
         message = printable(error)
