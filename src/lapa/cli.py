@@ -33,7 +33,7 @@ start with: lapa demo
 
 
 # Options that may be given once with several values, or several times.
-REPEATABLE = ("--data", "--labels", "--statistics")
+REPEATABLE = ("--data", "--labels", "--statistics", "--map")
 # Entry points of other distributions that add commands: each loads to a Verb.
 ENTRY_POINTS = "lapa.commands"
 # Exit status after Ctrl-C.
@@ -119,6 +119,8 @@ VERBS = (
          "the released LAPA-7B or LWM-Chat-1M -> a policy"),
     Verb("evaluate", "lapa.evaluation.config:EvaluateConfig", "lapa.evaluation.rollout:run",
          "a policy in a simulator -> success rates with intervals, and videos"),
+    Verb("serve", "lapa.serve.config:ServeConfig", "lapa.serve.server:run",
+         "a policy for robots' clients: openpi's websocket, OpenVLA's REST, a page"),
     Verb("study run", "lapa.study.config:StudyConfig", "lapa.study.run:run",
          "arms of the study: LAPA, training from scratch, VPT, UniPi and true actions"),
     Verb("study report", "lapa.study.config:ReportConfig", "lapa.study.report:run",

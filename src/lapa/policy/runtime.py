@@ -165,12 +165,7 @@ class Policy(Actor):
         compile: decode through torch.compile, on a GPU as CUDA graphs; the first calls take long.
         Raises UserError where the folder is unfinished, or the policy was pretrained and never finetuned.
         """
-        policy = load_policy(hub_folder(folder, None))
-        if not policy.acts:
-            raise UserError(
-                f"{folder}: only pretrained, it has no robot actions; "
-                f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
-            )
+        policy = _load_acting(folder)
         with errors_about(Path(folder)):
             policy = policy.under(statistics_key)
         return policy.to(device, dtype=dtype, compile=compile)
@@ -257,6 +252,10 @@ class Policy(Actor):
             state_bins=most_bins([chosen.states]),
         )
         return Policy(self.model.grown(config).eval(), self.processor, {key: chosen})
+
+    def by_statistics(self) -> dict[str, Policy]:
+        """This policy as it acts with each of its statistics, by their key; all share its weights."""
+        return {key: self.under(key) for key in self.statistics}
 
     @property
     def collate(self) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
@@ -434,15 +433,44 @@ def load_actor(folder: Path | str, statistics_key: str | None = None, device: st
 
     statistics_key: as of `Policy.from_pretrained`. Raises UserError where nothing there can act.
     """
+    if (other := _load_other(folder, device)) is None:
+        return Policy.from_pretrained(folder, device, statistics_key=statistics_key)
+    if statistics_key is not None:
+        raise UserError(f"{folder}: has no statistics of datasets; leave out --statistics-key {statistics_key}")
+    return other
+
+
+def load_actors(folder: Path | str, device: str = "auto") -> dict[str, Actor]:
+    """Loads the policy in a folder once, as it acts with each of its statistics: by the name of the dataset.
+
+    An actor without statistics is under "". Raises UserError as `load_actor` does.
+    """
+    if (other := _load_other(folder, device)) is not None:
+        return {"": other}
+    return {key: policy.to(device) for key, policy in _load_acting(folder).by_statistics().items()}
+
+
+def _load_acting(folder: Path | str) -> Policy:
+    """Loads a policy with all its statistics, on the CPU. Raises UserError where it was only pretrained."""
+    policy = load_policy(hub_folder(folder, None))
+    if not policy.acts:
+        raise UserError(
+            f"{folder}: only pretrained, it has no robot actions; "
+            f"run `lapa policy finetune --policy {folder} --data ROBOT_DATASET --out POLICY`"
+        )
+    return policy
+
+
+def _load_other(folder: Path | str, device: str) -> Actor | None:
+    """Loads a policy of OTHER_ACTORS; None where the folder holds none."""
     path = Path(folder) / CONFIG
     written = read_json(path) if path.exists() else None
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in OTHER_ACTORS:
-        return Policy.from_pretrained(folder, device, statistics_key=statistics_key)
-    if statistics_key is not None:
-        raise UserError(f"{folder}: has no statistics of datasets; leave out --statistics-key {statistics_key}")
+        return None
     module, _, name = OTHER_ACTORS[kind].partition(":")
-    return getattr(importlib.import_module(module), name).from_pretrained(folder, device)
+    actor: Actor = getattr(importlib.import_module(module), name).from_pretrained(folder, device)
+    return actor
 
 
 def is_policy(folder: Path) -> bool:
