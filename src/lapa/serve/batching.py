@@ -1,8 +1,8 @@
 """Concurrent requests become batches of the policy, which runs in a thread of its own.
 
 A batch is what waits when the policy is free, up to `max_batch`. Where other clients have sent requests within the last
-second, a batch waits for theirs up to `window_ms`, so that clients in step are answered together; one client alone never
-waits. An observation on which the policy fails does not spoil the others: they are then answered one by one.
+second, a batch waits for theirs up to `window_ms`, so that clients in step are answered together; one client alone
+never waits. An observation on which the policy fails does not spoil the others: they are then answered one by one.
 
 Axes: K action chunk, A action dimensions.
 """

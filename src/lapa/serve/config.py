@@ -13,7 +13,7 @@ import tyro
 class ServeConfig:
     """Serves a policy to the clients of robots, over openpi's websocket and OpenVLA's REST."""
 
-    policy: Annotated[str, tyro.conf.Positional]
+    policy: Annotated[Path, tyro.conf.Positional]
     """Folder of a finetuned policy."""
     port: int = 8000
     """Port; 0 for a free one."""

@@ -1,8 +1,8 @@
 """From the messages of robots' clients to observations: which key is which camera, and arrays in JSON.
 
     keys = KeyMap(("front", "wrist"), ("libero",))
-    keys.observation({"observation/image": a, "observation/wrist_image": b, "observation/state": s, "prompt": "open it"})
-    # {"front": a, "wrist": b, "state": s, "instruction": "open it"}, which Policy.infer takes
+    keys.observation({"observation/image": a, "observation/wrist_image": b, "observation/state": s, "prompt": "open"})
+    # {"front": a, "wrist": b, "state": s, "instruction": "open"}, which Policy.infer takes
 
 A key is compared without `observation` and `images` in front, nested or joined by `/` or `.`: `front`,
 `observation/front`, `observation.images.front` and {"images": {"front": ...}} are the same. The policy's own names
@@ -98,6 +98,11 @@ class KeyMap:
             for key in MAIN:
                 self._by_key.setdefault(key, (main or cameras)[0])
         self._states = [_plain(key) for key in self.state]
+
+    @property
+    def unnamed(self) -> list[str]:
+        """Cameras that no map names: their own name is their key."""
+        return [camera for camera in self.cameras if camera not in self.images.values()]
 
     def wanted(self) -> str:
         """Returns the keys that a message must have, as one line."""

@@ -8,7 +8,7 @@
                 websocket: a page for people
     /act        POST, OpenVLA's: {"image": json_numpy array, "instruction": text} -> one action
     /infer      POST, the websocket's content as JSON -> {"actions": K lists of A numbers, "server_timing": {...}}
-    /healthz    OK         /metadata   what the policy expects, as JSON         /status   latencies, the last observation
+    /healthz    OK        /metadata   what the policy expects, as JSON        /status   latencies, the last observation
 
 An error is one line, a text message of the websocket, which lives on, or the body of a response. A connection of the
 websocket has a state of its own (chunk, ensemble), which {"reset": true} forgets; REST has none.
@@ -24,6 +24,7 @@ import contextlib
 import hmac
 import io
 import ipaddress
+import json
 import math
 import shlex
 import signal
@@ -44,7 +45,7 @@ from rich.text import Text
 
 from lapa import __version__
 from lapa.config import require_at_least
-from lapa.console import console, say, warn
+from lapa.console import console, say
 from lapa.errors import UserError, out_of_memory, printable, unknown
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
 from lapa.policy.runtime import Actor, Policy, load_actors
@@ -87,7 +88,7 @@ ACTIVE_SECONDS = 1.0
 # Messages above this are read in other threads, so that they do not delay those of others.
 LARGE_MESSAGE = 2**20
 BODY_SECONDS, DRAIN_SECONDS, REPORT_SECONDS = 30.0, 30.0, 60.0
-LATENCIES, SHOWN_LATENCIES, LATENCY_SECONDS = 20_000, 1000, 600.0
+LATENCIES, SHOWN_LATENCIES, LATENCY_SECONDS, COUNTED_SECONDS = 20_000, 1000, 300.0, 10.0
 LONGEST_ERROR = 600
 THUMBNAIL = 320
 
@@ -115,7 +116,7 @@ def running(policy: Actor | Path | str, **options: Any) -> Iterator[str]:
     """
     key = options.pop("api_key", None)
     name = "policy" if isinstance(policy, Actor) else str(policy)
-    config = ServeConfig(**{"policy": name, "port": 0, **options})
+    config = ServeConfig(**{"policy": Path(name), "port": 0, **options})
     check(config)
     actors = load_actors(name, config.device) if not isinstance(policy, Actor) else acting(policy)
     started: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -309,11 +310,12 @@ class Service:
                 timeout_graceful_shutdown=5,
             )
         )
-        tasks = [asyncio.create_task(work) for work in (self.batcher.run(), self._report())]
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(work) for work in (self.batcher.run(), self._report())]
         try:
             await self._warm_up()
             web = asyncio.create_task(server.serve([listener]))
-            tasks += [web, asyncio.create_task(stop.wait())]
+            stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait())
+            tasks += [web, stopped]
             while not server.started and not web.done():
                 await asyncio.sleep(0.005)
             ready()
@@ -414,12 +416,14 @@ class Service:
 
     async def status(self, request: Request) -> Response:
         """Counts, latencies of the last minutes, and the last observation with its actions."""
-        rows = self.figures.since(time.time() - LATENCY_SECONDS)
-        rows = rows[:: max(1, math.ceil(len(rows) / SHOWN_LATENCIES))]
-        last = self._last
+        now, last = time.time(), self._last
+        rows = self.figures.since(now - LATENCY_SECONDS)
+        # The latest are all shown, so that they can be counted; of those before, as many as a plot has room for.
+        before = int(np.searchsorted(rows[:, 0], now - COUNTED_SECONDS))
+        rows = np.concatenate([rows[: before : max(1, math.ceil(before / SHOWN_LATENCIES))], rows[before:]])
         return JSONResponse(
             {
-                "uptime_s": round(time.time() - self.figures.started, 3),
+                "uptime_s": round(now - self.figures.started, 3),
                 "requests": self.figures.requests,
                 "busy": self.figures.busy,
                 "errors": self.figures.errors,
@@ -447,7 +451,7 @@ class Service:
             except Exception as error:
                 return _line(*self._complaint(error, client))
             content = form(answer.actions_KA, self._timed(begun, answer))
-            response = JSONResponse(JSONResponse(content).body.decode() if encoded else content)
+            response = JSONResponse(json.dumps(content) if encoded else content)
             self._count(begun, answer, client, observation, answer.actions_KA)
             return response
 
@@ -594,13 +598,13 @@ class Service:
         actor, config = self.actor, self.config
         space = actor.action_space
         return {
-            "protocol": PROTOCOL,
-            "lapa": __version__,
-            "policy": Path(config.policy).name,
+            "protocol_version": PROTOCOL,
+            "lapa_version": __version__,
+            "policy": config.policy.name,
             "kind": actor.config.backbone.kind if isinstance(actor, Policy) else type(actor).__name__.lower(),
             "device": str(getattr(actor, "device", "cpu")),
             "cameras": list(actor.cameras),
-            "keys": self.keys.images,
+            "keys": {**self.keys.images, **{camera: camera for camera in self.keys.unnamed}},
             "state_keys": list(self.keys.state),
             "state_dim": actor.state_dim,
             "chunk": actor.chunk,
@@ -613,17 +617,17 @@ class Service:
             "fps": actor.fps,
             "statistics_key": self.statistics_key,
             "statistics_keys": [name for name in self.actors if name],
-            "instruction_required": False,
+            "instruction": True,
             "max_message_bytes": config.max_message_mib * 2**20,
             "max_image": config.max_image,
             "max_instruction": config.max_instruction,
         }
 
     async def _warm_up(self) -> None:
-        """Asks the policy once, so that the first request takes no longer than others. Raises what the policy raises."""
+        """Asks the policy once, so that the first request is as fast as others. Raises what the policy raises."""
         blank = np.zeros((224, 224, 3), np.uint8)
         state = np.zeros(self.actor.state_dim, np.float32) if self.actor.state_dim else None
-        observation = Observation({camera: blank for camera in self.actor.cameras}, "", state)
+        observation = Observation(dict.fromkeys(self.actor.cameras, blank), "", state)
         await self.batcher.infer(self.statistics_key or next(iter(self.actors)), observation)
 
     async def _report(self) -> None:
