@@ -21,17 +21,8 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
 
     Weight decay touches matrices only, and not those of `model.undecayed()`.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise UserError("nothing to train: every parameter is frozen")
-    kept = {id(p) for p in model.undecayed()}
-    decays = [p.ndim >= 2 and id(p) not in kept for p in trained]
-    groups = [
-        {"params": [p for p, yes in zip(trained, decays, strict=True) if yes], "weight_decay": config.weight_decay},
-        {"params": [p for p, yes in zip(trained, decays, strict=True) if not yes], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    rounds = any(p.dtype == torch.bfloat16 for p in trained)
+    groups = parameter_groups(model, config.weight_decay)
+    rounds = any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
     if config.optimizer == "adamw8bit":
         return _adamw_8bit()(groups, lr=config.lr, betas=config.betas, bf16_stochastic_round=rounds)
     if rounds:
@@ -40,6 +31,20 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
             "use --optimizer adamw8bit, which rounds at random, or --weights fp32"
         )
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+def parameter_groups(model: TrainableModel, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that require a gradient, with and without weight decay. Raises UserError where there are none."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError("nothing to train: every parameter is frozen")
+    kept = {id(p) for p in model.undecayed()}
+    decays = [p.ndim >= 2 and id(p) not in kept for p in trained]
+    groups = [
+        {"params": [p for p, yes in zip(trained, decays, strict=True) if yes], "weight_decay": weight_decay},
+        {"params": [p for p, yes in zip(trained, decays, strict=True) if not yes], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

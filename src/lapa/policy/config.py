@@ -251,6 +251,32 @@ class FinetuneConfig(TrainingOptions):
 
 
 @dataclass(frozen=True)
+class ExportLeRobotConfig:
+    """Write a policy as a folder of LeRobot's, for its tools with the plugin lerobot_policy_lapa."""
+
+    policy: Annotated[Path, tyro.conf.Positional]
+    """Folder of a policy."""
+    out: Path
+    """Folder to write."""
+    statistics_key: str | None = None
+    """Dataset whose statistics and prompt the policy acts with; needed if it was trained on several datasets."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+
+
+@dataclass(frozen=True)
+class ImportLeRobotConfig:
+    """Read such a folder back, as it was exported or as `lerobot-train` finetuned it."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Folder of LeRobot's, such as CHECKPOINT/pretrained_model."""
+    out: Path
+    """Folder of the policy to write."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+
+
+@dataclass(frozen=True)
 class MeasureConfig:
     """Open-loop evaluation of a policy on recorded episodes."""
 

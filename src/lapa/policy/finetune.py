@@ -56,20 +56,27 @@ def run(config: FinetuneConfig) -> None:
     if finished_before(config, run_config_of(config, datasets)):
         finish("policy, already finetuned", config.out, _next_commands(config, read_config(config.out)))
         return
+    policy, training, held_out = prepare(config, datasets)
+    description = "policy from scratch" if config.from_scratch else "policy"
+    if train_policy(policy, training, held_out, config, description=description):
+        finish("policy", config.out, _next_commands(config, policy.config))
+
+
+def prepare(config: FinetuneConfig, datasets: Sequence[Dataset]) -> tuple[Policy, EpisodeSteps, EpisodeSteps | None]:
+    """The policy before its first step, with robot actions and their statistics; training and validation steps.
+
+    Raises UserError where options, datasets and the policy to start from do not fit.
+    """
     labels = open_labels(config.labels, datasets) if config.labels else None
     start = _starting_policy(config, datasets)
     cameras = slot_cameras(start.cameras, datasets, config.cameras)
     if labels:
         require_same_codes(start.config, labels[0].manifest, config.policy)
     _check_continuation(config, start.config, datasets)
-
     training, held_out = open_steps(
         config, datasets, start.config, cameras, labels=labels, chunk=config.chunk, state=config.state
     )
-    policy = _with_actions(config, start, datasets, training, cameras)
-    description = "policy from scratch" if config.from_scratch else "policy"
-    if train_policy(policy, training, held_out, config, description=description):
-        finish("policy", config.out, _next_commands(config, policy.config))
+    return _with_actions(config, start, datasets, training, cameras), training, held_out
 
 
 def _next_commands(config: FinetuneConfig, policy: PolicyConfig) -> list[str]:

@@ -294,12 +294,16 @@ class Policy(Actor):
         """Writes a policy folder, `config.json` last. run: the resolved config of the run that made it."""
         folder = Path(folder)
         (folder / CONFIG).unlink(missing_ok=True)
-        for inner in (MODEL, PROCESSOR):
-            (folder / inner).mkdir(parents=True, exist_ok=True)
+        (folder / MODEL).mkdir(parents=True, exist_ok=True)
         self.model.backbone.save(folder / MODEL)
-        self.processor.save(folder / PROCESSOR)
         if self.model.head is not None:
             save_weights(self.model.head, folder / HEAD)
+        self.save_parts(folder, run=run, metrics=metrics)
+
+    def save_parts(self, folder: Path, *, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Writes all of a policy folder but the weights, `config.json` last. Arguments as of `save`."""
+        (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
+        self.processor.save(folder / PROCESSOR)
         save_keyed(folder / ACTIONS, {key: each.codec for key, each in self.statistics.items()})
         save_keyed(folder / STATES, {key: each.states for key, each in self.statistics.items()})
         write_json(folder / "metrics.json", metrics or {})
@@ -515,11 +519,15 @@ def load_policy(folder: Path) -> Policy:
     model = LatentPolicy(config, backbone)
     if model.head is not None:
         load_weights(model.head, folder / HEAD)
+    return Policy(model.eval(), processor, load_statistics(folder, config))
+
+
+def load_statistics(folder: Path, config: PolicyConfig) -> dict[str, Statistics]:
+    """Reads the statistics of a policy folder, by the names of the datasets. Raises UserError naming a damaged file."""
     codec = ActionBins if config.head == "bins" else ActionScale
-    statistics = {
+    return {
         key: Statistics(
             codec.load(folder / ACTIONS, key), ActionBins.load(folder / STATES, key) if config.state_dim else None
         )
         for key in (item.key for item in config.spaces)
     }
-    return Policy(model.eval(), processor, statistics)

@@ -169,6 +169,10 @@ class LwmBackbone(PrefixBackbone):
         with writing(folder):
             self.language.save_pretrained(str(folder))
 
+    def save_config(self, folder: Path) -> None:
+        with writing(folder):
+            self.language.config.save_pretrained(str(folder))
+
 
 def create(
     config: LwmConfig, *, texts: Iterable[str], num_cameras: int, segments: Mapping[str, int]
@@ -187,9 +191,22 @@ def renew(config: LwmConfig, vocabulary: Vocabulary, num_cameras: int) -> LwmBac
 
 
 def load(
-    config: LwmConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
+    config: LwmConfig,
+    model: Path,
+    processor: Path,
+    *,
+    vocabulary: Vocabulary,
+    num_cameras: int,
+    weights: bool = True,
 ) -> tuple[LwmBackbone, LwmProcessor]:
     """Reads what `save` wrote, in the saved precision. Raises UserError naming what is missing or does not fit."""
+    first_code = vocabulary.rows("vision").start
+    if not weights:
+        described = read_config(model)
+        if not isinstance(described, LlamaConfig):
+            raise UserError(f"{model}: the config of a {described.model_type} model, not of a Llama; export it again")
+        backbone = LwmBackbone(config, LlamaForCausalLM(described), VQGAN(config.vqgan).eval(), first_code)
+        return backbone, LwmProcessor(load_tokenizer(processor), config, first_code)
     require_room(model, str(model))
     with malformed(model, "no complete Llama of transformers"):
         language, loading = load_model(LlamaForCausalLM, model, read_config(model), dtype="auto")
@@ -202,7 +219,6 @@ def load(
     vqgan = VQGAN.load(model / VQGAN_FOLDER)
     if vqgan.config != config.vqgan:
         raise UserError(f"{model / VQGAN_FOLDER}: another image tokenizer than that of the policy's config")
-    first_code = vocabulary.rows("vision").start
     backbone = LwmBackbone(config, language, vqgan, first_code)
     return backbone, LwmProcessor(load_tokenizer(processor), config, first_code)
 

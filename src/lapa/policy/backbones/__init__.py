@@ -5,7 +5,7 @@ hf    any image-text model of transformers
 lwm   Llama over discrete image codes: the released LAPA-7B and LWM
 
 Each has a module with three functions: `create`, a backbone to start training from; `renew`, the same for an existing
-vocabulary; and `load`, a backbone from a policy folder.
+vocabulary; and `load`, a backbone from a policy folder, with its weights or as a frame for others.
 """
 
 from __future__ import annotations
@@ -51,11 +51,20 @@ def renew_backbone(config: BackboneConfig, vocabulary: Vocabulary, *, num_camera
 
 
 def load_backbone(
-    config: BackboneConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
+    config: BackboneConfig,
+    model: Path,
+    processor: Path,
+    *,
+    vocabulary: Vocabulary,
+    num_cameras: int,
+    weights: bool = True,
 ) -> tuple[Backbone, Processor]:
-    """Reads the folders of `Backbone.save` and `Processor.save`. Raises UserError naming what is missing or damaged."""
+    """Reads the folders of `Backbone.save` and `Processor.save`. Raises UserError naming what is missing or damaged.
+
+    weights: False: `model` holds what `Backbone.save_config` writes, and the weights are arbitrary.
+    """
     loaded: tuple[Backbone, Processor] = _module(config).load(
-        config, model, processor, vocabulary=vocabulary, num_cameras=num_cameras
+        config, model, processor, vocabulary=vocabulary, num_cameras=num_cameras, weights=weights
     )
     return loaded
 

@@ -129,6 +129,10 @@ class Backbone(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Writes the weights into `folder`."""
 
+    def save_config(self, folder: Path) -> None:
+        """Writes what `load` of its module reads without weights; by default nothing beyond the policy's config."""
+        return
+
     def compile_steps(self, backend: str = "inductor") -> None:
         """Compiles `advance`, on a GPU as a CUDA graph, with caches of fixed size that are kept.
 

@@ -121,6 +121,10 @@ class HfBackbone(Backbone):
         with files.writing(folder):
             self.language.save_pretrained(folder)
 
+    def save_config(self, folder: Path) -> None:
+        with files.writing(folder):
+            self.language.config.save_pretrained(folder)
+
     @property
     def _inner(self) -> Any:
         """The model without its head."""
@@ -188,10 +192,16 @@ def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackb
 
 
 def load(
-    config: HfConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
+    config: HfConfig,
+    model: Path,
+    processor: Path,
+    *,
+    vocabulary: Vocabulary,
+    num_cameras: int,
+    weights: bool = True,
 ) -> tuple[HfBackbone, HfProcessor]:
     """Reads the files of `save`. Raises UserError naming what is missing or does not fit."""
-    language = _load_language(model, str(model))
+    language = _load_language(model, str(model)) if weights else _blank_language(model)
     rows = len(vocabulary_weights(language)[0])
     if rows < vocabulary.size:
         raise UserError(f"{model}: has {rows} rows for a vocabulary of {vocabulary.size}; train the policy again")
@@ -242,6 +252,14 @@ def _load_language(folder: Path, name: str, *, new: bool = False) -> PreTrainedM
     head = language.get_output_embeddings()
     if head is None or head.bias is not None or not hasattr(language.base_model, "get_image_features"):
         raise UserError(f"{name}: a {type(language).__name__} cannot be used (its head or its images); give {TESTED}")
+    return cast(PreTrainedModel, language)
+
+
+def _blank_language(folder: Path) -> PreTrainedModel:
+    """The model that the config in a folder describes, in its precision, with arbitrary weights."""
+    config = _read_config(folder, str(folder), new=False)
+    with damaged(f"{folder / 'config.json'}: no model can be built from it"):
+        language = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
     return cast(PreTrainedModel, language)
 
 

@@ -110,12 +110,20 @@ def renew(config: TinyConfig, vocabulary: Vocabulary, num_cameras: int) -> TinyB
 
 
 def load(
-    config: TinyConfig, model: Path, processor: Path, *, vocabulary: Vocabulary, num_cameras: int
+    config: TinyConfig,
+    model: Path,
+    processor: Path,
+    *,
+    vocabulary: Vocabulary,
+    num_cameras: int,
+    weights: bool = True,
 ) -> tuple[TinyBackbone, TinyProcessor]:
     """Reads the files of `save`. Raises UserError naming the file that is missing or does not fit."""
-    require_fit(lambda: renew(config, vocabulary, num_cameras), model.parent / CONFIG, model / WEIGHTS)
+    if weights:
+        require_fit(lambda: renew(config, vocabulary, num_cameras), model.parent / CONFIG, model / WEIGHTS)
     backbone = renew(config, vocabulary, num_cameras)
-    load_weights(backbone, model / WEIGHTS)
+    if weights:
+        load_weights(backbone, model / WEIGHTS)
     return backbone, TinyProcessor(load_tokenizer(processor), config.image_size)
 
 
