@@ -270,7 +270,7 @@ def peak_memory() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_import_takes_memory_for_a_few_tensors_and_not_for_what_it_writes(config, monkeypatch):
-    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 64}
     config.sizes.write_text(json.dumps({**sizes, "vqgan": IMAGE_FACTS["config"]}))
     shapes = released.released_shapes(
         {**released.PUBLISHED, **sizes}, released.Vocabulary(TEXT_ROWS, IMAGE_CODES + 10, 8), stacked=True
@@ -279,7 +279,7 @@ def test_an_import_takes_memory_for_a_few_tensors_and_not_for_what_it_writes(con
     import_lapa.run(config)
     written = sum(path.stat().st_size for path in (config.out / "model").rglob("*.safetensors"))
     again = renewed(config, overwrite=True)
-    assert written > 50e6
+    assert written > 130e6
     streamed = peak_growth(lambda: import_lapa.run(again))
     # The measure itself is right: were all tensors kept, it would show.
     one_by_one = released.llama_tensors
