@@ -1,5 +1,17 @@
 """The client: messages both ways, bounds of what is unpacked, reconnecting, and that it never loads torch."""
 
+import base64
+import contextlib
+import hashlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
 import msgpack
 import numpy as np
 import pytest
@@ -9,7 +21,18 @@ from PIL import Image
 
 pytest.importorskip("websockets", reason="the client needs websockets: pip install 'lapa-vla[serve]'")
 
-from lapa.serve.client import MAX_DEPTH, MAX_LIST, pack, unpack
+from lapa.serve.client import (
+    MAX_DEPTH,
+    MAX_LIST,
+    PolicyClient,
+    ServerBusyError,
+    ServerError,
+    ServerLateError,
+    ServerUnreachableError,
+    pack,
+    unpack,
+)
+from policy_server import FakeServer
 
 DTYPES = ("|b1", "|u1", "<i2", ">i4", "<i8", "<f2", "<f4", ">f4", "<f8")
 
@@ -118,3 +141,236 @@ def test_random_bytes_are_a_map_or_a_value_error(data: bytes) -> None:
         assert isinstance(unpack(data), dict)
     except ValueError as error:
         assert str(error).isprintable()
+
+
+CHUNK = np.arange(6, dtype=np.float32).reshape(2, 3)
+OBSERVATION = {"front": np.zeros((4, 4, 3), np.uint8), "instruction": "lift the cup", "state": [0.5, 1.0]}
+
+
+def chunk(message: dict[str, Any]) -> dict[str, Any]:
+    return {"actions": CHUNK, "server_timing": {"infer_ms": 1.5}}
+
+
+def test_an_observation_goes_out_and_a_chunk_comes_back() -> None:
+    seen: list[dict[str, Any]] = []
+    with (
+        FakeServer(lambda message: seen.append(message) or chunk(message)) as server,
+        PolicyClient(server.url) as client,
+    ):
+        assert client.metadata == {"fps": 10.0, "chunk": 2}
+        assert client.server_timing == {}
+        actions_KA = client.infer(OBSERVATION)
+        assert np.array_equal(actions_KA, CHUNK) and actions_KA.dtype == np.float32
+        assert client.server_timing == {"infer_ms": 1.5}
+        client.reset()
+    assert np.array_equal(seen[0].pop("front"), OBSERVATION["front"])
+    assert seen == [{"instruction": "lift the cup", "state": [0.5, 1.0]}, {"reset": True}]
+
+
+def test_one_action_comes_back_as_it_is_sent() -> None:
+    with FakeServer(lambda message: {"actions": CHUNK[0]}) as server, PolicyClient(server.url) as client:
+        assert client.infer(OBSERVATION).shape == (3,)
+
+
+@pytest.mark.parametrize("form", ["ws://127.0.0.1:{}", "127.0.0.1:{}", "http://127.0.0.1:{}", "ws://127.0.0.1:{}/"])
+def test_addresses_have_several_forms(form: str) -> None:
+    with FakeServer(chunk) as server, PolicyClient(form.format(server.port)) as client:
+        assert client.infer(OBSERVATION).shape == (2, 3)
+
+
+@pytest.mark.parametrize("address", ["", "ftp://host:8000", "ws://", "ws://host:port"])
+def test_what_is_no_address_is_a_value_error_at_once(address: str) -> None:
+    with pytest.raises(ValueError, match=r"expected ws://HOST:PORT"):
+        PolicyClient(address)
+
+
+def test_a_line_of_the_server_is_an_error_and_the_connection_is_kept() -> None:
+    lines: list[Any] = ["unknown camera 'top'; the policy has front", "busy: 64 requests wait", "Busy", chunk({})]
+    with FakeServer(lambda message: lines.pop(0)) as server, PolicyClient(server.url) as client:
+        with pytest.raises(ServerError, match="unknown camera 'top'") as error:
+            client.infer(OBSERVATION)
+        assert not isinstance(error.value, ServerBusyError)
+        for _ in range(2):
+            with pytest.raises(ServerBusyError):
+                client.infer(OBSERVATION)
+        assert client.infer(OBSERVATION).shape == (2, 3)
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"), [({"action": CHUNK}, "sent no actions, but .'action'."), (b"\xc1", "another protocol")]
+)
+def test_an_answer_of_another_form_is_an_error(reply: Any, words: str) -> None:
+    with (
+        FakeServer(lambda message: reply) as server,
+        PolicyClient(server.url) as client,
+        pytest.raises(ServerError, match=words),
+    ):
+        client.infer(OBSERVATION)
+
+
+def test_what_cannot_be_sent_is_named_and_nothing_is_sent() -> None:
+    with FakeServer(chunk) as server, PolicyClient(server.url) as client:
+        with pytest.raises(ValueError, match="'state' of the observation cannot be sent: arrays of dtype object"):
+            client.infer({**OBSERVATION, "state": np.array([None])})
+        with pytest.raises(ValueError, match="an observation is a dict"):
+            client.infer([OBSERVATION])  # type: ignore[arg-type]
+        assert client.infer(OBSERVATION).shape == (2, 3)
+
+
+def test_a_key_is_sent_and_a_wrong_one_is_an_error_at_once() -> None:
+    with FakeServer(chunk, key="secret") as server:
+        with PolicyClient(server.url, api_key="secret") as client:
+            assert client.infer(OBSERVATION).shape == (2, 3)
+        for key in ("wrong", None):
+            with pytest.raises(ServerError, match="the key is missing or wrong"):
+                PolicyClient(server.url, api_key=key, reconnect_for=600)
+
+
+def test_a_client_waits_for_a_server_that_starts_later_and_finds_one_that_starts_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    servers: list[FakeServer] = []
+    later = threading.Timer(0.5, lambda: servers.append(FakeServer(chunk, port)))
+    later.start()
+    with PolicyClient(f"ws://127.0.0.1:{port}", reconnect_for=60) as client:
+        later.join()
+        assert client.infer(OBSERVATION).shape == (2, 3)
+        servers[0].stop()
+        later = threading.Timer(0.5, lambda: servers.append(FakeServer(lambda message: {"actions": CHUNK[0]}, port)))
+        later.start()
+        assert client.infer(OBSERVATION).shape == (3,)
+        later.join()
+    servers[1].stop()
+
+
+def test_a_server_that_is_gone_is_an_error_once_the_bound_is_over() -> None:
+    with FakeServer(chunk) as server:
+        client = PolicyClient(server.url, reconnect_for=0.5)
+    with client:
+        for call in (lambda: client.infer(OBSERVATION), client.reset):
+            with pytest.raises(ServerUnreachableError, match=r"is not reached within 0.5 s"):
+                call()
+
+
+def test_a_server_that_fails_at_each_request_is_an_error_once_the_bound_is_over() -> None:
+    def fail(message: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("out of memory")
+
+    with FakeServer(fail) as server, PolicyClient(server.url, reconnect_for=1) as client:
+        with pytest.raises(ServerUnreachableError, match="is not reached within 1 s"):
+            client.infer(OBSERVATION)
+        assert 2 <= server.connections <= 20
+
+
+def test_a_message_above_the_servers_bound_is_an_error_at_once() -> None:
+    with FakeServer(chunk) as server, PolicyClient(server.url, reconnect_for=600) as client:
+        with pytest.raises(ServerError, match="refuses a message"):
+            client.infer({"front": np.zeros((1024, 1024, 3), np.uint8)})
+        assert client.infer(OBSERVATION).shape == (2, 3)
+
+
+def test_a_late_answer_is_an_error_and_is_not_taken_for_that_of_the_next_request() -> None:
+    late = threading.Event()
+
+    def answer(message: dict[str, Any]) -> dict[str, Any]:
+        if message["number"] == 0:
+            late.wait(60)
+        return {"actions": np.array([message["number"]])}
+
+    with FakeServer(answer) as server, PolicyClient(server.url) as client:
+        client.timeout = 0.5
+        with pytest.raises(ServerLateError, match=r"has not answered within 0.5 s"):
+            client.infer({"number": 0})
+        client.timeout = 60
+        late.set()
+        assert client.infer({"number": 1}) == [1]
+
+
+def test_threads_share_a_client() -> None:
+    with FakeServer(lambda message: {"actions": message["state"]}) as server, PolicyClient(server.url) as client:
+        results: dict[int, float] = {}
+
+        def work(number: int) -> None:
+            for _ in range(20):
+                results[number] = client.infer({"state": np.array([number])})[0]
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == {number: number for number in range(4)}
+        assert server.connections == 1
+
+
+def test_closing_ends_a_call_of_another_thread() -> None:
+    asked, answered = threading.Event(), threading.Event()
+    errors: list[Exception] = []
+
+    def answer(message: dict[str, Any]) -> dict[str, Any]:
+        asked.set()
+        answered.wait(60)
+        return chunk(message)
+
+    def call() -> None:
+        try:
+            client.infer(OBSERVATION)
+        except ServerUnreachableError as error:
+            errors.append(error)
+
+    with FakeServer(answer) as server:
+        client = PolicyClient(server.url, timeout=60)
+        thread = threading.Thread(target=call)
+        thread.start()
+        assert asked.wait(60)
+        client.close()
+        thread.join(60)
+        answered.set()
+        assert [str(error) for error in errors] == [f"this client of {server.url} is closed"]
+        client.close()
+        with pytest.raises(ServerUnreachableError, match="is closed"):
+            client.infer(OBSERVATION)
+
+
+@contextlib.contextmanager
+def deaf_server() -> Iterator[int]:
+    """A server that greets and then reads nothing, as a machine whose network is gone."""
+
+    def greet() -> None:
+        connection, _ = listener.accept()
+        request = connection.recv(65536).decode()
+        key = re.search(r"Sec-WebSocket-Key: (\S+)", request)[1]  # type: ignore[index]
+        accept = base64.b64encode(hashlib.sha1(f"{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11".encode()).digest()).decode()
+        head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        connection.sendall(f"{head}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + b"\x82\x01\x80")
+        done.wait(60)
+        connection.close()
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=greet)
+        thread.start()
+        yield listener.getsockname()[1]
+        done.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no TCP_USER_TIMEOUT")
+def test_a_send_that_nobody_reads_ends() -> None:
+    with deaf_server() as port:
+        client = PolicyClient(f"ws://127.0.0.1:{port}", timeout=2, reconnect_for=0.1)
+        began = time.monotonic()
+        with pytest.raises((ServerUnreachableError, ServerLateError)):
+            client.infer({"front": np.zeros(60 * 2**20, np.uint8)})
+        assert time.monotonic() - began < 45
+        client.close()
+
+
+def test_the_client_loads_neither_torch_nor_the_rest_of_lapa() -> None:
+    script = (
+        "import sys; from lapa.serve.client import PolicyClient; "
+        "heavy = {'torch', 'transformers', 'PIL', 'lapa.policy', 'lapa.data', 'lapa.config'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
