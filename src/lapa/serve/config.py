@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+# The least height and width of an image: no camera is that small.
+LEAST_IMAGE = 8
+
 
 @dataclass(frozen=True)
 class ServeConfig:
