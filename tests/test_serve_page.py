@@ -1,0 +1,121 @@
+"""The page of a served policy, in a headless Chromium: what a person sees, and what the policy returns."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import bench_policy
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
+pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
+
+from browser import CHROMIUM, Browser, browser
+
+from lapa.policy.runtime import Policy
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = "open <img src=x onerror='window.bad=1'><script>window.bad=1</script>"
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    """Untrained; two cameras, a state of three numbers, chunks of five actions."""
+    rng, space = np.random.default_rng(0), ActionSpace(("lift", "turn", "gripper"), (False, False, True), "delta")
+    actions_NA = np.stack([*rng.normal(size=(2, 900)), rng.choice([0.0, 1.0], 900)], axis=1)
+    bins, states = ActionBins.fit(actions_NA, binary=space.binary), ActionBins.fit(rng.normal(size=(900, 3)))
+    sizes = TinyConfig(image_size=32, vision_widths=(16, 32), width=32, layers=1, heads=2)
+    torch.manual_seed(0)
+    backbone, processor, vocabulary = create_backbone(
+        sizes, texts=["open the drawer"], num_cameras=2, segments={"bins": 256, "state": 256}
+    )
+    config = PolicyConfig(
+        vocabulary,
+        ("front", "wrist"),
+        sizes,
+        spaces=(KeyedSpace("robot", space, 10.0),),
+        action_bins=tuple(bins.counts_A.tolist()),
+        state_bins=tuple(states.counts_A.tolist()),
+        chunk=5,
+    )
+    return Policy(LatentPolicy(config, backbone), processor, {"robot": Statistics(bins, states)}).to("cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An image file for each camera, one of them wider than the other."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(1)
+    files = {}
+    for camera, shape in {"front": (48, 64, 3), "wrist": (40, 40, 3)}.items():
+        files[camera] = folder / f"{camera}.png"
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(files[camera])
+    return files
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
+
+
+def shown_numbers(tab: Browser, table: str) -> np.ndarray:
+    """The actions [K, A] in a table of the page, with the digits that it shows."""
+    script = f"[...document.querySelectorAll('#{table} tbody tr')].map(r => [...r.querySelectorAll('td')].map(c => c.textContent))"
+    return np.array(tab.run(script), float)
+
+
+def drop(tab: Browser, selector: str, file: Path) -> None:
+    """Drops a file on an element, as a person does with the mouse."""
+    box = tab.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelector('{selector}').getBoundingClientRect())")
+    data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        tab.call("Input.dispatchDragEvent", type=kind, x=box[0], y=box[1], data=data)
+
+
+@needs_chromium
+def test_a_person_sees_what_the_policy_expects_and_does(tab: Browser, policy: Policy, images: dict[str, Path]) -> None:
+    with running(policy) as address:
+        tab.resize(1280, 1000)
+        tab.open(address)
+        tab.until("!document.getElementById('content').hidden")
+        expected = tab.text("#expects")
+        for words in ("front, wrist", "3 numbers", "5 steps x 3", "lift, turn, gripper", "delta", "10 actions a second"):
+            assert words in expected
+        tab.choose_files("#image-0", [images["front"]])
+        drop(tab, ".drop:nth-child(2)", images["wrist"])
+        tab.until("document.querySelectorAll('.drop img:not([hidden])').length === 2")
+        assert "wrist.png (40 x 40)" in tab.text("#images")
+        tab.run("document.getElementById('instruction').focus()")
+        tab.type(SCRIPT)
+        state = [0.5, -1.25, 2.0]
+        for number in state:
+            tab.press("Tab", 9)
+            tab.type(str(number))
+        tab.press("Tab", 9)
+        tab.press("Enter", 13, "\r")
+        tab.until("!document.getElementById('result').hidden")
+        pixels = {camera: np.asarray(Image.open(file)) for camera, file in images.items()}
+        actions_KA = policy.infer({**pixels, "instruction": SCRIPT, "state": state})
+        np.testing.assert_allclose(shown_numbers(tab, "result-table"), actions_KA, rtol=2e-3)
+        assert "Round trip" in tab.text("#timing") and "the model" in tab.text("#timing")
+        # The status shows the same observation and action, with the instruction as text.
+        tab.until(f"document.getElementById('last-instruction').textContent === {json.dumps(SCRIPT)}")
+        np.testing.assert_allclose(shown_numbers(tab, "last-table"), actions_KA, rtol=2e-3)
+        assert tab.run("[...document.querySelectorAll('#last-images img')].map(i => i.naturalWidth > 0)") == [True, True]
+        assert tab.until("document.querySelectorAll('#latency-chart svg .bar').length") >= 1
+        assert tab.run("[document.querySelectorAll('main script, #last img[src=x]').length, window.bad]") == [0, None]
+    assert not tab.complaints
+    assert {re.sub(r"(data|blob):.*", r"\1:", request) for request in tab.requests} <= {
+        f"{address}/", "data:", "blob:", *(f"{address}/{name}" for name in ("metadata", "status", "infer"))
+    }
