@@ -9,13 +9,13 @@ whose turn it is not has no clients, and does nothing.
 
 - Round trip: one client sends one request after the other to `batched`, and the time that the server reports for its
   model (`infer_ms`) is subtracted from each. Direct calls of `Policy.infer` in this process take turns with them.
-- Throughput: 1, 4 and 16 clients, each of which sends its next request as soon as it has a reply, to `one by one` and to
+- Throughput: 1, 4 and 16 clients, each of which sends its next request as soon as it has a reply, to `one by one` and
   `batched` in turns. Clients are connections of one asyncio loop in a process of its own; their messages are packed
-  before, and replies are only counted, so that they need little of the second core. The table has the processor time of
-  both sides: a side at 100% of a core is what limits.
+  before, and replies are only counted, so that they need little of the second core. The table has the processor time
+  of both sides: a side at 100% of a core is what limits.
 - Soak: --requests requests of 16 clients to `batched`, which begin new connections on the way; resident memory of the
-  server at the start (after a tenth as many requests that do not count), in the middle and at the end. The command fails
-  where the second half adds more than --growth MiB.
+  server at the start (after a tenth as many requests that do not count), in the middle and at the end. The command
+  fails where the second half adds more than --growth MiB.
 
 Figures are medians over the rounds of what one round measures. The command also fails where an aim is missed: see AIMS.
 """
@@ -129,9 +129,9 @@ def main(config: BenchConfig) -> int:
         messages = [pack(observation) for observation in observations]
         print(
             f"\n{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, Python "
-            f"{platform.python_version()}, torch {torch.__version__} ({torch.get_num_threads()} threads); {config.size}, "
-            f"{config.head}, {policy.chunk} x {policy.action_dim} actions, images of {config.image_size} px "
-            f"({len(messages[0]) / 1000:.0f} kB a message); medians of {config.rounds} rounds"
+            f"{platform.python_version()}, torch {torch.__version__} ({torch.get_num_threads()} threads); "
+            f"{config.size}, {config.head}, {policy.chunk} x {policy.action_dim} actions, images of "
+            f"{config.image_size} px ({len(messages[0]) / 1000:.0f} kB a message); medians of {config.rounds} rounds"
         )
         missed = measure_round_trip(config, policy, servers["batched"], observations, messages)
         missed += measure_throughput(config, servers, clients, messages)
@@ -157,12 +157,13 @@ def serve(name: str, policy: Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "lapa", "serve", str(policy), "--port", str(port), *SERVERS[name]]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+    log = policy.with_name(f"{name}.log")
+    with log.open("wb") as written, subprocess.Popen(command, stdout=written, stderr=written) as process:
         try:
             deadline = time.monotonic() + START_SECONDS
             while not healthy(port):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"{' '.join(command)} does not answer")
+                    raise SystemExit(f"{' '.join(command)} does not answer:\n{log.read_text()}")
                 time.sleep(0.1)
             yield Server(name, port, psutil.Process(process.pid))
         finally:
@@ -217,7 +218,9 @@ async def one_after_the_other(address: str, messages: list[bytes], count: int) -
     return whole, model
 
 
-def measure_throughput(config: BenchConfig, servers: dict[str, Server], clients: Any, messages: list[bytes]) -> list[str]:
+def measure_throughput(
+    config: BenchConfig, servers: dict[str, Server], clients: Any, messages: list[bytes]
+) -> list[str]:
     """Prints requests/s and latency of `one by one` and `batched`; returns the aim where it is missed."""
     rates = {}
     print("\n| clients | server | requests/s | p50, ms | p99, ms | cores: server | clients | batched over one by one |")
@@ -240,7 +243,9 @@ def measure_throughput(config: BenchConfig, servers: dict[str, Server], clients:
     most = max(config.clients)
     if most < 16 or rates[most] >= AIMS["batching"]:
         return []
-    return [f"batching brings {rates[most]:.2f} times the requests/s with {most} clients; the aim is {AIMS['batching']:g}"]
+    return [
+        f"batching brings {rates[most]:.2f} times the requests/s with {most} clients; the aim is {AIMS['batching']:g}"
+    ]
 
 
 def figures(load: Load) -> tuple[float, ...]:
@@ -257,7 +262,8 @@ def soak(config: BenchConfig, server: Server, clients: Any, messages: list[bytes
     middle = server.mebibytes
     second = run(requests=half)
     end = server.mebibytes
-    print("\n| requests | seconds | requests/s | MiB at the start | in the middle | at the end |\n|---|---|---|---|---|---|")
+    print("\n| requests | seconds | requests/s | MiB at the start | in the middle | at the end |")
+    print("|---|---|---|---|---|---|")
     count, took = len(first.milliseconds) + len(second.milliseconds), first.seconds + second.seconds
     print(f"| {count:,} | {took:.0f} | {count / took:.0f} | {start:.1f} | {middle:.1f} | {end:.1f} |")
     if end - middle <= config.growth:

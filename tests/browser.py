@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,10 @@ class Browser:
         return value
 
     def open(self, address: str) -> None:
+        """Opens a page in a wide window, and forgets complaints and requests of the one before."""
+        self.complaints.clear()
+        self.requests.clear()
+        self.resize(1280, 1000)
         self.call("Page.navigate", url=address)
         self.until("document.readyState === 'complete'")
 
@@ -101,9 +106,7 @@ class Browser:
         file.write_bytes(base64.b64decode(image))
 
     def resize(self, width: int, height: int) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
 
 @contextmanager
@@ -125,8 +128,6 @@ def browser(profile: Path) -> Iterator[Browser]:
 
 def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
     """The websocket of the first tab."""
-    import urllib.request
-
     port, end = profile / "DevToolsActivePort", time.monotonic() + SECONDS
     while time.monotonic() < end and process.poll() is None:
         if port.exists() and (lines := port.read_text().splitlines()):

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import bench_policy
 import numpy as np
 import pytest
 import torch
@@ -20,13 +15,19 @@ from PIL import Image
 pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
 pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 
-from browser import CHROMIUM, Browser, browser
+from lapa.serve.server import running
 
+from browser import CHROMIUM, Browser, browser
+from lapa.data.dataset import ActionSpace
+from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
+from lapa.policy.backbones import create_backbone
+from lapa.policy.config import TinyConfig
+from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import Policy
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = "open <img src=x onerror='window.bad=1'><script>window.bad=1</script>"
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+HTML = "open <img src=x onerror='window.bad=1'><script>window.bad=1</script>"
 
 
 @pytest.fixture(scope="module")
@@ -71,33 +72,32 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def shown_numbers(tab: Browser, table: str) -> np.ndarray:
     """The actions [K, A] in a table of the page, with the digits that it shows."""
-    script = f"[...document.querySelectorAll('#{table} tbody tr')].map(r => [...r.querySelectorAll('td')].map(c => c.textContent))"
-    return np.array(tab.run(script), float)
+    cells = tab.run(f"[...document.querySelectorAll('#{table} tbody td')].map(cell => cell.textContent)")
+    return np.array(cells, float).reshape(-1, 3)
 
 
 def drop(tab: Browser, selector: str, file: Path) -> None:
     """Drops a file on an element, as a person does with the mouse."""
-    box = tab.run(f"(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelector('{selector}').getBoundingClientRect())")
+    box = tab.run(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
+    where = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
     data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
     for kind in ("dragEnter", "dragOver", "drop"):
-        tab.call("Input.dispatchDragEvent", type=kind, x=box[0], y=box[1], data=data)
+        tab.call("Input.dispatchDragEvent", type=kind, **where, data=data)
 
 
-@needs_chromium
 def test_a_person_sees_what_the_policy_expects_and_does(tab: Browser, policy: Policy, images: dict[str, Path]) -> None:
     with running(policy) as address:
-        tab.resize(1280, 1000)
-        tab.open(address)
+        tab.open(f"{address}/")
         tab.until("!document.getElementById('content').hidden")
         expected = tab.text("#expects")
-        for words in ("front, wrist", "3 numbers", "5 steps x 3", "lift, turn, gripper", "delta", "10 actions a second"):
+        for words in ("front, wrist", "3 numbers", "5 steps x 3", "lift, turn, gripper", "delta", "10 actions"):
             assert words in expected
         tab.choose_files("#image-0", [images["front"]])
         drop(tab, ".drop:nth-child(2)", images["wrist"])
         tab.until("document.querySelectorAll('.drop img:not([hidden])').length === 2")
         assert "wrist.png (40 x 40)" in tab.text("#images")
         tab.run("document.getElementById('instruction').focus()")
-        tab.type(SCRIPT)
+        tab.type(HTML)
         state = [0.5, -1.25, 2.0]
         for number in state:
             tab.press("Tab", 9)
@@ -106,16 +106,64 @@ def test_a_person_sees_what_the_policy_expects_and_does(tab: Browser, policy: Po
         tab.press("Enter", 13, "\r")
         tab.until("!document.getElementById('result').hidden")
         pixels = {camera: np.asarray(Image.open(file)) for camera, file in images.items()}
-        actions_KA = policy.infer({**pixels, "instruction": SCRIPT, "state": state})
+        actions_KA = policy.infer({**pixels, "instruction": HTML, "state": state})
         np.testing.assert_allclose(shown_numbers(tab, "result-table"), actions_KA, rtol=2e-3)
         assert "Round trip" in tab.text("#timing") and "the model" in tab.text("#timing")
         # The status shows the same observation and action, with the instruction as text.
-        tab.until(f"document.getElementById('last-instruction').textContent === {json.dumps(SCRIPT)}")
+        tab.until(f"document.getElementById('last-instruction').textContent === {json.dumps(HTML)}")
         np.testing.assert_allclose(shown_numbers(tab, "last-table"), actions_KA, rtol=2e-3)
-        assert tab.run("[...document.querySelectorAll('#last-images img')].map(i => i.naturalWidth > 0)") == [True, True]
-        assert tab.until("document.querySelectorAll('#latency-chart svg .bar').length") >= 1
-        assert tab.run("[document.querySelectorAll('main script, #last img[src=x]').length, window.bad]") == [0, None]
+        assert tab.run("[...document.querySelectorAll('#last-images img')].map(i => i.naturalWidth)") == [64, 40]
+        tab.until("document.querySelectorAll('#latency-chart svg .bar').length")
+        tab.run("document.getElementById('code').open = true")
+        tab.until("document.getElementById('python').textContent.includes('front.png')")
+        assert tab.run("[document.querySelectorAll('main script, img[src=x]').length, window.bad ?? null]") == [0, None]
     assert not tab.complaints
-    assert {re.sub(r"(data|blob):.*", r"\1:", request) for request in tab.requests} <= {
-        f"{address}/", "data:", "blob:", *(f"{address}/{name}" for name in ("metadata", "status", "infer"))
-    }
+    asked = {re.sub("^(data|blob):.*", r"\1", request) for request in tab.requests}
+    assert asked <= {"data", "blob", *(f"{address}/{name}" for name in ("", "metadata", "status", "infer"))}
+
+
+def test_a_server_with_a_key_is_used_by_who_has_it(tab: Browser, policy: Policy) -> None:
+    with running(policy, api_key="sesame") as address:
+        tab.open(f"{address}/")
+        tab.until("!document.getElementById('key-form').hidden")
+        assert not tab.run("document.getElementById('content').checkVisibility()")
+        for key in ("guess", "sesame"):
+            tab.run("document.getElementById('key').value = ''; document.getElementById('key').focus()")
+            tab.type(key)
+            tab.press("Enter", 13, "\r")
+            tab.until("document.getElementById('key-error').textContent || !document.getElementById('content').hidden")
+            assert (key == "sesame") == tab.run("document.getElementById('content').checkVisibility()")
+        assert "front, wrist" in tab.text("#expects")
+        tab.run("document.getElementById('code').open = true")
+        tab.until("document.getElementById('curl').textContent")
+        assert "sesame" not in tab.text("body")
+    assert all("401" in complaint for complaint in tab.complaints)
+
+
+def test_errors_are_shown_as_their_line(tab: Browser, policy: Policy, images: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no image")
+    with running(policy, max_instruction=20) as address:
+        tab.open(f"{address}/")
+        tab.until("!document.getElementById('content').hidden")
+        tab.choose_files("#image-0", [tmp_path / "notes.png"])
+        tab.until("document.getElementById('error').textContent.includes('notes.png is not an image')")
+        # Without an image nothing is sent.
+        tab.run("document.getElementById('send').click()")
+        assert not any(request.endswith("/infer") for request in tab.requests)
+        for at, file in enumerate(images.values()):
+            tab.choose_files(f"#image-{at}", [file])
+        tab.until("document.querySelectorAll('.drop img:not([hidden])').length === 2")
+        tab.run("document.getElementById('instruction').value = 'open the drawer, please'")
+        tab.run("document.getElementById('send').click()")
+        tab.until("document.getElementById('error').textContent.includes('instruction')")
+        assert tab.text("#error") == "an instruction of 23 characters; at most 20 (--max-instruction)"
+    tab.until("document.getElementById('state').textContent.includes('does not answer')")
+
+
+def test_the_page_fits_a_narrow_window(tab: Browser, policy: Policy) -> None:
+    with running(policy) as address:
+        tab.open(f"{address}/")
+        tab.until("!document.getElementById('content').hidden")
+        for width in (320, 768, 1600):
+            tab.resize(width, 800)
+            assert tab.run("document.documentElement.scrollWidth") <= width
