@@ -66,6 +66,7 @@ bench: setup
 	$(BIN)/python benchmarks/bench_data.py
 	$(BIN)/python benchmarks/bench_latent.py
 	$(BIN)/python benchmarks/bench_policy.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_serve.py
 
 bench-latent: setup
 	$(BIN)/python benchmarks/bench_latent.py
