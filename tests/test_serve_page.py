@@ -15,6 +15,7 @@ from PIL import Image
 pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
 pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 
+from lapa.serve.protocols import from_json
 from lapa.serve.server import running
 
 from browser import CHROMIUM, Browser, browser
@@ -106,6 +107,9 @@ def test_a_person_sees_what_the_policy_expects_and_does(tab: Browser, policy: Po
         tab.press("Enter", 13, "\r")
         tab.until("!document.getElementById('result').hidden")
         pixels = {camera: np.asarray(Image.open(file)) for camera, file in images.items()}
+        for camera, image in tab.run("observation()").items():
+            if camera in pixels:
+                np.testing.assert_array_equal(from_json(image), pixels[camera])
         actions_KA = policy.infer({**pixels, "instruction": HTML, "state": state})
         np.testing.assert_allclose(shown_numbers(tab, "result-table"), actions_KA, rtol=2e-3)
         assert "Round trip" in tab.text("#timing") and "the model" in tab.text("#timing")
