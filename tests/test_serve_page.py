@@ -15,9 +15,6 @@ from PIL import Image
 pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
 pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 
-from lapa.serve.protocols import from_json
-from lapa.serve.server import running
-
 from browser import CHROMIUM, Browser, browser
 from lapa.data.dataset import ActionSpace
 from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
@@ -25,6 +22,8 @@ from lapa.policy.backbones import create_backbone
 from lapa.policy.config import TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import Policy
+from lapa.serve.protocols import from_json
+from lapa.serve.server import running
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 

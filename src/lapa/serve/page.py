@@ -1,6 +1,6 @@
 """The page that a browser shows of a served policy: one file, and headers under which nothing else runs.
 
-    html, headers = load_page()
+html, headers = load_page()
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PAGE = Path(__file__).with_name("page.html")
 
 
 def load_page() -> tuple[str, dict[str, str]]:
-    """Returns the page and its headers: only its own script and style run, it asks only this server, nobody frames it."""
+    """Returns the page and its headers: only its own script and style run, and it asks only this server."""
     html = PAGE.read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; script-src {_hash(html, 'script')}; style-src {_hash(html, 'style')}; "

@@ -48,12 +48,13 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, HTTPConnection, Request
-    from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
     from lapa.serve.batching import Busy
     from lapa.serve.client import pack
+    from lapa.serve.page import load_page
     from lapa.serve.protocols import parse_body, to_json
     from lapa.serve.service import Service, Session, TooLarge
 except ModuleNotFoundError as error:
@@ -64,12 +65,6 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-PAGE = Path(__file__).with_name("page.html")
-# Only what is in the page itself runs, and no other site may frame it.
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
-    "connect-src 'self'; frame-ancestors 'none'"
-)
 # What a client without the key may see.
 OPEN_PATHS = ("/", "/healthz")
 # Clients of the websocket at once, and bodies that are read at once; connections of any kind.
@@ -302,9 +297,8 @@ class Server:
             say(f"{session.client} disconnected after {session.num_requests} requests")
 
     async def page(self, request: Request) -> Response:
-        if not PAGE.exists():
-            return _line("lapa serve: a websocket is here; see /metadata", 200)
-        return FileResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+        html, headers = load_page()
+        return HTMLResponse(html, headers=headers)
 
     async def status(self, request: Request) -> Response:
         return JSONResponse(await self.service.status())
