@@ -4,10 +4,10 @@ INSTALLED := .venv/installed
 # LeRobot pins torch below what this project tests with, and needs Python 3.12: an environment of its own.
 PYTHON312 ?= python3.12
 LEROBOT := .venv-lerobot
-LEROBOT_VERSION := 0.6.1
+PLUGIN := packages/lerobot_policy_lapa
 FLOORS := .venv-floors
 
-.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults check-lerobot clean
+.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults check-lerobot check-vla-eval clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -19,7 +19,9 @@ help:
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
 	@echo '                (make bench-latent: the latent action model alone)'
 	@echo 'make faults     kills, two writers, flipped bits, hostile files, odd data: a quarter of an hour'
-	@echo 'make check-lerobot   datasets go both ways between this project and LeRobot (its own environment: 5.6 GB)'
+	@echo 'make check-lerobot   datasets and policies go both ways between this project and LeRobot, whose commands train,'
+	@echo '                     measure and run a policy (an environment of its own: 5.8 GB)'
+	@echo 'make check-vla-eval  a policy behind vla-eval, in the same environment'
 
 setup: $(INSTALLED)
 
@@ -74,17 +76,23 @@ bench-latent: setup
 faults: setup
 	$(BIN)/python benchmarks/faults.py
 
-$(LEROBOT)/installed-$(LEROBOT_VERSION):
-	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else 1)' || \
-	  { echo 'LeRobot $(LEROBOT_VERSION) needs Python 3.12 or newer. Run: make PYTHON312=/path/to/python3.12 check-lerobot' >&2; exit 1; }
+$(LEROBOT)/installed: pyproject.toml $(PLUGIN)/pyproject.toml $(PLUGIN)/constraints.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else 1)' || \
+	  { echo 'LeRobot is tested with Python 3.12. Run: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
 	$(PYTHON312) -m venv $(LEROBOT)
-	$(LEROBOT)/bin/python -m pip install --quiet --disable-pip-version-check 'lerobot[dataset]==$(LEROBOT_VERSION)'
+	$(LEROBOT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PLUGIN)/constraints.txt \
+	  -e . -e $(PLUGIN) 'lerobot[dataset,training,evaluation]' vla-eval pytest beartype
 	@touch $@
 
-check-lerobot: setup $(LEROBOT)/installed-$(LEROBOT_VERSION)
+check-lerobot: setup $(LEROBOT)/installed
 	$(BIN)/python benchmarks/check_lerobot.py write runs/check-lerobot
 	$(LEROBOT)/bin/python benchmarks/check_lerobot.py lerobot runs/check-lerobot
 	$(BIN)/python benchmarks/check_lerobot.py read runs/check-lerobot
+	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/test_lerobot_policy.py tests/test_lerobot_export.py
+	$(LEROBOT)/bin/python benchmarks/check_lerobot_policy.py runs/check-lerobot-policy
+
+check-vla-eval: $(LEROBOT)/installed
+	$(LEROBOT)/bin/python benchmarks/check_vla_eval.py runs/check-vla-eval
 
 clean:
 	rm -rf .venv $(LEROBOT) $(FLOORS) .pytest_cache .mypy_cache .ruff_cache

@@ -75,19 +75,6 @@ class LapaConfig(PreTrainedConfig):
     )
     """None: the policy holds its own statistics."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.head not in get_args(HeadKind):
-            raise unknown("--policy.head", self.head, get_args(HeadKind))
-        if self.dtype not in DTYPES:
-            raise unknown("--policy.dtype", self.dtype, DTYPES)
-        if self.chunk_size < 1:
-            raise UserError(f"--policy.chunk_size is {self.chunk_size}; it must be at least 1")
-        if self.n_action_steps is not None and not 1 <= self.n_action_steps <= self.chunk_size:
-            raise UserError(
-                f"--policy.n_action_steps is {self.n_action_steps}; a chunk has {self.chunk_size} actions to execute"
-            )
-
     @property
     def observation_delta_indices(self) -> None:
         return None
@@ -123,7 +110,17 @@ class LapaConfig(PreTrainedConfig):
         )
 
     def validate_features(self) -> None:
-        """Raises UserError where there is no camera, no action, or no state for a policy that reads it."""
+        """Raises UserError where an option is unknown, or there is no camera, no action or no state to read."""
+        if self.head not in get_args(HeadKind):
+            raise unknown("--policy.head", self.head, get_args(HeadKind))
+        if self.dtype not in DTYPES:
+            raise unknown("--policy.dtype", self.dtype, DTYPES)
+        if self.chunk_size < 1:
+            raise UserError(f"--policy.chunk_size is {self.chunk_size}; it must be at least 1")
+        if self.n_action_steps is not None and not 1 <= self.n_action_steps <= self.chunk_size:
+            raise UserError(
+                f"--policy.n_action_steps is {self.n_action_steps}; a chunk has {self.chunk_size} actions to execute"
+            )
         if not self.image_features:
             raise UserError("a lapa policy needs at least one camera, observation.images.NAME; the inputs have none")
         if self.action_feature is None:

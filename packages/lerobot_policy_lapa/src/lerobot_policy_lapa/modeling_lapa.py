@@ -200,6 +200,8 @@ def _new_policy(config: LapaConfig, dataset_meta: Any) -> Policy:
     options = replace(
         preset,
         data=(str(dataset.root),),
+        # Nothing is written there: LeRobot saves the policy.
+        out=dataset.root / "policy",
         policy=None if config.start is None else Path(config.start),
         from_scratch=config.start is None,
         cameras=tuple(config.cameras) or (() if config.start else dataset.cameras),
