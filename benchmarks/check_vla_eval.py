@@ -2,9 +2,9 @@
 
     .venv-lerobot/bin/python benchmarks/check_vla_eval.py FOLDER
 
-None of vla-eval's benchmarks runs without a simulator of its own, so the benchmark is the made-up world of squares,
-as a class of vla-eval's. A policy is trained until it acts; the server serves it in a process of its own, `vla-eval run`
-measures it over the websocket, one client and two at once. The first action must be that of `Policy.infer`.
+None of vla-eval's benchmarks runs without a simulator of its own, so the benchmark is the made-up world of squares, as
+a class of vla-eval's. A policy is trained until it acts; the server serves it in a process of its own, and `vla-eval
+run` measures it over the websocket, one client and two at once. The first action must be that of `Policy.infer`.
 """
 
 from __future__ import annotations
