@@ -269,7 +269,7 @@ def _fitted(name: str, keys: Sequence[str], cameras: Sequence[str], given: Mappi
             f"--map {name}: it is not certain which key is the camera {', '.join(left)} (its keys: {pairs}); "
             f"add {' '.join(f'KEY={camera}' for camera in left)}"
         )
-    return found
+    return {key: found[key] for key in keys if key in found}
 
 
 def _numbers(value: Any, key: str) -> np.ndarray:

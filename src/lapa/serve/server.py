@@ -421,14 +421,14 @@ def _announce(server: Server) -> None:
     say(f"{service.config.policy}: replies with {actions}, on {metadata['device']}")
     say(f"expects: {service.keys.wanted()}")
     console.print(Text.assemble("at ", (url, "bold"), ": websocket, REST, and a page for the browser"), soft_wrap=True)
-    header = "" if server.key is None else "-H 'Authorization: Api-Key KEY' "
-    say(f"try: curl {header}{url}/metadata")
     if not server.loopback and server.key is None:
         text = (
             f"warning: whoever reaches {server.listener.getsockname()[0]} can ask the policy and see its last image; "
             "give --api-key-file, or leave out --host"
         )
         console.print(Text(text, "bold yellow"), soft_wrap=True)
+    header = "" if server.key is None else "-H 'Authorization: Api-Key KEY' "
+    say(f"try: curl {header}{url}/metadata")
 
 
 def _line(text: str, status: int) -> Response:

@@ -170,12 +170,13 @@ class Service:
             line, status = f"error: {error}", 413 if isinstance(error, TooLarge) else 400
         else:
             line, status = f"error: the server failed ({type(error).__name__}); its log has more", 500
-            console.print("".join(traceback.format_exception(error)), soft_wrap=True)
         line = printable(line)[:LONGEST_ERROR]
         # One a second: a client that only errs does not fill the log.
         if time.monotonic() - self._last_complaint > 1:
             self._last_complaint = time.monotonic()
             say(f"{client}: {line}")
+            if status == 500:
+                console.print("".join(traceback.format_exception(error)), soft_wrap=True)
         return line, status
 
     @contextlib.contextmanager
