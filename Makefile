@@ -6,8 +6,11 @@ PYTHON312 ?= python3.12
 LEROBOT := .venv-lerobot
 PLUGIN := packages/lerobot_policy_lapa
 FLOORS := .venv-floors
+# It needs other versions of what this project uses, and only sends requests: an environment of its own.
+SCHEMATHESIS := .venv-schemathesis
+SCHEMATHESIS_VERSION := 4.32.5
 
-.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults check-lerobot check-vla-eval clean
+.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults fuzz-rest check-lerobot check-vla-eval clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -19,6 +22,7 @@ help:
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
 	@echo '                (make bench-latent: the latent action model alone)'
 	@echo 'make faults     kills, two writers, flipped bits, hostile files, odd data: a quarter of an hour'
+	@echo 'make fuzz-rest  2,000 bodies that a server must answer in one line (schemathesis, its own environment: 0.1 GB)'
 	@echo 'make check-lerobot   datasets and policies go both ways between this project and LeRobot, whose commands train,'
 	@echo '                     measure and run a policy (an environment of its own: 5.8 GB)'
 	@echo 'make check-vla-eval  a policy behind vla-eval, in the same environment'
@@ -76,6 +80,14 @@ bench-latent: setup
 faults: setup
 	$(BIN)/python benchmarks/faults.py
 
+$(SCHEMATHESIS)/installed-$(SCHEMATHESIS_VERSION):
+	$(PYTHON) -m venv $(SCHEMATHESIS)
+	$(SCHEMATHESIS)/bin/python -m pip install --quiet --disable-pip-version-check 'schemathesis==$(SCHEMATHESIS_VERSION)'
+	@touch $@
+
+fuzz-rest: setup $(SCHEMATHESIS)/installed-$(SCHEMATHESIS_VERSION)
+	$(BIN)/python benchmarks/fuzz_rest.py --schemathesis $(SCHEMATHESIS)/bin/schemathesis
+
 $(LEROBOT)/installed: pyproject.toml $(PLUGIN)/pyproject.toml $(PLUGIN)/constraints.txt
 	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else 1)' || \
 	  { echo 'LeRobot is tested with Python 3.12. Run: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
@@ -95,4 +107,4 @@ check-vla-eval: $(LEROBOT)/installed
 	$(LEROBOT)/bin/python benchmarks/check_vla_eval.py runs/check-vla-eval
 
 clean:
-	rm -rf .venv $(LEROBOT) $(FLOORS) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(LEROBOT) $(FLOORS) $(SCHEMATHESIS) .pytest_cache .mypy_cache .ruff_cache
