@@ -116,7 +116,12 @@ def browser(profile: Path) -> Iterator[Browser]:
     command = [CHROMIUM, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}", "--disable-gpu"]
     # Without these it asks the network for updates; a shared memory of containers is too small for it.
     command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else []), "about:blank"]
+    command += [
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        *(["--no-sandbox"] if os.geteuid() == 0 else []),
+        "about:blank",
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             with connect(_address(profile, process), max_size=None, proxy=None) as socket:
