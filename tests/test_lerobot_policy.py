@@ -4,6 +4,8 @@ Skipped where LeRobot or the plugin is not installed; `make check-lerobot` runs 
 """
 
 import json
+import shutil
+from fnmatch import fnmatch
 from importlib.metadata import distribution
 
 import numpy as np
@@ -240,3 +242,26 @@ def test_what_does_not_fit_is_named(tmp_path):
     config.pretrained_path = folder
     with pytest.raises(UserError, match=r"predicts actions of 3 dimensions \(x, y, grip\), the dataset .* has 2"):
         make_policy(config, ds_meta=LeRobotDatasetMetadata("somebody/squares", data.root))
+
+
+def test_a_repository_of_the_hub_needs_only_what_lerobot_pushes(tmp_path, monkeypatch):
+    policy = acting_policy("smolvlm", "chunk", tmp_path)
+    opened(exported(policy, tmp_path)).save_pretrained(tmp_path / "saved")
+    asked = {}
+
+    def snapshot(repo_id: str, allow_patterns: list[str], **options) -> str:
+        """As LeRobot pushes: files of three kinds; and as the hub sends them: those that are asked for."""
+        asked.update(options, repo_id=repo_id)
+        for path in (tmp_path / "saved").rglob("*"):
+            name = str(path.relative_to(tmp_path / "saved"))
+            pushed = any(fnmatch(name, pattern) for pattern in ("*.safetensors", "*.json", "*.yaml", "*.md"))
+            if path.is_file() and pushed and any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "snapshot" / name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("lerobot_policy_lapa.modeling_lapa.snapshot_download", snapshot)
+    loaded = LapaPolicy.from_pretrained("somebody/policy", revision="v2", token="secret")
+    assert (asked["repo_id"], asked["revision"], asked["token"]) == ("somebody/policy", "v2", "secret")
+    chunk_BKA = loaded.predict_action_chunk(batched([observation()]))
+    np.testing.assert_array_equal(chunk_BKA[0].numpy(), policy.infer(observation()))
