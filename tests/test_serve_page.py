@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,37 @@ def test_the_page_fits_a_narrow_window(tab: Browser, policy: Policy) -> None:
         for width in (320, 768, 1600):
             tab.resize(width, 800)
             assert tab.run("document.documentElement.scrollWidth") <= width
+
+
+def test_only_the_script_of_the_page_runs(tab: Browser, policy: Policy) -> None:
+    with running(policy) as address:
+        tab.open(f"{address}/")
+        tab.until("!document.getElementById('content').hidden")
+        tab.run(
+            "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.bad = 1'}))"
+        )
+        tab.run("document.body.append(Object.assign(document.createElement('img'), {src: 'http://127.0.0.2:9/x.png'}))")
+        assert tab.run("window.bad ?? null") is None
+        tab.until("document.getElementById('state').textContent === 'ready'")
+    refused = " ".join(tab.complaints)
+    assert "script" in refused and "http://127.0.0.2:9/x.png" in refused
+
+
+def test_a_policy_of_several_datasets_acts_as_the_chosen_one(
+    tab: Browser, policy: Policy, images: dict[str, Path]
+) -> None:
+    (key, statistics), (space,) = next(iter(policy.statistics.items())), policy.config.spaces
+    scaled = Statistics(replace(statistics.codec, centres_AN=5 * statistics.codec.centres_AN), statistics.states)
+    config = replace(policy.config, spaces=(space, replace(space, key="other")))
+    both = Policy(policy.model.grown(config).eval(), policy.processor, {key: statistics, "other": scaled})
+    pixels = {camera: np.asarray(Image.open(file)) for camera, file in images.items()}
+    actions_KA = both.under("other").infer({**pixels, "instruction": "", "state": [0.0, 0.0, 0.0]})
+    with running(both) as address:
+        tab.open(f"{address}/")
+        tab.until("!document.getElementById('content').hidden")
+        for at, file in enumerate(images.values()):
+            tab.choose_files(f"#image-{at}", [file])
+        tab.run("document.getElementById('statistics').value = 'other'")
+        tab.run("document.getElementById('send').click()")
+        tab.until("!document.getElementById('result').hidden")
+        np.testing.assert_allclose(shown_numbers(tab, "result-table"), actions_KA, rtol=2e-3)
