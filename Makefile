@@ -104,6 +104,7 @@ check-lerobot: setup $(LEROBOT)/installed
 	$(LEROBOT)/bin/python benchmarks/check_lerobot_policy.py runs/check-lerobot-policy
 
 check-vla-eval: $(LEROBOT)/installed
+	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/test_vla_eval_server.py
 	$(LEROBOT)/bin/python benchmarks/check_vla_eval.py runs/check-vla-eval
 
 clean:

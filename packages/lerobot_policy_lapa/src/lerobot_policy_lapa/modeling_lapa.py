@@ -205,7 +205,7 @@ def _new_policy(config: LapaConfig, dataset_meta: Any) -> Policy:
         policy=None if config.start is None else Path(config.start),
         from_scratch=config.start is None,
         cameras=tuple(config.cameras) or (() if config.start else dataset.cameras),
-        head=config.head,
+        head=config.head,  # type: ignore[arg-type]
         chunk=config.chunk_size,
         state=config.state,
         held_out=0.0,
