@@ -227,38 +227,52 @@ def test_the_page_runs_only_what_is_in_it(url):
     assert http(f"{url}/nothing")[0] == 404 and http(f"{url}/act")[0] == 405
 
 
+FRONT, WRIST, NUMBERS = image(), image(), RNG.normal(size=8)
+
+
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("maps", "message"),
     [
-        ("libero", {"observation/image": 0, "observation/wrist_image": 1, "observation/state": 8}),
         (
-            "droid",
+            ("libero",),
+            {"observation/image": FRONT, "observation/wrist_image": WRIST, "observation/state": NUMBERS},
+        ),
+        (
+            ("droid",),
             {
-                "observation/exterior_image_1_left": 0,
-                "observation/wrist_image_left": 1,
-                "observation/joint_position": 7,
-                "observation/gripper_position": 1,
+                "observation/exterior_image_1_left": FRONT,
+                "observation/wrist_image_left": WRIST,
+                "observation/joint_position": NUMBERS[:7],
+                "observation/gripper_position": NUMBERS[7:],
             },
+        ),
+        (
+            ("aloha", "images/cam_left_wrist=wrist"),
+            {
+                "images": {
+                    "cam_high": np.moveaxis(FRONT, -1, 0),
+                    "cam_left_wrist": np.moveaxis(WRIST, -1, 0),
+                    "cam_right_wrist": np.moveaxis(WRIST, -1, 0),
+                },
+                "state": NUMBERS,
+            },
+        ),
+        (
+            ("bridge", "observation/image_1=wrist"),
+            {"observation/image_0": FRONT, "observation/image_1": WRIST, "observation/state": NUMBERS},
         ),
     ],
 )
-def test_clients_of_benchmarks_are_served_unchanged(name, message):
+def test_clients_of_benchmarks_are_served_unchanged(maps, message):
     policy = make_policy(state_dim=8)
-    images, numbers = [image(), image()], RNG.normal(size=8)
-    sent, used = {}, 0
-    for key, kind in message.items():
-        if "image" in key:
-            sent[key] = images[kind]
-        else:
-            sent[key], used = numbers[used : used + kind], used + kind
-    own = {"front": images[0], "wrist": images[1], "state": numbers, "instruction": WORDS}
-    with running(policy, map=(name,)) as url, Client(url) as client:
-        assert set(client.metadata["keys"].values()) == {"front", "wrist"}
-        for asked in ({**sent, "prompt": WORDS}, own):
+    own = {"front": FRONT, "wrist": WRIST, "state": NUMBERS, "instruction": WORDS}
+    with running(policy, map=maps) as url, Client(url) as client:
+        assert sorted(client.metadata["keys"].values()) == ["front", "wrist"]
+        for asked in ({**message, "prompt": WORDS}, own):
             np.testing.assert_array_equal(client.ask(asked)["actions"], policy.infer(own))
         assert "shape (3,); this policy reads 8 numbers" in client.ask({**own, "state": [1, 2, 3]})
-        assert "its state is not finite" in client.ask({**own, "state": [*numbers[:7], np.nan]})
-        assert "its state is not finite" in client.ask({**own, "state": np.array([*numbers[:7], 1e300])})
+        assert "its state is not finite" in client.ask({**own, "state": [*NUMBERS[:7], np.nan]})
+        assert "its state is not finite" in client.ask({**own, "state": np.array([*NUMBERS[:7], 1e300])})
         assert "no state" in client.ask({key: value for key, value in own.items() if key != "state"})
 
 

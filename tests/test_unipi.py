@@ -78,6 +78,19 @@ def observation(words: str = "move up", size: int = 48) -> Observation:
     return Observation({"front": RNG.integers(0, 256, (size, size, 3), dtype=np.uint8)}, words)
 
 
+def test_a_joined_policy_is_served(root: Path) -> None:
+    pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
+    from lapa.serve.client import PolicyClient
+    from lapa.serve.server import running
+
+    image = RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    expected_KA = UniPi.from_pretrained(root / "policy", "cpu").infer({"front": image, "instruction": "go right"})
+    with running(root / "policy", device="cpu") as url, PolicyClient(url) as client:
+        assert client.metadata["kind"] == "unipi" and client.metadata["statistics_key"] is None
+        actions_KA = client.infer({"observation/image": image, "prompt": "go right"})
+        np.testing.assert_array_equal(actions_KA, expected_KA)
+
+
 def test_predicted_frames_beat_copies_of_the_current_one(root: Path) -> None:
     figures = read_json(root / "video" / "metrics.json")
     # Nothing is held out, and the names say so.

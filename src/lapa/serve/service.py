@@ -323,7 +323,7 @@ class Service:
             "binary": list(space.binary),
             "control": space.control,
             "fps": actor.fps,
-            "statistics_key": self.statistics_key,
+            "statistics_key": self.statistics_key or None,
             "statistics_keys": [name for name in self.actors if name],
             "max_message_bytes": config.max_message_mib * 2**20,
             "max_image": config.max_image,
