@@ -1,8 +1,8 @@
 """Concurrent requests become batches of the policy, which runs in a thread of its own.
 
-A batch is what waits when the policy is free, up to `max_batch`. Where other clients have sent requests within the last
-second, a batch waits for theirs up to `window_ms`, so that clients in step are answered together; one client alone
-never waits. An observation on which the policy fails does not spoil the others: they are then answered one by one.
+A batch is what waits when the policy is free, up to `max_batch`. Where the policy was asked for other clients within
+the last second, a batch waits for them up to `window_ms`, so that clients in step are answered together; one client
+alone never waits. An observation on which the policy fails does not spoil the others: they are then answered one by one.
 
 Axes: K action chunk, A action dimensions.
 """
@@ -47,7 +47,7 @@ class _Request:
 class Batcher:
     """Answers requests with the policies `actors`, which share weights: one for each key of statistics.
 
-    num_active: the clients that have sent a request lately.
+    num_active: the clients for which it was asked lately, those that wait included.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ from lapa.serve.protocols import KeyMap
 from lapa.types import Observation
 
 PROTOCOL = 1
-# A client is active, so that a batch waits for it, for this long after a request.
+# A batch waits for a client for which the policy was asked no longer ago than this.
 ACTIVE_SECONDS = 1.0
 # Messages above this are read in other threads, so that they do not delay those of others.
 LARGE_MESSAGE = 2**20
@@ -54,7 +54,7 @@ class Session:
     client: str
     key: str | None = None
     plan: Execution | None = None
-    last_request: float = -math.inf
+    last_asked: float = -math.inf
     previous_ms: float | None = None
     num_requests: int = 0
 
@@ -104,7 +104,7 @@ class Service:
         self.num_running = 0
         self.stopping = False
         self._last: tuple[float, str, Observation, np.ndarray] | None = None
-        # When each host sent its last request without a session.
+        # When the policy was last asked for each host without a session.
         self._hosts: dict[str, float] = {}
         self._last_complaint = -math.inf
 
@@ -117,7 +117,7 @@ class Service:
 
     async def reply(self, session: Session, data: bytes | None) -> bytes | str:
         """The reply to a message of the websocket: a packed map, or one line about what is wrong. None: a text came."""
-        begun = session.last_request = time.perf_counter()
+        begun = time.perf_counter()
         session.num_requests += 1
         try:
             if data is None:
@@ -132,7 +132,7 @@ class Service:
             if self.replies_actions:
                 actions_KA, answer = await self._next_action(session, key, observation)
             else:
-                answer = await self.batcher.infer(key, observation)
+                answer = await self._asked(session, key, observation)
                 actions_KA = answer.actions_KA[: self.config.steps_per_call]
         except Exception as error:
             return self.complaint(error, session.client)[0]
@@ -143,7 +143,9 @@ class Service:
         session.previous_ms = self._count(begun, answer, session.client, observation, actions_KA)
         return packed
 
-    async def chunk(self, client: str, size: int, read: Callable[[], dict[str, Any]]) -> tuple[np.ndarray, Any]:
+    async def chunk(
+        self, client: str, size: int, read: Callable[[], dict[str, Any]]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """The chunk for an observation without a session, and its timing. read: returns the message, of `size` bytes.
 
         Raises Busy, UserError, and what the policy raises.
@@ -221,9 +223,14 @@ class Service:
         """The action to execute now, [1, A], and the answer of the policy if it was asked."""
         if session.plan is None or session.key != key:
             session.key, session.plan = key, self._plan(self.actors[key])
-        answer = await self.batcher.infer(key, observation) if session.plan.due else None
+        answer = await self._asked(session, key, observation) if session.plan.due else None
         chunk_KA = np.zeros((0, 0), np.float32) if answer is None else answer.actions_KA
         return session.plan.next(lambda: chunk_KA)[None], answer
+
+    async def _asked(self, session: Session, key: str, observation: Observation) -> Answer:
+        """The policy's answer to a session, which others' batches wait for from now on."""
+        session.last_asked = time.perf_counter()
+        return await self.batcher.infer(key, observation)
 
     def _plan(self, actor: Actor) -> Execution:
         if self.config.ensemble is None:
@@ -285,10 +292,10 @@ class Service:
         return timing["server_ms"]
 
     def _num_active(self) -> int:
-        """Clients that sent a request within ACTIVE_SECONDS."""
+        """Clients for which the policy was asked within ACTIVE_SECONDS."""
         since = time.perf_counter() - ACTIVE_SECONDS
         self._hosts = {host: moment for host, moment in self._hosts.items() if moment >= since}
-        return len(self._hosts) + sum(session.last_request >= since for session in self.sessions)
+        return len(self._hosts) + sum(session.last_asked >= since for session in self.sessions)
 
     def _check_fit(self) -> None:
         """Raises UserError where the options do not fit the policy's chunk."""
