@@ -2,7 +2,8 @@
 
 A batch is what waits when the policy is free, up to `max_batch`. Where the policy was asked for other clients within
 the last second, a batch waits for them up to `window_ms`, so that clients in step are answered together; one client
-alone never waits. An observation on which the policy fails does not spoil the others: they are then answered one by one.
+alone never waits. An observation on which the policy fails does not spoil the others: all are then answered one by
+one.
 
 Axes: K action chunk, A action dimensions.
 """
