@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ from lapa.policy.backbones import create_backbone
 from lapa.policy.config import TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import Policy
+from lapa.serve import client
 from lapa.serve.protocols import from_json
 from lapa.serve.server import running
 
@@ -142,6 +147,39 @@ def test_a_server_with_a_key_is_used_by_who_has_it(tab: Browser, policy: Policy)
         tab.until("document.getElementById('curl').textContent")
         assert "sesame" not in tab.text("body")
     assert all("401" in complaint for complaint in tab.complaints)
+
+
+def test_what_it_offers_to_copy_gives_the_same_actions(
+    tab: Browser, policy: Policy, images: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "KEY_FILE").write_text("sesame\n")
+    for file in images.values():
+        shutil.copy(file, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "lapa_client", client)
+    with running(policy, api_key="sesame") as address:
+        tab.open(f"{address}/")
+        tab.until("!document.getElementById('key-form').hidden")
+        tab.run("document.getElementById('key').focus()")
+        tab.type("sesame")
+        tab.press("Enter", 13, "\r")
+        tab.until("!document.getElementById('content').hidden")
+        for at, file in enumerate(images.values()):
+            tab.choose_files(f"#image-{at}", [file])
+        tab.run("document.getElementById('instruction').value = 'say \"open\"'")
+        tab.run("document.getElementById('state-1').value = '-0.5'")
+        tab.run("document.getElementById('code').open = true")
+        tab.until("document.getElementById('python').textContent.includes('wrist.png')")
+        pixels = {camera: np.asarray(Image.open(file)) for camera, file in images.items()}
+        actions_KA = policy.infer({**pixels, "instruction": 'say "open"', "state": [0.0, -0.5, 0.0]})
+        found: dict[str, Any] = {}
+        exec(tab.text("#python"), found)
+        found["client"].close()
+        np.testing.assert_array_equal(found["actions_KA"], actions_KA)
+        (tmp_path / "observation.json").write_text(tab.run("observation().then(made => JSON.stringify(made))"))
+        if shutil.which("curl"):
+            printed = subprocess.run(tab.text("#curl"), shell=True, check=True, capture_output=True, text=True).stdout
+            np.testing.assert_array_equal(np.float32(json.loads(printed)["actions"]), actions_KA)
 
 
 def test_errors_are_shown_as_their_line(tab: Browser, policy: Policy, images: dict[str, Path], tmp_path: Path) -> None:
