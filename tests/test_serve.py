@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -635,54 +636,83 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     assert "unknown --map 'libro'; did you mean 'libero'" in told
 
 
-# A server of `Scripted` as a process; its policy takes a second, so that a signal comes while it runs.
+def test_a_map_may_be_given_several_times():
+    verb = cli.find_verb(["serve"])
+    assert verb is not None
+    for options in (["--map", "libero", "--map", "qpos=state"], ["--map=libero", "--map=qpos=state"]):
+        assert cli.parse(verb, ["POLICY", *options, "--port", "0"]).map == ("libero", "qpos=state")
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette.applications", "websockets.sync.client", "msgpack"])
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, missing):
+    for name in ("server", "service", "batching", "protocols", "client"):
+        monkeypatch.delitem(sys.modules, f"lapa.serve.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"lapa serve needs {missing}; install it: pip install 'lapa-vla\[serve\]'"):
+        importlib.import_module("lapa.serve.server")
+
+
+# A server as a process; its policy answers an image that is not black only once a signal has come.
 COMMAND = """
-import time
+import threading
 import numpy as np
 from lapa import cli
 from lapa.data.dataset import ActionSpace
 from lapa.policy.runtime import Actor
 from lapa.serve import server
+stopping, say = threading.Event(), server.say
+def noticed(text):
+    say(text)
+    if text.startswith("stopping"):
+        stopping.set()
 class Slow(Actor):
     cameras, chunk, fps, action_space = ("front",), 1, None, ActionSpace(("lift",), (False,))
     def act(self, observations):
         values = [int(each.images["front"][0, 0, 0]) for each in observations]
-        time.sleep(1.5 if any(values) else 0)
+        if any(values):
+            say("acting")
+            assert stopping.wait(60)
         return np.array(values, np.float32)[:, None, None]
+server.say = noticed
 server.load_actors = lambda folder, device: {{"": Slow()}}
 cli.main(["serve", {folder!r}, "--port", "0", *{options}])
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_server_once_running_requests_are_answered(tmp_path, number, status):
     options = ["--host", "0.0.0.0"] if number == signal.SIGTERM else []
     code = COMMAND.format(folder=str(tmp_path), options=options)
     environment = {**os.environ, "COLUMNS": "500", "FORCE_COLOR": "1"}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        lines: list[str] = []
-        address = None
+    lines: list[str] = []
+
+    def read_until(word):
         for line in process.stderr:
             lines.append(line)
-            address = address or re.search(r"http://[\d.]+:\d+", line)
-            if "curl" in line:
-                break
+            if word in line:
+                return
+
+    try:
+        read_until("curl")
+        address = re.search(r"http://[\d.]+:\d+", "".join(lines))
         assert address, "".join(lines)
         with Client(address[0]) as client, ThreadPoolExecutor(1) as threads:
             reply = threads.submit(client.ask, of(9))
-            time.sleep(0.5)
+            read_until("acting")
             process.send_signal(number)
             assert reply.result(30)["actions"][0, 0] == 9
             with pytest.raises(ConnectionClosed):
                 client.socket.recv(20)
-        _, rest = process.communicate(timeout=30)
-        assert process.returncode == status
-        lines += rest.splitlines()
+        read_until("a line that never comes")
+        assert process.wait(30) == status
     finally:
         process.kill()
         process.wait()
-    log = "\n".join(lines)
+        process.stderr.close()
+    log = "".join(lines)
     assert "served 1 requests" in log and "expects: front, instruction" in log and "Traceback" not in log
     warned = [line for line in lines if "whoever reaches 0.0.0.0" in line]
     assert bool(warned) == bool(options)
