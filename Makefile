@@ -101,11 +101,11 @@ check-lerobot: setup $(LEROBOT)/installed
 	$(LEROBOT)/bin/python benchmarks/check_lerobot.py lerobot runs/check-lerobot
 	$(BIN)/python benchmarks/check_lerobot.py read runs/check-lerobot
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/test_lerobot_policy.py tests/test_lerobot_export.py
-	$(LEROBOT)/bin/python benchmarks/check_lerobot_policy.py runs/check-lerobot-policy
+	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python benchmarks/check_lerobot_policy.py runs/check-lerobot-policy
 
 check-vla-eval: $(LEROBOT)/installed
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python -m pytest tests/test_vla_eval_server.py
-	$(LEROBOT)/bin/python benchmarks/check_vla_eval.py runs/check-vla-eval
+	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python benchmarks/check_vla_eval.py runs/check-vla-eval
 
 clean:
 	rm -rf .venv $(LEROBOT) $(FLOORS) $(SCHEMATHESIS) .pytest_cache .mypy_cache .ruff_cache

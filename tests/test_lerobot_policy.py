@@ -16,6 +16,7 @@ from acting_policies import CAMERAS, INSTRUCTION, acting_policy, observation
 from lapa import cli
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
+from lapa.data.writer import DatasetWriter
 from lapa.engine.config import OptimConfig
 from lapa.engine.optim import build_optimizer, learning_rate
 from lapa.errors import UserError
@@ -28,6 +29,7 @@ from test_policy_training import write_labels
 pytest.importorskip("lerobot_policy_lapa", reason="needs LeRobot and its plugin lerobot_policy_lapa")
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot_policy_lapa import LapaConfig, LapaPolicy, make_lapa_pre_post_processors
@@ -265,3 +267,25 @@ def test_a_repository_of_the_hub_needs_only_what_lerobot_pushes(tmp_path, monkey
     assert (asked["repo_id"], asked["revision"], asked["token"]) == ("somebody/policy", "v2", "secret")
     chunk_BKA = loaded.predict_action_chunk(batched([observation()]))
     np.testing.assert_array_equal(chunk_BKA[0].numpy(), policy.infer(observation()))
+
+
+def test_features_of_one_number_have_no_axis_of_their_own_in_lerobot(tmp_path):
+    writer = DatasetWriter(
+        tmp_path / "data", fps=10, cameras={"front": (32, 32)}, action_names=["grip"], state_names=["angle"]
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(2):
+        frames = {"front": rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)}
+        writer.add_episode(frames, "turn", actions=rng.normal(size=(6, 1)), states=rng.normal(size=(6, 1)))
+    data = writer.finish()
+    dataset = LeRobotDataset("somebody/data", data.root, delta_timestamps={"action": [0.0, 0.1]}, video_backend="pyav")
+    config = LapaConfig(device="cpu", preset="debug", chunk_size=2, state=True)
+    made = make_policy(config, ds_meta=dataset.meta).eval()
+    before, after = make_lapa_pre_post_processors(config)
+    batch = before(torch.utils.data.default_collate([dataset[number] for number in (0, 3, 5)]))
+    loss, _ = made(batch)
+    items = EpisodeSteps([data], 32, chunk=2, state=True)
+    wanted = made.model(made.policy.collate([{**items[number], "dataset": "data"} for number in (0, 3, 5)]))
+    assert loss.item() == pytest.approx(wanted.loss.item(), rel=1e-3)
+    assert after(made.select_action(batch)).shape == (3, 1)
+    assert after(made.select_action(before(dataset[0]))).shape[-1] == 1

@@ -120,7 +120,9 @@ class LapaPolicy(PreTrainedPolicy):
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         """The loss of `lapa policy finetune`, and its parts."""
         (key,) = self.policy.statistics
-        actions_BKA = batch[ACTION].float().cpu().numpy()
+        seen = self._observations(batch)
+        # LeRobot drops the last axis of a feature of one number.
+        actions_BKA = batch[ACTION].float().reshape(len(seen), self.policy.chunk, -1).cpu().numpy()
         padded_BK = batch.get(PADDING, torch.zeros(actions_BKA.shape[:2])).bool().cpu().numpy()
         items = [
             {
@@ -132,7 +134,7 @@ class LapaPolicy(PreTrainedPolicy):
                 "actions_KA": actions_BKA[row],
                 "action_mask_K": ~padded_BK[row],
             }
-            for row, one in enumerate(self.policy.checked(self._observations(batch)))
+            for row, one in enumerate(self.policy.checked(seen))
         ]
         tensors = {name: value.to(self.policy.device) for name, value in self.policy.collate(items).items()}
         losses = self.model(tensors)
@@ -168,7 +170,7 @@ class LapaPolicy(PreTrainedPolicy):
         if self.policy.state_dim:
             if STATE not in batch:
                 raise UserError(f"the batch lacks {STATE}; this policy reads {self.policy.state_dim} numbers of it")
-            columns["state"] = batch[STATE]
+            columns["state"] = batch[STATE].reshape(count, -1)
         return [{name: column[row] for name, column in columns.items()} for row in range(count)]
 
 
