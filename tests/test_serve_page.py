@@ -123,8 +123,9 @@ def test_a_person_sees_what_the_policy_expects_and_does(tab: Browser, policy: Po
         np.testing.assert_allclose(shown_numbers(tab, "last-table"), actions_KA, rtol=2e-3)
         assert tab.run("[...document.querySelectorAll('#last-images img')].map(i => i.naturalWidth)") == [64, 40]
         tab.until("document.querySelectorAll('#latency-chart svg .bar').length")
-        tab.run("document.getElementById('code').open = true")
-        tab.until("document.getElementById('python').textContent.includes('front.png')")
+        tab.run("document.getElementById('latency-chart').focus()")
+        tab.press("ArrowLeft", 37)
+        assert re.match(r".*: p50 |no request then", tab.text("#latency-cursor"))
         assert tab.run("[document.querySelectorAll('main script, img[src=x]').length, window.bad ?? null]") == [0, None]
     assert not tab.complaints
     asked = {re.sub("^(data|blob):.*", r"\1", request) for request in tab.requests}
