@@ -266,7 +266,7 @@ class ExportLeRobotConfig:
 
 @dataclass(frozen=True)
 class ImportLeRobotConfig:
-    """Read such a folder back, as it was exported or as `lerobot-train` finetuned it."""
+    """Read a folder of `lapa export lerobot` back, as it was exported or as `lerobot-train` finetuned it."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Folder of LeRobot's, such as CHECKPOINT/pretrained_model."""

@@ -55,7 +55,7 @@ def export(config: ExportLeRobotConfig) -> None:
     if not policy.acts:
         raise UserError(
             f"{config.policy}: only pretrained, it has no robot actions; run `lapa policy finetune --policy "
-            f"{config.policy}`, or finetune it there: lerobot-train --policy.type=lapa --policy.start={config.policy}"
+            f"{config.policy}`, or let LeRobot do it: lerobot-train --policy.type=lapa --policy.start={config.policy}"
         )
     with errors_about(config.policy):
         policy = policy.under(config.statistics_key)

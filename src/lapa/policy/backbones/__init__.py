@@ -5,7 +5,7 @@ hf    any image-text model of transformers
 lwm   Llama over discrete image codes: the released LAPA-7B and LWM
 
 Each has a module with three functions: `create`, a backbone to start training from; `renew`, the same for an existing
-vocabulary; and `load`, a backbone from a policy folder, with its weights or as a frame for others.
+vocabulary; and `load`, a backbone from a policy folder, with its weights or arbitrary ones.
 """
 
 from __future__ import annotations
