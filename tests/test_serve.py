@@ -582,6 +582,7 @@ def test_with_a_key_nothing_but_the_page_answers_without_it(capfd):
         (b" \n", 0o600, "empty; write a key into it"),
         (b"two words", 0o600, "one line of ASCII without blanks"),
         (b"a\nb", 0o600, "one line of ASCII without blanks"),
+        (b"x" * 5000, 0o600, "one line of ASCII without blanks"),
         ("schlüssel".encode(), 0o600, "one line of ASCII without blanks"),
     ],
 )

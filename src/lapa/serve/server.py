@@ -67,6 +67,7 @@ if TYPE_CHECKING:
 
 # What a client without the key may see.
 OPEN_PATHS = ("/", "/healthz")
+LONGEST_KEY = 4096
 # Clients of the websocket at once, and bodies that are read at once; connections of any kind.
 MAX_CLIENTS, MAX_CONNECTIONS = 64, 256
 BODY_SECONDS, DRAIN_SECONDS, SUMMARY_SECONDS = 30.0, 30.0, 60.0
@@ -146,12 +147,13 @@ def read_key(path: Path) -> bytes:
     try:
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise UserError(f"{path}: others can read the key; run: chmod 600 {name}")
-        key = path.read_bytes().strip()
+        with path.open("rb") as file:
+            key = file.read(LONGEST_KEY + 1).strip()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not key:
         raise UserError(f"{path}: empty; write a key into it: openssl rand -hex 32 > {name}")
-    if not all(33 <= byte <= 126 for byte in key):
+    if len(key) > LONGEST_KEY or not all(33 <= byte <= 126 for byte in key):
         raise UserError(f"{path}: a key is one line of ASCII without blanks; write one: openssl rand -hex 32 > {name}")
     return key
 
@@ -420,6 +422,8 @@ def _announce(server: Server) -> None:
     actions = f"{metadata['reply_steps']} x {metadata['action_dim']} actions{rate}"
     say(f"{service.config.policy}: replies with {actions}, on {metadata['device']}")
     say(f"expects: {service.keys.wanted()}")
+    if len(keys := metadata["statistics_keys"]) > 1:
+        say(f"statistics of {', '.join(keys)}: unnorm_key chooses (default: {metadata['statistics_key'] or 'none'})")
     console.print(Text.assemble("at ", (url, "bold"), ": websocket, REST, and a page for the browser"), soft_wrap=True)
     if not server.loopback and server.key is None:
         text = (
