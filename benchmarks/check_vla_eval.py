@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -142,7 +141,7 @@ def served(folder: Path) -> Iterator[str]:
                 time.sleep(1)
         yield f"ws://127.0.0.1:{port}"
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(30)
 
 
