@@ -226,6 +226,9 @@ def test_the_page_runs_only_what_is_in_it(url):
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     assert http(f"{url}/healthz") == (200, "OK")
     assert http(f"{url}/nothing")[0] == 404 and http(f"{url}/act")[0] == 405
+    with pytest.raises(InvalidStatus) as refused, Client(f"{url}/ws"):
+        pass
+    assert (refused.value.response.status_code, refused.value.response.body) == (404, b"error: the websocket is at /")
 
 
 FRONT, WRIST, NUMBERS = image(), image(), RNG.normal(size=8)
@@ -527,6 +530,41 @@ def test_a_message_above_the_bound_closes_only_its_own_connection(bounded):
             client.socket.send(b"x" * 3_000_000)
             client.socket.recv(20)
         assert other.ask(of(5))["actions"][0, 0] == 5
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: \xff\r\nAuthorization: \xff\r\n\r\n",
+        b"POST /act HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /act HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\ncut",
+        UPGRADE + b"\x82\x05plain",
+        UPGRADE + b"\xf2\x80\x00\x00\x00\x00",
+        UPGRADE + b"\x81\x82\x00\x00\x00\x00\xff\xfe",
+        UPGRADE + b"\x82\xff\x7f\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00",
+        UPGRADE + b"\x80\x80\x00\x00\x00\x00",
+    ],
+)
+def test_bytes_that_are_no_protocol_end_only_their_own_connection(bounded, capfd, sent):
+    with Client(bounded) as other:
+        with socket.create_connection(("127.0.0.1", int(bounded.rpartition(":")[2]))) as raw:
+            raw.settimeout(20)
+            raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while part := raw.recv(65536):
+                    answer += part
+        assert b"Traceback" not in answer
+        assert other.ask(of(5))["actions"][0, 0] == 5
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_compression_is_not_agreed_to(bounded):

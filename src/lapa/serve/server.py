@@ -191,6 +191,7 @@ class Server:
         self._app = Starlette(
             routes=[
                 WebSocketRoute("/", self.websocket),
+                WebSocketRoute("/{elsewhere:path}", self.nowhere),
                 Route("/", self.page),
                 Route("/healthz", lambda request: PlainTextResponse("OK")),
                 Route("/metadata", lambda request: JSONResponse(service.metadata)),
@@ -297,6 +298,9 @@ class Server:
         finally:
             sessions.discard(session)
             say(f"{session.client} disconnected after {session.num_requests} requests")
+
+    async def nowhere(self, connection: WebSocket) -> None:
+        await connection.send_denial_response(_line("error: the websocket is at /", 404))
 
     async def page(self, request: Request) -> Response:
         html, headers = load_page()
@@ -424,7 +428,10 @@ def _announce(server: Server) -> None:
     say(f"expects: {service.keys.wanted()}")
     if len(keys := metadata["statistics_keys"]) > 1:
         say(f"statistics of {', '.join(keys)}: unnorm_key chooses (default: {metadata['statistics_key'] or 'none'})")
-    console.print(Text.assemble("at ", (url, "bold"), ": websocket, REST, and a page for the browser"), soft_wrap=True)
+    listening_at = ipaddress.ip_address(server.listener.getsockname()[0])
+    others = f" (from other machines {socket.gethostname()})" if listening_at.is_unspecified else ""
+    what = f"{others}: websocket, REST, and a page for the browser"
+    console.print(Text.assemble("at ", (url, "bold"), what), soft_wrap=True)
     if not server.loopback and server.key is None:
         text = (
             f"warning: whoever reaches {server.listener.getsockname()[0]} can ask the policy and see its last image; "
