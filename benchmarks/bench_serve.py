@@ -146,7 +146,7 @@ def save_policy(config: BenchConfig, folder: Path) -> Policy:
     torch.manual_seed(0)
     sizes = bench_policy.BenchConfig(action_dim=config.action_dim, chunk=config.chunk, bins_chunk=config.chunk)
     built = bench_policy.build(config.size, sizes, torch.device("cpu"), torch.float32)
-    built.policies[config.head].save(folder, run={})
+    built.policies[config.head].save_pretrained(folder, run={})
     return Policy.from_pretrained(folder, "cpu")
 
 

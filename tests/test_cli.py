@@ -295,7 +295,7 @@ def test_missing_dataset_is_one_line(capsys: pytest.CaptureFixture, tmp_path: Pa
 def test_inputs_that_do_not_exist_are_named(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     none, data = str(tmp_path / "none"), str(tmp_path)
     error = failure(capsys, "policy", "finetune", "--policy", none, "--data", data, "--out", none)
-    assert error == f"lapa: error: {none}: {cli.MISSING['policy']}\n"
+    assert error == f"lapa: error: {none}: no such folder; make a policy with `lapa policy pretrain` or `finetune`\n"
     error = failure(capsys, "policy", "pretrain", "--labels", none, "--data", data, "--out", none)
     assert f"{none}: no such labels folder" in error
     error = failure(capsys, "latent", "train", "--data", "vidoes:x", "--out", none)

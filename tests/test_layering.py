@@ -9,12 +9,12 @@ import lapa
 
 PACKAGE = Path(lapa.__file__).parent
 RANKS = {
-    **dict.fromkeys(["types", "errors", "config", "files", "locks", "checksums", "console"], 0),
+    **dict.fromkeys(["types", "errors", "config", "files", "locks", "checksums", "console", "hub", "on_import"], 0),
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),
     **dict.fromkeys(["released", "baselines", "labelling", "envs"], 3),
     **dict.fromkeys(["evaluation", "serve"], 4),
-    **dict.fromkeys(["api", "presets", "subcommand", "demo", "study", "cli", "help", "__main__"], 5),
+    **dict.fromkeys(["api", "automodel", "presets", "subcommand", "demo", "study", "cli", "help", "__main__"], 5),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

@@ -27,7 +27,7 @@ OBSERVATIONS = [observation(seed) for seed in range(2)]
 
 def exported(policy: Policy, folder: Path, **options) -> Path:
     """The folder of an export. That of the policy is gone afterwards."""
-    policy.save(folder / "policy", run=RUN, metrics={"held_out_loss": 0.5})
+    policy.save_pretrained(folder / "policy", run=RUN, metrics={"held_out_loss": 0.5})
     export(ExportLeRobotConfig(folder / "policy", folder / "exported", **options))
     shutil.rmtree(folder / "policy")
     return folder / "exported"

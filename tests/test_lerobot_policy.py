@@ -39,7 +39,7 @@ KINDS = [("tiny", head) for head in HEADS] + [("smolvlm", "chunk"), ("gemma3", "
 
 
 def exported(policy: Policy, folder):
-    policy.save(folder / "policy", run={})
+    policy.save_pretrained(folder / "policy", run={})
     export(ExportLeRobotConfig(folder / "policy", folder / "exported"))
     return folder / "exported"
 

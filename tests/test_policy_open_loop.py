@@ -59,7 +59,7 @@ def policies(square: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone, processor, vocabulary = create_backbone(SMALL, texts=texts, num_cameras=1, segments={"latent": 8})
     config = PolicyConfig(vocabulary, square.cameras, SMALL, latent_length=4, lam_fingerprint="lam")
     pretrained = LatentPolicy(config, backbone)
-    Policy(pretrained, processor).save(root / "pretrained", run={})
+    Policy(pretrained, processor).save_pretrained(root / "pretrained", run={})
     acting = pretrained.grown(
         replace(
             pretrained.config,
@@ -69,7 +69,7 @@ def policies(square: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
             chunk=CHUNK,
         )
     )
-    Policy(acting, processor, {"robot": Statistics(bins)}).save(root / "acting", run={})
+    Policy(acting, processor, {"robot": Statistics(bins)}).save_pretrained(root / "acting", run={})
     return root
 
 

@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
         SMALL, texts=["open the drawer"], num_cameras=2, segments={"latent": 8}
     )
     pretrained = LatentPolicy(PolicyConfig(vocabulary, ("front", "wrist"), SMALL, latent_length=4), backbone)
-    Policy(pretrained, processor).save(root / "pretrained", run={})
+    Policy(pretrained, processor).save_pretrained(root / "pretrained", run={})
     acting = pretrained.grown(
         replace(
             pretrained.config,
@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
             chunk=3,
         )
     )
-    Policy(acting, processor, {"robot": Statistics(bins)}).save(root / "acting", run={"loop": {"steps": 1}})
+    Policy(acting, processor, {"robot": Statistics(bins)}).save_pretrained(root / "acting", run={"loop": {"steps": 1}})
     return root
 
 

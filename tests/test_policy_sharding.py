@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     backbone, processor, vocabulary = lwm.create(SMALL_LWM, texts=["move right"], num_cameras=1, segments={})
     model = LatentPolicy(PolicyConfig(vocabulary, ("front",), SMALL_LWM), backbone)
-    Policy(model, processor).save(root / "lwm", run={})
+    Policy(model, processor).save_pretrained(root / "lwm", run={})
     return root
 
 

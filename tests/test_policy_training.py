@@ -418,7 +418,7 @@ def test_rows_for_bins_that_came_without_bins_are_used(root, pretrained, tmp_pat
     parts = load_policy(pretrained)
     vocabulary = replace(parts.model.config.vocabulary, bins=7)
     model = parts.model.grown(replace(parts.model.config, vocabulary=vocabulary))
-    Policy(model, parts.processor).save(tmp_path / "imported", run={})
+    Policy(model, parts.processor).save_pretrained(tmp_path / "imported", run={})
     config = finetune_config(root, tmp_path / "out", policy=tmp_path / "imported", from_scratch=False, loop=loop(1))
     finetune.run(config)
     after = load_policy(tmp_path / "out").model.config

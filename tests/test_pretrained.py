@@ -188,7 +188,7 @@ def policy(folder: Path) -> Callable[[], object]:
         chunk=3,
     )
     scale = ActionScale.fit(RNG.normal(size=(50, 1)))
-    Policy(LatentPolicy(config, backbone), processor, {"robot": Statistics(scale)}).save(folder, run={})
+    Policy(LatentPolicy(config, backbone), processor, {"robot": Statistics(scale)}).save_pretrained(folder, run={})
     without_checksums(folder)
     return lambda: load_policy(folder)
 
@@ -341,7 +341,7 @@ def hf_policy(folder: Path) -> Callable[[], object]:
     config = HfConfig(source=str(source), image_size=IMAGE_SIZE)
     backbone, processor, vocabulary = hf.create(config, texts=[], num_cameras=1, segments={"latent": 8})
     policy = LatentPolicy(PolicyConfig(vocabulary, ("front",), config, latent_length=4), backbone)
-    Policy(policy, processor).save(folder, run={})
+    Policy(policy, processor).save_pretrained(folder, run={})
     without_checksums(folder)
     return lambda: load_policy(folder)
 

@@ -656,9 +656,11 @@ def failure(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 def test_mistakes_are_one_line(capsys, tmp_path):
     policy = make_policy()
-    policy.save(tmp_path / "acting", run={})
+    policy.save_pretrained(tmp_path / "acting", run={})
     pretrained = PolicyConfig(policy.config.vocabulary, ("front", "wrist"), SMALL)
-    Policy(LatentPolicy(pretrained, policy.model.backbone), policy.processor).save(tmp_path / "pretrained", run={})
+    Policy(LatentPolicy(pretrained, policy.model.backbone), policy.processor).save_pretrained(
+        tmp_path / "pretrained", run={}
+    )
     assert "no such policy folder" in failure(capsys, str(tmp_path / "none"))
     assert "only pretrained" in failure(capsys, str(tmp_path / "pretrained"), "--port", "0")
     with socket.socket() as taken:

@@ -380,7 +380,9 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [PROMPT.format("push 0")]
     backbone, processor, vocabulary = lwm.create(SMALL, texts=texts, num_cameras=1, segments={})
     folder = tmp_path_factory.mktemp("lwm") / "policy"
-    Policy(LatentPolicy(PolicyConfig(vocabulary, ("image",), SMALL), backbone), processor).save(folder, run={})
+    Policy(LatentPolicy(PolicyConfig(vocabulary, ("image",), SMALL), backbone), processor).save_pretrained(
+        folder, run={}
+    )
     return folder
 
 

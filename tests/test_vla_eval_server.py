@@ -17,7 +17,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "vla_eval_server.py"
 def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     policy = acting_policy("tiny", "chunk", folder)
-    policy.save(folder / "policy", run={})
+    policy.save_pretrained(folder / "policy", run={})
     return policy, str(folder / "policy")
 
 

@@ -15,6 +15,8 @@ From videos without action labels to a robot policy. What a user imports is here
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lapa.on_import import after_import
+
 if TYPE_CHECKING:
     from lapa.api import configure, evaluate, finetune, label, pretrain, probe, train_latent
     from lapa.data.dataset import Dataset, Episode
@@ -68,3 +70,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+after_import("transformers.models.auto.configuration_auto", "lapa.automodel:register_configs")
+after_import("transformers.models.auto.modeling_auto", "lapa.automodel:register_models")

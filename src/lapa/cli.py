@@ -125,6 +125,8 @@ VERBS = (
          "a policy in a simulator -> success rates with intervals, and videos"),
     Verb("serve", "lapa.serve.config:ServeConfig", "lapa.serve.server:run",
          "a policy for robots' clients: openpi's websocket, OpenVLA's REST, a page"),
+    Verb("push", "lapa.hub.config:PushConfig", "lapa.hub.push:run",
+         "a model, policy, labels, dataset or results -> the Hugging Face hub"),
     Verb("study run", "lapa.study.config:StudyConfig", "lapa.study.run:run",
          "arms of the study: LAPA, training from scratch, VPT, UniPi and true actions"),
     Verb("study report", "lapa.study.config:ReportConfig", "lapa.study.report:run",
@@ -248,12 +250,13 @@ OPENERS = {
     "data": OPEN_DATASET,
     "statistics": OPEN_DATASET,
     "labels": "lapa.data.labels:Labels.open",
-    "lam": "lapa.files:require_folder_or_hub",
-    "lams": "lapa.files:require_folder_or_hub",
+    "lam": "lapa.hub.download:require_model",
+    "lams": "lapa.hub.download:require_model",
+    "policy": "lapa.hub.download:require_policy",
 }
 # By the name of an option of type Path: the error for one that does not exist.
 MISSING = {
-    "policy": "no such policy folder; make one with `lapa policy pretrain` or `finetune`",
+    "artifact": "no such folder; give that of a model, policy, labels, dataset or results",
     "inverse": "no such folder; train an inverse dynamics model with `lapa baseline inverse`",
     "video": "no such folder; train a video model with `lapa baseline video`",
 }
@@ -273,9 +276,14 @@ def require_inputs(config: Any) -> None:
             opener = OPENERS.get(field.name)
             path = str(item)
             if opener == OPEN_DATASET:
-                from lapa.data.spec import SOURCES, DataSpec
+                from lapa.data.spec import HUB_SOURCE, SOURCES, DataSpec
+                from lapa.hub.download import as_hub_id, require_dataset
 
-                path = DataSpec.parse(path, SOURCES).path
+                spec = DataSpec.parse(path, SOURCES)
+                path = spec.path
+                if spec.source in (None, HUB_SOURCE) and as_hub_id(path) is not None:
+                    require_dataset(path)
+                    continue
             if "://" in path or Path(path).exists():
                 continue
             if opener:

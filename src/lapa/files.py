@@ -408,31 +408,3 @@ def fingerprint(*paths: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def hub_folder(
-    folder_or_hub_id: str | Path, patterns: Iterable[str] | None, hint: str = "", kind: str = "model"
-) -> Path:
-    """The folder itself where it exists, else the snapshot of a hub repository with the files that match `patterns`.
-
-    patterns: None for all files; kind: `model` or `dataset`.
-    Raises UserError, which ends with `hint`, where there is neither.
-    """
-    if Path(folder_or_hub_id).is_dir():
-        return Path(folder_or_hub_id)
-    if str(folder_or_hub_id).startswith(("/", ".", "~")) or str(folder_or_hub_id).count("/") > 1:
-        raise UserError(f"{folder_or_hub_id}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        wanted = None if patterns is None else list(patterns)
-        return Path(snapshot_download(str(folder_or_hub_id), allow_patterns=wanted, repo_type=kind))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = _first_line(error)
-        raise UserError(f"{folder_or_hub_id}: neither a folder here nor a {kind} on the hub ({reason}){hint}") from None
-
-
-def require_folder_or_hub(folder_or_hub_id: str | Path) -> None:
-    """Raises UserError where there is neither a folder nor a repository on the hub; downloads nothing."""
-    hub_folder(folder_or_hub_id, ())

@@ -20,12 +20,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lapa import config as configs
-from lapa.checksums import opened_line, read_sums, require_sum, sealed_line, verify, write_marker
+from lapa.checksums import SUMS, opened_line, read_sums, require_sum, sealed_line, verify, write_marker
 from lapa.errors import UserError
 from lapa.files import as_path, atomic_path, find_files, open_for_arrow, reading
+from lapa.hub.download import as_hub_id, hub_folder
+from lapa.hub.push import push_folder
 
 MANIFEST = "manifest.json"
 SHARDS = "episodes-*.parquet"
+# What is downloaded from the hub.
+FILES = (MANIFEST, SHARDS, SUMS)
 # The columns with several numbers a row.
 LISTS = ("codes", "embedding")
 # The key of a shard's notes in its schema.
@@ -222,12 +226,23 @@ class Labels:
 
     @classmethod
     def open(
-        cls, folder: str | Path, *, lam_fingerprint: str | None = None, dataset_fingerprint: str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        lam_fingerprint: str | None = None,
+        dataset_fingerprint: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Labels:
-        """Opens a labels folder.
+        """Opens a labels folder, or labels by their id on the hub.
 
-        Raises UserError naming the folder where it is unfinished, or where its fingerprints differ from the given ones.
+        revision: a branch, tag or commit on the hub (`user/name@revision` names one too). token: by default the one
+        that is logged in. Raises UserError naming the folder where it is unfinished, or where its fingerprints differ
+        from the given ones.
         """
+        if as_hub_id(folder, revision) is not None:
+            make = "; or make labels with `lapa label --lam LAM --data DATASET`"
+            folder = hub_folder(folder, FILES, make, "dataset", marker=MANIFEST, revision=revision, token=token)
         folder = as_path(folder)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such labels folder; make one with `lapa label --lam LAM --data DATASET`")
@@ -246,6 +261,18 @@ class Labels:
         columns, sums = ["episode_index", "frame_index", "codes"], read_sums(folder)
         paths = sorted(find_files(folder, SHARDS), key=shard_episodes)
         return cls(folder, manifest, ((path, read_shard(path, columns, sums.get(path.name))) for path in paths))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Pushes the labels to the dataset repository `user/name`; as `LatentActionModel.push_to_hub`."""
+        return push_folder(self.folder, repo_id, private=private, revision=revision, token=token, license=license)
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the labelled frames of an episode, (frame_indices_T, codes_TL), both int64, perhaps empty."""

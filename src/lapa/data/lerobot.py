@@ -77,6 +77,7 @@ from lapa.files import (
     open_for_arrow,
     read_json,
 )
+from lapa.hub.push import push_folder
 
 # Parquet files whose numbers stay in memory: they are read episode by episode, mostly in order.
 OPEN_TABLES = 8
@@ -185,6 +186,18 @@ class LeRobotDataset(Dataset):
         known = noted.get(ACTION_SPACE, {})
         declared = self._declared and isinstance(known, dict)
         return {**noted, ACTION_SPACE: {**known, **self._declared}} if declared else noted
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Pushes the folder to the dataset repository `user/name`; as `LatentActionModel.push_to_hub`."""
+        return push_folder(self.root, repo_id, private=private, revision=revision, token=token, license=license)
 
     def image_shape(self, camera: str | None = None) -> tuple[int, int]:
         """Returns the height and width of a camera's stored images."""

@@ -196,9 +196,7 @@ def _time_flaw(seconds_T: np.ndarray, fps: float) -> str:
 
 def _require_folder(root: Path) -> None:
     if not root.is_dir():
-        hub = f"; `lerobot:{root}` reads it from the hub" if len(root.parts) == 2 and not root.is_absolute() else ""
-        make = f"make one with `lapa data videos FOLDER --out {root}`"
-        raise UserError(f"{root}: no such dataset folder; {make}{hub}")
+        raise UserError(f"{root}: no such dataset folder; make one with `lapa data videos FOLDER --out {root}`")
     if not (root / INFO).exists():
         if (root / JOURNAL).exists():
             raise UserError(f"{root}: unfinished dataset; run the command that was writing it again with --resume")

@@ -2,6 +2,7 @@
 
     data/clips                                     a dataset folder
     s3://bucket/clips                              the same, elsewhere (fsspec)
+    lerobot/pusht@main                             on the hub, as lerobot:lerobot/pusht@main; @REVISION may be left out
     bridge=data/bridge:0.5                         by a name of its own, drawn half as often
     rlds:bridge_dataset/1.0.0,camera=image_0       another source, in place, with options of its own
     ego=narrated:videos,horizon=2.4:1.0            frame pairs 2.4 s apart
@@ -29,6 +30,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.lerobot import LeRobotDataset
 from lapa.errors import UserError, unknown
 from lapa.files import as_path
+from lapa.hub.download import as_hub_id
 
 ENTRY_POINTS = "lapa.sources"
 # Source -> its reading options. `lapa data SOURCE` converts from the same.
@@ -41,6 +43,8 @@ SOURCES = {
     "lerobot": "lapa.sources.lerobot:LeRobotReading",
     "lapa-jsonl": "lapa.sources.lapa_jsonl:LapaJsonlReading",
 }
+# The source that reads a dataset by its id on the hub.
+HUB_SOURCE = "lerobot"
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*)=(?=.)")
 WEIGHT = re.compile(r":([0-9.]+(?:e-?[0-9]+)?)$")
 OPTION = re.compile(r",([a-z][a-z_-]*)=([^,]*)$")
@@ -49,13 +53,15 @@ Options = TypeVar("Options")
 
 
 def open_dataset(data: Path | str) -> Dataset:
-    """Opens a dataset folder (LeRobotDataset v3.0 or v2.1), or any source by a spec such as "rlds:PATH".
+    """Opens a dataset folder (LeRobotDataset v3.0 or v2.1), one of the hub by its id, or any source by a spec.
 
     The form is `[NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]`.
     Raises UserError naming the file, what is wrong with it, and how to fix it.
     """
     sources = _sources()
     spec = DataSpec.parse(str(data), sources)
+    if spec.source is None and as_hub_id(spec.path) is not None:
+        spec = dataclasses.replace(spec, source=HUB_SOURCE)
     options = dict(spec.options)
     horizon = options.pop("horizon", None)
     dataset: Dataset

@@ -14,7 +14,7 @@ class EvaluateConfig:
     """Rolls a policy out and counts its successes."""
 
     policy: Annotated[str, tyro.conf.Positional]
-    """Folder of a finetuned policy, or `random` or `expert` as baselines."""
+    """Folder of a finetuned policy or its id on the hub, or `random` or `expert` as baselines."""
     out: Path
     """Folder for results.json and the videos."""
     env: str = "metaworld"

@@ -33,6 +33,7 @@ from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
 from lapa.files import claim_output, find_files, fingerprint, read_json, write_json
+from lapa.hub.download import as_hub_id
 from lapa.locks import locks_output
 
 if TYPE_CHECKING:
@@ -260,7 +261,8 @@ def _row(result: EpisodeResult) -> dict[str, Any]:
 
 def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
     """Raises UserError for options that cannot be meant, before anything is imported or rendered."""
-    if config.policy not in BASELINES and not Path(config.policy).is_dir():
+    known = config.policy in BASELINES or Path(config.policy).is_dir() or as_hub_id(config.policy) is not None
+    if not known:
         raise UserError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
     require_at_least(config, episodes=1, parallel=1, videos=0, workers=0, max_steps=1, steps_per_call=1, size=16)
     if config.max_steps is not None and config.max_steps > kind.longest:
@@ -275,10 +277,13 @@ def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
 
 def _identity(config: EvaluateConfig) -> dict[str, Any]:
     """Everything that the results depend on: the settings, and the policy's contents."""
-    folder = Path(config.policy)
-    files = [*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")]
-    found = [] if config.policy in BASELINES else sorted(files)
-    contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
+    contents: list[Path] = []
+    if config.policy not in BASELINES:
+        from lapa.policy.runtime import policy_folder
+
+        folder = policy_folder(config.policy)
+        found = sorted([*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")])
+        contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
     # A policy is the same under another path, which its fingerprint tells.
     volatile = ("out", "workers", "parallel", "overwrite", "resume", *(("policy",) if contents else ()))
     settings = {name: value for name, value in to_dict(config).items() if name not in volatile}

@@ -29,6 +29,7 @@ from transformers.utils import logging
 from lapa import files
 from lapa.console import warn
 from lapa.errors import UserError
+from lapa.hub.download import hub_folder
 from lapa.nn.pretrained import load_model, read_config
 from lapa.nn.saved import damaged
 from lapa.nn.weights import require_finite_weights
@@ -147,7 +148,7 @@ class VisionTower(nn.Module):
         without a square patch grid.
         """
         gated = "; if it is gated (DINOv3), accept its licence there and run `hf auth login`"
-        folder = files.hub_folder(name_or_folder, ["*.json", "*.safetensors"], gated)
+        folder = hub_folder(name_or_folder, ["*.json", "*.safetensors"], gated)
         model = _load_model(folder, name_or_folder)
         mean, std = _normalisation(folder, name_or_folder)
         try:

@@ -32,6 +32,8 @@ from lapa import checksums, files
 from lapa import config as configs
 from lapa.data.transforms import as_image, resize_and_crop
 from lapa.errors import UserError
+from lapa.hub.download import hub_folder
+from lapa.hub.push import push_saved
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.quantizers import NO_CODES, build_quantizer, mean_everywhere
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 
 WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
+# In config.json, by which AutoModel of transformers finds the class (lapa.automodel).
+MODEL_TYPE = "lapa_lam"
 # In config.json, the datasets that a model learned from: fingerprint -> name and horizon.
 DATASETS, HORIZON = "datasets", "horizon_seconds"
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*", checksums.SUMS)
@@ -94,6 +98,7 @@ class LatentActionModel(TrainableModel, nn.Module):
         """tower: the frozen vision tower, by default loaded by the name config.vision_tower."""
         super().__init__()
         self.config = config
+        self.notes: dict[str, Any] = {}
         if config.vision_tower is not None and tower is None:
             tower = _load_tower(config.vision_tower, config)
         self.tower = tower
@@ -342,19 +347,29 @@ class LatentActionModel(TrainableModel, nn.Module):
         return loss, parts
 
     def save_pretrained(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Writes model.safetensors, the vision tower if any, then config.json: {**extra, "model": its config}."""
+        """Writes model.safetensors, the vision tower if any, then config.json: the model's config and `extra`.
+
+        extra: other entries of config.json; by default those that the model was loaded with.
+        """
         folder = Path(folder)
         (folder / CONFIG).unlink(missing_ok=True)
         save_weights(self, folder / WEIGHTS)
         if self.tower is not None:
             self.tower.save_pretrained(folder / TOWER)
-        whole = {**(extra or {}), "model": configs.to_dict(self.config)}
+        noted = self.notes if extra is None else extra
+        whole = {**noted, "model_type": MODEL_TYPE, "model": configs.to_dict(self.config)}
         checksums.write_marker(folder, CONFIG, whole, [WEIGHTS, *checksums.files_below(folder, TOWER)])
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path) -> LatentActionModel:
-        """A saved model, on the CPU, in evaluation mode. Raises UserError naming the file that is missing or wrong."""
-        folder = files.hub_folder(folder_or_hub_id, SAVED)
+    def from_pretrained(
+        cls, folder_or_hub_id: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> LatentActionModel:
+        """A saved model, on the CPU, in evaluation mode: from a folder, or by its id on the hub.
+
+        revision: a branch, tag or commit on the hub (`user/name@revision` names one too). token: by default the one
+        that is logged in. Raises UserError naming the file that is missing or wrong.
+        """
+        folder = _saved_folder(folder_or_hub_id, revision=revision, token=token)
         config = _read_config(folder)
         checksums.verify(folder, "copy or train the model again")
         require_sizes(folder / CONFIG, configs.to_dict(config), shapes_of_file(folder / WEIGHTS))
@@ -362,12 +377,31 @@ class LatentActionModel(TrainableModel, nn.Module):
         require_fit(lambda: cls(config, tower), folder / CONFIG, folder / WEIGHTS)
         model = cls(config, tower)
         load_weights(model, folder / WEIGHTS)
+        model.notes = {key: value for key, value in files.read_json(folder / CONFIG).items() if key != "model"}
         return model.eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Pushes the model to `user/name`, which is made where it does not exist. Returns the address of its page.
+
+        private: of a new repository. revision: a branch. license: for the card, such as apache-2.0. `lapa push LAM`
+        adds the figures of the folder. Raises UserError where the hub refuses it or the connection breaks.
+        """
+        return push_saved(
+            self.save_pretrained, repo_id, private=private, revision=revision, token=token, license=license
+        )
 
 
 def lam_fingerprint(folder_or_hub_id: str | Path) -> str:
     """Identity of a saved model, from its weights and its config (16 hex digits); stored in labels."""
-    folder = files.hub_folder(folder_or_hub_id, SAVED)
+    folder = _saved_folder(folder_or_hub_id)
     config = _read_config(folder)
     weights = [folder / WEIGHTS] + [folder / TOWER / WEIGHTS] * config.uses_features
     for path in weights:
@@ -384,7 +418,7 @@ def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentAct
     """
     if dataset.horizon is not None:
         return dataset.horizon
-    path = files.hub_folder(folder_or_hub_id, SAVED) / CONFIG
+    path = _saved_folder(folder_or_hub_id) / CONFIG
     known = files.read_json(path).get(DATASETS, {})
     try:
         seconds = known.get(dataset.fingerprint, {}).get(HORIZON)
@@ -394,6 +428,11 @@ def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentAct
         raise ValueError(seconds)
     except (AttributeError, OverflowError, TypeError, ValueError):
         raise UserError(f'{path}: "{DATASETS}" must hold {{FINGERPRINT: {{"{HORIZON}": SECONDS}}}}') from None
+
+
+def _saved_folder(folder_or_hub_id: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The folder of a saved model, or the hub's copy of it."""
+    return hub_folder(folder_or_hub_id, SAVED, marker=CONFIG, revision=revision, token=token)
 
 
 def relative_error(ours_BLD: Float[Tensor, "B L D"], wanted_BLD: Float[Tensor, "B L D"]) -> Tensor:

@@ -180,7 +180,7 @@ class TrainingOptions:
     out: Path
     """Folder of the policy to write."""
     policy: Path | None = None
-    """The policy to start from."""
+    """Folder of the policy to start from, or its id on the hub."""
     preset: str = "tiny"
     """Defaults of the other options: debug, tiny, base, paper, smolvlm2-500m, qwen3-vl-2b or paligemma-3b."""
     backbone: str = "tiny"
@@ -281,12 +281,12 @@ class MeasureConfig:
     """Open-loop evaluation of a policy on recorded episodes."""
 
     policy: Annotated[Path, tyro.conf.Positional]
-    """Folder of a policy."""
+    """Folder of a policy, or its id on the hub."""
     data: str
     """Dataset to evaluate on, with actions or with --labels:
     [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
     out: Path | None = None
-    """Folder of measure.json; by default POLICY/measure_DATASET."""
+    """Folder of measure.json; by default POLICY/measure_DATASET, or measure_DATASET for a policy from the hub."""
     labels: str | None = None
     """Labels of the dataset, to evaluate latent actions; needed for a policy that was only pretrained."""
     samples: int = 512

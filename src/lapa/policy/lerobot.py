@@ -37,7 +37,17 @@ from lapa.policy.backbones import Processor, load_backbone
 from lapa.policy.backbones.base import require_room
 from lapa.policy.config import ExportLeRobotConfig, ImportLeRobotConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.runtime import CONFIG, MODEL, PROCESSOR, Policy, is_policy, load_policy, load_statistics, read_config
+from lapa.policy.runtime import (
+    CONFIG,
+    MODEL,
+    PROCESSOR,
+    Policy,
+    is_policy,
+    load_policy,
+    load_statistics,
+    policy_folder,
+    read_config,
+)
 
 WEIGHTS, PARTS, METRICS = "model.safetensors", "lapa", "metrics.json"
 TYPE = "lapa"
@@ -51,7 +61,8 @@ PLACES = ("data", "labels", "statistics", "policy", "out")
 @locks_output
 def export(config: ExportLeRobotConfig) -> None:
     """`lapa export lerobot`. Raises UserError where the policy cannot act, or the statistics are to be chosen."""
-    policy = load_policy(config.policy)
+    folder = policy_folder(config.policy)
+    policy = load_policy(folder)
     if not policy.acts:
         raise UserError(
             f"{config.policy}: only pretrained, it has no robot actions; run `lapa policy finetune --policy "
@@ -61,8 +72,7 @@ def export(config: ExportLeRobotConfig) -> None:
         policy = policy.under(config.statistics_key)
     finished = (config.out / CONFIG).exists()
     claim_output(config.out, complete=finished, overwrite=config.overwrite, resumable=False, inputs=[config.policy])
-    written = read_json(config.policy / CONFIG)
-    run, metrics = written.get("run", {}), _metrics(config.policy)
+    run, metrics = policy.run, _metrics(folder)
     write_parts(policy, config.out, run=run, metrics=metrics)
     with atomic_path(config.out / WEIGHTS) as temporary:
         save_model(nn.ModuleDict({ATTRIBUTE: policy.model}), str(temporary), metadata={"format": "pt"})
@@ -80,7 +90,7 @@ def read_back(config: ImportLeRobotConfig) -> None:
     claim_output(
         config.out, complete=is_policy(config.out), overwrite=config.overwrite, resumable=False, inputs=[config.folder]
     )
-    policy.save(config.out, run=run, metrics=_metrics(config.folder / PARTS))
+    policy.save_pretrained(config.out, run=run, metrics=_metrics(config.folder / PARTS))
     finish("policy", config.out, [f"lapa evaluate {config.out} --env ENVIRONMENT --out RESULTS"])
 
 

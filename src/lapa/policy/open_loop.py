@@ -16,6 +16,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from lapa.errors import UserError
 from lapa.files import claim_output, errors_about, write_json
 from lapa.locks import locks_output
 from lapa.policy.config import MeasureConfig
-from lapa.policy.runtime import Actor, Policy, load_actor, load_policy
+from lapa.policy.runtime import Actor, Policy, load_actor, load_policy, policy_folder
 from lapa.policy.training import require_same_codes, slot_cameras
 from lapa.types import Observation
 
@@ -60,7 +61,8 @@ def run(config: MeasureConfig) -> None:
         require_same_codes(policy.config, labels.manifest, config.policy)
         slot_cameras(policy.cameras, [dataset], config.cameras)
         places = _labelled_places(labels, dataset, config)
-    out = config.out or config.policy / f"measure_{dataset.name}"
+    # A policy from the hub has no folder here to write into.
+    out = config.out or (config.policy if config.policy.is_dir() else Path()) / f"measure_{dataset.name}"
     claim_output(
         out,
         complete=(out / MEASURES).exists(),
@@ -236,7 +238,7 @@ def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor 
     """The policy whose latent actions are evaluated (None without labels), and the actor (None if it cannot act)."""
     if not latent:
         return None, load_actor(config.policy, config.statistics_key, config.device)
-    policy = load_policy(config.policy)
+    policy = load_policy(policy_folder(config.policy))
     with errors_about(config.policy):
         policy = policy.under(config.statistics_key)
     if policy.acts:

@@ -34,12 +34,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lapa import config as configs
-from lapa.checksums import files_below, verify, write_marker
+from lapa.checksums import SUMS, files_below, verify, write_marker
 from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
-from lapa.files import errors_about, hub_folder, read_json, write_json
+from lapa.files import errors_about, read_json, write_json
+from lapa.hub.download import hub_folder
+from lapa.hub.push import push_saved
 from lapa.nn.saved import require_fit, require_sizes, shapes_of_folder
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionBins, ActionScale, Statistics, most_bins, save_keyed
@@ -49,7 +51,11 @@ from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.types import Observation
 
 CONFIG, HEAD, ACTIONS, STATES = "config.json", "head.safetensors", "actions.safetensors", "state.safetensors"
-MODEL, PROCESSOR = "model", "processor"
+METRICS, MODEL, PROCESSOR = "metrics.json", "model", "processor"
+# What is downloaded from the hub: the files of a policy, and the parts of one of OTHER_ACTORS.
+SAVED = (CONFIG, HEAD, ACTIONS, STATES, METRICS, SUMS, f"{MODEL}/*", f"{PROCESSOR}/*", "video/*", "inverse/*")
+# In config.json, by which AutoModel of transformers finds the class (lapa.automodel).
+MODEL_TYPE = "lapa_policy"
 # The key of the statistics in policies saved before statistics were always kept by dataset.
 UNNAMED = "default"
 # `kind` in config.json -> class of policies that are not of this module.
@@ -139,6 +145,7 @@ class Policy(Actor):
 
     model: the module. processor: images and text to tensors. statistics: bins or scale of actions and states by the
     name of the dataset; none before finetuning, one set where a policy learned from one dataset or pools several.
+    run, metrics: the config of the run that made it and its last figures, empty where they are not known.
     """
 
     def __init__(
@@ -147,6 +154,8 @@ class Policy(Actor):
         super().__init__()
         self.model, self.processor = model, processor
         self.statistics = dict(statistics or {})
+        self.run: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
 
     @classmethod
     def from_pretrained(
@@ -157,15 +166,19 @@ class Policy(Actor):
         statistics_key: str | None = None,
         dtype: torch.dtype | None = None,
         compile: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Policy:
         """Loads a policy that acts, from a folder or by its id on the hub.
 
+        revision: a branch, tag or commit on the hub (`user/name@revision` names one too). token: by default the one
+        that is logged in.
         statistics_key: the dataset whose statistics and prompt it acts with, where it was trained on several.
         dtype: of the weights; by default as saved, and bfloat16 on a GPU, as in training.
         compile: decode through torch.compile, on a GPU as CUDA graphs; the first calls take long.
         Raises UserError where the folder is unfinished, or the policy was pretrained and never finetuned.
         """
-        policy = _load_acting(folder)
+        policy = _load_acting(folder, revision=revision, token=token)
         with errors_about(Path(folder)):
             policy = policy.under(statistics_key)
         return policy.to(device, dtype=dtype, compile=compile)
@@ -251,7 +264,9 @@ class Policy(Actor):
             action_bins=most_bins([chosen.codec]),
             state_bins=most_bins([chosen.states]),
         )
-        return Policy(self.model.grown(config).eval(), self.processor, {key: chosen})
+        policy = Policy(self.model.grown(config).eval(), self.processor, {key: chosen})
+        policy.run, policy.metrics = self.run, self.metrics
+        return policy
 
     def by_statistics(self) -> dict[str, Policy]:
         """This policy as it acts with each of its statistics, by their key; all share its weights."""
@@ -290,8 +305,13 @@ class Policy(Actor):
         )
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def save(self, folder: Path, *, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Writes a policy folder, `config.json` last. run: the resolved config of the run that made it."""
+    def save_pretrained(
+        self, folder: str | Path, *, run: Mapping[str, Any] | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes a policy folder, `config.json` last.
+
+        run: the resolved config of the run that made it; metrics: its figures; by default those it was loaded with.
+        """
         folder = Path(folder)
         (folder / CONFIG).unlink(missing_ok=True)
         (folder / MODEL).mkdir(parents=True, exist_ok=True)
@@ -300,20 +320,40 @@ class Policy(Actor):
             save_weights(self.model.head, folder / HEAD)
         self.save_parts(folder, run=run, metrics=metrics)
 
-    def save_parts(self, folder: Path, *, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Writes all of a policy folder but the weights, `config.json` last. Arguments as of `save`."""
+    def save_parts(
+        self, folder: Path, *, run: Mapping[str, Any] | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes all of a policy folder but the weights, `config.json` last. Arguments as of `save_pretrained`."""
         (folder / PROCESSOR).mkdir(parents=True, exist_ok=True)
         self.processor.save(folder / PROCESSOR)
         save_keyed(folder / ACTIONS, {key: each.codec for key, each in self.statistics.items()})
         save_keyed(folder / STATES, {key: each.states for key, each in self.statistics.items()})
-        write_json(folder / "metrics.json", metrics or {})
-        write_policy_config(folder, self.config, run)
+        write_json(folder / METRICS, dict(self.metrics if metrics is None else metrics))
+        write_policy_config(folder, self.config, self.run if run is None else run)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Pushes the policy to `user/name`, which is made where it does not exist. Returns the address of its page.
+
+        private: of a new repository. revision: a branch. license: for the card, such as apache-2.0. `lapa push POLICY`
+        adds the figures of the folder. Raises UserError where the hub refuses it or the connection breaks.
+        """
+        return push_saved(
+            self.save_pretrained, repo_id, private=private, revision=revision, token=token, license=license
+        )
 
 
 def write_policy_config(folder: Path, config: PolicyConfig, run: Mapping[str, Any]) -> None:
     """Writes `config.json`, which marks a policy folder as complete, and the checksums of its files."""
-    own = [name for name in (HEAD, ACTIONS, STATES, "metrics.json") if (folder / name).exists()]
-    whole = {"policy": configs.to_dict(config), "run": dict(run)}
+    own = [name for name in (HEAD, ACTIONS, STATES, METRICS) if (folder / name).exists()]
+    whole = {"model_type": MODEL_TYPE, "policy": configs.to_dict(config), "run": dict(run)}
     write_marker(folder, CONFIG, whole, [*own, *files_below(folder, MODEL, PROCESSOR)])
 
 
@@ -432,10 +472,19 @@ def _state(state: Any, state_dim: int) -> Float[np.ndarray, "S"] | None:
     return None if state is None else np.asarray(state, np.float32)
 
 
-def load_actor(folder: Path | str, statistics_key: str | None = None, device: str = "auto") -> Actor:
-    """Loads the policy in a folder, of the kind that its config.json names: a `Policy`, or one of OTHER_ACTORS.
+def policy_folder(
+    folder_or_hub_id: Path | str, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The folder of a policy of any kind, or the hub's copy of it. Raises UserError where there is neither."""
+    hint = "; make a policy with `lapa policy pretrain` or `finetune`"
+    return hub_folder(folder_or_hub_id, SAVED, hint, marker=CONFIG, revision=revision, token=token)
 
-    statistics_key: as of `Policy.from_pretrained`. Raises UserError where nothing there can act.
+
+def load_actor(folder: Path | str, statistics_key: str | None = None, device: str = "auto") -> Actor:
+    """Loads the policy in a folder or on the hub, of the kind that its config.json names.
+
+    That is a `Policy`, or one of OTHER_ACTORS. statistics_key: as of `Policy.from_pretrained`. Raises UserError where
+    nothing there can act.
     """
     if (other := _load_other(folder, device)) is None:
         return Policy.from_pretrained(folder, device, statistics_key=statistics_key)
@@ -454,9 +503,9 @@ def load_actors(folder: Path | str, device: str = "auto") -> dict[str, Actor]:
     return {key: policy.to(device) for key, policy in _load_acting(folder).by_statistics().items()}
 
 
-def _load_acting(folder: Path | str) -> Policy:
+def _load_acting(folder: Path | str, *, revision: str | None = None, token: str | bool | None = None) -> Policy:
     """Loads a policy with all its statistics, on the CPU. Raises UserError where it was only pretrained."""
-    policy = load_policy(hub_folder(folder, None))
+    policy = load_policy(policy_folder(folder, revision=revision, token=token))
     if not policy.acts:
         raise UserError(
             f"{folder}: only pretrained, it has no robot actions; "
@@ -467,13 +516,13 @@ def _load_acting(folder: Path | str) -> Policy:
 
 def _load_other(folder: Path | str, device: str) -> Actor | None:
     """Loads a policy of OTHER_ACTORS; None where the folder holds none."""
-    path = Path(folder) / CONFIG
+    path = policy_folder(folder) / CONFIG
     written = read_json(path) if path.exists() else None
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in OTHER_ACTORS:
         return None
     module, _, name = OTHER_ACTORS[kind].partition(":")
-    actor: Actor = getattr(importlib.import_module(module), name).from_pretrained(folder, device)
+    actor: Actor = getattr(importlib.import_module(module), name).from_pretrained(path.parent, device)
     return actor
 
 
@@ -519,7 +568,11 @@ def load_policy(folder: Path) -> Policy:
     model = LatentPolicy(config, backbone)
     if model.head is not None:
         load_weights(model.head, folder / HEAD)
-    return Policy(model.eval(), processor, load_statistics(folder, config))
+    policy = Policy(model.eval(), processor, load_statistics(folder, config))
+    written = read_json(folder / CONFIG).get("run")
+    policy.run = written if isinstance(written, dict) else {}
+    policy.metrics = read_json(folder / METRICS) if (folder / METRICS).exists() else {}
+    return policy
 
 
 def load_statistics(folder: Path, config: PolicyConfig) -> dict[str, Statistics]:

@@ -27,7 +27,7 @@ from lapa.policy.backbones.hf import native_image_size
 from lapa.policy.config import HF, BackboneConfig, FinetuneConfig, HfConfig, PretrainConfig, TrainingOptions
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
-from lapa.policy.runtime import CONFIG, Policy, is_policy, load_policy
+from lapa.policy.runtime import CONFIG, Policy, is_policy, load_policy, policy_folder
 
 # Validation steps of one evaluation, spread evenly over the validation episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
@@ -73,7 +73,7 @@ def load_start(options: TrainingOptions, folder: Path) -> Policy:
     """
     if folder.resolve() == options.out.resolve():
         raise UserError(f"{options.out}: is the policy to start from; give another --out")
-    policy = load_policy(folder)
+    policy = load_policy(policy_folder(folder))
     backbone = policy.config.backbone
     own = f"{HF}{backbone.source}" if isinstance(backbone, HfConfig) else backbone.kind
     if options.backbone not in ("tiny", own):
@@ -216,7 +216,7 @@ def train_policy(
     )
     if result.finished and is_main_process():
         policy.model.merge_adapters()
-        policy.save(options.out, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
+        policy.save_pretrained(options.out, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
     return result.finished
 
 

@@ -17,7 +17,7 @@ class ServeConfig:
     """Serves a policy to the clients of robots, over openpi's websocket and OpenVLA's REST."""
 
     policy: Annotated[Path, tyro.conf.Positional]
-    """Folder of a finetuned policy."""
+    """Folder of a finetuned policy, or its id on the hub."""
     port: int = 8000
     """Port; 0 for a free one."""
     host: str = "127.0.0.1"

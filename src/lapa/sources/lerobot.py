@@ -19,16 +19,19 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from lapa.checksums import SUMS
 from lapa.data.config import ConvertOptions
 from lapa.data.dataset import ACTION, STATE, Control, Dataset, dimension_names
 from lapa.data.lerobot import LeRobotDataset
+from lapa.data.metadata import INFO
 from lapa.data.source import Clip, Item, Reading, Source
-from lapa.files import as_path, hub_folder
+from lapa.files import as_path
+from lapa.hub.download import as_hub_id, hub_folder
 
 # Frames that are decoded at a time when a whole episode is read.
 BLOCK = 32
 # What is downloaded from the hub.
-PATTERNS = ("meta/*", "data/*", "videos/*")
+PATTERNS = ("meta/*", "data/*", "videos/*", SUMS)
 SEVERAL_TASKS = "has several tasks, the first is taken as the instruction"
 
 
@@ -37,7 +40,8 @@ class LeRobotReading(Reading):
     """How a LeRobot dataset is read."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """Its folder, here or on a store (s3://bucket/dataset), or its name on the hub (lerobot/pusht)."""
+    """Its folder, here or on a store (s3://bucket/dataset), or its id on the hub (lerobot/pusht, or with a revision
+    lerobot/pusht@v3.0)."""
     camera: tuple[str, ...] = ()
     """Cameras to read, the first of which is the default of other commands; by default all."""
     action_key: str = ACTION
@@ -77,8 +81,9 @@ class LeRobotSource(Source):
 
     def __init__(self, reading: LeRobotReading, with_numbers: bool = True):
         self.root, self.with_numbers = _folder(reading.path), with_numbers
+        hub_id = as_hub_id(reading.path)
         # A snapshot of the hub lies in a folder that is named by its revision.
-        self.name = Path(reading.path).name or self.root.name
+        self.name = Path(hub_id.repo if hub_id else reading.path).name or self.root.name
         columns = {ACTION: reading.action_key, STATE: reading.state_key}
         declared: dict[str, Any] = {"control": reading.control, "binary": list(reading.binary)}
         self._dataset = dataset = LeRobotDataset(
@@ -89,6 +94,8 @@ class LeRobotSource(Source):
             declared={key: value for key, value in declared.items() if value},
             skip_bad=reading.skip_bad,
         )
+        # Nothing is written into the hub's copy.
+        dataset.in_place = hub_id is not None
         self.fps = dataset.fps
         self.cameras = {camera: dataset.image_shape(camera) for camera in dataset.cameras}
         self.action_space = dataset.action_space
@@ -146,7 +153,6 @@ class LeRobotSource(Source):
 
 def _folder(path: str) -> Path:
     """Returns the folder, or the hub's copy of it. Raises UserError where there is neither."""
-    # Whatever could not be a name on the hub is a path.
-    if "://" in path or Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if as_hub_id(path) is None:
         return as_path(path)
-    return hub_folder(path, PATTERNS, "; correct the path, or the name on the hub", kind="dataset")
+    return hub_folder(path, PATTERNS, kind="dataset", marker=INFO)

@@ -32,6 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lapa import files
 from lapa.errors import UserError
+from lapa.hub.download import hub_folder
 from lapa.nn.pretrained import load_model, read_config
 from lapa.nn.saved import damaged
 from lapa.nn.weights import require_finite_weights
@@ -174,7 +175,7 @@ def create(
     Raises UserError where the source is incomplete or no image-text model.
     """
     del texts
-    folder = files.hub_folder(config.source, FILES)
+    folder = hub_folder(config.source, FILES)
     language = _load_language(folder, config.source, new=True)
     processor = HfProcessor.from_source(
         folder, language, name=config.source, image_size=config.image_size, num_cameras=num_cameras
@@ -187,7 +188,7 @@ def create(
 def renew(config: HfConfig, vocabulary: Vocabulary, num_cameras: int) -> HfBackbone:
     """The source's model with new rows for an existing vocabulary. Raises UserError as `create` does."""
     del num_cameras
-    folder = files.hub_folder(config.source, FILES)
+    folder = hub_folder(config.source, FILES)
     return _grown(config, _load_language(folder, config.source, new=True), vocabulary)
 
 
@@ -216,7 +217,7 @@ def load(
 
 def native_image_size(source: str) -> int:
     """The side of the square images that a model was made for, in pixels; 224 for one that takes any (Qwen)."""
-    folder = files.hub_folder(source, ["config.json"])
+    folder = hub_folder(source, ["config.json"])
     return native_size(_read_config(folder, source, new=True)) or 224
 
 
