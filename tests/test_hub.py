@@ -193,23 +193,11 @@ def test_every_command_takes_ids_of_the_hub(hub, root, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     for name in ("lam", "policy", "labels", "dataset"):
         push(root / name, f"ann/{name}", *LICENSE)
+    trained = ["--data", "ann/dataset", "--labels", "ann/labels", "--out", "out/latent"]
     for command in (
         ["label", "--lam", "ann/lam", "--data", "ann/dataset", "--out", "out/labels"],
         ["latent", "probe", "ann/lam@main", "--data", "ann/dataset", "--num-pairs", "8"],
-        [
-            "policy",
-            "pretrain",
-            "--preset",
-            "debug",
-            "--steps",
-            "1",
-            "--data",
-            "ann/dataset",
-            "--labels",
-            "ann/labels",
-            "--out",
-            "out/latent",
-        ],
+        ["policy", "pretrain", "--preset", "debug", "--steps", "1", *trained],
     ):
         with pytest.raises(SystemExit) as exit_:
             cli.main(command)

@@ -661,7 +661,7 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     Policy(LatentPolicy(pretrained, policy.model.backbone), policy.processor).save_pretrained(
         tmp_path / "pretrained", run={}
     )
-    assert "no such policy folder" in failure(capsys, str(tmp_path / "none"))
+    assert "no such folder; make a policy" in failure(capsys, str(tmp_path / "none"))
     assert "only pretrained" in failure(capsys, str(tmp_path / "pretrained"), "--port", "0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -255,7 +255,7 @@ class ExportLeRobotConfig:
     """Write a policy as a folder of LeRobot's, for its tools with the plugin lerobot_policy_lapa."""
 
     policy: Annotated[Path, tyro.conf.Positional]
-    """Folder of a policy."""
+    """Folder of a policy, or its id on the hub."""
     out: Path
     """Folder to write."""
     statistics_key: str | None = None
