@@ -184,8 +184,7 @@ class Server:
 
     def __init__(self, service: Service, listener: socket.socket, key: bytes | None) -> None:
         self.service, self.listener, self.key = service, listener, key
-        host = ipaddress.ip_address(listener.getsockname()[0])
-        self.loopback = host.is_loopback
+        self.host = ipaddress.ip_address(listener.getsockname()[0])
         self._num_bodies = 0
         self._stop: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._app = Starlette(
@@ -204,10 +203,10 @@ class Server:
     @property
     def url(self) -> str:
         """The address for clients on this machine."""
-        host, port = self.listener.getsockname()[:2]
-        if ipaddress.ip_address(host).is_unspecified:
-            host = "127.0.0.1" if self.listener.family == socket.AF_INET else "::1"
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        host, port = str(self.host), self.listener.getsockname()[1]
+        if self.host.is_unspecified:
+            host = "127.0.0.1" if self.host.version == 4 else "::1"
+        return f"http://{host if self.host.version == 4 else f'[{host}]'}:{port}"
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Answers requests until `stop`, and then those that run. ready: called once the first may come."""
@@ -369,7 +368,7 @@ class Server:
         host = connection.headers.get("host", "")
         origin = connection.headers.get("origin")
         # A site could give its own name this machine's address; with a key that is of no use to it.
-        if self.loopback and self.key is None and not _is_local(host):
+        if self.host.is_loopback and self.key is None and not _is_local(host):
             return _line(f"error: the host {host[:100]!r} is not this machine; ask for localhost", 403)
         if origin is not None and origin.partition("://")[2] != host:
             return _line(f"error: pages of another site ({origin[:100]}) may not ask", 403)
@@ -428,13 +427,12 @@ def _announce(server: Server) -> None:
     say(f"expects: {service.keys.wanted()}")
     if len(keys := metadata["statistics_keys"]) > 1:
         say(f"statistics of {', '.join(keys)}: unnorm_key chooses (default: {metadata['statistics_key'] or 'none'})")
-    listening_at = ipaddress.ip_address(server.listener.getsockname()[0])
-    others = f" (from other machines {socket.gethostname()})" if listening_at.is_unspecified else ""
+    others = f" (from other machines {socket.gethostname()})" if server.host.is_unspecified else ""
     what = f"{others}: websocket, REST, and a page for the browser"
     console.print(Text.assemble("at ", (url, "bold"), what), soft_wrap=True)
-    if not server.loopback and server.key is None:
+    if not server.host.is_loopback and server.key is None:
         text = (
-            f"warning: whoever reaches {server.listener.getsockname()[0]} can ask the policy and see its last image; "
+            f"warning: whoever reaches {server.host} can ask the policy and see its last image; "
             "give --api-key-file, or leave out --host"
         )
         console.print(Text(text, "bold yellow"), soft_wrap=True)
