@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acting_policies import CAMERAS, STATE_DIM, acting_policy, observation
+from fake_hub import FakeHub, Repo
+from lapa import cli
 from lapa.errors import UserError
 from lapa.policy.config import ExportLeRobotConfig, ImportLeRobotConfig
 from lapa.policy.lerobot import export, read_back
@@ -131,6 +133,27 @@ def test_an_output_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match=r"already holds a finished result; .*--overwrite to replace it"):
         exported(policy, tmp_path)
     exported(policy, tmp_path, overwrite=True)
+
+
+def test_ids_of_the_hub_are_taken_both_ways(tmp_path, monkeypatch):
+    policy = acting_policy("tiny", "chunk", tmp_path)
+    policy.save_pretrained(tmp_path / "policy", run=RUN)
+
+    def held(folder: Path) -> Repo:
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        return Repo(commits={"1" * 40: files}, branches={"main": "1" * 40})
+
+    with FakeHub() as hub:
+        hub.used(monkeypatch, tmp_path / "cache")
+        hub.repos["model", "ann/policy"] = held(tmp_path / "policy")
+        for command in ("export lerobot ann/policy --out", "import lerobot ann/exported --out"):
+            out = tmp_path / command.split()[0]
+            with pytest.raises(SystemExit) as exit_:
+                cli.main([*command.split(), str(out)])
+            assert exit_.value.code == 0
+            hub.repos["model", "ann/exported"] = held(out)
+    back = Policy.from_pretrained(tmp_path / "import", device="cpu")
+    np.testing.assert_array_equal(back.infer(OBSERVATIONS), policy.infer(OBSERVATIONS))
 
 
 def test_what_is_no_such_folder_or_does_not_fit_is_named(tmp_path):

@@ -147,7 +147,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path):
     pipelines = make_lapa_pre_post_processors(loaded.config)
     for one in (loaded, *pipelines):
         one.save_pretrained(tmp_path / "saved")
-    np.testing.assert_array_equal(open_lerobot(tmp_path / "saved")[0].infer(observation()), policy.infer(observation()))
+    np.testing.assert_array_equal(open_lerobot(tmp_path / "saved").infer(observation()), policy.infer(observation()))
     again = opened(tmp_path / "saved").predict_action_chunk(batched([observation()]))
     np.testing.assert_array_equal(again[0].numpy(), policy.infer(observation()))
     for name in processor_steps(({}, {})):

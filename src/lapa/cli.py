@@ -252,6 +252,7 @@ OPENERS = {
     "labels": "lapa.data.labels:Labels.open",
     "lam": "lapa.hub.download:require_model",
     "lams": "lapa.hub.download:require_model",
+    "exported": "lapa.hub.download:require_model",
     "policy": "lapa.hub.download:require_policy",
 }
 # By the name of an option of type Path: the error for one that does not exist.

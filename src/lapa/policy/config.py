@@ -268,8 +268,8 @@ class ExportLeRobotConfig:
 class ImportLeRobotConfig:
     """Read a folder of `lapa export lerobot` back, as it was exported or as `lerobot-train` finetuned it."""
 
-    folder: Annotated[Path, tyro.conf.Positional]
-    """Folder of LeRobot's, such as CHECKPOINT/pretrained_model."""
+    exported: Annotated[Path, tyro.conf.Positional]
+    """Folder of LeRobot's, such as CHECKPOINT/pretrained_model, or its id on the hub."""
     out: Path
     """Folder of the policy to write."""
     overwrite: bool = False

@@ -30,6 +30,7 @@ from lapa.console import finish
 from lapa.engine.config import OptimConfig
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, errors_about, read_json, write_json
+from lapa.hub.download import hub_folder
 from lapa.locks import locks_output
 from lapa.nn.saved import require_few, require_sizes, shapes_of_file
 from lapa.nn.weights import finite_weights
@@ -44,13 +45,15 @@ from lapa.policy.runtime import (
     Policy,
     is_policy,
     load_policy,
-    load_statistics,
     policy_folder,
     read_config,
+    with_parts,
 )
 
-WEIGHTS, PARTS, METRICS = "model.safetensors", "lapa", "metrics.json"
+WEIGHTS, PARTS = "model.safetensors", "lapa"
 TYPE = "lapa"
+# What is downloaded from the hub.
+FILES = ("*.json", WEIGHTS, f"{PARTS}/*")
 # The attribute of the plugin's policy that is the model, and so the start of the names of its weights.
 ATTRIBUTE = "model"
 ACTION, STATE, CAMERA = "action", "observation.state", "observation.images."
@@ -61,8 +64,7 @@ PLACES = ("data", "labels", "statistics", "policy", "out")
 @locks_output
 def export(config: ExportLeRobotConfig) -> None:
     """`lapa export lerobot`. Raises UserError where the policy cannot act, or the statistics are to be chosen."""
-    folder = policy_folder(config.policy)
-    policy = load_policy(folder)
+    policy = load_policy(policy_folder(config.policy))
     if not policy.acts:
         raise UserError(
             f"{config.policy}: only pretrained, it has no robot actions; run `lapa policy finetune --policy "
@@ -72,13 +74,12 @@ def export(config: ExportLeRobotConfig) -> None:
         policy = policy.under(config.statistics_key)
     finished = (config.out / CONFIG).exists()
     claim_output(config.out, complete=finished, overwrite=config.overwrite, resumable=False, inputs=[config.policy])
-    run, metrics = policy.run, _metrics(folder)
-    write_parts(policy, config.out, run=run, metrics=metrics)
+    write_parts(policy, config.out)
     with atomic_path(config.out / WEIGHTS) as temporary:
         save_model(nn.ModuleDict({ATTRIBUTE: policy.model}), str(temporary), metadata={"format": "pt"})
     for name, steps in processor_steps(features(policy)).items():
         write_json(config.out / f"{name}.json", {"name": name, "steps": steps})
-    write_json(config.out / CONFIG, lerobot_config(policy, run))
+    write_json(config.out / CONFIG, lerobot_config(policy))
     command = f"lerobot-eval --policy.path={config.out} --env.type=ENVIRONMENT"
     finish("policy for LeRobot", config.out, [command])
 
@@ -86,16 +87,15 @@ def export(config: ExportLeRobotConfig) -> None:
 @locks_output
 def read_back(config: ImportLeRobotConfig) -> None:
     """`lapa import lerobot`. Raises UserError naming the file that is missing or does not fit."""
-    policy, run = open_lerobot(config.folder)
-    claim_output(
-        config.out, complete=is_policy(config.out), overwrite=config.overwrite, resumable=False, inputs=[config.folder]
-    )
-    policy.save_pretrained(config.out, run=run, metrics=_metrics(config.folder / PARTS))
+    policy = open_lerobot(hub_folder(config.exported, FILES, marker=CONFIG))
+    complete = is_policy(config.out)
+    claim_output(config.out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=[config.exported])
+    policy.save_pretrained(config.out)
     finish("policy", config.out, [f"lapa evaluate {config.out} --env ENVIRONMENT --out RESULTS"])
 
 
-def open_lerobot(folder: Path) -> tuple[Policy, dict[str, Any]]:
-    """The policy in a folder of `export` or of the plugin, on the CPU, and the run that made it.
+def open_lerobot(folder: Path) -> Policy:
+    """The policy in a folder of `export` or of the plugin, on the CPU.
 
     Raises UserError naming the file that is missing or does not fit.
     """
@@ -118,19 +118,15 @@ def open_lerobot(folder: Path) -> tuple[Policy, dict[str, Any]]:
     _require_fit(planned, folder, shapes)
     model, processor = _blank(config, parts)
     _fill(model, folder / WEIGHTS)
-    run = read_json(parts / CONFIG).get("run", {})
-    return Policy(model.eval(), processor, load_statistics(parts, config)), run
+    return with_parts(parts, model, processor)
 
 
-def write_parts(policy: Policy, folder: Path, *, run: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-    """Writes what a folder of LeRobot's holds besides LeRobot's own files: all but the weights.
-
-    run: the resolved config of the run that made the policy.
-    """
+def write_parts(policy: Policy, folder: Path) -> None:
+    """Writes what a folder of LeRobot's holds besides LeRobot's own files: all but the weights."""
     (folder / PARTS / MODEL).mkdir(parents=True, exist_ok=True)
     policy.model.backbone.save_config(folder / PARTS / MODEL)
-    recorded = {name: value for name, value in run.items() if name not in PLACES}
-    policy.save_parts(folder / PARTS, run=recorded, metrics=metrics)
+    recorded = {name: value for name, value in policy.run.items() if name not in PLACES}
+    policy.save_parts(folder / PARTS, run=recorded)
 
 
 def features(policy: Policy) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,10 +138,10 @@ def features(policy: Policy) -> tuple[dict[str, Any], dict[str, Any]]:
     return inputs, {ACTION: _feature("ACTION", policy.action_dim)}
 
 
-def lerobot_config(policy: Policy, run: Mapping[str, Any]) -> dict[str, Any]:
+def lerobot_config(policy: Policy) -> dict[str, Any]:
     """LeRobot's config.json; keys that are left out have their defaults there.
 
-    run: that made the policy; its optimizer's options become those of `lerobot-train`.
+    The options of the optimizer are those of the run that made the policy.
     """
     inputs, outputs = features(policy)
     options = {
@@ -157,7 +153,7 @@ def lerobot_config(policy: Policy, run: Mapping[str, Any]) -> dict[str, Any]:
         "state": bool(policy.state_dim),
         "action_feature_names": list(policy.action_space.names),
     }
-    loop = run.get("loop")
+    loop = policy.run.get("loop")
     optim = loop.get("optim") if isinstance(loop, Mapping) else None
     if isinstance(optim, Mapping) and optim:
         known = configs.from_dict(OptimConfig, dict(optim), source="the run of the policy")
@@ -199,10 +195,6 @@ def processor_steps(features: tuple[Mapping[str, Any], Mapping[str, Any]]) -> di
 
 def _feature(kind: str, *shape: int) -> dict[str, Any]:
     return {"type": kind, "shape": list(shape)}
-
-
-def _metrics(folder: Path) -> dict[str, float]:
-    return read_json(folder / METRICS) if (folder / METRICS).exists() else {}
 
 
 def _blank(config: PolicyConfig, parts: Path) -> tuple[LatentPolicy, Processor]:

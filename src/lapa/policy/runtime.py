@@ -568,19 +568,24 @@ def load_policy(folder: Path) -> Policy:
     model = LatentPolicy(config, backbone)
     if model.head is not None:
         load_weights(model.head, folder / HEAD)
-    policy = Policy(model.eval(), processor, load_statistics(folder, config))
-    written = read_json(folder / CONFIG).get("run")
-    policy.run = written if isinstance(written, dict) else {}
-    policy.metrics = read_json(folder / METRICS) if (folder / METRICS).exists() else {}
-    return policy
+    return with_parts(folder, model, processor)
 
 
-def load_statistics(folder: Path, config: PolicyConfig) -> dict[str, Statistics]:
-    """Reads the statistics of a policy folder, by the names of the datasets. Raises UserError naming a damaged file."""
+def with_parts(folder: Path, model: LatentPolicy, processor: Processor) -> Policy:
+    """A policy of this model with the statistics, run and metrics of a folder of `Policy.save_parts`.
+
+    Raises UserError naming a damaged file.
+    """
+    config = model.config
     codec = ActionBins if config.head == "bins" else ActionScale
-    return {
+    statistics = {
         key: Statistics(
             codec.load(folder / ACTIONS, key), ActionBins.load(folder / STATES, key) if config.state_dim else None
         )
         for key in (item.key for item in config.spaces)
     }
+    policy = Policy(model.eval(), processor, statistics)
+    written = read_json(folder / CONFIG).get("run")
+    policy.run = written if isinstance(written, dict) else {}
+    policy.metrics = read_json(folder / METRICS) if (folder / METRICS).exists() else {}
+    return policy

@@ -20,7 +20,7 @@ from lapa import Policy, UserError
 from lapa.data.lerobot import LeRobotDataset
 from lapa.engine.optim import parameter_groups
 from lapa.policy.finetune import prepare
-from lapa.policy.lerobot import ACTION, CAMERA, PARTS, STATE, features, open_lerobot, write_parts
+from lapa.policy.lerobot import ACTION, CAMERA, FILES, STATE, features, open_lerobot, write_parts
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
@@ -44,18 +44,16 @@ class LapaPolicy(PreTrainedPolicy):
         self,
         config: LapaConfig,
         policy: Policy | None = None,
-        run: Mapping[str, Any] | None = None,
         dataset_meta: Any = None,
         **_: Any,
     ) -> None:
-        """policy: by default a new one for the dataset of `dataset_meta`; run: of the one that is given.
+        """policy: by default a new one for the dataset of `dataset_meta`.
 
         Raises UserError where config, dataset and policy do not fit.
         """
         super().__init__(config)
         config.validate_features()
         self.policy = _new_policy(config, dataset_meta) if policy is None else policy
-        self.run = dict(run or {})
         self.model = self.policy.model
         _require_same(config, self.policy)
         config.input_features, config.output_features = (_as_features(part) for part in features(self.policy))
@@ -90,13 +88,12 @@ class LapaPolicy(PreTrainedPolicy):
                     cache_dir=cache_dir,
                     force_download=force_download,
                     local_files_only=local_files_only,
-                    allow_patterns=["*.json", "model.safetensors", f"{PARTS}/*"],
+                    allow_patterns=list(FILES),
                 )
             )
         if config is None:
             config = PreTrainedConfig.from_pretrained(folder)
-        policy, run = open_lerobot(folder)
-        loaded = cls(config, policy, run)
+        loaded = cls(config, open_lerobot(folder))
         loaded.to(config.device)
         loaded.eval()
         return loaded
@@ -159,7 +156,7 @@ class LapaPolicy(PreTrainedPolicy):
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save_pretrained(save_directory, state_dict=state_dict)
-        write_parts(self.policy, save_directory, run=self.run)
+        write_parts(self.policy, save_directory)
 
     def _observations(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The observations of a batch, as `Policy.infer` takes them. Raises UserError for an input that is missing."""
