@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -182,6 +184,28 @@ def test_a_codec_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for read in (probe, lambda path: list(ClipScan(path)), lambda path: decode_clip(path, [0], 10.0)):
         with pytest.raises(UserError, match=r"a\.avi: is encoded with a codec that cannot be read"):
             read(tmp_path / "a.avi")
+
+
+LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from lapa.data import video
+path = Path(sys.argv[1])
+video.probe(path)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + video.ROOM // 2, used + video.ROOM // 2))
+try:
+    video.probe(path)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, and reads /proc")
+def test_a_video_is_not_opened_where_decoding_could_end_the_process(tmp_path: Path) -> None:
+    encode_clip(tmp_path / "a.mp4", numbered_frames(3), 10)
+    ran = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, tmp_path / "a.mp4"], capture_output=True, text=True)
+    assert ran.stdout == f"{tmp_path / 'a.mp4'}: Cannot allocate memory\n", ran.stderr
 
 
 def test_a_truncated_video_gives_its_readable_part(tmp_path: Path) -> None:

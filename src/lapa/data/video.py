@@ -10,6 +10,7 @@ Axes: T time, H W image, C channel, N frames of a file.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -40,6 +41,8 @@ STEADY = 0.02
 OPEN_CLIPS = 16
 # Width of a pixel beside its height, and the reverse, beyond which a file is taken to be damaged.
 WIDEST_PIXEL = 8
+# Bytes that must be free to open a file: where FFmpeg finds no memory while it decodes, it may end the process.
+ROOM = 128 * 2**20
 # Seconds before a frame from which it is decoded, tried in turn.
 EARLIER = (0.0, 0.5, 5.0, 60.0)
 
@@ -234,7 +237,14 @@ def film_times(path: Path, fps: float) -> Float[np.ndarray, "N"]:
 
 
 def open_video(path: Path) -> InputContainer:
-    """Opens a file. Raises UserError naming it where it is not a video, or one that PyAV cannot decode."""
+    """Opens a file. Raises UserError naming it where it is not a video, or one that PyAV cannot decode.
+
+    Raises MemoryError where less than ROOM bytes are free, as under `ulimit -v`.
+    """
+    try:
+        mmap.mmap(-1, ROOM).close()
+    except OSError as error:
+        raise MemoryError(f"{path}: {error.strerror}") from None
     try:
         with reading(path):
             source = open_binary(path) if is_remote(path) else str(path)
