@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -21,6 +23,8 @@ from PIL import Image
 
 pytest.importorskip("websockets", reason="the client needs websockets: pip install 'lapa-vla[serve]'")
 
+import lapa
+import lapa.serve.client
 from lapa.serve.client import (
     MAX_DEPTH,
     MAX_LIST,
@@ -374,3 +378,12 @@ def test_the_client_loads_neither_torch_nor_the_rest_of_lapa() -> None:
         "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_clients_distribution_has_the_version_of_lapa_and_three_dependencies() -> None:
+    package = Path(__file__).parent.parent / "packages/lapa-client"
+    project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+    assert project["version"] == lapa.__version__
+    assert [re.split("[><=]", line)[0] for line in project["dependencies"]] == ["numpy", "msgpack", "websockets"]
+    # hatch_build.py adds the client by this path.
+    assert (package.parents[1] / "src/lapa/serve/client.py").samefile(lapa.serve.client.__file__)
