@@ -92,7 +92,8 @@ class FakeHub:
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        # It waits before it tries again; this is the sleep of the whole process.
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
         monkeypatch.setenv("HF_TOKEN", token or "")
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 

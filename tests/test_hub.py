@@ -1,6 +1,7 @@
 """The hub: what is pushed comes back the same, over cut connections too; mistakes are one line; cards hold figures."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoModel
 
 import lapa
 from fake_hub import TOKEN, FakeHub
@@ -24,6 +26,7 @@ from lapa.hub.download import HubId, as_hub_id
 from lapa.labelling.config import LabelConfig
 from lapa.labelling.run import run as label
 from lapa.latent.model import LatentActionModel, lam_fingerprint
+from lapa.on_import import after_import
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
 
@@ -251,9 +254,10 @@ def test_an_error_of_the_hub_is_one_line_with_the_fix(hub, root, monkeypatch, ca
     assert "ann/none: neither a folder here nor a model on the hub" in error and "`lapa policy pretrain`" in error
     assert "has no revision 'v9'" in failure(capsys, "evaluate", "ann/policy@v9", *out)
     assert "neither a folder" in failure(capsys, "label", "--lam", "ann/labels", "--data", str(root / "dataset"))
-    assert '"model"; give the folder of a latent' in failure(
+    error = failure(
         capsys, "label", "--lam", "ann/policy", "--data", str(root / "dataset"), "--out", str(tmp_path / "l")
     )
+    assert error.startswith("lapa: error: ann/policy: ") and '"model"; give the folder of a latent' in error
     error = failure(capsys, "data", "info", "ann/labels")
     assert "ann/labels: the dataset on the hub has no meta/info.json" in error
     push(root / "policy", "ann/gated", *LICENSE)
@@ -358,23 +362,37 @@ def test_a_card_of_the_folder_keeps_its_text(hub, root, tmp_path):
 def test_automodel_loads_a_lam_and_a_policy(hub, root):
     for name in ("lam", "policy"):
         push(root / name, f"ann/{name}", *LICENSE)
-    code = (
-        "import sys, lapa\n"
-        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
-        "from transformers import AutoConfig, AutoModel\n"
+    # In a process of its own lapa is imported after transformers, in this one before.
+    checks = (
         f"for place in ({str(root)!r} + '/', 'ann/'):\n"
         "    assert AutoConfig.from_pretrained(place + 'lam').model_type == 'lapa_lam'\n"
         "    assert AutoConfig.from_pretrained(place + 'policy').policy['head'] == 'chunk'\n"
         "    assert isinstance(AutoModel.from_pretrained(place + 'lam'), lapa.LatentActionModel)\n"
         "    assert isinstance(AutoModel.from_pretrained(place + 'policy', device='cpu'), lapa.Policy)\n"
     )
+    late = f"from transformers import AutoConfig, AutoModel\nimport lapa\n{checks}"
     environment = {**os.environ, **hub.settings(root / "other-cache")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    late = "import transformers, sys\nfrom transformers import AutoModel\nimport lapa\n"
-    late += f"assert isinstance(AutoModel.from_pretrained({str(root / 'lam')!r}), lapa.LatentActionModel)\n"
     done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    for folder, kind in (("lam", lapa.LatentActionModel), ("policy", lapa.Policy)):
+        assert isinstance(AutoModel.from_pretrained(root / folder), kind)
+
+
+def test_a_module_that_is_imported_later_is_found_as_before_and_calls_once(tmp_path, monkeypatch):
+    (tmp_path / "later_module.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    called = []
+    monkeypatch.setattr(
+        "lapa.hub.config.called", lambda: called.append(sys.modules["later_module"].value), raising=False
+    )
+    before = list(sys.meta_path)
+    after_import("later_module", "lapa.hub.config:called")
+    assert called == []
+    importlib.import_module("later_module")
+    assert called == [3] and sys.meta_path == before
+    after_import("later_module", "lapa.hub.config:called")
+    assert called == [3, 3]
+    del sys.modules["later_module"]
 
 
 def test_artifacts_of_before_have_no_model_type_and_are_pushed(hub):

@@ -18,8 +18,8 @@ from lapa.hub.download import HubId
 README = "README.md"
 PAPER = "[Latent Action Pretraining](https://arxiv.org/abs/2410.11758) (LAPA)"
 TAGS = ("lapa", "robotics", "latent-actions")
-# In metrics.json: of the run and its machine, not of the model.
-NOT_FIGURES = ("samples_per_s", "num_gpus", "cpu_threads")
+# In metrics.json: of the run and its machine, not of the validation split.
+NOT_FIGURES = ("train_loss", "samples_per_s", "num_gpus", "cpu_threads")
 # The data files of each kind of repository, which the hub's viewer shows.
 VIEWED = {"dataset": "data/*/*.parquet", "labels": "episodes-*.parquet"}
 MOST_ROWS = 60

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lapa.errors import UserError
+from lapa.files import errors_about
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 LOG_IN = "`hf auth login` or HF_TOKEN"
@@ -117,6 +118,16 @@ def require_policy(folder_or_hub_id: str | Path) -> None:
 def require_dataset(folder_or_hub_id: str | Path) -> None:
     """Raises UserError where there is neither a folder nor a dataset on the hub; downloads its description alone."""
     hub_folder(folder_or_hub_id, [DATASET_MARKER], kind="dataset", marker=DATASET_MARKER)
+
+
+@contextmanager
+def errors_of(folder_or_hub_id: str | Path) -> Iterator[None]:
+    """Puts an id on the hub before the message of a UserError raised inside, which names a file of the hub's cache."""
+    if as_hub_id(folder_or_hub_id) is None:
+        yield
+        return
+    with errors_about(folder_or_hub_id):
+        yield
 
 
 @contextmanager

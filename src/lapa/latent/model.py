@@ -32,7 +32,7 @@ from lapa import checksums, files
 from lapa import config as configs
 from lapa.data.transforms import as_image, resize_and_crop
 from lapa.errors import UserError
-from lapa.hub.download import hub_folder
+from lapa.hub.download import errors_of, hub_folder
 from lapa.hub.push import push_saved
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
@@ -370,6 +370,11 @@ class LatentActionModel(TrainableModel, nn.Module):
         that is logged in. Raises UserError naming the file that is missing or wrong.
         """
         folder = _saved_folder(folder_or_hub_id, revision=revision, token=token)
+        with errors_of(folder_or_hub_id):
+            return cls._load(folder)
+
+    @classmethod
+    def _load(cls, folder: Path) -> LatentActionModel:
         config = _read_config(folder)
         checksums.verify(folder, "copy or train the model again")
         require_sizes(folder / CONFIG, configs.to_dict(config), shapes_of_file(folder / WEIGHTS))

@@ -40,7 +40,7 @@ from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
 from lapa.files import errors_about, read_json, write_json
-from lapa.hub.download import hub_folder
+from lapa.hub.download import errors_of, hub_folder
 from lapa.hub.push import push_saved
 from lapa.nn.saved import require_fit, require_sizes, shapes_of_folder
 from lapa.nn.weights import load_weights, save_weights
@@ -505,7 +505,9 @@ def load_actors(folder: Path | str, device: str = "auto") -> dict[str, Actor]:
 
 def _load_acting(folder: Path | str, *, revision: str | None = None, token: str | bool | None = None) -> Policy:
     """Loads a policy with all its statistics, on the CPU. Raises UserError where it was only pretrained."""
-    policy = load_policy(policy_folder(folder, revision=revision, token=token))
+    path = policy_folder(folder, revision=revision, token=token)
+    with errors_of(folder):
+        policy = load_policy(path)
     if not policy.acts:
         raise UserError(
             f"{folder}: only pretrained, it has no robot actions; "
