@@ -22,19 +22,11 @@ from lapa.locks import LOCK, locked
 
 CONFIG, MANIFEST, RESULTS = "config.json", "manifest.json", "results.json"
 INFO, NOTES = "meta/info.json", "meta/lapa.json"
-# Files that hold options and commands, and so paths of the machine where they were written.
+# Parts of a policy of `lapa baseline unipi`, whose files identify it.
 PARTS = (f"video/{CONFIG}", f"inverse/{CONFIG}")
-TELLING = (
-    CONFIG,
-    "metrics.json",
-    RESULTS,
-    NOTES,
-    "probe_*/*.json",
-    "measure_*/*.json",
-    f"video/{CONFIG}",
-    f"inverse/{CONFIG}",
-)
-# Keys of config.json that identify a model, whose texts stay as they are; the whole file of a part of a policy does.
+# Files that hold options and commands, and so paths of the machine where they were written.
+TELLING = (CONFIG, "metrics.json", RESULTS, NOTES, "probe_*/*.json", "measure_*/*.json", *PARTS)
+# Keys of config.json that identify a model, whose texts stay as they are.
 IDENTITY = ("model", "policy")
 # An absolute path, or one from the home folder or the folder above, in a text; not the slashes of a URL.
 MACHINE_PATH = re.compile(r"(?<![^\s=:,'\"])(?:~|\.\.)?/(?!/)(?:[^\s=:,'\"/]+/)*([^\s=:,'\"/]*)")
@@ -53,7 +45,7 @@ KINDS = {
     "lam": Kind(
         "latent action model",
         "model",
-        (CONFIG, "model.safetensors", "metrics.json", "vision_tower/**/*", "probe_*/*.json", "probe_*/*.png"),
+        (CONFIG, "model.safetensors", "metrics.json", "vision_tower/**/*", "probe_*/*.json"),
     ),
     "policy": Kind(
         "policy",

@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lapa.hub.artifacts import CONFIG, INFO, MANIFEST, RESULTS, Artifact
-from lapa.hub.download import HubId
+from lapa.hub.download import HubId, as_hub_id
 
 README = "README.md"
 PAPER = "[Latent Action Pretraining](https://arxiv.org/abs/2410.11758) (LAPA)"
@@ -23,8 +23,6 @@ NOT_FIGURES = ("train_loss", "samples_per_s", "num_gpus", "cpu_threads")
 # The data files of each kind of repository, which the hub's viewer shows.
 VIEWED = {"dataset": "data/*/*.parquet", "labels": "episodes-*.parquet"}
 MOST_ROWS = 60
-
-Figures = Mapping[str, float]
 
 
 def card_of(artifact: Artifact, hub_id: HubId, license: str | None) -> str:
@@ -237,8 +235,8 @@ def _base_model(artifact: Artifact) -> str | None:
     """The hub id of the model that a policy or a vision tower began with, as far as it has one."""
     config = artifact.json(CONFIG)
     backbone, tower = config.get("policy", {}).get("backbone", {}), config.get("model", {}).get("vision_tower")
-    source = str(backbone.get("source") or tower or "")
-    return source if source.count("/") == 1 and not source.startswith((".", "runs/")) else None
+    hub_id = as_hub_id(str(backbone.get("source") or tower or ""))
+    return None if hub_id is None else hub_id.repo
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ def run(config: PushConfig) -> None:
         for file, content in artifact.files.items():
             size = len(content) if isinstance(content, bytes) else content.stat().st_size
             say(f"  {file}  {_size(size)}")
-        console.print(card_of(artifact, hub_id, config.license), soft_wrap=True)
+        console.print(card_of(artifact, HubId(hub_id.repo), config.license), soft_wrap=True)
         say(f"nothing was pushed; without --dry-run, this goes to {hub_id.url(KINDS[artifact.kind].repo_type)}")
         return
     url = _push(artifact, hub_id, config.license, private=config.private or None)
