@@ -6,11 +6,14 @@ PYTHON312 ?= python3.12
 LEROBOT := .venv-lerobot
 PLUGIN := packages/lerobot_policy_lapa
 FLOORS := .venv-floors
+# Clients of a served policy: openpi's needs NumPy below 2.
+CLIENTS := .venv-clients
+OPENPI_CLIENT_VERSION := 0.1.2
 # It needs other versions of what this project uses, and only sends requests: an environment of its own.
 SCHEMATHESIS := .venv-schemathesis
 SCHEMATHESIS_VERSION := 4.32.5
 
-.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults fuzz-rest check-lerobot check-vla-eval clean
+.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults fuzz-rest check-clients check-lerobot check-vla-eval clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -23,6 +26,8 @@ help:
 	@echo '                (make bench-latent: the latent action model alone)'
 	@echo 'make faults     kills, two writers, flipped bits, hostile files, odd data: a quarter of an hour'
 	@echo 'make fuzz-rest  2,000 bodies that a server must answer in one line (schemathesis, its own environment: 0.1 GB)'
+	@echo 'make check-clients   openpi-client, an OpenVLA client and lapa-client, each in an environment of its own (0.4 GB),'
+	@echo '                     drive a served policy'
 	@echo 'make check-lerobot   datasets and policies go both ways between this project and LeRobot, whose commands train,'
 	@echo '                     measure and run a policy (an environment of its own: 5.8 GB)'
 	@echo 'make check-vla-eval  a policy behind vla-eval, in the same environment'
@@ -88,6 +93,21 @@ $(SCHEMATHESIS)/installed-$(SCHEMATHESIS_VERSION):
 fuzz-rest: setup $(SCHEMATHESIS)/installed-$(SCHEMATHESIS_VERSION)
 	$(BIN)/python benchmarks/fuzz_rest.py --schemathesis $(SCHEMATHESIS)/bin/schemathesis
 
+$(CLIENTS)/installed: packages/lapa-client/pyproject.toml packages/lapa-client/hatch_build.py src/lapa/serve/client.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info < (3, 13) else 1)' || \
+	  { echo 'openpi-client needs Python 3.12 or older. Run: make PYTHON=/path/to/python3.12 check-clients' >&2; exit 1; }
+	for name in openpi openvla lapa; do $(PYTHON) -m venv --clear $(CLIENTS)/$$name || exit 1; done
+	# openpi-client imports typing_extensions without declaring it.
+	$(CLIENTS)/openpi/bin/python -m pip install --quiet --disable-pip-version-check \
+	  openpi-client==$(OPENPI_CLIENT_VERSION) typing_extensions
+	$(CLIENTS)/openvla/bin/python -m pip install --quiet --disable-pip-version-check requests json_numpy
+	$(CLIENTS)/lapa/bin/python -m pip install --quiet --disable-pip-version-check ./packages/lapa-client
+	@touch $@
+
+check-clients: setup $(CLIENTS)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/check_clients.py runs/check-clients openpi=$(CLIENTS)/openpi/bin/python \
+	  openvla=$(CLIENTS)/openvla/bin/python lapa=$(CLIENTS)/lapa/bin/python
+
 $(LEROBOT)/installed: pyproject.toml $(PLUGIN)/pyproject.toml $(PLUGIN)/constraints.txt
 	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else 1)' || \
 	  { echo 'LeRobot is tested with Python 3.12. Run: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
@@ -108,4 +128,4 @@ check-vla-eval: $(LEROBOT)/installed
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python benchmarks/check_vla_eval.py runs/check-vla-eval
 
 clean:
-	rm -rf .venv $(LEROBOT) $(FLOORS) $(SCHEMATHESIS) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(LEROBOT) $(FLOORS) $(CLIENTS) $(SCHEMATHESIS) .pytest_cache .mypy_cache .ruff_cache
