@@ -252,7 +252,8 @@ def test_an_error_of_the_hub_is_one_line_with_the_fix(hub, root, monkeypatch, ca
     out = ("--env", "synthetic", "--tasks", "all", "--out", str(tmp_path / "r"))
     error = failure(capsys, "evaluate", "ann/none", *out)
     assert "ann/none: neither a folder here nor a model on the hub" in error and "`lapa policy pretrain`" in error
-    assert "has no revision 'v9'" in failure(capsys, "evaluate", "ann/policy@v9", *out)
+    error = failure(capsys, "evaluate", "ann/policy@v9", *out)
+    assert error.endswith(f"has no revision 'v9'; choose a branch, tag or commit of {hub.url}/ann/policy")
     assert "neither a folder" in failure(capsys, "label", "--lam", "ann/labels", "--data", str(root / "dataset"))
     error = failure(
         capsys, "label", "--lam", "ann/policy", "--data", str(root / "dataset"), "--out", str(tmp_path / "l")

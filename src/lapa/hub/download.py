@@ -23,6 +23,8 @@ from lapa.files import errors_about
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 LOG_IN = "`hf auth login` or HF_TOKEN"
 LONGEST_REASON = 200
+# How the error begins where nothing of that name is found.
+NEITHER = "neither"
 # The file that every model and policy, every dataset has.
 MODEL_MARKER, DATASET_MARKER = "config.json", "meta/info.json"
 # What the hub calls repositories of each kind in its addresses.
@@ -78,7 +80,8 @@ def hub_folder(
 
     patterns: None for all files; kind: `model` or `dataset`. marker: a file that every such artifact has, fetched
     before the others. revision and token: of the hub, by default the main branch and the token that is logged in.
-    Raises UserError, which ends with `hint`, where there is neither, and where the repository has no `marker`.
+    Raises UserError where there is neither or the repository has no `marker`, which ends with `hint`, and where the
+    repository or its revision cannot be read.
     """
     if revision is None and Path(folder_or_hub_id).is_dir():
         return Path(folder_or_hub_id)
@@ -132,7 +135,10 @@ def errors_of(folder_or_hub_id: str | Path) -> Iterator[None]:
 
 @contextmanager
 def hub_errors(hub_id: HubId, kind: str, hint: str = "", *, pushing: bool = False) -> Iterator[None]:
-    """Turns what huggingface_hub raises inside into a UserError: the repository, what is wrong, and the fix."""
+    """Turns what huggingface_hub raises inside into a UserError: the repository, what is wrong, and the fix.
+
+    hint: how else to get what is not found.
+    """
     from huggingface_hub.errors import HTTPError, XetDownloadError
 
     try:
@@ -141,14 +147,17 @@ def hub_errors(hub_id: HubId, kind: str, hint: str = "", *, pushing: bool = Fals
         raise
     # A transfer that is cut is a RuntimeError where it ran in a thread or in hf_xet, what the hub refuses a ValueError.
     except (ValueError, HTTPError, OSError, RuntimeError, XetDownloadError) as error:
-        raise UserError(f"{hub_id}: {_explained(error, hub_id, kind, pushing)}{hint}") from None
+        explained = _explained(error, hub_id, kind, pushing)
+        raise UserError(f"{hub_id}: {explained}{hint if explained.startswith(NEITHER) else ''}") from None
 
 
 def _explained(error: BaseException, hub_id: HubId, kind: str, pushing: bool) -> str:
     """What went wrong with a repository, and how to fix it."""
     from huggingface_hub import errors
 
-    neither = f"cannot push to this {kind} on the hub" if pushing else f"neither a folder here nor a {kind} on the hub"
+    neither = (
+        f"cannot push to this {kind} on the hub" if pushing else f"{NEITHER} a folder here nor a {kind} on the hub"
+    )
     # Where nothing was downloaded before, the error of the request is the cause of another.
     chain = list(_chain(error))
     answer = next((each for each in chain if isinstance(each, errors.HfHubHTTPError)), None)
