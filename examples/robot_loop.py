@@ -1,7 +1,7 @@
 """Controls a robot with a policy on another machine: `lapa serve POLICY`, and on the robot's computer
 
-    pip install lapa-client
-    python robot_loop.py ws://192.168.1.5:8000 "open the drawer" --seconds 60
+    pip install ./packages/lapa-client
+    python examples/robot_loop.py ws://192.168.1.5:8000 "open the drawer" --seconds 60
 
 Replace `Robot` by your own. The loop runs at the policy's rate. Each period it executes one action of the chunk that it
 has; before that chunk ends, the next one is asked for in the background, from the newest observation. A chunk begins at
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 try:
-    from lapa_client import PolicyClient, ServerBusyError, ServerLateError
+    from lapa_client import PolicyClient, ServerBusyError, ServerError, ServerLateError
 except ModuleNotFoundError:
-    from lapa.serve.client import PolicyClient, ServerBusyError, ServerLateError
+    from lapa.serve.client import PolicyClient, ServerBusyError, ServerError, ServerLateError
 
 
 class Robot:
@@ -81,7 +81,10 @@ def control(
             client.reset()
             chunk_KA, chunk_start = np.atleast_2d(client.infer(observe())), 0
             if len(chunk_KA) <= ask_ahead:
-                raise ValueError(f"chunks of {len(chunk_KA)} actions end before the next one: lower --ask-ahead")
+                raise ValueError(
+                    f"chunks of {len(chunk_KA)} actions end before the next one comes: lower --ask-ahead, and serve "
+                    "whole chunks (no --ensemble, no --reply action)"
+                )
             begin = time.perf_counter()
             while now * period < seconds:
                 time.sleep(max(0.0, begin + now * period - time.perf_counter()))
@@ -124,8 +127,11 @@ def main() -> None:
     parser.add_argument("--ask-ahead", type=int, default=2, help="periods before a chunk ends to ask for the next one")
     parser.add_argument("--stop-after", type=int, default=10, help="periods without an action to give up after")
     options = parser.parse_args()
-    client = PolicyClient(options.url, options.api_key)
-    control(client, Robot(), options.instruction, options.seconds, options.ask_ahead, options.stop_after)
+    try:
+        client = PolicyClient(options.url, options.api_key)
+        control(client, Robot(), options.instruction, options.seconds, options.ask_ahead, options.stop_after)
+    except (ServerError, OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A client of `lapa serve`, without torch: observations go to the server, chunks of actions come back.
 
-    pip install lapa-client                       # on a robot's computer: NumPy, msgpack and websockets, nothing else
+    pip install ./packages/lapa-client            # on a robot's computer: NumPy, msgpack and websockets, nothing else
 
     from lapa_client import PolicyClient          # the same file in lapa itself: from lapa.serve.client import ...
 
