@@ -189,6 +189,17 @@ def test_weights_of_another_size_are_refused(folders, tmp_path):
         Policy.from_pretrained(folder)
 
 
+def test_files_that_a_kill_left_half_written_are_no_part_of_a_policy(policy, tmp_path):
+    for folder in (tmp_path, tmp_path / "model"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".model.123.partial.safetensors").write_bytes(b"half")
+    policy.save_pretrained(tmp_path)
+    assert "partial" not in (tmp_path / SUMS).read_text()
+    for folder in (tmp_path, tmp_path / "model"):
+        (folder / ".model.124.partial.safetensors").write_bytes(b"half")
+    assert load_policy(tmp_path).config == policy.config
+
+
 def test_a_policy_saved_before_statistics_had_names_loads(folders, policy, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(folders / "acting", folder)

@@ -59,7 +59,7 @@ def damaged(what: str, remedy: str = "", *, even_named: bool = False) -> Iterato
 def shapes_of_folder(folder: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors in the safetensors files of a folder. Raises UserError where a file is damaged."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(Path(folder).glob("[!.]*.safetensors")):
         shapes |= shapes_of_file(path)
     return shapes
 
