@@ -224,11 +224,13 @@ def test_what_cannot_be_sent_is_named_and_nothing_is_sent() -> None:
 
 def test_a_key_is_sent_and_a_wrong_one_is_an_error_at_once() -> None:
     with FakeServer(chunk, key="secret") as server:
-        with PolicyClient(server.url, api_key="secret") as client:
-            assert client.infer(OBSERVATION).shape == (2, 3)
-        for key in ("wrong", None):
+        # A file of one line ends with a newline.
+        for key in ("secret", "secret\n"):
+            with PolicyClient(server.url, api_key=key) as client:
+                assert client.infer(OBSERVATION).shape == (2, 3)
+        for wrong in ("wrong", None):
             with pytest.raises(ServerError, match="the key is missing or wrong"):
-                PolicyClient(server.url, api_key=key, reconnect_for=600)
+                PolicyClient(server.url, api_key=wrong, reconnect_for=600)
 
 
 def test_a_client_waits_for_a_server_that_starts_later_and_finds_one_that_starts_again() -> None:

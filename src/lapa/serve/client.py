@@ -88,7 +88,7 @@ class PolicyClient:
         scheme, _, rest = url.rpartition("://")
         self.url = {"": "ws", "http": "ws", "https": "wss"}.get(scheme, scheme) + "://" + rest
         self.timeout, self.reconnect_for = timeout, reconnect_for
-        self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
+        self._headers = {"Authorization": f"Api-Key {api_key.strip()}"} if api_key else {}
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._connection: ClientConnection | None = None
         self._connected = ExitStack()
