@@ -491,6 +491,8 @@ OBJECTS = {b"__ndarray__": True, b"data": b"x" * 8, b"dtype": "|O", b"shape": (1
         ({**of(1), "unnorm_key": "robot"}, "has no statistics of datasets; leave out unnorm_key"),
         ({**of(1), "wrist": 1}, "unknown key 'wrist'; came front, prompt, wrist"),
         ({**of(1), "state": ["a"]}, "expected numbers"),
+        ({**of(1), "reset": np.zeros(2)}, "reset is array([0., 0.]); expected true or false"),
+        ({"reset": "false"}, "reset is 'false'; expected true or false"),
     ],
 )
 def test_a_bad_message_gets_one_line_and_the_connection_lives_on(bounded, message, told):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import json
 import re
 
@@ -140,6 +141,19 @@ def test_what_came_and_what_is_wanted_is_listed(message, told):
         KeyMap(("front", "wrist"), (), 2).observation(message)
 
 
+def test_many_or_long_keys_are_not_compared_with_those_that_are_known(monkeypatch):
+    compared, similar = [], difflib.get_close_matches
+    monkeypatch.setattr(difflib, "get_close_matches", lambda key, *rest: compared.append(key) or similar(key, *rest))
+    keys = KeyMap(("front",))
+    with pytest.raises(UserError, match="more than 256 keys; wanted front, instruction"):
+        keys.observation({f"{i}": {f"{j}": 0 for j in range(100)} for i in range(100)})
+    with pytest.raises(UserError, match="no image of the camera front; unknown key 'kkk"):
+        keys.observation({"k" * 1_000_000: 0})
+    with pytest.raises(UserError, match="and 184 more"):
+        keys.observation({f"front{i}": 0 for i in range(200)})
+    assert compared == [f"front{i}" for i in range(16)]
+
+
 def test_the_keys_of_every_named_map_are_distinct():
     for name, named in NAMED_MAPS.items():
         assert len(set(named.images)) == len(named.images), name
@@ -176,6 +190,7 @@ def test_the_form_is_that_of_json_numpy():
         ({"shape": [100_000, 100_000, 3]}, "does not have 12 bytes"),
         ({"shape": [True, 12]}, "an array of shape"),
         ({"shape": 12}, "an array of shape 12"),
+        ({"shape": [0, *[2**31 - 1] * 3], "__numpy__": ""}, "is larger than any memory"),
         ({"__numpy__": "*"}, "not base64"),
         ({"__numpy__": 3}, "not base64"),
         ({"__numpy__": "ä"}, "not base64"),

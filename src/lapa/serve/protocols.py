@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ WRIST = {"wrist", "hand", "gripper"}
 # An image in REST, as OpenVLA's clients send it, is that of the main camera.
 MAIN = ("image", "full_image")
 DEEPEST, SHOWN_KEYS = 3, 16
+# Of an observation; an error looks for known keys that are like an unknown one of up to that length.
+MOST_KEYS, LONGEST_LIKE = 256, 100
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,10 @@ class KeyMap:
         found: dict[str, Any] = {}
         states: dict[str, Any] = {}
         strange = []
-        for key, value in _flat(message):
+        entries = list(islice(_flat(message), MOST_KEYS + 1))
+        if len(entries) > MOST_KEYS:
+            raise UserError(f"more than {MOST_KEYS} keys; wanted {self.wanted()}")
+        for key, value in entries:
             plain = _plain(key)
             if plain in self._by_key:
                 name = self._by_key[plain]
@@ -163,7 +169,8 @@ class KeyMap:
             if strange and {_plain(key) for key in strange} <= {_plain(key) for key in (*named.images, *named.state)}:
                 return f"; these are keys of {name}: start the server with --map {name}"
         known = [*self._by_key, STATE, *self._states, *self._instructions]
-        near = [close[0] for key in strange if (close := difflib.get_close_matches(_plain(key), known, 1, 0.7))]
+        brief = [_plain(key) for key in strange[:SHOWN_KEYS] if len(key) <= LONGEST_LIKE]
+        near = [close[0] for key in brief if (close := difflib.get_close_matches(key, known, 1, 0.7))]
         return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -195,7 +202,10 @@ def from_json(values: Mapping[str, Any]) -> np.ndarray:
     kind = np.dtype(dtype)
     if math.prod(shape) * kind.itemsize != len(decoded):
         raise UserError(f"an array of shape {shape} and dtype {dtype} does not have {len(decoded)} bytes")
-    return np.frombuffer(decoded, kind).reshape(shape).astype(kind.newbyteorder("="))
+    try:
+        return np.frombuffer(decoded, kind).reshape(shape).astype(kind.newbyteorder("="))
+    except ValueError:
+        raise UserError(f"an array of shape {shape} is larger than any memory") from None
 
 
 def to_json(array: np.ndarray) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from lapa import __version__
 from lapa.console import console, say
-from lapa.errors import UserError, out_of_memory, printable, unknown
+from lapa.errors import UserError, out_of_memory, printable, shown, unknown
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
 from lapa.policy.runtime import Actor, Policy
 from lapa.serve.batching import Answer, Batcher, Busy
@@ -123,7 +123,7 @@ class Service:
             if data is None:
                 raise UserError("a text message; expected a binary one, a msgpack map")
             message = await self._offloaded(len(data), self._unpacked, data)
-            if message.pop("reset", False):
+            if _flag(message, "reset"):
                 session.plan = None
                 if not message:
                     return pack({"reset": True})
@@ -336,6 +336,14 @@ class Service:
             "max_image": config.max_image,
             "max_instruction": config.max_instruction,
         }
+
+
+def _flag(message: dict[Any, Any], name: str) -> bool:
+    """Takes a flag from a message; False where there is none. Raises UserError for what is neither true nor false."""
+    flag = message.pop(name, False)
+    if not isinstance(flag, bool | np.bool_):
+        raise UserError(f"{name} is {shown(flag)}; expected true or false")
+    return bool(flag)
 
 
 def _timing(begun: float, answer: Answer | None) -> dict[str, Any]:
