@@ -61,11 +61,18 @@ class Statistics:
 
 
 def control(
-    client: PolicyClient, robot: Any, instruction: str, seconds: float, ask_ahead: int = 2, stop_after: int = 10
+    client: PolicyClient,
+    robot: Any,
+    instruction: str,
+    seconds: float,
+    ask_ahead: int = 2,
+    stop_after: int = 10,
+    fps: float | None = None,
 ) -> Statistics:
     """Controls a robot for some seconds, stops it, closes the client and returns the statistics.
 
     ask_ahead: periods before the end of a chunk at which the next one is asked for; at least the time of a round trip.
+    fps: actions per second, by default as the server says of its policy.
     stop_after: periods in a row without an action after which it raises TimeoutError. Other errors of the client, such
     as an observation that the server refuses, are raised at once.
     """
@@ -73,11 +80,14 @@ def control(
     def observe() -> dict[str, Any]:
         return {**robot.observe(), "instruction": instruction}
 
-    period = 1 / client.metadata["fps"]
     statistics, held_in_a_row, now = Statistics(), 0, 0
     request, request_start = None, 0
     with ThreadPoolExecutor(1) as background:
         try:
+            rate = fps or client.metadata.get("fps")
+            if not rate:
+                raise ValueError("the server does not say its policy's rate: give --fps")
+            period = 1 / rate
             client.reset()
             chunk_KA, chunk_start = np.atleast_2d(client.infer(observe())), 0
             if len(chunk_KA) <= ask_ahead:
@@ -126,10 +136,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--ask-ahead", type=int, default=2, help="periods before a chunk ends to ask for the next one")
     parser.add_argument("--stop-after", type=int, default=10, help="periods without an action to give up after")
+    parser.add_argument("--fps", type=float, help="actions per second; by default as the server says")
     options = parser.parse_args()
     try:
         client = PolicyClient(options.url, options.api_key)
-        control(client, Robot(), options.instruction, options.seconds, options.ask_ahead, options.stop_after)
+        control(
+            client,
+            Robot(),
+            options.instruction,
+            options.seconds,
+            options.ask_ahead,
+            options.stop_after,
+            options.fps,
+        )
     except (ServerError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
 

@@ -18,14 +18,20 @@ class FakeServer:
     It runs in threads, with a session for each connection, and takes messages of up to 1 MiB.
     """
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Any], port: int = 0, key: str | None = None) -> None:
+    def __init__(
+        self,
+        answer: Callable[[dict[str, Any]], Any],
+        port: int = 0,
+        key: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
         self.connections = 0
         self._open: set[ServerConnection] = set()
 
         def session(connection: ServerConnection) -> None:
             self.connections += 1
             self._open.add(connection)
-            connection.send(pack({"fps": 10.0, "chunk": 2}))
+            connection.send(pack({"fps": 10.0, "chunk": 2} if metadata is None else metadata))
             for message in connection:
                 assert isinstance(message, bytes)
                 reply = answer(unpack(message))

@@ -62,14 +62,19 @@ class RecordingRobot:
         self.events.append("stop")
 
 
-def control(answer: Callable[[dict[str, Any]], Any], robot: RecordingRobot, **options: Any) -> Any:
+def control(
+    answer: Callable[[dict[str, Any]], Any],
+    robot: RecordingRobot,
+    metadata: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     """Runs the control loop of the example against a made-up server of a policy of ten periods a second."""
     pytest.importorskip("websockets", reason="the client needs websockets: pip install 'lapa-vla[serve]'")
     from lapa.serve.client import PolicyClient
     from policy_server import FakeServer
 
     example = runpy.run_path(str(EXAMPLES / "robot_loop.py"))
-    with FakeServer(answer) as server:
+    with FakeServer(answer, metadata=metadata) as server:
         return example["control"](PolicyClient(server.url), robot, "lift the cup", **options)
 
 
@@ -98,6 +103,16 @@ def test_robot_loop_asks_before_a_chunk_ends_and_skips_what_has_passed(capsys: p
     first, later = [a for a in robot.acted if a < 100], [a for a in robot.acted if a >= 100]
     assert first == sorted(first)
     assert later == sorted(later) and later[0] > 100
+
+
+@pytest.mark.parametrize("metadata", [{}, {"fps": None}])
+def test_robot_loop_needs_a_rate(metadata: dict[str, Any]) -> None:
+    robot = RecordingRobot()
+    with pytest.raises(ValueError, match="the server does not say its policy's rate: give --fps"):
+        control(chunks(), robot, metadata, seconds=60)
+    assert robot.events == ["stop"]
+    statistics = control(chunks(), robot, metadata, seconds=0.5, fps=20)
+    assert statistics.acted >= 1 and statistics.acted + statistics.held + statistics.missed >= 10
 
 
 def test_robot_loop_holds_while_the_server_is_late_and_goes_on(capsys: pytest.CaptureFixture) -> None:
