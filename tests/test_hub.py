@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,9 @@ def root(tmp_path_factory):
         (root / name / "training" / "step.pt").write_bytes(b"x" * 1000)
         (root / name / ".config.17.partial.json").write_bytes(b"half")
         (root / name / "notes.txt").write_text("mine")
+    (root / "policy" / "model" / ".ipynb_checkpoints").mkdir()
+    for own in ("notes.txt", ".ipynb_checkpoints/notes.txt"):
+        (root / "policy" / "model" / own).write_text("mine")
     return root
 
 
@@ -136,7 +140,7 @@ def test_a_policy_comes_back_the_same(hub, root):
     push(root / "policy", "ann/policy", *LICENSE)
     files = hub.repos["model", "ann/policy"].files()
     require_sums(files)
-    assert not any("training" in name or "partial" in name or name == "notes.txt" for name in files)
+    assert not any("training" in name or "partial" in name or name.endswith("notes.txt") for name in files)
     assert not any(b"secret" in content for content in files.values())
     metadata, text = card(files)
     assert metadata["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.0625
@@ -269,6 +273,11 @@ def test_an_error_of_the_hub_is_one_line_with_the_fix(hub, root, monkeypatch, ca
         capsys, "push", root / "lam", "someone-else/lam", *LICENSE
     )
     assert '"license" must be one of the list' in failure(capsys, "push", root / "lam", "ann/x", "--license", "bad")
+    with monkeypatch.context() as patch:
+        full = ("POST /api/repos/create", lambda handler, allowed: handler._error(422, message="too many of them"))
+        patch.setattr("fake_hub.ROUTES", [full])
+        error = failure(capsys, "push", root / "lam", "ann/x", *LICENSE)
+    assert error.endswith(f"refuses this (422: too many of them); correct the name or the revision of {hub.url}/ann/x")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     for command in (["push", root / "lam", "ann/lam", *LICENSE], ["evaluate", "ann/gated", *out]):
         assert "the hub refuses the token, or there is none (401); log in with" in failure(capsys, *command)
@@ -430,6 +439,9 @@ def test_what_may_be_an_id(tmp_path, monkeypatch):
     assert as_hub_id("ann/lam@refs/pr/1") == HubId("ann/lam", "refs/pr/1")
     for text in ("lam", "/ann/lam", "./lam", "../lam", "a/b/c", "s3://ann/lam", "~/lam", "ann/", "x" * 5000, "a b/c"):
         assert as_hub_id(text) is None
+    for revision in ("", "a b", "a@b", "..", "a/../b", "."):
+        with pytest.raises(lapa.UserError, match=re.escape(f"ann/lam: {revision!r} is no revision; give a branch")):
+            as_hub_id("ann/lam", revision)
 
 
 def test_sums_of_an_artifact_that_tells_nothing_are_its_own(root):

@@ -94,9 +94,11 @@ def read_artifact(folder: Path) -> Artifact:
     verify(folder, "make it again", {name: digest for name, digest in sums.items() if name != NOTES})
     paths = [path for pattern in KINDS[kind].patterns for path in find_files(folder, pattern)]
     names = {path.relative_to(folder).as_posix() for path in paths if path.is_file()} | set(sums)
-    files: dict[str, Path | bytes] = {
-        name: inside(folder, name) for name in sorted(names) if not PurePosixPath(name).name.startswith(".")
-    }
+    names = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}
+    # The sums name every file of a folder such as model/, or none, as for the measurements.
+    whole = set() if kind == "dataset" else {name.partition("/")[0] for name in sums if "/" in name}
+    names -= {name for name in names if name not in sums and name.partition("/")[0] in whole}
+    files: dict[str, Path | bytes] = {name: inside(folder, name) for name in sorted(names)}
     for name in files:
         if any(fnmatchcase(name, pattern) for pattern in TELLING):
             files[name] = _told(folder, name)

@@ -20,9 +20,13 @@ from pathlib import Path
 from lapa.errors import UserError
 from lapa.files import errors_about
 
-HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?")
+# As git has it: neither `..` nor a dot in front.
+REVISION = re.compile(r"(?!\.|\S*\.\.)[^@\s]+")
+HUB_ID = re.compile(rf"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>{REVISION.pattern}))?")
 LOG_IN = "`hf auth login` or HF_TOKEN"
 LONGEST_REASON = 200
+# What the hub answers where the same request may succeed later: it took too long, there were too many.
+TRY_AGAIN = (408, 429)
 # How the error begins where nothing of that name is found.
 NEITHER = "neither"
 # The file that every model and policy, every dataset has.
@@ -52,8 +56,11 @@ class HubId:
 def as_hub_id(text: str | Path, revision: str | None = None) -> HubId | None:
     """The repository that a text names; None where it is a folder here, or cannot be an id.
 
-    revision: one that is given apart from the text. Raises UserError where both give one, and for that of a folder.
+    revision: one that is given apart from the text. Raises UserError where both give one, for that of a folder, and for
+    one that cannot be.
     """
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise UserError(f"{text}: {revision!r} is no revision; give a branch, tag or commit")
     # A path of another file system is no id. The text may be longer than any name of a file.
     there = not isinstance(text, str | Path) or os.path.exists(text)  # noqa: PTH110
     match = None if there else HUB_ID.fullmatch(str(text))
@@ -183,6 +190,9 @@ def _explained(error: BaseException, hub_id: HubId, kind: str, pushing: bool) ->
         return f"{neither} ({_reason(error)})"
     if type(error) in (OSError, PermissionError):
         return f"cannot be stored or read ({_reason(error)}); make room, or set HF_HOME to a folder with room"
+    if answer is not None and 400 <= answer.response.status_code < 500 and status not in TRY_AGAIN:
+        reason = _reason(answer.server_message or answer)
+        return f"the hub refuses this ({status}: {reason}); correct the name or the revision of {page}"
     again = "check the network and run the command again, which keeps the files that arrived"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return f"{neither} ({_reason(chain[-1])}); correct the name, or {again}"
