@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from lapa.cli import main
 from lapa.engine.batches import Draw, StepSampler
 from lapa.engine.config import LoopConfig, OptimConfig
+from lapa.engine.curves import panels
 from lapa.engine.distributed import pick_device
 from lapa.engine.loop import TrainResult, train
 from lapa.engine.optim import build_optimizer, learning_rate
@@ -354,3 +357,31 @@ def test_two_processes_resume_each_with_its_own_noise(tmp_path: Path) -> None:
     torchrun(tmp_path, "parts", 2, stopped)
     resumed = torchrun(tmp_path, "parts", 2, script(tmp_path, "parts", 4))
     assert torch.equal(whole, resumed)
+
+
+def test_a_training_draws_its_curves_and_plot_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        run(tmp_path / name)
+        assert Image.open(tmp_path / name / "training" / "curves.png").width > 100
+    runs = [str(tmp_path / "one"), str(tmp_path / "two" / "training")]
+    for options, status, shown in (
+        (runs, 0, "training curves"),
+        ([*runs, "--out", str(tmp_path / "a.jpg")], 2, "must end in .png"),
+        ([str(tmp_path)], 2, "no training run"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["plot", *options, *([] if "--out" in options else ["--out", str(tmp_path / "both.png")])])
+        assert ended.value.code in (status, None if status == 0 else status)
+        assert shown in capsys.readouterr().err
+    assert Image.open(tmp_path / "both.png").width > 100
+
+
+def test_figures_that_never_change_are_not_drawn() -> None:
+    rows = [{"step": step, "loss": 1 / step, "lr": 0.1, "eval/mse": step, "eval/mse_copy": 3.0} for step in (1, 2, 3)]
+    assert panels({"a": rows, "b": rows[:1]}) == {
+        "training loss": {"a": [(1, 1.0), (2, 0.5), (3, 1 / 3)], "b": [(1, 1.0)]},
+        "validation: mse": {"a": [(1, 1), (2, 2), (3, 3)], "b": [(1, 1)]},
+        "validation: mse copy": {"a": [(1, 3.0), (2, 3.0), (3, 3.0)], "b": [(1, 3.0)]},
+    }
+    assert list(panels({"a": rows})) == ["training loss", "validation: mse"]
+    assert panels({"a": []}) == {}

@@ -9,7 +9,9 @@ import lapa
 
 PACKAGE = Path(lapa.__file__).parent
 RANKS = {
-    **dict.fromkeys(["types", "errors", "config", "files", "locks", "checksums", "console", "hub", "on_import"], 0),
+    **dict.fromkeys(
+        ["types", "errors", "config", "files", "locks", "checksums", "console", "drawing", "hub", "on_import"], 0
+    ),
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),
     **dict.fromkeys(["released", "baselines", "labelling", "envs"], 3),

@@ -16,11 +16,12 @@ from lapa.cli import main
 from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.spec import open_dataset
 from lapa.data.video import ClipScan
+from lapa.drawing import CELL, GAP, MARGIN
 from lapa.files import read_json
 from lapa.latent.metrics import Sample, draw_sample, encode, other_episodes, usage_figures
 from lapa.latent.model import LatentAction, LatentActionModel
 from lapa.latent.probe import probe
-from lapa.latent.show import code_grid, parse_codes, probe_sheet
+from lapa.latent.show import EachCode, parse_codes, probe_sheet
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
 
@@ -195,7 +196,7 @@ def test_a_model_of_features_is_measured_on_its_features(data: Path) -> None:
     assert measured["reconstruction"]["mse"] < 0.3 * measured["reconstruction"]["mse_copy"]
     assert measured["reconstruction"]["moving_share"] > 0.1
     assert "transfer" not in measured
-    assert probe_sheet(model, sample, encode(model, sample.frames_BTCHW), 3).size == (2 * 34, 14 + 3 * 34)
+    assert probe_sheet(model, sample, encode(model, sample.frames_BTCHW), 0.5).width == sheet_width(3)
 
 
 def test_mean_frame_and_moving_pixels_by_hand(data: Path) -> None:
@@ -244,6 +245,10 @@ def continuous(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def sheet_width(columns: int) -> int:
+    return 2 * MARGIN + columns * (CELL + GAP) - GAP
+
+
 def lapa(*arguments: object) -> int:
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])
@@ -258,7 +263,7 @@ def test_probe_writes_its_figures_and_its_picture(data: Path, lam: Path, tmp_pat
     figures = read_json(out / "probe.json")
     assert figures["num_pairs"] == 64
     assert set(figures["action"]["linear"]) == {"codes", "quantized", "continuous", "pixel_difference"}
-    assert Image.open(out / "grid.png").size == ((3 + 4 * 8) * 34, 14 + 6 * 34)
+    assert Image.open(out / "grid.png").width == sheet_width(7)
     assert lapa(*command) == 2
     assert "already holds a finished result" in capsys.readouterr().err
 
@@ -270,7 +275,7 @@ def test_probe_of_a_continuous_model(data: Path, continuous: Path, tmp_path: Pat
     assert "usage" not in figures
     # One frame apart, there is none in the middle.
     assert set(figures["consistency"]) == {"reversal_error", "reversal_cosine", "offset_share"}
-    assert Image.open(out / "grid.png").size == (6 * 34, 14 + 6 * 34)
+    assert Image.open(out / "grid.png").width == sheet_width(7)
 
 
 def test_compare_gives_every_model_the_same_first_frames(
@@ -298,8 +303,12 @@ def test_show_draws_codes_and_a_rollout(lam: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     rollout = ("--rollout", "3,1,4,1", "0,0,0,0,7,7,7,7")
     assert lapa("latent", "show", lam, "--image", tmp_path / "picture.png", "--out", out, *rollout) == 0
-    assert Image.open(out / "codes.png").size == ((2 + 8) * 34, 14 + 4 * 34)
-    assert sum(1 for _ in ClipScan(out / "rollout.mp4")) == 4
+    assert Image.open(out / "codes.png").width == sheet_width(8)
+    with Image.open(out / "codes.webp") as animation:
+        assert (animation.width, animation.n_frames) == (sheet_width(8), 5)
+    assert Image.open(out / "rollout.png").width == sheet_width(4)
+    frames = list(ClipScan(out / "rollout.mp4"))
+    assert len(frames) == 4
 
 
 @pytest.mark.parametrize(
@@ -334,11 +343,13 @@ def test_latent_actions_from_text() -> None:
     assert parse_codes((), 2, 4).shape == (0, 2)
 
 
-def test_a_large_codebook_shows_the_codes_used_most(data: Path) -> None:
-    config = replace(DEBUG.model, codebook_size=64)
-    model = LatentActionModel(config).eval()
-    frames = sample_of(data, 4).frames_BTCHW
-    assert code_grid(model, frames[:2], model.codes(frames)).size == ((3 + 4 * 16) * 34, 14 + 2 * 34)
+def test_of_a_large_codebook_codes_at_even_distances_are_shown(data: Path) -> None:
+    model = LatentActionModel(replace(DEBUG.model, codebook_size=64)).eval()
+    frame_CHW, base_L = sample_of(data, 4).frames_BTCHW[0, 0], torch.tensor([9, 1, 2, 3])
+    each = EachCode(model, frame_CHW, base_L)
+    assert each.codes == [0, 9, 18, 27, 36, 45, 54, 63]
+    assert each.actions_NL[8:16].tolist() == [[9, code, 2, 3] for code in each.codes]
+    assert [row.marked for row in each._rows(np.zeros((32, 8, 8, 3), np.uint8))] == [{1}, set(), set(), set()]
 
 
 def test_an_even_codebook_of_many_codes_is_not_called_dead() -> None:

@@ -336,7 +336,7 @@ def test_runs_of_different_code_are_told_apart(tmp_path: Path) -> None:
 def test_the_page_explains_its_images(report: Path) -> None:
     text = (report / "report.html").read_text()
     assert text.count("Each row is a task, from start to end.") == 2 * len(ARMS)  # as caption and as text for the blind
-    assert "with the code at position p set to k (p:k)" in text
+    assert "what the model changes with their own and with other codes" in text
 
 
 def test_few_goals_give_bars_without_intervals() -> None:

@@ -121,6 +121,8 @@ VERBS = (
          "a folder of `lapa export lerobot`, also as lerobot-train left it -> a policy"),
     Verb("export lerobot", "lapa.policy.config:ExportLeRobotConfig", "lapa.policy.lerobot:export",
          "a policy -> a folder that LeRobot's tools run, evaluate and finetune"),
+    Verb("plot", "lapa.engine.config:PlotConfig", "lapa.engine.curves:run",
+         "trainings -> an image of their curves, to compare them"),
     Verb("evaluate", "lapa.evaluation.config:EvaluateConfig", "lapa.evaluation.rollout:run",
          "a policy in a simulator -> success rates with intervals, and videos"),
     Verb("serve", "lapa.serve.config:ServeConfig", "lapa.serve.server:run",
@@ -258,6 +260,7 @@ OPENERS = {
 # By the name of an option of type Path: the error for one that does not exist.
 MISSING = {
     "artifact": "no such folder; give that of a model, policy, labels, dataset or results",
+    "runs": "no such folder; give that of a training",
     "inverse": "no such folder; train an inverse dynamics model with `lapa baseline inverse`",
     "video": "no such folder; train a video model with `lapa baseline video`",
 }

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from lapa import config as configs
@@ -27,6 +27,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.sampling import FrameStore, choose_cameras, parse_key, require_plain, split_items
 from lapa.data.spec import open_dataset
+from lapa.drawing import Row, grid
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
@@ -40,7 +41,6 @@ INITIALISATION_SAMPLES = 256
 # Samples of the validation split: for the loss, for errors of predicted frames, and for the image of samples.
 EVALUATION_SAMPLES, PREDICTED_SAMPLES, DRAWN_SAMPLES = 256, 32, 8
 EVALUATION_BATCH = 32
-CELL, CAPTION, GAP = 128, 14, 2
 
 
 @locks_output
@@ -188,21 +188,17 @@ def samples_sheet(model: VideoModel, items: Sequence[dict[str, Any]]) -> Image.I
     """Draws a row for each sample under its instruction: the current frame, the predicted ones, the true ones."""
     frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in items]))
     predicted_BFCHW = model.sample(frames_BTCHW[:, 0], [item["instruction"] for item in items]).cpu()
-    count, row_height = model.config.num_frames, CELL + CAPTION + GAP
-    sheet = Image.new("RGB", ((1 + 2 * count) * (CELL + GAP), CAPTION + len(items) * row_height), "white")
-    drawing = ImageDraw.Draw(sheet)
-    steps = range(1, count + 1)
-    titles = ["current", *(f"predicted +{n}" for n in steps), *(f"true +{n}" for n in steps)]
-    for column, title in enumerate(titles):
-        drawing.text((column * (CELL + GAP) + 2, 1), title, fill="gray")
-    for row, (item, true_TCHW, predicted_FCHW) in enumerate(zip(items, frames_BTCHW, predicted_BFCHW, strict=True)):
-        top = CAPTION + row * row_height
-        drawing.text((2, top + 1), item["instruction"], fill="black")
+    seconds = [number * model.config.horizon_seconds for number in range(1, model.config.num_frames + 1)]
+    captions = [
+        "frame",
+        *(f"predicted, after {each:.3g} s" for each in seconds),
+        *(f"true, {each:.3g} s" for each in seconds),
+    ]
+    rows = []
+    for item, true_TCHW, predicted_FCHW in zip(items, frames_BTCHW, predicted_BFCHW, strict=True):
         cells_NCHW = torch.cat([true_TCHW[:1], predicted_FCHW, true_TCHW[1:]])
-        for column, cell_HWC in enumerate(rearrange(cells_NCHW, "n c h w -> n h w c").numpy()):
-            cell = Image.fromarray(cell_HWC).resize((CELL, CELL), Image.Resampling.NEAREST)
-            sheet.paste(cell, (column * (CELL + GAP), top + CAPTION))
-    return sheet
+        rows.append(Row(item["instruction"], list(rearrange(cells_NCHW, "n c h w -> n h w c").numpy()), captions))
+    return grid(rows, "Predicted and true frames")
 
 
 def _starting_model(config: VideoTrainConfig, datasets: Sequence[Dataset]) -> VideoModel:

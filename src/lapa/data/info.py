@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.table import Table
 
 from lapa.console import console, finish, say
@@ -16,13 +16,12 @@ from lapa.data.convert import SAMPLED_FRAMES, report_repeated, sample
 from lapa.data.dataset import ACTION_SPACE, STATE, Dataset, dimension_names
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
+from lapa.drawing import CELL, Row, grid
 from lapa.errors import printable
 from lapa.files import atomic_path, find_files, is_remote
 
-THUMBNAIL = 128
 SHEET_EPISODES, SHEET_TIMES = 8, 6
 SHOWN_TASKS, SHOWN_LETTERS = 10, 200
-CAPTION_HEIGHT = 14
 
 
 def run(config: InfoConfig) -> None:
@@ -92,18 +91,15 @@ def summary(dataset: Dataset) -> Table:
 def contact_sheet(dataset: Dataset, camera: str | None = None) -> Image.Image:
     """Draws one row per episode (spread over the dataset), with images from its first frame to its last."""
     rows = np.linspace(0, len(dataset) - 1, min(SHEET_EPISODES, len(dataset))).round().astype(int)
-    height = THUMBNAIL + CAPTION_HEIGHT
-    sheet = Image.new("RGB", (THUMBNAIL * SHEET_TIMES, height * len(rows)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, episode in enumerate(rows):
+    drawn = []
+    for episode in map(int, rows):
         times = np.linspace(0, dataset.lengths[episode] - 1, SHEET_TIMES).round().astype(int).tolist()
-        thumbnails = resize_and_crop(dataset.frames(int(episode), times, camera), THUMBNAIL)
-        for column, image_HWC in enumerate(thumbnails):
-            sheet.paste(Image.fromarray(image_HWC), (column * THUMBNAIL, row * height + CAPTION_HEIGHT))
-        # Pillow's built-in font lacks most scripts; the rest becomes question marks.
-        text = printable(f"{episode}: {dataset.episodes[episode].instruction[:SHOWN_LETTERS]}")
-        pen.text((2, row * height + 1), text.encode("latin-1", "replace").decode("latin-1"), fill="black")
-    return sheet
+        thumbnails = list(resize_and_crop(dataset.frames(episode, times, camera), CELL))
+        captions = [f"{time / dataset.fps:.1f} s" for time in times]
+        drawn.append(
+            Row(f"episode {episode}: {dataset.episodes[episode].instruction or 'no instruction'}", thumbnails, captions)
+        )
+    return grid(drawn, f"{dataset.name}: {len(dataset)} episodes")
 
 
 def _actions(dataset: Dataset) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -67,3 +68,13 @@ class LoopConfig:
     """Minutes between checkpoints; one is written at whichever comes first."""
     stop_after: int | None = None
     """Stop with a checkpoint after this many steps of the run; --resume continues."""
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw the training curves of one or several runs as one image."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of trainings, finished or not: latent action models, policies, baselines."""
+    out: Path = Path("curves.png")
+    """PNG to draw to."""

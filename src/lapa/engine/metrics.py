@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line in `metrics.jsonl`, and the same in TensorBoard.
+"""Metrics of a run: one JSON object a line in `metrics.jsonl`, the same in TensorBoard, and curves.png in the end.
 
 tensorboard --logdir RUN/training
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lapa import __version__
+from lapa.engine.curves import CURVES, METRICS, draw_curves
 from lapa.files import atomic_path, read_json_lines
 
 
@@ -27,7 +28,7 @@ class MetricLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         folder.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_json_lines(self.path, step=int) if row["step"] <= first_step]
         with atomic_path(self.path) as temporary:
@@ -46,8 +47,10 @@ class MetricLog:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Also draws the curves, where anything is logged."""
         if self.enabled:
             self._writer.close()
+            draw_curves([self.path], [""], self.path.with_name(CURVES))
 
 
 def versions_and_hardware() -> dict[str, Any]:

@@ -46,8 +46,6 @@ from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
 
-NUM_ROWS = 6  # pairs shown in grid.png
-
 
 @dataclass(frozen=True)
 class Row:
@@ -130,7 +128,7 @@ def run(config: ProbeConfig) -> None:
     figures = probe(model, sample, encoded, config.seed)
     console.print(table_of({"value": figures}, "latent action model"))
     with atomic_path(out / "grid.png") as path:
-        probe_sheet(model, sample, encoded, NUM_ROWS).save(path)
+        probe_sheet(model, sample, encoded, horizon).save(path)
     context = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
     write_json(out / "probe.json", {**figures, **context})
     elsewhere = ["--out", "LABELS"] if dataset.in_place else []

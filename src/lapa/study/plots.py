@@ -2,7 +2,7 @@
 
     save(success_by_split(groups), Path("success.png"))
 
-An arm has one colour everywhere (of Okabe and Ito, which the colour-blind can distinguish) and one marker.
+An arm has one colour everywhere and one marker.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lapa.drawing import BLUE, GREEN, GREY, ORANGE, PINK
 from lapa.files import atomic_path
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve, Split
 from lapa.study.statistics import Estimate, Group
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Of ARMS: scratch, vpt, unipi, lapa, actionvla.
-COLOURS = dict(zip(ARMS, ("#7f7f7f", "#e69f00", "#cc79a7", "#0072b2", "#009e73"), strict=True))
+COLOURS = dict(zip(ARMS, (GREY, ORANGE, PINK, BLUE, GREEN), strict=True))
 MARKERS = dict(zip(ARMS, "osvD^", strict=True))
 # Validation metrics that are shown first, of those that the curves have.
 HELD_OUT = ("eval/held_out_token_accuracy", "eval/held_out_action_error", "eval/held_out_loss")

@@ -182,9 +182,8 @@ def _images_of_runs(found: Findings) -> list[Block]:
                 blocks.append(Figure(path, text))
         for result, path in [(run, run.codes) for run in runs if run.codes][:1]:
             text = (
-                f"The effect of each code of the latent action model, seed {result.seed}, {group.name}. Rows: pairs of "
-                "frames. Columns: the first frame, the true second frame, the model's prediction with the pair's own "
-                "codes, then with the code at position p set to k (p:k); green: the pair's own code."
+                f"What the codes of the latent action model do, seed {result.seed}, {group.name}. Each row is a pair "
+                "of frames: what changes between them, and what the model changes with their own and with other codes."
             )
             blocks.append(Figure(path, text))
     return blocks

@@ -2,7 +2,7 @@
 
     STUDY/results/in-domain-2-lapa-0.json      split, labelled episodes a task, arm, seed
     STUDY/results/in-domain-2-lapa-0.png       images of its rollouts
-    STUDY/results/in-domain-2-lapa-0-codes.png the effect of each code of its latent action model (arm lapa)
+    STUDY/results/in-domain-2-lapa-0-codes.png what the codes of its latent action model do (arm lapa)
 
 Results of several machines are merged by giving `report` all their folders, or by copying the files into one.
 """

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import lapa
 from lapa import config as configs
@@ -30,6 +30,7 @@ from lapa.checksums import verify
 from lapa.console import console, finish, say
 from lapa.data.spec import open_dataset
 from lapa.data.video import decode_clip, probe
+from lapa.drawing import Row, grid
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.errors import UserError
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, write_json
@@ -59,7 +60,7 @@ FIGURES = {
 # Stages whose curves are kept.
 TRAINED = ("latent action model", "inverse dynamics", "video model", "pretraining", "finetuning")
 PROVENANCE = ("lapa", "torch", "python", "gpu", "num_gpus", "machine", "metaworld", "mujoco")
-MOMENTS, TILE, CAPTION = 6, 96, 14
+MOMENTS = 6
 # Points of a curve that are kept.
 CURVE_POINTS = 100
 
@@ -198,18 +199,12 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
 
 def rollout_strip(videos: Path) -> Image.Image:
     """Draws one row for each task: its first rollout at equal distances in time."""
-    paths = sorted(videos.glob("*.mp4"))
-    strip = Image.new("RGB", (MOMENTS * TILE, len(paths) * (TILE + CAPTION)), "white")
-    draw = ImageDraw.Draw(strip)
-    for row, path in enumerate(paths):
-        top = row * (TILE + CAPTION)
-        draw.text((2, top + 1), path.stem, fill="black")
+    rows = []
+    for path in sorted(videos.glob("*.mp4")):
         video = probe(path)
         moments = np.linspace(0, (video.num_frames or 1) - 1, MOMENTS).round().astype(int).tolist()
-        for column, frame_HWC in enumerate(decode_clip(path, moments, video.fps)):
-            image = Image.fromarray(frame_HWC).resize((TILE, TILE), Image.Resampling.LANCZOS)
-            strip.paste(image, (column * TILE, top + CAPTION))
-    return strip
+        rows.append(Row(path.stem, list(decode_clip(path, moments, video.fps))))
+    return grid(rows, "Rollouts, from start to end")
 
 
 def _rollouts(study: Path, plan: Plan, episodes: Sequence[dict[str, Any]]) -> tuple[Rollout, ...]:
