@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ImageColor
 
-from lapa.data.video import probe
+from lapa.data.video import decode_clip, probe
+from lapa.drawing import BAD, GOOD, INK
 from lapa.envs import ENVIRONMENTS, EnvironmentKind, episode_seed, kind_of, make
 from lapa.envs.metaworld.simulator import Simulator, check_installation
 from lapa.envs.synthetic import DIRECTIONS
@@ -22,7 +24,7 @@ from lapa.errors import UserError
 from lapa.evaluation import rollout
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import RolloutSettings, TaskEpisodes, play_episodes
-from lapa.evaluation.rollout import evaluate, wilson_interval
+from lapa.evaluation.rollout import VIDEO_WIDTH, evaluate, wilson_interval
 from lapa.policy.execution import TemporalEnsemble
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
@@ -73,7 +75,21 @@ def test_baselines_meet_the_same_episodes(tmp_path: Path) -> None:
     assert random["overall"]["interval"][1] < expert["overall"]["interval"][0]
     assert [e["seed"] for e in expert["episodes"]] == [e["seed"] for e in random["episodes"]]
     assert json.loads((tmp_path / "expert" / "results.json").read_text()) == expert
-    assert probe(tmp_path / "expert" / "videos" / "up-left.mp4").width == 2 * 64
+    assert probe(tmp_path / "expert" / "videos" / "up-left.mp4").width == 2 * VIDEO_WIDTH
+
+
+@pytest.mark.parametrize(("policy", "colour"), [("expert", GOOD), ("random", BAD)])
+def test_a_video_ends_with_its_outcome_below_the_frame(tmp_path: Path, policy: str, colour: str) -> None:
+    settings = {"env": "synthetic", "tasks": "up", "episodes": 1, "videos": 1, "max_steps": 30}
+    report = evaluate(EvaluateConfig(policy, tmp_path / "out", **settings))
+    assert set(report["episodes"][0]) == {"task", "episode", "seed", "success", "steps"}
+    path = tmp_path / "out" / "videos" / "up.mp4"
+    video = probe(path)
+    shown = decode_clip(path, [0, (video.num_frames or 1) - 1], video.fps)
+    assert video.height > video.width == VIDEO_WIDTH
+    for frame_HWC, expected in zip(shown, (INK, colour), strict=True):
+        edge = frame_HWC[VIDEO_WIDTH + 4 :, :4].mean((0, 1))
+        assert np.abs(edge - ImageColor.getrgb(expected)).max() < 30
 
 
 def test_random_actions_repeat_for_a_seed(tmp_path: Path) -> None:

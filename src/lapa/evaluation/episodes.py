@@ -75,7 +75,7 @@ class TaskEpisodes:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How one episode ended. frames: its recorded images, HWC uint8."""
+    """How one episode ended. frames: its recorded images, HWC uint8; instruction: its own, where it is recorded."""
 
     task: str
     episode: int
@@ -83,6 +83,7 @@ class EpisodeResult:
     success: bool
     steps: int
     frames: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
+    instruction: str = field(default="", repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,12 @@ class _Episode:
                 self._step(rng.uniform(-kind.action_limit, kind.action_limit, kind.action_dim))
 
     def result(self) -> EpisodeResult:
+        instruction = ""
         if self._recorded:
             self._record()
-        return EpisodeResult(self.task, self.number, self.seed, self.success, self.steps, tuple(self._frames))
+            instruction = self.observe().instruction
+        frames = tuple(self._frames)
+        return EpisodeResult(self.task, self.number, self.seed, self.success, self.steps, frames, instruction)
 
     def _step(self, action: np.ndarray) -> None:
         if self._recorded and self.steps % self.settings.video_every == 0:

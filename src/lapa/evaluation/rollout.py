@@ -28,6 +28,7 @@ from lapa.checksums import Journal, files_below, verify, write_marker
 from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
+from lapa.drawing import BAD, GOOD, INK, captioned
 from lapa.envs import EnvironmentKind, kind_of
 from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
@@ -42,14 +43,14 @@ if TYPE_CHECKING:
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS = "config.json", "episodes.jsonl", "results.json"
-GREEN, RED = (40, 180, 70), (210, 50, 40)
+VIDEO_WIDTH = 256  # of each rollout, at least
 
 
 def run(config: EvaluateConfig) -> None:
     """`lapa evaluate`: prints a table and the paths of what was written."""
     console.print(_table(evaluate(config)))
     if videos := list((config.out / "videos").glob("*.mp4")):
-        say(f"videos: {config.out / 'videos'} ({len(videos)} tasks, green border for success)")
+        say(f"videos: {config.out / 'videos'} ({len(videos)} tasks, with step and outcome)")
     finish("results", config.out / RESULTS)
 
 
@@ -231,24 +232,29 @@ def _kept_results(config: EvaluateConfig, tasks: Sequence[str], journal: Journal
 
 
 def write_video(path: Path, results: Sequence[EpisodeResult], settings: RolloutSettings) -> None:
-    """Rollouts side by side; each ends on its last frame, with a green border for success and a red one for failure."""
+    """Rollouts next to one another, each above its instruction and step; it ends on its last frame with its outcome."""
     ordered = sorted(results, key=lambda result: result.episode)
     columns = math.ceil(math.sqrt(len(ordered)))
-    padding = [np.zeros_like(ordered[0].frames[0])] * (-len(ordered) % columns)
-    # Half a second longer, to show how the last one ended.
-    length = max(len(result.frames) for result in ordered) + VIDEO_FPS // 2
-    tiles = ([*(_tile(result, time_step) for result in ordered), *padding] for time_step in range(length))
-    images = [rearrange(each, "(row column) h w c -> (row h) (column w) c", column=columns) for each in tiles]
+    # A second longer, to show how the last one ended.
+    length = max(len(result.frames) for result in ordered) + VIDEO_FPS
+    tiles = ([_tile(result, index, settings) for result in ordered] for index in range(length))
+    empty = [np.zeros_like(_tile(ordered[0], 0, settings))] * (-len(ordered) % columns)
+    images = [
+        rearrange([*each, *empty], "(row column) h w c -> (row h) (column w) c", column=columns) for each in tiles
+    ]
     encode_clip(path, images, kind_of(settings.env).fps / settings.video_every, keyframe_interval=VIDEO_FPS)
 
 
-def _tile(result: EpisodeResult, time_step: int) -> np.ndarray:
-    if time_step < len(result.frames) - 1:
-        return result.frames[time_step]
-    framed = result.frames[-1].copy()
-    colour = GREEN if result.success else RED
-    framed[:3], framed[-3:], framed[:, :3], framed[:, -3:] = colour, colour, colour, colour
-    return framed
+def _tile(result: EpisodeResult, index: int, settings: RolloutSettings) -> np.ndarray:
+    """Frame `index` of a rollout, or its last one, above what happens in it."""
+    if index < len(result.frames) - 1:
+        outcome, colour = f"step {index * settings.video_every}", INK
+    elif result.success:
+        outcome, colour = f"success after {result.steps} steps", GOOD
+    else:
+        outcome, colour = f"failure after {result.steps} steps", BAD
+    lines = [result.instruction or result.task, f"episode {result.episode}: {outcome}"]
+    return captioned(result.frames[min(index, len(result.frames) - 1)], lines, colour, VIDEO_WIDTH)
 
 
 def _video(config: EvaluateConfig, task: str) -> Path:
@@ -256,7 +262,7 @@ def _video(config: EvaluateConfig, task: str) -> Path:
 
 
 def _row(result: EpisodeResult) -> dict[str, Any]:
-    return {name: value for name, value in vars(result).items() if name != "frames"}
+    return {name: value for name, value in vars(result).items() if name not in ("frames", "instruction")}
 
 
 def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
