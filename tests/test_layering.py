@@ -10,7 +10,7 @@ import lapa
 PACKAGE = Path(lapa.__file__).parent
 RANKS = {
     **dict.fromkeys(
-        ["types", "errors", "config", "files", "locks", "checksums", "console", "drawing", "hub", "on_import"], 0
+        ["types", "errors", "config", "files", "locks", "checksums", "console", "drawing", "hub", "on_import", "web"], 0
     ),
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),

@@ -690,6 +690,7 @@ def test_a_map_may_be_given_several_times():
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, missing):
     for name in ("server", "service", "batching", "protocols", "client"):
         monkeypatch.delitem(sys.modules, f"lapa.serve.{name}", raising=False)
+    monkeypatch.delitem(sys.modules, "lapa.web", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=rf"lapa serve needs {missing}; install it: pip install 'lapa-vla\[serve\]'"):
         importlib.import_module("lapa.serve.server")
@@ -699,11 +700,11 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, missing):
 COMMAND = """
 import threading
 import numpy as np
-from lapa import cli
+from lapa import cli, web
 from lapa.data.dataset import ActionSpace
 from lapa.policy.runtime import Actor
 from lapa.serve import server
-stopping, say = threading.Event(), server.say
+stopping, say = threading.Event(), web.say
 def noticed(text):
     say(text)
     if text.startswith("stopping"):
@@ -716,7 +717,7 @@ class Slow(Actor):
             say("acting")
             assert stopping.wait(60)
         return np.array(values, np.float32)[:, None, None]
-server.say = noticed
+web.say = noticed
 server.load_actors = lambda folder, device: {{"": Slow()}}
 cli.main(["serve", {folder!r}, "--port", "0", *{options}])
 """

@@ -26,37 +26,34 @@ import ipaddress
 import json
 import math
 import shlex
-import signal
 import socket
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from rich.text import Text
 
 from lapa.config import require_at_least
 from lapa.console import console, say
-from lapa.errors import UserError, printable
+from lapa.errors import UserError
 from lapa.policy.runtime import Actor, Policy, load_actors
 from lapa.serve.config import LEAST_IMAGE, ServeConfig
 
 try:
-    import uvicorn
     from starlette.applications import Starlette
     from starlette.requests import ClientDisconnect, HTTPConnection, Request
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
+    from lapa import web
     from lapa.serve.batching import Busy
     from lapa.serve.client import pack
-    from lapa.serve.page import load_page
     from lapa.serve.protocols import parse_body, to_json
     from lapa.serve.service import Service, Session, TooLarge
+    from lapa.web import line
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("lapa"):
         raise
@@ -67,9 +64,10 @@ if TYPE_CHECKING:
 
 # What a client without the key may see.
 OPEN_PATHS = ("/", "/healthz")
+PAGE = Path(__file__).with_name("page.html")
 LONGEST_KEY = 4096
-# Clients of the websocket at once, and bodies that are read at once; connections of any kind.
-MAX_CLIENTS, MAX_CONNECTIONS = 64, 256
+# Clients of the websocket at once, and bodies that are read at once.
+MAX_CLIENTS = 64
 BODY_SECONDS, DRAIN_SECONDS, SUMMARY_SECONDS = 30.0, 30.0, 60.0
 
 
@@ -80,9 +78,9 @@ def run(config: ServeConfig) -> None:
     """
     check(config)
     key = None if config.api_key_file is None else read_key(config.api_key_file)
-    with listening(config) as listener:
+    with _listening(config) as listener:
         server = Server(Service(load_actors(config.policy, config.device), config), listener, key)
-        interrupted = asyncio.run(_until_a_signal(server))
+        interrupted = asyncio.run(web.until_a_signal(server, lambda: _announce(server)))
     say(f"served {server.service.figures.requests} requests")
     if interrupted:
         raise KeyboardInterrupt
@@ -98,41 +96,21 @@ def running(policy: Actor | Path | str, *, api_key: str | None = None, **options
     folder = Path("policy" if isinstance(policy, Actor) else policy)
     config = ServeConfig(**{"policy": folder, "port": 0, **options})
     check(config)
-    with listening(config) as listener:
+    with _listening(config) as listener:
         if isinstance(policy, Policy):
             actors: dict[str, Actor] = {**policy.by_statistics()}
         else:
             actors = {"": policy} if isinstance(policy, Actor) else load_actors(folder, config.device)
         server = Server(Service(actors, config), listener, api_key.encode() if api_key else None)
-        ready, failed = threading.Event(), []
-
-        def serve() -> None:
-            try:
-                asyncio.run(server.serve(ready.set))
-            except BaseException as error:
-                failed.append(error)
-            finally:
-                ready.set()
-
-        thread = threading.Thread(target=serve, name="server")
-        thread.start()
-        try:
-            ready.wait()
-            if not failed:
-                yield server.url
-        finally:
-            server.stop()
-            thread.join()
-        if failed:
-            raise failed[0]
+        with web.in_thread(server) as url:
+            yield url
 
 
 def check(config: ServeConfig) -> None:
     """Raises UserError for options that cannot be meant."""
     least = {"max_batch": 1, "max_queue": 1, "max_message_mib": 1, "max_image": LEAST_IMAGE, "max_instruction": 1}
-    require_at_least(config, port=0, steps_per_call=1, batch_window_ms=0, **least)
-    if config.port > 65535:
-        raise UserError(f"--port must be at most 65535, got {config.port}")
+    require_at_least(config, steps_per_call=1, batch_window_ms=0, **least)
+    web.require_port(config.port)
     if config.ensemble is not None and not math.isfinite(config.ensemble):
         raise UserError(f"--ensemble must be a finite number, got {config.ensemble}")
     if not math.isfinite(config.batch_window_ms):
@@ -158,25 +136,10 @@ def read_key(path: Path) -> bytes:
     return key
 
 
-@contextlib.contextmanager
-def listening(config: ServeConfig) -> Iterator[socket.socket]:
+def _listening(config: ServeConfig) -> contextlib.AbstractContextManager[socket.socket]:
     """A socket that listens at the address of a config. Raises UserError where it is in use or not this machine's."""
     where = f"--host {config.host} --port {config.port}"
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{where}: no such address ({error}); give an address of this machine") from None
-    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            # Without this, a second server could bind to the port while the policy is loaded.
-            listener.listen(128)
-        except OSError as error:
-            fix = "give another --port, or 0 for a free one, or an address of this machine"
-            raise UserError(f"{where}: cannot listen there ({error.strerror}); {fix}") from None
-        yield listener
+    return web.listening(config.host, config.port, where, f"{web.ADDRESS}, or an address of this machine")
 
 
 class Server:
@@ -203,42 +166,26 @@ class Server:
     @property
     def url(self) -> str:
         """The address for clients on this machine."""
-        host, port = str(self.host), self.listener.getsockname()[1]
-        if self.host.is_unspecified:
-            host = "127.0.0.1" if self.host.version == 4 else "::1"
-        return f"http://{host if self.host.version == 4 else f'[{host}]'}:{port}"
+        return web.url_of(self.listener)
 
     async def serve(self, ready: Callable[[], None]) -> None:
         """Answers requests until `stop`, and then those that run. ready: called once the first may come."""
         service = self.service
-        web = _Uvicorn(
-            uvicorn.Config(
-                self,
-                http="h11",
-                ws="websockets-sansio",
-                loop="asyncio",
-                lifespan="off",
-                ws_max_size=service.config.max_message_mib * 2**20,
-                ws_per_message_deflate=False,
-                limit_concurrency=MAX_CONNECTIONS,
-                log_config=None,
-                log_level="critical",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=60,
-                timeout_graceful_shutdown=5,
-            )
+        uvicorn = web.Uvicorn(
+            self,
+            ws="websockets-sansio",
+            ws_max_size=service.config.max_message_mib * 2**20,
+            ws_per_message_deflate=False,
         )
         stop = asyncio.Event()
         self._stop = asyncio.get_running_loop(), stop
         tasks: list[asyncio.Task[Any]] = [asyncio.create_task(service.batcher.run())]
         try:
             await service.warm_up()
-            serving = asyncio.create_task(web.serve([self.listener]))
+            serving = asyncio.create_task(uvicorn.serve([self.listener]))
             stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait())
             tasks += [serving, stopped, asyncio.create_task(self._summaries())]
-            while not web.started and not serving.done():
+            while not uvicorn.started and not serving.done():
                 await asyncio.sleep(0.005)
             ready()
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -247,7 +194,7 @@ class Server:
                 async with asyncio.timeout(DRAIN_SECONDS):
                     while service.num_running:
                         await asyncio.sleep(0.01)
-            web.should_exit = True
+            uvicorn.should_exit = True
             await serving
         finally:
             for task in tasks:
@@ -281,7 +228,7 @@ class Server:
         """One client, from its connection to its end."""
         sessions = self.service.sessions
         if len(sessions) >= MAX_CLIENTS:
-            return await connection.send_denial_response(_line(f"busy: {MAX_CLIENTS} clients are connected", 503))
+            return await connection.send_denial_response(line(f"busy: {MAX_CLIENTS} clients are connected", 503))
         session = Session(_address(connection))
         await connection.accept()
         sessions.add(session)
@@ -299,10 +246,10 @@ class Server:
             say(f"{session.client} disconnected after {session.num_requests} requests")
 
     async def nowhere(self, connection: WebSocket) -> None:
-        await connection.send_denial_response(_line("error: the websocket is at /", 404))
+        await connection.send_denial_response(line("error: the websocket is at /", 404))
 
     async def page(self, request: Request) -> Response:
-        html, headers = load_page()
+        html, headers = web.load_page(PAGE)
         return HTMLResponse(html, headers=headers)
 
     async def status(self, request: Request) -> Response:
@@ -335,7 +282,7 @@ class Server:
         except ClientDisconnect:
             return Response(status_code=400)
         except Exception as error:
-            return _line(*self.service.complaint(error, client))
+            return line(*self.service.complaint(error, client))
         return JSONResponse(json.dumps(content) if encoded else content)
 
     async def _body(self, request: Request) -> bytes:
@@ -365,20 +312,16 @@ class Server:
 
     def _refusal(self, connection: HTTPConnection) -> Response | None:
         """The response to a client that may not ask: a page of another site, or one without the key."""
-        host = connection.headers.get("host", "")
-        origin = connection.headers.get("origin")
         # A site could give its own name this machine's address; with a key that is of no use to it.
-        if self.host.is_loopback and self.key is None and not _is_local(host):
-            return _line(f"error: the host {host[:100]!r} is not this machine; ask for localhost", 403)
-        if origin is not None and origin.partition("://")[2] != host:
-            return _line(f"error: pages of another site ({origin[:100]}) may not ask", 403)
+        if refusal := web.refusal(connection, local=self.host.is_loopback and self.key is None):
+            return refusal
         if self.key is None or (connection.scope["type"] == "http" and connection.scope["path"] in OPEN_PATHS):
             return None
         scheme, _, given = connection.headers.get("authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("latin-1"), self.key)
         if right and scheme.lower() in ("api-key", "bearer"):
             return None
-        return _line("error: wrong or no key; send the header Authorization: Api-Key KEY", 401)
+        return line("error: wrong or no key; send the header Authorization: Api-Key KEY", 401)
 
     async def _summaries(self) -> None:
         """Prints counts and latencies each minute in which there were requests."""
@@ -388,34 +331,6 @@ class Server:
             if self.service.figures.requests > before:
                 say(self.service.summary(SUMMARY_SECONDS))
             before = self.service.figures.requests
-
-
-class _Uvicorn(uvicorn.Server):
-    """A server without handlers of signals: the command has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _until_a_signal(server: Server) -> bool:
-    """Serves until SIGTERM or Ctrl-C, and returns whether it was Ctrl-C. A second one ends the process as usual."""
-    loop = asyncio.get_running_loop()
-    received = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def end(number: signal.Signals) -> None:
-        received.append(number)
-        say("stopping: requests that run are answered first")
-        server.stop()
-        for each, handler in before.items():
-            loop.remove_signal_handler(each)
-            signal.signal(each, handler)
-
-    for number in before:
-        loop.add_signal_handler(number, end, number)
-    await server.serve(lambda: _announce(server))
-    return signal.SIGINT in received
 
 
 def _announce(server: Server) -> None:
@@ -440,19 +355,6 @@ def _announce(server: Server) -> None:
     say(f"try: curl {header}{url}/metadata")
 
 
-def _line(text: str, status: int) -> Response:
-    return PlainTextResponse(printable(text), status)
-
-
 def _address(connection: HTTPConnection) -> str:
     client = connection.client
     return "unknown" if client is None else f"{client.host}:{client.port}"
-
-
-def _is_local(host: str) -> bool:
-    """Whether a Host header is an IP address or localhost: names that no other site can own."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name == "localhost" or bool(ipaddress.ip_address(name))
-    except ValueError:
-        return False
