@@ -127,6 +127,8 @@ VERBS = (
          "a policy in a simulator -> success rates with intervals, and videos"),
     Verb("serve", "lapa.serve.config:ServeConfig", "lapa.serve.server:run",
          "a policy for robots' clients: openpi's websocket, OpenVLA's REST, a page"),
+    Verb("view", "lapa.view.config:ViewConfig", "lapa.view.server:run",
+         "a dataset, or labels on it, in the browser: episodes, curves, what each code means"),
     Verb("push", "lapa.hub.config:PushConfig", "lapa.hub.push:run",
          "a model, policy, labels, dataset or results -> the Hugging Face hub"),
     Verb("study run", "lapa.study.config:StudyConfig", "lapa.study.run:run",
@@ -264,7 +266,7 @@ MISSING = {
     "inverse": "no such folder; train an inverse dynamics model with `lapa baseline inverse`",
     "video": "no such folder; train a video model with `lapa baseline video`",
 }
-OUTPUTS = ("out", "sheet")
+OUTPUTS = ("out", "sheet", "export")
 
 
 def require_inputs(config: Any) -> None:

@@ -88,7 +88,7 @@ def read_artifact(folder: Path) -> Artifact:
     if (folder / LOCK).exists():
         with locked(folder):
             pass
-    kind = _kind_of(folder)
+    kind = kind_of(folder)
     sums = read_sums(folder)
     # Notes may be edited by hand.
     verify(folder, "make it again", {name: digest for name, digest in sums.items() if name != NOTES})
@@ -128,7 +128,7 @@ def without_paths(value: Any, keep: tuple[str, ...] = ()) -> Any:
     return MACHINE_PATH.sub(r"\1", value)
 
 
-def _kind_of(folder: Path) -> str:
+def kind_of(folder: Path) -> str:
     """The kind of a finished artifact, by the file that marks it as complete."""
     if (folder / INFO).exists():
         return "dataset"

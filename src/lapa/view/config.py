@@ -1,0 +1,28 @@
+"""Options of `lapa view`; imports neither torch nor a web server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Shows a dataset, or labels on their dataset, in the browser."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """What to show: the folder of a dataset or of labels, a dataset on the hub, or a source in place such as
+    rlds:FOLDER; see `lapa data --help`."""
+    data: str | None = None
+    """The dataset of labels whose folder is not inside the dataset's."""
+    port: int = 7860
+    """Port of 127.0.0.1; 0 for a free one."""
+    export: Path | None = None
+    """Write the page and its data to this folder, which any browser opens, and serve nothing."""
+    limit: int = 50
+    """Most episodes of an export, spread over the dataset."""
+    overwrite: bool = False
+    """Replace the contents of the export's folder."""

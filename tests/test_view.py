@@ -1,0 +1,331 @@
+"""`lapa view`: the data of the page, the server, the export, and the page in a headless Chromium."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
+pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
+
+import lapa
+from browser import CHROMIUM, Browser, browser
+from lapa import UserError, cli
+from lapa.data.labels import EpisodeLabels, Manifest, shard_path, write_manifest, write_shard
+from lapa.data.lerobot import LeRobotDataset
+from lapa.data.video import probe
+from lapa.sources.synthetic import write_synthetic_dataset
+from lapa.view import pages as view_pages
+from lapa.view.pages import Pages
+from lapa.view.server import opened, running
+
+HTML = "<img src=x onerror='window.bad=1'>"
+EPISODES, FRAMES, HORIZON, CODEBOOK = 12, 20, 4, 5
+
+
+def made_labels(folder: Path, dataset: LeRobotDataset) -> None:
+    """Labels of two positions: the first code of a frame is its episode's direction, the second counts frames."""
+    folder.mkdir(parents=True)
+    labels = {}
+    for episode in range(len(dataset)):
+        frames_T = np.arange(FRAMES - HORIZON)
+        codes_TL = np.stack([np.full(len(frames_T), episode % 4), frames_T // HORIZON % CODEBOOK], axis=1)
+        labels[episode] = EpisodeLabels(frames_T, codes_TL)
+    write_shard(shard_path(folder, 0, len(dataset) - 1), labels)
+    rows = len(dataset) * (FRAMES - HORIZON)
+    usage = [[0.0] * CODEBOOK] * 2
+    figures = (HORIZON / dataset.fps, HORIZON, 2, CODEBOOK, rows, len(dataset), 0, usage)
+    write_manifest(folder, Manifest("lam", dataset.fingerprint, dataset.cameras[0], *figures))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> LeRobotDataset:
+    """Twelve made-up episodes with actions, states and labels; one instruction is HTML."""
+    root = tmp_path_factory.mktemp("view") / "squares"
+    write_synthetic_dataset(root, episodes=EPISODES, frames=FRAMES, actions=True)
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    tasks = [[HTML], *table["tasks"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("tasks"), "tasks", pa.array(tasks)), path)
+    (root / "SHA256SUMS").unlink()
+    made = LeRobotDataset(root)
+    made_labels(root / "labels" / "lam", made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def labels(dataset: LeRobotDataset) -> Path:
+    return dataset.root / "labels" / "lam"
+
+
+@pytest.fixture(scope="module")
+def pages(labels: Path) -> Iterator[Pages]:
+    made = Pages(*opened(str(labels)))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with browser(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+def get(url: str, **headers: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_episodes_are_listed_in_pages(pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_pages, "PAGE", 5)
+    assert pages.json("about")["pages"] == 3
+    listed = [pages.json(f"episodes-{page}") for page in range(3)]
+    assert [index for page in listed for index in page["index"]] == list(range(EPISODES))
+    texts = [page["texts"][number] for page in listed for number in page["instruction"]]
+    assert texts == [episode.instruction for episode in pages.dataset]
+    with pytest.raises(KeyError):
+        pages.json("episodes-3")
+
+
+def test_an_episode_has_its_actions_states_and_codes(pages: Pages) -> None:
+    found = pages.json("episode-7")
+    np.testing.assert_allclose(found["actions"], pages.dataset.actions(7), rtol=1e-3)
+    np.testing.assert_allclose(found["states"], pages.dataset.states(7), rtol=1e-3)
+    codes_TP = np.array(found["codes"])
+    assert found["code_frames"] == list(range(FRAMES - HORIZON)) and codes_TP.shape == (FRAMES - HORIZON, 3)
+    assert set(codes_TP[:, 0]) == {7 % 4}
+    whole = pages.json("about")["labels"]["codes"][2]
+    assert [whole[number] for number in codes_TP[:, 2]] == [f"{one}-{two}" for one, two in codes_TP[:, :2].tolist()]
+
+
+def test_a_code_is_found_wherever_it_occurs(pages: Pages) -> None:
+    about, found = pages.json("about")["labels"], pages.json("code-0-3")
+    assert (found["rows"], found["episodes"]) == (3 * (FRAMES - HORIZON), 3)
+    assert sorted(clip["episode"] for clip in found["clips"]) == [3, 7, 11]
+    assert about["usage"][0] == [0.25, 0.25, 0.25, 0.25, 0.0]
+    for clip in found["clips"]:
+        assert clip["end"] - clip["start"] == pytest.approx(HORIZON / pages.dataset.fps)
+    expected_A = np.concatenate([pages.dataset.actions(i)[: FRAMES - HORIZON] for i in (3, 7, 11)]).mean(axis=0)
+    np.testing.assert_allclose([each["mean"] for each in found["actions"]], expected_A, rtol=1e-3, atol=1e-6)
+    assert pages.json("code-0-4") == {"rows": 0, "episodes": 0, "clips": []}
+
+
+def test_transitions_are_counted_one_horizon_later(pages: Pages) -> None:
+    first, second, _ = pages.json("about")["labels"]["transitions"]
+    expected = np.zeros((CODEBOOK, CODEBOOK), int)
+    for episode in range(EPISODES):
+        _, codes_TL = pages.labels.codes(episode)
+        for now, later in zip(codes_TL[:-HORIZON, 1], codes_TL[HORIZON:, 1], strict=True):
+            expected[now, later] += 1
+    assert second == expected.tolist() and expected.sum() == EPISODES * (FRAMES - 2 * HORIZON)
+    assert np.array(first).sum() == np.trace(first) == expected.sum()
+
+
+def test_motion_cuts_and_still_cameras_are_found(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scenes = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    scenes[1] //= 3
+    writer = lapa.DatasetWriter(tmp_path / "made", fps=10, cameras={"front": (64, 64), "wrist": (64, 64)})
+    for cut in (False, True):
+        front = [scenes[int(cut and at >= 15)] for at in range(30)]
+        writer.add_episode({"front": front, "wrist": [scenes[0]] * 30}, "look")
+    pages = Pages(writer.finish())
+    assert pages.json("motion-1")["cuts"] == [15] and pages.json("motion-0")["cuts"] == []
+    assert pages.json("statistics")["still"] == {0: ["front", "wrist"], 1: ["wrist"]}
+    pages.close()
+
+
+@pytest.mark.parametrize("name", ["episode-12", "episode--1", "episode", "code-0-5", "code-3-0", "code-0", "about-1",
+                                  "../about", "_rows", "episode-1-2", "motion-99", "video", ""])  # fmt: skip
+def test_no_other_names_are_known(pages: Pages, name: str) -> None:
+    with pytest.raises(KeyError):
+        pages.json(name)
+
+
+def test_nothing_else_is_served(labels: Path, dataset: LeRobotDataset) -> None:
+    with running(labels) as url:
+        status, video = get(f"{url}/video/3-0.mp4")
+        assert status == 200 and video == dataset.video_path(3).read_bytes()
+        assert get(f"{url}/video/3-0.mp4", Range="bytes=100-199") == (206, video[100:200])
+        assert json.loads(get(f"{url}/data/about.json")[1])["episodes"] == EPISODES
+        address = urlsplit(url).netloc
+        for path in ("/video/12-0.mp4", "/video/0-1.mp4", "/data/../meta/info.json", "/data/%2e%2e%2finfo.json",
+                     "/meta/info.json", "/video/..%2f..%2f0-0.mp4", "//etc/passwd", "/data/about"):  # fmt: skip
+            # urllib would normalise a path.
+            connection = http.client.HTTPConnection(address, timeout=60)
+            connection.request("GET", path)
+            assert connection.getresponse().status == 404, path
+            connection.close()
+        assert get(f"{url}/data/about.json", Host="evil.example")[0] == 403
+        assert get(f"{url}/data/about.json", Origin="https://evil.example")[0] == 403
+
+
+def test_a_damaged_episode_is_one_line(dataset: LeRobotDataset, tmp_path: Path) -> None:
+    root = tmp_path / "damaged"
+    shutil.copytree(dataset.root, root)
+    LeRobotDataset(root).video_path(2).write_bytes(b"no video")
+    with running(root) as url:
+        for name in ("data/episode-2.json", "video/2-0.mp4"):
+            status, text = get(f"{url}/{name}")
+            assert status == 422 and text.startswith(b"error: ") and text.count(b"\n") == 0
+        assert get(f"{url}/data/episode-3.json")[0] == 200
+
+
+def test_a_source_in_place_is_shown_as_encoded_video(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for clip in ("one", "two"):
+        (tmp_path / "frames" / clip).mkdir(parents=True)
+        for at in range(6):
+            image = Image.fromarray(rng.integers(0, 256, (61, 1001, 3), dtype=np.uint8))
+            image.save(tmp_path / "frames" / clip / f"{at:04d}.jpg")
+    dataset, labels = opened(f"frames:{tmp_path / 'frames'},fps=5,caption=look")
+    pages = Pages(dataset, labels)
+    file = pages.video(1, 0)
+    info = probe(file)
+    assert (info.num_frames, info.fps, max(info.width, info.height)) == (6, 5.0, view_pages.SIDE)
+    assert pages.json("episode-1")["videos"] == [{"camera": 0, "start": 0.0, "end": 1.2}]
+    pages.close()
+    assert not file.exists()
+
+
+def test_what_cannot_be_shown_is_one_line(labels: Path, tmp_path: Path) -> None:
+    frozen = Path(__file__).parent / "golden" / "frozen"
+    with pytest.raises(UserError, match="latent action model cannot be shown; lapa view shows datasets and labels"):
+        opened(str(frozen / "lam"))
+    with pytest.raises(UserError, match="leave out --data"):
+        opened(str(frozen / "dataset"), str(frozen / "dataset"))
+    with pytest.raises(UserError, match="not a dataset"):
+        opened(str(tmp_path))
+    moved = tmp_path / "away" / "moved"
+    shutil.copytree(labels, moved)
+    with pytest.raises(UserError, match="give it: --data DATASET"):
+        opened(str(moved))
+    with pytest.raises(UserError, match="labels another dataset"):
+        opened(str(moved), str(frozen / "dataset"))
+
+
+def export(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["view", *options])
+    assert exit.value.code == 0
+    return capsys.readouterr().err
+
+
+def test_an_export_has_the_episodes_it_names(labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = export(capsys, str(labels), "--export", str(tmp_path / "page"), "--limit", "3")
+    assert f"3 of {EPISODES} episodes, spread over the dataset; --limit takes more" in told
+    files = {path.relative_to(tmp_path / "page").as_posix() for path in (tmp_path / "page").rglob("*.*")}
+    assert {name for name in files if name.startswith("video/")} == {f"video/{each}-0.mp4" for each in (0, 6, 11)}
+    texts = [path.read_text() for path in (tmp_path / "page").rglob("*.js")]
+    assert texts and not any(str(tmp_path) in text or str(labels.parent) in text for text in texts)
+
+
+def shown(tab: Browser, episode: int = 0) -> str:
+    """The heading of the player, once it shows the video of an episode."""
+    tab.until(f"document.getElementById('what').textContent.startsWith('episode {episode} ')")
+    tab.until("document.querySelector('#videos video').readyState >= 2")
+    return tab.text("#instruction")
+
+
+def test_a_person_looks_at_episodes(tab: Browser, dataset: LeRobotDataset) -> None:
+    with running(dataset.root) as url:
+        tab.open(f"{url}/")
+        assert shown(tab) == HTML and tab.run("window.bad ?? null") is None
+        assert tab.run("document.querySelectorAll('.item').length") == EPISODES
+        tab.run("document.getElementById('list').focus()")
+        for _ in range(2):
+            tab.press("ArrowDown", 40)
+        tab.until("location.hash === '#episode-2'")
+        assert shown(tab, 2) == dataset[2].instruction
+        assert tab.run("document.querySelectorAll('#curves figure').length") == dataset.action_dim + dataset.state_dim
+        tab.run("document.activeElement.blur()")
+        tab.press("ArrowRight", 39)
+        tab.until("document.getElementById('time').textContent.endsWith('frame 1')")
+        tab.run("document.getElementById('speed').value = 4; document.getElementById('play').click()")
+        assert tab.text("#play") == "Pause"
+        tab.until("document.getElementById('play').textContent === 'Play'")
+        assert tab.text("#time").endswith(f"frame {FRAMES - 1}")
+        tab.press("/", 191)
+        tab.type(dataset[1].instruction)
+        num = sum(episode.instruction == dataset[1].instruction for episode in dataset)
+        tab.until(f"document.querySelectorAll('.item').length === {num}")
+        tab.run("document.getElementById('tab-statistics').click()")
+        tab.until("document.querySelectorAll('#numbers table').length === 2")
+        assert f"{EPISODES}" in tab.text("#figures") and HTML in tab.text("#instructions")
+    assert not tab.complaints
+
+
+def test_a_person_sees_what_a_code_means(tab: Browser, labels: Path) -> None:
+    with running(labels) as url:
+        tab.open(f"{url}/#episode-7")
+        shown(tab, 7)
+        tab.until("document.querySelectorAll('.strip').length === 3")
+        tab.run("document.querySelector('#now button').click()")
+        tab.until("location.hash === '#code-0-3'")
+        tab.until("document.querySelectorAll('#clips video').length === 3")
+        tab.until("[...document.querySelectorAll('#clips video')].every(video => video.readyState >= 2)")
+        assert "48 frames in 3 episodes" in tab.text("#code-count") and "25%" in tab.text("#usage")
+        assert tab.run("document.querySelectorAll('#code-actions .z i').length") == 2
+        assert "have the same code one horizon later" in tab.text("#matrix-text")
+        tab.run("document.querySelector('#clips button').click()")
+        tab.until("location.hash.startsWith('#episode-')")
+        tab.run("history.back()")
+        tab.until("location.hash === '#code-0-3'")
+    assert not tab.complaints
+
+
+def test_an_export_is_opened_from_the_disk(
+    tab: Browser, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export(capsys, str(labels), "--export", str(tmp_path / "page"), "--limit", "4")
+    # The page before may still ask for something.
+    tab.open("about:blank")
+    tab.open(f"{(tmp_path / 'page' / 'index.html').as_uri()}#code-0-3")
+    tab.until("document.querySelectorAll('#clips video').length === 2")
+    tab.run("location.hash = 'episode-7'")
+    shown(tab, 7)
+    assert f"4 of 4 episodes (the dataset has {EPISODES})" in tab.text("#count")
+    assert not tab.complaints and all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
+
+
+@pytest.mark.parametrize("view", ["episode-1", "code-0-3", "statistics"])
+def test_the_page_is_as_wide_as_a_phone(tab: Browser, labels: Path, view: str) -> None:
+    with running(labels) as url:
+        tab.open(f"{url}/#{view}")
+        tab.until(
+            "document.querySelectorAll('.item').length > 0 || document.querySelector('#figures tr, #usage button')"
+        )
+        for width in (320, 390, 768):
+            tab.resize(width, 800)
+            assert tab.run("document.documentElement.scrollWidth") <= width
+
+
+def test_a_long_list_has_few_elements(tab: Browser, dataset: LeRobotDataset, tmp_path: Path) -> None:
+    """A list of 30,000 rows, in two pages, scrolls to its end."""
+    with running(dataset.root) as url:
+        tab.open(f"{url}/")
+        shown(tab)
+        tab.run(
+            "for (let row = 12; row < 30000; row++) { rows.index.push(row); rows.length.push(10);"
+            " rows.instruction.push(`task ${row}`); rows.source.push(''); } filter()"
+        )
+        tab.run("document.getElementById('list').scrollTop = 1e9")
+        tab.until("document.getElementById('rows').textContent.includes('task 29999')")
+        assert tab.run("document.querySelectorAll('.item').length") < 60
