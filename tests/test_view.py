@@ -138,6 +138,19 @@ def test_transitions_are_counted_one_horizon_later(pages: Pages) -> None:
     assert np.array(first).sum() == np.trace(first) == expected.sum()
 
 
+def test_labels_without_a_row_are_shown(dataset: LeRobotDataset, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    none = EpisodeLabels(np.zeros(0, np.int64), np.zeros((0, 2), np.int64))
+    write_shard(shard_path(tmp_path / "none", 0, EPISODES - 1), dict.fromkeys(range(EPISODES), none))
+    manifest = Manifest(
+        "lam", dataset.fingerprint, "front", 9.0, 90, 2, CODEBOOK, 0, EPISODES, EPISODES, [[0.0] * 5] * 2
+    )
+    write_manifest(tmp_path / "none", manifest)
+    pages = Pages(*opened(str(tmp_path / "none"), str(dataset.root)))
+    assert {name: pages.json(name) for name in pages.names()}["code-1-0"]["rows"] == 0
+    pages.close()
+
+
 def test_motion_cuts_and_still_cameras_are_found(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     scenes = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)

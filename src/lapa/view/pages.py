@@ -270,8 +270,14 @@ class Pages:
     @cached_property
     def _whole(self) -> tuple[np.ndarray, list[str]]:
         """Each row's whole latent action, by its rank in frequency, -1 past the first WHOLE; and the names of these."""
-        kinds, numbers_N = np.unique(self._rows[2], axis=0, return_inverse=True)
-        numbers_N = numbers_N.reshape(-1)
+        codes_NL = self._rows[2]
+        numbers_N = np.zeros(len(codes_NL), np.int64)
+        for codes_N in codes_NL.T:
+            # By one position after the other: much faster than comparing rows.
+            _, firsts, numbers_N = np.unique(
+                numbers_N * (int(codes_N.max(initial=0)) + 1) + codes_N, return_index=True, return_inverse=True
+            )
+        kinds = codes_NL[firsts]
         counts = np.bincount(numbers_N, minlength=len(kinds))
         order = np.argsort(-counts, kind="stable")
         rank = np.empty(len(kinds), np.int64)
