@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from lapa.checksums import SUMS, opened_line, read_sums, require_sum, sealed_lin
 from lapa.errors import UserError
 from lapa.files import as_path, atomic_path, find_files, open_for_arrow, reading
 from lapa.hub.download import as_hub_id, hub_folder
-from lapa.hub.push import push_folder
+from lapa.hub.push import Pushed
 
 MANIFEST = "manifest.json"
 SHARDS = "episodes-*.parquet"
@@ -196,7 +197,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-class Labels:
+class Labels(Pushed):
     """A finished labels folder. Codes are held in memory, as small integers; embeddings are read when asked for."""
 
     def __init__(self, folder: Path, manifest: Manifest, shards: Iterable[tuple[Path, pa.Table]]) -> None:
@@ -262,17 +263,8 @@ class Labels:
         paths = sorted(find_files(folder, SHARDS), key=shard_episodes)
         return cls(folder, manifest, ((path, read_shard(path, columns, sums.get(path.name))) for path in paths))
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        license: str | None = None,
-    ) -> str:
-        """Pushes the labels to the dataset repository `user/name`; as `LatentActionModel.push_to_hub`."""
-        return push_folder(self.folder, repo_id, private=private, revision=revision, token=token, license=license)
+    def _artifact_folder(self) -> AbstractContextManager[Path]:
+        return nullcontext(self.folder)
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the labelled frames of an episode, (frame_indices_T, codes_TL), both int64, perhaps empty."""

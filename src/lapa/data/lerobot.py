@@ -22,6 +22,7 @@ import hashlib
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -77,7 +78,7 @@ from lapa.files import (
     open_for_arrow,
     read_json,
 )
-from lapa.hub.push import push_folder
+from lapa.hub.push import Pushed
 
 # Parquet files whose numbers stay in memory: they are read episode by episode, mostly in order.
 OPEN_TABLES = 8
@@ -91,7 +92,7 @@ DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
 Value = TypeVar("Value")
 
 
-class LeRobotDataset(Dataset):
+class LeRobotDataset(Dataset, Pushed):
     """A dataset folder. `LeRobotDataset(root)` raises UserError naming the file, what is wrong, and how to fix it.
 
     info: meta/info.json; version: its codebase_version; tasks: the instructions by task_index.
@@ -187,17 +188,8 @@ class LeRobotDataset(Dataset):
         declared = self._declared and isinstance(known, dict)
         return {**noted, ACTION_SPACE: {**known, **self._declared}} if declared else noted
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        license: str | None = None,
-    ) -> str:
-        """Pushes the folder to the dataset repository `user/name`; as `LatentActionModel.push_to_hub`."""
-        return push_folder(self.root, repo_id, private=private, revision=revision, token=token, license=license)
+    def _artifact_folder(self) -> AbstractContextManager[Path]:
+        return nullcontext(self.root)
 
     def image_shape(self, camera: str | None = None) -> tuple[int, int]:
         """Returns the height and width of a camera's stored images."""

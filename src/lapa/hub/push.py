@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,28 +73,46 @@ def run(config: PushConfig) -> None:
     finish(f"{name} on the hub", url, [command.format(hub_id)] if command else [])
 
 
-def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    license: str | None = None,
-) -> str:
-    """Pushes the artifact in a folder as `lapa push` does. Returns the address of the repository's page.
+class Pushed(ABC):
+    """Whatever has `push_to_hub`: models and policies, which are saved for it, labels and datasets."""
 
-    private: of a new repository; by default as the account has it. revision: a branch. token: by default the one that
-    is logged in. license: for the card. Raises UserError as `run` does.
-    """
-    return _push(read_artifact(Path(folder)), _repository(repo_id, revision), license, private=private, token=token)
+    @abstractmethod
+    def _artifact_folder(self) -> AbstractContextManager[str | Path]:
+        """A folder that holds the artifact while the context lasts."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Pushes to `user/name`, which is made where it does not exist, as `lapa push` does. Returns the page.
+
+        private: of a new repository; by default as the account has it. revision: a branch. token: by default the one
+        that is logged in. license: for the card, such as apache-2.0. The card of a model or a policy that is pushed
+        from Python has the figures of its validation split; `lapa push FOLDER` adds those of the folder.
+        Raises UserError where the hub refuses it or the connection breaks.
+        """
+        with self._artifact_folder() as folder:
+            artifact = read_artifact(Path(folder))
+            return _push(artifact, _repository(repo_id, revision), license, private=private, token=token)
 
 
-def push_saved(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
-    """Pushes what `save` writes into a folder; options and errors as of `push_folder`."""
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        return push_folder(folder, repo_id, **options)
+class SavedToPush(Pushed):
+    """`Pushed` for what `save_pretrained` writes."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder."""
+
+    @contextmanager
+    def _artifact_folder(self) -> Iterator[str]:
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            yield folder
 
 
 def _push(

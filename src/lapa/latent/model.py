@@ -33,7 +33,7 @@ from lapa import config as configs
 from lapa.data.transforms import as_image, resize_and_crop
 from lapa.errors import UserError
 from lapa.hub.download import errors_of, hub_folder
-from lapa.hub.push import push_saved
+from lapa.hub.push import SavedToPush
 from lapa.latent.augment import augment_pairs
 from lapa.latent.config import LatentModelConfig
 from lapa.latent.quantizers import NO_CODES, build_quantizer, mean_everywhere
@@ -83,7 +83,7 @@ class View:
         return View(self.pixels_BTCHW[:, time : time + 1], None if features is None else features[:, time : time + 1])
 
 
-class LatentActionModel(TrainableModel, nn.Module):
+class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
     """Encoder, quantizer and decoder; `forward` returns the training loss.
 
     z = latents(x_{t+h}) - latents(x_t), each read from the tokens of a spatial and a temporal transformer over both
@@ -384,24 +384,6 @@ class LatentActionModel(TrainableModel, nn.Module):
         load_weights(model, folder / WEIGHTS)
         model.notes = {key: value for key, value in files.read_json(folder / CONFIG).items() if key != "model"}
         return model.eval()
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        license: str | None = None,
-    ) -> str:
-        """Pushes the model to `user/name`, which is made where it does not exist. Returns the address of its page.
-
-        private: of a new repository. revision: a branch. license: for the card, such as apache-2.0. `lapa push LAM`
-        adds the figures of the folder. Raises UserError where the hub refuses it or the connection breaks.
-        """
-        return push_saved(
-            self.save_pretrained, repo_id, private=private, revision=revision, token=token, license=license
-        )
 
 
 def lam_fingerprint(folder_or_hub_id: str | Path) -> str:

@@ -41,7 +41,7 @@ from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
 from lapa.files import errors_about, read_json, write_json
 from lapa.hub.download import errors_of, hub_folder
-from lapa.hub.push import push_saved
+from lapa.hub.push import SavedToPush
 from lapa.nn.saved import require_fit, require_sizes, shapes_of_folder
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionBins, ActionScale, Statistics, most_bins, save_keyed
@@ -140,7 +140,7 @@ class Actor(ABC):
         return self.execution.next(lambda: self.infer(observation))
 
 
-class Policy(Actor):
+class Policy(Actor, SavedToPush):
     """A policy on a device, from observation to action.
 
     model: the module. processor: images and text to tensors. statistics: bins or scale of actions and states by the
@@ -330,24 +330,6 @@ class Policy(Actor):
         save_keyed(folder / STATES, {key: each.states for key, each in self.statistics.items()})
         write_json(folder / METRICS, dict(self.metrics if metrics is None else metrics))
         write_policy_config(folder, self.config, self.run if run is None else run)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        license: str | None = None,
-    ) -> str:
-        """Pushes the policy to `user/name`, which is made where it does not exist. Returns the address of its page.
-
-        private: of a new repository. revision: a branch. license: for the card, such as apache-2.0. `lapa push POLICY`
-        adds the figures of the folder. Raises UserError where the hub refuses it or the connection breaks.
-        """
-        return push_saved(
-            self.save_pretrained, repo_id, private=private, revision=revision, token=token, license=license
-        )
 
 
 def write_policy_config(folder: Path, config: PolicyConfig, run: Mapping[str, Any]) -> None:
