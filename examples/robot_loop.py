@@ -6,7 +6,7 @@
 Replace `Robot` by your own. The loop runs at the policy's rate. Each period it executes one action of the chunk that it
 has; before that chunk ends, the next one is asked for in the background, from the newest observation. A chunk begins at
 its observation: actions whose period has passed when the answer arrives are skipped. Without an action for a period the
-robot holds; after --stop-after such periods in a row, or an answer that no waiting can mend, the loop stops it.
+robot holds; after --stop-after such periods in a row, or an answer that no waiting can fix, the loop stops it.
 """
 
 from __future__ import annotations

@@ -65,9 +65,9 @@ def panels(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[t
     """
     keys = dict.fromkeys(key for rows in found.values() for row in rows for key in row if _is_shown(key))
     points = {key: {name: _points(rows, key) for name, rows in found.items()} for key in keys}
-    told = [key for key, lines in points.items() if any(map(_changes, lines.values()))]
-    told.sort(key=lambda key: (key != "loss", -sum(map(bool, points[key].values()))))
-    return {_title(key): points[key] for key in told[:MAX_PANELS]}
+    shown = [key for key, lines in points.items() if any(map(_changes, lines.values()))]
+    shown.sort(key=lambda key: (key != "loss", -sum(map(bool, points[key].values()))))
+    return {_title(key): points[key] for key in shown[:MAX_PANELS]}
 
 
 def _is_shown(key: str) -> bool:

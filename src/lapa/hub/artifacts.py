@@ -101,7 +101,7 @@ def read_artifact(folder: Path) -> Artifact:
     files: dict[str, Path | bytes] = {name: inside(folder, name) for name in sorted(names)}
     for name in files:
         if any(fnmatchcase(name, pattern) for pattern in TELLING):
-            files[name] = _told(folder, name)
+            files[name] = _public(folder, name)
     if sums:
         changed = {name: hashlib.sha256(file).hexdigest() for name, file in files.items() if isinstance(file, bytes)}
         if NOTES in sums:
@@ -149,11 +149,11 @@ def kind_of(folder: Path) -> str:
     raise UserError(f"{folder}: neither a latent action model nor a policy, by its {CONFIG}; only these are pushed")
 
 
-def _told(folder: Path, name: str) -> bytes | Path:
+def _public(folder: Path, name: str) -> bytes | Path:
     """A file of options without paths of this machine; the file itself where it has none."""
     value = read_json(folder / name)
     kept = IDENTITY if name == CONFIG and isinstance(value, dict) else ()
-    told = value if name in PARTS else without_paths(value, kept)
-    if without_paths(told) != told:
+    public = value if name in PARTS else without_paths(value, kept)
+    if without_paths(public) != public:
         warn(f"{folder / name}: names a path of this machine, which is part of the model's identity and goes up")
-    return folder / name if told == value else as_json(told).encode()
+    return folder / name if public == value else as_json(public).encode()

@@ -256,7 +256,7 @@ def _pair(text: str, cameras: Sequence[str]) -> tuple[str, str]:
 def _fitted(name: str, keys: Sequence[str], cameras: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
     """Returns key -> camera for a named map: by name, then the one camera that is left on the wrist or elsewhere.
 
-    given: key -> camera that were told. Raises UserError where a camera has no key for certain.
+    given: key -> camera that were given. Raises UserError where a camera has no key for certain.
     """
     taken, found = {_plain(key) for key in given}, {}
     left = [camera for camera in cameras if camera not in given.values()]
