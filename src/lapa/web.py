@@ -14,9 +14,10 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -26,23 +27,12 @@ from starlette.responses import PlainTextResponse, Response
 from lapa.console import say
 from lapa.errors import UserError, printable
 
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
 # Connections of any kind at once.
 MAX_CONNECTIONS = 256
 ADDRESS = "give another --port, or 0 for a free one"
-
-
-class Server(Protocol):
-    """A server with an address, which answers requests from `serve` to `stop`.
-
-    serve: calls `ready` once the first request may come. stop: from any thread.
-    """
-
-    @property
-    def url(self) -> str: ...
-
-    async def serve(self, ready: Callable[[], None]) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class Uvicorn(uvicorn.Server):
@@ -67,6 +57,69 @@ class Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class Server(ABC):
+    """An ASGI application on a listening socket, which answers requests from `serve` to `stop`."""
+
+    # Of Uvicorn, in addition to those that all servers share.
+    options: Mapping[str, Any] = {}
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self._stop: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    @abstractmethod
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, or one websocket."""
+
+    @property
+    def url(self) -> str:
+        """The address for clients on this machine."""
+        return url_of(self.listener)
+
+    def work(self) -> Iterable[Coroutine[Any, Any, None]]:
+        """What runs from before `begin` to the end; where one fails, the server ends with its error."""
+        return ()
+
+    async def begin(self) -> None:
+        """Is awaited before the first request may come."""
+        return
+
+    async def finish(self) -> None:
+        """Is awaited after `stop`, while requests that run are answered."""
+        return
+
+    async def serve(self, ready: Callable[[], None]) -> None:
+        """Answers requests until `stop`, and then those that run. ready: called once the first may come."""
+        uvicorn, stop = Uvicorn(self, **self.options), asyncio.Event()
+        self._stop = asyncio.get_running_loop(), stop
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(each) for each in self.work()]
+        try:
+            await self.begin()
+            serving = asyncio.create_task(uvicorn.serve([self.listener]))
+            tasks += [serving, asyncio.create_task(stop.wait())]
+            while not uvicorn.started and not serving.done():
+                await asyncio.sleep(0.005)
+            ready()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await self.finish()
+            uvicorn.should_exit = True
+            await serving
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    def stop(self) -> None:
+        """Ends `serve` once the requests that run are answered; from any thread."""
+        if self._stop is not None:
+            loop, stop = self._stop
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(stop.set)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ from lapa.locks import LOCK, locked
 
 CONFIG, MANIFEST, RESULTS = "config.json", "manifest.json", "results.json"
 INFO, NOTES = "meta/info.json", "meta/lapa.json"
+# Files that mark an artifact as complete, which a reader looks for first.
+MARKERS = (CONFIG, INFO, MANIFEST, RESULTS)
 # Parts of a policy of `lapa baseline unipi`, whose files identify it.
 PARTS = (f"video/{CONFIG}", f"inverse/{CONFIG}")
 # Files that hold options and commands, and so paths of the machine where they were written.

@@ -23,7 +23,7 @@ from lapa.checksums import SUMS, read_sums
 from lapa.console import console, finish, say
 from lapa.errors import UserError
 from lapa.files import read_json
-from lapa.hub.artifacts import CONFIG, INFO, KINDS, MANIFEST, RESULTS, Artifact, read_artifact
+from lapa.hub.artifacts import INFO, KINDS, MARKERS, Artifact, read_artifact
 from lapa.hub.card import README, card_of
 from lapa.hub.config import PushConfig
 from lapa.hub.download import HubId, as_hub_id, hub_errors
@@ -38,8 +38,6 @@ LICENSES = (
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 MAIN = "main"
 GROUP, MOST_IN_COMMIT = 64, 5000
-# Files that mark an artifact as complete, which a reader looks for first.
-MARKERS = (CONFIG, INFO, MANIFEST, RESULTS)
 # The command that takes what was pushed.
 NEXT = {
     "lam": "lapa label --lam {} --data DATASET",

@@ -28,7 +28,7 @@ import math
 import shlex
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,14 +142,19 @@ def _listening(config: ServeConfig) -> contextlib.AbstractContextManager[socket.
     return web.listening(config.host, config.port, where, f"{web.ADDRESS}, or an address of this machine")
 
 
-class Server:
+class Server(web.Server):
     """A service on a listening socket, over HTTP and websockets. key: what clients must send, if anything."""
 
     def __init__(self, service: Service, listener: socket.socket, key: bytes | None) -> None:
-        self.service, self.listener, self.key = service, listener, key
+        super().__init__(listener)
+        self.service, self.key = service, key
+        self.options = {
+            "ws": "websockets-sansio",
+            "ws_max_size": service.config.max_message_mib * 2**20,
+            "ws_per_message_deflate": False,
+        }
         self.host = ipaddress.ip_address(listener.getsockname()[0])
         self._num_bodies = 0
-        self._stop: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self._app = Starlette(
             routes=[
                 WebSocketRoute("/", self.websocket),
@@ -163,53 +168,18 @@ class Server:
             ]
         )
 
-    @property
-    def url(self) -> str:
-        """The address for clients on this machine."""
-        return web.url_of(self.listener)
+    def work(self) -> Iterable[Coroutine[Any, Any, None]]:
+        return self.service.batcher.run(), self._summaries()
 
-    async def serve(self, ready: Callable[[], None]) -> None:
-        """Answers requests until `stop`, and then those that run. ready: called once the first may come."""
-        service = self.service
-        uvicorn = web.Uvicorn(
-            self,
-            ws="websockets-sansio",
-            ws_max_size=service.config.max_message_mib * 2**20,
-            ws_per_message_deflate=False,
-        )
-        stop = asyncio.Event()
-        self._stop = asyncio.get_running_loop(), stop
-        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(service.batcher.run())]
-        try:
-            await service.warm_up()
-            serving = asyncio.create_task(uvicorn.serve([self.listener]))
-            stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait())
-            tasks += [serving, stopped, asyncio.create_task(self._summaries())]
-            while not uvicorn.started and not serving.done():
-                await asyncio.sleep(0.005)
-            ready()
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            service.stopping = True
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_SECONDS):
-                    while service.num_running:
-                        await asyncio.sleep(0.01)
-            uvicorn.should_exit = True
-            await serving
-        finally:
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception):
-                raise result
+    async def begin(self) -> None:
+        await self.service.warm_up()
 
-    def stop(self) -> None:
-        """Ends `serve` once the requests that run are answered; from any thread."""
-        if self._stop is not None:
-            loop, stop = self._stop
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(stop.set)
+    async def finish(self) -> None:
+        self.service.stopping = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while self.service.num_running:
+                    await asyncio.sleep(0.01)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application: a request goes on to its route, unless its client may not ask."""

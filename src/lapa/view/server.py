@@ -20,18 +20,18 @@ import shlex
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from lapa.config import require_at_least
 from lapa.console import console, say
 from lapa.data.dataset import Dataset
-from lapa.data.labels import MANIFEST, Labels
+from lapa.data.labels import Labels
 from lapa.data.metadata import INFO
 from lapa.data.spec import open_dataset
 from lapa.errors import UserError
-from lapa.hub.artifacts import KINDS, kind_of
+from lapa.hub.artifacts import KINDS, MARKERS, kind_of
 from lapa.view.config import ViewConfig
 from lapa.view.export import export
 from lapa.view.pages import Pages
@@ -92,7 +92,8 @@ def opened(path: str, data: str | None = None) -> tuple[Dataset, Labels | None]:
     Raises UserError where there is neither, and where the labels are of another dataset.
     """
     folder = Path(path)
-    kind = kind_of(folder) if folder.is_dir() and not (folder / INFO).exists() and _holds_one(folder) else "dataset"
+    holds_one = folder.is_dir() and any((folder / name).exists() for name in MARKERS)
+    kind = kind_of(folder) if holds_one else "dataset"
     if kind not in SHOWN:
         raise UserError(f"{path}: {KINDS[kind].name} cannot be shown; lapa view shows datasets and labels")
     if kind == "dataset":
@@ -107,17 +108,12 @@ def opened(path: str, data: str | None = None) -> tuple[Dataset, Labels | None]:
     return dataset, Labels.open(folder, dataset_fingerprint=dataset.fingerprint)
 
 
-def _holds_one(folder: Path) -> bool:
-    """Whether a folder has the marker of an artifact other than a dataset."""
-    return any((folder / name).exists() for name in (MANIFEST, "results.json", "config.json"))
-
-
-class Server:
+class Server(web.Server):
     """The page and its data on a listening socket of this machine."""
 
     def __init__(self, pages: Pages, listener: socket.socket) -> None:
-        self.pages, self.listener = pages, listener
-        self._stop: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        super().__init__(listener)
+        self.pages = pages
         self._app = Starlette(
             routes=[
                 Route("/", self.page),
@@ -125,31 +121,6 @@ class Server:
                 Route("/video/{episode:int}-{camera:int}.mp4", self.video),
             ]
         )
-
-    @property
-    def url(self) -> str:
-        return web.url_of(self.listener)
-
-    async def serve(self, ready: Callable[[], None]) -> None:
-        """Answers requests until `stop`. ready: called once the first may come."""
-        uvicorn, stop = web.Uvicorn(self), asyncio.Event()
-        self._stop = asyncio.get_running_loop(), stop
-        serving: asyncio.Task[Any] = asyncio.create_task(uvicorn.serve([self.listener]))
-        stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait())
-        while not uvicorn.started and not serving.done():
-            await asyncio.sleep(0.005)
-        ready()
-        await asyncio.wait([serving, stopped], return_when=asyncio.FIRST_COMPLETED)
-        uvicorn.should_exit = True
-        stopped.cancel()
-        await serving
-
-    def stop(self) -> None:
-        """Ends `serve`; from any thread."""
-        if self._stop is not None:
-            loop, stop = self._stop
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(stop.set)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application: a request goes on to its route, unless it is of a page of another site."""
