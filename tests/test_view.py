@@ -27,8 +27,8 @@ from lapa.data.labels import EpisodeLabels, Manifest, shard_path, write_manifest
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.video import probe
 from lapa.sources.synthetic import write_synthetic_dataset
-from lapa.view import pages as view_pages
-from lapa.view.pages import Pages
+from lapa.view import dataset as view_dataset
+from lapa.view.dataset import DatasetPages
 from lapa.view.server import opened, running
 
 HTML = "<img src=x onerror='window.bad=1'>"
@@ -71,8 +71,8 @@ def labels(dataset: LeRobotDataset) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pages(labels: Path) -> Iterator[Pages]:
-    made = Pages(*opened(str(labels)))
+def pages(labels: Path) -> Iterator[DatasetPages]:
+    made = DatasetPages(*opened(str(labels)))
     yield made
     made.close()
 
@@ -93,8 +93,8 @@ def get(url: str, **headers: str) -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def test_episodes_are_listed_in_pages(pages: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view_pages, "PAGE", 5)
+def test_episodes_are_listed_in_pages(pages: DatasetPages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_dataset, "PAGE", 5)
     assert pages.json("about")["pages"] == 3
     listed = [pages.json(f"episodes-{page}") for page in range(3)]
     assert [index for page in listed for index in page["index"]] == list(range(EPISODES))
@@ -104,7 +104,7 @@ def test_episodes_are_listed_in_pages(pages: Pages, monkeypatch: pytest.MonkeyPa
         pages.json("episodes-3")
 
 
-def test_an_episode_has_its_actions_states_and_codes(pages: Pages) -> None:
+def test_an_episode_has_its_actions_states_and_codes(pages: DatasetPages) -> None:
     found = pages.json("episode-7")
     np.testing.assert_allclose(found["actions"], pages.dataset.actions(7), rtol=1e-3)
     np.testing.assert_allclose(found["states"], pages.dataset.states(7), rtol=1e-3)
@@ -115,7 +115,7 @@ def test_an_episode_has_its_actions_states_and_codes(pages: Pages) -> None:
     assert [whole[number] for number in codes_TP[:, 2]] == [f"{one}-{two}" for one, two in codes_TP[:, :2].tolist()]
 
 
-def test_a_code_is_found_wherever_it_occurs(pages: Pages) -> None:
+def test_a_code_is_found_wherever_it_occurs(pages: DatasetPages) -> None:
     about, found = pages.json("about")["labels"], pages.json("code-0-3")
     assert (found["rows"], found["episodes"]) == (3 * (FRAMES - HORIZON), 3)
     assert sorted(clip["episode"] for clip in found["clips"]) == [3, 7, 11]
@@ -127,7 +127,7 @@ def test_a_code_is_found_wherever_it_occurs(pages: Pages) -> None:
     assert pages.json("code-0-4") == {"rows": 0, "episodes": 0, "clips": []}
 
 
-def test_transitions_are_counted_one_horizon_later(pages: Pages) -> None:
+def test_transitions_are_counted_one_horizon_later(pages: DatasetPages) -> None:
     first, second, _ = pages.json("about")["labels"]["transitions"]
     expected = np.zeros((CODEBOOK, CODEBOOK), int)
     for episode in range(EPISODES):
@@ -146,7 +146,7 @@ def test_labels_without_a_row_are_shown(dataset: LeRobotDataset, tmp_path: Path)
         "lam", dataset.fingerprint, "front", 9.0, 90, 2, CODEBOOK, 0, EPISODES, EPISODES, [[0.0] * 5] * 2
     )
     write_manifest(tmp_path / "none", manifest)
-    pages = Pages(*opened(str(tmp_path / "none"), str(dataset.root)))
+    pages = DatasetPages(*opened(str(tmp_path / "none"), str(dataset.root)))
     assert {name: pages.json(name) for name in pages.names()}["code-1-0"]["rows"] == 0
     pages.close()
 
@@ -159,7 +159,7 @@ def test_motion_cuts_and_still_cameras_are_found(tmp_path: Path) -> None:
     for cut in (False, True):
         front = [scenes[int(cut and at >= 15)] for at in range(30)]
         writer.add_episode({"front": front, "wrist": [scenes[0]] * 30}, "look")
-    pages = Pages(writer.finish())
+    pages = DatasetPages(writer.finish())
     assert pages.json("motion-1")["cuts"] == [15] and pages.json("motion-0")["cuts"] == []
     assert pages.json("statistics")["still"] == {0: ["front", "wrist"], 1: ["wrist"]}
     pages.close()
@@ -167,20 +167,20 @@ def test_motion_cuts_and_still_cameras_are_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["episode-12", "episode--1", "episode", "code-0-5", "code-3-0", "code-0", "about-1",
                                   "../about", "_rows", "episode-1-2", "motion-99", "video", ""])  # fmt: skip
-def test_no_other_names_are_known(pages: Pages, name: str) -> None:
+def test_no_other_names_are_known(pages: DatasetPages, name: str) -> None:
     with pytest.raises(KeyError):
         pages.json(name)
 
 
 def test_nothing_else_is_served(labels: Path, dataset: LeRobotDataset) -> None:
     with running(labels) as url:
-        status, video = get(f"{url}/video/3-0.mp4")
+        status, video = get(f"{url}/files/3-0.mp4")
         assert status == 200 and video == dataset.video_path(3).read_bytes()
-        assert get(f"{url}/video/3-0.mp4", Range="bytes=100-199") == (206, video[100:200])
+        assert get(f"{url}/files/3-0.mp4", Range="bytes=100-199") == (206, video[100:200])
         assert json.loads(get(f"{url}/data/about.json")[1])["episodes"] == EPISODES
         address = urlsplit(url).netloc
-        for path in ("/video/12-0.mp4", "/video/0-1.mp4", "/data/../meta/info.json", "/data/%2e%2e%2finfo.json",
-                     "/meta/info.json", "/video/..%2f..%2f0-0.mp4", "//etc/passwd", "/data/about"):  # fmt: skip
+        for path in ("/files/12-0.mp4", "/files/0-1.mp4", "/data/../meta/info.json", "/data/%2e%2e%2finfo.json",
+                     "/meta/info.json", "/files/..%2f..%2f0-0.mp4", "//etc/passwd", "/data/about"):  # fmt: skip
             # urllib would normalise a path.
             connection = http.client.HTTPConnection(address, timeout=60)
             connection.request("GET", path)
@@ -195,7 +195,7 @@ def test_a_damaged_episode_is_one_line(dataset: LeRobotDataset, tmp_path: Path) 
     shutil.copytree(dataset.root, root)
     LeRobotDataset(root).video_path(2).write_bytes(b"no video")
     with running(root) as url:
-        for name in ("data/episode-2.json", "video/2-0.mp4"):
+        for name in ("data/episode-2.json", "files/2-0.mp4"):
             status, text = get(f"{url}/{name}")
             assert status == 422 and text.startswith(b"error: ") and text.count(b"\n") == 0
         assert get(f"{url}/data/episode-3.json")[0] == 200
@@ -209,10 +209,10 @@ def test_a_source_in_place_is_shown_as_encoded_video(tmp_path: Path) -> None:
             image = Image.fromarray(rng.integers(0, 256, (61, 1001, 3), dtype=np.uint8))
             image.save(tmp_path / "frames" / clip / f"{at:04d}.jpg")
     dataset, labels = opened(f"frames:{tmp_path / 'frames'},fps=5,caption=look")
-    pages = Pages(dataset, labels)
-    file = pages.video(1, 0)
+    pages = DatasetPages(dataset, labels)
+    file = pages.file("1-0.mp4")
     info = probe(file)
-    assert (info.num_frames, info.fps, max(info.width, info.height)) == (6, 5.0, view_pages.SIDE)
+    assert (info.num_frames, info.fps, max(info.width, info.height)) == (6, 5.0, view_dataset.SIDE)
     assert pages.json("episode-1")["videos"] == [{"camera": 0, "start": 0.0, "end": 1.2}]
     pages.close()
     assert not file.exists()
@@ -245,7 +245,7 @@ def test_an_export_has_the_episodes_it_names(labels: Path, tmp_path: Path, capsy
     told = export(capsys, str(labels), "--export", str(tmp_path / "page"), "--limit", "3")
     assert f"3 of {EPISODES} episodes, spread over the dataset; --limit takes more" in told
     files = {path.relative_to(tmp_path / "page").as_posix() for path in (tmp_path / "page").rglob("*.*")}
-    assert {name for name in files if name.startswith("video/")} == {f"video/{each}-0.mp4" for each in (0, 6, 11)}
+    assert {name for name in files if name.startswith("files/")} == {f"files/{each}-0.mp4" for each in (0, 6, 11)}
     texts = [path.read_text() for path in (tmp_path / "page").rglob("*.js")]
     assert texts and not any(str(tmp_path) in text or str(labels.parent) in text for text in texts)
 

@@ -186,7 +186,7 @@ def load_page(file: Path, **sources: str) -> tuple[str, dict[str, str]]:
     html = file.read_text(encoding="utf-8")
     allowed = {"img": "data: blob:", "connect": "'self'", **sources}
     policy = (
-        f"default-src 'none'; script-src {_hash(html, 'script')}; style-src {_hash(html, 'style')}; "
+        f"default-src 'none'; script-src {_source(html, 'script')}; style-src {_source(html, 'style')}; "
         + "".join(f"{kind}-src {source}; " for kind, source in allowed.items())
         + "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
@@ -244,9 +244,12 @@ def in_thread(server: Server) -> Iterator[str]:
         raise failed[0]
 
 
-def _hash(html: str, tag: str) -> str:
-    """Returns the hash of the only element of this kind, as a source of the Content-Security-Policy."""
-    (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+def _source(html: str, tag: str) -> str:
+    """Returns the hash of the only element of this kind, or this server, as a source of the Content-Security-Policy."""
+    inside = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    if not inside:
+        return "'self'"
+    (content,) = inside
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 

@@ -18,8 +18,11 @@ from lapa.data.labels import Labels
 from lapa.files import atomic_path, claim_output, write_text
 from lapa.locks import locks_output
 from lapa.view.config import ViewConfig
+from lapa.view.dataset import DatasetPages
 from lapa.view.pages import Pages
 
+# HTML, scripts and style.
+PAGE = Path(__file__).with_name("page")
 # Written last.
 INDEX = "index.html"
 
@@ -28,7 +31,7 @@ INDEX = "index.html"
 def export(config: ViewConfig, dataset: Dataset, labels: Labels | None) -> None:
     """Writes the page with at most `limit` episodes, spread over the dataset."""
     assert config.export is not None
-    out, page = config.export, Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    out = config.export
     claim_output(
         out,
         complete=(out / INDEX).exists(),
@@ -38,18 +41,26 @@ def export(config: ViewConfig, dataset: Dataset, labels: Labels | None) -> None:
     )
     num = min(config.limit, len(dataset))
     episodes = np.unique(np.linspace(0, len(dataset) - 1, num).round().astype(int)).tolist()
-    (out / "data").mkdir(exist_ok=True)
-    (out / "video").mkdir(exist_ok=True)
-    with contextlib.closing(Pages(dataset, labels, episodes=episodes, encoded=True)) as pages, progress() as bar:
-        task = bar.add_task("exporting", total=len(episodes), note="")
-        for name in pages.names():
-            write_text(out / "data" / f"{name}.js", f"received({json.dumps(name)}, {json.dumps(pages.json(name))});\n")
-        for episode in episodes:
-            for camera in range(pages.num_cameras):
-                with atomic_path(out / "video" / f"{episode}-{camera}.mp4") as temporary:
-                    shutil.move(pages.video(episode, camera), temporary)
-            bar.advance(task)
-    write_text(out / INDEX, page.replace('<html lang="en">', '<html lang="en" data-exported>', 1))
+    with contextlib.closing(DatasetPages(dataset, labels, episodes=episodes, encoded=True)) as pages:
+        _write(pages, out)
     if num < len(dataset):
         say(f"{num} of {len(dataset)} episodes, spread over the dataset; --limit takes more")
     finish("page", out / INDEX)
+
+
+def _write(pages: Pages, out: Path) -> None:
+    """Writes a page with all its data and files; the index comes last."""
+    for folder in ("data", "files"):
+        (out / folder).mkdir(exist_ok=True)
+    shutil.copytree(PAGE, out / "page", ignore=shutil.ignore_patterns("*.html"), dirs_exist_ok=True)
+    files = list(pages.files())
+    with progress() as bar:
+        task = bar.add_task("exporting", total=len(files), note="")
+        for name in pages.names():
+            write_text(out / "data" / f"{name}.js", f"received({json.dumps(name)}, {json.dumps(pages.json(name))});\n")
+        for name in files:
+            with atomic_path(out / "files" / name) as temporary:
+                shutil.move(pages.file(name), temporary)
+            bar.advance(task)
+    page = (PAGE / pages.html).read_text(encoding="utf-8")
+    write_text(out / INDEX, page.replace('<html lang="en">', '<html lang="en" data-exported>', 1))

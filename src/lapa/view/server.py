@@ -7,7 +7,8 @@
     lapa view DATASET --export FOLDER --limit 20
 
 /data/NAME.json    what the page shows (lapa.view.pages)
-/video/I-C.mp4     the video of episode I and camera C, in parts as the browser asks for them
+/files/NAME        its videos, in parts as the browser asks for them
+/page/FILE         scripts and style
 
 Names and numbers are all that can be asked for, so that nothing outside PATH is read.
 """
@@ -33,7 +34,8 @@ from lapa.data.spec import open_dataset
 from lapa.errors import UserError
 from lapa.hub.artifacts import KINDS, MARKERS, kind_of
 from lapa.view.config import ViewConfig
-from lapa.view.export import export
+from lapa.view.dataset import DatasetPages
+from lapa.view.export import PAGE, export
 from lapa.view.pages import Pages
 
 try:
@@ -41,7 +43,8 @@ try:
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import HTTPConnection, Request
     from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
-    from starlette.routing import Route
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
 
     from lapa import web
 except ModuleNotFoundError as error:
@@ -52,7 +55,6 @@ except ModuleNotFoundError as error:
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
-PAGE = Path(__file__).with_name("page.html")
 HOST = "127.0.0.1"
 SHOWN = ("dataset", "labels")
 
@@ -64,12 +66,14 @@ def run(config: ViewConfig) -> None:
     """
     require_at_least(config, limit=1)
     web.require_port(config.port)
-    dataset, labels = opened(config.path, config.data)
     if config.export is not None:
-        export(config, dataset, labels)
+        export(config, *opened(config.path, config.data))
         return
     where = f"--port {config.port}"
-    with web.listening(HOST, config.port, where) as listener, contextlib.closing(Pages(dataset, labels)) as pages:
+    with (
+        web.listening(HOST, config.port, where) as listener,
+        contextlib.closing(DatasetPages(*opened(config.path, config.data))) as pages,
+    ):
         server = Server(pages, listener)
         interrupted = asyncio.run(web.until_a_signal(server, lambda: _announce(server, config)))
     if interrupted:
@@ -81,7 +85,7 @@ def running(path: str | Path, data: str | None = None) -> Iterator[str]:
     """Serves the page at a free port in a thread while the block runs, and yields its URL; raises as `run`."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(web.listening(HOST, 0, "--port 0"))
-        pages = stack.enter_context(contextlib.closing(Pages(*opened(str(path), data))))
+        pages = stack.enter_context(contextlib.closing(DatasetPages(*opened(str(path), data))))
         yield stack.enter_context(web.in_thread(Server(pages, listener)))
 
 
@@ -118,7 +122,8 @@ class Server(web.Server):
             routes=[
                 Route("/", self.page),
                 Route("/data/{name}.json", self.data),
-                Route("/video/{episode:int}-{camera:int}.mp4", self.video),
+                Route("/files/{name}", self.file),
+                Mount("/page", StaticFiles(directory=PAGE)),
             ]
         )
 
@@ -129,16 +134,14 @@ class Server(web.Server):
         return await self._app(scope, receive, send)
 
     async def page(self, request: Request) -> Response:
-        html, headers = web.load_page(PAGE, media="'self'")
+        html, headers = web.load_page(PAGE / self.pages.html, media="'self'")
         return HTMLResponse(html, headers=headers)
 
     async def data(self, request: Request) -> Response:
         return await self._answered(lambda: JSONResponse(self.pages.json(request.path_params["name"])))
 
-    async def video(self, request: Request) -> Response:
-        return await self._answered(
-            lambda: FileResponse(self.pages.video(**request.path_params), media_type="video/mp4")
-        )
+    async def file(self, request: Request) -> Response:
+        return await self._answered(lambda: FileResponse(self.pages.file(request.path_params["name"])))
 
     async def _answered(self, make: Callable[[], Response]) -> Response:
         """The response that `make` returns; one line where there is no such thing, or it cannot be read."""
@@ -151,6 +154,6 @@ class Server(web.Server):
 
 
 def _announce(server: Server, config: ViewConfig) -> None:
-    say(f"{config.path}: {len(server.pages.dataset)} episodes")
+    say(f"{config.path}: {server.pages.summary}")
     console.print(Text.assemble("open ", (server.url, "bold"), " in a browser; Ctrl-C ends"), soft_wrap=True)
     say(f"to send it to others: lapa view {shlex.quote(config.path)} --export FOLDER")

@@ -1,0 +1,409 @@
+"""The page of a dataset, and of labels on it: JSON by name, and I-C.mp4 of each episode I and camera C.
+
+    about                        the dataset, and the labels where there are some
+    episodes-N                   rows of the list of episodes, PAGE to a page
+    episode-I                    an episode: its videos, actions, states and codes
+    motion-I                     how much its images change from frame to frame, and its cuts
+    statistics                   of a sample: actions and states, and which episodes do not move
+    code-P-C                     where code C occurs at position P, and what the robot does then
+
+Axes: T time, L latent action length, P positions (L and, where that is more than one, the whole latent action), N rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lapa.data.dataset import ACTION, STATE, Dataset, dimension_names
+from lapa.data.labels import Labels
+from lapa.data.lerobot import LeRobotDataset
+from lapa.data.motion import motion_energy, shot_numbers, thumbnails
+from lapa.data.video import encode_clip, probe
+from lapa.files import is_remote
+from lapa.view.pages import Pages
+
+# Rows of the list that are sent at once.
+PAGE = 20_000
+# Points of a curve, and images of an episode whose motion is measured. Cuts are looked for where all are measured.
+POINTS, MEASURED = 400, 600
+# Episodes that stand for the dataset in its statistics, those whose images are looked at, and images of each.
+SAMPLE, LOOKED_AT, LOOKS = 200, 40, 6
+# Below this an image does not change: a camera's noise (lapa.data.motion).
+STILL = 0.008
+# Clips of a code, and rows whose actions are averaged; whole latent actions that are listed.
+CLIPS, ROWS, WHOLE = 24, 2000, 64
+# The longer side of videos that are encoded for the page, and codecs and pixels that browsers play as they are.
+SIDE = 480
+VIDEO = re.compile(r"([0-9]{1,9})-([0-9]{1,9})\.mp4")
+PLAYED, PLAYED_PIXELS = ("h264", "av1", "vp9"), ("yuv420p", "yuvj420p")
+
+
+class DatasetPages(Pages):
+    """The data of the page of a dataset.
+
+    episodes: the indices of those that are shown, in order; None: all. encoded: whether each video is encoded into a
+    small file of its own, also where the dataset has one that a browser plays.
+    """
+
+    html = "dataset.html"
+    numbers = {"about": 0, "statistics": 0, "episodes": 1, "episode": 1, "motion": 1, "code": 2}  # noqa: RUF012
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        labels: Labels | None = None,
+        *,
+        episodes: Sequence[int] | None = None,
+        encoded: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.labels, self._encoded = dataset, labels, encoded
+        self.episodes = np.arange(len(dataset)) if episodes is None else np.asarray(episodes)
+        self._shown = None if episodes is None else set(self.episodes.tolist())
+        self._as_it_is = cache(self._is_played)
+
+    @property
+    def summary(self) -> str:
+        return f"{len(self.dataset)} episodes"
+
+    def names(self) -> Iterator[str]:
+        yield from ("about", "statistics")
+        yield from (f"episodes-{page}" for page in range(self.num_pages))
+        for episode in self.episodes.tolist():
+            yield from (f"episode-{episode}", f"motion-{episode}")
+        for position, codes in enumerate(self._codebooks):
+            yield from (f"code-{position}-{code}" for code in range(len(codes)))
+
+    @property
+    def num_pages(self) -> int:
+        return -(-len(self.episodes) // PAGE)
+
+    def files(self) -> Iterator[str]:
+        for episode in self.episodes.tolist():
+            yield from (f"{episode}-{camera}.mp4" for camera in range(len(self._cameras)))
+
+    def file(self, name: str) -> Path:
+        match = VIDEO.fullmatch(name)
+        if match is None:
+            raise KeyError(name)
+        episode, camera = int(match[1]), int(match[2])
+        if camera >= len(self._cameras):
+            raise KeyError(camera)
+        with self.lock:
+            self._require(episode)
+            camera_name = self._cameras[camera]
+            if own := self._own_video(episode, camera_name):
+                return own[0]
+            file = self.folder / name
+            if not file.exists():
+                encode_clip(file, map(_smaller, self.dataset.frames(episode, camera=camera_name)), self.dataset.fps)
+            return file
+
+    @property
+    def _cameras(self) -> tuple[str, ...]:
+        return () if self.dataset.coded else self.dataset.cameras
+
+    def _require(self, episode: int) -> None:
+        shown = 0 <= episode < len(self.dataset) and (self._shown is None or episode in self._shown)
+        if not shown:
+            raise KeyError(episode)
+
+    def _own_video(self, episode: int, camera: str) -> tuple[Path, float, float] | None:
+        """Returns the dataset's own video of an episode with its span, where a browser plays it."""
+        dataset = self.dataset
+        if self._encoded or not isinstance(dataset, LeRobotDataset) or is_remote(dataset.root):
+            return None
+        if dataset.camera_feature(camera)["dtype"] != "video":
+            return None
+        span, file = dataset.span_in_video(episode, camera), dataset.video_path(episode, camera)
+        return (file, *span) if self._as_it_is(file) else None
+
+    def _is_played(self, file: Path) -> bool:
+        info = probe(file)
+        return info.codec in PLAYED and info.pix_fmt in PLAYED_PIXELS and info.constant
+
+    def _about(self) -> dict[str, Any]:
+        dataset = self.dataset
+        names = {ACTION: self._names(ACTION), STATE: self._names(STATE)}
+        about: dict[str, Any] = {
+            "name": dataset.name,
+            "episodes": len(self.episodes),
+            "of_episodes": len(dataset),
+            "frames": int(dataset.lengths[self.episodes].sum()),
+            "fps": dataset.fps,
+            "cameras": [{"name": name, "size": list(dataset.image_shape(name)[::-1])} for name in dataset.cameras],
+            "images": not dataset.coded,
+            "actions": names[ACTION],
+            "states": names[STATE],
+            "pages": self.num_pages,
+        }
+        if dataset.action_space is not None:
+            about |= {"control": dataset.action_space.control, "binary": dataset.action_space.binary_names}
+        if self.labels is not None:
+            manifest = self.labels.manifest
+            about["labels"] = {
+                "length": manifest.latent_length,
+                "codebook": manifest.codebook_size,
+                "horizon": manifest.horizon_frames,
+                "seconds": manifest.horizon_seconds,
+                "camera": manifest.camera,
+                "rows": len(self._rows[0]),
+                "codes": self._codebooks,
+                "usage": self._usage,
+                "transitions": self._transitions,
+            }
+        return about
+
+    def _names(self, feature: str) -> list[str]:
+        features = self.dataset.features
+        return dimension_names(features[feature], feature.rpartition(".")[2]) if feature in features else []
+
+    def _episodes(self, page: int) -> dict[str, Any]:
+        """Columns of a page of the list; texts are numbers of `texts`, since many episodes share one."""
+        chosen = self.episodes[page * PAGE : (page + 1) * PAGE]
+        if page and not len(chosen):
+            raise KeyError(page)
+        texts: dict[str, int] = {}
+        columns: dict[str, list[int]] = {"instruction": [], "source": []}
+        for index in chosen.tolist():
+            episode = self.dataset[index]
+            for name, numbers in columns.items():
+                numbers.append(texts.setdefault(getattr(episode, name), len(texts)))
+        rows = {"index": chosen.tolist(), "length": self.dataset.lengths[chosen].tolist()}
+        return {"texts": list(texts), **rows, **columns}
+
+    def _episode(self, index: int) -> dict[str, Any]:
+        self._require(index)
+        dataset, length = self.dataset, int(self.dataset.lengths[index])
+        episode = dataset[index]
+        videos = []
+        for camera, name in enumerate(self._cameras):
+            own = self._own_video(index, name)
+            start, end = own[1:] if own else (0.0, length / dataset.fps)
+            videos.append({"camera": camera, "start": start, "end": end})
+        frames_T = _spread(length, POINTS)
+        found: dict[str, Any] = {
+            "index": index,
+            "number": int(dataset.numbers[index]),
+            "instruction": episode.instruction,
+            "source": episode.source,
+            "length": length,
+            "videos": videos,
+            "frames": frames_T.tolist(),
+        }
+        if dataset.action_dim is not None:
+            found["actions"] = _rounded(dataset.actions(index)[frames_T])
+        if (states := dataset.states(index)) is not None:
+            found["states"] = _rounded(states[frames_T])
+        if self.labels is not None:
+            rows = slice(*np.searchsorted(self._rows[0], [index, index + 1]))
+            found["code_frames"] = self._rows[1][rows].tolist()
+            found["codes"] = self._codes_NP[rows].tolist()
+        return found
+
+    def _motion(self, index: int) -> dict[str, Any]:
+        """The change of each camera's images, RMS of brightness in [0, 1], and the frames with which shots begin."""
+        self._require(index)
+        length = int(self.dataset.lengths[index])
+        frames_T = _spread(length, MEASURED)
+        cameras, cuts = [], set()
+        for name in self._cameras:
+            small_THW = thumbnails(self.dataset.frames(index, frames_T.tolist(), name))
+            cameras.append([round(float(energy), 4) for energy in motion_energy(small_THW, 1)])
+            if len(frames_T) == length:
+                shots_T = np.array(list(shot_numbers(small_THW)))
+                cuts |= set((np.flatnonzero(np.diff(shots_T)) + 1).tolist())
+        return {"frames": frames_T[1:].tolist(), "cameras": cameras, "cuts": sorted(cuts)}
+
+    def _statistics(self) -> dict[str, Any]:
+        """Statistics of actions and states of a sample, and the cameras that stand still in a smaller one."""
+        dataset = self.dataset
+        sample = self.episodes[_spread(len(self.episodes), SAMPLE)].tolist()
+        found: dict[str, Any] = {"sample": len(sample)}
+        for name, there, read in (
+            ("actions", dataset.action_dim, dataset.actions),
+            ("states", dataset.state_dim, dataset.states),
+        ):
+            if there is not None:
+                found[name] = _summary(np.concatenate([read(episode) for episode in sample]))
+        looked_at = self.episodes[_spread(len(self.episodes), LOOKED_AT)].tolist() if self._cameras else []
+        still: dict[int, list[str]] = {}
+        for episode in looked_at:
+            frames = _spread(int(dataset.lengths[episode]), LOOKS).tolist()
+            for name in self._cameras:
+                small_THW = thumbnails(dataset.frames(episode, frames, name))
+                if motion_energy(small_THW, 1).max(initial=0.0) < STILL:
+                    still.setdefault(episode, []).append(name)
+        return {**found, "looked_at": looked_at, "still": still}
+
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The episode, the frame and the codes [N, L] of each labelled row of the episodes that are shown."""
+        assert self.labels is not None
+        parts = [self.labels.codes(episode) for episode in self.episodes.tolist()]
+        owners_N = np.repeat(self.episodes, [len(frames) for frames, _ in parts])
+        frames_N = np.concatenate([frames for frames, _ in parts])
+        return owners_N, frames_N, np.concatenate([codes for _, codes in parts])
+
+    @cached_property
+    def _whole(self) -> tuple[np.ndarray, list[str]]:
+        """Each row's whole latent action, by its rank in frequency, -1 past the first WHOLE; and the names of these."""
+        codes_NL = self._rows[2]
+        numbers_N = np.zeros(len(codes_NL), np.int64)
+        for codes_N in codes_NL.T:
+            # By one position after the other: much faster than comparing rows.
+            _, firsts, numbers_N = np.unique(
+                numbers_N * (int(codes_N.max(initial=0)) + 1) + codes_N, return_index=True, return_inverse=True
+            )
+        kinds = codes_NL[firsts]
+        counts = np.bincount(numbers_N, minlength=len(kinds))
+        order = np.argsort(-counts, kind="stable")
+        rank = np.empty(len(kinds), np.int64)
+        rank[order] = np.arange(len(kinds))
+        names = ["-".join(map(str, kinds[kind])) for kind in order[:WHOLE]]
+        return np.where(rank[numbers_N] < WHOLE, rank[numbers_N], -1), names
+
+    @cached_property
+    def _codes_NP(self) -> np.ndarray:
+        codes_NL = self._rows[2]
+        return np.column_stack([codes_NL, self._whole[0]]) if codes_NL.shape[1] > 1 else codes_NL
+
+    @cached_property
+    def _codebooks(self) -> list[list[str]]:
+        """The names of the codes of each position."""
+        if self.labels is None:
+            return []
+        manifest = self.labels.manifest
+        books = [[str(code) for code in range(manifest.codebook_size)] for _ in range(manifest.latent_length)]
+        return [*books, *([self._whole[1]] if len(books) > 1 else [])]
+
+    @cached_property
+    def _usage(self) -> list[list[float]]:
+        """The share of the rows with each code, by position."""
+        num = max(1, len(self._codes_NP))
+        return [
+            (np.bincount(codes_N[codes_N >= 0], minlength=len(book)) / num).round(5).tolist()
+            for codes_N, book in zip(self._codes_NP.T, self._codebooks, strict=True)
+        ]
+
+    @cached_property
+    def _transitions(self) -> list[list[list[int]]]:
+        """How often a code is followed one horizon later by each other one, by position; of the first WHOLE codes."""
+        assert self.labels is not None
+        owners_N, frames_N, _ = self._rows
+        # Rows are in order: the row of (episode, frame + horizon) is found by bisection, where there is one.
+        span = int(frames_N.max(initial=0)) + self.labels.manifest.horizon_frames + 1
+        keys_N = owners_N * span + frames_N
+        wanted_N = keys_N + self.labels.manifest.horizon_frames
+        later_N = np.minimum(np.searchsorted(keys_N, wanted_N), max(0, len(keys_N) - 1))
+        pairs = np.flatnonzero(keys_N[later_N] == wanted_N)
+        tables = []
+        for codes_N, book in zip(self._codes_NP.T, self._codebooks, strict=True):
+            num = min(len(book), WHOLE)
+            first, second = codes_N[pairs], codes_N[later_N[pairs]]
+            kept = (np.minimum(first, second) >= 0) & (np.maximum(first, second) < num)
+            counts = np.bincount(first[kept] * num + second[kept], minlength=num * num)
+            tables.append(counts.reshape(num, num).tolist())
+        return tables
+
+    def _code(self, position: int, code: int) -> dict[str, Any]:
+        """Clips with a code, each of another episode as far as there are, and the mean action at its rows."""
+        if position >= len(self._codebooks) or code >= len(self._codebooks[position]):
+            raise KeyError(code)
+        owners_N, frames_N, _ = self._rows
+        rows = np.flatnonzero(self._codes_NP[:, position] == code)
+        # The middle of the longest run of an episode shows the code best.
+        begins = np.flatnonzero((np.diff(rows, prepend=-2) != 1) | (np.diff(owners_N[rows], prepend=-1) != 0))
+        lengths = np.diff(begins, append=len(rows))
+        firsts = rows[begins]
+        order = np.argsort(-lengths, kind="stable")
+        _, best = np.unique(owners_N[firsts[order]], return_index=True)
+        chosen = order[np.sort(best)]
+        clips = [
+            [int(owners_N[row]), int(frames_N[row])]
+            for row in (firsts[chosen] + (lengths[chosen] - 1) // 2)[_spread(len(chosen), CLIPS)]
+        ]
+        found = {"rows": len(rows), "episodes": len(chosen), "clips": [self._clip(*clip) for clip in clips]}
+        if self.dataset.action_dim is not None and len(rows):
+            found["actions"] = self._mean_action(rows)
+        return found
+
+    def _clip(self, episode: int, frame: int) -> dict[str, Any]:
+        """A clip from a frame to one horizon later."""
+        assert self.labels is not None
+        camera = self.dataset.cameras.index(self.dataset.camera_name(self.labels.manifest.camera))
+        clip = {"episode": episode, "frame": frame, "camera": camera, "instruction": self.dataset[episode].instruction}
+        own = self._own_video(episode, self._cameras[camera]) if self._cameras else None
+        start = (own[1] if own else 0.0) + (frame + 0.25) / self.dataset.fps
+        return {**clip, "start": start, "end": start + self.labels.manifest.horizon_frames / self.dataset.fps}
+
+    def _mean_action(self, rows: np.ndarray) -> list[dict[str, Any]]:
+        """The mean action at rows, by dimension, also as its distance from that of all in standard deviations."""
+        rows = rows[_spread(len(rows), ROWS)]
+        owners_N, frames_N, _ = self._rows
+        actions_NA = np.concatenate(
+            [
+                self.dataset.actions(episode)[frames_N[rows[owners_N[rows] == episode]]]
+                for episode in _unique(owners_N[rows])
+            ]
+        )
+        mean_A, std_A = self._action_moments
+        return [
+            {"name": name, "mean": _number(mean), "z": _number((mean - all_mean) / max(std, 1e-9))}
+            for name, mean, all_mean, std in zip(
+                self._names(ACTION), actions_NA.mean(axis=0), mean_A, std_A, strict=True
+            )
+        ]
+
+    @cached_property
+    def _action_moments(self) -> tuple[np.ndarray, np.ndarray]:
+        sample = self.episodes[_spread(len(self.episodes), SAMPLE)].tolist()
+        actions_NA = np.concatenate([self.dataset.actions(episode) for episode in sample])
+        return actions_NA.mean(axis=0), actions_NA.std(axis=0)
+
+
+def _spread(length: int, most: int) -> np.ndarray:
+    """Returns at most `most` of the numbers below `length`, from the first to the last."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)) if length else np.zeros(0, int)
+
+
+def _unique(values: np.ndarray) -> list[int]:
+    return np.unique(values).tolist()
+
+
+def _number(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _rounded(rows_TD: np.ndarray) -> list[list[float]]:
+    return [[_number(value) for value in row] for row in rows_TD.tolist()]
+
+
+def _summary(rows_ND: np.ndarray) -> list[dict[str, float]]:
+    """Returns the mean, the standard deviation, and quantiles of each dimension."""
+    low_D, middle_D, high_D = np.quantile(rows_ND, [0.01, 0.5, 0.99], axis=0)
+    columns = {
+        "mean": rows_ND.mean(axis=0),
+        "std": rows_ND.std(axis=0),
+        "min": rows_ND.min(axis=0),
+        "q01": low_D,
+        "median": middle_D,
+        "q99": high_D,
+        "max": rows_ND.max(axis=0),
+    }
+    return [{name: _number(values[dim]) for name, values in columns.items()} for dim in range(rows_ND.shape[1])]
+
+
+def _smaller(frame_HWC: np.ndarray) -> np.ndarray:
+    """Returns an image with even sides of at most SIDE."""
+    height, width = frame_HWC.shape[:2]
+    scale = min(1.0, SIDE / max(height, width))
+    size = [max(2, 2 * round(side * scale / 2)) for side in (width, height)]
+    return np.asarray(Image.fromarray(frame_HWC).resize((size[0], size[1]), Image.Resampling.BICUBIC))
