@@ -24,6 +24,7 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.loop import TrainResult, train
 from lapa.engine.optim import build_optimizer, learning_rate
 from lapa.types import Losses, TrainableModel, TrainingDataset
+from torchrun import torchrun
 
 LOOP = LoopConfig(
     steps=4, batch_size=4, optim=OptimConfig(lr=1e-2, warmup_steps=2), device="cpu", log_every=1, eval_every=2
@@ -335,27 +336,26 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, number: int) -
     assert torch.equal(whole, resumed)
 
 
-def torchrun(tmp_path: Path, name: str, world: int, code: str) -> torch.Tensor:
+def weights_of(tmp_path: Path, name: str, world: int, code: str) -> torch.Tensor:
     """Runs the script in `world` processes and returns the weights it ends with, if it ends."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     (tmp_path / f"{name}.py").write_text(code)
-    subprocess.run([*command, str(tmp_path / f"{name}.py")], check=True)
+    torchrun(tmp_path / f"{name}.py", processes=world)
     return torch.load(tmp_path / name / "weights.pt")
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     one, two = (
-        torchrun(tmp_path, name, world, script(tmp_path, name, 4, dropout=0.0))
+        weights_of(tmp_path, name, world, script(tmp_path, name, 4, dropout=0.0))
         for name, world in (("one", 1), ("two", 2))
     )
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
 def test_two_processes_resume_each_with_its_own_noise(tmp_path: Path) -> None:
-    whole = torchrun(tmp_path, "whole", 2, script(tmp_path, "whole", 4))
+    whole = weights_of(tmp_path, "whole", 2, script(tmp_path, "whole", 4))
     stopped = script(tmp_path, "parts", 4).replace("steps=4", "steps=4, stop_after=2")
-    torchrun(tmp_path, "parts", 2, stopped)
-    resumed = torchrun(tmp_path, "parts", 2, script(tmp_path, "parts", 4))
+    weights_of(tmp_path, "parts", 2, stopped)
+    resumed = weights_of(tmp_path, "parts", 2, script(tmp_path, "parts", 4))
     assert torch.equal(whole, resumed)
 
 

@@ -44,6 +44,7 @@ from lapa.labelling.shards import Labeller, Shard, make_plan
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
+from torchrun import torchrun
 
 EPISODES, FRAMES, HORIZON = 6, 12, 3
 
@@ -790,8 +791,7 @@ def test_processes_decode_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_processes_of_torchrun_share_the_shards_out(
     data: Path, lam: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lapa", "label"]
     given = ["--lam", lam, "--data", data, "--out", tmp_path / "out", "--batch-size", 7, "--shard-episodes", 2]
     more = ["--embeddings", "--min-motion", 0.02, "--device", "cpu"]
-    subprocess.run([*command, *map(str, [*given, *more])], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun("-m", "lapa", "label", *map(str, given), *more)
     assert files(tmp_path / "out") == whole

@@ -1,9 +1,6 @@
 """Training a latent action model: it learns, it resumes, it warns of collapse."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from lapa.latent.model import LatentActionModel
 from lapa.latent.quantizers import EMA_DECAY
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
+from torchrun import torchrun
 
 DEBUG = LATENT["debug"]
 
@@ -162,10 +160,8 @@ def test_training_finds_the_direction_of_motion_and_the_probe_proves_it(tmp_path
 def test_two_processes_give_the_model_of_one(data: Path, tmp_path: Path, quantizer: str) -> None:
     """By the command itself under torchrun, with gloo: the same samples at each step, the same moments of z."""
     options = ["latent", "train", "--preset", "debug", "--data", str(data), "--steps", "3", "--quantizer", quantizer]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lapa"]
-    for launcher, out in (([sys.executable, "-m", "lapa"], "one"), (torchrun, "two")):
-        subprocess.run([*launcher, *options, "--out", str(tmp_path / out)], env=environment, check=True)
+    for processes, out in enumerate(("one", "two"), start=1):
+        torchrun("-m", "lapa", *options, "--out", tmp_path / out, processes=processes)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     if quantizer == "vq":
         # Its k-means sees the same latents once a process, and draws others of them, so weights differ. What it counts

@@ -1,9 +1,6 @@
 """A policy whose weights are shared out over two processes (FSDP2, gloo) learns what it learns in one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from lapa.policy.runtime import Policy
 from lapa.released import lwm
 from lapa.sources.synthetic import write_synthetic_dataset
 from test_policy_training import write_labels
+from torchrun import torchrun
 from vlms import make_vlm
 
 SMALL_LWM = lwm.LwmConfig(
@@ -52,12 +50,7 @@ def pretrained(root: Path, out: Path, processes: int, *options: str) -> tuple[li
     """The losses step by step, and the weights of the language model that was written."""
     given = ["--data", root / "videos", "--labels", root / "labels", "--out", out, "--preset", "debug"]
     run = ["-m", "lapa", "policy", "pretrain", *map(str, given), "--steps", "3", "--log-every", "1", *options]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", *run, "--shard"]
-    command = [sys.executable, *(run if processes == 1 else launch)]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(*run, *(["--shard"] if processes > 1 else []), processes=processes)
     rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row], load_file(out / "model" / "model.safetensors")
 

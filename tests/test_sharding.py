@@ -1,7 +1,6 @@
 """Two processes with half of the model each train as one with all of it, and their checkpoint fits any number."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lapa.engine.config import LoopConfig
 from lapa.engine.loop import TrainResult, train
 from lapa.types import Losses, TrainableModel
 from test_engine import LOOP, Line, collate, log
+from torchrun import torchrun
 
 SHARD = replace(LOOP, shard=True, save_every_steps=1)
 RUNS = {
@@ -114,8 +114,7 @@ def assert_same(model: nn.Module, other: nn.Module | dict[str, Tensor], **tolera
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have trained each of RUNS, and gone on with the last."""
     out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*command, __file__, str(out)], check=True, timeout=120)
+    torchrun(__file__, out)
     return out
 
 
