@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,17 +23,27 @@ pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 
 import lapa
 from browser import CHROMIUM, Browser, browser
+from fake_hub import FakeHub, Repo
 from lapa import UserError, cli
 from lapa.data.labels import EpisodeLabels, Manifest, shard_path, write_manifest, write_shard
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.video import probe
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.view import dataset as view_dataset
+from lapa.view.config import ViewConfig
 from lapa.view.dataset import DatasetPages
-from lapa.view.server import opened, running
+from lapa.view.opening import kind_at, open_pages
+from lapa.view.server import running
 
 HTML = "<img src=x onerror='window.bad=1'>"
+FROZEN = Path(__file__).parent / "golden" / "frozen"
 EPISODES, FRAMES, HORIZON, CODEBOOK = 12, 20, 4, 5
+
+
+def opened(path: Path | str, data: Path | str | None = None) -> DatasetPages:
+    pages = open_pages(ViewConfig(str(path), None if data is None else str(data)))
+    assert isinstance(pages, DatasetPages)
+    return pages
 
 
 def made_labels(folder: Path, dataset: LeRobotDataset) -> None:
@@ -72,7 +83,7 @@ def labels(dataset: LeRobotDataset) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(labels: Path) -> Iterator[DatasetPages]:
-    made = DatasetPages(*opened(str(labels)))
+    made = opened(labels)
     yield made
     made.close()
 
@@ -146,7 +157,7 @@ def test_labels_without_a_row_are_shown(dataset: LeRobotDataset, tmp_path: Path)
         "lam", dataset.fingerprint, "front", 9.0, 90, 2, CODEBOOK, 0, EPISODES, EPISODES, [[0.0] * 5] * 2
     )
     write_manifest(tmp_path / "none", manifest)
-    pages = DatasetPages(*opened(str(tmp_path / "none"), str(dataset.root)))
+    pages = opened(tmp_path / "none", dataset.root)
     assert {name: pages.json(name) for name in pages.names()}["code-1-0"]["rows"] == 0
     pages.close()
 
@@ -208,8 +219,7 @@ def test_a_source_in_place_is_shown_as_encoded_video(tmp_path: Path) -> None:
         for at in range(6):
             image = Image.fromarray(rng.integers(0, 256, (61, 1001, 3), dtype=np.uint8))
             image.save(tmp_path / "frames" / clip / f"{at:04d}.jpg")
-    dataset, labels = opened(f"frames:{tmp_path / 'frames'},fps=5,caption=look")
-    pages = DatasetPages(dataset, labels)
+    pages = opened(f"frames:{tmp_path / 'frames'},fps=5,caption=look")
     file = pages.file("1-0.mp4")
     info = probe(file)
     assert (info.num_frames, info.fps, max(info.width, info.height)) == (6, 5.0, view_dataset.SIDE)
@@ -219,19 +229,53 @@ def test_a_source_in_place_is_shown_as_encoded_video(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shown_is_one_line(labels: Path, tmp_path: Path) -> None:
-    frozen = Path(__file__).parent / "golden" / "frozen"
-    with pytest.raises(UserError, match="latent action model cannot be shown; lapa view shows datasets and labels"):
-        opened(str(frozen / "lam"))
-    with pytest.raises(UserError, match="leave out --data"):
-        opened(str(frozen / "dataset"), str(frozen / "dataset"))
+    with pytest.raises(UserError, match="latent action model cannot be shown; lapa view shows: dataset, labels"):
+        opened(FROZEN / "lam")
+    with pytest.raises(UserError, match="dataset does not take --data; leave it out"):
+        opened(FROZEN / "dataset", FROZEN / "dataset")
     with pytest.raises(UserError, match="not a dataset"):
-        opened(str(tmp_path))
+        opened(tmp_path)
     moved = tmp_path / "away" / "moved"
     shutil.copytree(labels, moved)
     with pytest.raises(UserError, match="give it: --data DATASET"):
-        opened(str(moved))
+        opened(moved)
     with pytest.raises(UserError, match="labels another dataset"):
-        opened(str(moved), str(frozen / "dataset"))
+        opened(moved, FROZEN / "dataset")
+
+
+def test_labels_are_opened_at_a_url(labels: Path, dataset: LeRobotDataset) -> None:
+    there = fsspec.filesystem("memory")
+    there.put(str(dataset.root), "/lapa-view/squares", recursive=True)
+    pages = opened("memory://lapa-view/squares/labels/lam")
+    assert pages.labels is not None and pages.json("code-0-3")["rows"] == 3 * (FRAMES - HORIZON)
+    pages.close()
+    pages = opened("memory://lapa-view/squares/labels/lam", dataset.root)
+    assert len(pages.dataset) == EPISODES
+    pages.close()
+    there.rm("/lapa-view", recursive=True)
+
+
+def test_what_is_on_the_hub_is_known_by_its_marker(
+    labels: Path, dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with FakeHub() as hub:
+        hub.used(monkeypatch, tmp_path)
+        for repo_type, name, folder in (
+            ("dataset", "codes", labels),
+            ("dataset", "videos", dataset.root),
+            ("model", "lam", FROZEN / "lam"),
+            ("model", "policy", FROZEN / "policy-bins"),
+        ):
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            repo = hub.repos[repo_type, f"ann/{name}"] = Repo()
+            repo.commits["0" * 40] = {name: path.read_bytes() for name, path in files.items()}
+        kinds = [kind_at(f"ann/{name}") for name in ("codes", "videos", "lam", "policy")]
+        assert kinds == ["labels", "dataset", "lam", "policy"]
+        pages = opened("ann/codes", "ann/videos")
+        assert pages.json("code-0-3")["rows"] == 3 * (FRAMES - HORIZON)
+        pages.close()
+        with pytest.raises(UserError, match="ann/none: neither a folder here nor a model on the hub"):
+            kind_at("ann/none")
 
 
 def export(capsys: pytest.CaptureFixture[str], *options: str) -> str:

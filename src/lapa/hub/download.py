@@ -35,6 +35,10 @@ MODEL_MARKER, DATASET_MARKER = "config.json", "meta/info.json"
 ADDRESS = {"model": "", "dataset": "datasets/"}
 
 
+class NotFound(UserError):
+    """There is neither a folder nor a repository of this name."""
+
+
 @dataclass(frozen=True)
 class HubId:
     """A repository of the hub, `user/name`, and its revision; None for the main branch."""
@@ -155,7 +159,9 @@ def hub_errors(hub_id: HubId, kind: str, hint: str = "", *, pushing: bool = Fals
     # A transfer that is cut is a RuntimeError where it ran in a thread or in hf_xet, what the hub refuses a ValueError.
     except (ValueError, HTTPError, OSError, RuntimeError, XetDownloadError) as error:
         explained = _explained(error, hub_id, kind, pushing)
-        raise UserError(f"{hub_id}: {explained}{hint if explained.startswith(NEITHER) else ''}") from None
+        if explained.startswith(NEITHER):
+            raise NotFound(f"{hub_id}: {explained}{hint}") from None
+        raise UserError(f"{hub_id}: {explained}") from None
 
 
 def _explained(error: BaseException, hub_id: HubId, kind: str, pushing: bool) -> str:

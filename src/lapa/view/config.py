@@ -14,7 +14,7 @@ class ViewConfig:
     """Shows a dataset, or labels on their dataset, in the browser."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """What to show: the folder of a dataset or of labels, a dataset on the hub, or a source in place such as
+    """What to show: the folder of a dataset or of labels, its id on the hub, or a source in place such as
     rlds:FOLDER; see `lapa data --help`."""
     data: str | None = None
     """The dataset of labels whose folder is not inside the dataset's."""
@@ -22,7 +22,7 @@ class ViewConfig:
     """Port of 127.0.0.1; 0 for a free one."""
     export: Path | None = None
     """Write the page and its data to this folder, which any browser opens, and serve nothing."""
-    limit: int = 50
-    """Most episodes of an export, spread over the dataset."""
+    limit: int | None = None
+    """Most episodes of an export, spread over the dataset; 50 by default."""
     overwrite: bool = False
     """Replace the contents of the export's folder."""

@@ -24,9 +24,13 @@ from PIL import Image
 from lapa.data.dataset import ACTION, STATE, Dataset, dimension_names
 from lapa.data.labels import Labels
 from lapa.data.lerobot import LeRobotDataset
+from lapa.data.metadata import INFO
 from lapa.data.motion import motion_energy, shot_numbers, thumbnails
+from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip, probe
-from lapa.files import is_remote
+from lapa.errors import UserError
+from lapa.files import as_path, is_remote
+from lapa.view.config import ViewConfig
 from lapa.view.pages import Pages
 
 # Rows of the list that are sent at once.
@@ -37,12 +41,38 @@ POINTS, MEASURED = 400, 600
 SAMPLE, LOOKED_AT, LOOKS = 200, 40, 6
 # Below this an image does not change: a camera's noise (lapa.data.motion).
 STILL = 0.008
+# Episodes of an export.
+EXPORTED = 50
 # Clips of a code, and rows whose actions are averaged; whole latent actions that are listed.
 CLIPS, ROWS, WHOLE = 24, 2000, 64
 # The longer side of videos that are encoded for the page, and codecs and pixels that browsers play as they are.
 SIDE = 480
 VIDEO = re.compile(r"([0-9]{1,9})-([0-9]{1,9})\.mp4")
 PLAYED, PLAYED_PIXELS = ("h264", "av1", "vp9"), ("yuv420p", "yuvj420p")
+
+
+def open_dataset_pages(config: ViewConfig) -> DatasetPages:
+    """Opens a dataset's pages; an export has some of its episodes, spread over it, and videos of its own."""
+    return _pages(open_dataset(config.path), None, config)
+
+
+def open_labels_pages(config: ViewConfig) -> DatasetPages:
+    """Opens labels on the dataset in `config.data`, or else on the one in whose folder they are.
+
+    Raises UserError where there is no dataset, and where the labels are of another one.
+    """
+    above = as_path(config.path).absolute().parent.parent
+    if config.data is None and not (above / INFO).exists():
+        raise UserError(f"{config.path}: is not inside its dataset; give it: --data DATASET")
+    dataset = open_dataset(config.data or str(above))
+    return _pages(dataset, Labels.open(config.path, dataset_fingerprint=dataset.fingerprint), config)
+
+
+def _pages(dataset: Dataset, labels: Labels | None, config: ViewConfig) -> DatasetPages:
+    if config.export is None:
+        return DatasetPages(dataset, labels)
+    episodes = _spread(len(dataset), config.limit or EXPORTED).tolist()
+    return DatasetPages(dataset, labels, episodes=episodes, encoded=True)
 
 
 class DatasetPages(Pages):
@@ -72,6 +102,15 @@ class DatasetPages(Pages):
     @property
     def summary(self) -> str:
         return f"{len(self.dataset)} episodes"
+
+    @property
+    def inputs(self) -> list[str | Path]:
+        return [self.dataset.root, *([] if self.labels is None else [self.labels.folder])]
+
+    @property
+    def left_out(self) -> str:
+        num, of = len(self.episodes), len(self.dataset)
+        return "" if num == of else f"{num} of {of} episodes, spread over the dataset; --limit takes more"
 
     def names(self) -> Iterator[str]:
         yield from ("about", "statistics")

@@ -10,15 +10,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from lapa.console import finish, progress, say
-from lapa.data.dataset import Dataset
-from lapa.data.labels import Labels
 from lapa.files import atomic_path, claim_output, write_text
 from lapa.locks import locks_output
 from lapa.view.config import ViewConfig
-from lapa.view.dataset import DatasetPages
+from lapa.view.opening import open_pages
 from lapa.view.pages import Pages
 
 # HTML, scripts and style.
@@ -28,23 +24,16 @@ INDEX = "index.html"
 
 
 @locks_output
-def export(config: ViewConfig, dataset: Dataset, labels: Labels | None) -> None:
-    """Writes the page with at most `limit` episodes, spread over the dataset."""
+def export(config: ViewConfig) -> None:
+    """Writes the page with its data, of as much as `limit` says."""
     assert config.export is not None
     out = config.export
-    claim_output(
-        out,
-        complete=(out / INDEX).exists(),
-        overwrite=config.overwrite,
-        resumable=False,
-        inputs=[dataset.root, *([labels.folder] if labels is not None else [])],
-    )
-    num = min(config.limit, len(dataset))
-    episodes = np.unique(np.linspace(0, len(dataset) - 1, num).round().astype(int)).tolist()
-    with contextlib.closing(DatasetPages(dataset, labels, episodes=episodes, encoded=True)) as pages:
+    with contextlib.closing(open_pages(config)) as pages:
+        complete = (out / INDEX).exists()
+        claim_output(out, complete=complete, overwrite=config.overwrite, resumable=False, inputs=list(pages.inputs))
         _write(pages, out)
-    if num < len(dataset):
-        say(f"{num} of {len(dataset)} episodes, spread over the dataset; --limit takes more")
+        if pages.left_out:
+            say(pages.left_out)
     finish("page", out / INDEX)
 
 
@@ -53,11 +42,12 @@ def _write(pages: Pages, out: Path) -> None:
     for folder in ("data", "files"):
         (out / folder).mkdir(exist_ok=True)
     shutil.copytree(PAGE, out / "page", ignore=shutil.ignore_patterns("*.html"), dirs_exist_ok=True)
-    files = list(pages.files())
+    names, files = list(pages.names()), list(pages.files())
     with progress() as bar:
-        task = bar.add_task("exporting", total=len(files), note="")
-        for name in pages.names():
+        task = bar.add_task("exporting", total=len(names) + len(files), note="")
+        for name in names:
             write_text(out / "data" / f"{name}.js", f"received({json.dumps(name)}, {json.dumps(pages.json(name))});\n")
+            bar.advance(task)
         for name in files:
             with atomic_path(out / "files" / name) as temporary:
                 shutil.move(pages.file(name), temporary)

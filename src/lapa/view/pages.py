@@ -5,13 +5,16 @@ Nothing else can be asked for: names hold numbers, no paths.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import Any, ClassVar
+
+from lapa.errors import UserError
 
 NAME = re.compile(r"([a-z]+)((?:-[0-9]{1,9})*)")
 
@@ -20,10 +23,12 @@ class Pages(ABC):
     """The data of one page. A name is a word of `numbers` and as many numbers as are there: episode-17, code-0-5.
 
     html: the page's file in the folder page/. The JSON of a word is what the method `_WORD` returns for its numbers.
+    questions: what the page asks with data of its own; `_ask_NAME` answers it, one at a time.
     """
 
     html: ClassVar[str]
     numbers: ClassVar[Mapping[str, int]]
+    questions: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
         # What is shown is read by one request at a time.
@@ -50,6 +55,32 @@ class Pages(ABC):
         with self.lock:
             return getattr(self, f"_{match[1]}")(*numbers)
 
+    def answer(self, name: str, body: bytes) -> dict[str, Any]:
+        """Returns what the method `_ask_NAME` returns for the JSON object that the page sent.
+
+        Raises KeyError for another name, UserError for what is asked wrongly.
+        """
+        if name not in self.questions:
+            raise KeyError(name)
+        try:
+            given = json.loads(body)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise UserError("expected a JSON object")
+        with self.lock:
+            return getattr(self, f"_ask_{name}")(given)
+
+    @property
+    def inputs(self) -> Sequence[str | Path]:
+        """The folders that are read, which no export may replace."""
+        return ()
+
+    @property
+    def left_out(self) -> str:
+        """What an export leaves out, as one line; empty where it has everything."""
+        return ""
+
     @property
     @abstractmethod
     def summary(self) -> str:
@@ -59,10 +90,10 @@ class Pages(ABC):
     def names(self) -> Iterator[str]:
         """Yields every name of JSON, for an export."""
 
-    @abstractmethod
     def files(self) -> Iterator[str]:
         """Yields the name of every file, for an export."""
+        yield from ()
 
-    @abstractmethod
     def file(self, name: str) -> Path:
         """Returns the file of a name, such as 17-0.mp4. Raises KeyError, or UserError for damaged files."""
+        raise KeyError(name)

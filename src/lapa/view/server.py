@@ -8,6 +8,7 @@
 
 /data/NAME.json    what the page shows (lapa.view.pages)
 /files/NAME        its videos, in parts as the browser asks for them
+/ask/NAME          what the page asks with data of its own (POST)
 /page/FILE         scripts and style
 
 Names and numbers are all that can be asked for, so that nothing outside PATH is read.
@@ -21,27 +22,21 @@ import shlex
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from lapa.config import require_at_least
 from lapa.console import console, say
-from lapa.data.dataset import Dataset
-from lapa.data.labels import Labels
-from lapa.data.metadata import INFO
-from lapa.data.spec import open_dataset
 from lapa.errors import UserError
-from lapa.hub.artifacts import KINDS, MARKERS, kind_of
 from lapa.view.config import ViewConfig
-from lapa.view.dataset import DatasetPages
 from lapa.view.export import PAGE, export
+from lapa.view.opening import open_pages
 from lapa.view.pages import Pages
 
 try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import HTTPConnection, Request
+    from starlette.requests import ClientDisconnect, HTTPConnection, Request
     from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
     from starlette.routing import Mount, Route
     from starlette.staticfiles import StaticFiles
@@ -56,7 +51,8 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 HOST = "127.0.0.1"
-SHOWN = ("dataset", "labels")
+# Of a question of the page, which may hold images.
+MOST_BYTES = 64 * 2**20
 
 
 def run(config: ViewConfig) -> None:
@@ -64,15 +60,14 @@ def run(config: ViewConfig) -> None:
 
     Raises UserError for what cannot be shown and a port in use, and KeyboardInterrupt after Ctrl-C.
     """
-    require_at_least(config, limit=1)
     web.require_port(config.port)
     if config.export is not None:
-        export(config, *opened(config.path, config.data))
+        export(config)
         return
     where = f"--port {config.port}"
     with (
         web.listening(HOST, config.port, where) as listener,
-        contextlib.closing(DatasetPages(*opened(config.path, config.data))) as pages,
+        contextlib.closing(open_pages(config)) as pages,
     ):
         server = Server(pages, listener)
         interrupted = asyncio.run(web.until_a_signal(server, lambda: _announce(server, config)))
@@ -81,35 +76,15 @@ def run(config: ViewConfig) -> None:
 
 
 @contextlib.contextmanager
-def running(path: str | Path, data: str | None = None) -> Iterator[str]:
-    """Serves the page at a free port in a thread while the block runs, and yields its URL; raises as `run`."""
+def running(path: str | Path, **options: Any) -> Iterator[str]:
+    """Serves the page at a free port in a thread while the block runs, and yields its URL; raises as `run`.
+
+    options: fields of ViewConfig.
+    """
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(web.listening(HOST, 0, "--port 0"))
-        pages = stack.enter_context(contextlib.closing(DatasetPages(*opened(str(path), data))))
+        pages = stack.enter_context(contextlib.closing(open_pages(ViewConfig(str(path), **options))))
         yield stack.enter_context(web.in_thread(Server(pages, listener)))
-
-
-def opened(path: str, data: str | None = None) -> tuple[Dataset, Labels | None]:
-    """Returns the dataset at a path, or the labels there and their dataset.
-
-    data: the dataset of labels; None: the one in whose folder they are.
-    Raises UserError where there is neither, and where the labels are of another dataset.
-    """
-    folder = Path(path)
-    holds_one = folder.is_dir() and any((folder / name).exists() for name in MARKERS)
-    kind = kind_of(folder) if holds_one else "dataset"
-    if kind not in SHOWN:
-        raise UserError(f"{path}: {KINDS[kind].name} cannot be shown; lapa view shows datasets and labels")
-    if kind == "dataset":
-        if data is not None:
-            raise UserError(f"--data is the dataset of labels, and {path} is none of these; leave out --data")
-        return open_dataset(path), None
-    if data is None:
-        data = str(folder.absolute().parent.parent)
-        if not (Path(data) / INFO).exists():
-            raise UserError(f"{path}: is not inside its dataset; give it: --data DATASET")
-    dataset = open_dataset(data)
-    return dataset, Labels.open(folder, dataset_fingerprint=dataset.fingerprint)
 
 
 class Server(web.Server):
@@ -123,6 +98,7 @@ class Server(web.Server):
                 Route("/", self.page),
                 Route("/data/{name}.json", self.data),
                 Route("/files/{name}", self.file),
+                Route("/ask/{name}", self.ask, methods=["POST"]),
                 Mount("/page", StaticFiles(directory=PAGE)),
             ]
         )
@@ -142,6 +118,22 @@ class Server(web.Server):
 
     async def file(self, request: Request) -> Response:
         return await self._answered(lambda: FileResponse(self.pages.file(request.path_params["name"])))
+
+    async def ask(self, request: Request) -> Response:
+        parts, size = [], 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                parts.append(part)
+                # What is too large is read to its end and forgotten, so that the browser reads the response.
+                if size > MOST_BYTES:
+                    parts.clear()
+        except ClientDisconnect:
+            return Response(status_code=400)
+        if size > MOST_BYTES:
+            return web.line(f"error: {size} bytes; give images of at most {MOST_BYTES} together", 413)
+        name, body = request.path_params["name"], b"".join(parts)
+        return await self._answered(lambda: JSONResponse(self.pages.answer(name, body)))
 
     async def _answered(self, make: Callable[[], Response]) -> Response:
         """The response that `make` returns; one line where there is no such thing, or it cannot be read."""

@@ -38,6 +38,12 @@ async function asJson(name) {
   if (!reply.ok) throw new Error(await reply.text());
   return reply.json();
 }
+// What the server works out from the page's own data, such as an image.
+async function ask(name, body) {
+  const reply = await fetch(`ask/${name}`, { method: "POST", body: JSON.stringify(body) });
+  if (!reply.ok) throw new Error(await reply.text());
+  return reply.json();
+}
 function asScript(name) {
   return new Promise((done, failed) => {
     waiting.set(name, done);
