@@ -1,20 +1,18 @@
-"""A headless Chromium driven by its DevTools protocol, for tests of pages."""
+"""A headless Chromium of this machine, driven by Playwright, for tests of pages."""
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 import shutil
-import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from websockets.sync.client import ClientConnection, connect
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import ConsoleMessage, Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SECONDS = 60.0
@@ -23,122 +21,76 @@ SECONDS = 60.0
 class Browser:
     """One tab. complaints: errors of the console and of scripts. requests: addresses that the tab asked for."""
 
-    def __init__(self, socket: ClientConnection) -> None:
-        self._socket, self._number = socket, 0
+    def __init__(self, page: Page) -> None:
+        self.page = page
         self.complaints: list[str] = []
         self.requests: list[str] = []
-        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
-            self.call(f"{domain}.enable")
+        page.set_default_timeout(1000 * SECONDS)
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("console", self._note)
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of a command of the protocol; events before it are noted."""
-        self._number += 1
-        self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
-        while True:
-            message = json.loads(self._socket.recv(timeout=SECONDS))
-            self._note(message)
-            if message.get("id") == self._number:
-                assert "error" not in message, f"{method}: {message['error']}"
-                return message["result"]
-
-    def _note(self, message: dict[str, Any]) -> None:
-        event, details = message.get("method"), message.get("params", {})
-        if event == "Network.requestWillBeSent":
-            self.requests.append(details["request"]["url"])
-        elif event == "Runtime.exceptionThrown":
-            self.complaints.append(str(details["exceptionDetails"]))
-        elif event == "Log.entryAdded" and details["entry"]["level"] in ("warning", "error"):
-            self.complaints.append(f"{details['entry']['text']} {details['entry'].get('url', '')}")
-        elif event == "Runtime.consoleAPICalled" and details["type"] in ("warning", "error", "assert"):
-            self.complaints.append(str(details["args"]))
+    def _note(self, message: ConsoleMessage) -> None:
+        if message.type in ("warning", "error", "assert"):
+            self.complaints.append(f"{message.text} {message.location['url']}")
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression; a promise is awaited."""
-        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in result, result["exceptionDetails"]
-        return result["result"].get("value")
+        return self.page.evaluate(script)
 
     def until(self, script: str) -> Any:
         """Waits until the expression is true, and returns its value."""
         end = time.monotonic() + SECONDS
         while not (value := self.run(script)):
             assert time.monotonic() < end, f"not within {SECONDS:g} s: {script}; the page has: {self.text('body')}"
-            time.sleep(0.05)
+            self.page.wait_for_timeout(50)
         return value
 
     def open(self, address: str) -> None:
         """Opens a page in a wide window, and forgets complaints and requests of the one before."""
+        # The page before may still ask for something, and does not load again where only the fragment differs.
+        self.page.goto("about:blank")
         self.complaints.clear()
         self.requests.clear()
         self.resize(1280, 1000)
-        self.call("Page.navigate", url=address)
-        self.until("document.readyState === 'complete'")
+        self.page.goto(address)
 
     def text(self, selector: str) -> str:
         """The visible text of the first element that matches."""
-        return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
+        return self.page.locator(selector).first.inner_text()
 
     def choose_files(self, selector: str, files: Sequence[Path]) -> None:
         """Chooses files in a file field, as a person does in its dialog."""
-        root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
+        self.page.set_input_files(selector, files)
+
+    def drop(self, selector: str, file: Path) -> None:
+        """Drops a file on an element, as a person does with the mouse."""
+        self.page.locator(selector).drop({"files": file})
 
     def type(self, text: str) -> None:
         """Types into the element that has the focus."""
-        self.call("Input.insertText", text=text)
+        self.page.keyboard.insert_text(text)
 
-    def press(self, name: str, code: int, text: str = "") -> None:
-        """Presses a key, such as ("Tab", 9) or ("Enter", 13, "\\r")."""
-        shared = {"key": name, "code": name, "windowsVirtualKeyCode": code}
-        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **shared)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **shared)
+    def press(self, key: str) -> None:
+        """Presses a key, such as Tab or Enter."""
+        self.page.keyboard.press(key)
 
     def look(self, file: Path, *, width: int = 1280, height: int = 900, dark: bool = False, whole: bool = True) -> None:
         """Writes a screenshot (PNG) of the page in a window of this size; whole: to the end of the page."""
         self.resize(width, height)
-        self.call(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
-        )
-        time.sleep(0.3)
-        image = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        file.write_bytes(base64.b64decode(image))
+        self.page.emulate_media(color_scheme="dark" if dark else "light")
+        self.page.wait_for_timeout(300)
+        self.page.screenshot(path=file, full_page=whole)
 
     def resize(self, width: int, height: int) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.page.set_viewport_size({"width": width, "height": height})
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator[Browser]:
-    """A tab of a Chromium of its own. profile: an empty folder for its files."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={profile}", "--disable-gpu"]
-    # Without these it asks the network for updates; a shared memory of containers is too small for it.
-    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        *(["--no-sandbox"] if os.geteuid() == 0 else []),
-        "about:blank",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            with connect(_address(profile, process), max_size=None, proxy=None) as socket:
-                yield Browser(socket)
-        finally:
-            process.terminate()
-            process.wait(SECONDS)
-
-
-def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
-    """The websocket of the first tab."""
-    port, end = profile / "DevToolsActivePort", time.monotonic() + SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        if port.exists() and (lines := port.read_text().splitlines()):
-            with urllib.request.urlopen(f"http://127.0.0.1:{lines[0]}/json", timeout=SECONDS) as reply:
-                tabs = [tab for tab in json.load(reply) if tab["type"] == "page"]
-            if tabs:
-                return str(tabs[0]["webSocketDebuggerUrl"])
-        time.sleep(0.05)
-    raise AssertionError("Chromium did not start")
+def browser() -> Iterator[Browser]:
+    """A tab of a Chromium of its own; the test skips where there is none."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright; it comes with lapa-vla[dev]")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as chromium:
+        yield Browser(chromium.new_page())
