@@ -18,8 +18,9 @@ from lapa.data.spec import open_dataset
 from lapa.data.video import ClipScan
 from lapa.drawing import CELL, GAP, MARGIN
 from lapa.files import read_json
-from lapa.latent.metrics import Sample, draw_sample, encode, other_episodes, usage_figures
+from lapa.latent.metrics import Sample, draw_sample, encode, other_episodes, regression_figures, usage_figures
 from lapa.latent.model import LatentAction, LatentActionModel
+from lapa.latent.motion import motion
 from lapa.latent.probe import probe
 from lapa.latent.show import EachCode, parse_codes, probe_sheet
 from lapa.presets import LATENT
@@ -177,6 +178,72 @@ def test_a_model_that_passes_the_frame_through_fails_though_it_reconstructs(figu
     assert "information" not in cheat
 
 
+@pytest.mark.parametrize("shift", [(5, 0), (0, -3), (-4, 2)])
+def test_motion_is_what_moves_apart_from_the_camera(shift: tuple[int, int]) -> None:
+    pytest.importorskip("cv2", reason="needs lapa-vla[motion]")
+    rng = np.random.default_rng(0)
+    scene, thing = (rng.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(2))
+    scene, thing = (np.asarray(Image.fromarray(image).resize((128, 128))) for image in (scene, thing))
+    pairs = []
+    for camera in ((0, 0), (3, 2)):
+        first, second = scene.copy(), np.roll(scene, camera[::-1], axis=(0, 1)).copy()
+        first[32:64, 64:96] = thing[:32, :32]
+        x, y = 64 + camera[0] + shift[0], 32 + camera[1] + shift[1]
+        second[y : y + 32, x : x + 32] = thing[:32, :32]
+        pairs.append(np.stack([first, second]).transpose(0, 3, 1, 2))
+    still, moved = motion(torch.from_numpy(np.stack(pairs)))["grid"].reshape(2, 4, 4, 2)
+    # The thing fills the cell in the second row and the third column, most of it still after its motion.
+    np.testing.assert_allclose(still[1, 2] * 128, shift, atol=1.0)
+    np.testing.assert_allclose(moved[1, 2] * 128, shift, atol=1.0)
+    assert np.abs(still[3] * 128).max() < 0.5 and np.abs(moved[3] * 128).max() < 0.5
+
+
+class Directions(Fake):
+    """Its latent action is how far the disc of `moving_disc` went, right and down."""
+
+    def encode(self, frames_BTCHW: Tensor) -> LatentAction:
+        z_BLD = torch.stack([mass_centre(frames_BTCHW[:, time]) for time in (0, 1)]).diff(dim=0)[0][..., None]
+        codes_BL = z_BLD[..., 0].round().clamp(-REACH, REACH).long() + REACH
+        return LatentAction(codes_BL, z_BLD, self.embed(codes_BL))
+
+
+def mass_centre(frame_BCHW: Tensor) -> Tensor:
+    """The mean place (right, down) of bright pixels, [B, 2]."""
+    bright_BHW = (frame_BCHW.float().mean(1) > 60).float()
+    places, area = torch.arange(SIZE).float(), bright_BHW.sum((1, 2))
+    return torch.stack([(bright_BHW.sum(axis) * places).sum(1) / area for axis in (1, 2)], dim=1)
+
+
+def moving_disc(num: int) -> Sample:
+    """A textured disc near the middle that moves by up to 4 pixels in any direction."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for _ in range(num):
+        texture = Image.fromarray(rng.integers(100, 256, (8, 8, 3), dtype=np.uint8)).resize((SIZE, SIZE))
+        down, right = np.mgrid[:SIZE, :SIZE]
+        inside = np.hypot(down - SIZE / 2, right - SIZE / 2) < SIZE / 4
+        first = np.where(inside[..., None], np.asarray(texture), rng.integers(0, 40, 3)).astype(np.uint8)
+        # Where it begins varies too: the second frame alone does not show the motion.
+        first = np.roll(first, rng.integers(-4, 5, 2), axis=(0, 1))
+        second = np.roll(first, rng.integers(-4, 5, 2), axis=(0, 1))
+        pairs.append(np.stack([first, second]).transpose(0, 3, 1, 2))
+    return Sample(torch.from_numpy(np.stack(pairs)), np.arange(num) // 4)
+
+
+def test_motion_tells_models_apart_without_actions() -> None:
+    pytest.importorskip("cv2", reason="needs lapa-vla[motion]")
+    sample = moving_disc(160)
+    targets_BM, size = motion(sample.frames_BTCHW)["whole"], 2 * REACH + 1
+    found = {
+        kind.__name__: regression_figures(targets_BM, sample, kind().encode(sample.frames_BTCHW), size)["mlp"]
+        for kind in (Directions, Ignorant, Cheat)
+    }
+    assert found["Directions"]["quantized"]["r2"] > 0.75
+    assert found["Cheat"]["quantized"]["r2"] < 0.6
+    assert found["Ignorant"]["quantized"]["r2"] < 0.1
+    assert max(found["Directions"][name]["r2"] for name in ("shuffled", "first_frame")) < 0.1
+
+
 class Blurred(Oracle):
     """Predicts features only: pictures of a quarter of the size."""
 
@@ -262,7 +329,9 @@ def test_probe_writes_its_figures_and_its_picture(data: Path, lam: Path, tmp_pat
     assert "codes used by over 1%" in capsys.readouterr().err
     figures = read_json(out / "probe.json")
     assert figures["num_pairs"] == 64
-    assert set(figures["action"]["linear"]) == {"codes", "quantized", "continuous", "pixel_difference"}
+    assert set(figures["action"]["linear"]) == {
+        "codes", "quantized", "continuous", "pixel_difference", "first_frame", "shuffled"
+    }  # fmt: skip
     assert Image.open(out / "grid.png").width == sheet_width(7)
     assert lapa(*command) == 2
     assert "already holds a finished result" in capsys.readouterr().err

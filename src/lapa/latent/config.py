@@ -189,6 +189,8 @@ class MeasureConfig:
     """Camera to read; by default the dataset's first."""
     seed: int = 0
     """Seed of the drawn pairs, the test episodes and the MLP."""
+    motion: bool = False
+    """Also fit regressions to optical flow, which stands for the true action of videos; needs lapa-vla[motion]."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False

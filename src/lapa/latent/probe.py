@@ -30,12 +30,12 @@ from lapa.files import atomic_path, claim_output, write_json
 from lapa.latent.config import CompareConfig, ProbeConfig
 from lapa.latent.metrics import (
     Sample,
-    action_figures,
     consistency_figures,
     draw_sample,
     encode,
     information_figures,
     reconstruction_figures,
+    regression_figures,
     returned_action_r2,
     take_sample,
     task_figures,
@@ -43,6 +43,7 @@ from lapa.latent.metrics import (
     usage_figures,
 )
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
+from lapa.latent.motion import motion
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
 
@@ -95,9 +96,22 @@ ROWS = (
     Row("action R2, MLP, quantised", "action.mlp.quantized.r2", ""),
     Row("  continuous", "action.mlp.continuous.r2", ""),
     Row("  pixel difference", "action.mlp.pixel_difference.r2", "yardstick"),
+    Row("  first frame", "action.mlp.first_frame.r2", "what the scene alone predicts"),
+    Row("  shuffled", "action.mlp.shuffled.r2", "of another pair: 0 or less"),
     Row("LP-MSE", "action.lp_mse", "unit variance; 1: mean action"),
     Row("action known from a code", "information.known", "share of its information; 0: chance"),
     Row("action known from all codes", "information.known_joint", "unsure where most are rare"),
+    *(
+        row
+        for name, where in (("grid", "of optical flow in 4 x 4 cells"), ("whole", "of optical flow, mean of the image"))
+        for row in (
+            Row(f"motion R2, {name}, MLP, quantised", f"motion.{name}.mlp.quantized.r2", where),
+            Row("  continuous", f"motion.{name}.mlp.continuous.r2", "before quantisation"),
+            Row("  pixel difference", f"motion.{name}.mlp.pixel_difference.r2", "yardstick"),
+            Row("  first frame", f"motion.{name}.mlp.first_frame.r2", "what the scene alone predicts"),
+            Row("  shuffled", f"motion.{name}.mlp.shuffled.r2", "of another pair: 0 or less"),
+        )
+    ),
     Row("instruction, linear, quantised", "task.quantized", "accuracy on test episodes"),
     Row("  first frame", "task.first_frame", "what the scene alone predicts"),
     Row("  by chance", "task.chance", "the most frequent one"),
@@ -125,7 +139,7 @@ def run(config: ProbeConfig) -> None:
     sample = draw_sample(pairs_of(model, dataset, config.camera, horizon), config.num_pairs, config.seed, actions=True)
     say(f"{len(sample.frames_BTCHW)} pairs, {horizon:g} s apart, of {dataset.name}")
     encoded = encode(model, sample.frames_BTCHW)
-    figures = probe(model, sample, encoded, config.seed)
+    figures = probe(model, sample, encoded, config.seed, motions=config.motion)
     console.print(table_of({"value": figures}, "latent action model"))
     with atomic_path(out / "grid.png") as path:
         probe_sheet(model, sample, encoded, horizon).save(path)
@@ -160,7 +174,8 @@ def compare(config: CompareConfig) -> None:
         say(f"{name}: {len(places)} pairs, {horizon:g} s apart, of {dataset.name}")
         own = pairs_of(model, dataset, config.camera, horizon)
         sample = take_sample(own, [own.index_of(*place) for place in places], actions=True)
-        figures[name] = probe(model.to(pick_device(config.device)).eval(), sample, seed=config.seed)
+        placed = model.to(pick_device(config.device)).eval()
+        figures[name] = probe(placed, sample, seed=config.seed, motions=config.motion)
         model.cpu()
     console.print(table_of(figures, f"latent action models on {dataset.name}"))
     apart = dict(zip(figures, horizons, strict=True))
@@ -188,9 +203,17 @@ def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None, hor
 
 
 def probe(
-    model: LatentActionModel, sample: Sample, encoded: LatentAction | None = None, seed: int = 0
+    model: LatentActionModel,
+    sample: Sample,
+    encoded: LatentAction | None = None,
+    seed: int = 0,
+    *,
+    motions: bool = False,
 ) -> dict[str, Any]:
-    """All figures of a model on a sample; those of codes, pixels or true actions only if there are any."""
+    """All figures of a model on a sample; those of codes, pixels or true actions only if there are any.
+
+    motions: also regressions to the visible motion, which takes OpenCV (lapa.latent.motion).
+    """
     encoded = encoded or encode(model, sample.frames_BTCHW)
     codebook_size = model.config.codebook_size
     codes_BL, errors = reconstruction_figures(model, sample, encoded)
@@ -205,7 +228,13 @@ def probe(
             figures["transfer"]["action_r2"] = returned_action_r2(sample, encoded, returned, seed)
     figures["consistency"] = consistency_figures(model, sample, encoded)
     if sample.actions_BA is not None and fits:
-        figures["action"] = action_figures(sample, encoded, codebook_size, seed)
+        figures["action"] = regression_figures(sample.actions_BA, sample, encoded, codebook_size, seed)
+    if motions and fits:
+        targets = motion(sample.frames_BTCHW)
+        figures["motion"] = {
+            name: regression_figures(targets_BM, sample, encoded, codebook_size, seed)
+            for name, targets_BM in targets.items()
+        }
     if sample.actions_BA is not None and codes_BL is not None:
         figures["information"] = information_figures(codes_BL, sample.actions_BA, seed)
     if sample.tasks_B is not None and (tasks := task_figures(sample, encoded, codebook_size, seed)) is not None:
