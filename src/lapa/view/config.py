@@ -17,7 +17,12 @@ class ViewConfig:
     """What to show: the folder of a dataset or of labels, its id on the hub, or a source in place such as
     rlds:FOLDER; see `lapa data --help`."""
     data: str | None = None
-    """The dataset of labels whose folder is not inside the dataset's."""
+    """The dataset of labels whose folder is not inside the dataset's; the dataset of example images of a model, by
+    default the one that it was trained on, where that is here."""
+    compare: tuple[str, ...] = ()
+    """Further latent action models, which are shown side by side and in step with the first."""
+    device: str = "auto"
+    """Of models: auto, cpu, cuda or cuda:N."""
     port: int = 7860
     """Port of 127.0.0.1; 0 for a free one."""
     export: Path | None = None

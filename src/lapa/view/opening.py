@@ -34,6 +34,7 @@ REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://")
 VIEWS = {
     "dataset": View("lapa.view.dataset:open_dataset_pages"),
     "labels": View("lapa.view.dataset:open_labels_pages", frozenset({"data"})),
+    "lam": View("lapa.view.lam:open_lam_pages", frozenset({"data", "compare", "device"})),
 }
 
 

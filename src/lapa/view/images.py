@@ -1,0 +1,69 @@
+"""Images between the page and the models, and the frames of a dataset that the page offers.
+
+Axes: H W image, C channel, N images, T time.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lapa.data.dataset import Dataset
+from lapa.data.transforms import decode_image
+from lapa.errors import UserError
+
+DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,")
+# Pixels of the longer side of the small images among which one is chosen, and of larger ones on the page.
+SMALL, SIDE = 128, 512
+
+
+def to_page(image_HWC: np.ndarray, *, exact: bool = True) -> str:
+    """Returns an image as a data URL. exact: as PNG, which the page may send back; else as a smaller WebP."""
+    file = io.BytesIO()
+    image = Image.fromarray(image_HWC)
+    if exact:
+        image.save(file, "PNG", compress_level=3)
+    else:
+        image.save(file, "WEBP", quality=85)
+    kind = "png" if exact else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def from_page(given: Any, name: str = "image") -> np.ndarray:
+    """Returns the image of a data URL, RGB [H, W, 3]. Raises UserError, which begins with `name`, where it is none."""
+    if not isinstance(given, str) or not (match := DATA_URL.match(given)):
+        raise UserError(f"{name}: not an image file; give a JPEG, PNG, BMP or WebP image")
+    try:
+        content = base64.b64decode(given[match.end() :], validate=True)
+    except binascii.Error:
+        raise UserError(f"{name}: damaged on its way; choose it again") from None
+    return decode_image(content, f"{name}: cannot be read")
+
+
+def at_most(image_HWC: np.ndarray, side: int) -> np.ndarray:
+    """Returns an image whose longer side has at most this many pixels."""
+    height, width = image_HWC.shape[:2]
+    if max(height, width) <= side:
+        return image_HWC
+    size = tuple(max(1, round(each * side / max(height, width))) for each in (width, height))
+    return np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC))
+
+
+def places_of(dataset: Dataset, num: int, room: int) -> list[tuple[int, int]]:
+    """Returns at most `num` places (episode, frame), each of another episode, spread over the dataset.
+
+    room: frames that should follow; a place lies a third into its episode, or earlier where fewer would follow.
+    """
+    if dataset.coded:
+        raise UserError(f"{dataset.root}: has codes of images, and no images to show; give another --data")
+    episodes = np.unique(np.linspace(0, len(dataset) - 1, min(num, len(dataset))).round().astype(int))
+    return [
+        (episode, max(0, min(length // 3, length - 1 - room)))
+        for episode, length in zip(episodes.tolist(), dataset.lengths[episodes].tolist(), strict=True)
+    ]

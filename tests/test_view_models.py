@@ -1,0 +1,273 @@
+"""`lapa view` of latent action models: the data of the page, the server, the export, and a headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
+pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
+
+from browser import CHROMIUM, Browser, browser
+from lapa import LatentActionModel, UserError, cli
+from lapa.data.lerobot import LeRobotDataset
+from lapa.latent.show import decode_each, pixels, roll_out
+from lapa.view.config import ViewConfig
+from lapa.view.images import from_page, to_page
+from lapa.view.lam import LamPages
+from lapa.view.opening import open_pages
+from lapa.view.server import MOST_BYTES, running
+
+FROZEN = Path(__file__).parent / "golden" / "frozen"
+LAM, DATASET = FROZEN / "lam", FROZEN / "dataset"
+PHOTO = np.indices((48, 64)).transpose(1, 2, 0)[..., [0, 1, 1]].astype(np.uint8) * 3
+
+
+def opened(path: Path = LAM, **options: Any) -> Any:
+    return open_pages(ViewConfig(str(path), **options))
+
+
+def ask(pages: Any, name: str, **given: Any) -> dict[str, Any]:
+    return pages.answer(name, json.dumps(given).encode())
+
+
+@pytest.fixture(scope="module")
+def pages() -> Iterator[LamPages]:
+    made = opened(data=str(DATASET))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def small() -> LatentActionModel:
+    return LatentActionModel.from_pretrained(LAM)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with browser(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
+
+
+def test_an_example_has_its_frames_and_their_codes(pages: LamPages, small: LatentActionModel) -> None:
+    dataset, (episode, frame) = LeRobotDataset(DATASET), pages.places[1]
+    (model,) = pages.json("example-1")["models"]
+    step = round(small.horizon * dataset.fps)
+    truth = dataset.frames(episode, [frame, frame + step])
+    np.testing.assert_array_equal(from_page(model["frames"][0]), truth[0])
+    assert model["codes"][0] == small.codes(truth)[0].tolist()
+    assert len(model["frames"]) == len(model["codes"]) + 1
+
+
+def test_codes_pressed_one_after_the_other_are_a_rollout(pages: LamPages, small: LatentActionModel) -> None:
+    """The page sends the prediction back, as it came."""
+    start = pages.json("example-0")["models"][0]["frames"][0]
+    actions, image = [[1, 2, 3, 4], [1, 2, 3, 4], [0, 7, 0, 7]], start
+    for codes in actions:
+        answer = ask(pages, "step", model=0, image=image, codes=codes)
+        image = answer["image"]
+    frame_CHW = torch.from_numpy(from_page(start).transpose(2, 0, 1).copy())
+    expected = pixels(roll_out(small, frame_CHW, torch.tensor(actions))[-1:] / 255)[0]
+    np.testing.assert_array_equal(from_page(image), expected)
+    assert from_page(answer["difference"]).shape == expected.shape and 0.05 <= answer["most"] <= 1
+
+
+def test_each_code_is_shown_at_each_position(pages: LamPages, small: LatentActionModel) -> None:
+    codes, config = [1, 2, 3, 4], small.config
+    found = ask(pages, "each", model=0, image=to_page(PHOTO), codes=codes)
+    assert len(found["actions"]) == config.latent_length * (config.codebook_size - 1) + 1
+    assert all(sum(a != b for a, b in zip(action, codes, strict=True)) <= 1 for action in found["actions"])
+    (steps,) = found["steps"]
+    frames = torch.from_numpy(from_page(ask(pages, "image", images=[to_page(PHOTO)])["models"][0]["frames"][0]).copy())
+    predicted = pixels(decode_each(small, frames.permute(2, 0, 1)[None], torch.tensor(found["actions"][3:4])))[0]
+    # WebP is not exact.
+    assert np.abs(from_page(steps[3]["image"]).astype(float) - predicted).mean() < 8
+
+
+def test_a_pair_of_images_has_codes(pages: LamPages, small: LatentActionModel) -> None:
+    pair = [PHOTO, np.ascontiguousarray(PHOTO[:, ::-1])]
+    (model,) = ask(pages, "image", images=[to_page(each) for each in pair])["models"]
+    assert model["codes"] == small.codes([Image.fromarray(each) for each in pair]).tolist()
+    assert ask(pages, "image", images=[to_page(PHOTO)])["models"][0]["codes"] == []
+
+
+def test_frequent_latent_actions_are_counted(pages: LamPages) -> None:
+    found = pages.json("frequent-0")
+    shares = [each["share"] for each in found["actions"]]
+    assert found["sample"] > 0 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1 + 1e-3
+
+
+IMAGE = to_page(PHOTO)
+
+
+@pytest.mark.parametrize(("name", "given", "message"), [
+    ("step", {"model": 0, "image": IMAGE, "codes": [1, 2, 3]}, "has 4 whole numbers, from 0 to 7"),
+    ("step", {"model": 0, "image": IMAGE, "codes": [1, 2, 3, 8]}, "1,2,3,8: codes of this model lie in 0 to 7"),
+    ("step", {"model": 0, "image": IMAGE, "codes": [1, 2, 3, True]}, "has 4 whole numbers"),
+    ("step", {"model": 1, "image": IMAGE, "codes": [1, 2, 3, 4]}, "there are the models 0 to 0"),
+    ("step", {"model": 0, "image": "data:image/png;base64,AAAA", "codes": [1, 2, 3, 4]}, "image: cannot be read"),
+    ("step", {"model": 0, "image": "/etc/passwd", "codes": [1, 2, 3, 4]}, "image: not an image file"),
+    ("step", {"model": 0, "codes": [1, 2, 3, 4]}, "image: not an image file"),
+    ("image", {"images": []}, "give one image, or two"),
+    ("image", {"images": [IMAGE, "data:image/png;base64,!"]}, "later image: damaged"),
+    ("each", {"model": 0, "image": IMAGE}, "has 4 whole numbers"),
+])  # fmt: skip
+def test_what_is_asked_wrongly_is_one_line(pages: LamPages, name: str, given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ask(pages, name, **given)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"[" * 100_000, b"\xff"])
+def test_what_is_no_json_object_is_refused(pages: LamPages, body: bytes) -> None:
+    with pytest.raises(UserError, match="expected a JSON object"):
+        pages.answer("step", body)
+
+
+def test_the_server_answers_questions_of_its_own_page() -> None:
+    def post(name: str, body: bytes, **headers: str) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{url}/ask/{name}", body, headers)) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    body = json.dumps({"model": 0, "image": IMAGE, "codes": [1, 2, 3, 4]}).encode()
+    with running(LAM, data=str(DATASET)) as url:
+        status, answer = post("step", body)
+        assert status == 200 and from_page(json.loads(answer)["image"]).shape == (32, 32, 3)
+        assert post("step", body.replace(b"3, 4", b"3, 9"))[1].startswith(b"error: 1,2,3,9")
+        assert post("about", body)[0] == post("_step", body)[0] == 404
+        assert post("step", body, Origin="https://evil.example")[0] == 403
+        assert post("step", bytes(MOST_BYTES + 1))[0] == 413
+
+
+def test_two_models_have_codes_of_their_own(tmp_path: Path) -> None:
+    other = LatentActionModel(replace(LatentActionModel.from_pretrained(LAM).config, latent_length=2, image_size=16))
+    other.save_pretrained(tmp_path / "other")
+    pages = opened(data=str(DATASET), compare=(str(tmp_path / "other"),))
+    one, two = pages.json("example-0")["models"]
+    assert (len(one["codes"][0]), len(two["codes"][0])) == (4, 2)
+    assert from_page(ask(pages, "step", model=1, image=IMAGE, codes=[1, 2])["image"]).shape == (16, 16, 3)
+    pages.close()
+
+
+def test_a_continuous_model_applies_the_latent_of_two_frames(tmp_path: Path) -> None:
+    config = LatentActionModel.from_pretrained(LAM).config
+    LatentActionModel(replace(config, quantizer="continuous")).save_pretrained(tmp_path / "continuous")
+    pages = opened(tmp_path / "continuous", data=str(DATASET))
+    (model,) = pages.json("example-0")["models"]
+    assert model["codes"] == [] and pages.json("frequent-0")["actions"] == []
+    found = ask(pages, "step", model=0, image=IMAGE, pair=model["frames"][:2])
+    assert from_page(found["image"]).shape == (32, 32, 3)
+    with pytest.raises(UserError, match="a continuous model has no codes to press"):
+        ask(pages, "step", model=0, image=IMAGE, codes=[1, 2, 3, 4])
+    with pytest.raises(UserError, match="a pair is two images"):
+        ask(pages, "step", model=0, image=IMAGE, pair=[IMAGE])
+    pages.close()
+
+
+def test_the_dataset_of_a_model_is_found(tmp_path: Path) -> None:
+    """Where its config names it, and it is still the same one."""
+    shutil.copytree(LAM, tmp_path / "lam")
+    config = json.loads((tmp_path / "lam/config.json").read_text())
+    fingerprint = LeRobotDataset(DATASET).fingerprint
+    for known, found in ((fingerprint, "dataset"), ("another", None)):
+        changed = {**config, "data": [str(tmp_path / "gone"), str(DATASET)], "datasets": {known: {"name": "squares"}}}
+        (tmp_path / "lam/config.json").write_text(json.dumps(changed))
+        pages = opened(tmp_path / "lam")
+        assert pages.json("about")["dataset"] == found
+        pages.close()
+
+
+def test_options_that_do_not_fit_are_one_line() -> None:
+    with pytest.raises(UserError, match="dataset does not take --compare; leave it out"):
+        opened(DATASET, compare=(str(LAM),))
+    with pytest.raises(UserError, match="needs images to start from; give them: --data DATASET"):
+        opened(export=Path("page"))
+
+
+def presses(tab: Browser, num: int) -> None:
+    """Waits until so many steps are shown, of each model."""
+    tab.until(f"models.length && models.every(model => model.film && model.film.length === {num + 1})")
+
+
+def test_a_person_presses_codes(tab: Browser, tmp_path: Path) -> None:
+    with running(LAM, data=str(DATASET)) as url:
+        tab.open(f"{url}/")
+        presses(tab, 1)
+        tab.until("document.querySelectorAll('.shots figure').length === 4")
+        tab.run("document.querySelector('#code-0-2-5').click()")
+        presses(tab, 2)
+        assert tab.run("models[0].action.codes[2]") == 5 and "0.6 s" in tab.text("#state")
+        tab.press("ArrowRight", 39)
+        presses(tab, 3)
+        assert tab.run("models[0].action.codes[2]") == 6
+        tab.press("ArrowDown", 40)
+        tab.press("7", 55)
+        presses(tab, 4)
+        assert tab.run("models[0].action.codes[3]") == 7
+        tab.run("document.querySelectorAll('.film button')[1].click()")
+        presses(tab, 1)
+        tab.press("Escape", 27)
+        presses(tab, 0)
+        tab.run("showEach(models[0])")
+        tab.until("document.querySelectorAll('.codes img').length === 64")
+        Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+        (tmp_path / "none.png").write_bytes(b"none")
+        tab.choose_files("#drops input", [tmp_path / "none.png"])
+        tab.until("document.getElementById('error').textContent.includes('image: cannot be read')")
+        # The failed request, which the page reports itself.
+        tab.complaints.clear()
+        tab.choose_files("#drops input", [tmp_path / "photo.png"])
+        tab.until("document.querySelector('.shots figcaption').textContent === 'image, as the model reads it'")
+        assert tab.run("document.getElementById('error').hidden")
+        tab.choose_files("#drops label:nth-child(2) input", [tmp_path / "photo.png"])
+        presses(tab, 1)
+        assert "The encoder reads" in tab.text("#models")
+    assert not tab.complaints
+
+
+def test_a_person_compares_two_models_on_a_phone(tab: Browser) -> None:
+    with running(LAM, data=str(DATASET), compare=(str(LAM),)) as url:
+        tab.open(f"{url}/")
+        presses(tab, 1)
+        tab.run("document.getElementById('replay').click()")
+        tab.until("models[0].film.length === models[0].clip.frames.length")
+        assert tab.run("models.map(model => model.film.length)") == [tab.run("models[0].clip.frames.length")] * 2
+        for width in (320, 390, 768):
+            tab.resize(width, 800)
+            assert tab.run("document.documentElement.scrollWidth") <= width
+    assert not tab.complaints
+
+
+def test_an_export_has_what_each_code_does(tab: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["view", str(LAM), "--data", str(DATASET), "--export", str(tmp_path / "page"), "--limit", "2"])
+    assert exit.value.code == 0 and "2 images, each code applied to them up to 3 times" in capsys.readouterr().err
+    assert not any(str(FROZEN) in path.read_text() for path in (tmp_path / "page").rglob("*.js"))
+    tab.open("about:blank")
+    tab.open((tmp_path / "page" / "index.html").as_uri())
+    tab.until("document.querySelectorAll('.codes img').length === 64")
+    for num in (1, 2, 3):
+        tab.run("document.querySelector('#code-0-1-6').click()")
+        presses(tab, num)
+    tab.run("document.querySelector('#code-0-1-6').click()")
+    tab.until("document.getElementById('error').textContent.includes('3 times at most')")
+    tab.run("document.querySelector('#code-0-0-2').click()")
+    presses(tab, 1)
+    tab.run("replay()")
+    tab.until("models[0].film.length === models[0].clip.frames.length")
+    assert not tab.complaints and all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
