@@ -227,8 +227,10 @@ def test_a_source_in_place_is_shown_as_encoded_video(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shown_is_one_line(labels: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="latent action model cannot be shown; lapa view shows: dataset, labels"):
-        opened(FROZEN / "lam")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="neither a latent action model nor a policy"):
+        opened(tmp_path / "odd")
     with pytest.raises(UserError, match="dataset does not take --data; leave it out"):
         opened(FROZEN / "dataset", FROZEN / "dataset")
     with pytest.raises(UserError, match="not a dataset"):

@@ -148,7 +148,7 @@ def kind_of(folder: Path) -> str:
         return "policy"
     if isinstance(config.get("model"), dict):
         return "lam"
-    raise UserError(f"{folder}: neither a latent action model nor a policy, by its {CONFIG}; only these are pushed")
+    raise UserError(f"{folder}: neither a latent action model nor a policy, by its {CONFIG}; give the folder of one")
 
 
 def _public(folder: Path, name: str) -> bytes | Path:

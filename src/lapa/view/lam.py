@@ -16,7 +16,7 @@ Axes: N latent actions, T frames, L latent action length, C channel, H W image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,7 +58,7 @@ class Lam:
     model: LatentActionModel
     seconds: float
 
-    def read(self, images: Sequence[np.ndarray]) -> Tensor:
+    def read(self, images: Iterable[np.ndarray]) -> Tensor:
         """Images of any size as the model reads them, uint8 [T, C, H, W]."""
         size = self.model.config.image_size
         return torch.from_numpy(
@@ -97,7 +97,7 @@ def open_lam_pages(config: ViewConfig) -> LamPages:
         model.horizon if dataset is None else horizon_for(path, dataset, model)
         for path, model in zip(paths, models, strict=True)
     ]
-    lams = [Lam(Path(path).name, *each) for path, *each in zip(paths, models, seconds, strict=True)]
+    lams = [Lam(Path(path).name, *each) for path, each in zip(paths, zip(models, seconds, strict=True), strict=True)]
     exported = config.export is not None
     num = (config.limit or EXPORTED) if exported else EXAMPLES
     return LamPages(lams, dataset, num_examples=num, exported=exported, folders=paths)
@@ -106,12 +106,12 @@ def open_lam_pages(config: ViewConfig) -> LamPages:
 def _own_dataset(model: LatentActionModel) -> Dataset | None:
     """The first dataset here that a model was trained on."""
     known, given = model.notes.get(DATASETS), model.notes.get("data")
-    for path in given if isinstance(given, list) and isinstance(known, dict) else []:
+    for path in given if isinstance(given, list) else []:
         try:
             dataset = None if as_hub_id(str(path)) else open_dataset(str(path))
         except UserError:
             continue
-        if dataset is not None and dataset.fingerprint in known:
+        if dataset is not None and isinstance(known, dict) and dataset.fingerprint in known:
             return dataset
     return None
 
