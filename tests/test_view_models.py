@@ -1,4 +1,4 @@
-"""`lapa view` of latent action models: the data of the page, the server, the export, and a headless Chromium."""
+"""`lapa view` of latent action models and policies: data, server, export, and the pages in a headless Chromium."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from PIL import Image
 pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
 pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 
+from acting_policies import CAMERAS, CHUNK, INSTRUCTION, acting_policy
 from browser import Browser, browser
-from lapa import LatentActionModel, UserError, cli
+from lapa import LatentActionModel, Policy, UserError, cli
 from lapa.data.lerobot import LeRobotDataset
+from lapa.latent.model import lam_fingerprint
 from lapa.latent.show import decode_each, pixels, roll_out
 from lapa.view.config import ViewConfig
 from lapa.view.images import from_page, to_page
@@ -267,4 +269,147 @@ def test_an_export_has_what_each_code_does(tab: Browser, tmp_path: Path, capsys:
     presses(tab, 1)
     tab.run("replay()")
     tab.until("models[0].film.length === models[0].clip.frames.length")
+    assert not tab.complaints and all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the frozen LAM, and of untrained policies that know its fingerprint: `bins`, `chunk` and `latent`."""
+    folder = tmp_path_factory.mktemp("policies")
+    shutil.copytree(LAM, folder / "lam")
+    for head in ("bins", "chunk"):
+        policy = acting_policy("tiny", head, folder, ("one", "two") if head == "chunk" else ("robot",))
+        config = replace(policy.config, lam_fingerprint=lam_fingerprint(LAM))
+        Policy(policy.model.grown(config), policy.processor, policy.statistics).save_pretrained(folder / head)
+    policy = acting_policy("tiny", "bins", folder)
+    alone = replace(
+        policy.config, chunk=0, spaces=(), state_bins=(), action_bins=(), lam_fingerprint=lam_fingerprint(LAM)
+    )
+    Policy(policy.model.grown(alone), policy.processor).save_pretrained(folder / "latent")
+    return folder
+
+
+OBSERVED = {"images": dict.fromkeys(CAMERAS, IMAGE), "instruction": INSTRUCTION, "state": [0.1, 0.2]}
+
+
+def test_a_policy_predicts_what_it_does_without_the_page(policies: Path) -> None:
+    pages = opened(policies / "bins")
+    found = ask(pages, "predict", **OBSERVED)
+    policy = Policy.from_pretrained(policies / "bins", "cpu")
+    observation = {**dict.fromkeys(CAMERAS, PHOTO), "instruction": INSTRUCTION, "state": np.array([0.1, 0.2])}
+    np.testing.assert_allclose(found["actions"], policy.infer(observation), rtol=1e-3)
+    (codes_L,) = policy.predict_codes([observation])
+    assert found["codes"] == codes_L.tolist()
+    shares_LR = np.array(found["shares"])
+    np.testing.assert_allclose(shares_LR.sum(1), 1, atol=1e-2)
+    assert (shares_LR.argmax(1) == codes_L).all()
+    for dimension, bins in enumerate(found["bins"]):
+        assert len(bins["values"]) == len(bins["shares"]) == policy.config.action_bins[dimension]
+        best = bins["values"][int(np.argmax(bins["shares"]))]
+        assert best == pytest.approx(found["actions"][0][dimension], rel=1e-3)
+    pages.close()
+
+
+def test_a_latent_action_is_decoded_by_the_model_that_labelled(policies: Path, tmp_path: Path) -> None:
+    """The model is found by its fingerprint in the folder around the policy, or given."""
+    small, frames = LatentActionModel.from_pretrained(LAM), None
+    for path, options in (("bins", {}), ("latent", {}), ("latent", {"lam": str(LAM)})):
+        pages = opened(policies / path, **options)
+        assert pages.json("about")["lam"]["seconds"] == small.horizon
+        found = ask(pages, "predict", **OBSERVED)
+        frames = torch.from_numpy(from_page(found["decoded"]["before"]).copy()).permute(2, 0, 1)[None]
+        expected = pixels(decode_each(small, frames, torch.tensor([found["codes"]])))[0]
+        np.testing.assert_array_equal(from_page(found["decoded"]["image"]), expected)
+        assert ("actions" in found) == (path == "bins")
+        pages.close()
+    shutil.copytree(policies / "latent", tmp_path / "alone" / "latent")
+    pages = opened(tmp_path / "alone" / "latent")
+    assert "lam" not in pages.json("about") and "decoded" not in ask(pages, "predict", **OBSERVED)
+    pages.close()
+
+
+def test_a_model_that_did_not_label_is_refused(policies: Path, tmp_path: Path) -> None:
+    config = LatentActionModel.from_pretrained(LAM).config
+    for name, changed in (("other", config), ("longer", replace(config, latent_length=6))):
+        LatentActionModel(changed).save_pretrained(tmp_path / name)
+    with pytest.raises(UserError, match="whose codes mean something else"):
+        opened(policies / "bins", lam=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="predicts 4 codes of 8; give the model whose labels it learned"):
+        opened(policies / "bins", lam=str(tmp_path / "longer"))
+    with pytest.raises(UserError, match="has no latent actions; leave out --lam"):
+        opened(FROZEN / "policy-bins", lam=str(LAM))
+
+
+def test_each_dataset_has_statistics_of_its_own(policies: Path) -> None:
+    pages = opened(policies / "chunk")
+    assert pages.json("about")["statistics"] == ["one", "two"]
+    one, two = (ask(pages, "predict", **OBSERVED, statistics=key) for key in ("one", "two"))
+    assert one["actions"] != two["actions"] and "bins" not in one
+    assert np.shape(one["actions"]) == (CHUNK, 3)
+    pages.close()
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"images": {}}, "there is no image of front, wrist; give one"),
+    ({"images": {**OBSERVED["images"], "wrist": "data:image/png;base64,AAAA"}}, "image of wrist: cannot be read"),
+    ({"images": [IMAGE]}, "expected images by camera"),
+    ({"instruction": 3}, "expected images by camera, and an instruction"),
+    ({"instruction": "go " * 1000}, "an instruction of 3000 characters"),
+    ({"state": [1.0]}, "it has a state of shape"),
+    ({"state": None}, "it has no state; this policy reads 2 numbers"),
+    ({"state": ["a", "b"]}, "a state is a list of numbers"),
+    ({"statistics": "three"}, "unknown statistics 'three'"),
+])  # fmt: skip
+def test_an_observation_that_is_none_is_one_line(policies: Path, changed: Any, message: str) -> None:
+    pages = opened(policies / "chunk")
+    with pytest.raises(UserError, match=message):
+        ask(pages, "predict", **{**OBSERVED, **changed})
+    pages.close()
+
+
+@pytest.mark.parametrize("name", ["policy-bins", "policy-chunk", "policy-flow"])
+def test_examples_of_a_dataset_have_their_true_actions(name: str) -> None:
+    pages, dataset = opened(FROZEN / name, data=str(DATASET)), LeRobotDataset(DATASET)
+    episode, frame = pages.places[2]
+    example = pages.json("example-2")
+    np.testing.assert_allclose(example["actions"], dataset.actions(episode)[frame : frame + 2], rtol=1e-3)
+    np.testing.assert_array_equal(from_page(example["images"]["front"]), dataset.frames(episode, [frame])[0])
+    given = {key: example[key] for key in ("images", "instruction", "state")}
+    assert np.shape(ask(pages, "predict", **given)["actions"]) == (2, 2)
+    pages.close()
+
+
+def test_a_person_asks_a_policy(tab: Browser, policies: Path, tmp_path: Path) -> None:
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    with running(policies / "chunk") as url:
+        tab.open(f"{url}/")
+        tab.until("document.querySelectorAll('.drop').length === 2")
+        tab.run("document.getElementById('predict').click()")
+        tab.until("document.getElementById('error').textContent.includes('there is no image of front, wrist')")
+        for number in (1, 2):
+            tab.drop(f"#drops label:nth-child({number})", tmp_path / "photo.png")
+        tab.until("Object.keys(images).length === 2")
+        tab.run("document.getElementById('instruction').focus()")
+        tab.type(INSTRUCTION)
+        tab.press("Enter")
+        tab.until("document.querySelectorAll('#curves figure').length === 3")
+        assert tab.run("document.getElementById('error').hidden")
+        assert tab.run("document.querySelectorAll('#shares figure').length") == 4
+        assert tab.run("document.querySelectorAll('#shots img').length") == 3
+        for width in (320, 390, 768):
+            tab.resize(width, 800)
+            assert tab.run("document.documentElement.scrollWidth") <= width
+    assert not tab.complaints
+
+
+def test_an_export_has_predictions(tab: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", str(DATASET), "--export", str(tmp_path / "page"), "--limit", "2"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["view", str(FROZEN / "policy-bins"), *options])
+    assert exit.value.code == 0 and "predictions for 2 observations" in capsys.readouterr().err
+    tab.open((tmp_path / "page" / "index.html").as_uri())
+    tab.until("document.querySelectorAll('#bins figure').length === 2")
+    tab.run("document.querySelectorAll('#examples button')[1].click()")
+    tab.until("document.querySelectorAll('#examples button')[1].getAttribute('aria-pressed') === 'true'")
+    assert tab.run("document.getElementById('predict').hidden") and "recorded" in tab.text("#actions-about")
     assert not tab.complaints and all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)

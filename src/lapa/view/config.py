@@ -21,6 +21,9 @@ class ViewConfig:
     default the one that it was trained on, where that is here."""
     compare: tuple[str, ...] = ()
     """Further latent action models, which are shown side by side and in step with the first."""
+    lam: str | None = None
+    """The latent action model whose codes a policy predicts, to show them as an image; by default the one in the folder
+    in which the policy's folder is, where it is there."""
     device: str = "auto"
     """Of models: auto, cpu, cuda or cuda:N."""
     port: int = 7860

@@ -1,6 +1,6 @@
 """Images between the page and the models, and the frames of a dataset that the page offers.
 
-Axes: H W image, C channel, N images, T time.
+Axes: H W image, C channel.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from lapa.data.dataset import Dataset
+from lapa.data.spec import open_dataset
 from lapa.data.transforms import decode_image
 from lapa.errors import UserError
+from lapa.hub.download import as_hub_id
 
 DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,")
-# Pixels of the longer side of the small images among which one is chosen, and of larger ones on the page.
-SMALL, SIDE = 128, 512
+# Pixels of the longer side of the small images among which one is chosen, and of those of an export.
+SMALL, SIDE = 128, 384
 
 
 def to_page(image_HWC: np.ndarray, *, exact: bool = True) -> str:
@@ -53,6 +55,21 @@ def at_most(image_HWC: np.ndarray, side: int) -> np.ndarray:
         return image_HWC
     size = tuple(max(1, round(each * side / max(height, width))) for each in (width, height))
     return np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC))
+
+
+def dataset_here(paths: Any, fingerprints: Any) -> Dataset | None:
+    """Returns the first dataset that an artifact's config names and that is here, as it was; None where there is none.
+
+    paths, fingerprints: lists or the like, as the config has them.
+    """
+    for path in paths if isinstance(paths, list) else []:
+        try:
+            dataset = None if as_hub_id(str(path)) else open_dataset(str(path))
+        except UserError:
+            continue
+        if dataset is not None and dataset.fingerprint in (fingerprints or ()):
+            return dataset
+    return None
 
 
 def places_of(dataset: Dataset, num: int, room: int) -> list[tuple[int, int]]:

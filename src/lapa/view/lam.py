@@ -34,12 +34,11 @@ from lapa.data.transforms import resize_and_crop
 from lapa.drawing import heat_map, largest
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
-from lapa.hub.download import as_hub_id
 from lapa.latent.metrics import device_of
 from lapa.latent.model import DATASETS, LatentActionModel, horizon_for
 from lapa.latent.show import EachCode, decode_each, difference, in_bytes, pixels
 from lapa.view.config import ViewConfig
-from lapa.view.images import SMALL, at_most, from_page, places_of, to_page
+from lapa.view.images import SMALL, at_most, dataset_here, from_page, places_of, to_page
 from lapa.view.pages import Pages
 
 # Examples that the page offers, and those of an export. Frames of each after the first.
@@ -80,6 +79,14 @@ class Lam:
         latent = self.model.encode(action[None].to(frame_1CHW.device))
         return pixels(self.model.predict(frame_1CHW, latent.quantized_BLD))[0]
 
+    def step(self, frame_CHW: Tensor, action: Tensor, *, exact: bool = True) -> dict[str, Any]:
+        """The prediction of `predict` for the page, its difference from the image, and the end of that one's scale."""
+        before_1HWC, after_1HWC = pixels(frame_CHW[None] / 255), self.predict(frame_CHW, action)[None]
+        change_1HW = difference(before_1HWC, after_1HWC)
+        most = largest(change_1HW)
+        heat = to_page(heat_map(change_1HW[0], most), exact=False)
+        return {"image": to_page(after_1HWC[0], exact=exact), "difference": heat, "most": most}
+
 
 def open_lam_pages(config: ViewConfig) -> LamPages:
     """Loads the models and finds the dataset of their examples. Raises UserError for a model that cannot predict."""
@@ -90,7 +97,11 @@ def open_lam_pages(config: ViewConfig) -> LamPages:
             raise UserError(
                 f"{path}: predicts features, not pixels, so there is nothing to see; `lapa latent probe` measures it"
             )
-    dataset = open_dataset(config.data) if config.data is not None else _own_dataset(models[0])
+    dataset = (
+        open_dataset(config.data)
+        if config.data is not None
+        else dataset_here(models[0].notes.get("data"), models[0].notes.get(DATASETS))
+    )
     if dataset is None and config.export is not None:
         raise UserError(f"{config.path}: an export needs images to start from; give them: --data DATASET")
     seconds = [
@@ -101,19 +112,6 @@ def open_lam_pages(config: ViewConfig) -> LamPages:
     exported = config.export is not None
     num = (config.limit or EXPORTED) if exported else EXAMPLES
     return LamPages(lams, dataset, num_examples=num, exported=exported, folders=paths)
-
-
-def _own_dataset(model: LatentActionModel) -> Dataset | None:
-    """The first dataset here that a model was trained on."""
-    known, given = model.notes.get(DATASETS), model.notes.get("data")
-    for path in given if isinstance(given, list) else []:
-        try:
-            dataset = None if as_hub_id(str(path)) else open_dataset(str(path))
-        except UserError:
-            continue
-        if dataset is not None and isinstance(known, dict) and dataset.fingerprint in known:
-            return dataset
-    return None
 
 
 class LamPages(Pages):
@@ -233,14 +231,7 @@ class LamPages(Pages):
         return steps
 
     def _step(self, lam: Lam, frame_CHW: Tensor, action: Tensor) -> dict[str, Any]:
-        before_1HWC, after_1HWC = pixels(frame_CHW[None] / 255), lam.predict(frame_CHW, action)[None]
-        change_1HW = difference(before_1HWC, after_1HWC)
-        most = largest(change_1HW)
-        return {
-            "image": self._sent(after_1HWC[0]),
-            "difference": to_page(heat_map(change_1HW[0], most), exact=False),
-            "most": most,
-        }
+        return lam.step(frame_CHW, action, exact=not self._exported)
 
     def _frequent(self, number: int) -> dict[str, Any]:
         return self._counted(self._lam(number))

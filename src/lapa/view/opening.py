@@ -35,6 +35,7 @@ VIEWS = {
     "dataset": View("lapa.view.dataset:open_dataset_pages"),
     "labels": View("lapa.view.dataset:open_labels_pages", frozenset({"data"})),
     "lam": View("lapa.view.lam:open_lam_pages", frozenset({"data", "compare", "device"})),
+    "policy": View("lapa.view.policy:open_policy_pages", frozenset({"data", "lam", "device"})),
 }
 
 
