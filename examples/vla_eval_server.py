@@ -5,7 +5,7 @@
 """A policy behind vla-eval (https://github.com/allenai/vla-evaluation-harness), whose benchmarks then measure it.
 
     python examples/vla_eval_server.py --address 127.0.0.1:8000 --args.policy POLICY \
-      --args.cameras '{"front": "agentview", "wrist": "wrist"}' --args.gripper open01 \
+      --args.cameras '{"front": "agentview", "wrist": "wrist"}' \
       --args.action '[POSITION_DELTA, ROTATION_AA, GRIPPER_CLOSE_POS]' --args.observation STATE_EEF_POS_AA_GRIP
     vla-eval run -c configs/benchmarks/libero/spatial.yaml --server-url ws://127.0.0.1:8000
 

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +23,7 @@ import numpy as np
 
 from lapa.envs import EnvironmentKind
 from lapa.envs.metaworld.look import change_look
+from lapa.envs.opengl import check_rendering, choose_backend
 from lapa.errors import UserError, unknown
 from lapa.files import read_json
 from lapa.types import Observation
@@ -62,21 +60,6 @@ FPS = 80.0
 # The environment itself raises after so many steps.
 MAX_STEPS = 500
 
-DEBIAN_PACKAGES = "libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
-
-_PROBE = """
-import mujoco
-ball = "<mujoco><worldbody><light pos='0 0 3'/><geom size='.5' rgba='1 0 0 1'/></worldbody></mujoco>"
-model = mujoco.MjModel.from_xml_string(ball)
-data = mujoco.MjData(model)
-mujoco.mj_forward(model, data)
-renderer = mujoco.Renderer(model, 32, 32)
-renderer.update_scene(data)
-image = renderer.render()
-renderer.close()
-raise SystemExit(0 if image.std() > 1 else "the image is blank")
-"""
-
 
 def parse_tasks(text: str) -> tuple[str, ...]:
     """'mt10', 'mt50' or names separated by commas, with or without '-v3' -> task names, each once, in that order."""
@@ -101,23 +84,11 @@ def check_cameras(cameras: Sequence[str]) -> None:
 
 
 def check_installation() -> None:
-    """Raises UserError, with the fix, where Meta-World is missing or images cannot be rendered.
-
-    Renders one image in a process of its own, so that a crash of the driver does not end this one.
-    """
+    """Raises UserError, with the fix, where Meta-World is missing or images cannot be rendered."""
     missing = [name for name in ("metaworld", "mujoco", "packaging") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'Meta-World needs {", ".join(missing)}; install it: pip install "lapa-vla[metaworld]"')
-    _choose_backend()
-    backend = os.environ.get("MUJOCO_GL", "the default backend")
-    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
-    if probe.returncode != 0:
-        lines = probe.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"exit status {probe.returncode}"
-        raise UserError(
-            f"MuJoCo cannot render without a screen through {backend} ({reason}); "
-            f"on Debian or Ubuntu: apt-get install {DEBIAN_PACKAGES}"
-        )
+    check_rendering()
 
 
 def draw_instruction(task: str, seed: int) -> str:
@@ -237,18 +208,9 @@ class _Renderer:
 _renderer = _Renderer()
 
 
-def _choose_backend() -> None:
-    """Chooses EGL on Linux, unless the user chose otherwise; MuJoCo reads MUJOCO_GL once, when it is imported."""
-    if sys.platform != "linux" or "MUJOCO_GL" in os.environ:
-        return
-    if "mujoco" in sys.modules:
-        raise UserError("mujoco was imported before its backend was chosen; set MUJOCO_GL=egl before importing it")
-    os.environ["MUJOCO_GL"] = "egl"
-
-
 def _make_environment(task: str, size: int) -> Any:
     """Returns the task's environment, its goal observable (the expert needs it) and drawn at every reset."""
-    _choose_backend()
+    choose_backend()
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     environment = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()

@@ -1,7 +1,8 @@
 """What RLDS files do not contain: cameras, language, meaning of actions and rate, for the datasets of the paper.
 
 One row a dataset of Open X-Embodiment that LAPA and OpenVLA train on (arXiv 2310.08864, 2406.09246), with actions in
-one form: x y z roll pitch yaw of the end effector and the gripper, 1 open and 0 closed.
+one form: x y z roll pitch yaw of the end effector and the gripper, 1 open and 0 closed. LIBERO's are an exception: they
+stay as the simulator takes them, and as the LeRobot form of the same data has them.
 Axes: T time, D numbers of a part.
 
     columns("action[:6] not:clip:action[6]", {"action": 7})     # what is read, and how
@@ -66,6 +67,8 @@ INVERTED = "action[:6] not:clip:action[6]"
 RLDS = "_converted_externally_to_rlds"
 STATE, ROBOT_STATE = "observation/state", "observation/robot_state"
 BRIDGE = Known(5, "image_0", "", TEXT, "action[:6] settled:action[6]", STATE, "delta", True)
+# The rotation is an axis times its angle, 0.5 rad at 1; the gripper opens at -1 and closes at 1 (lapa.envs.libero).
+LIBERO = Known(20, "image", "wrist_image", TEXT, "action", STATE, "delta", True)
 FMB = Known(
     10,
     "image_side_1",
@@ -126,6 +129,8 @@ KNOWN: dict[str, Known] = {
         "observation/present/xyz observation/present/axis_angle observation/present/sensed_close", "delta", True),
     "fmb": FMB,
     "fmb_dataset": FMB,
+    # As OpenVLA made them: without steps that do nothing, and with images turned by 180 degrees.
+    **{f"libero_{suite}_no_noops": LIBERO for suite in ("spatial", "object", "goal", "10", "90")},
     # A phone on a stick: the only camera is at the hand.
     "dobbe": Known(3.75, "wrist_image", "", TEXT, "action", STATE, "delta"),
     # Velocities of the end effector, in the robot's frame.
