@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from lapa import config as configs
 from lapa.checksums import SUMS, opened_line, read_sums, require_sum, sealed_line, verify, write_marker
+from lapa.data.tables import as_numpy
 from lapa.errors import UserError
 from lapa.files import as_path, atomic_path, find_files, open_for_arrow, reading
 from lapa.hub.download import as_hub_id, hub_folder
@@ -174,7 +175,7 @@ def _numbers(table: pa.Table, name: str, path: Path) -> np.ndarray:
     if not pa.types.is_integer(column.type) or column.null_count:
         kind = "empty values" if column.null_count else column.type
         raise UserError(f"{path}: {name} holds {kind}, expected whole numbers; {LABEL_ANEW}")
-    numbers_N = column.to_numpy()
+    numbers_N = as_numpy(column)
     if len(numbers_N) and not 0 <= int(numbers_N.min()) <= int(numbers_N.max()) < 2**31:
         raise UserError(
             f"{path}: {name} lies in {numbers_N.min()} to {numbers_N.max()}, expected numbers from 0; {LABEL_ANEW}"
@@ -280,7 +281,7 @@ class Labels(Pushed):
             first, last = shard_episodes(path)
             if first <= episode_index <= last:
                 table = read_shard(path, ["episode_index", "embedding"])
-                rows = np.searchsorted(table["episode_index"].to_numpy(), [episode_index, episode_index + 1])
+                rows = np.searchsorted(as_numpy(table["episode_index"]), [episode_index, episode_index + 1])
                 return _from_fixed_lists(table["embedding"])[slice(*rows)]
         raise UserError(f"{self.folder}: has no shard with episode {episode_index}; {LABEL_ANEW}")
 
@@ -291,4 +292,4 @@ def _fixed_lists(values: np.ndarray) -> pa.FixedSizeListArray:
 
 def _from_fixed_lists(column: pa.ChunkedArray) -> np.ndarray:
     width = column.type.list_size
-    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return as_numpy(column.combine_chunks().flatten()).reshape(-1, width)

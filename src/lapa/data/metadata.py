@@ -10,6 +10,7 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,10 @@ def read_episodes(
     path = root / (LEGACY_EPISODES if legacy else EPISODES)
     with parsing(path):
         columns = _legacy_episodes(path) if legacy else _episodes(root, video_keys)
-        texts = [_texts_of(its, tasks) for its in columns.pop("tasks")]
+        # Many episodes share their texts, which are looked at once.
+        texts_of = cache(partial(_texts_of, known=tasks))
+        listed = ((its,) if isinstance(its, str) else tuple(its) for its in columns.pop("tasks"))
+        texts = [texts_of(its) for its in listed]
         columns["num_tasks"] = np.array([len(its) for its in texts], np.int64)
         columns["instruction"] = np.array([its[0] if its else "" for its in texts], object)
     if not len(columns["length"]):
@@ -169,10 +173,9 @@ def find_episodes(
     return np.array(firsts), flaws
 
 
-def _texts_of(tasks: Any, known: Mapping[int, str]) -> list[str]:
-    """Returns the instructions in an episode's `tasks`: texts, numbers of tasks, or one of them; without empty ones."""
-    listed = [tasks] if isinstance(tasks, str) else list(tasks)
-    texts = [known.get(task, "") if type(task) is int else str(task or "") for task in listed]
+def _texts_of(tasks: tuple[Any, ...], known: Mapping[int, str]) -> list[str]:
+    """Returns the instructions in an episode's `tasks`, texts or numbers of tasks; without empty ones."""
+    texts = [known.get(task, "") if type(task) is int else str(task or "") for task in tasks]
     return [text for text in texts if text.strip()]
 
 

@@ -98,14 +98,22 @@ def integers(table: pa.Table, name: str, path: Path, empty: int | None = None) -
     if column.null_count and empty is None:
         row = pc.index(column.is_null(), True).as_py()
         raise UserError(f"{path}: {name} is empty in row {row}, expected whole numbers; {AGAIN}")
-    return (column.fill_null(empty) if column.null_count else column).to_numpy()
+    return as_numpy(column.fill_null(empty) if column.null_count else column)
 
 
 def floats(column: pa.ChunkedArray, source: str) -> Float[np.ndarray, "N"]:
     """Returns a column of numbers, NaN for those that are not there."""
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
         raise UserError(f"{source} holds {column.type}, expected numbers; {AGAIN}")
-    return column.cast(pa.float64(), safe=False).to_numpy()
+    column = column.cast(pa.float64(), safe=False)
+    return as_numpy(column.fill_null(np.nan) if column.null_count else column)
+
+
+def as_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Returns a column of numbers, none of which is empty. Unlike pyarrow's own way, it does not import pandas (0.5 s)."""
+    if isinstance(column, pa.ChunkedArray):
+        return np.concatenate([np.zeros(0, column.type.to_pandas_dtype()), *map(as_numpy, column.chunks)])
+    return np.from_dlpack(column)
 
 
 def matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray, "N D"]:
@@ -140,7 +148,8 @@ def matrix(column: pa.ChunkedArray, width: int, source: str) -> Float[np.ndarray
         raise UserError(f"{source} is {found} numbers wide, {width} in meta/info.json; correct one of them")
     # What float32 does not hold is not finite, which is named where the numbers are checked.
     with np.errstate(over="ignore"):
-        return flat.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(num_rows, width)
+        numbers = as_numpy(flat.cast(pa.uint8()) if pa.types.is_boolean(flat.type) else flat)
+        return numbers.astype(np.float32, copy=False).reshape(num_rows, width)
 
 
 def check_memory(parquet: pq.ParquetFile, file: BinaryIO, columns: Sequence[str] | None, groups: Sequence[int]) -> None:

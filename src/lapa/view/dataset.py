@@ -34,7 +34,7 @@ from lapa.view.config import ViewConfig
 from lapa.view.pages import Pages
 
 # Rows of the list that are sent at once.
-PAGE = 20_000
+PAGE = 5_000
 # Points of a curve, and images of an episode whose motion is measured. Cuts are looked for where all are measured.
 POINTS, MEASURED = 400, 600
 # Episodes that stand for the dataset in its statistics, those whose images are looked at, and images of each.
