@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lapa.cli import end_process
 from lapa.engine.config import LoopConfig
 from lapa.engine.loop import TrainResult, train
 from lapa.types import Losses, TrainableModel
@@ -255,3 +256,4 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     in_each_process(Path(sys.argv[1]))
+    end_process(0)

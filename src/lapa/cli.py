@@ -17,7 +17,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lapa import __version__
 from lapa.errors import UserError, out_of_memory, printable, unknown
@@ -166,7 +166,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = 2
     if handled and status != INTERRUPTED:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        end_process(status)
     sys.exit(status)
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends one of several processes of torchrun, all of whose work is done, without Python's finalization.
+
+    torch's caches of sharded tensors hold the process group and so its threads; one that drops a tensor while Python
+    ends aborts the process ("terminate called without an active exception"), now and then on a busy machine.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _interrupt(number: int, frame: Any) -> None:
