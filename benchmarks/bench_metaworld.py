@@ -22,7 +22,7 @@ import lapa
 from lapa.console import say
 from lapa.envs.metaworld import MetaworldConfig
 from lapa.envs.metaworld.record import run
-from lapa.envs.metaworld.simulator import Simulator, check_installation
+from lapa.envs.metaworld.simulator import METAWORLD, Simulator
 
 TASK, SIZE, SECONDS = "door-open", 128, 6.0
 
@@ -81,7 +81,7 @@ def recording() -> float:
 
 
 def main() -> None:
-    check_installation()
+    METAWORLD.check_machine()
     # A process has one OpenGL context, so each measurement has its own process.
     context = multiprocessing.get_context("spawn")
     figures = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -17,9 +18,9 @@ from PIL import ImageColor
 
 from lapa.data.video import decode_clip, probe
 from lapa.drawing import BAD, GOOD, INK
-from lapa.envs import ENVIRONMENTS, EnvironmentKind, episode_seed, kind_of, make
-from lapa.envs.metaworld.simulator import Simulator, check_installation
-from lapa.envs.synthetic import DIRECTIONS
+from lapa.envs import ENVIRONMENTS, EnvironmentKind, Task, episode_seed, kind_of, make
+from lapa.envs.metaworld.simulator import METAWORLD, Simulator
+from lapa.envs.synthetic import DIRECTIONS, SYNTHETIC, SquareEnvironment
 from lapa.errors import UserError
 from lapa.evaluation import rollout
 from lapa.evaluation.config import EvaluateConfig
@@ -127,7 +128,7 @@ def test_overlapping_chunks_are_averaged_in_each_episode(steps_per_call: int | N
     assert len(policy.batches) == -(-result.steps // (steps_per_call or 1))
 
     environment, plan, steps = make("synthetic", "right"), TemporalEnsemble(0.1, steps_per_call or 1), 0
-    environment.reset(result.seed)
+    environment.reset(result.seed, result.episode)
     solved = False
     while not solved:
         solved = environment.step(plan.next(lambda: Wavering()([environment.observe()])[0]))
@@ -218,6 +219,7 @@ class Robot:
     cameras: tuple[str, ...] = ("front",)
     action_dim: int = 2
     state_dim: int = 0
+    fps: float | None = 10.0
     chunk: int = 8
     binary: tuple[bool, ...] = (False, False)
 
@@ -244,10 +246,11 @@ def of_robot(robot: Robot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **va
     ("robot", "values", "message"),
     [
         (
-            Robot(cameras=("front", "wrist"), action_dim=7, state_dim=3),
+            Robot(cameras=("front", "wrist"), action_dim=7, state_dim=3, fps=5.0),
             {},
             "policy: needs the cameras wrist, synthetic has front; predicts 7 action dimensions, synthetic takes 2; "
-            "needs 3 state dimensions, synthetic has 2; finetune it on episodes from synthetic",
+            "needs 3 state dimensions, synthetic has 2; acts 5 times a second, synthetic 10 times; "
+            "finetune it on episodes from synthetic",
         ),
         (Robot(), {"steps_per_call": 9}, "--steps-per-call 9 is more than the policy's chunk of 8"),
         (Robot(chunk=1), {"ensemble": 0.01}, "--ensemble: a chunk of 1 ends before"),
@@ -279,7 +282,7 @@ def test_an_ensemble_is_resumed_under_its_own_settings(tmp_path: Path, monkeypat
 def test_observations_bring_the_state_that_datasets_store(tmp_path: Path) -> None:
     dataset = write_synthetic_dataset(tmp_path / "d", episodes=2, frames=6, actions=True)
     environment = make("synthetic", "up")
-    environment.reset(0)
+    environment.reset(0, 0)
     before, action = environment.observe().state, np.array([1.5, -2.0], np.float32)
     environment.step(action)
     assert before is not None and before.dtype == np.float32
@@ -311,13 +314,13 @@ def test_environments_of_other_distributions_are_found_by_their_entry_point(
     package.mkdir()
     (package / "__init__.py").write_text(
         "from dataclasses import replace\nfrom lapa.envs import make\nfrom lapa.envs.synthetic import SYNTHETIC\n"
-        "SQUARES = replace(SYNTHETIC, max_steps=25)\n"
+        "SQUARES = replace(SYNTHETIC, longest=25)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert isinstance(kind_of("squares"), EnvironmentKind)
     config = EvaluateConfig("expert", tmp_path / "out", env="squares", tasks="up", episodes=2, videos=0)
     report = evaluate(config)
-    assert report["overall"]["successes"] == 2 and report["config"]["max_steps"] == 25
+    assert report["overall"]["successes"] == 2 and kind_of("squares").longest == 25
     with pytest.raises(UserError, match="environment 'broken': cannot load their_robot:MISSING"):
         kind_of("broken")
     with pytest.raises(UserError, match=r"their_robot:make is not a lapa\.envs\.EnvironmentKind"):
@@ -336,11 +339,12 @@ def test_a_users_mistake_in_a_worker_stays_one() -> None:
 def test_every_environment_keeps_the_protocol() -> None:
     for name in ENVIRONMENTS:
         kind = kind_of(name)
-        assert kind.max_steps <= kind.longest and kind.size % 2 == 0
+        assert kind.size % 2 == 0
+        assert len(kind.action_low) == len(kind.action_high) == kind.action_dim
         if not kind.in_process:
             continue
-        environment = make(name, kind.parse_tasks("all")[0])
-        environment.reset(0)
+        environment = make(name, next(iter(kind.parse_tasks("all"))))
+        environment.reset(0, 0)
         seen = environment.observe()
         assert seen.images[kind.cameras[0]].shape == (kind.size, kind.size, 3)
         assert seen.state is not None and seen.state.shape == (kind.state_dim,)
@@ -351,7 +355,7 @@ def test_every_environment_keeps_the_protocol() -> None:
 
 def test_metaworld_rollouts_in_workers() -> None:
     try:
-        check_installation()
+        METAWORLD.check_machine()
     except ValueError as error:
         pytest.skip(str(error))
     first: list[Observation] = []
@@ -385,3 +389,52 @@ def test_resume_knows_a_policy_under_any_path(tmp_path: Path, monkeypatch: pytes
     assert evaluate(absolute)["episodes"] == whole["episodes"]
     shutil.move(config.policy, tmp_path / "moved")
     assert evaluate(replace(absolute, policy=str(tmp_path / "moved")))["episodes"] == whole["episodes"]
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "message"),
+    [
+        (Task("up", 40), {"policy": "expert"}, "synthetic has no expert for up; evaluate a policy, or `random`"),
+        (
+            Task("up", 40, initial_states=2),
+            {"episodes": 3},
+            "--episodes must be at most the 2 initial states of up in synthetic, got 3",
+        ),
+    ],
+)
+def test_what_a_task_lacks_is_named_before_any_work(
+    task: Task, values: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "kind_of", lambda name: replace(SYNTHETIC, suites=lambda: {"all": [task]}))
+    config = EvaluateConfig("random", tmp_path / "results", env="synthetic", tasks="up", episodes=2)
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate(replace(config, **values))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_kind_may_play_to_the_limit_anew_each_time_and_note_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def make_square(task: str, size: int, cameras: Sequence[str]) -> SquareEnvironment:
+        made.append(task)
+        return SquareEnvironment(task, size, cameras)
+
+    tasks = [Task("up", 30, expert=True), Task("left", 35, expert=True)]
+    kind = replace(
+        SYNTHETIC,
+        make=make_square,
+        suites=lambda: {"both": tasks},
+        check=lambda: {"protocol": "squares"},
+        fresh=True,
+        stops_at_success=False,
+    )
+    monkeypatch.setitem(ENVIRONMENTS, "others", "others:KIND")
+    monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: kind)
+    config = EvaluateConfig("expert", tmp_path / "out", env="others", tasks="both", episodes=3, videos=0, parallel=1)
+    report = evaluate(config)
+    assert {row["task"]: row["steps"] for row in report["episodes"]} == {"up": 30, "left": 35}
+    assert report["overall"]["successes"] == 6 and report["notes"] == {"protocol": "squares"}
+    assert report["config"]["max_steps"] == {"up": 30, "left": 35}
+    assert made == 3 * ["up"] + 3 * ["left"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,10 @@ from lapa.envs.metaworld.record import FRAMES_AFTER_SUCCESS, record
 from lapa.envs.metaworld.simulator import (
     FPS,
     INSTRUCTIONS,
+    METAWORLD,
     SUITES,
     Simulator,
-    check_installation,
     draw_instruction,
-    parse_tasks,
 )
 
 
@@ -33,7 +31,7 @@ from lapa.envs.metaworld.simulator import (
 def simulators() -> None:
     """Skips where Meta-World or its rendering is missing."""
     try:
-        check_installation()
+        METAWORLD.check_machine()
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -43,9 +41,10 @@ def picture(simulator: Simulator) -> np.ndarray:
 
 
 def test_tasks_are_parsed() -> None:
-    assert parse_tasks("mt10") == SUITES["mt10"]
-    assert len(parse_tasks("mt50")) == 50
-    assert parse_tasks("door-open-v3, window-open,door-open") == ("door-open", "window-open")
+    parse_tasks = METAWORLD.parse_tasks
+    assert tuple(parse_tasks("mt10")) == SUITES["mt10"]
+    assert len(parse_tasks("mt50")) == 50 and parse_tasks("all") == parse_tasks("MT50")
+    assert list(parse_tasks("door-open-v3, window-open,door-open")) == ["door-open", "window-open"]
     with pytest.raises(ValueError, match="did you mean 'door-open'"):
         parse_tasks("dor-open")
     with pytest.raises(ValueError, match="no task given"):
@@ -97,7 +96,7 @@ def test_mistakes_are_named_before_any_work(tmp_path: Path, change: dict, messag
 
 
 def test_a_missing_package_is_named_with_its_mend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("lapa.envs._is_installed", lambda name: False)
     with pytest.raises(ValueError, match=r'pip install "lapa-vla\[metaworld\]"'):
         metaworld.run(MetaworldConfig(out=tmp_path / "data"))
     assert not (tmp_path / "data").exists()
@@ -184,7 +183,7 @@ def test_recording_is_the_same_for_any_workers_and_after_a_kill(
     simulators: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # The fixture has just made sure, and it takes a second each time.
-    monkeypatch.setattr(metaworld, "check_installation", lambda: None)
+    monkeypatch.setattr(metaworld, "METAWORLD", replace(METAWORLD, packages=(), check=dict))
     config = MetaworldConfig(tmp_path / "a", tasks="coffee-button,handle-press", episodes=1, size=32, workers=1)
     metaworld.run(config)
     whole = open_dataset(tmp_path / "a")
@@ -220,7 +219,7 @@ def test_a_dataset_begun_before_there_were_looks_goes_on(monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metaworld, "check_installation", lambda: None)
+    monkeypatch.setattr(metaworld, "METAWORLD", replace(METAWORLD, packages=(), check=dict))
     monkeypatch.setattr(metaworld, "_record_all", interrupted)
     config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32)
     with pytest.raises(KeyboardInterrupt):
@@ -241,7 +240,7 @@ def test_a_dataset_goes_on_in_its_own_look_only(monkeypatch: pytest.MonkeyPatch,
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metaworld, "check_installation", lambda: None)
+    monkeypatch.setattr(metaworld, "METAWORLD", replace(METAWORLD, packages=(), check=dict))
     monkeypatch.setattr(metaworld, "_record_all", interrupted)
     config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32, look=3)
     for resume in (False, True):

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lapa.envs import EnvironmentKind
-from lapa.errors import UserError, unknown
+from lapa.envs import ALL, EnvironmentKind, Task
 from lapa.sources.synthetic import CAMERA, DIRECTIONS, Square, heading
 from lapa.types import Observation
 
@@ -22,17 +21,7 @@ from lapa.types import Observation
 LONGEST_STEP = 4.0
 # Share of the image's width that the square must travel.
 DISTANCE = 0.4
-
-
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """'all' or directions separated by commas -> directions, each once."""
-    names = [word.strip() for word in text.split(",") if word.strip()]
-    for name in names:
-        if name != "all" and name not in DIRECTIONS:
-            raise unknown("direction", name, ["all", *DIRECTIONS])
-    if not names:
-        raise UserError("no task given; name directions separated by commas, or all")
-    return tuple(dict.fromkeys(DIRECTIONS if "all" in names else names))
+MAX_STEPS = 40
 
 
 class SquareEnvironment:
@@ -42,7 +31,7 @@ class SquareEnvironment:
         self._heading = heading(DIRECTIONS.index(task))
         self._task, self._size, self._cameras = task, size, tuple(cameras)
 
-    def reset(self, seed: int) -> None:
+    def reset(self, seed: int, episode: int = 0) -> None:
         way = self._heading * self._size * (DISTANCE + 0.1)
         self._square = Square(np.random.default_rng(seed), self._size, way)
         self._centre = self._square.start
@@ -67,17 +56,17 @@ class SquareEnvironment:
 
 
 SYNTHETIC = EnvironmentKind(
+    title="synthetic",
     make=SquareEnvironment,
-    parse_tasks=parse_tasks,
-    check_machine=lambda: None,
+    suites=lambda: {ALL: [Task(direction, MAX_STEPS, expert=True) for direction in DIRECTIONS]},
     known_cameras=(CAMERA,),
     cameras=(CAMERA,),
     size=64,
     fps=10.0,
-    action_dim=2,
-    state_dim=2,
-    action_limit=LONGEST_STEP,
-    max_steps=40,
+    action_names=("right", "down"),
+    state_names=("right", "down"),
+    action_low=(-LONGEST_STEP, -LONGEST_STEP),
+    action_high=(LONGEST_STEP, LONGEST_STEP),
     longest=1000,
     in_process=True,
 )

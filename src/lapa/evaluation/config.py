@@ -18,15 +18,15 @@ class EvaluateConfig:
     out: Path
     """Folder for results.json and the videos."""
     env: str = "metaworld"
-    """Environment: metaworld, synthetic, or one that another distribution registers."""
+    """Environment, one of those that `lapa envs` lists."""
     tasks: str = "mt10"
-    """Task names separated by commas; metaworld also takes mt10 and mt50, synthetic takes all."""
+    """Tasks and suites of tasks separated by commas, or all; `lapa envs NAME` lists them."""
     episodes: int = 20
     """Episodes of each task."""
     seed: int = 0
     """Determines the episodes' goals; policies are comparable under one seed."""
     max_steps: int | None = None
-    """An episode fails after this many steps; by default 250 in Meta-World."""
+    """An episode fails after this many steps; by default as many as the benchmark allows the task."""
     steps_per_call: int | None = None
     """Steps between two calls of the policy; by default its whole chunk is executed, or with --ensemble one step."""
     ensemble: float | None = None
@@ -35,7 +35,7 @@ class EvaluateConfig:
     statistics_key: str | None = None
     """Dataset whose statistics the policy acts by, where it learned from several with actions."""
     size: int | None = None
-    """Height and width of rendered images; by default 128 in Meta-World."""
+    """Height and width of rendered images; by default the environment's own."""
     videos: int = 4
     """Rollouts of each task shown in its video; 0 for none."""
     workers: int | None = None

@@ -37,15 +37,16 @@ class RolloutSettings:
     """What every worker is started with.
 
     actor: who chooses the actions: the parent's policy, or random actions or the expert in the worker. num_parallel:
-    simulators in one worker. steps_per_call, ensemble: as in EvaluateConfig. binary: for each action dimension, whether
-    it has two values, among which an ensemble votes. num_recorded: episodes of each task recorded for the video.
+    simulators in one worker. max_steps: by default each task's own. steps_per_call, ensemble: as in EvaluateConfig.
+    binary: for each action dimension, whether it has two values, among which an ensemble votes. num_recorded: episodes
+    of each task recorded for the video.
     """
 
     env: str
     size: int
     cameras: tuple[str, ...]
     seed: int
-    max_steps: int
+    max_steps: int | None
     actor: Literal["policy", "random", "expert"]
     num_parallel: int
     steps_per_call: int | None = None
@@ -137,15 +138,17 @@ class _Episode:
         self.settings, self.environment, self.task, self.number = settings, environment, task, number
         self.seed = episode_seed(settings.seed, "evaluation", task, number)
         self.steps, self.success = 0, False
+        self._kind = kind_of(settings.env)
+        self._max_steps = settings.max_steps or self._kind.parse_tasks(task)[task].max_steps
         self._execution = settings.execution()
         self._recorded = number < settings.num_recorded
         self._frames: list[np.ndarray] = []
         self._observation: Observation | None = None
-        environment.reset(self.seed)
+        environment.reset(self.seed, number)
 
     @property
     def done(self) -> bool:
-        return self.success or self.steps >= self.settings.max_steps
+        return (self.success and self._kind.stops_at_success) or self.steps >= self._max_steps
 
     def observe(self) -> Observation:
         if self._observation is None:
@@ -161,12 +164,12 @@ class _Episode:
 
     def play_baseline(self) -> None:
         """Plays the whole episode by random actions or the expert."""
-        kind, rng = kind_of(self.settings.env), np.random.default_rng([self.seed, 3])
+        rng = np.random.default_rng([self.seed, 3])
         while not self.done:
             if self.settings.actor == "expert":
                 self._step(self.environment.expert_action())
             else:
-                self._step(rng.uniform(-kind.action_limit, kind.action_limit, kind.action_dim))
+                self._step(rng.uniform(self._kind.action_low, self._kind.action_high))
 
     def result(self) -> EpisodeResult:
         instruction = ""
@@ -216,18 +219,18 @@ class _LocalWorker:
     def _play(self, assignment: TaskEpisodes) -> Generator[WorkerReply, np.ndarray, None]:
         waiting = deque(assignment.episodes)
         settings, task = self._settings, assignment.task
+        fresh = kind_of(settings.env).fresh
         if task != self._task:
             self.close()
             self._task = task
         num = min(settings.num_parallel, len(waiting))
-        while len(self._environments) < num:
-            self._environments.append(make(settings.env, task, size=settings.size, cameras=settings.cameras))
         free = self._environments[:num]
         running: list[_Episode] = []
         results: tuple[EpisodeResult, ...] = ()
         while waiting or running:
-            while waiting and free:
-                running.append(_Episode(settings, free.pop(), task, waiting.popleft()))
+            while waiting and len(running) < num:
+                environment = free.pop() if free else self._make()
+                running.append(_Episode(settings, environment, task, waiting.popleft()))
             if settings.actor == "policy":
                 observations = tuple(episode.observe() for episode in running)
                 actions_BKA = yield WorkerReply(observations, results, done=False)
@@ -238,9 +241,18 @@ class _LocalWorker:
                 running[0].play_baseline()
             ended = [episode for episode in running if episode.done]
             running = [episode for episode in running if not episode.done]
-            free += [episode.environment for episode in ended]
             results = tuple(episode.result() for episode in ended)
+            free += [episode.environment for episode in ended]
+            while fresh and free:
+                self._environments.remove(free[-1])
+                free.pop().close()
         yield WorkerReply((), results, done=True)
+
+    def _make(self) -> Environment:
+        settings = self._settings
+        environment = make(settings.env, self._task, size=settings.size, cameras=settings.cameras)
+        self._environments.append(environment)
+        return environment
 
 
 class _ProcessWorker:

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import console, finish, progress, say
 from lapa.data.video import encode_clip
 from lapa.drawing import BAD, GOOD, INK, captioned
-from lapa.envs import EnvironmentKind, kind_of
+from lapa.envs import EnvironmentKind, Task, kind_of
 from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
@@ -64,14 +64,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     kind = kind_of(config.env)
     tasks = kind.parse_tasks(config.tasks)
-    _check(config, kind)
+    _check(config, kind, tasks.values())
     identity = _identity(config)
     if config.resume and (config.out / RESULTS).exists():
         require_same(config.out / CONFIG, identity)
         say(f"{config.out} is complete")
         verify(config.out, "--overwrite to evaluate anew")
         return read_report(config.out / RESULTS)
-    kind.check_machine()
+    notes = kind.check_machine()
     settings, infer = _prepare(config, kind)
     claim_output(
         config.out,
@@ -83,10 +83,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     require_same(config.out / CONFIG, identity)
     write_json(config.out / CONFIG, {**identity, "policy": config.policy})
     started = time.monotonic()
-    results = _play(config, settings, infer, tasks, 0 if kind.in_process else config.workers)
+    results = _play(config, settings, infer, tuple(tasks), 0 if kind.in_process else config.workers)
 
     from lapa.engine.metrics import versions_and_hardware
 
+    limits = {task: config.max_steps or each.max_steps for task, each in tasks.items()}
+    max_steps = limits if len(set(limits.values())) > 1 else next(iter(limits.values()))
     report = {
         "policy": config.policy,
         "policy_fingerprint": identity["policy_fingerprint"],
@@ -95,9 +97,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "tasks": {task: summarise([each for each in results if each.task == task]) for task in tasks},
         "overall": summarise(results),
         "seconds": round(time.monotonic() - started, 1),
-        "config": {**to_dict(config), "max_steps": settings.max_steps, "size": settings.size},
+        "config": {**to_dict(config), "max_steps": max_steps, "size": settings.size},
         **versions_and_hardware(),
         **{name: importlib.metadata.version(name) for name in kind.packages},
+        **({"notes": dict(notes)} if notes else {}),
         "episodes": [_row(result) for result in results],
     }
     files = [CONFIG, EPISODES, *files_below(config.out, "videos")]
@@ -153,7 +156,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[RolloutSett
         size=config.size or kind.size,
         cameras=cameras,
         seed=config.seed,
-        max_steps=config.max_steps or kind.max_steps,
+        max_steps=config.max_steps,
         actor=actor,  # type: ignore[arg-type]
         num_parallel=config.parallel,
         steps_per_call=config.steps_per_call,
@@ -174,6 +177,8 @@ def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Actor) 
         unfit.append(f"predicts {policy.action_dim} action dimensions, {config.env} takes {kind.action_dim}")
     if policy.state_dim not in (0, kind.state_dim):
         unfit.append(f"needs {policy.state_dim} state dimensions, {config.env} has {kind.state_dim}")
+    if policy.fps is not None and not any(math.isclose(policy.fps, fps) for fps in (kind.fps, *kind.declared_fps)):
+        unfit.append(f"acts {policy.fps:g} times a second, {config.env} {kind.fps:g} times")
     if unfit:
         raise UserError(f"{config.policy}: {'; '.join(unfit)}; finetune it on episodes from {config.env}")
     if config.steps_per_call is not None and config.steps_per_call > policy.chunk:
@@ -265,13 +270,20 @@ def _row(result: EpisodeResult) -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name not in ("frames", "instruction")}
 
 
-def _check(config: EvaluateConfig, kind: EnvironmentKind) -> None:
+def _check(config: EvaluateConfig, kind: EnvironmentKind, tasks: Collection[Task]) -> None:
     """Raises UserError for options that cannot be meant, before anything is imported or rendered."""
     known = config.policy in BASELINES or Path(config.policy).is_dir() or as_hub_id(config.policy) is not None
     if not known:
         raise UserError(f"{config.policy}: no such folder; name a policy, or one of {', '.join(BASELINES)}")
     require_at_least(config, episodes=1, parallel=1, videos=0, workers=0, max_steps=1, steps_per_call=1, size=16)
-    if config.max_steps is not None and config.max_steps > kind.longest:
+    if kind.own_process and config.workers == 0:
+        raise UserError(f"--workers must be at least 1 in {config.env}, which is simulated in processes of its own")
+    if config.policy == "expert" and (lacking := [task.name for task in tasks if not task.expert]):
+        raise UserError(f"{config.env} has no expert for {', '.join(lacking)}; evaluate a policy, or `random`")
+    if few := [task for task in tasks if config.episodes > (task.initial_states or config.episodes)]:
+        states = f"{few[0].initial_states} initial states of {few[0].name}"
+        raise UserError(f"--episodes must be at most the {states} in {config.env}, got {config.episodes}")
+    if config.max_steps is not None and kind.longest is not None and config.max_steps > kind.longest:
         raise UserError(f"--max-steps must be at most {kind.longest} in {config.env}, got {config.max_steps}")
     if config.ensemble is not None and not math.isfinite(config.ensemble):
         raise UserError(f"--ensemble must be a finite number, got {config.ensemble}")
@@ -298,7 +310,9 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
 
 def _table(report: dict[str, Any]) -> Table:
     columns = [Column(name, justify="right") for name in ("success", "rate", "95% interval", "steps")]
-    table = Table("task", *columns, title=f"{report['policy']} in {report['env']}, seed {report['seed']}")
+    title = f"{report['policy']} in {report['env']}, seed {report['seed']}"
+    notes = [f"{name}: {text}" for name, text in report.get("notes", {}).items()]
+    table = Table("task", *columns, title=title, caption="; ".join(notes) or None)
     for task, row in {**report["tasks"], "all": report["overall"]}.items():
         if task == "all":
             table.add_section()

@@ -28,11 +28,10 @@ from lapa.envs.metaworld.simulator import (
     ACTION_NAMES,
     FPS,
     MAX_STEPS,
+    METAWORLD,
     STATE_NAMES,
     Simulator,
     check_cameras,
-    check_installation,
-    parse_tasks,
 )
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json
@@ -58,14 +57,14 @@ class Demonstration:
 @locks_output
 def run(config: MetaworldConfig) -> None:
     """Records the dataset at `config.out`. Raises UserError on a user's mistake, before any work is done."""
-    tasks = parse_tasks(config.tasks)
+    tasks = tuple(METAWORLD.parse_tasks(config.tasks))
     _check(config)
     settings = {name: value for name, value in to_dict(config).items() if name not in RUN_ONLY}
     if config.resume and (config.out / INFO).exists():
         require_same(config.out / BEGUN, settings)
         say(f"{config.out} is complete")
         return
-    check_installation()
+    METAWORLD.check_machine()
     claim_output(config.out, complete=(config.out / INFO).exists(), overwrite=config.overwrite, resume=config.resume)
     require_same(config.out / BEGUN, settings)
     write_json(config.out / BEGUN, settings)

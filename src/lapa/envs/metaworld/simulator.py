@@ -13,7 +13,6 @@ garbage when two exist), shared by all simulators of the same task and look.
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lapa.envs import EnvironmentKind
+from lapa.envs import EnvironmentKind, Task
 from lapa.envs.metaworld.look import change_look
 from lapa.envs.opengl import check_rendering, choose_backend
 from lapa.errors import UserError, unknown
@@ -61,19 +60,6 @@ FPS = 80.0
 MAX_STEPS = 500
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """'mt10', 'mt50' or names separated by commas, with or without '-v3' -> task names, each once, in that order."""
-    names: list[str] = []
-    for word in filter(None, (word.strip().lower() for word in text.split(","))):
-        name = word.removesuffix("-v3")
-        if name not in SUITES and name not in INSTRUCTIONS:
-            raise unknown("Meta-World task", word, [*SUITES, *TASKS])
-        names.extend(SUITES.get(name, (name,)))
-    if not names:
-        raise UserError("no task given; name Meta-World tasks separated by commas, or mt10, or mt50")
-    return tuple(dict.fromkeys(names))
-
-
 def check_cameras(cameras: Sequence[str]) -> None:
     """Raises UserError on a camera that Meta-World does not have."""
     if not cameras:
@@ -81,14 +67,6 @@ def check_cameras(cameras: Sequence[str]) -> None:
     for camera in cameras:
         if camera not in CAMERAS:
             raise unknown("camera", camera, CAMERAS)
-
-
-def check_installation() -> None:
-    """Raises UserError, with the fix, where Meta-World is missing or images cannot be rendered."""
-    missing = [name for name in ("metaworld", "mujoco", "packaging") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f'Meta-World needs {", ".join(missing)}; install it: pip install "lapa-vla[metaworld]"')
-    check_rendering()
 
 
 def draw_instruction(task: str, seed: int) -> str:
@@ -125,7 +103,7 @@ class Simulator:
         assert self._observation is not None, "reset comes first"
         return self._observation[:4].astype(np.float32)
 
-    def reset(self, seed: int) -> None:
+    def reset(self, seed: int, episode: int = 0) -> None:
         """Starts the episode that `seed` determines."""
         from metaworld.policies import ENV_POLICY_MAP
 
@@ -227,17 +205,20 @@ def _make_environment(task: str, size: int) -> Any:
 
 
 METAWORLD = EnvironmentKind(
+    title="Meta-World",
     make=Simulator,
-    parse_tasks=parse_tasks,
-    check_machine=check_installation,
+    suites=lambda: {suite: [Task(name, 250, expert=True) for name in names] for suite, names in SUITES.items()},
+    spelling=lambda word: word.lower().removesuffix("-v3"),
+    check=check_rendering,
     known_cameras=CAMERAS,
     cameras=("corner4",),
     size=128,
     fps=FPS,
-    action_dim=len(ACTION_NAMES),
-    state_dim=len(STATE_NAMES),
-    action_limit=1.0,
-    max_steps=250,
+    action_names=ACTION_NAMES,
+    state_names=STATE_NAMES,
+    action_low=(-1.0,) * len(ACTION_NAMES),
+    action_high=(1.0,) * len(ACTION_NAMES),
     longest=MAX_STEPS,
     packages=("metaworld", "mujoco"),
+    extra="metaworld",
 )
