@@ -92,8 +92,8 @@ class EnvironmentKind:
     a reset leaves something behind. in_process: too light for worker processes; own_process: only in worker processes.
     packages: distributions that it needs, whose versions belong in the results; extra: our extra that installs them.
     also_needs: what else, for the reader. check: raises UserError, with the fix, where the machine cannot run it, and
-    may return notes for the results, such as the protocol or the renderer. spelling: returns the name of a task or suite
-    for another spelling of it.
+    may return notes for the results, such as the protocol or the renderer. spelling: returns the name of a task or
+    suite for another spelling of it.
     """
 
     title: str
