@@ -45,8 +45,8 @@ from lapa.view.pages import Pages
 
 # Examples that the page offers, and those of an export. Frames of each after the first.
 EXAMPLES, EXPORTED, FOLLOWING = 12, 12, 6
-# Latent actions are counted of so many pairs of so many episodes, or as many as this time allows: nothing else is answered
-# in it. The most frequent ones are offered.
+# Latent actions are counted of so many pairs of so many episodes, or as many as this time allows, in which nothing else
+# is answered. The most frequent ones are offered.
 SAMPLE_EPISODES, SAMPLE_PAIRS, SAMPLE_SECONDS, FREQUENT = 16, 4, 5.0, 8
 # How often an export applies each code.
 REPEATS = 3
