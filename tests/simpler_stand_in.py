@@ -3,11 +3,14 @@
 SIMPLER's own meshes and photographs come from a hub. The boxes have their sizes and the arm its lengths, so the tasks
 run. They have nothing of the looks, so success rates say nothing of a policy: the file `STAND_IN` makes the results say
 that they are not SIMPLER's.
+
+    python tests/simpler_stand_in.py FOLDER && MS_ASSET_DIR=FOLDER lapa envs
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -131,3 +134,7 @@ def _inertia(moment: float) -> str:
 
 def _numbers(values: Sequence[float]) -> str:
     return " ".join(map(str, values))
+
+
+if __name__ == "__main__":
+    write_assets(Path(sys.argv[1]))

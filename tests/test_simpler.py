@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 
 from lapa.envs import simpler
-from lapa.envs.simpler import ACTION_NAMES, ASSETS, CAMERA, FPS, TASKS, SimplerEnvironment, to_simulator, to_state
+from lapa.envs.simpler import ASSETS, CAMERAS, NAMES, SIMPLER, SUITES, Simulator, to_simulator, to_state
 from lapa.errors import UserError
+from lapa.evaluation import rollout
+from lapa.evaluation.config import EvaluateConfig
 from lapa.sources.rlds.table import KNOWN, columns
 from simpler_stand_in import write_assets
 
+CAMERA = CAMERAS[0]
 CARROT, EGGPLANT = "widowx_carrot_on_plate", "widowx_put_eggplant_in_basket"
 STILL = np.array([0, 0, 0, 0, 0, 0, 1.0])
 
@@ -37,23 +41,14 @@ def quaternion_of(matrix: np.ndarray) -> np.ndarray:
     return np.array([w, *np.array([x, y, z]) / (4 * w)])
 
 
-def test_tasks_are_parsed() -> None:
-    assert simpler.parse_tasks("widowx") == tuple(TASKS)
-    assert simpler.parse_tasks(f" {CARROT},widowx") == (CARROT, *[task for task in TASKS if task != CARROT])
-    with pytest.raises(UserError, match=f"did you mean '{CARROT}'"):
-        simpler.parse_tasks("widowx_carot_on_plate")
-    with pytest.raises(UserError, match="no task given"):
-        simpler.parse_tasks(",")
-
-
 def test_actions_and_states_have_the_dimensions_and_rate_of_bridge_data() -> None:
     for dataset in ("bridge_dataset", "bridge_orig", "bridge"):
         known = KNOWN[dataset]
-        assert (known.fps, known.control, known.binary) == (FPS, "delta", True)
+        assert (known.fps, known.control, known.binary) == (SIMPLER.fps, "delta", True)
     parts = columns(KNOWN["bridge_orig"].action, {"action": 7})
     action_TA = np.array([[0.01, -0.02, 0.03, 0.1, -0.2, 0.3, opening] for opening in (1.0, 0.4, 0.0)], np.float32)
     read_TA = np.concatenate([part.of({"action": action_TA}, 3) for part in parts], axis=1)
-    assert read_TA.shape[1] == len(ACTION_NAMES)
+    assert read_TA.shape[1] == len(SIMPLER.action_names)
     # What was read moves the simulator's hand as recorded, and opens and closes its gripper.
     sent_TA = np.stack([to_simulator(action) for action in read_TA])
     np.testing.assert_allclose(sent_TA[:, :3], action_TA[:, :3])
@@ -86,28 +81,23 @@ def test_the_states_gripper_is_its_opening(fingers: float, opening: float) -> No
     assert state[6] == pytest.approx(opening)
 
 
-def test_missing_packages_and_assets_are_named_with_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_assets_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(UserError, match=r'needs mani_skill, sapien.*pip install "lapa-vla\[simpler\]"'):
-            simpler.check_machine()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match=r"lacks robots/widowx\S* and \d+ more files.*download_asset -y widowx250s"):
-        simpler.check_machine()
+        simpler.check()
 
 
-def test_stand_in_assets_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_results_say_where_assets_are_not_simplers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MS_ASSET_DIR", str(tmp_path))
+    monkeypatch.setattr(simpler, "choose_driver", lambda: "llvmpipe")
     for name in ASSETS:
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert not simpler.is_stand_in()
+    notes = {"protocol": "visual matching, in ManiSkill 3", "assets": "bridge_v2_real2sim", "renderer": "llvmpipe"}
+    assert simpler.check() == notes
     (tmp_path / "data" / simpler.TASK_FOLDER / simpler.STAND_IN).touch()
-    assert simpler.is_stand_in()
+    assert simpler.check() == notes | {"assets": "stand-ins: these figures are not SIMPLER's"}
 
 
 @pytest.fixture
@@ -183,24 +173,24 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = write_assets(tmp_path_factory.mktemp("assets")) if importlib.util.find_spec("trimesh") else Path()
         patch.setenv("MS_ASSET_DIR", str(folder))
         try:
-            simpler.check_machine()
+            SIMPLER.check_machine()
         except UserError as error:
             pytest.skip(str(error))
         yield folder
 
 
 @pytest.fixture(scope="session")
-def simulators(stand_in: Path) -> Iterator[dict[str, SimplerEnvironment]]:
+def simulators(stand_in: Path) -> Iterator[dict[str, Simulator]]:
     """All tasks at once in one process."""
-    made = {task: SimplerEnvironment(task, 64, (CAMERA,)) for task in TASKS}
+    made = {task: Simulator(task, 64, CAMERAS) for task in NAMES}
     yield made
     for simulator in made.values():
         simulator.close()
 
 
-def play(simulator: SimplerEnvironment, episode: int, actions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def play(simulator: Simulator, episode: int, actions: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The image and the state after some actions in an episode."""
-    simulator.reset(episode)
+    simulator.reset(0, episode)
     for action in actions:
         assert not simulator.step(action)
     seen = simulator.observe()
@@ -208,8 +198,8 @@ def play(simulator: SimplerEnvironment, episode: int, actions: list[np.ndarray])
     return seen.images[CAMERA], seen.state
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_an_episode_is_the_same_whatever_came_before(simulators: dict[str, SimplerEnvironment], task: str) -> None:
+@pytest.mark.parametrize("task", NAMES)
+def test_an_episode_is_the_same_whatever_came_before(simulators: dict[str, Simulator], task: str) -> None:
     actions = [np.array([0.01, 0.01, -0.01, 0.05, 0, 0.05, opening]) for opening in (1, 1, 0, 0)]
     first = play(simulators[task], 5, actions)
     other = play(simulators[task], 6, actions)
@@ -219,7 +209,7 @@ def test_an_episode_is_the_same_whatever_came_before(simulators: dict[str, Simpl
     assert (first[0] != other[0]).any()
 
 
-def test_the_hand_moves_as_bridge_data_says(simulators: dict[str, SimplerEnvironment]) -> None:
+def test_the_hand_moves_as_bridge_data_says(simulators: dict[str, Simulator]) -> None:
     simulator = simulators[CARROT]
     for dim, size in enumerate((0.02, 0.02, 0.02, 0.1, 0.1, 0.1)):
         _, before = play(simulator, 0, [])
@@ -235,17 +225,17 @@ def test_the_hand_moves_as_bridge_data_says(simulators: dict[str, SimplerEnviron
     assert play(simulator, 0, [closing] * 4)[1][6] == pytest.approx(0, abs=0.05)
 
 
-def test_the_base_is_turned_in_the_world(simulators: dict[str, SimplerEnvironment]) -> None:
+def test_the_base_is_turned_in_the_world(simulators: dict[str, Simulator]) -> None:
     simulator = simulators[CARROT]
-    hand = simulator._simulator.agent.robot.links_map["ee_gripper_link"]
-    simulator.reset(0)
+    hand = simulator._environment.agent.robot.links_map["ee_gripper_link"]
+    simulator.reset(0, 0)
     before = hand.pose.p[0].numpy().copy()
     for action in (np.array([0.02, 0.02, 0.02, 0, 0, 0, 1]), STILL, STILL, STILL):
         simulator.step(action)
     np.testing.assert_allclose(hand.pose.p[0].numpy() - before, [-0.02, -0.02, 0.02], atol=0.003)
 
 
-def test_tasks_alive_at_once_keep_their_photographs_and_objects(simulators: dict[str, SimplerEnvironment]) -> None:
+def test_tasks_alive_at_once_keep_their_photographs_and_objects(simulators: dict[str, Simulator]) -> None:
     seen = {task: play(simulator, 0, [])[0] for task, simulator in simulators.items()}
     photographs = {CARROT: (140, 90, 60), EGGPLANT: (60, 90, 140)}
     for task, colour in photographs.items():
@@ -257,21 +247,21 @@ def test_tasks_alive_at_once_keep_their_photographs_and_objects(simulators: dict
     assert not yellow.any()
 
 
-def test_success_is_counted_when_the_object_is_where_it_belongs(simulators: dict[str, SimplerEnvironment]) -> None:
+def test_success_is_counted_when_the_object_is_where_it_belongs(simulators: dict[str, Simulator]) -> None:
     import torch
     from mani_skill.utils.structs.pose import Pose
 
     for task, simulator in simulators.items():
-        simulator.reset(0)
+        simulator.reset(0, 0)
         assert not simulator.step(STILL)
-        base = simulator._simulator
+        base = simulator._environment
         thing, goal = base.objs[base.source_obj_name], base.objs[base.target_obj_name]
         thing.set_pose(Pose.create_from_pq(p=goal.pose.p + torch.tensor([0, 0, 0.03]), q=thing.pose.q))
         solved = [simulator.step(STILL) for _ in range(3)]
         assert solved[-1], task
 
 
-def test_instructions_and_initial_states_are_simplers(simulators: dict[str, SimplerEnvironment]) -> None:
+def test_instructions_and_initial_states_are_simplers(simulators: dict[str, Simulator]) -> None:
     instructions = {task: simulator.observe().instruction for task, simulator in simulators.items()}
     assert instructions == {
         "widowx_spoon_on_towel": "put the spoon on the towel",
@@ -280,5 +270,19 @@ def test_instructions_and_initial_states_are_simplers(simulators: dict[str, Simp
         "widowx_put_eggplant_in_basket": "put eggplant into yellow basket",
     }
     for task, simulator in simulators.items():
-        base = simulator._simulator
-        assert len(base.xyz_configs) * len(base.quat_configs) == TASKS[task].initial_states
+        base = simulator._environment
+        (known,) = (one for one in SUITES["widowx"] if one.name == task)
+        assert len(base.xyz_configs) * len(base.quat_configs) == known.initial_states
+
+
+def test_an_evaluation_plays_numbered_states_to_the_end_and_names_the_assets(stand_in: Path, tmp_path: Path) -> None:
+    def evaluate(**options: object) -> dict:
+        config = EvaluateConfig(policy="random", out=tmp_path / "results", env="simpler", tasks=CARROT, **options)
+        rollout.run(config)
+        return json.loads((tmp_path / "results" / "results.json").read_text())
+
+    results = evaluate(episodes=2, max_steps=3, workers=0, videos=1, size=64)
+    assert results["notes"]["assets"] == "stand-ins: these figures are not SIMPLER's"
+    assert [episode["steps"] for episode in results["episodes"]] == [3, 3]
+    with pytest.raises(UserError, match="24"):
+        evaluate(episodes=25)

@@ -18,45 +18,43 @@ The renderer needs Vulkan: a GPU's, or a driver for the CPU (`CPU_DRIVERS`).
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from lapa.errors import UserError, unknown
+from lapa.envs import EnvironmentKind, Task
+from lapa.errors import UserError
 from lapa.types import Observation
 
-
-@dataclass(frozen=True)
-class Task:
-    """A task of ManiSkill. initial_states: how many there are, by number; max_steps: SIMPLER's length of an episode."""
-
-    name: str
-    initial_states: int
-    max_steps: int = 60
-
-
-# By SIMPLER's names.
-TASKS = {
-    "widowx_spoon_on_towel": Task("PutSpoonOnTableClothInScene-v1", 24),
-    "widowx_carrot_on_plate": Task("PutCarrotOnPlateInScene-v1", 24),
-    "widowx_stack_cube": Task("StackGreenCubeOnYellowCubeBakedTexInScene-v1", 24),
-    "widowx_put_eggplant_in_basket": Task("PutEggplantInBasketScene-v1", 64, max_steps=120),
+# SIMPLER's names -> ManiSkill's. The evaluation of the paper plays the first 24 initial states of each.
+NAMES = {
+    "widowx_spoon_on_towel": "PutSpoonOnTableClothInScene-v1",
+    "widowx_carrot_on_plate": "PutCarrotOnPlateInScene-v1",
+    "widowx_stack_cube": "StackGreenCubeOnYellowCubeBakedTexInScene-v1",
+    "widowx_put_eggplant_in_basket": "PutEggplantInBasketScene-v1",
 }
-SUITE = "widowx"
-CAMERA = "3rd_view_camera"
-FPS = 5.0
-ACTION_NAMES = STATE_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+SUITES = {
+    "widowx": (
+        Task("widowx_spoon_on_towel", max_steps=60, initial_states=24),
+        Task("widowx_carrot_on_plate", max_steps=60, initial_states=24),
+        Task("widowx_stack_cube", max_steps=60, initial_states=24),
+        Task("widowx_put_eggplant_in_basket", max_steps=120, initial_states=64),
+    )
+}
+# BridgeData's names of the one camera there is, and ManiSkill's.
+CAMERAS, RENDERED_CAMERA = ("image_0", "image"), "3rd_view_camera"
+POSE = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+# Random actions, about as large as BridgeData's.
+LARGEST_MOVE, LARGEST_TURN = 0.02, 0.1
 
 # Below `asset_folder()`.
 ROBOT_FILE, TASK_FOLDER = "robots/widowx/wx250s.urdf", "tasks/bridge_v2_real2sim_dataset"
@@ -120,18 +118,6 @@ DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
 CLOSED, OPEN = 0.015, 0.037
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """'widowx' or names separated by commas -> task names, each once, in that order."""
-    names: list[str] = []
-    for word in filter(None, (word.strip() for word in text.split(","))):
-        if word != SUITE and word not in TASKS:
-            raise unknown("SIMPLER task", word, [SUITE, *TASKS])
-        names.extend(TASKS if word == SUITE else [word])
-    if not names:
-        raise UserError(f"no task given; name tasks of SIMPLER separated by commas, or {SUITE} for all")
-    return tuple(dict.fromkeys(names))
-
-
 def to_simulator(action: Float[np.ndarray, "7"]) -> Float[np.ndarray, "7"]:
     """Returns ManiSkill's action for one of BridgeData.
 
@@ -167,24 +153,20 @@ def is_stand_in() -> bool:
     return (asset_folder() / TASK_FOLDER / STAND_IN).is_file()
 
 
-def check_machine() -> None:
-    """Raises UserError, with the fix, where packages, assets or a Vulkan driver are missing.
-
-    Where no driver is registered, it chooses one of `CPU_DRIVERS` that is there, for this process and those it starts.
-    """
-    missing = [name for name in ("mani_skill", "sapien") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f'SIMPLER needs {", ".join(missing)}; install it: pip install "lapa-vla[simpler]"')
+def check() -> dict[str, str]:
+    """Returns notes for the results. Raises UserError, with the fix, where assets or a Vulkan driver are missing."""
     if lacking := [name for name in ASSETS if not (asset_folder() / name).is_file()]:
         others = f" and {len(lacking) - 1} more files" if len(lacking) > 1 else ""
         raise UserError(f"{asset_folder()}: lacks {lacking[0]}{others}; fetch SIMPLER's assets: {FETCH}")
-    choose_driver()
+    own = "stand-ins: these figures are not SIMPLER's" if is_stand_in() else "bridge_v2_real2sim"
+    return {"protocol": "visual matching, in ManiSkill 3", "assets": own, "renderer": choose_driver()}
 
 
 def choose_driver() -> str:
     """Returns the name of the device that renders, tried with one image in a process of its own.
 
-    Raises UserError where none does.
+    Where the machine's own choice does not render, it chooses a driver of `CPU_DRIVERS` that is there, for this process
+    and those that it starts. Raises UserError where none renders.
     """
     name, reason = _probe({})
     if not name and not any(os.environ.get(variable) for variable in DRIVER_VARIABLES):
@@ -216,42 +198,38 @@ def _probe(environment: dict[str, str]) -> tuple[str, str]:
     return "", lines[-1] if lines else f"exit status {probe.returncode}"
 
 
-class SimplerEnvironment:
+class Simulator:
     """One task, an `Environment`. Images are rendered in `observe` only."""
 
     def __init__(self, task: str, size: int, cameras: Sequence[str]) -> None:
-        self._task, self._size, self._cameras = TASKS[task], size, tuple(cameras)
-        self._simulator = _make(self._task.name)
-        self._render = self._simulator.get_obs
+        self._size, self._cameras = size, tuple(cameras)
+        self._environment = _make(NAMES[task])
+        self._render = self._environment.get_obs
         # Every step would render.
-        self._simulator.get_obs = lambda *_, **__: {}
+        self._environment.get_obs = lambda *_, **__: {}
 
-    def reset(self, seed: int) -> None:
-        self._simulator.reset(options={"episode_id": seed % self._task.initial_states})
+    def reset(self, seed: int, episode: int) -> None:
+        """Starts at the initial state with the episode's number; nothing is random."""
+        self._environment.reset(options={"episode_id": episode})
 
     def observe(self) -> Observation:
-        images = {
-            camera: self._squashed(textures["rgb"][0].cpu().numpy())
-            for camera, textures in self._render({})["sensor_data"].items()
-            if camera in self._cameras
-        }
-        return Observation(images, self._simulator.get_language_instruction()[0], self._state())
+        seen_HWC = self._render({})["sensor_data"][RENDERED_CAMERA]["rgb"][0].cpu().numpy()
+        squashed = Image.fromarray(seen_HWC).resize((self._size, self._size), Image.Resampling.LANCZOS)
+        images = dict.fromkeys(self._cameras, np.asarray(squashed))
+        return Observation(images, self._environment.get_language_instruction()[0], self._state())
 
     def step(self, action: Float[np.ndarray, "A"]) -> bool:
-        *_, info = self._simulator.step(to_simulator(action))
+        *_, info = self._environment.step(to_simulator(action))
         return bool(info["success"].item())
 
     def expert_action(self) -> Float[np.ndarray, "A"]:
-        raise UserError("SIMPLER has no expert; evaluate a policy, or `random`")
+        raise UserError("SIMPLER has no expert")
 
     def close(self) -> None:
-        self._simulator.close()
-
-    def _squashed(self, image_HWC: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "size size 3"]:
-        return np.asarray(Image.fromarray(image_HWC).resize((self._size, self._size), Image.Resampling.LANCZOS))
+        self._environment.close()
 
     def _state(self) -> Float[np.ndarray, "S"]:
-        agent = self._simulator.agent
+        agent = self._environment.agent
         hand = agent.controller.controllers["arm"].ee_pose_at_base
         return to_state(hand.p[0].cpu().numpy(), hand.q[0].cpu().numpy(), agent.robot.qpos[0, -2:].cpu().numpy())
 
@@ -292,3 +270,23 @@ def _keep_addresses(backend: Any) -> None:
     split = backend.parse_backend_device_id
     if split(FIRST_DEVICE)[0] != FIRST_DEVICE:
         backend.parse_backend_device_id = lambda name: (name, None) if name == FIRST_DEVICE else split(name)
+
+
+SIMPLER = EnvironmentKind(
+    title="SIMPLER",
+    make=Simulator,
+    suites=lambda: SUITES,
+    known_cameras=CAMERAS,
+    cameras=CAMERAS[:1],
+    size=256,
+    fps=5.0,
+    action_names=POSE,
+    state_names=POSE,
+    action_low=(-LARGEST_MOVE,) * 3 + (-LARGEST_TURN,) * 3 + (0.0,),
+    action_high=(LARGEST_MOVE,) * 3 + (LARGEST_TURN,) * 3 + (1.0,),
+    stops_at_success=False,
+    packages=("mani-skill", "sapien"),
+    extra="simpler",
+    also_needs="assets from a hub, and Vulkan (docs/5-evaluate.md)",
+    check=check,
+)

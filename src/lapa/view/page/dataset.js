@@ -28,7 +28,7 @@ const route = guarded(async () => {
 });
 
 function listen() {
-  for (const id of ["search", "source", "shortest", "longest", "calmest", "liveliest", "only"]) {
+  for (const id of ["search", "source", "shortest", "longest", "only"]) {
     $(id).oninput = () => { $("list").scrollTop = 0; filter(); };
   }
   $("list").onscroll = draw;
@@ -86,5 +86,4 @@ guarded(async () => {
     filter();
     if (page === 0) route();
   }
-  if (about.images) await survey();
 })();

@@ -27,21 +27,10 @@ async function start(clips) {
   show();
   if (models.every(model => ofVideo(model, 0))) await take(models.map(model => ofVideo(model, 0)));
 }
-async function working(work) {
-  const before = $("state").textContent;
-  $("state").textContent = "predicting";
-  try {
-    await work();
-  } finally {
-    $("state").textContent = before;
-  }
-}
 // Applies an action of each model, so that all are at the same step.
 async function take(actions) {
   const made = [];
-  await working(async () => {
-    for (const [number, action] of actions.entries()) made.push(await predicted(models[number], action));
-  });
+  for (const [number, action] of actions.entries()) made.push(await predicted(models[number], action));
   models.forEach((model, number) => {
     if (made[number].anew) model.film.length = 1;
     model.film.push({ ...made[number], action: actions[number] });
@@ -104,8 +93,7 @@ const replay = () => queued(async () => {
   }
 });
 const showEach = model => queued(async () => {
-  const given = { model: model.number, image: model.film.at(-1).image, codes: model.action.codes };
-  await working(async () => { model.each = await ask("each", given); });
+  model.each = await ask("each", { model: model.number, image: model.film.at(-1).image, codes: model.action.codes });
   show();
 });
 
