@@ -9,11 +9,13 @@ FLOORS := .venv-floors
 # Clients of a served policy: openpi's needs NumPy below 2.
 CLIENTS := .venv-clients
 OPENPI_CLIENT_VERSION := 0.1.2
+# Simulators, which need hundreds of megabytes of assets: an environment of their own.
+SIMULATORS := .venv-simulators
 # It needs other versions of what this project uses, and only sends requests: an environment of its own.
 SCHEMATHESIS := .venv-schemathesis
 SCHEMATHESIS_VERSION := 4.32.5
 
-.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults fuzz-rest check-clients check-lerobot check-vla-eval clean
+.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults fuzz-rest check-clients check-envs check-lerobot check-vla-eval clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -28,6 +30,7 @@ help:
 	@echo 'make fuzz-rest  2,000 bodies that a server must answer in one line (schemathesis, its own environment: 0.1 GB)'
 	@echo 'make check-clients   openpi-client, an OpenVLA client and lapa-client, each in an environment of its own (0.4 GB),'
 	@echo '                     drive a served policy'
+	@echo 'make check-envs      the tests of the simulators (an environment of its own: 3 GB)'
 	@echo 'make check-lerobot   datasets and policies go both ways between this project and LeRobot, whose commands train,'
 	@echo '                     measure and run a policy (an environment of its own: 5.8 GB)'
 	@echo 'make check-vla-eval  a policy behind vla-eval, in the same environment'
@@ -108,6 +111,15 @@ check-clients: setup $(CLIENTS)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/check_clients.py runs/check-clients openpi=$(CLIENTS)/openpi/bin/python \
 	  openvla=$(CLIENTS)/openvla/bin/python lapa=$(CLIENTS)/lapa/bin/python
 
+$(SIMULATORS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(SIMULATORS)
+	$(SIMULATORS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[metaworld,libero]' gym-pusht==0.1.8 pytest beartype hypothesis
+	@touch $@
+
+check-envs: $(SIMULATORS)/installed
+	OMP_NUM_THREADS=1 $(SIMULATORS)/bin/python -m pytest tests/test_metaworld.py tests/test_libero.py tests/test_gymnasium.py
+
 $(LEROBOT)/installed: pyproject.toml $(PLUGIN)/pyproject.toml $(PLUGIN)/constraints.txt
 	@$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else 1)' || \
 	  { echo 'LeRobot is tested with Python 3.12. Run: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)' >&2; exit 1; }
@@ -128,4 +140,4 @@ check-vla-eval: $(LEROBOT)/installed
 	OMP_NUM_THREADS=1 $(LEROBOT)/bin/python benchmarks/check_vla_eval.py runs/check-vla-eval
 
 clean:
-	rm -rf .venv $(LEROBOT) $(FLOORS) $(CLIENTS) $(SCHEMATHESIS) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(LEROBOT) $(FLOORS) $(CLIENTS) $(SCHEMATHESIS) $(SIMULATORS) .pytest_cache .mypy_cache .ruff_cache

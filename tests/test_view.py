@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -34,6 +37,7 @@ from lapa.view.config import ViewConfig
 from lapa.view.dataset import DatasetPages
 from lapa.view.opening import kind_at, open_pages
 from lapa.view.server import running
+from lapa.view.survey import Readers, Survey
 
 HTML = "<img src=x onerror='window.bad=1'>"
 FROZEN = Path(__file__).parent / "golden" / "frozen"
@@ -59,6 +63,14 @@ def made_labels(folder: Path, dataset: LeRobotDataset) -> None:
     usage = [[0.0] * CODEBOOK] * 2
     figures = (HORIZON / dataset.fps, HORIZON, 2, CODEBOOK, rows, len(dataset), 0, usage)
     write_manifest(folder, Manifest("lam", dataset.fingerprint, dataset.cameras[0], *figures))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a survey keeps lies in a folder of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +144,9 @@ def test_a_code_is_found_wherever_it_occurs(pages: DatasetPages) -> None:
     for clip in found["clips"]:
         assert clip["end"] - clip["start"] == pytest.approx(HORIZON / pages.dataset.fps)
     expected_A = np.concatenate([pages.dataset.actions(i)[: FRAMES - HORIZON] for i in (3, 7, 11)]).mean(axis=0)
-    np.testing.assert_allclose([each["mean"] for each in found["actions"]], expected_A, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose([each["value"] for each in found["actions"]], expected_A, rtol=1e-3, atol=1e-6)
+    clip, scores = found["nearest"], pages.dataset.actions(found["nearest"]["episode"])[found["nearest"]["frame"]]
+    np.testing.assert_allclose([each["value"] for each in clip["actions"]], scores, rtol=1e-3, atol=1e-6)
     assert pages.json("code-0-4") == {"rows": 0, "episodes": 0, "clips": []}
 
 
@@ -170,8 +184,91 @@ def test_motion_cuts_and_still_cameras_are_found(tmp_path: Path) -> None:
         writer.add_episode({"front": front, "wrist": [scenes[0]] * 30}, "look")
     pages = DatasetPages(writer.finish())
     assert pages.json("motion-1")["cuts"] == [15] and pages.json("motion-0")["cuts"] == []
-    assert pages.json("statistics")["still"] == {0: ["front", "wrist"], 1: ["wrist"]}
+    pages.survey.wait()
+    rows = {row[0]: row for row in pages.json("survey-0")["rows"]}
+    assert [rows[episode][2:5] for episode in (0, 1)] == [[0, [0, 1], []], [1, [1], []]]
+    assert rows[0][1] < 0.001 < rows[1][1]
     pages.close()
+
+
+def moving(seed: int, frames: int = 30, frozen: range = range(0)) -> list[np.ndarray]:
+    """A square that moves over a background of its own; in the frames of `frozen` the image stays as it is."""
+    rng = np.random.default_rng(seed)
+    background = rng.integers(0, 128, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    images = []
+    for at in range(frames):
+        image = background.copy()
+        image[20:36, 2 + at : 18 + at] = 255
+        images.append(images[-1] if images and at in frozen else image)
+    return images
+
+
+def test_duplicates_and_frozen_cameras_are_found(tmp_path: Path) -> None:
+    writer = lapa.DatasetWriter(
+        tmp_path / "made", fps=10, cameras={"front": (64, 64), "wrist": (64, 64)}, action_names=["right", "down"]
+    )
+    rng = np.random.default_rng(0)
+    drive = rng.normal(size=(30, 2)).astype(np.float32)
+    stuck = moving(4, frozen=range(10, 25))
+    for front, wrist, actions_TA, text in [
+        (moving(1), moving(2), drive, "push"),
+        (moving(3), moving(2), drive, "push"),
+        (moving(3), moving(2), drive, "pull"),
+        (moving(1), stuck, drive[::-1], "push"),
+        (moving(5), moving(5), 2 * drive, "push"),
+        ([image // 4 * 4 + 2 for image in moving(5)], moving(5), 2.001 * drive, "push"),
+    ]:
+        writer.add_episode({"front": front, "wrist": wrist}, text, actions=actions_TA)
+    pages = DatasetPages(writer.finish())
+    pages.survey.wait()
+    assert [row[4] for row in pages.json("survey-0")["rows"]] == [[], [], [], [1], [], []]
+    assert pages.json("duplicates")["groups"] == [
+        {"why": "the same actions", "episodes": [0, 1]},
+        {"why": "almost the same frames", "episodes": [4, 5]},
+    ]
+    pages.close()
+
+
+def test_a_survey_goes_on_where_another_one_ended(dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(dataset: LeRobotDataset, episode: int, cameras: Sequence[str]) -> dict[str, Any]:
+        measured.append(episode)
+        return {"episode": episode, "motion": 0.0, "cuts": 0, "still": [], "frozen": []}
+
+    def run(episodes: Sequence[int]) -> list[int]:
+        measured.clear()
+        survey = Survey(Readers(dataset), episodes, ["another"])
+        survey.wait()
+        survey.close()
+        assert sorted(row[0] for row in survey.since(0)["rows"]) == list(episodes)
+        return measured
+
+    monkeypatch.setattr("lapa.view.survey.measure", measure)
+    assert run(range(5)) == [0, 1, 2, 3, 4]
+    assert run(range(8)) == [5, 6, 7]
+    assert run([2, 6]) == []
+    for kept in Path(os.environ["XDG_CACHE_HOME"]).rglob("episodes.jsonl"):
+        kept.write_bytes(kept.read_bytes().replace(b'"cuts": 0', b'"cuts": 1', 1))
+    assert run([2, 6]) == [2, 6]
+
+
+def test_a_slow_episode_holds_up_no_other(pages: DatasetPages, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    read = LeRobotDataset.actions
+
+    def actions(dataset: LeRobotDataset, episode: int) -> np.ndarray:
+        if episode == 0:
+            reached.set()
+            assert go_on.wait(60)
+        return read(dataset, episode)
+
+    monkeypatch.setattr(LeRobotDataset, "actions", actions)
+    slow = threading.Thread(target=pages.json, args=("episode-0",))
+    slow.start()
+    assert reached.wait(60) and pages.json("episode-1")["index"] == 1 and slow.is_alive()
+    go_on.set()
+    slow.join()
 
 
 @pytest.mark.parametrize("name", ["episode-12", "episode--1", "episode", "code-0-5", "code-3-0", "code-0", "about-1",
@@ -329,6 +426,26 @@ def test_a_person_looks_at_episodes(tab: Browser, dataset: LeRobotDataset) -> No
     assert not tab.complaints
 
 
+def test_a_person_finds_episodes_by_what_their_images_show(tab: Browser, tmp_path: Path) -> None:
+    writer = lapa.DatasetWriter(tmp_path / "made", fps=10, cameras={"front": (64, 64)})
+    for images in (moving(1), [moving(2)[0]] * 30, moving(3)[:15] + moving(4)[:15], moving(1)):
+        writer.add_episode({"front": images}, "push")
+    writer.finish()
+    items = "[...document.querySelectorAll('.item')].map(item => Number(item.id.slice(5)))"
+    with running(tmp_path / "made") as url:
+        tab.open(f"{url}/")
+        shown(tab)
+        tab.until("seen.size === 4 && document.getElementById('survey').textContent === ''")
+        for mark, expected in {"cuts": [2], "still": [1], "twins": [0, 3], "frozen": [], "": [0, 1, 2, 3]}.items():
+            tab.page.select_option("#only", mark)
+            assert tab.run(items) == expected
+        tab.page.fill("#calmest", "0.2")
+        assert tab.run(items) == [0, 2, 3]
+        tab.run("document.getElementById('tab-statistics').click()")
+        tab.page.get_by_text("Episodes with cuts: show 1").wait_for()
+    assert not tab.complaints
+
+
 def test_a_person_sees_what_a_code_means(tab: Browser, labels: Path) -> None:
     with running(labels) as url:
         tab.open(f"{url}/#episode-7")
@@ -340,6 +457,7 @@ def test_a_person_sees_what_a_code_means(tab: Browser, labels: Path) -> None:
         tab.until("[...document.querySelectorAll('#clips video')].every(video => video.readyState >= 2)")
         assert "48 frames in 3 episodes" in tab.text("#code-count") and "25%" in tab.text("#usage")
         assert tab.run("document.querySelectorAll('#code-actions .z i').length") == 2
+        assert tab.run("document.querySelectorAll('#code-nearest .z i').length") == 2
         assert "have the same code one horizon later" in tab.text("#matrix-text")
         tab.run("document.querySelector('#clips button').click()")
         tab.until("location.hash.startsWith('#episode-')")

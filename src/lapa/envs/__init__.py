@@ -33,6 +33,8 @@ from lapa.types import Observation
 
 # Name -> "module:EnvironmentKind", imported when it is asked for.
 ENVIRONMENTS = {
+    "libero": "lapa.envs.libero:LIBERO",
+    "libero-openvla": "lapa.envs.libero:LIBERO_OPENVLA",
     "metaworld": "lapa.envs.metaworld.simulator:METAWORLD",
     "simpler": "lapa.envs.simpler:SIMPLER",
     "synthetic": "lapa.envs.synthetic:SYNTHETIC",

@@ -11,14 +11,14 @@ import tyro
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """Shows a dataset, or labels on their dataset, in the browser."""
+    """Shows a dataset, labels on their dataset, latent action models or a policy in the browser."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """What to show: the folder of a dataset or of labels, its id on the hub, or a source in place such as
-    rlds:FOLDER; see `lapa data --help`."""
+    """What to show: the folder of a dataset, labels, a latent action model or a policy, its id on the hub, or a source
+    in place such as rlds:FOLDER; see `lapa data --help`."""
     data: str | None = None
-    """The dataset of labels whose folder is not inside the dataset's; the dataset of example images of a model, by
-    default the one that it was trained on, where that is here."""
+    """The dataset of labels whose folder is not inside the dataset's; for a model or policy, the dataset of its example
+    images, by default the one that it was trained on, where that is here."""
     compare: tuple[str, ...] = ()
     """Further latent action models, which are shown side by side and in step with the first."""
     lam: str | None = None
@@ -31,6 +31,7 @@ class ViewConfig:
     export: Path | None = None
     """Write the page and its data to this folder, which any browser opens, and serve nothing."""
     limit: int | None = None
-    """Most episodes of an export, spread over the dataset; 50 by default."""
+    """Most episodes of an export, spread over the dataset (by default 50), images of a latent action model (12) or
+    observations of a policy (20)."""
     overwrite: bool = False
     """Replace the contents of the export's folder."""

@@ -4,7 +4,9 @@
     episodes-N                   rows of the list of episodes, PAGE to a page
     episode-I                    an episode: its videos, actions, states and codes
     motion-I                     how much its images change from frame to frame, and its cuts
-    statistics                   of a sample: actions and states, and which episodes do not move
+    statistics                   of a sample: actions and states
+    survey-N                     what the images of all episodes show, from the N-th that was measured on
+    duplicates                   groups of episodes that are the same, of those that are measured
     code-P-C                     where code C occurs at position P, and what the robot does then
 
 Axes: T time, L latent action length, P positions (L and, where that is more than one, the whole latent action), N rows.
@@ -13,9 +15,12 @@ Axes: T time, L latent action length, P positions (L and, where that is more tha
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from threading import RLock, local
 from typing import Any
 
 import numpy as np
@@ -25,22 +30,20 @@ from lapa.data.dataset import ACTION, STATE, Dataset, dimension_names
 from lapa.data.labels import Labels
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.metadata import INFO
-from lapa.data.motion import motion_energy, shot_numbers, thumbnails
+from lapa.data.motion import motion_energy
 from lapa.data.spec import open_dataset
 from lapa.data.video import encode_clip, probe
 from lapa.errors import UserError
 from lapa.files import as_path, is_remote
 from lapa.view.config import ViewConfig
 from lapa.view.pages import Pages
+from lapa.view.survey import ROWS as SURVEYED
+from lapa.view.survey import Readers, Survey, looked_at, spread
 
 # Rows of the list that are sent at once.
 PAGE = 5_000
-# Points of a curve, and images of an episode whose motion is measured. Cuts are looked for where all are measured.
-POINTS, MEASURED = 400, 600
-# Episodes that stand for the dataset in its statistics, those whose images are looked at, and images of each.
-SAMPLE, LOOKED_AT, LOOKS = 200, 40, 6
-# Below this an image does not change: a camera's noise (lapa.data.motion).
-STILL = 0.008
+# Points of a curve, and episodes that stand for the dataset in the statistics of actions and states.
+POINTS, SAMPLE = 400, 200
 # Episodes of an export.
 EXPORTED = 50
 # Clips of a code, and rows whose actions are averaged; whole latent actions that are listed.
@@ -71,7 +74,7 @@ def open_labels_pages(config: ViewConfig) -> DatasetPages:
 def _pages(dataset: Dataset, labels: Labels | None, config: ViewConfig) -> DatasetPages:
     if config.export is None:
         return DatasetPages(dataset, labels)
-    episodes = _spread(len(dataset), config.limit or EXPORTED).tolist()
+    episodes = spread(len(dataset), config.limit or EXPORTED).tolist()
     return DatasetPages(dataset, labels, episodes=episodes, encoded=True)
 
 
@@ -83,7 +86,11 @@ class DatasetPages(Pages):
     """
 
     html = "dataset.html"
-    numbers = {"about": 0, "statistics": 0, "episodes": 1, "episode": 1, "motion": 1, "code": 2}  # noqa: RUF012
+    numbers = {  # noqa: RUF012
+        **dict.fromkeys(["about", "statistics", "duplicates"], 0),
+        **dict.fromkeys(["episodes", "episode", "motion", "survey"], 1),
+        "code": 2,
+    }
 
     def __init__(
         self,
@@ -94,14 +101,36 @@ class DatasetPages(Pages):
         encoded: bool = False,
     ) -> None:
         super().__init__()
-        self.dataset, self.labels, self._encoded = dataset, labels, encoded
+        self.opened, self.labels, self._encoded = dataset, labels, encoded
         self.episodes = np.arange(len(dataset)) if episodes is None else np.asarray(episodes)
         self._shown = None if episodes is None else set(self.episodes.tolist())
         self._as_it_is = cache(self._is_played)
+        # A slow episode holds up requests for itself alone: each name has a lock, and each request a copy to read.
+        self._locks: defaultdict[str, RLock] = defaultdict(RLock)
+        self._readers, self._lent = Readers(dataset), local()
+        self.survey = Survey(self._readers, self.episodes.tolist(), self._cameras)
+
+    @property
+    def dataset(self) -> Dataset:
+        """What this thread reads: its copy while it answers a request."""
+        return getattr(self._lent, "dataset", self.opened)
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        with self._locks[name], self._readers.one() as dataset:
+            self._lent.dataset = dataset
+            try:
+                yield
+            finally:
+                del self._lent.dataset
+
+    def close(self) -> None:
+        self.survey.close()
+        super().close()
 
     @property
     def summary(self) -> str:
-        return f"{len(self.dataset)} episodes"
+        return f"{len(self.opened)} episodes"
 
     @property
     def inputs(self) -> list[str | Path]:
@@ -113,7 +142,10 @@ class DatasetPages(Pages):
         return "" if num == of else f"{num} of {of} episodes, spread over the dataset; --limit takes more"
 
     def names(self) -> Iterator[str]:
-        yield from ("about", "statistics")
+        # An export has the whole survey.
+        self.survey.wait()
+        yield from ("about", "statistics", "duplicates")
+        yield from (f"survey-{first}" for first in range(0, len(self.episodes), SURVEYED))
         yield from (f"episodes-{page}" for page in range(self.num_pages))
         for episode in self.episodes.tolist():
             yield from (f"episode-{episode}", f"motion-{episode}")
@@ -133,10 +165,10 @@ class DatasetPages(Pages):
         if match is None:
             raise KeyError(name)
         episode, camera = int(match[1]), int(match[2])
+        self._require(episode)
         if camera >= len(self._cameras):
             raise KeyError(camera)
-        with self.lock:
-            self._require(episode)
+        with self.reading(name):
             camera_name = self._cameras[camera]
             if own := self._own_video(episode, camera_name):
                 return own[0]
@@ -227,7 +259,7 @@ class DatasetPages(Pages):
             own = self._own_video(index, name)
             start, end = own[1:] if own else (0.0, length / dataset.fps)
             videos.append({"camera": camera, "start": start, "end": end})
-        frames_T = _spread(length, POINTS)
+        frames_T = spread(length, POINTS)
         found: dict[str, Any] = {
             "index": index,
             "number": int(dataset.numbers[index]),
@@ -250,21 +282,22 @@ class DatasetPages(Pages):
     def _motion(self, index: int) -> dict[str, Any]:
         """The change of each camera's images, RMS of brightness in [0, 1], and the frames with which shots begin."""
         self._require(index)
-        length = int(self.dataset.lengths[index])
-        frames_T = _spread(length, MEASURED)
-        cameras, cuts = [], set()
-        for name in self._cameras:
-            small_THW = thumbnails(self.dataset.frames(index, frames_T.tolist(), name))
-            cameras.append([round(float(energy), 4) for energy in motion_energy(small_THW, 1)])
-            if len(frames_T) == length:
-                shots_T = np.array(list(shot_numbers(small_THW)))
-                cuts |= set((np.flatnonzero(np.diff(shots_T)) + 1).tolist())
-        return {"frames": frames_T[1:].tolist(), "cameras": cameras, "cuts": sorted(cuts)}
+        frames_T, small, cuts = looked_at(self.dataset, index, self._cameras)
+        energies = [motion_energy(small_THW, 1) for small_THW in small]
+        cameras = [[round(float(energy), 4) for energy in energy_T] for energy_T in energies]
+        return {"frames": frames_T[1:].tolist(), "cameras": cameras, "cuts": cuts}
+
+    def _survey(self, first: int) -> dict[str, Any]:
+        self.survey.start()
+        return self.survey.since(first)
+
+    def _duplicates(self) -> dict[str, Any]:
+        return {"groups": self.survey.duplicates()}
 
     def _statistics(self) -> dict[str, Any]:
-        """Statistics of actions and states of a sample, and the cameras that stand still in a smaller one."""
+        """Statistics of the actions and states of a sample of the episodes."""
         dataset = self.dataset
-        sample = self.episodes[_spread(len(self.episodes), SAMPLE)].tolist()
+        sample = self.episodes[spread(len(self.episodes), SAMPLE)].tolist()
         found: dict[str, Any] = {"sample": len(sample)}
         for name, there, read in (
             ("actions", dataset.action_dim, dataset.actions),
@@ -272,15 +305,7 @@ class DatasetPages(Pages):
         ):
             if there is not None:
                 found[name] = _summary(np.concatenate([read(episode) for episode in sample]))
-        looked_at = self.episodes[_spread(len(self.episodes), LOOKED_AT)].tolist() if self._cameras else []
-        still: dict[int, list[str]] = {}
-        for episode in looked_at:
-            frames = _spread(int(dataset.lengths[episode]), LOOKS).tolist()
-            for name in self._cameras:
-                small_THW = thumbnails(dataset.frames(episode, frames, name))
-                if motion_energy(small_THW, 1).max(initial=0.0) < STILL:
-                    still.setdefault(episode, []).append(name)
-        return {**found, "looked_at": looked_at, "still": still}
+        return found
 
     @cached_property
     def _rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -367,11 +392,11 @@ class DatasetPages(Pages):
         chosen = order[np.sort(best)]
         clips = [
             [int(owners_N[row]), int(frames_N[row])]
-            for row in (firsts[chosen] + (lengths[chosen] - 1) // 2)[_spread(len(chosen), CLIPS)]
+            for row in (firsts[chosen] + (lengths[chosen] - 1) // 2)[spread(len(chosen), CLIPS)]
         ]
         found = {"rows": len(rows), "episodes": len(chosen), "clips": [self._clip(*clip) for clip in clips]}
         if self.dataset.action_dim is not None and len(rows):
-            found["actions"] = self._mean_action(rows)
+            found |= self._true_actions(rows)
         return found
 
     def _clip(self, episode: int, frame: int) -> dict[str, Any]:
@@ -383,9 +408,12 @@ class DatasetPages(Pages):
         start = (own[1] if own else 0.0) + (frame + 0.25) / self.dataset.fps
         return {**clip, "start": start, "end": start + self.labels.manifest.horizon_frames / self.dataset.fps}
 
-    def _mean_action(self, rows: np.ndarray) -> list[dict[str, Any]]:
-        """The mean action at rows, by dimension, also as its distance from that of all in standard deviations."""
-        rows = rows[_spread(len(rows), ROWS)]
+    def _true_actions(self, rows: np.ndarray) -> dict[str, Any]:
+        """The mean action at rows, and the one that is nearest to all of them, with its clip.
+
+        By dimension, also as the distance from the mean of all rows in standard deviations.
+        """
+        rows = rows[spread(len(rows), ROWS)]
         owners_N, frames_N, _ = self._rows
         actions_NA = np.concatenate(
             [
@@ -394,23 +422,31 @@ class DatasetPages(Pages):
             ]
         )
         mean_A, std_A = self._action_moments
-        return [
-            {"name": name, "mean": _number(mean), "z": _number((mean - all_mean) / max(std, 1e-9))}
-            for name, mean, all_mean, std in zip(
-                self._names(ACTION), actions_NA.mean(axis=0), mean_A, std_A, strict=True
-            )
-        ]
+        scores_NA = (actions_NA - mean_A) / np.maximum(std_A, 1e-9)
+        nearest = _nearest_to_all(scores_NA)
+
+        def listed(action_A: np.ndarray, score_A: np.ndarray) -> list[dict[str, Any]]:
+            found = zip(self._names(ACTION), action_A.tolist(), score_A.tolist(), strict=True)
+            return [{"name": name, "value": _number(value), "z": _number(score)} for name, value, score in found]
+
+        clip = self._clip(int(owners_N[rows[nearest]]), int(frames_N[rows[nearest]]))
+        return {
+            "actions": listed(actions_NA.mean(axis=0), scores_NA.mean(axis=0)),
+            "nearest": {**clip, "actions": listed(actions_NA[nearest], scores_NA[nearest])},
+        }
 
     @cached_property
     def _action_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        sample = self.episodes[_spread(len(self.episodes), SAMPLE)].tolist()
+        sample = self.episodes[spread(len(self.episodes), SAMPLE)].tolist()
         actions_NA = np.concatenate([self.dataset.actions(episode) for episode in sample])
         return actions_NA.mean(axis=0), actions_NA.std(axis=0)
 
 
-def _spread(length: int, most: int) -> np.ndarray:
-    """Returns at most `most` of the numbers below `length`, from the first to the last."""
-    return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int)) if length else np.zeros(0, int)
+def _nearest_to_all(points_ND: np.ndarray) -> int:
+    """Returns the number of the point whose distances to all others are the least together."""
+    squares_N = np.square(points_ND).sum(axis=1)
+    squared_NN = squares_N[:, None] + squares_N - 2 * points_ND @ points_ND.T
+    return int(np.sqrt(np.maximum(squared_NN, 0)).sum(axis=1).argmin())
 
 
 def _unique(values: np.ndarray) -> list[int]:

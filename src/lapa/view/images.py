@@ -64,10 +64,13 @@ def dataset_here(paths: Any, fingerprints: Any) -> Dataset | None:
     """
     for path in paths if isinstance(paths, list) else []:
         try:
-            dataset = None if as_hub_id(str(path)) else open_dataset(str(path))
+            # Nothing is asked of the network by what a config says.
+            if "://" in str(path) or as_hub_id(str(path)) is not None:
+                continue
+            dataset = open_dataset(str(path))
         except UserError:
             continue
-        if dataset is not None and dataset.fingerprint in (fingerprints or ()):
+        if dataset.fingerprint in (fingerprints or ()):
             return dataset
     return None
 

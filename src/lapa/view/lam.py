@@ -15,6 +15,8 @@ Axes: N latent actions, T frames, L latent action length, C channel, H W image.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +45,9 @@ from lapa.view.pages import Pages
 
 # Examples that the page offers, and those of an export. Frames of each after the first.
 EXAMPLES, EXPORTED, FOLLOWING = 12, 12, 6
-# Pairs whose latent actions are counted, of so many episodes; the most frequent that are offered.
-SAMPLE_EPISODES, SAMPLE_PAIRS, FREQUENT = 16, 4, 8
+# Latent actions are counted of so many pairs of so many episodes, or as many as this time allows, in which nothing else
+# is answered. The most frequent ones are offered.
+SAMPLE_EPISODES, SAMPLE_PAIRS, SAMPLE_SECONDS, FREQUENT = 16, 4, 5.0, 8
 # How often an export applies each code.
 REPEATS = 3
 
@@ -240,7 +243,13 @@ class LamPages(Pages):
         if self.dataset is None or not lam.model.discrete:
             return {"actions": [], "sample": 0}
         step, counts = horizon_frames(lam.seconds, self.dataset.fps), Counter[tuple[int, ...]]()
-        for episode, _ in places_of(self.dataset, SAMPLE_EPISODES, 0):
+        places = places_of(self.dataset, SAMPLE_EPISODES, 0)
+        end = math.inf if self._exported else time.monotonic() + SAMPLE_SECONDS
+        # In any order, since the time may end before the episodes do.
+        for place in np.random.default_rng(0).permutation(len(places)):
+            if time.monotonic() > end:
+                break
+            episode = places[place][0]
             last = int(self.dataset.lengths[episode]) - 1 - step
             if last < 0:
                 continue

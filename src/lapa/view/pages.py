@@ -10,6 +10,7 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import RLock
 from typing import Any, ClassVar
@@ -31,7 +32,6 @@ class Pages(ABC):
     questions: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self) -> None:
-        # What is shown is read by one request at a time.
         self.lock = RLock()
         self._temporary = tempfile.TemporaryDirectory(prefix="lapa-view-")
 
@@ -52,8 +52,12 @@ class Pages(ABC):
         numbers = [int(number) for number in match[2].split("-")[1:]]
         if len(numbers) != self.numbers[match[1]]:
             raise KeyError(name)
-        with self.lock:
+        with self.reading(name):
             return getattr(self, f"_{match[1]}")(*numbers)
+
+    def reading(self, name: str) -> AbstractContextManager[Any]:
+        """What is held while the data of a name is made: one lock for all, unless a page reads in several threads."""
+        return self.lock
 
     def answer(self, name: str, body: bytes) -> dict[str, Any]:
         """Returns what the method `_ask_NAME` returns for the JSON object that the page sent.

@@ -1,9 +1,11 @@
-"""Datasets and latent actions in the browser: one page, from this machine to this machine.
+"""Datasets, latent actions, models and policies in the browser: one page, from this machine to this machine.
 
     lapa view DATASET
     lapa view DATASET/labels/LAM_FINGERPRINT
     lapa view LABELS --data DATASET --port 7861
     lapa view rlds:bridge_dataset/1.0.0
+    lapa view LAM --data DATASET --compare OTHER_LAM
+    lapa view POLICY --data ROBOT_DATASET --lam LAM
     lapa view DATASET --export FOLDER --limit 20
 
 /data/NAME.json    what the page shows (lapa.view.pages)

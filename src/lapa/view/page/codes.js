@@ -74,7 +74,6 @@ async function showCode(code) {
   if (code === null) return;
   $("code-title").textContent = `${positionName(position)}, code ${about.labels.codes[position][code]}`;
   $("code-count").textContent = "loading";
-  $("code-actions").replaceChildren();
   const data = await load(wanted);
   if (location.hash.slice(1) !== wanted) return;
   $("code-count").textContent = `${data.rows.toLocaleString("en")} frames in ${data.episodes.toLocaleString("en")}`
@@ -88,20 +87,24 @@ async function showCode(code) {
   $("more").onclick = more;
   more();
   if (data.actions) {
-    const widest = Math.max(1, ...data.actions.map(each => Math.abs(each.z)));
-    const parts = data.actions.flatMap(each => {
-      const bar = make("i"), share = 50 * Math.abs(each.z) / widest;
-      bar.style.width = `${share}%`;
-      bar.style.left = `${each.z < 0 ? 50 - share : 50}%`;
-      return [make("span", { textContent: each.name }), make("div", {}, bar),
-        make("span", { className: "value", textContent: `${short(each.mean)} (${each.z > 0 ? "+" : ""}${short(each.z)})` })];
-    });
-    $("code-actions").replaceChildren(
-      make("h3", { textContent: "Mean action at these frames, and in brackets its distance from the mean of all in"
-        + " standard deviations" }), make("div", { className: "z" }, ...parts));
+    $("code-actions").append(make("h3", { textContent: "Mean action at these frames, and in brackets its distance from"
+      + " the mean of all in standard deviations" }), distances(data.actions));
+    addClips([data.nearest], $("code-nearest"));
+    $("code-nearest").append(make("div", {}, make("h3", { textContent: "The one frame whose action is nearest to all of"
+      + " these" }), distances(data.nearest.actions)));
   }
 }
-function addClips(these) {
+function distances(actions) {
+  const widest = Math.max(1, ...actions.map(each => Math.abs(each.z)));
+  return make("div", { className: "z" }, ...actions.flatMap(each => {
+    const bar = make("i"), share = 50 * Math.abs(each.z) / widest;
+    bar.style.width = `${share}%`;
+    bar.style.left = `${each.z < 0 ? 50 - share : 50}%`;
+    return [make("span", { textContent: each.name }), make("div", {}, bar),
+      make("span", { className: "value", textContent: `${short(each.value)} (${each.z > 0 ? "+" : ""}${short(each.z)})` })];
+  }));
+}
+function addClips(these, into = $("clips")) {
   for (const clip of these) {
     const video = make("video", { muted: true, playsInline: true, preload: "auto",
       src: `files/${clip.episode}-${clip.camera}.mp4` });
@@ -110,13 +113,13 @@ function addClips(these) {
     const open = make("button", { onclick: () => go(`episode-${clip.episode}@${clip.frame}`) }, ...(about.images
       ? [video] : []), make("span", { className: "dim",
       textContent: `episode ${clip.episode}, frame ${clip.frame}: ${clip.instruction || "(no instruction)"}` }));
-    $("clips").append(open);
+    into.append(open);
   }
 }
 function dropClips() {
   for (const { video } of clips) video.removeAttribute("src");
   clips = [];
-  $("clips").replaceChildren();
+  for (const id of ["clips", "code-actions", "code-nearest"]) $(id).replaceChildren();
 }
 let running = !calm;
 function repeat() {

@@ -28,7 +28,7 @@ const route = guarded(async () => {
 });
 
 function listen() {
-  for (const id of ["search", "source", "shortest", "longest", "only"]) {
+  for (const id of ["search", "source", "shortest", "longest", "calmest", "liveliest", "only"]) {
     $(id).oninput = () => { $("list").scrollTop = 0; filter(); };
   }
   $("list").onscroll = draw;
@@ -86,4 +86,5 @@ guarded(async () => {
     filter();
     if (page === 0) route();
   }
+  if (about.images) await survey();
 })();

@@ -27,10 +27,21 @@ async function start(clips) {
   show();
   if (models.every(model => ofVideo(model, 0))) await take(models.map(model => ofVideo(model, 0)));
 }
+async function working(work) {
+  const before = $("state").textContent;
+  $("state").textContent = "predicting";
+  try {
+    await work();
+  } finally {
+    $("state").textContent = before;
+  }
+}
 // Applies an action of each model, so that all are at the same step.
 async function take(actions) {
   const made = [];
-  for (const [number, action] of actions.entries()) made.push(await predicted(models[number], action));
+  await working(async () => {
+    for (const [number, action] of actions.entries()) made.push(await predicted(models[number], action));
+  });
   models.forEach((model, number) => {
     if (made[number].anew) model.film.length = 1;
     model.film.push({ ...made[number], action: actions[number] });
@@ -93,7 +104,8 @@ const replay = () => queued(async () => {
   }
 });
 const showEach = model => queued(async () => {
-  model.each = await ask("each", { model: model.number, image: model.film.at(-1).image, codes: model.action.codes });
+  const given = { model: model.number, image: model.film.at(-1).image, codes: model.action.codes };
+  await working(async () => { model.each = await ask("each", given); });
   show();
 });
 

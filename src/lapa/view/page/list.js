@@ -3,19 +3,20 @@
 const HEIGHT = 48;
 let about = null;
 const rows = { index: [], length: [], instruction: [], source: [] };
-let still = null;
 let found = [], chosen = -1;
 
 function matches(row) {
   const seconds = rows.length[row] / about.fps;
-  const only = $("only").value;
+  const only = $("only").value, images = seen.get(rows.index[row]);
   return words($("search").value).every(word => rows.instruction[row].toLowerCase().includes(word))
     && words($("source").value).every(word => rows.source[row].toLowerCase().includes(word))
     && !($("shortest").value && seconds < Number($("shortest").value))
     && !($("longest").value && seconds > Number($("longest").value))
     && !(only === "bare" && rows.instruction[row])
     && !(only === "short" && seconds >= 1)
-    && !(only === "still" && !still.has(rows.index[row]));
+    && (!(only in MARKS) || marked(images, only))
+    && !($("calmest").value && !(100 * images?.motion >= Number($("calmest").value)))
+    && !($("liveliest").value && !(100 * images?.motion <= Number($("liveliest").value)));
 }
 const words = text => text.toLowerCase().split(/\s+/).filter(Boolean);
 function filter() {
@@ -35,6 +36,7 @@ function draw() {
     const item = make("div", { className: "item", id: `item-${rows.index[row]}` },
       make("b", { textContent: rows.instruction[row] || "(no instruction)" }),
       make("span", { textContent: `${rows.index[row]} · ${few.format(rows.length[row] / about.fps)} s`
+        + (seen.get(rows.index[row])?.motion != null ? ` · motion ${percent(seen.get(rows.index[row]).motion)}` : "")
         + (rows.source[row] ? ` · ${rows.source[row]}` : "") }));
     item.setAttribute("role", "option");
     item.setAttribute("aria-selected", selected);

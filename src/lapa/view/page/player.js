@@ -149,6 +149,7 @@ async function motion(index) {
   if (data.cuts.length) notes.push(`${data.cuts.length} cut${data.cuts.length > 1 ? "s" : ""} at frame `
     + data.cuts.join(", "));
   if (frozen.length) notes.push(`camera ${frozen.map(camera => camera.name).join(", ")} stands still`);
+  if (likeOthers(index)) notes.push(likeOthers(index));
   if (notes.length) $("what").append(" · ", make("span", { className: "error", textContent: notes.join("; ") }));
 }
 function curves(data) {

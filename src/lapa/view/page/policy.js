@@ -86,8 +86,10 @@ function showBins(bins) {
     const text = `${percent(most)} for ${short(values[best])}`;
     const graph = drawn("svg", { viewBox: `0 0 ${shares.length} 100`, preserveAspectRatio: "none", role: "img",
       "aria-label": `${name}: ${text}` });
-    shares.forEach((share, bin) => graph.append(drawn("rect", { x: bin, width: 0.9, y: 100 - 96 * share / (most || 1),
-      height: 96 * share / (most || 1), class: bin === best ? "bar best" : "bar" })));
+    // Of many bins one would be too thin to see.
+    const width = Math.max(0.9, shares.length / 70);
+    shares.forEach((share, bin) => graph.append(drawn("rect", { x: bin + 0.5 - width / 2, width, height: 96 * share / (most || 1),
+      y: 100 - 96 * share / (most || 1), class: bin === best ? "bar best" : "bar" })));
     return make("figure", {}, make("figcaption", {}, make("b", { textContent: name }),
       make("span", { className: "value", textContent: text })), make("div", { className: "lane" }, graph),
     make("figcaption", {}, make("span", { textContent: short(values[0]) }), make("span", { textContent: short(values.at(-1)) })));

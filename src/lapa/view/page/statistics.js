@@ -7,19 +7,29 @@ function table(element, head, body) {
     make("tbody", {}, ...body.map(cells => line(cells, "td"))));
 }
 function only(value) {
-  for (const id of ["search", "source", "shortest", "longest"]) $(id).value = "";
+  for (const id of ["search", "source", "shortest", "longest", "calmest", "liveliest"]) $(id).value = "";
   $("only").value = value;
   go("episodes");
   filter();
   $("list").scrollTop = 0;
   draw();
 }
+function drawMarks() {
+  const flags = [
+    [rows.instruction.filter(text => !text).length, "Episodes without an instruction", "bare"],
+    [rows.length.filter(length => length / about.fps < 1).length, "Episodes shorter than 1 s", "short"],
+    ...(about.images ? Object.entries(MARKS).map(([mark, [text]]) =>
+      [[...seen.values()].filter(row => marked(row, mark)).length, `Episodes ${text}`, mark]) : []),
+  ];
+  $("suspicious").replaceChildren(...flags.map(([count, text, value]) => make("p", { className: "row" }, `${text}: `,
+    count ? make("button", { textContent: `show ${count.toLocaleString("en")}`, onclick: () => only(value) }) : "none")),
+    ...(measured < toMeasure ? [make("p", { className: "dim", textContent: $("survey").textContent })] : []));
+}
 async function showStatistics() {
   const lengths = [...rows.length].sort((one, other) => one - other), at = share => lengths[Math.floor(share
     * (lengths.length - 1))] / about.fps;
   const counts = new Map();
   for (const text of rows.instruction) counts.set(text, (counts.get(text) ?? 0) + 1);
-  const bare = counts.get("") ?? 0;
   counts.delete("");
   table($("figures"), null, [
     ["episodes", about.episodes.toLocaleString("en")], ["frames", about.frames.toLocaleString("en")],
@@ -35,22 +45,8 @@ async function showStatistics() {
   ]);
   const most = [...counts].sort((one, other) => other[1] - one[1]).slice(0, 30);
   table($("instructions"), null, most.map(([text, count]) => [text, count.toLocaleString("en")]));
-  const brief = rows.length.filter(length => length / about.fps < 1).length;
-  const flags = [[bare, "Episodes without an instruction", "bare"], [brief, "Episodes shorter than 1 s", "short"]];
-  const list = () => $("suspicious").replaceChildren(...flags.map(([count, text, value]) => make("p", { className: "row" },
-    `${text}: `, count ? make("button", { textContent: `show ${count.toLocaleString("en")}`, onclick: () => only(value) })
-      : "none")));
-  list();
+  drawMarks();
   const data = await load("statistics");
-  if (data.looked_at.length) {
-    still = new Map(Object.entries(data.still).map(([index, cameras]) => [Number(index), cameras]));
-    flags.push([still.size, `Episodes with a camera in which nothing moves, of ${data.looked_at.length} that were looked`
-      + " at", "still"]);
-    if (![...$("only").options].some(option => option.value === "still")) {
-      $("only").append(make("option", { value: "still", textContent: "without motion" }));
-    }
-    list();
-  }
   const cards = ["actions", "states"].filter(kind => data[kind]).map(kind => {
     const element = make("table"), columns = ["mean", "std", "min", "q01", "median", "q99", "max"];
     table(element, ["", "mean", "std", "least", "1%", "median", "99%", "greatest"], data[kind].map((figures, dim) => [about[kind][dim],
