@@ -183,7 +183,7 @@ class _Eyes:
         import mujoco
         from robosuite.utils.observables import Observable, sensor
 
-        self._sim, self._size, self._cameras = simulator.sim, size, tuple(cameras)
+        self._size, self._cameras = size, tuple(cameras)
         self._context = simulator.sim._render_context_offscreen
         self._model, self._data = simulator.sim.model._model, simulator.sim.data._data
         self._views = {}

@@ -46,5 +46,5 @@ def check_rendering() -> None:
         reason = lines[-1] if lines else f"exit status {probe.returncode}"
         raise UserError(
             f"MuJoCo cannot render without a screen through {backend} ({reason}); "
-            f"on Debian or Ubuntu: apt-get install {DEBIAN_PACKAGES}"
+            f"on Debian or Ubuntu: apt-get install {DEBIAN_PACKAGES}; MUJOCO_GL names another backend"
         )
