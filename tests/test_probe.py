@@ -192,9 +192,9 @@ def test_motion_is_what_moves_apart_from_the_camera(shift: tuple[int, int]) -> N
         second[y : y + 32, x : x + 32] = thing[:32, :32]
         pairs.append(np.stack([first, second]).transpose(0, 3, 1, 2))
     still, moved = motion(torch.from_numpy(np.stack(pairs)))["grid"].reshape(2, 4, 4, 2)
-    # The thing fills the cell in the second row and the third column, most of it still after its motion.
-    np.testing.assert_allclose(still[1, 2] * 128, shift, atol=1.0)
-    np.testing.assert_allclose(moved[1, 2] * 128, shift, atol=1.0)
+    # The thing fills the cell in the second row and the third column, and leaves a part of it.
+    np.testing.assert_allclose(still[1, 2] * 128, shift, atol=1.5)
+    np.testing.assert_allclose(moved[1, 2] * 128, shift, atol=1.5)
     assert np.abs(still[3] * 128).max() < 0.5 and np.abs(moved[3] * 128).max() < 0.5
 
 

@@ -52,6 +52,12 @@ class Sample:
     middle_BCHW: Tensor | None = None
     tasks_B: np.ndarray | None = None
 
+    def with_middle(self) -> Tensor:
+        """The frames with that halfway between them, if it is there, uint8 [B, 2 or 3, C, H, W]."""
+        if self.middle_BCHW is None:
+            return self.frames_BTCHW
+        return torch.stack([self.frames_BTCHW[:, 0], self.middle_BCHW, self.frames_BTCHW[:, 1]], dim=1)
+
 
 def draw_sample(pairs: FramePairs, num: int, seed: int, *, actions: bool = False) -> Sample:
     """Up to `num` different pairs, drawn evenly. actions: with true action and instruction, if the dataset has them.

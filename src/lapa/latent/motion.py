@@ -3,10 +3,12 @@
     lapa latent probe LAM --data VIDEOS --motion
 
 Dense inverse search (Kroeger et al., ECCV 2016, https://arxiv.org/abs/1603.03590) by OpenCV (`lapa-vla[motion]`).
-Axes: B pairs, T time (two frames), C channel, H W image, N cells, M components of the motion.
+Axes: B pairs, T time (the two frames, or also that halfway), C channel, H W image, N cells, M components.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -19,11 +21,12 @@ GRID = 4
 SIDE = 128
 
 
-def motion(frames_BTCHW: UInt8[Tensor, "B 2 C H W"]) -> dict[str, Float[np.ndarray, "B M"]]:
+def motion(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> dict[str, Float[np.ndarray, "B M"]]:
     """Returns the mean flow, x and y, as shares of the side: in each of 4 x 4 cells (`grid`), and in the `whole`.
 
-    The median over the image is subtracted: what is left is what moves other than the camera.
-    Raises UserError where OpenCV is not installed.
+    The median over the image is subtracted: what is left is what moves other than the camera. The flow of T frames is
+    the sum from each to the next, since shorter ways are found better, each the mean of the flow forward and of that
+    backward with its sign changed. Raises UserError where OpenCV is not installed.
     """
     try:
         import cv2
@@ -36,10 +39,15 @@ def motion(frames_BTCHW: UInt8[Tensor, "B 2 C H W"]) -> dict[str, Float[np.ndarr
         image_HW = cv2.cvtColor(np.ascontiguousarray(frame_CHW.permute(1, 2, 0).numpy()), cv2.COLOR_RGB2GRAY)
         return cv2.resize(image_HW, (side, side), interpolation=cv2.INTER_CUBIC)
 
-    cells = []
-    for first_CHW, second_CHW in frames_BTCHW:
-        flow_HW2 = search.calc(grey(first_CHW), grey(second_CHW), np.zeros((side, side, 2), np.float32)) / side
+    def flow(first_HW: np.ndarray, second_HW: np.ndarray) -> np.ndarray:
+        flow_HW2 = search.calc(first_HW, second_HW, np.zeros((side, side, 2), np.float32)) / side
         flow_HW2 -= np.median(flow_HW2, axis=(0, 1))
-        cells.append(cv2.resize(flow_HW2, (GRID, GRID), interpolation=cv2.INTER_AREA).reshape(-1, 2))
+        return cv2.resize(flow_HW2, (GRID, GRID), interpolation=cv2.INTER_AREA).reshape(-1, 2)
+
+    cells = []
+    for frames_TCHW in frames_BTCHW:
+        images = [grey(frame_CHW) for frame_CHW in frames_TCHW]
+        steps = [(flow(first, second) - flow(second, first)) / 2 for first, second in itertools.pairwise(images)]
+        cells.append(np.sum(steps, axis=0))
     cells_BN2 = np.stack(cells).astype(np.float64)
     return {"grid": cells_BN2.reshape(len(cells_BN2), -1), "whole": cells_BN2.mean(axis=1)}

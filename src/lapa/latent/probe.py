@@ -230,7 +230,7 @@ def probe(
     if sample.actions_BA is not None and fits:
         figures["action"] = regression_figures(sample.actions_BA, sample, encoded, codebook_size, seed)
     if motions and fits:
-        targets = motion(sample.frames_BTCHW)
+        targets = motion(sample.with_middle())
         figures["motion"] = {
             name: regression_figures(targets_BM, sample, encoded, codebook_size, seed)
             for name, targets_BM in targets.items()
