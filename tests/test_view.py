@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import shutil
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -36,6 +37,7 @@ from lapa.view import dataset as view_dataset
 from lapa.view.config import ViewConfig
 from lapa.view.dataset import DatasetPages
 from lapa.view.opening import kind_at, open_pages
+from lapa.view.recording import record
 from lapa.view.server import running
 from lapa.view.survey import Readers, Survey
 
@@ -502,3 +504,31 @@ def test_a_long_list_has_few_elements(tab: Browser, dataset: LeRobotDataset, tmp
         tab.run("document.getElementById('list').scrollTop = 1e9")
         tab.until("document.getElementById('rows').textContent.includes('task 29999')")
         assert tab.run("document.querySelectorAll('.item').length") < 60
+
+
+def test_a_recording_of_rerun_has_images_actions_states_and_codes(
+    labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader = pytest.importorskip("rerun.chunk", reason="needs lapa-vla[rerun]")
+    out = tmp_path / "some.rrd"
+    told = export(capsys, str(labels), "--rerun", str(out), "--limit", "2")
+    assert f"2 of {EPISODES} episodes" in told
+    rows = {chunk.entity_path: chunk.num_rows for chunk in reader.RrdReader(out).stream().to_chunks()}
+    parts = [
+        "actions/down",
+        "actions/right",
+        "states/down",
+        "states/right",
+        f"cameras/{lapa.open_dataset(labels.parent.parent).cameras[0]}",
+    ]
+    for episode in (0, EPISODES - 1):
+        assert [rows[f"/episode_{episode}/{part}"] for part in parts] == [FRAMES] * 5
+        assert rows[f"/episode_{episode}/codes/position_2"] == FRAMES - HORIZON
+    with pytest.raises(UserError, match="exists; give another name, or --overwrite"):
+        record(ViewConfig(str(labels), rerun=out))
+
+
+def test_a_recording_needs_rerun(labels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(UserError, match=r"--rerun needs rerun; install it: pip install 'lapa-vla\[rerun\]'"):
+        record(ViewConfig(str(labels), rerun=tmp_path / "some.rrd"))

@@ -279,7 +279,7 @@ MISSING = {
     "inverse": "no such folder; train an inverse dynamics model with `lapa baseline inverse`",
     "video": "no such folder; train a video model with `lapa baseline video`",
 }
-OUTPUTS = ("out", "sheet", "export")
+OUTPUTS = ("out", "sheet", "export", "rerun")
 
 
 def require_inputs(config: Any) -> None:

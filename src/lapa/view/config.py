@@ -30,8 +30,10 @@ class ViewConfig:
     """Port of 127.0.0.1; 0 for a free one."""
     export: Path | None = None
     """Write the page and its data to this folder, which any browser opens, and serve nothing."""
+    rerun: Path | None = None
+    """Write the episodes of a dataset, with the codes of labels, to this .rrd file of Rerun, and serve nothing."""
     limit: int | None = None
-    """Most episodes of an export, spread over the dataset (by default 50), images of a latent action model (12) or
-    observations of a policy (20)."""
+    """Most episodes of an export or a recording, spread over the dataset (by default 50), images of a latent action
+    model (12) or observations of a policy (20)."""
     overwrite: bool = False
-    """Replace the contents of the export's folder."""
+    """Replace the contents of the export's folder, or the recording."""

@@ -72,7 +72,7 @@ def open_labels_pages(config: ViewConfig) -> DatasetPages:
 
 
 def _pages(dataset: Dataset, labels: Labels | None, config: ViewConfig) -> DatasetPages:
-    if config.export is None:
+    if config.export is None and config.rerun is None:
         return DatasetPages(dataset, labels)
     episodes = spread(len(dataset), config.limit or EXPORTED).tolist()
     return DatasetPages(dataset, labels, episodes=episodes, encoded=True)
@@ -108,7 +108,7 @@ class DatasetPages(Pages):
         # A slow episode holds up requests for itself alone: each name has a lock, and each request a copy to read.
         self._locks: defaultdict[str, RLock] = defaultdict(RLock)
         self._readers, self._lent = Readers(dataset), local()
-        self.survey = Survey(self._readers, self.episodes.tolist(), self._cameras)
+        self.survey = Survey(self._readers, self.episodes.tolist(), self.cameras)
 
     @property
     def dataset(self) -> Dataset:
@@ -158,7 +158,7 @@ class DatasetPages(Pages):
 
     def files(self) -> Iterator[str]:
         for episode in self.episodes.tolist():
-            yield from (f"{episode}-{camera}.mp4" for camera in range(len(self._cameras)))
+            yield from (f"{episode}-{camera}.mp4" for camera in range(len(self.cameras)))
 
     def file(self, name: str) -> Path:
         match = VIDEO.fullmatch(name)
@@ -166,19 +166,19 @@ class DatasetPages(Pages):
             raise KeyError(name)
         episode, camera = int(match[1]), int(match[2])
         self._require(episode)
-        if camera >= len(self._cameras):
+        if camera >= len(self.cameras):
             raise KeyError(camera)
         with self.reading(name):
-            camera_name = self._cameras[camera]
+            camera_name = self.cameras[camera]
             if own := self._own_video(episode, camera_name):
                 return own[0]
             file = self.folder / name
             if not file.exists():
-                encode_clip(file, map(_smaller, self.dataset.frames(episode, camera=camera_name)), self.dataset.fps)
+                encode_clip(file, map(smaller, self.dataset.frames(episode, camera=camera_name)), self.dataset.fps)
             return file
 
     @property
-    def _cameras(self) -> tuple[str, ...]:
+    def cameras(self) -> tuple[str, ...]:
         return () if self.dataset.coded else self.dataset.cameras
 
     def _require(self, episode: int) -> None:
@@ -202,7 +202,7 @@ class DatasetPages(Pages):
 
     def _about(self) -> dict[str, Any]:
         dataset = self.dataset
-        names = {ACTION: self._names(ACTION), STATE: self._names(STATE)}
+        names = {ACTION: self.dimensions(ACTION), STATE: self.dimensions(STATE)}
         about: dict[str, Any] = {
             "name": dataset.name,
             "episodes": len(self.episodes),
@@ -232,7 +232,7 @@ class DatasetPages(Pages):
             }
         return about
 
-    def _names(self, feature: str) -> list[str]:
+    def dimensions(self, feature: str) -> list[str]:
         features = self.dataset.features
         return dimension_names(features[feature], feature.rpartition(".")[2]) if feature in features else []
 
@@ -255,7 +255,7 @@ class DatasetPages(Pages):
         dataset, length = self.dataset, int(self.dataset.lengths[index])
         episode = dataset[index]
         videos = []
-        for camera, name in enumerate(self._cameras):
+        for camera, name in enumerate(self.cameras):
             own = self._own_video(index, name)
             start, end = own[1:] if own else (0.0, length / dataset.fps)
             videos.append({"camera": camera, "start": start, "end": end})
@@ -282,7 +282,7 @@ class DatasetPages(Pages):
     def _motion(self, index: int) -> dict[str, Any]:
         """The change of each camera's images, RMS of brightness in [0, 1], and the frames with which shots begin."""
         self._require(index)
-        frames_T, small, cuts = looked_at(self.dataset, index, self._cameras)
+        frames_T, small, cuts = looked_at(self.dataset, index, self.cameras)
         energies = [motion_energy(small_THW, 1) for small_THW in small]
         cameras = [[round(float(energy), 4) for energy in energy_T] for energy_T in energies]
         return {"frames": frames_T[1:].tolist(), "cameras": cameras, "cuts": cuts}
@@ -404,7 +404,7 @@ class DatasetPages(Pages):
         assert self.labels is not None
         camera = self.dataset.cameras.index(self.dataset.camera_name(self.labels.manifest.camera))
         clip = {"episode": episode, "frame": frame, "camera": camera, "instruction": self.dataset[episode].instruction}
-        own = self._own_video(episode, self._cameras[camera]) if self._cameras else None
+        own = self._own_video(episode, self.cameras[camera]) if self.cameras else None
         start = (own[1] if own else 0.0) + (frame + 0.25) / self.dataset.fps
         return {**clip, "start": start, "end": start + self.labels.manifest.horizon_frames / self.dataset.fps}
 
@@ -426,7 +426,7 @@ class DatasetPages(Pages):
         nearest = _nearest_to_all(scores_NA)
 
         def listed(action_A: np.ndarray, score_A: np.ndarray) -> list[dict[str, Any]]:
-            found = zip(self._names(ACTION), action_A.tolist(), score_A.tolist(), strict=True)
+            found = zip(self.dimensions(ACTION), action_A.tolist(), score_A.tolist(), strict=True)
             return [{"name": name, "value": _number(value), "z": _number(score)} for name, value, score in found]
 
         clip = self._clip(int(owners_N[rows[nearest]]), int(frames_N[rows[nearest]]))
@@ -476,7 +476,7 @@ def _summary(rows_ND: np.ndarray) -> list[dict[str, float]]:
     return [{name: _number(values[dim]) for name, values in columns.items()} for dim in range(rows_ND.shape[1])]
 
 
-def _smaller(frame_HWC: np.ndarray) -> np.ndarray:
+def smaller(frame_HWC: np.ndarray) -> np.ndarray:
     """Returns an image with even sides of at most SIDE."""
     height, width = frame_HWC.shape[:2]
     scale = min(1.0, SIDE / max(height, width))

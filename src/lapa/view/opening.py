@@ -32,8 +32,8 @@ class View:
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://")
 # By kind of artifact (lapa.hub.artifacts).
 VIEWS = {
-    "dataset": View("lapa.view.dataset:open_dataset_pages"),
-    "labels": View("lapa.view.dataset:open_labels_pages", frozenset({"data"})),
+    "dataset": View("lapa.view.dataset:open_dataset_pages", frozenset({"rerun"})),
+    "labels": View("lapa.view.dataset:open_labels_pages", frozenset({"data", "rerun"})),
     "lam": View("lapa.view.lam:open_lam_pages", frozenset({"data", "compare", "device"})),
     "policy": View("lapa.view.policy:open_policy_pages", frozenset({"data", "lam", "device"})),
 }

@@ -7,6 +7,7 @@
     lapa view LAM --data DATASET --compare OTHER_LAM
     lapa view POLICY --data ROBOT_DATASET --lam LAM
     lapa view DATASET --export FOLDER --limit 20
+    lapa view DATASET --rerun FILE.rrd
 
 /data/NAME.json    what the page shows (lapa.view.pages)
 /files/NAME        its videos, in parts as the browser asks for them
@@ -34,6 +35,7 @@ from lapa.view.config import ViewConfig
 from lapa.view.export import PAGE, export
 from lapa.view.opening import open_pages
 from lapa.view.pages import Pages
+from lapa.view.recording import record
 
 try:
     from starlette.applications import Starlette
@@ -63,8 +65,10 @@ def run(config: ViewConfig) -> None:
     Raises UserError for what cannot be shown and a port in use, and KeyboardInterrupt after Ctrl-C.
     """
     web.require_port(config.port)
-    if config.export is not None:
-        export(config)
+    if config.export is not None and config.rerun is not None:
+        raise UserError("--export and --rerun: give one of them")
+    if config.export is not None or config.rerun is not None:
+        (export if config.rerun is None else record)(config)
         return
     where = f"--port {config.port}"
     with (
