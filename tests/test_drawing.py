@@ -42,8 +42,21 @@ def test_text_fits_its_width(text: str) -> None:
     assert all(font(TEXT).getlength(line) <= 150 for line in lines)
 
 
-def test_text_that_the_font_lacks() -> None:
-    assert drawable("Öffne die\nTür 打开 \x1b[31m") == "Offne die Tur ?? \\x1b[31m"
+def test_text_is_one_line_without_control_characters() -> None:
+    assert drawable("O\u0308ffne die\nTür 打开 \x1b[31m") == "Öffne die Tür 打开 \\x1b[31m"
+
+
+def test_text_that_the_font_lacks_is_drawn_with_another_one() -> None:
+    pytest.importorskip("matplotlib", reason="its font has Latin, Greek and Cyrillic letters")
+    box = bytes(font(TEXT, "é").getmask("\uffff"))
+    for text in ("Öffne die Tür", "Ouvre la fenêtre", "откройте дверь", "άνοιξε"):
+        assert all(bytes(font(TEXT, text).getmask(letter)) not in (box, b"") for letter in text if letter != " ")
+    assert font(TEXT, "open the door").getname() == font(TEXT).getname() != font(TEXT, "Tür").getname()
+
+
+def test_text_that_no_font_has_is_drawn_as_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lapa.drawing._font_files", lambda letters: [])
+    assert font(TEXT + 1, "ü").getmask("ü").getbbox() == font(TEXT + 1).getmask("\uffff").getbbox() is not None
 
 
 def test_a_grid_has_every_image_and_a_frame_around_the_marked_one() -> None:

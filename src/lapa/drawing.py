@@ -8,10 +8,14 @@ Axes: N images of a row, T time, C channel, H W image.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import shutil
+import subprocess
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +53,46 @@ class Row:
     marked: frozenset[int] = frozenset()
 
 
-def font(size: int = TEXT) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Returns the font of all images, which comes with Pillow."""
-    return ImageFont.load_default(size)
+def font(size: int = TEXT, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Returns the font of all images, which comes with Pillow, or, for a text that it lacks, one that has more of it.
+
+    Letters that no font of this machine has are drawn as boxes.
+    """
+    return _font(size, frozenset(letter for letter in text if not letter.isascii()))
+
+
+@lru_cache(1000)
+def _font(size: int, letters: frozenset[str]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    own = ImageFont.load_default(size)
+    if not _lacking(own, letters):
+        return own
+    others = [ImageFont.truetype(file, size) for file in _font_files(letters)]
+    return min([own, *others], key=lambda each: _lacking(each, letters))
+
+
+def _lacking(letters_of: ImageFont.FreeTypeFont | ImageFont.ImageFont, letters: Iterable[str]) -> int:
+    """Returns how many letters a font draws as it draws one that does not exist."""
+    nothing = bytes(letters_of.getmask("\uffff"))
+    return sum(bytes(letters_of.getmask(letter)) == nothing for letter in letters)
+
+
+def _font_files(letters: Iterable[str]) -> list[str]:
+    """Returns fonts that may have letters: matplotlib's with Latin, Greek and Cyrillic ones, and fontconfig's choice."""
+    files = []
+    if (matplotlib := importlib.util.find_spec("matplotlib")) and matplotlib.origin:
+        files.append(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"))
+    if command := shutil.which("fc-match"):
+        charset = " ".join(f"{ord(letter):x}" for letter in letters)
+        chosen = subprocess.run(
+            [command, "--format=%{file}", f"sans:charset={charset}"], capture_output=True, text=True, check=False
+        )
+        files.append(chosen.stdout)
+    return [file for file in files if Path(file).is_file()]
 
 
 def drawable(text: object) -> str:
-    """Returns a text as one line of what the font has: accents are dropped, other scripts become question marks."""
-    letters = unicodedata.normalize("NFKD", printable(text))
-    return "".join(each for each in letters if not unicodedata.combining(each)).encode("ascii", "replace").decode()
+    """Returns a text as one line, each letter with its accents as one."""
+    return unicodedata.normalize("NFC", printable(text))
 
 
 def wrapped(text: str, width: float, size: int = TEXT, most: int = 2) -> list[str]:
@@ -65,7 +100,7 @@ def wrapped(text: str, width: float, size: int = TEXT, most: int = 2) -> list[st
     words, lines = drawable(text).split(), [""]
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font(size).getlength(longer) > width:
+        if lines[-1] and font(size, longer).getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -75,10 +110,10 @@ def wrapped(text: str, width: float, size: int = TEXT, most: int = 2) -> list[st
 
 
 def _shortened(line: str, width: float, size: int) -> str:
-    if font(size).getlength(line) <= width:
+    if font(size, line).getlength(line) <= width:
         return line
     line = line.removesuffix("...").strip()
-    while line and font(size).getlength(line + "...") > width:
+    while line and font(size, line).getlength(line + "...") > width:
         line = line[:-1]
     return line + "..."
 
@@ -142,7 +177,7 @@ def _draw_scale(sheet: Image.Image, pen: ImageDraw.ImageDraw, top: int, most: fl
 
 def _write(pen: ImageDraw.ImageDraw, left: int, top: int, lines: Sequence[str], colour: str, size: int = TEXT) -> None:
     for number, line in enumerate(lines):
-        pen.text((left, top + number * (size + (LINE - TEXT))), line, colour, font(size))
+        pen.text((left, top + number * (size + (LINE - TEXT))), line, colour, font(size, line))
 
 
 def scaled(image_HWC: np.ndarray, width: int) -> Image.Image:
@@ -213,10 +248,11 @@ def charts(panels: Mapping[str, Mapping[str, Points]], across: str) -> Image.Ima
 
 def _legend(names: Sequence[str], colours: Mapping[str, str], width: int) -> Image.Image:
     """Draws the names behind their colours, in as many lines as they need."""
-    letters, line = font(TEXT * SMOOTH), LINE * SMOOTH
+    line = LINE * SMOOTH
     places, left, top = [], MARGIN * SMOOTH, GAP * SMOOTH
     for name in names:
-        taken = 3 * line + round(letters.getlength(drawable(name)))
+        text = drawable(name)
+        taken = 3 * line + round(font(TEXT * SMOOTH, text).getlength(text))
         if left + taken > width and left > MARGIN * SMOOTH:
             left, top = MARGIN * SMOOTH, top + line
         places.append((left, top))
@@ -225,7 +261,8 @@ def _legend(names: Sequence[str], colours: Mapping[str, str], width: int) -> Ima
     pen = ImageDraw.Draw(legend)
     for name, (left, top) in zip(names, places, strict=True):
         pen.line((left, top + line // 2, left + line, top + line // 2), colours[name], 3 * SMOOTH)
-        pen.text((left + line + GAP * SMOOTH, top), drawable(name), INK, letters)
+        text = drawable(name)
+        pen.text((left + line + GAP * SMOOTH, top), text, INK, font(TEXT * SMOOTH, text))
     return legend
 
 
@@ -234,7 +271,8 @@ def _chart(title: str, lines: Mapping[str, Points], colours: Mapping[str, str], 
     left, right, top, bottom = 58 * SMOOTH, width - MARGIN * SMOOTH, (LINE + 12) * SMOOTH, height - 42 * SMOOTH
     chart = Image.new("RGB", (width, height), PAPER)
     pen, letters = ImageDraw.Draw(chart), font(12 * SMOOTH)
-    pen.text((left, 6 * SMOOTH), _shortened(drawable(title), right - left, TEXT * SMOOTH), INK, font(TEXT * SMOOTH))
+    heading = _shortened(drawable(title), right - left, TEXT * SMOOTH)
+    pen.text((left, 6 * SMOOTH), heading, INK, font(TEXT * SMOOTH, heading))
     finite = {name: [(x, y) for x, y in points if abs(y) <= LARGEST] for name, points in lines.items()}
     values = [y for points in finite.values() for _, y in points]
     if not values:
