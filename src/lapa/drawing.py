@@ -77,7 +77,7 @@ def _lacking(letters_of: ImageFont.FreeTypeFont | ImageFont.ImageFont, letters: 
 
 
 def _font_files(letters: Iterable[str]) -> list[str]:
-    """Returns fonts that may have letters: matplotlib's with Latin, Greek and Cyrillic ones, and fontconfig's choice."""
+    """Returns fonts that may have letters: matplotlib's, with Latin, Greek and Cyrillic, and fontconfig's choice."""
     files = []
     if (matplotlib := importlib.util.find_spec("matplotlib")) and matplotlib.origin:
         files.append(str(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"))
