@@ -22,13 +22,16 @@ pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 from acting_policies import CAMERAS, CHUNK, INSTRUCTION, acting_policy
 from browser import Browser, browser
 from lapa import LatentActionModel, Policy, UserError, cli
+from lapa.data.dataset import ActionSpace
 from lapa.data.lerobot import LeRobotDataset
 from lapa.latent.model import lam_fingerprint
 from lapa.latent.show import decode_each, pixels, roll_out
+from lapa.policy.runtime import Actor
 from lapa.view.config import ViewConfig
 from lapa.view.images import from_page, to_page
 from lapa.view.lam import LamPages
 from lapa.view.opening import open_pages
+from lapa.view.policy import PolicyPages
 from lapa.view.server import MOST_BYTES, running
 
 FROZEN = Path(__file__).parent / "golden" / "frozen"
@@ -376,6 +379,34 @@ def test_examples_of_a_dataset_have_their_true_actions(name: str) -> None:
     np.testing.assert_array_equal(from_page(example["images"]["front"]), dataset.frames(episode, [frame])[0])
     given = {key: example[key] for key in ("images", "instruction", "state")}
     assert np.shape(ask(pages, "predict", **given)["actions"]) == (2, 2)
+    pages.close()
+
+
+def test_a_dataset_that_does_not_fit_the_policy_is_refused(policies: Path) -> None:
+    with pytest.raises(UserError, match="the policy those named front, wrist; give a dataset with these"):
+        opened(policies / "bins", data=str(DATASET))
+    with pytest.raises(UserError, match="an export needs observations to predict from"):
+        opened(policies / "bins", export=Path("page"))
+
+
+class Still(Actor):
+    """A policy of another kind, which does not move."""
+
+    cameras, chunk, fps = ("front",), 2, None
+    action_space = ActionSpace(("right", "down"), (False, False))
+
+    def act(self, observations: Any) -> np.ndarray:
+        return np.zeros((len(observations), 2, 2), np.float32)
+
+
+def test_other_policies_have_robot_actions_alone() -> None:
+    pages = PolicyPages("still", {"": Still()})
+    pages.take_examples(LeRobotDataset(DATASET), 2)
+    about, example = pages.json("about"), pages.json("example-1")
+    assert (
+        not about["latent"] and about["acts"]["names"] == ["right", "down"] and np.shape(example["actions"]) == (2, 2)
+    )
+    assert ask(pages, "predict", images=example["images"]) == {"actions": [[0, 0], [0, 0]]}
     pages.close()
 
 

@@ -58,7 +58,7 @@ def at_most(image_HWC: np.ndarray, side: int) -> np.ndarray:
 
 
 def dataset_here(paths: Any, fingerprints: Any) -> Dataset | None:
-    """Returns the first dataset that an artifact's config names and that is here, as it was; None where there is none.
+    """Returns the first dataset with images that an artifact's config names and that is here as it was, or None.
 
     paths, fingerprints: lists or the like, as the config has them.
     """
@@ -70,7 +70,7 @@ def dataset_here(paths: Any, fingerprints: Any) -> Dataset | None:
             dataset = open_dataset(str(path))
         except UserError:
             continue
-        if dataset.fingerprint in (fingerprints or ()):
+        if dataset.fingerprint in (fingerprints or ()) and not dataset.coded:
             return dataset
     return None
 

@@ -12,7 +12,7 @@ Axes: K chunk, A action dimensions, L latent action length, F tokens of a field,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,22 @@ def open_policy_pages(config: ViewConfig) -> PolicyPages:
         with errors_of(config.path):
             policy = load_policy(folder).to(config.device)
         actors = dict[str, Actor](policy.by_statistics() if policy.acts else {"": policy})
-    dataset = None
+    dataset, chosen = None, ()
     if config.data is not None:
         dataset = open_dataset(config.data)
     elif policy is not None:
         dataset = dataset_here(policy.run.get("data"), policy.run.get("dataset_fingerprints"))
+        chosen = tuple(policy.run.get("cameras") or ())
     if dataset is None and config.export is not None:
         raise UserError(f"{config.path}: an export needs observations to predict from; give them: --data DATASET")
     lam = _lam(config, policy, folder, dataset)
     exported = config.export is not None
     num = (config.limit or EXPORTED) if exported else EXAMPLES
     name = Path(config.path).name
-    return PolicyPages(name, actors, dataset, lam, num_examples=num, exported=exported, folders=[folder])
+    pages = PolicyPages(name, actors, lam, exported=exported, folders=[folder])
+    if dataset is not None:
+        pages.take_examples(dataset, num, chosen)
+    return pages
 
 
 def _lam(config: ViewConfig, policy: Policy | None, folder: Path, dataset: Dataset | None) -> Lam | None:
@@ -121,29 +125,41 @@ class PolicyPages(Pages):
         self,
         name: str,
         actors: Mapping[str, Actor],
-        dataset: Dataset | None,
-        lam: Lam | None,
+        lam: Lam | None = None,
         *,
-        num_examples: int = EXAMPLES,
         exported: bool = False,
         folders: list[str | Path] | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.actors, self.dataset, self.lam, self._exported = name, dict(actors), dataset, lam, exported
+        self.name, self.actors, self.lam, self._exported = name, dict(actors), lam, exported
         self._folders = folders or []
         self._first = next(iter(self.actors.values()))
         self._latent = isinstance(self._first, Policy) and self._first.config.latent_length > 0
         self._acts = not isinstance(self._first, Policy) or self._first.acts
+        self.dataset: Dataset | None = None
         self.places: list[tuple[int, int]] = []
-        if dataset is not None:
-            self._cameras = slot_cameras(self._first.cameras, [dataset])
-            if self._first.state_dim not in (0, dataset.state_dim):
-                raise UserError(
-                    f"{dataset.root}: has a state of {dataset.state_dim or 0} dimensions, the policy reads "
-                    f"{self._first.state_dim}; give episodes of its robot"
-                )
-            room = max(self._first.chunk, 0 if lam is None else horizon_frames(lam.seconds, dataset.fps))
-            self.places = places_of(dataset, num_examples, room)
+        self._cameras: tuple[str, ...] = ()
+
+    def take_examples(self, dataset: Dataset, num: int, cameras: Sequence[str] = ()) -> None:
+        """Offers `num` observations of a dataset. cameras: those in the policy's slots; by default of the same names.
+
+        Raises UserError where the dataset has other cameras or another state.
+        """
+        actor = self._first
+        try:
+            self._cameras = slot_cameras(actor.cameras, [dataset], cameras)
+        except UserError:
+            raise UserError(
+                f"{dataset.root}: has the cameras {', '.join(dataset.cameras)}, the policy those named "
+                f"{', '.join(actor.cameras)}; give a dataset with these"
+            ) from None
+        if actor.state_dim not in (0, dataset.state_dim):
+            raise UserError(
+                f"{dataset.root}: has a state of {dataset.state_dim or 0} dimensions, the policy reads "
+                f"{actor.state_dim}; give episodes of its robot"
+            )
+        room = max(actor.chunk, 0 if self.lam is None else horizon_frames(self.lam.seconds, dataset.fps))
+        self.places, self.dataset = places_of(dataset, num, room), dataset
 
     @property
     def summary(self) -> str:
