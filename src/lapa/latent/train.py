@@ -197,5 +197,6 @@ def _next_commands(config: LatentTrainConfig, in_place: bool = False) -> list[st
     label = shlex.join(["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)])
     return [
         shlex.join(["lapa", "latent", "probe", lam, "--data", data]),
+        *([] if config.model.targets == "features" else [shlex.join(["lapa", "view", lam, "--data", data])]),
         *([] if config.model.quantizer == "continuous" else [label]),
     ]

@@ -147,7 +147,9 @@ function showCodes(model) {
     row.setAttribute("role", "group");
     row.setAttribute("aria-label", `position ${position + 1}`);
     row.classList.toggle("chosen", model.number === active && model.position === position);
-    const parts = codebook <= MOST_BUTTONS ? Array.from({ length: codebook }, (_, code) => {
+    const every = codebook <= MOST_BUTTONS;
+    const shown = every ? Array.from({ length: codebook }, (_, code) => code) : drawnCodes(model, position);
+    const parts = shown.map(code => {
       const button = make("button", { id: `code-${model.number}-${position}-${code}`,
         onclick: () => press(model, position, code) });
       const codes = [...(model.each?.base ?? now)];
@@ -164,14 +166,21 @@ function showCodes(model) {
         button.title = "what the encoder reads from the frames";
       }
       return button;
-    }) : [make("input", { type: "number", min: 0, max: codebook - 1, value: now[position],
-      id: `code-${model.number}-${position}`,
-      onchange: event => press(model, position, Math.min(codebook - 1, Math.max(0, Number(event.target.value)))) })];
+    });
+    if (!every) parts.unshift(make("input", { type: "number", min: 0, max: codebook - 1, value: now[position],
+      id: `code-${model.number}-${position}`, ariaLabel: `code of position ${position + 1}`,
+      onchange: event => press(model, position, Math.min(codebook - 1, Math.max(0, Number(event.target.value)))) }));
     row.append(make("span", { textContent: `position ${position + 1}` }), ...parts);
     return row;
   }));
   if (focus?.startsWith(`code-${model.number}-`)) $(focus)?.focus();
   model.what.hidden = exported || Boolean(model.each);
+}
+// Codes of a position whose effect was asked for, the other positions as they are.
+function drawnCodes(model, position) {
+  const { base, actions } = model.each ?? { base: [], actions: [] };
+  const alone = actions.filter(codes => codes.every((code, place) => place === position || code === base[place]));
+  return [...new Set(alone.map(codes => codes[position]))].sort((one, other) => one - other);
 }
 function showFilm(model) {
   model.film_.replaceChildren(...model.film.map((each, step) => {
