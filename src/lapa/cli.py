@@ -125,6 +125,8 @@ VERBS = (
          "trainings -> an image of their curves, to compare them"),
     Verb("evaluate", "lapa.evaluation.config:EvaluateConfig", "lapa.evaluation.rollout:run",
          "a policy in a simulator -> success rates with intervals, and videos"),
+    Verb("envs", "lapa.envs.listing:EnvsConfig", "lapa.envs.listing:run",
+         "the simulators, what each needs, and whether it works on this machine"),
     Verb("serve", "lapa.serve.config:ServeConfig", "lapa.serve.server:run",
          "a policy for robots' clients: openpi's websocket, OpenVLA's REST, a page"),
     Verb("view", "lapa.view.config:ViewConfig", "lapa.view.server:run",

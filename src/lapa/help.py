@@ -135,7 +135,7 @@ def _texts(config: type) -> dict[str, str]:
 def _examples(name: str, module: str) -> list[str]:
     """The commands in a module's docstring."""
     lines = map(str.strip, _docstring(module).splitlines())
-    return [line for line in lines if line.startswith(("lapa ", "torchrun ")) and f"lapa {name} " in line]
+    return [line for line in lines if line.startswith(("lapa ", "torchrun ")) and f"lapa {name} " in f"{line} "]
 
 
 def _docstring(module: str) -> str:

@@ -33,6 +33,7 @@ from lapa.types import Observation
 
 # Name -> "module:EnvironmentKind", imported when it is asked for.
 ENVIRONMENTS = {
+    "language_table": "lapa.envs.language_table.simulator:LANGUAGE_TABLE",
     "libero": "lapa.envs.libero:LIBERO",
     "libero-openvla": "lapa.envs.libero:LIBERO_OPENVLA",
     "metaworld": "lapa.envs.metaworld.simulator:METAWORLD",

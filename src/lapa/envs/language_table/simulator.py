@@ -1,0 +1,232 @@
+"""Language Table: a stick pushes blocks on a table as an instruction says, with the authors' own oracle.
+
+Language Table: Lynch et al., RA-L 2023, arXiv 2210.06407; https://github.com/google-research/language-table.
+
+    git clone https://github.com/google-research/language-table
+    export LANGUAGE_TABLE=$PWD/language-table
+    lapa evaluate POLICY --env language_table --tasks all --episodes 50 --out RESULTS
+    lapa evaluate expert --env language_table --tasks separate --episodes 5 --out RESULTS
+
+Episodes are those of the authors' evaluation: eight blocks, 200 steps, positions drawn until their oracle finds a plan,
+instructions drawn from templates. A reset leaves something behind, so each episode has a new environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from lapa.console import warn
+from lapa.envs import ALL, EnvironmentKind, Task
+from lapa.envs.language_table.stand_ins import FirstStep, LaterStep, stand_ins
+from lapa.errors import UserError
+from lapa.types import Observation
+
+VARIABLE = "LANGUAGE_TABLE"
+REPOSITORY = "https://github.com/google-research/language-table"
+# The commit that was tested.
+COMMIT = "5b7bf0e9ff4edce323d5dd6d18e3341ae3ddb438"
+
+# Family of tasks -> the file and the class of its reward.
+FAMILIES = {
+    "block2block": ("block2block", "BlockToBlockReward"),
+    "block2absolute": ("block2absolutelocation", "BlockToAbsoluteLocationReward"),
+    "block2relative": ("block2relativelocation", "BlockToRelativeLocationReward"),
+    "block2blockrelative": ("block2block_relative_location", "BlockToBlockRelativeLocationReward"),
+    "separate": ("separate_blocks", "SeparateBlocksReward"),
+}
+MAX_STEPS = 200
+# As the published datasets name it.
+CAMERA = "rgb"
+FPS = 10.0
+# Metres: a movement of the stick's target, and the stick's position.
+ACTION_NAMES = STATE_NAMES = ("x", "y")
+LONGEST_MOVE = 0.1
+
+
+def checkout() -> Path:
+    """Returns the user's checkout of the simulator. Raises UserError, with the fix, where there is none."""
+    folder = os.environ.get(VARIABLE, "")
+    fix = f"git clone {REPOSITORY} && export {VARIABLE}=$PWD/language-table"
+    if not folder:
+        raise UserError(f"Language Table needs a checkout of its repository, which ${VARIABLE} names: {fix}")
+    if not (Path(folder) / "language_table" / "environments" / "language_table.py").is_file():
+        raise UserError(f"${VARIABLE}={folder}: is no checkout of Language Table; make one: {fix}")
+    return Path(folder).resolve()
+
+
+def check_checkout() -> dict[str, str]:
+    """Returns the protocol and the checkout's commit; warns where that is another than the tested one."""
+    folder = checkout()
+    try:
+        found = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    if commit and commit != COMMIT:
+        fix = f"results may differ from those of others; git -C {folder} checkout {COMMIT}"
+        warn(f"{folder}: is at another commit than the tested one: {fix}")
+    return {"protocol": "BLOCK_8, initial states that the oracle can plan", "checkout": commit[:12] or "no git"}
+
+
+class LanguageTableEnvironment:
+    """One family of tasks, an `Environment`. It plays one episode; the next needs a new one.
+
+    An action is [2] (metres that the stick's target moves, clipped to 0.1), the state float32 [2] (metres).
+    """
+
+    def __init__(self, task: str, size: int, cameras: Sequence[str]) -> None:
+        self._task, self._size, self._cameras = task, size, tuple(cameras)
+        self._simulator: Any = None
+
+    def reset(self, seed: int, episode: int = 0) -> None:
+        self.close()
+        # The simulator and its planner draw from NumPy's global numbers too.
+        self._numbers = np.random.RandomState(seed % 2**32).get_state()
+        with self._own_numbers(), _silence():
+            self._simulator = _make(self._task, seed % 2**32)
+            self._oracle, planned = _oracle(self._simulator), False
+            while not planned:
+                self._observation = self._simulator.reset()
+                planned = self._oracle.get_plan(self._simulator.compute_state())
+        self._time: FirstStep | LaterStep = FirstStep()
+
+    def observe(self) -> Observation:
+        image = Image.fromarray(self._simulator.image())
+        image = image.resize((self._size, self._size), Image.Resampling.LANCZOS)
+        instruction = self._simulator.decode_instruction(self._observation["instruction"])
+        images = dict.fromkeys(self._cameras, np.asarray(image))
+        return Observation(images, instruction, self._observation["effector_translation"].astype(np.float32))
+
+    def step(self, action: Float[np.ndarray, "2"]) -> bool:
+        with self._own_numbers():
+            move = np.clip(action, -LONGEST_MOVE, LONGEST_MOVE)
+            self._observation, _, solved, _ = self._simulator.step(move)
+        self._time = LaterStep()
+        return bool(solved)
+
+    def expert_action(self) -> Float[np.ndarray, "2"]:
+        with self._own_numbers():
+            return self._oracle.action(self._time).action
+
+    def close(self) -> None:
+        if self._simulator is not None:
+            self._simulator.pybullet_client.disconnect()
+            self._simulator = None
+
+    @contextmanager
+    def _own_numbers(self) -> Iterator[None]:
+        """NumPy's global random numbers are this episode's, whatever others in this process draw."""
+        others = np.random.get_state()  # noqa: NPY002
+        np.random.set_state(self._numbers)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            self._numbers = np.random.get_state()  # noqa: NPY002
+            np.random.set_state(others)  # noqa: NPY002
+
+
+def _make(task: str, seed: int) -> Any:
+    """Returns the simulator of a family."""
+    modules = _modules()
+    name, reward = FAMILIES[task]
+    return modules.simulator(
+        block_mode=modules.blocks.LanguageTableBlockVariants.BLOCK_8,
+        reward_factory=getattr(modules.rewards[name], reward),
+        control_frequency=FPS,
+        seed=seed,
+    )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """pybullet prints from C whenever it starts, and Gymnasium warns of the precision of bounds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    streams, nowhere = (os.dup(1), os.dup(2)), os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        # What C holds back would come later.
+        ctypes.CDLL(None).fflush(None)
+        for descriptor, stream in enumerate(streams, start=1):
+            os.dup2(stream, descriptor)
+            os.close(stream)
+        os.close(nowhere)
+
+
+def _oracle(simulator: Any) -> Any:
+    return _modules().oracle(simulator, use_ee_planner=True)
+
+
+@cache
+def _modules() -> SimpleNamespace:
+    """Imports the checkout's files, and returns what is used of them."""
+    root = "language_table.environments"
+    sys.path.append(str(checkout()))
+    with stand_ins():
+        table = importlib.import_module(f"{root}.language_table")
+        oracles = importlib.import_module(f"{root}.oracles.push_oracle_rrt_slowdown")
+        blocks = importlib.import_module(f"{root}.blocks")
+        rewards = {name: importlib.import_module(f"{root}.rewards.{name}") for name, _ in FAMILIES.values()}
+    blank = np.zeros((table.constants.IMAGE_HEIGHT, table.constants.IMAGE_WIDTH, 3), np.uint8)
+
+    class Simulator(table.LanguageTable):  # type: ignore[name-defined]
+        """Renders when it is asked for an image, not at every step. The oracle asks it for the rest."""
+
+        def _render_camera(self, image_size: object, return_seg_mask: bool = False) -> np.ndarray:
+            return blank
+
+        def image(self) -> UInt8[np.ndarray, "H W 3"]:
+            return super()._render_camera(self._image_size)
+
+        def get_control_frequency(self) -> float:
+            return FPS
+
+        def time_step_spec(self) -> None:
+            return None
+
+        def action_spec(self) -> None:
+            return None
+
+    oracle = oracles.ObstacleOrientedPushOracleBoard2dRRT
+    return SimpleNamespace(simulator=Simulator, oracle=oracle, blocks=blocks, rewards=rewards)
+
+
+LANGUAGE_TABLE = EnvironmentKind(
+    title="Language Table",
+    make=LanguageTableEnvironment,
+    suites=lambda: {ALL: [Task(family, MAX_STEPS, expert=True) for family in FAMILIES]},
+    known_cameras=(CAMERA,),
+    cameras=(CAMERA,),
+    size=128,
+    fps=FPS,
+    action_names=ACTION_NAMES,
+    state_names=STATE_NAMES,
+    action_low=(-LONGEST_MOVE,) * 2,
+    action_high=(LONGEST_MOVE,) * 2,
+    fresh=True,
+    own_process=True,
+    packages=("pybullet", "gymnasium", "opencv-python-headless", "absl-py", "six"),
+    extra="language-table",
+    also_needs=f"a checkout at ${VARIABLE}",
+    check=check_checkout,
+)

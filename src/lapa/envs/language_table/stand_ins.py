@@ -1,0 +1,75 @@
+"""Stand-ins for what Language Table's simulator imports and hardly uses: TensorFlow, TF-Agents, the old Gym, a plotter.
+
+Its files keep the modules that they import, so `stand_ins()` is needed only around the imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+
+class PyPolicy:
+    """The base class of the oracle, which calls its `_action`."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def action(self, time_step: object, policy_state: tuple = ()) -> Any:
+        """Returns the oracle's `PolicyStep`."""
+        return self._action(time_step, policy_state)  # type: ignore[attr-defined]
+
+
+class PolicyStep(SimpleNamespace):
+    """An action: `action`."""
+
+
+class FirstStep:
+    """The first time step of an episode, at which the oracle forgets its plan."""
+
+    def is_first(self) -> bool:
+        """Returns whether an episode starts."""
+        return True
+
+
+class LaterStep:
+    """Any time step after the first."""
+
+    def is_first(self) -> bool:
+        """Returns whether an episode starts."""
+        return False
+
+
+def _modules() -> dict[str, ModuleType]:
+    names = ("tensorflow", "tf_agents", "tf_agents.policies", "tf_agents.trajectories")
+    contents: dict[str, dict[str, Any]] = {
+        **{name: {} for name in names},
+        "tf_agents.policies.py_policy": {"PyPolicy": PyPolicy},
+        "tf_agents.trajectories.policy_step": {"PolicyStep": PolicyStep},
+        "tf_agents.trajectories.time_step": {},
+        # It draws plans for debugging, with matplotlib and imageio.
+        "language_table.environments.oracles.plot": {},
+    }
+    made = {"gym": importlib.import_module("gymnasium")}
+    for name, attributes in contents.items():
+        made[name] = ModuleType(name)
+        vars(made[name]).update(attributes)
+    return made
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """While it lasts, imports find the stand-ins."""
+    ours = _modules()
+    theirs = {name: sys.modules[name] for name in ours if name in sys.modules}
+    sys.modules.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del sys.modules[name]
+        sys.modules.update(theirs)

@@ -1,0 +1,229 @@
+"""Language Table: the stand-ins are gone after the imports, and an episode is the authors' own, rendered when asked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lapa.envs import episode_seed, make
+from lapa.envs.language_table import simulator
+from lapa.envs.language_table.simulator import (
+    CAMERA,
+    COMMIT,
+    FAMILIES,
+    LANGUAGE_TABLE,
+    VARIABLE,
+    LanguageTableEnvironment,
+    check_checkout,
+)
+from lapa.envs.language_table.stand_ins import FirstStep, LaterStep, stand_ins
+from lapa.errors import UserError
+from lapa.evaluation.config import EvaluateConfig
+from lapa.evaluation.rollout import evaluate
+
+needs_simulator = pytest.mark.skipif(
+    importlib.util.find_spec("pybullet") is None or not os.environ.get(VARIABLE), reason="needs pybullet and a checkout"
+)
+
+
+def test_stand_ins_are_found_by_imports_and_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium")
+    theirs = SimpleNamespace(name="another TensorFlow")
+    monkeypatch.setitem(sys.modules, "tensorflow", theirs)
+    before = set(sys.modules)
+    with stand_ins():
+        import tensorflow
+        from tf_agents.policies import py_policy
+        from tf_agents.trajectories import policy_step
+
+        assert tensorflow is not theirs
+
+    class Oracle(py_policy.PyPolicy):
+        def _action(self, time_step: Any, policy_state: object) -> Any:
+            return policy_step.PolicyStep(action=time_step.is_first())
+
+    oracle = Oracle(None, None)
+    assert oracle.action(FirstStep()).action is True and oracle.action(LaterStep()).action is False
+    assert sys.modules["tensorflow"] is theirs
+    assert not {name for name in set(sys.modules) - before if name.startswith("tf_agents")}
+
+
+def test_a_checkout_that_is_missing_or_of_another_commit_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(UserError, match=r"which \$LANGUAGE_TABLE names: git clone https://github.com"):
+        check_checkout()
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(f"$LANGUAGE_TABLE={tmp_path}: is no checkout of Language Table")):
+        check_checkout()
+    (tmp_path / "language_table" / "environments").mkdir(parents=True)
+    (tmp_path / "language_table" / "environments" / "language_table.py").touch()
+    assert check_checkout()["checkout"] == "no git"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "other"], check=True)
+    assert len(check_checkout()["checkout"]) == 12
+    assert "another commit than the tested one" in capsys.readouterr().err
+
+
+def test_it_is_simulated_in_processes_of_its_own(tmp_path: Path) -> None:
+    config = EvaluateConfig("expert", tmp_path / "out", env="language_table", tasks="separat", episodes=1, workers=0)
+    with pytest.raises(UserError, match="did you mean 'separate'"):
+        evaluate(config)
+    with pytest.raises(UserError, match="--workers must be at least 1 in language_table"):
+        evaluate(replace(config, tasks="separate"))
+
+
+class FakeSimulator:
+    """Counts what it is asked, and draws from NumPy's global numbers as the checkout's does."""
+
+    def __init__(self) -> None:
+        self.resets, self.images, self.moves = 0, 0, []
+        self.pybullet_client = SimpleNamespace(disconnect=lambda: self.moves.append("disconnected"))
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {"instruction": np.array([104, 105, 0]), "effector_translation": np.array([0.3, 0.1])}
+
+    def reset(self) -> dict[str, np.ndarray]:
+        self.resets += 1
+        self.drawn = np.random.random()  # noqa: NPY002
+        return self._observation()
+
+    def compute_state(self) -> int:
+        return self.resets
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, dict]:
+        self.moves.append(action.tolist())
+        return self._observation(), 0.0, len(self.moves) == 2, {}
+
+    def image(self) -> np.ndarray:
+        self.images += 1
+        return np.full((180, 320, 3), 7, np.uint8)
+
+    @staticmethod
+    def decode_instruction(codes: np.ndarray) -> str:
+        return bytes(codes[codes != 0].tolist()).decode()
+
+
+class FakeOracle:
+    """Finds a plan at the third reset."""
+
+    def get_plan(self, state: int) -> bool:
+        return state == 3
+
+    def action(self, time_step: FirstStep | LaterStep) -> SimpleNamespace:
+        return SimpleNamespace(action=np.array([0.5 if time_step.is_first() else 0.01, 0]))
+
+
+def test_an_episode_begins_where_the_oracle_can_plan_and_renders_only_when_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[FakeSimulator] = []
+
+    def make_fake(task: str, seed: int) -> FakeSimulator:
+        made.append(FakeSimulator())
+        return made[-1]
+
+    monkeypatch.setattr(simulator, "_make", make_fake)
+    monkeypatch.setattr(simulator, "_oracle", lambda simulator: FakeOracle())
+    environment = LanguageTableEnvironment("separate", 32, ("rgb",))
+    np.random.seed(1)  # noqa: NPY002
+    expected = np.random.random()  # noqa: NPY002
+    np.random.seed(1)  # noqa: NPY002
+    environment.reset(2**62 + 5, 0)
+    assert np.random.random() == expected  # noqa: NPY002
+    assert made[0].resets == 3 and made[0].images == 0
+    first = environment.expert_action()
+    assert environment.step(first) is False and environment.step(environment.expert_action()) is True
+    assert made[0].moves == [[0.1, 0], [0.01, 0]] and made[0].images == 0
+    seen = environment.observe()
+    assert seen.instruction == "hi" and seen.images[CAMERA].shape == (32, 32, 3) and made[0].images == 1
+    assert seen.state is not None and seen.state.dtype == np.float32
+    drawn = made[0].drawn
+    environment.reset(2**62 + 5, 0)
+    assert made[0].moves[-1] == "disconnected" and made[1].drawn == drawn
+    environment.close()
+
+
+@pytest.fixture
+def environment() -> Iterator[LanguageTableEnvironment]:
+    made = LanguageTableEnvironment("separate", 64, (CAMERA,))
+    yield made
+    made.close()
+
+
+@needs_simulator
+def test_the_machine_is_ready() -> None:
+    assert LANGUAGE_TABLE.check_machine()["checkout"] == COMMIT[:12]
+
+
+@needs_simulator
+def test_an_episode_is_the_authors_own_to_the_bit(environment: LanguageTableEnvironment) -> None:
+    """Against their class, which renders at every step, and their order of calls."""
+    seed = episode_seed(0, "evaluation", "separate", 1)
+    environment.reset(seed, 1)
+    ours = [environment.observe()]
+    actions = [environment.expert_action()]
+    for action in ([0.02, 0.01], [-0.01, 0.03]):
+        environment.step(np.array(action))
+        ours.append(environment.observe())
+        actions.append(environment.expert_action())
+
+    modules = simulator._modules()
+    lazy = modules.simulator
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    name, reward = FAMILIES["separate"]
+    block_mode = modules.blocks.LanguageTableBlockVariants.BLOCK_8
+    theirs = lazy.__base__(block_mode, reward_factory=getattr(modules.rewards[name], reward), seed=seed % 2**32)
+    for missing in ("get_control_frequency", "time_step_spec", "action_spec"):
+        setattr(theirs, missing, getattr(lazy, missing).__get__(theirs))
+    oracle = modules.oracle(theirs, use_ee_planner=True)
+    planned = False
+    while not planned:
+        observation = theirs.reset()
+        planned = oracle.get_plan(theirs.compute_state())
+    assert ours[0].instruction == theirs.decode_instruction(observation["instruction"])
+    np.testing.assert_array_equal(oracle.action(FirstStep()).action, actions[0])
+    for action, seen, planned_action in zip(([0.02, 0.01], [-0.01, 0.03]), ours[1:], actions[1:], strict=True):
+        observation, *_ = theirs.step(np.array(action))
+        np.testing.assert_array_equal(observation["effector_translation"].astype(np.float32), seen.state)
+        np.testing.assert_array_equal(oracle.action(LaterStep()).action, planned_action)
+    np.testing.assert_array_equal(environment._simulator.image(), observation["rgb"])
+    theirs.pybullet_client.disconnect()
+
+
+@needs_simulator
+def test_a_seed_is_an_episode_whatever_came_before(environment: LanguageTableEnvironment) -> None:
+    alone = make("language_table", "separate", size=64)
+    alone.reset(7, 0)
+    environment.reset(3, 0)
+    for _ in range(5):
+        environment.step(environment.expert_action())
+    environment.reset(7, 0)
+    before, after = alone.observe(), environment.observe()
+    assert before.instruction == after.instruction
+    np.testing.assert_array_equal(before.images[CAMERA], after.images[CAMERA])
+    # Episodes that take turns in one process do not disturb one another.
+    np.testing.assert_array_equal(alone.expert_action(), environment.expert_action())
+    alone.close()
+
+
+@needs_simulator
+def test_the_oracle_solves_an_episode_in_a_worker(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = EvaluateConfig("expert", tmp_path / "out", env="language_table", tasks="separate", episodes=1, videos=0)
+    report = evaluate(replace(config, workers=1))
+    assert report["overall"]["successes"] == 1
+    assert report["notes"]["checkout"] == COMMIT[:12] and "pybullet" in report
+    assert capfd.readouterr().out == ""
