@@ -133,7 +133,7 @@ def test_neither_help_nor_a_wrong_path_imports_torch(wrong: bool, tmp_path: Path
 
 
 # Commands that read no file of the user's.
-NO_INPUTS = ("demo", "data synthetic", "data metaworld", "study run")
+NO_INPUTS = ("demo", "data synthetic", "data metaworld", "data language-table", "envs", "study run")
 
 
 def wrong_paths(verb: cli.Verb, folder: Path) -> list[str]:
