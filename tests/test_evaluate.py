@@ -76,7 +76,7 @@ def test_baselines_meet_the_same_episodes(tmp_path: Path) -> None:
     assert random["overall"]["interval"][1] < expert["overall"]["interval"][0]
     assert [e["seed"] for e in expert["episodes"]] == [e["seed"] for e in random["episodes"]]
     assert json.loads((tmp_path / "expert" / "results.json").read_text()) == expert
-    assert probe(tmp_path / "expert" / "videos" / "up-left.mp4").width == 2 * VIDEO_WIDTH
+    assert probe(tmp_path / "expert" / "videos" / "up-left-1.mp4").width == VIDEO_WIDTH
 
 
 @pytest.mark.parametrize(("policy", "colour"), [("expert", GOOD), ("random", BAD)])
@@ -84,7 +84,7 @@ def test_a_video_ends_with_its_outcome_below_the_frame(tmp_path: Path, policy: s
     settings = {"env": "synthetic", "tasks": "up", "episodes": 1, "videos": 1, "max_steps": 30}
     report = evaluate(EvaluateConfig(policy, tmp_path / "out", **settings))
     assert set(report["episodes"][0]) == {"task", "episode", "seed", "success", "steps"}
-    path = tmp_path / "out" / "videos" / "up.mp4"
+    path = tmp_path / "out" / "videos" / "up-0.mp4"
     video = probe(path)
     shown = decode_clip(path, [0, (video.num_frames or 1) - 1], video.fps)
     assert video.height > video.width == VIDEO_WIDTH
@@ -174,14 +174,14 @@ def test_resume_plays_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monkey
         evaluate(cut)
     journal = cut.out / "episodes.jsonl"
     journal.write_text("\n".join(journal.read_text().splitlines()[:5]) + '\n{"task": "le')
-    (cut.out / "videos" / "left.mp4").unlink()
+    (cut.out / "videos" / "left-0.mp4").unlink()
     with pytest.raises(ValueError, match="--resume to go on"):
         evaluate(cut)
     with pytest.raises(ValueError, match=r"begun with other settings \(seed was"):
         evaluate(replace(cut, seed=3, resume=True))
     resumed = evaluate(replace(cut, resume=True))
     assert resumed["episodes"] == whole["episodes"] and resumed["tasks"] == whole["tasks"]
-    assert (cut.out / "videos" / "left.mp4").exists()
+    assert (cut.out / "videos" / "left-0.mp4").exists()
     assert len(journal.read_text().splitlines()) == 8
     assert evaluate(replace(cut, resume=True)) == resumed
     (tmp_path / "cut" / "SHA256SUMS").unlink()

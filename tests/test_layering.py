@@ -15,8 +15,10 @@ RANKS = {
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),
     **dict.fromkeys(["released", "baselines", "labelling", "envs"], 3),
-    **dict.fromkeys(["evaluation", "serve", "view"], 4),
-    **dict.fromkeys(["api", "automodel", "presets", "subcommand", "demo", "study", "cli", "help", "__main__"], 5),
+    **dict.fromkeys(["evaluation", "serve"], 4),
+    **dict.fromkeys(
+        ["api", "automodel", "presets", "subcommand", "demo", "study", "view", "cli", "help", "__main__"], 5
+    ),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 

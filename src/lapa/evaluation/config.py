@@ -37,7 +37,7 @@ class EvaluateConfig:
     size: int | None = None
     """Height and width of rendered images; by default the environment's own."""
     videos: int = 4
-    """Rollouts of each task shown in its video; 0 for none."""
+    """The first so many rollouts of each task are recorded, each as a video; 0 for none."""
     workers: int | None = None
     """Simulator processes, 0 to simulate in this one; by default one for each CPU core."""
     parallel: int = 16

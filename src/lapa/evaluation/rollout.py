@@ -13,15 +13,14 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+import shlex
 import time
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from einops import rearrange
 from rich.table import Column, Table
 
 from lapa.checksums import Journal, files_below, verify, write_marker
@@ -42,16 +41,18 @@ if TYPE_CHECKING:
 
 
 BASELINES = ("random", "expert")
-CONFIG, EPISODES, RESULTS = "config.json", "episodes.jsonl", "results.json"
-VIDEO_WIDTH = 256  # of each rollout, at least
+CONFIG, EPISODES, RESULTS, VIDEOS = "config.json", "episodes.jsonl", "results.json", "videos"
+# What the row of an episode has at least.
+ROW = {"task": str, "episode": int, "success": bool, "steps": int}
+VIDEO_WIDTH = 256  # at least
 
 
 def run(config: EvaluateConfig) -> None:
     """`lapa evaluate`: prints a table and the paths of what was written."""
     console.print(_table(evaluate(config)))
-    if videos := list((config.out / "videos").glob("*.mp4")):
-        say(f"videos: {config.out / 'videos'} ({len(videos)} tasks, with step and outcome)")
-    finish("results", config.out / RESULTS)
+    if videos := list((config.out / VIDEOS).glob("*.mp4")):
+        say(f"videos: {config.out / VIDEOS} ({len(videos)} rollouts, with step and outcome)")
+    finish("results", config.out / RESULTS, [f"lapa view {shlex.quote(str(config.out))}"])
 
 
 @locks_output
@@ -103,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         **({"notes": dict(notes)} if notes else {}),
         "episodes": [_row(result) for result in results],
     }
-    files = [CONFIG, EPISODES, *files_below(config.out, "videos")]
+    files = [CONFIG, EPISODES, *files_below(config.out, VIDEOS)]
     write_marker(config.out, RESULTS, report, files)
     return report
 
@@ -116,6 +117,38 @@ def read_report(path: Path) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no report of `lapa evaluate` ({error}); --overwrite to evaluate anew") from None
     return report
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Reads the report in a folder; of an evaluation that has not ended, its settings and the episodes played so far.
+
+    Has policy, env, seed, config and episodes. Raises UserError naming the file that is damaged.
+    """
+    path = folder / RESULTS
+    if path.exists():
+        report = read_report(path)
+    else:
+        path, settings = folder / CONFIG, read_json(folder / CONFIG)
+        if not isinstance(settings, dict):
+            raise UserError(f"{path}: expected an object; --overwrite to evaluate anew")
+        named = {name: settings.get(name) for name in ("policy", "policy_fingerprint", "env", "seed")}
+        report = {**named, "config": settings, "episodes": list(Journal(folder / EPISODES))}
+    known = {"policy": str, "env": str, "seed": int, "config": dict, "episodes": list}
+    if lacking := [name for name, kind in known.items() if type(report.get(name)) is not kind]:
+        raise UserError(f"{path}: no report of `lapa evaluate` (its {lacking[0]}); --overwrite to evaluate anew")
+    for number, row in enumerate(report["episodes"]):
+        if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in ROW.items()):
+            raise UserError(f"{path}: episode {number} has not {', '.join(ROW)}; --overwrite to evaluate anew")
+    return report
+
+
+def results_folders(folder: Path) -> list[Path]:
+    """The folder itself where it holds results, finished or not; else the folders in it that do."""
+
+    def holds(path: Path) -> bool:
+        return (path / RESULTS).exists() or (path / EPISODES).exists()
+
+    return [folder] if holds(folder) else sorted(path for path in folder.iterdir() if path.is_dir() and holds(path))
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -193,25 +226,22 @@ def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Actor) 
 def _play(
     config: EvaluateConfig, settings: RolloutSettings, infer: Infer | None, tasks: Sequence[str], workers: int | None
 ) -> list[EpisodeResult]:
-    """Plays the missing episodes, keeps a journal, and writes a task's video after its last recorded rollout."""
+    """Plays the missing episodes, keeps a journal, and writes the videos of the first ones."""
     journal = Journal(config.out / EPISODES)
-    results = _kept_results(config, tasks, journal)
+    results = _kept_results(config, journal)
     done = {(result.task, result.episode) for result in results}
     missing = {task: [number for number in range(config.episodes) if (task, number) not in done] for task in tasks}
     workers = os.cpu_count() or 1 if workers is None else workers
-    recorded: dict[str, list[EpisodeResult]] = defaultdict(list)
     with progress() as bar:
         line = bar.add_task("episodes", total=config.episodes * len(tasks), completed=len(results), note="")
         assignments = _split(missing, workers)
         workers = min(workers, len(assignments))
         settings = replace(settings, num_parallel=max(1, math.ceil(config.parallel / max(1, workers))))
         for result in play_episodes(settings, assignments, infer, workers):
+            if result.frames:
+                write_video(_video(config, result), result, settings)
             results.append(result)
             journal.append(_row(result))
-            if result.frames:
-                recorded[result.task].append(result)
-                if len(recorded[result.task]) == min(config.videos, config.episodes):
-                    write_video(_video(config, result.task), recorded.pop(result.task), settings)
             rate = sum(each.success for each in results) / len(results)
             bar.update(line, advance=1, note=f"{result.task}, success so far {rate:.0%}")
     return sorted(results, key=lambda result: (tasks.index(result.task), result.episode))
@@ -224,33 +254,24 @@ def _split(missing: dict[str, list[int]], workers: int) -> list[TaskEpisodes]:
     return [TaskEpisodes(task, tuple(numbers)) for task, numbers in cut if numbers]
 
 
-def _kept_results(config: EvaluateConfig, tasks: Sequence[str], journal: Journal) -> list[EpisodeResult]:
+def _kept_results(config: EvaluateConfig, journal: Journal) -> list[EpisodeResult]:
     """Returns the results of an earlier run, and leaves only those in the journal.
 
-    Rollouts whose video was not yet written are played again: their frames were in that run's memory.
+    A rollout whose video is missing is played again.
     """
-    with_video = {task for task in tasks if _video(config, task).exists()}
     found = [EpisodeResult(**row) for row in journal]
-    kept = [result for result in found if result.episode >= config.videos or result.task in with_video]
+    kept = [result for result in found if result.episode >= config.videos or _video(config, result).exists()]
     journal.begin(map(_row, kept))
     return kept
 
 
-def write_video(path: Path, results: Sequence[EpisodeResult], settings: RolloutSettings) -> None:
-    """Rollouts next to one another, each above its instruction and step; it ends on its last frame with its outcome."""
-    ordered = sorted(results, key=lambda result: result.episode)
-    columns = math.ceil(math.sqrt(len(ordered)))
-    # A second longer, to show how the last one ended.
-    length = max(len(result.frames) for result in ordered) + VIDEO_FPS
-    tiles = ([_tile(result, index, settings) for result in ordered] for index in range(length))
-    empty = [np.zeros_like(_tile(ordered[0], 0, settings))] * (-len(ordered) % columns)
-    images = [
-        rearrange([*each, *empty], "(row column) h w c -> (row h) (column w) c", column=columns) for each in tiles
-    ]
+def write_video(path: Path, result: EpisodeResult, settings: RolloutSettings) -> None:
+    """A rollout above its instruction and step; it ends with a second of its last frame, and its outcome."""
+    images = [_framed(result, index, settings) for index in range(len(result.frames) + VIDEO_FPS)]
     encode_clip(path, images, kind_of(settings.env).fps / settings.video_every, keyframe_interval=VIDEO_FPS)
 
 
-def _tile(result: EpisodeResult, index: int, settings: RolloutSettings) -> np.ndarray:
+def _framed(result: EpisodeResult, index: int, settings: RolloutSettings) -> np.ndarray:
     """Frame `index` of a rollout, or its last one, above what happens in it."""
     if index < len(result.frames) - 1:
         outcome, colour = f"step {index * settings.video_every}", INK
@@ -262,8 +283,8 @@ def _tile(result: EpisodeResult, index: int, settings: RolloutSettings) -> np.nd
     return captioned(result.frames[min(index, len(result.frames) - 1)], lines, colour, VIDEO_WIDTH)
 
 
-def _video(config: EvaluateConfig, task: str) -> Path:
-    return config.out / "videos" / f"{task}.mp4"
+def _video(config: EvaluateConfig, result: EpisodeResult) -> Path:
+    return config.out / VIDEOS / f"{result.task}-{result.episode}.mp4"
 
 
 def _row(result: EpisodeResult) -> dict[str, Any]:

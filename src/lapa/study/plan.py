@@ -56,6 +56,10 @@ class Step:
     def folder(self, study: Path) -> Path:
         return study / ARTIFACTS / f"{self.title.replace(' ', '-')}-{self.key}"
 
+    def lock(self, study: Path) -> Path:
+        """The file that a run holds locked while it makes the step."""
+        return study / ARTIFACTS / f".{self.key}.lock"
+
     def done(self, study: Path) -> bool:
         return (self.folder(study) / self.artifact).exists()
 
@@ -237,6 +241,14 @@ class Plan:
         else:
             words = ("--tasks", tasks, "--episodes", str(number), "--cameras", camera or world.camera, *look)
         return Step(title, f"data {world.env}", (*words, "--seed", str(seed)), "meta/info.json")
+
+
+def steps_of(plan: Plan, arm: Arm) -> dict[str, Step]:
+    """Returns the steps that an arm's result is read from; the keys but `rollouts` are those of run.FIGURES."""
+    steps = {"rollouts": plan.rollouts(arm), "action error": plan.action_error(arm)}
+    if arm == "lapa":
+        steps |= {"probe": plan.probe, "token accuracy": plan.token_accuracy}
+    return steps
 
 
 def stage_presets(sizes: StudySizes) -> dict[str, dict[str, Any]]:

@@ -57,6 +57,26 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class RunKey:
+    """Names one arm under one seed, on one split with one number of labelled episodes a task."""
+
+    arm: Arm
+    split: Split
+    demonstrations: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The stem of its files' names."""
+        return f"{self.split}-{self.demonstrations}-{self.arm}-{self.seed}"
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Orders runs by split, labelled episodes, arm and seed."""
+        return SPLITS.index(self.split), self.demonstrations, ARMS.index(self.arm), self.seed
+
+
+@dataclass(frozen=True)
 class ArmResult:
     """One arm under one seed.
 
@@ -80,9 +100,13 @@ class ArmResult:
     """The folder that it was read from; not saved."""
 
     @property
+    def key(self) -> RunKey:
+        return RunKey(self.arm, self.split, self.demonstrations, self.seed)
+
+    @property
     def name(self) -> str:
         """The stem of its files' names."""
-        return f"{self.split}-{self.demonstrations}-{self.arm}-{self.seed}"
+        return self.key.name
 
     @property
     def strip(self) -> Path | None:
@@ -149,4 +173,4 @@ def load_results(studies: Sequence[Path]) -> list[ArmResult]:
             same = found.setdefault(result.name, result)
             if same.rollouts != result.rollouts:
                 raise UserError(f"{path}: differs from {same.folder / path.name}; leave one of them out")
-    return sorted(found.values(), key=lambda r: (SPLITS.index(r.split), r.demonstrations, ARMS.index(r.arm), r.seed))
+    return sorted(found.values(), key=lambda result: result.key.place)

@@ -36,8 +36,9 @@ from lapa.errors import UserError
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, write_json
 from lapa.policy.open_loop import action_figures
 from lapa.study.config import StudyConfig, StudySizes, sizes_of
-from lapa.study.plan import ARTIFACTS, Plan, Step, order, stage_presets
-from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout
+from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
+from lapa.study.progress import note_wanted
+from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout, RunKey
 from lapa.subcommand import Stage, run_stage
 
 # The figures of a result: the JSON file of a step -> name of the figure -> where it is in that file.
@@ -71,18 +72,12 @@ def run(config: StudyConfig) -> None:
     plans = [Plan(sizes, config.split, config.demonstrations, seed) for seed in config.seed]
     _require_installed(config, sizes)
     _require_same_study(config.out, config.preset, sizes)
-    for plan in plans:
-        for arm in config.arm:
-            _run_arm(config, plan, arm)
+    note_wanted(
+        config.out, [RunKey(arm, plan.split, plan.demonstrations, plan.seed) for plan in plans for arm in config.arm]
+    )
+    for plan, arm in runs:
+        _run_arm(config, plan, arm)
     finish("results", config.out / FOLDER, [f"lapa study report {config.out}"])
-
-
-def steps_of(plan: Plan, arm: Arm) -> dict[str, Step]:
-    """Returns the steps that an arm's result is read from; the keys but `rollouts` are those of FIGURES."""
-    steps = {"rollouts": plan.rollouts(arm), "action error": plan.action_error(arm)}
-    if arm == "lapa":
-        steps |= {"probe": plan.probe, "token accuracy": plan.token_accuracy}
-    return steps
 
 
 def _require_installed(config: StudyConfig, sizes: StudySizes) -> None:
@@ -125,12 +120,16 @@ def _run_step(study: Path, step: Step, place: str) -> None:
             return
         stage = Stage(step.title, step.command(study), step.folder(study) / step.artifact)
         say(f"{place} {step.title}: $ lapa {' '.join(stage.command)}")
-        started = time.monotonic()
+        started, failed = time.monotonic(), False
         try:
             run_stage(stage, hold=(lock,))
+        except UserError:
+            failed = True
+            raise
         finally:
             code = fingerprint(*sorted(Path(lapa.__file__).parent.rglob("*.py")))
-            row = {"key": step.key, "seconds": round(time.monotonic() - started, 1), "code": code}
+            seconds = round(time.monotonic() - started, 1)
+            row = {"key": step.key, "seconds": seconds, "code": code, "failed": failed}
             with (study / SECONDS).open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -138,7 +137,7 @@ def _run_step(study: Path, step: Step, place: str) -> None:
 @contextmanager
 def _locked(study: Path, step: Step) -> Iterator[int]:
     """Locks the step against other runs into the same study, after waiting for theirs; yields the file descriptor."""
-    path = study / ARTIFACTS / f".{step.key}.lock"
+    path = step.lock(study)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         if not _try_lock(file.fileno()):
@@ -203,7 +202,7 @@ def rollout_strip(videos: Path) -> Image.Image:
     for path in sorted(videos.glob("*.mp4")):
         video = probe(path)
         moments = np.linspace(0, (video.num_frames or 1) - 1, MOMENTS).round().astype(int).tolist()
-        rows.append(Row(path.stem, list(decode_clip(path, moments, video.fps))))
+        rows.append(Row(path.stem.removesuffix("-0"), list(decode_clip(path, moments, video.fps))))
     return grid(rows, "Rollouts, from start to end")
 
 

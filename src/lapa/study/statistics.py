@@ -24,12 +24,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from einops import rearrange
 from scipy.stats import rankdata
 
-from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Split
+from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Rollout, Split
 
 NUM_DRAWS = 2000  # of goals
 TRAININGS = 8  # drawn for each of them: the tails of Student's t are long, and cost less than goals
@@ -95,6 +96,16 @@ class Group:
         return f"{self.split}, {self.demonstrations} labelled episode{'s' if self.demonstrations > 1 else ''} a task"
 
 
+class Played(Protocol):
+    """Rollouts under one seed."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def rollouts(self) -> Sequence[Rollout]: ...
+
+
 @dataclass(frozen=True)
 class SharedRollouts:
     """The rollouts that several arms share: success [A, S, K, E] (0 where absent), present [S, K, E]."""
@@ -148,7 +159,7 @@ def _cell(arm: Arm, runs: dict[Arm, list[ArmResult]], mean_rank: float | None) -
     )
 
 
-def shared(*arms: Sequence[ArmResult]) -> SharedRollouts | None:
+def shared(*arms: Sequence[Played]) -> SharedRollouts | None:
     """Returns the rollouts (seed, task, episode) that all arms, each given as its runs, share; None without any."""
     each = [
         {(run.seed, rollout.task, rollout.episode): rollout.success for run in runs for rollout in run.rollouts}

@@ -11,16 +11,17 @@ import tyro
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """Shows a dataset, labels on their dataset, latent action models or a policy in the browser."""
+    """Shows a dataset, labels, latent action models, results or a study in the browser."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """What to show: the folder of a dataset, labels, a latent action model or a policy, its id on the hub, or a source
-    in place such as rlds:FOLDER; see `lapa data --help`."""
+    """What to show: the folder of a dataset, labels, a latent action model, results or a study, or one that holds
+    several results; its id on the hub; or a source in place such as rlds:FOLDER, see `lapa data --help`."""
     data: str | None = None
     """The dataset of labels whose folder is not inside the dataset's; for a model or policy, the dataset of its example
     images, by default the one that it was trained on, where that is here."""
     compare: tuple[str, ...] = ()
-    """Further latent action models, which are shown side by side and in step with the first."""
+    """Further latent action models or results, which are shown side by side and in step with the first; further
+    folders of a study, as of several machines, which are shown as one."""
     lam: str | None = None
     """The latent action model whose codes a policy predicts, to show them as an image; by default the one in the folder
     in which the policy's folder is, where it is there."""
@@ -33,7 +34,7 @@ class ViewConfig:
     rerun: Path | None = None
     """Write the episodes of a dataset, with the codes of labels, to this .rrd file of Rerun, and serve nothing."""
     limit: int | None = None
-    """Most episodes of an export or a recording, spread over the dataset (by default 50), images of a latent action
-    model (12) or observations of a policy (20)."""
+    """Most episodes of an export or a recording, spread over the dataset or the rollouts with videos (by default 50),
+    images of a latent action model (12) or observations of a policy (20)."""
     overwrite: bool = False
     """Replace the contents of the export's folder, or the recording."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from lapa.console import finish, progress, say
@@ -49,8 +50,11 @@ def _write(pages: Pages, out: Path) -> None:
             write_text(out / "data" / f"{name}.js", f"received({json.dumps(name)}, {json.dumps(pages.json(name))});\n")
             bar.advance(task)
         for name in files:
+            file = pages.file(name)
+            # What was made for the page is moved, and files of what is shown stay where they are.
+            move: Callable[[Path, Path], object] = shutil.move if file.parent == pages.folder else shutil.copyfile
             with atomic_path(out / "files" / name) as temporary:
-                shutil.move(pages.file(name), temporary)
+                move(file, temporary)
             bar.advance(task)
     page = (PAGE / pages.html).read_text(encoding="utf-8")
     write_text(out / INDEX, page.replace('<html lang="en">', '<html lang="en" data-exported>', 1))

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from lapa.config import require_at_least
 from lapa.errors import UserError
-from lapa.files import as_path, reading
+from lapa.evaluation.rollout import EPISODES, results_folders
+from lapa.files import as_path, find_files, reading
 from lapa.hub.artifacts import KINDS, MANIFEST, MARKERS, kind_of
 from lapa.hub.download import NotFound, as_hub_id, errors_of, hub_folder
+from lapa.study.results import FOLDER, SETTINGS
 from lapa.view.config import ViewConfig
 from lapa.view.pages import Pages
 
@@ -30,10 +32,12 @@ class View:
 
 
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://")
-# By kind of artifact (lapa.hub.artifacts).
+# By kind of artifact (lapa.hub.artifacts), and a study.
 VIEWS = {
     "dataset": View("lapa.view.dataset:open_dataset_pages", frozenset({"rerun"})),
     "labels": View("lapa.view.dataset:open_labels_pages", frozenset({"data", "rerun"})),
+    "results": View("lapa.view.results:open_results_pages", frozenset({"compare"})),
+    "study": View("lapa.view.study:open_study_pages", frozenset({"compare"})),
     "lam": View("lapa.view.lam:open_lam_pages", frozenset({"data", "compare", "device"})),
     "policy": View("lapa.view.policy:open_policy_pages", frozenset({"data", "lam", "device"})),
 }
@@ -48,12 +52,12 @@ def open_pages(config: ViewConfig) -> Pages:
         require_at_least(config, limit=1)
     kind = kind_at(config.path)
     if kind not in VIEWS:
-        shown = ", ".join(KINDS[each].name for each in VIEWS)
-        raise UserError(f"{config.path}: {KINDS[kind].name} cannot be shown; lapa view shows: {shown}")
+        shown = ", ".join(map(_name, VIEWS))
+        raise UserError(f"{config.path}: {_name(kind)} cannot be shown; lapa view shows: {shown}")
     view = VIEWS[kind]
     for name in sorted(frozenset().union(*(each.options for each in VIEWS.values())) - view.options):
         if getattr(config, name) != _default(name):
-            raise UserError(f"{config.path}: {KINDS[kind].name} does not take --{name}; leave it out")
+            raise UserError(f"{config.path}: {_name(kind)} does not take --{name}; leave it out")
     module, _, function = view.opener.partition(":")
     opener: Callable[[ViewConfig], Pages] = getattr(importlib.import_module(module), function)
     return opener(config)
@@ -66,12 +70,23 @@ def kind_at(path: str) -> str:
     """
     folder = Path(path)
     if folder.is_dir():
+        if (folder / EPISODES).exists():
+            # Also of an evaluation that has not ended.
+            return "results"
+        if (folder / SETTINGS).exists() or find_files(folder / FOLDER, "*.json"):
+            return "study"
+        if not any((folder / name).exists() for name in MARKERS) and results_folders(folder):
+            return "results"
         return kind_of(folder) if any((folder / name).exists() for name in MARKERS) else "dataset"
     if REMOTE.match(path):
         manifest = as_path(path) / MANIFEST
         with reading(manifest):
             return "labels" if manifest.exists() else "dataset"
     return "dataset" if as_hub_id(path) is None else _kind_on_hub(path)
+
+
+def _name(kind: str) -> str:
+    return KINDS[kind].name if kind in KINDS else kind
 
 
 def _kind_on_hub(hub_id: str) -> str:

@@ -116,7 +116,7 @@ class Server(web.Server):
         return await self._app(scope, receive, send)
 
     async def page(self, request: Request) -> Response:
-        html, headers = web.load_page(PAGE / self.pages.html, media="'self'")
+        html, headers = web.load_page(PAGE / self.pages.html, media="'self'", img="'self' data: blob:")
         return HTMLResponse(html, headers=headers)
 
     async def data(self, request: Request) -> Response:

@@ -15,6 +15,12 @@ function drawn(tag, attributes) {
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   return element;
 }
+function table(element, head, body) {
+  const line = (cells, tag) => make("tr", {}, ...cells.map((cell, place) => make(tag,
+    { textContent: cell, className: place ? "" : "text" })));
+  element.replaceChildren(...(head ? [make("thead", {}, line(head, "th"))] : []),
+    make("tbody", {}, ...body.map(cells => line(cells, "td"))));
+}
 const few = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const short = number => Number(number.toPrecision(3)).toString();
 const duration = seconds => seconds >= 3600 ? `${few.format(seconds / 3600)} hours` : seconds >= 60

@@ -1,11 +1,5 @@
 // Statistics, and what to look at.
 "use strict";
-function table(element, head, body) {
-  const line = (cells, tag) => make("tr", {}, ...cells.map((cell, place) => make(tag,
-    { textContent: cell, className: place ? "" : "text" })));
-  element.replaceChildren(...(head ? [make("thead", {}, line(head, "th"))] : []),
-    make("tbody", {}, ...body.map(cells => line(cells, "td"))));
-}
 function only(value) {
   for (const id of ["search", "source", "shortest", "longest", "calmest", "liveliest"]) $(id).value = "";
   $("only").value = value;

@@ -1,0 +1,106 @@
+"""How far the runs of a study are: done, running, failed, stopped or not begun.
+
+for run, state in progress(Path("runs/study")).items():
+    print(run.name, state.text)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lapa import config as configs
+from lapa.errors import UserError
+from lapa.files import read_json, read_json_lines
+from lapa.study.config import StudySizes
+from lapa.study.plan import Plan, Step, order, steps_of
+from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, RunKey, load_results
+
+# The runs that `lapa study run` was asked for.
+WANTED = "runs.jsonl"
+
+
+@dataclass(frozen=True)
+class State:
+    """kind: done, running, failed, stopped or waiting. step: the title of the one at which it is, "" where done."""
+
+    kind: str
+    step: str = ""
+    num_done: int = 0
+    num_steps: int = 0
+
+    @property
+    def text(self) -> str:
+        if self.kind == "done":
+            return "done"
+        return f"{self.kind} at {self.step}, {self.num_done} of {self.num_steps} steps done"
+
+
+def note_wanted(study: Path, runs: Sequence[RunKey]) -> None:
+    """Notes that these runs were asked for."""
+    known = wanted(study)
+    with (study / WANTED).open("a") as file:
+        file.writelines(json.dumps(configs.to_dict(run)) + "\n" for run in runs if run not in known)
+
+
+def wanted(study: Path) -> list[RunKey]:
+    """The runs that were asked for, and those with a result, in the order of a report."""
+    path = study / WANTED
+    rows = read_json_lines(path, arm=str, split=str, demonstrations=int, seed=int)
+    found = {configs.from_dict(RunKey, row, source=str(path)) for row in rows}
+    if any((study / FOLDER).glob("*.json")):
+        found |= {result.key for result in load_results([study])}
+    return sorted(found, key=lambda run: run.place)
+
+
+def sizes_in(study: Path) -> StudySizes | None:
+    """The sizes of a study; None where its folder has results alone. Raises UserError for a damaged file."""
+    path = study / SETTINGS
+    if not path.exists():
+        return None
+    settings = read_json(path)
+    if not isinstance(settings, dict) or not isinstance(settings.get("sizes"), dict):
+        raise UserError(f"{path}: has no sizes of a study; restore it, or run the study again elsewhere")
+    return configs.from_dict(StudySizes, settings["sizes"], source=str(path))
+
+
+def progress(study: Path) -> dict[RunKey, State]:
+    """The state of each run that was asked for."""
+    sizes = sizes_in(study)
+    rows = read_json_lines(study / SECONDS, key=str)
+    failed = {row["key"]: row.get("failed", False) for row in rows}
+    return {
+        run: State("done")
+        if sizes is None or (study / FOLDER / f"{run.name}.json").exists()
+        else _state(study, Plan(sizes, run.split, run.demonstrations, run.seed), run.arm, failed)
+        for run in wanted(study)
+    }
+
+
+def _state(study: Path, plan: Plan, arm: Arm, failed: dict[str, bool]) -> State:
+    """The state of a run without a result. failed: of each step that was begun, whether its last attempt failed."""
+    steps = list(order(*steps_of(plan, arm).values()))
+    left = [step for step in steps if not step.done(study)]
+    counts = (len(steps) - len(left), len(steps))
+    for kind, those in (
+        ("running", (step for step in left if _is_locked(study, step))),
+        ("failed", (step for step in left if failed.get(step.key))),
+        ("stopped", (step for step in left if step.key in failed)),
+    ):
+        if (at := next(those, None)) is not None:
+            return State(kind, at.title, *counts)
+    return State("waiting", left[0].title if left else "its result", *counts)
+
+
+def _is_locked(study: Path, step: Step) -> bool:
+    try:
+        with step.lock(study).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
