@@ -18,9 +18,8 @@ from lapa.data.spec import open_dataset
 from lapa.files import read_json
 from lapa.study import run as study_run
 from lapa.study.config import PRESETS, StudyConfig, sizes_of
-from lapa.study.plan import Plan, Step, order
+from lapa.study.plan import Plan, Step, order, steps_of
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
-from lapa.study.run import steps_of
 from lapa.subcommand import Stage, run_stage
 
 CPU = sizes_of("cpu")

@@ -72,9 +72,8 @@ def run(config: StudyConfig) -> None:
     plans = [Plan(sizes, config.split, config.demonstrations, seed) for seed in config.seed]
     _require_installed(config, sizes)
     _require_same_study(config.out, config.preset, sizes)
-    note_wanted(
-        config.out, [RunKey(arm, plan.split, plan.demonstrations, plan.seed) for plan in plans for arm in config.arm]
-    )
+    runs = [(plan, arm) for plan in plans for arm in config.arm]
+    note_wanted(config.out, [RunKey(arm, plan.split, plan.demonstrations, plan.seed) for plan, arm in runs])
     for plan, arm in runs:
         _run_arm(config, plan, arm)
     finish("results", config.out / FOLDER, [f"lapa study report {config.out}"])

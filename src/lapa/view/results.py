@@ -234,7 +234,7 @@ class ResultsPages(RolloutPages):
         ]
         state = [self._state(arm) for arm in self._reports]
         return {
-            "name": next(iter(self.folders)) if len(self.folders) == 1 else f"{len(self.folders)} evaluations",
+            "name": ", ".join(self.folders) if len(self.folders) < 4 else f"{len(self.folders)} evaluations",
             "facts": [self.summary],
             "groups": [group.name for group in self._groups],
             "arms": list(self._reports),
