@@ -366,6 +366,8 @@ def test_a_training_draws_its_curves_and_plot_compares_runs(tmp_path: Path, caps
     runs = [str(tmp_path / "one"), str(tmp_path / "two" / "training")]
     for options, status, shown in (
         (runs, 0, "training curves"),
+        (runs, 2, "both.png: is there already; --overwrite to replace it"),
+        ([*runs, "--overwrite"], 0, "training curves"),
         ([*runs, "--out", str(tmp_path / "a.jpg")], 2, "must end in .png"),
         ([str(tmp_path)], 2, "no training run"),
     ):

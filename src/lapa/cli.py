@@ -130,7 +130,7 @@ VERBS = (
     Verb("serve", "lapa.serve.config:ServeConfig", "lapa.serve.server:run",
          "a policy for robots' clients: openpi's websocket, OpenVLA's REST, a page"),
     Verb("view", "lapa.view.config:ViewConfig", "lapa.view.server:run",
-         "datasets, labels, models and policies in the browser, or as a folder to send"),
+         "any artifact, results or study in the browser, or as a folder to send"),
     Verb("push", "lapa.hub.config:PushConfig", "lapa.hub.push:run",
          "a model, policy, labels, dataset or results -> the Hugging Face hub"),
     Verb("study run", "lapa.study.config:StudyConfig", "lapa.study.run:run",

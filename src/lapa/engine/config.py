@@ -78,3 +78,5 @@ class PlotConfig:
     """Folders of trainings, finished or not: latent action models, policies, baselines."""
     out: Path = Path("curves.png")
     """PNG to draw to."""
+    overwrite: bool = False
+    """Replace the file at --out."""

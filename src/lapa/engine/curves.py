@@ -1,7 +1,7 @@
 """Training curves as an image: the loss and the figures of the validation split, of one or several runs.
 
     lapa plot LAM                      # curves.png
-    lapa plot RUN1 RUN2 --out both.png
+    lapa plot RUN1 RUN2 --out both.png --overwrite
 
 Every training writes its own as `training/curves.png`. docs/metrics.md explains the figures.
 """
@@ -25,13 +25,15 @@ MAX_PANELS = 9
 
 
 def run(config: PlotConfig) -> None:
-    """`lapa plot`. Raises UserError where a run has no metrics, or the image's name has another ending than .png."""
+    """`lapa plot`. Raises UserError where a run has no metrics, or the image is there already or no .png by its name."""
     if config.out.suffix.lower() != ".png":
         raise UserError(f"--out {config.out}: must end in .png")
     paths = {run: next((path for path in candidates(run) if path.is_file()), None) for run in config.runs}
     for folder, path in paths.items():
         if path is None:
             raise UserError(f"{folder}: no training run, it has no training/{METRICS}; give the folder of a training")
+    if config.out.exists() and not config.overwrite:
+        raise UserError(f"{config.out}: is there already; --overwrite to replace it, or give another --out")
     if not draw_curves([path for path in paths.values() if path is not None], names(list(paths)), config.out):
         raise UserError(f"{config.runs[0]}: no loss is logged yet; wait for the first")
     finish("training curves", config.out)

@@ -11,11 +11,11 @@ import tyro
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """Shows a dataset, labels, latent action models, results or a study in the browser."""
+    """Shows a dataset, labels, a latent action model, a policy, results or a study in the browser."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """What to show: the folder of a dataset, labels, a latent action model, results or a study, or one that holds
-    several results; its id on the hub; or a source in place such as rlds:FOLDER, see `lapa data --help`."""
+    """What to show: the folder of a dataset, labels, a latent action model, a policy, a study, results, or one that
+    holds several results; its id on the hub; or a source in place such as rlds:FOLDER, see `lapa data --help`."""
     data: str | None = None
     """The dataset of labels whose folder is not inside the dataset's; for a model or policy, the dataset of its example
     images, by default the one that it was trained on, where that is here."""

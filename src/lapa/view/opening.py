@@ -51,13 +51,11 @@ def open_pages(config: ViewConfig) -> Pages:
     if config.limit is not None:
         require_at_least(config, limit=1)
     kind = kind_at(config.path)
-    if kind not in VIEWS:
-        shown = ", ".join(map(_name, VIEWS))
-        raise UserError(f"{config.path}: {_name(kind)} cannot be shown; lapa view shows: {shown}")
     view = VIEWS[kind]
     for name in sorted(frozenset().union(*(each.options for each in VIEWS.values())) - view.options):
         if getattr(config, name) != _default(name):
-            raise UserError(f"{config.path}: {_name(kind)} does not take --{name}; leave it out")
+            called = KINDS[kind].name if kind in KINDS else kind
+            raise UserError(f"{config.path}: {called} does not take --{name}; leave it out")
     module, _, function = view.opener.partition(":")
     opener: Callable[[ViewConfig], Pages] = getattr(importlib.import_module(module), function)
     return opener(config)
@@ -83,10 +81,6 @@ def kind_at(path: str) -> str:
         with reading(manifest):
             return "labels" if manifest.exists() else "dataset"
     return "dataset" if as_hub_id(path) is None else _kind_on_hub(path)
-
-
-def _name(kind: str) -> str:
-    return KINDS[kind].name if kind in KINDS else kind
 
 
 def _kind_on_hub(hub_id: str) -> str:

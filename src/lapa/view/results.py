@@ -29,7 +29,7 @@ from lapa.study.statistics import Estimate, estimate, shared
 from lapa.view.config import ViewConfig
 from lapa.view.pages import Pages
 
-# Rollouts with a video in an export.
+# Episodes with videos in an export.
 EXPORTED = 50
 FILE = re.compile(r"([0-9]{1,9})\.(mp4|png)")
 # Of the report: what an arm is described by.
@@ -88,7 +88,7 @@ class Group:
 
 
 class RolloutPages(Pages):
-    """The data of a page of rollouts. limit: rollouts with a video, of an export; None: all."""
+    """The data of a page of rollouts. limit: most episodes with videos, of an export; None: all."""
 
     html = "results.html"
     numbers = {"about": 0, "group": 1}  # noqa: RUF012

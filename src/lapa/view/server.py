@@ -1,4 +1,4 @@
-"""Datasets, latent actions, models and policies in the browser: one page, from this machine to this machine.
+"""Datasets, latent actions, models, policies, results and studies in the browser: one page, to this machine alone.
 
     lapa view DATASET
     lapa view DATASET/labels/LAM_FINGERPRINT
@@ -8,6 +8,8 @@
     lapa view POLICY --data ROBOT_DATASET --lam LAM
     lapa view DATASET --export FOLDER --limit 20
     lapa view DATASET --rerun FILE.rrd
+    lapa view RESULTS --compare OTHER_RESULTS
+    lapa view STUDY
 
 /data/NAME.json    what the page shows (lapa.view.pages)
 /files/NAME        its videos, in parts as the browser asks for them
