@@ -25,7 +25,7 @@ MAX_PANELS = 9
 
 
 def run(config: PlotConfig) -> None:
-    """`lapa plot`. Raises UserError where a run has no metrics, or the image is there already or no .png by its name."""
+    """`lapa plot`. Raises UserError where a run has no metrics, and where `out` is there already or no .png."""
     if config.out.suffix.lower() != ".png":
         raise UserError(f"--out {config.out}: must end in .png")
     paths = {run: next((path for path in candidates(run) if path.is_file()), None) for run in config.runs}
