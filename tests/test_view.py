@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -373,6 +374,9 @@ def test_what_is_on_the_hub_is_known_by_its_marker(
         pages = opened("ann/codes", "ann/videos")
         assert pages.json("code-0-3")["rows"] == 3 * (FRAMES - HORIZON)
         pages.close()
+        for name in ("lam", "policy"):
+            with contextlib.closing(open_pages(ViewConfig(f"ann/{name}"))) as model:
+                assert model.json("about")["examples"] == []
         with pytest.raises(UserError, match="ann/none: neither a folder here nor a model on the hub"):
             kind_at("ann/none")
 

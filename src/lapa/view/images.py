@@ -79,6 +79,7 @@ def places_of(dataset: Dataset, num: int, room: int) -> list[tuple[int, int]]:
     """Returns at most `num` places (episode, frame), each of another episode, spread over the dataset.
 
     room: frames that should follow; a place lies a third into its episode, or earlier where fewer would follow.
+    Raises UserError for a dataset without images.
     """
     if dataset.coded:
         raise UserError(f"{dataset.root}: has codes of images, and no images to show; give another --data")

@@ -107,11 +107,13 @@ def open_lam_pages(config: ViewConfig) -> LamPages:
     )
     if dataset is None and config.export is not None:
         raise UserError(f"{config.path}: an export needs images to start from; give them: --data DATASET")
-    seconds = [
-        model.horizon if dataset is None else horizon_for(path, dataset, model)
-        for path, model in zip(paths, models, strict=True)
+    names = [Path(path).name for path in paths]
+    if len(set(names)) < len(names):
+        names = ["/".join(Path(path).absolute().parts[-2:]) for path in paths]
+    lams = [
+        Lam(name, model, model.horizon if dataset is None else horizon_for(path, dataset, model))
+        for name, path, model in zip(names, paths, models, strict=True)
     ]
-    lams = [Lam(Path(path).name, *each) for path, each in zip(paths, zip(models, seconds, strict=True), strict=True)]
     exported = config.export is not None
     num = (config.limit or EXPORTED) if exported else EXAMPLES
     return LamPages(lams, dataset, num_examples=num, exported=exported, folders=paths)

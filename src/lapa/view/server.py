@@ -156,4 +156,5 @@ class Server(web.Server):
 def _announce(server: Server, config: ViewConfig) -> None:
     say(f"{config.path}: {server.pages.summary}")
     console.print(Text.assemble("open ", (server.url, "bold"), " in a browser; Ctrl-C ends"), soft_wrap=True)
-    say(f"to send it to others: lapa view {shlex.quote(config.path)} --export FOLDER")
+    data = [] if config.data is None else ["--data", config.data]
+    say(f"to send it to others: {shlex.join(['lapa', 'view', config.path, *data, '--export', 'FOLDER'])}")
