@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lapa.data.spec import open_dataset
 from lapa.envs import episode_seed, make
-from lapa.envs.language_table import simulator
+from lapa.envs.language_table import LanguageTableConfig, simulator
+from lapa.envs.language_table import record as recorder
 from lapa.envs.language_table.simulator import (
     CAMERA,
     COMMIT,
@@ -227,3 +229,35 @@ def test_the_oracle_solves_an_episode_in_a_worker(tmp_path: Path, capfd: pytest.
     assert report["overall"]["successes"] == 1
     assert report["notes"]["checkout"] == COMMIT[:12] and "pybullet" in report
     assert capfd.readouterr().out == ""
+
+
+def test_mistakes_of_a_recording_are_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LanguageTableConfig(tmp_path / "data")
+    for change, message in (
+        ({"families": "separat"}, "did you mean 'separate'"),
+        ({"episodes": 0}, "--episodes"),
+        ({"size": 65}, "--size must be even"),
+        ({"workers": 0}, "--workers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            recorder.run(replace(config, **change))
+    monkeypatch.setattr("lapa.envs._is_installed", lambda name: False)
+    with pytest.raises(UserError, match=r'pip install "lapa-vla\[language-table\]"'):
+        recorder.run(config)
+    assert not (tmp_path / "data").exists()
+
+
+@needs_simulator
+def test_a_recording_is_what_the_oracle_did(tmp_path: Path) -> None:
+    config = LanguageTableConfig(tmp_path / "data", families="separate", episodes=1, size=64, workers=1)
+    recorder.run(config)
+    dataset = open_dataset(tmp_path / "data")
+    assert (dataset.fps, len(dataset.episodes), dataset.action_dim, dataset.state_dim) == (10, 1, 2, 2)
+    actions_TA = dataset.actions(0)
+    assert np.abs(actions_TA).max() <= 0.04 and np.abs(actions_TA).max() > 0.005
+    played = make("language_table", "separate", size=64)
+    played.reset(episode_seed(0, "demonstration", "separate", 0), 0)
+    assert dataset.episodes[0].instruction == played.observe().instruction
+    solved = [played.step(action) for action in actions_TA]
+    assert solved.index(True) == len(solved) - 2
+    played.close()

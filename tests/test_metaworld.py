@@ -13,10 +13,12 @@ from lapa.data.metadata import JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.envs import episode_seed
+from lapa.envs import record as recorder
 from lapa.envs.metaworld import MetaworldConfig
 from lapa.envs.metaworld import record as metaworld
 from lapa.envs.metaworld import simulator as metaworld_simulator
-from lapa.envs.metaworld.record import FRAMES_AFTER_SUCCESS, record
+from lapa.envs.metaworld.record import FRAMES_AFTER_SUCCESS
+from lapa.envs.metaworld.record import play as record
 from lapa.envs.metaworld.simulator import (
     FPS,
     INSTRUCTIONS,
@@ -220,11 +222,11 @@ def test_a_dataset_begun_before_there_were_looks_goes_on(monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(metaworld, "METAWORLD", replace(METAWORLD, packages=(), check=dict))
-    monkeypatch.setattr(metaworld, "_record_all", interrupted)
+    monkeypatch.setattr(recorder, "record_all", interrupted)
     config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32)
     with pytest.raises(KeyboardInterrupt):
         metaworld.run(config)
-    begun, journal = tmp_path / "data" / metaworld.BEGUN, tmp_path / "data" / JOURNAL
+    begun, journal = tmp_path / "data" / "meta/metaworld.json", tmp_path / "data" / JOURNAL
     settings, header = json.loads(begun.read_text()), json.loads(journal.read_text())
     settings.pop("look", None)
     header["extra_info"].pop("look", None)
@@ -241,7 +243,7 @@ def test_a_dataset_goes_on_in_its_own_look_only(monkeypatch: pytest.MonkeyPatch,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(metaworld, "METAWORLD", replace(METAWORLD, packages=(), check=dict))
-    monkeypatch.setattr(metaworld, "_record_all", interrupted)
+    monkeypatch.setattr(recorder, "record_all", interrupted)
     config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32, look=3)
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt):
@@ -252,12 +254,12 @@ def test_a_dataset_goes_on_in_its_own_look_only(monkeypatch: pytest.MonkeyPatch,
 
 def test_failed_attempts_are_replaced_by_the_next_seeds() -> None:
     kept, tried = {"a": 0, "b": 0}, {"a": 0, "b": 0}
-    first = metaworld._next_attempts(2, kept, tried, most=4)
+    first = recorder.next_attempts(2, kept, tried, most=4)
     assert first == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     kept.update(a=2, b=1)
-    assert metaworld._next_attempts(2, kept, tried, most=4) == [("b", 2)]
-    assert metaworld._next_attempts(2, kept, tried, most=4) == [("b", 3)]
-    assert metaworld._next_attempts(2, kept, tried, most=4) == []
+    assert recorder.next_attempts(2, kept, tried, most=4) == [("b", 2)]
+    assert recorder.next_attempts(2, kept, tried, most=4) == [("b", 3)]
+    assert recorder.next_attempts(2, kept, tried, most=4) == []
 
 
 def play(look: int | None, task: str = "coffee-button", size: int = 64) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -90,14 +90,13 @@ class EnvironmentKind:
     title: its name in messages. make: called as make(task name, size=..., cameras=...). suites: returns the tasks of
     each suite; raises UserError where it needs a package to know them. known_cameras: every camera; cameras: those
     rendered by default. size: default height and width of images. fps: control rate; declared_fps: other rates that
-    datasets from this environment declare. action_names, state_names: one for each dimension. action_low, action_high:
-    random actions are uniform between them. longest: the most steps that the simulator allows. stops_at_success: where
-    False, an episode is played to its limit and the last step counts. fresh: a new environment for each episode, where
-    a reset leaves something behind. in_process: too light for worker processes; own_process: only in worker processes.
-    packages: distributions that it needs, whose versions belong in the results; extra: our extra that installs them.
-    also_needs: what else, for the reader. check: raises UserError, with the fix, where the machine cannot run it, and
-    may return notes for the results, such as the protocol or the renderer. spelling: returns the name of a task or
-    suite for another spelling of it.
+    datasets from this environment declare. action_names, state_names: one for each dimension. action_low,
+    action_high: random actions are uniform between them. longest: the most steps that the simulator allows.
+    stops_at_success: where False, an episode is played to its limit and the last step counts. in_process: too light
+    for worker processes; own_process: only in worker processes. packages: distributions that it needs, whose versions
+    belong in the results; extra: our extra that installs them. also_needs: what else, for the reader. check: raises
+    UserError, with the fix, where the machine cannot run it, and may return notes for the results, such as the
+    protocol or the renderer. spelling: returns the name of a task or suite for another spelling of it.
     """
 
     title: str
@@ -114,7 +113,6 @@ class EnvironmentKind:
     declared_fps: tuple[float, ...] = ()
     longest: int | None = None
     stops_at_success: bool = True
-    fresh: bool = False
     in_process: bool = False
     own_process: bool = False
     packages: tuple[str, ...] = ()

@@ -219,7 +219,6 @@ class _LocalWorker:
     def _play(self, assignment: TaskEpisodes) -> Generator[WorkerReply, np.ndarray, None]:
         waiting = deque(assignment.episodes)
         settings, task = self._settings, assignment.task
-        fresh = kind_of(settings.env).fresh
         if task != self._task:
             self.close()
             self._task = task
@@ -243,9 +242,6 @@ class _LocalWorker:
             running = [episode for episode in running if not episode.done]
             results = tuple(episode.result() for episode in ended)
             free += [episode.environment for episode in ended]
-            while fresh and free:
-                self._environments.remove(free[-1])
-                free.pop().close()
         yield WorkerReply((), results, done=True)
 
     def _make(self) -> Environment:

@@ -8,7 +8,7 @@ Language Table: Lynch et al., RA-L 2023, arXiv 2210.06407; https://github.com/go
     lapa evaluate expert --env language_table --tasks separate --episodes 5 --out RESULTS
 
 Episodes are those of the authors' evaluation: eight blocks, 200 steps, positions drawn until their oracle finds a plan,
-instructions drawn from templates. A reset leaves something behind, so each episode has a new environment.
+instructions drawn from templates. Their reset leaves something behind, so each episode has a new simulator.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def check_checkout() -> dict[str, str]:
 
 
 class LanguageTableEnvironment:
-    """One family of tasks, an `Environment`. It plays one episode; the next needs a new one.
+    """One family of tasks, an `Environment`. Each episode has a simulator of its own.
 
     An action is [2] (metres that the stick's target moves, clipped to 0.1), the state float32 [2] (metres).
     """
@@ -223,7 +223,6 @@ LANGUAGE_TABLE = EnvironmentKind(
     state_names=STATE_NAMES,
     action_low=(-LONGEST_MOVE,) * 2,
     action_high=(LONGEST_MOVE,) * 2,
-    fresh=True,
     own_process=True,
     packages=("pybullet", "gymnasium", "opencv-python-headless", "absl-py", "six"),
     extra="language-table",
