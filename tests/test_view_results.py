@@ -244,6 +244,7 @@ def test_a_study_shows_how_far_its_runs_are(study: Path) -> None:
     assert about["facts"] == ["preset debug", "4 of 6 runs done"]
     assert [run["kind"] for run in about["runs"]] == ["done"] * 4 + ["failed", "waiting"]
     assert about["runs"][4]["text"].startswith("failed at ") and ", 1 of " in about["runs"][4]["text"]
+    assert about["runs"][5]["text"].startswith("not begun, next is ")
     assert "preset debug: these numbers measure nothing" in about["cautions"]
 
 
@@ -262,6 +263,7 @@ def test_the_report_of_a_study_is_on_its_page(study: Path) -> None:
     pytest.importorskip("matplotlib")
     pages = opened(study)
     blocks = pages.json("report")["blocks"]
+    assert any("(arm - scratch) / (actionvla - scratch)" in block.get("text", "") for block in blocks)
     assert {"heading", "paragraph", "bullets", "table", "figure"} == {block["kind"] for block in blocks}
     for block in blocks:
         if block["kind"] == "figure":

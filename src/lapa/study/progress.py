@@ -36,7 +36,8 @@ class State:
     def text(self) -> str:
         if self.kind == "done":
             return "done"
-        return f"{self.kind} at {self.step}, {self.num_done} of {self.num_steps} steps done"
+        where = "not begun, next is" if self.kind == "waiting" else f"{self.kind} at"
+        return f"{where} {self.step}, {self.num_done} of {self.num_steps} steps done"
 
 
 def note_wanted(study: Path, runs: Sequence[RunKey]) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from lapa.files import find_files
-from lapa.hub.artifacts import without_paths
 from lapa.study.plan import Plan
 from lapa.study.progress import progress, sizes_in
 from lapa.study.report import Block, Figure, cautions, comparison, content, draw, findings
@@ -108,7 +107,7 @@ class StudyPages(RolloutPages):
         kind = type(block).__name__.lower()
         if isinstance(block, Figure):
             return {"kind": kind, "file": self.number(block.path), "caption": block.caption}
-        return {"kind": kind, **without_paths(dataclasses.asdict(block))}
+        return {"kind": kind, **dataclasses.asdict(block)}
 
 
 def open_study_pages(config: ViewConfig) -> StudyPages:

@@ -15,6 +15,8 @@ const route = guarded(async () => {
     $(`tab-${name}`).setAttribute("aria-pressed", name === view);
   }
   $("which").hidden = about.groups.length < 2 || !["success", "rollouts"].includes(view);
+  // The report has its own.
+  $("cautions").hidden = !about.cautions?.length || view === "report";
   if (view !== "rollouts") stop();
   if (view === "report") return showReport();
   if (view === "runs") return showRuns();
@@ -119,7 +121,6 @@ guarded(async () => {
   document.title = `${about.name} · lapa view`;
   $("title").textContent = about.name;
   $("about").textContent = about.facts.join(" · ");
-  $("cautions").hidden = !about.cautions?.length;
   $("cautions").textContent = about.cautions?.join("; ");
   $("tab-report").hidden = !about.report;
   $("tab-runs").hidden = !about.runs;

@@ -91,7 +91,7 @@ function gallery() {
   const cards = shown.map(row => make("article", {}, make("h3", { textContent: titleOf(row) }),
     make("div", { className: "arms" }, ...data.arms.map((name, arm) => side(row, name, arm)))));
   $("gallery").replaceChildren(...cards);
-  $("gallery").classList.toggle("single", data.arms.length === 1);
+  $("gallery").className = data.arms.length === 1 ? "single" : data.arms.length > 2 ? "many" : "";
   $("count").textContent = rows.length ? `episodes ${first + 1} to ${first + shown.length} of ${rows.length} with a video`
     : "no episode with a video";
   $("earlier").disabled = first === 0;
