@@ -49,7 +49,7 @@ def main(config: PictureConfig) -> None:
     model = LatentActionModel.from_pretrained(config.demo / "lam").eval()
     rows = [
         *video_rows(dataset, labels, model, range(len(dataset))[config.episode]),
-        rollout_row(config.demo / "results" / "policy", config.task, dataset.fps),
+        rollout_row(config.demo / "results" / "policy", config.task),
     ]
     grid(rows).save(config.out, "WEBP", quality=82, method=6)
     print(f"wrote {config.out}: {config.out.stat().st_size / 1000:.0f} kB")
@@ -80,19 +80,16 @@ def video_rows(dataset: LeRobotDataset, labels: Labels, model: LatentActionModel
     ]
 
 
-def rollout_row(results: Path, task: str, fps: float) -> Row:
-    """Frames of the first successful rollout in the task's video, which shows episodes 0 to 3, two by two."""
-    rollouts = [each for each in read_json_lines(results / "episodes.jsonl") if each["task"] == task]
-    best = min((each for each in rollouts if each["success"] and each["episode"] < 4), key=lambda each: each["episode"])
-    file = results / "videos" / f"{task}.mp4"
+def rollout_row(results: Path, task: str) -> Row:
+    """Frames of the first successful rollout of a task that is recorded."""
+    rollouts = sorted(read_json_lines(results / "episodes.jsonl"), key=lambda each: each["episode"])
+    videos = [(each["steps"], results / "videos" / f"{task}-{each['episode']}.mp4") for each in rollouts
+              if each["task"] == task and each["success"]]  # fmt: skip
+    num_steps, file = next((steps, file) for steps, file in videos if file.exists())
     info = probe(file)
-    frames_THWC = decode_clip(file, range(info.num_frames), info.fps)
-    height, width = frames_THWC.shape[1] // 2, frames_THWC.shape[2] // 2
-    top, left = best["episode"] // 2 * height, best["episode"] % 2 * width
-    steps = np.linspace(0, best["steps"], ACROSS).round().astype(int)
-    places = np.minimum(steps * info.fps // fps, len(frames_THWC) - 1).astype(int)
-    # Below the image is its caption.
-    images = list(frames_THWC[places, top : top + width, left : left + width])
+    places, steps = (np.linspace(0, last, ACROSS).round().astype(int) for last in (info.num_frames - 1, num_steps))
+    # Below the square image is its caption.
+    images = list(decode_clip(file, places.tolist(), info.fps)[:, : info.width])
     captions = [f"step {step}" for step in steps[:-1]] + [f"step {steps[-1]}: success"]
     title = f"3. A policy that learnt to predict codes, and then actions from 15 labelled episodes, acts ({task})"
     return Row(title, images, captions, frozenset({ACROSS - 1}))
