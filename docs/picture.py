@@ -49,7 +49,7 @@ def main(config: PictureConfig) -> None:
     model = LatentActionModel.from_pretrained(config.demo / "lam").eval()
     rows = [
         *video_rows(dataset, labels, model, range(len(dataset))[config.episode]),
-        rollout_row(config.demo / "results" / "policy", config.task),
+        rollout_row(config.demo / "results" / "policy", config.task, dataset.fps),
     ]
     grid(rows).save(config.out, "WEBP", quality=82, method=6)
     print(f"wrote {config.out}: {config.out.stat().st_size / 1000:.0f} kB")
@@ -80,14 +80,16 @@ def video_rows(dataset: LeRobotDataset, labels: Labels, model: LatentActionModel
     ]
 
 
-def rollout_row(results: Path, task: str) -> Row:
-    """Frames of the first successful rollout of a task that is recorded."""
+def rollout_row(results: Path, task: str, fps: float) -> Row:
+    """Frames of the first successful rollout of a task that is recorded. fps: steps a second."""
     rollouts = sorted(read_json_lines(results / "episodes.jsonl"), key=lambda each: each["episode"])
     videos = [(each["steps"], results / "videos" / f"{task}-{each['episode']}.mp4") for each in rollouts
               if each["task"] == task and each["success"]]  # fmt: skip
     num_steps, file = next((steps, file) for steps, file in videos if file.exists())
     info = probe(file)
-    places, steps = (np.linspace(0, last, ACROSS).round().astype(int) for last in (info.num_frames - 1, num_steps))
+    steps = np.linspace(0, num_steps, ACROSS).round().astype(int)
+    # Of the video's end, where the outcome is shown for a while, only the first frame.
+    places = np.minimum(np.ceil(steps * info.fps / fps), info.num_frames - 1).astype(int)
     # Below the square image is its caption.
     images = list(decode_clip(file, places.tolist(), info.fps)[:, : info.width])
     captions = [f"step {step}" for step in steps[:-1]] + [f"step {steps[-1]}: success"]
