@@ -18,6 +18,7 @@ pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
 pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 
 from browser import Browser, browser
+from fake_hub import FakeHub, Repo
 from lapa import UserError, cli
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.rollout import evaluate
@@ -166,6 +167,20 @@ def test_paths_in_results_are_not_followed(results: Path, tmp_path: Path) -> Non
     assert str(tmp_path) not in json.dumps(pages.json("about"))
 
 
+def test_results_on_the_hub_are_shown(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeHub() as hub:
+        hub.used(monkeypatch, tmp_path)
+        files = {path.relative_to(results / "random").as_posix(): path for path in results.glob("random/**/*.*")}
+        repo = hub.repos["dataset", "ann/rollouts"] = Repo()
+        repo.commits["0" * 40] = {name: path.read_bytes() for name, path in files.items()}
+        pages = open_pages(ViewConfig("ann/rollouts"))
+        group = pages.json("group-0")
+        where = group["video"][0][0]
+        assert len(group["task"]) == len(TASKS) * EPISODES
+        assert pages.file(f"{where[0]}.mp4").read_bytes() == files["videos/up-0.mp4"].read_bytes()
+        pages.close()
+
+
 def test_results_have_short_names() -> None:
     assert short_names([Path("/a/runs/one"), Path("/a/runs/two")]) == ["one", "two"]
     assert short_names([Path("/a/lapa/results"), Path("/a/scratch/results")]) == ["lapa/results", "scratch/results"]
@@ -254,6 +269,9 @@ def test_a_study_without_a_result_shows_its_runs(study: Path) -> None:
     about = pages.json("about")
     assert about["groups"] == [] and not about["report"] and len(about["runs"]) == 2
     assert list(pages.names()) == ["about"]
+    settings = json.loads((study / "study.json").read_text())
+    write_json(study / "study.json", {**settings, "sizes": {**settings["sizes"], "more": 1}})
+    assert [run["kind"] for run in pages.json("about")["runs"]] == ["unknown"] * 2
     (study / "study.json").write_text("[]")
     with pytest.raises(UserError, match=r"study\.json"):
         pages.json("about")

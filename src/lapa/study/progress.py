@@ -25,7 +25,7 @@ WANTED = "runs.jsonl"
 
 @dataclass(frozen=True)
 class State:
-    """kind: done, running, failed, stopped or waiting. step: the title of the one at which it is, "" where done."""
+    """kind: done, running, failed, stopped, waiting or unknown. step: the title of the one at which it is."""
 
     kind: str
     step: str = ""
@@ -36,6 +36,8 @@ class State:
     def text(self) -> str:
         if self.kind == "done":
             return "done"
+        if self.kind == "unknown":
+            return "no result; its steps are of another version"
         where = "not begun, next is" if self.kind == "waiting" else f"{self.kind} at"
         return f"{where} {self.step}, {self.num_done} of {self.num_steps} steps done"
 
@@ -58,14 +60,20 @@ def wanted(study: Path) -> list[RunKey]:
 
 
 def sizes_in(study: Path) -> StudySizes | None:
-    """The sizes of a study; None where its folder has results alone. Raises UserError for a damaged file."""
+    """The sizes of a study; None where its folder has results alone, or is of another version.
+
+    Raises UserError for a damaged file.
+    """
     path = study / SETTINGS
     if not path.exists():
         return None
     settings = read_json(path)
     if not isinstance(settings, dict) or not isinstance(settings.get("sizes"), dict):
         raise UserError(f"{path}: has no sizes of a study; restore it, or run the study again elsewhere")
-    return configs.from_dict(StudySizes, settings["sizes"], source=str(path))
+    try:
+        return configs.from_dict(StudySizes, settings["sizes"], source=str(path))
+    except UserError:
+        return None
 
 
 def progress(study: Path) -> dict[RunKey, State]:
@@ -73,12 +81,15 @@ def progress(study: Path) -> dict[RunKey, State]:
     sizes = sizes_in(study)
     rows = read_json_lines(study / SECONDS, key=str)
     failed = {row["key"]: row.get("failed", False) for row in rows}
-    return {
-        run: State("done")
-        if sizes is None or (study / FOLDER / f"{run.name}.json").exists()
-        else _state(study, Plan(sizes, run.split, run.demonstrations, run.seed), run.arm, failed)
-        for run in wanted(study)
-    }
+    states = {}
+    for run in wanted(study):
+        if (study / FOLDER / f"{run.name}.json").exists():
+            states[run] = State("done")
+        elif sizes is None:
+            states[run] = State("unknown")
+        else:
+            states[run] = _state(study, Plan(sizes, run.split, run.demonstrations, run.seed), run.arm, failed)
+    return states
 
 
 def _state(study: Path, plan: Plan, arm: Arm, failed: dict[str, bool]) -> State:

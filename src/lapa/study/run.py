@@ -76,7 +76,7 @@ def run(config: StudyConfig) -> None:
     note_wanted(config.out, [RunKey(arm, plan.split, plan.demonstrations, plan.seed) for plan, arm in runs])
     for plan, arm in runs:
         _run_arm(config, plan, arm)
-    finish("results", config.out / FOLDER, [f"lapa study report {config.out}"])
+    finish("results", config.out / FOLDER, [f"lapa study report {config.out}", f"lapa view {config.out}"])
 
 
 def _require_installed(config: StudyConfig, sizes: StudySizes) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa.errors import UserError
-from lapa.evaluation.rollout import RESULTS, VIDEOS, read_results, results_folders, wilson_interval
+from lapa.evaluation.rollout import CONFIG, RESULTS, VIDEOS, read_results, results_folders, wilson_interval
 from lapa.files import find_files
 from lapa.hub.artifacts import KINDS, without_paths
 from lapa.hub.download import hub_folder
@@ -31,6 +31,8 @@ from lapa.view.pages import Pages
 
 # Episodes with videos in an export.
 EXPORTED = 50
+# What is shown, and so what is fetched from the hub.
+FILES = (RESULTS, CONFIG, f"{VIDEOS}/*")
 FILE = re.compile(r"([0-9]{1,9})\.(mp4|png)")
 # Of the report: what an arm is described by.
 FACTS = {
@@ -271,8 +273,7 @@ def open_results_pages(config: ViewConfig) -> ResultsPages:
 
 
 def _folders(path: str) -> list[Path]:
-    kind = KINDS["results"]
-    folder = hub_folder(path, kind.patterns, "give a folder of `lapa evaluate`", kind.repo_type)
+    folder = hub_folder(path, FILES, "give a folder of `lapa evaluate`", KINDS["results"].repo_type)
     if folders := results_folders(folder):
         return folders
     raise UserError(f"{path}: holds no results; give a folder of `lapa evaluate`")
