@@ -435,3 +435,50 @@ def test_a_kind_may_play_to_the_limit_and_note_what_it_is(tmp_path: Path, monkey
     assert report["overall"]["successes"] == 6 and report["notes"] == {"protocol": "squares"}
     assert report["config"]["max_steps"] == {"up": 30, "left": 35}
     assert made == ["up", "left"]
+
+
+FRAGILE = """
+import os, time
+from dataclasses import replace
+from pathlib import Path
+from lapa.envs.synthetic import SYNTHETIC, SquareEnvironment
+
+class Fragile(SquareEnvironment):
+    def reset(self, seed, episode):
+        super().reset(seed, episode)
+        begun = Path(os.environ["BEGUN"]) / str(episode)
+        count = len(begun.read_text()) if begun.exists() else 0
+        begun.write_text("x" * (count + 1))
+        if episode == 1 and count == 0:
+            os.abort()
+        if episode == 4:
+            time.sleep(60)
+
+FRAGILE = replace(SYNTHETIC, make=Fragile, in_process=False)
+"""
+
+
+def test_episodes_of_a_lost_process_are_repeated_once_and_then_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    (tmp_path / "fragile-1.0.dist-info").mkdir()
+    (tmp_path / "fragile-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\n")
+    (tmp_path / "fragile-1.0.dist-info" / "entry_points.txt").write_text(
+        "[lapa.environments]\nfragile = fragile:FRAGILE\n"
+    )
+    (tmp_path / "begun").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("BEGUN", str(tmp_path / "begun"))
+    monkeypatch.setattr("lapa.evaluation.episodes.HANG_SECONDS", 8)
+    config = EvaluateConfig("expert", tmp_path / "out", env="fragile", tasks="up", episodes=6, videos=0)
+    report = evaluate(replace(config, workers=1, parallel=2))
+    overall = report["overall"]
+    assert (overall["successes"], overall["episodes"], overall["errors"]) == (5, 5, 1)
+    assert report["episodes"][4]["error"].startswith("a simulator process hung")
+    assert [row["episode"] for row in report["episodes"]] == list(range(6))
+    assert all("error" not in row for row in report["episodes"] if row["episode"] != 4)
+    assert len((tmp_path / "begun" / "4").read_text()) >= 2
+    printed = capsys.readouterr().err
+    assert "died (exit code -6), perhaps for lack of memory; episodes 0, 1 of up are repeated, one by one" in printed
+    assert "again in episode 4 of up, which counts as an error" in printed

@@ -13,13 +13,14 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Literal
 
 import numpy as np
 
+from lapa.console import warn
 from lapa.data.workers import interrupts_held
 from lapa.envs import Environment, episode_seed, kind_of, make
 from lapa.errors import UserError
@@ -28,6 +29,10 @@ from lapa.types import Observation
 
 # Approximate frame rate of recorded videos, in the environment's time.
 VIDEO_FPS = 20
+
+# A process that is silent for so long hangs. One reply may be a whole episode of an expert, or a first image with a
+# driver that compiles its shaders on busy cores.
+HANG_SECONDS = 600
 
 Infer = Callable[[Sequence[Observation]], np.ndarray]
 
@@ -76,15 +81,23 @@ class TaskEpisodes:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How one episode ended. frames: its recorded images, HWC uint8; instruction: its own, where it is recorded."""
+    """How one episode ended. frames: its recorded images, HWC uint8; instruction: its own, where it is recorded.
+
+    error: why it could not be played to its end, twice; then it is neither a success nor a failure.
+    """
 
     task: str
     episode: int
     seed: int
     success: bool
     steps: int
+    error: str = ""
     frames: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
     instruction: str = field(default="", repr=False, compare=False)
+
+
+class LostProcessError(Exception):
+    """A simulator process has died or hangs."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +115,10 @@ def play_episodes(
     """Plays all episodes and yields their results as they end.
 
     infer: observations [B] -> actions [B, K, A], for the actor `policy`. num_workers: processes, 0 to play in this one.
+    The episodes of a process that dies or hangs are repeated one by one in a new process, and are errors where that one
+    is lost too.
     """
-    queue = deque(assignments)
+    queue, repeated = deque(assignments), set[TaskEpisodes]()
     with ExitStack() as stack:
         kind = _ProcessWorker if num_workers else _LocalWorker
         workers = [stack.enter_context(closing(kind(settings))) for _ in range(max(1, num_workers))]
@@ -111,7 +126,12 @@ def play_episodes(
         for worker in active:
             worker.send(queue.popleft())
         while active:
-            replies = [worker.receive() for worker in active]
+            replies = []
+            for worker in active:
+                try:
+                    replies.append(worker.receive())
+                except LostProcessError as loss:
+                    replies.append(_after_loss(worker, loss, settings, queue, repeated))
             for reply in replies:
                 yield from reply.results
             observations = [observation for reply in replies for observation in reply.observations]
@@ -129,6 +149,30 @@ def play_episodes(
                     continue
                 playing.append(worker)
             active = playing
+
+
+def _after_loss(
+    worker: _LocalWorker | _ProcessWorker,
+    loss: LostProcessError,
+    settings: RolloutSettings,
+    queue: deque[TaskEpisodes],
+    repeated: set[TaskEpisodes],
+) -> WorkerReply:
+    """Queues the episodes that a lost process had not finished, and returns a last reply in its place.
+
+    Those that it had begun come alone, since any of them may be the cause; one that was lost so before is an error.
+    """
+    task, unfinished = worker.assignment.task, [n for n in worker.assignment.episodes if n not in worker.finished]
+    begun, waiting = unfinished[: settings.num_parallel], tuple(unfinished[settings.num_parallel :])
+    alone = [TaskEpisodes(task, (number,)) for number in begun]
+    if worker.assignment in repeated:
+        warn(f"{loss}, again in episode {begun[0]} of {task}, which counts as an error")
+        seed = episode_seed(settings.seed, "evaluation", task, begun[0])
+        return WorkerReply((), (EpisodeResult(task, begun[0], seed, False, 0, error=str(loss)),), done=True)
+    warn(f"{loss}; episodes {', '.join(map(str, begun))} of {task} are repeated, one by one")
+    repeated.update(alone)
+    queue.extendleft(reversed([*alone, *([TaskEpisodes(task, waiting)] if waiting else [])]))
+    return WorkerReply((), (), done=True)
 
 
 class _Episode:
@@ -177,7 +221,9 @@ class _Episode:
             self._record()
             instruction = self.observe().instruction
         frames = tuple(self._frames)
-        return EpisodeResult(self.task, self.number, self.seed, self.success, self.steps, frames, instruction)
+        return EpisodeResult(
+            self.task, self.number, self.seed, self.success, self.steps, frames=frames, instruction=instruction
+        )
 
     def _step(self, action: np.ndarray) -> None:
         if self._recorded and self.steps % self.settings.video_every == 0:
@@ -201,9 +247,12 @@ class _LocalWorker:
         self._environments: list[Environment] = []
         self._playing: Generator[WorkerReply, np.ndarray, None]
         self._reply: WorkerReply
+        self.assignment: TaskEpisodes
+        self.finished: set[int] = set()
 
     def send(self, message: TaskEpisodes | np.ndarray) -> None:
         if isinstance(message, TaskEpisodes):
+            self.assignment = message
             self._playing = self._play(message)
             self._reply = next(self._playing)
         else:
@@ -252,31 +301,55 @@ class _LocalWorker:
 
 
 class _ProcessWorker:
-    """A `_LocalWorker` in a process of its own, with its methods."""
+    """A `_LocalWorker` in a process of its own, with its methods.
+
+    assignment: what it plays; finished: the episodes of it whose results have come.
+    """
 
     def __init__(self, settings: RolloutSettings) -> None:
+        self._settings = settings
+        self.assignment: TaskEpisodes
+        self.finished: set[int] = set()
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._settings), daemon=True)
         with interrupts_held():
             self._process.start()
         theirs.close()
 
     def send(self, message: TaskEpisodes | np.ndarray) -> None:
-        self._connection.send(message)
+        if isinstance(message, TaskEpisodes):
+            self.assignment, self.finished = message, set()
+        # A process that has died is noticed where its reply is missing.
+        with suppress(ConnectionError):
+            self._connection.send(message)
 
     def receive(self) -> WorkerReply:
+        """Returns the reply. Raises LostProcessError where the process has died or hangs, having started a new one."""
         try:
+            if not self._connection.poll(HANG_SECONDS):
+                raise LostProcessError(f"a simulator process hung ({HANG_SECONDS} s without a reply)")
             reply = self._connection.recv()
-        except EOFError:
+        except LostProcessError:
+            self._restart()
+            raise
+        except (EOFError, ConnectionError):
             self._process.join()
-            raise UserError(
-                f"a simulator process died (exit code {self._process.exitcode}), perhaps for lack of memory; "
-                "go on with --resume and a smaller --parallel"
-            ) from None
+            code = self._process.exitcode
+            self._restart()
+            raise LostProcessError(f"a simulator process died (exit code {code}), perhaps for lack of memory") from None
         if isinstance(reply, Exception):
             raise reply
+        self.finished |= {result.episode for result in reply.results}
         return reply
+
+    def _restart(self) -> None:
+        self._process.kill()
+        self.close()
+        self._start()
 
     def close(self) -> None:
         self._connection.close()

@@ -25,7 +25,7 @@ from rich.table import Column, Table
 
 from lapa.checksums import Journal, files_below, verify, write_marker
 from lapa.config import require_at_least, require_same, to_dict
-from lapa.console import console, finish, progress, say
+from lapa.console import console, finish, progress, say, warn
 from lapa.data.video import encode_clip
 from lapa.drawing import BAD, GOOD, INK, captioned
 from lapa.envs import EnvironmentKind, Task, kind_of
@@ -49,7 +49,10 @@ VIDEO_WIDTH = 256  # at least
 
 def run(config: EvaluateConfig) -> None:
     """`lapa evaluate`: prints a table and the paths of what was written."""
-    console.print(_table(evaluate(config)))
+    report = evaluate(config)
+    console.print(_table(report))
+    if errors := report["overall"].get("errors"):
+        warn(f"{errors} episodes ended in an error, and count neither as successes nor as failures")
     if videos := list((config.out / VIDEOS).glob("*.mp4")):
         say(f"videos: {config.out / VIDEOS} ({len(videos)} rollouts, with step and outcome)")
     finish("results", config.out / RESULTS, [f"lapa view {shlex.quote(str(config.out))}"])
@@ -163,13 +166,19 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def summarise(results: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """Successes, episodes, success_rate, its 95% interval, and the mean steps of successful episodes (or None)."""
-    steps = [result.steps for result in results if result.success]
+    """Successes, episodes, success_rate, its 95% interval, and the mean steps of successful episodes (or None).
+
+    Episodes that ended in an error are no episodes; "errors", where there are any, is their number.
+    """
+    played = [result for result in results if not result.error]
+    steps = [result.steps for result in played if result.success]
+    errors = len(results) - len(played)
     return {
         "successes": len(steps),
-        "episodes": len(results),
-        "success_rate": len(steps) / len(results),
-        "interval": list(wilson_interval(len(steps), len(results))),
+        "episodes": len(played),
+        "success_rate": len(steps) / max(1, len(played)),
+        "interval": list(wilson_interval(len(steps), len(played))),
+        **({"errors": errors} if errors else {}),
         "mean_steps": sum(steps) / len(steps) if steps else None,
     }
 
@@ -242,7 +251,7 @@ def _play(
                 write_video(_video(config, result), result, settings)
             results.append(result)
             journal.append(_row(result))
-            rate = sum(each.success for each in results) / len(results)
+            rate = summarise(results)["success_rate"]
             bar.update(line, advance=1, note=f"{result.task}, success so far {rate:.0%}")
     return sorted(results, key=lambda result: (tasks.index(result.task), result.episode))
 
@@ -259,7 +268,7 @@ def _kept_results(config: EvaluateConfig, journal: Journal) -> list[EpisodeResul
 
     A rollout whose video is missing is played again.
     """
-    found = [EpisodeResult(**row) for row in journal]
+    found = [result for result in (EpisodeResult(**row) for row in journal) if not result.error]
     kept = [result for result in found if result.episode >= config.videos or _video(config, result).exists()]
     journal.begin(map(_row, kept))
     return kept
@@ -288,7 +297,8 @@ def _video(config: EvaluateConfig, result: EpisodeResult) -> Path:
 
 
 def _row(result: EpisodeResult) -> dict[str, Any]:
-    return {name: value for name, value in vars(result).items() if name not in ("frames", "instruction")}
+    values = {name: value for name, value in vars(result).items() if name not in ("frames", "instruction")}
+    return {name: value for name, value in values.items() if name != "error" or value}
 
 
 def _check(config: EvaluateConfig, kind: EnvironmentKind, tasks: Collection[Task]) -> None:
@@ -340,5 +350,7 @@ def _table(report: dict[str, Any]) -> Table:
         low, high = row["interval"]
         steps = "-" if row["mean_steps"] is None else f"{row['mean_steps']:.0f}"
         counts = f"{row['successes']} of {row['episodes']}"
+        if errors := row.get("errors"):
+            counts += f", {errors} errors"
         table.add_row(task, counts, f"{row['success_rate']:.2f}", f"{low:.2f} to {high:.2f}", steps)
     return table
