@@ -30,7 +30,7 @@ help:
 	@echo 'make fuzz-rest  2,000 bodies that a server must answer in one line (schemathesis, its own environment: 0.1 GB)'
 	@echo 'make check-clients   openpi-client, an OpenVLA client and lapa-client, each in an environment of its own (0.4 GB),'
 	@echo '                     drive a served policy'
-	@echo 'make check-envs      the tests of the simulators (an environment of its own: 3 GB)'
+	@echo 'make check-envs      the tests of the simulators (an environment of its own: 3.6 GB)'
 	@echo 'make check-lerobot   datasets and policies go both ways between this project and LeRobot, whose commands train,'
 	@echo '                     measure and run a policy (an environment of its own: 5.8 GB)'
 	@echo 'make check-vla-eval  a policy behind vla-eval, in the same environment'
