@@ -136,13 +136,16 @@ def run(config: ProbeConfig) -> None:
         out, complete=(out / "probe.json").exists(), overwrite=config.overwrite, resumable=False, inputs=inputs
     )
     horizon = horizon_for(config.lam, dataset, model)
-    sample = draw_sample(pairs_of(model, dataset, config.camera, horizon), config.num_pairs, config.seed, actions=True)
-    say(f"{len(sample.frames_BTCHW)} pairs, {horizon:g} s apart, of {dataset.name}")
+    pairs = pairs_of(model, dataset, config.camera, horizon)
+    sample = draw_sample(pairs, config.num_pairs, config.seed, actions=True)
+    # The horizon is a whole number of frames.
+    apart = pairs.horizon_frames[0] / dataset.fps
+    say(f"{len(sample.frames_BTCHW)} pairs, {apart:.3g} s apart, of {dataset.name}")
     encoded = encode(model, sample.frames_BTCHW)
     figures = probe(model, sample, encoded, config.seed, motions=config.motion)
     console.print(table_of({"value": figures}, "latent action model"))
     with atomic_path(out / "grid.png") as path:
-        probe_sheet(model, sample, encoded, horizon).save(path)
+        probe_sheet(model, sample, encoded, apart).save(path)
     context = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
     write_json(out / "probe.json", {**figures, **context})
     elsewhere = ["--out", "LABELS"] if dataset.in_place else []
