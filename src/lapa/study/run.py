@@ -33,6 +33,7 @@ from lapa.data.video import decode_clip, probe
 from lapa.drawing import Row, grid
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.errors import UserError
+from lapa.evaluation.episodes import VIDEO_FPS
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, write_json
 from lapa.policy.open_loop import action_figures
 from lapa.study.config import StudyConfig, StudySizes, sizes_of
@@ -196,11 +197,12 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
 
 
 def rollout_strip(videos: Path) -> Image.Image:
-    """Draws one row for each task: its first rollout at equal distances in time."""
+    """Draws one row for each task: its first rollout at equal distances in time, without the end that stands still."""
     rows = []
-    for path in sorted(videos.glob("*.mp4")):
+    for path in sorted(videos.glob("*-0.mp4")):
         video = probe(path)
-        moments = np.linspace(0, (video.num_frames or 1) - 1, MOMENTS).round().astype(int).tolist()
+        last = max(0, (video.num_frames or 1) - VIDEO_FPS - 1)
+        moments = np.linspace(0, last, MOMENTS).round().astype(int).tolist()
         rows.append(Row(path.stem.removesuffix("-0"), list(decode_clip(path, moments, video.fps))))
     return grid(rows, "Rollouts, from start to end")
 
