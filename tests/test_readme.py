@@ -36,7 +36,8 @@ def test_links_lead_somewhere(link: str) -> None:
 
 def test_every_command_named_in_the_docs_exists() -> None:
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for line in re.findall(r"^ *(?:\$ )?lapa ([a-z].*)$", path.read_text(), re.MULTILINE):
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^ *(?:\$ )?lapa ([a-z].*)$", text, re.MULTILINE):
             words = shlex.split(line, comments=True)
             verb = cli.find_verb(words)
             assert verb is not None, f"{path.name}: lapa {line}"
