@@ -251,6 +251,7 @@ def test_a_lack_of_memory_is_one_line_and_a_bug_keeps_its_traceback(
 INTERRUPTED = """
 import os, signal, threading, time
 from lapa import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's job in the background ignores it.
 class Slow:
     def __del__(self):
         # A second Ctrl-C while the first one unwinds: in a finaliser, an exception would be printed.
