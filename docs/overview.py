@@ -1,7 +1,7 @@
-"""The picture with which README.md opens, from what `lapa demo` leaves: videos, codes, what a code does, rollouts.
+"""The image with which README.md opens, from what `lapa demo` writes: videos, codes, what a code does, rollouts.
 
     make demo
-    python docs/picture.py runs/demo docs/images/overview.webp
+    python docs/overview.py runs/demo docs/images/overview.webp
 
 Everything is as the demo made it: frames of its videos with their labels, predictions of its latent action model, and
 successful rollouts of its policy.
@@ -30,8 +30,8 @@ ACROSS = 6
 
 
 @dataclass(frozen=True)
-class PictureConfig:
-    """Draw the picture of the README."""
+class OverviewConfig:
+    """Draw the image of the README."""
 
     demo: Annotated[Path, tyro.conf.Positional]
     """The folder of `lapa demo`."""
@@ -43,7 +43,7 @@ class PictureConfig:
     """The task of the rollout."""
 
 
-def main(config: PictureConfig) -> None:
+def main(config: OverviewConfig) -> None:
     dataset = LeRobotDataset(config.demo / "videos")
     labels = Labels.open(config.demo / "labels", dataset_fingerprint=dataset.fingerprint)
     model = LatentActionModel.from_pretrained(config.demo / "lam").eval()
@@ -98,4 +98,4 @@ def rollout_row(results: Path, task: str, fps: float) -> Row:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PictureConfig))
+    main(tyro.cli(OverviewConfig))
