@@ -142,7 +142,7 @@ class Survey:
             return {"episode": episode, "flaw": str(error)}
 
     def _kept(self, locks: contextlib.ExitStack) -> Callable[[dict[str, Any]], None]:
-        """Reads the rows that are kept, and returns a function that keeps one more; it does nothing without a folder."""
+        """Reads the rows that are kept, and returns a function that keeps one more (none without a folder)."""
         try:
             folder = _folder(self._readers, self._cameras)
             folder.mkdir(parents=True, exist_ok=True)
