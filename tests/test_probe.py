@@ -1,5 +1,6 @@
 """The probe can fail: it tells a model that knows from one that ignores its codes and from one that cheats."""
 
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -425,3 +426,12 @@ def test_an_even_codebook_of_many_codes_is_not_called_dead() -> None:
     codes_BL = torch.arange(2560)[:, None] % 256
     assert usage_figures(codes_BL, codebook_size=256)["codes_used"] == 1.0
     assert usage_figures(codes_BL // 2, codebook_size=256)["codes_used"] == 0.5
+
+
+def test_motion_without_opencv_is_refused_before_any_work(
+    data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    out = tmp_path / "probe"
+    assert lapa("latent", "probe", lam, "--data", data, "--out", out, "--motion") == 2
+    assert "pip install 'lapa-vla[motion]'" in capsys.readouterr().err and not out.exists()

@@ -9,6 +9,7 @@ Axes: B pairs, T time (the two frames, or also that halfway), C channel, H W ima
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -21,17 +22,23 @@ GRID = 4
 SIDE = 128
 
 
+def require_opencv() -> ModuleType:
+    """Returns OpenCV's module. Raises UserError where it is not installed."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(f"the motion of videos needs OpenCV ({error}); pip install 'lapa-vla[motion]'") from None
+    return cv2
+
+
 def motion(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> dict[str, Float[np.ndarray, "B M"]]:
     """Returns the mean flow, x and y, as shares of the side: in each of 4 x 4 cells (`grid`), and in the `whole`.
 
     The median over the image is subtracted: what is left is what moves other than the camera. The flow of T frames is
     the sum from each to the next, since shorter ways are found better, each the mean of the flow forward and of that
-    backward with its sign changed. Raises UserError where OpenCV is not installed.
+    backward with its sign changed. Raises as `require_opencv`.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise UserError(f"the motion of videos needs OpenCV ({error}); pip install 'lapa-vla[motion]'") from None
+    cv2 = require_opencv()
     search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     side = max(SIDE, frames_BTCHW.shape[-1])
 

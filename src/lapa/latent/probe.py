@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from lapa import config as configs
-from lapa.console import console, finish, say
+from lapa.console import console, finish, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, horizon_frames
 from lapa.data.spec import open_dataset
@@ -27,7 +27,7 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
-from lapa.latent.config import CompareConfig, ProbeConfig
+from lapa.latent.config import CompareConfig, MeasureConfig, ProbeConfig
 from lapa.latent.metrics import (
     Sample,
     consistency_figures,
@@ -43,7 +43,7 @@ from lapa.latent.metrics import (
     usage_figures,
 )
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
-from lapa.latent.motion import motion
+from lapa.latent.motion import motion, require_opencv
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
 
@@ -125,8 +125,7 @@ ROWS = (
 @locks_output
 def run(config: ProbeConfig) -> None:
     """`lapa latent probe`. Raises UserError on bad input."""
-    if config.num_pairs < 1:
-        raise UserError("--num-pairs must be at least 1")
+    _check(config)
     model = LatentActionModel.from_pretrained(config.lam).to(pick_device(config.device)).eval()
     dataset = open_dataset(config.data)
     # A model from the hub has no folder here to write into.
@@ -158,8 +157,7 @@ def compare(config: CompareConfig) -> None:
     """`lapa latent compare`. Raises UserError on bad input."""
     if len(set(config.lams)) < max(2, len(config.lams)):
         raise UserError("give two or more different latent action models to compare, as LAM1 LAM2")
-    if config.num_pairs < 1:
-        raise UserError("--num-pairs must be at least 1")
+    _check(config)
     dataset = open_dataset(config.data)
     models = [LatentActionModel.from_pretrained(lam) for lam in config.lams]
     out = config.out or Path(f"compare_{dataset.name}")
@@ -186,6 +184,13 @@ def compare(config: CompareConfig) -> None:
     write_json(out / "compare.json", result)
     probes = [shlex.join(["lapa", "latent", "probe", str(lam), "--data", str(config.data)]) for lam in config.lams]
     finish("compare.json", out, probes)
+
+
+def _check(config: MeasureConfig) -> None:
+    if config.num_pairs < 1:
+        raise UserError("--num-pairs must be at least 1")
+    if config.motion:
+        require_opencv()
 
 
 def short_names(lams: tuple[Path, ...]) -> list[str]:
@@ -232,7 +237,9 @@ def probe(
     figures["consistency"] = consistency_figures(model, sample, encoded)
     if sample.actions_BA is not None and fits:
         figures["action"] = regression_figures(sample.actions_BA, sample, encoded, codebook_size, seed)
-    if motions and fits:
+    if motions and not fits:
+        warn("the motion is not measured: its regressions need pairs of two episodes or more")
+    elif motions:
         targets = motion(sample.with_middle())
         figures["motion"] = {
             name: regression_figures(targets_BM, sample, encoded, codebook_size, seed)
