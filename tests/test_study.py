@@ -15,7 +15,7 @@ import pytest
 from lapa import cli
 from lapa.config import to_dict
 from lapa.data.spec import open_dataset
-from lapa.files import read_json
+from lapa.files import read_json, write_json
 from lapa.study import run as study_run
 from lapa.study.config import PRESETS, StudyConfig, sizes_of
 from lapa.study.plan import Plan, Step, order, steps_of
@@ -62,6 +62,20 @@ def test_all_five_arms_run_and_are_reported(study: Path) -> None:
         cli.main(["study", "report", str(study)])
     assert exit_.value.code == 0
     assert "actionvla" in (study / "report" / "report.html").read_text()
+
+
+def test_episodes_that_ended_in_an_error_are_no_rollouts(study: Path, tmp_path: Path) -> None:
+    again = tmp_path / "study"
+    shutil.copytree(study, again)
+    plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
+    folder = plan.rollouts("scratch").folder(again)
+    (folder / "SHA256SUMS").unlink()
+    report = read_json(folder / "results.json")
+    report["episodes"][0]["error"] = "the simulator died"
+    write_json(folder / "results.json", report)
+    before = load_result(study / "results" / "in-domain-1-scratch-0.json")
+    result = study_run.collect(again, plan, "scratch", "debug")
+    assert result.rollouts == before.rollouts[1:] and (result.errors, before.errors) == (1, 0)
 
 
 def test_only_actionvla_pretrains_on_actions(study: Path) -> None:

@@ -25,7 +25,7 @@ from lapa.evaluation.rollout import evaluate
 from lapa.files import write_json
 from lapa.study.config import PRESETS
 from lapa.study.plan import Plan, order, steps_of
-from lapa.study.progress import note_wanted, progress
+from lapa.study.progress import note_wanted, progress, wanted
 from lapa.study.results import ArmResult, Rollout, RunKey
 from lapa.view.config import ViewConfig
 from lapa.view.opening import kind_at, open_pages
@@ -128,6 +128,57 @@ def test_an_evaluation_that_runs_is_shown_as_far_as_it_is(results: Path, tmp_pat
     assert pages.json("group-0")["tasks"][0]["arms"][0]["episodes"] == 7
     journal.write_bytes(b"")
     assert pages.json("about")["groups"] and pages.json("group-0")["tasks"] == [{"name": None, "arms": [None]}]
+
+
+def changed(results: Path, to: Path, **changes: Any) -> Path:
+    """A copy of results with other values in its report."""
+    shutil.copytree(results, to)
+    report = json.loads((to / "results.json").read_text())
+    write_json(to / "results.json", {**report, **changes})
+    return to
+
+
+def test_episodes_that_ended_in_an_error_are_left_out(results: Path, tmp_path: Path) -> None:
+    rows = json.loads((results / "expert" / "results.json").read_text())["episodes"]
+    failed = [{**row, "success": False, "error": "the simulator died"} for row in rows]
+    pages = opened(changed(results / "expert", tmp_path / "expert", episodes=[*failed[:3], *rows[3:]]))
+    (rate,) = pages.json("group-0")["tasks"][0]["arms"]
+    assert rate["episodes"] == len(rows) - 3 and rate["successes"] == sum(row["success"] for row in rows[3:])
+    assert pages.json("about")["cautions"] == [
+        "expert: 3 episodes ended in an error, and count neither as successes nor as failures"
+    ]
+    none = opened(changed(results / "expert", tmp_path / "none", episodes=failed))
+    assert none.json("group-0")["tasks"] == [{"name": None, "arms": [None]}]
+
+
+def test_notes_and_versions_of_packages_are_shown(results: Path, tmp_path: Path) -> None:
+    notes = {"assets": "stand-ins: not the real ones", "renderer": "a CPU"}
+    one = changed(results / "expert", tmp_path / "one", **{"notes": notes, "mani-skill": "3.0.1"})
+    other = changed(results / "random", tmp_path / "other", notes={**notes, "renderer": "a GPU"})
+    about = opened(one, other).json("about")
+    rows = dict(about["settings"])
+    assert rows["mani-skill"] == ["3.0.1", ""] and rows["renderer"] == ["a CPU", "a GPU"]
+    assert "command" not in rows
+    assert about["cautions"] == [
+        "one: assets: stand-ins: not the real ones",
+        "other: assets: stand-ins: not the real ones",
+        "synthetic, seed 0: the evaluations differ in renderer",
+    ]
+
+
+def test_evaluations_with_other_most_steps_are_a_caution(results: Path, tmp_path: Path) -> None:
+    config = json.loads((results / "random" / "results.json").read_text())["config"]
+    assert opened(results).json("about")["cautions"] == []
+    for name, steps, differs in (
+        ("alike", {"up": 20, "left": 20}, False),
+        ("none", None, False),
+        ("longer", 30, True),
+        ("one", {"up": 20, "left": 30}, True),
+    ):
+        other = changed(results / "random", tmp_path / name, config={**config, "max_steps": steps})
+        found = opened(results / "expert", other).json("about")["cautions"]
+        assert bool(found) == differs, name
+        assert all("most steps of an episode" in caution for caution in found)
 
 
 def test_damaged_results_are_one_line(results: Path, tmp_path: Path) -> None:
@@ -263,6 +314,31 @@ def test_a_study_shows_how_far_its_runs_are(study: Path) -> None:
     assert "preset debug: these numbers measure nothing" in about["cautions"]
 
 
+def test_of_several_folders_the_furthest_state_of_a_run_is_shown(study: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(study / "study.json", other)
+    note_wanted(other, [RunKey("scratch", "in-domain", 2, 0), RunKey("actionvla", "in-domain", 2, 0)])
+    about = opened(study).json("about")
+    for folders in ((study, other), (other, study)):
+        both = opened(*folders).json("about")
+        assert both["runs"] == about["runs"] and both["groups"] == about["groups"]
+
+
+def test_results_of_a_study_are_read_when_the_page_is_loaded(study: Path) -> None:
+    pages = opened(study)
+    saved(study, "actionvla", 10)
+    assert pages.json("about")["facts"] == ["preset debug", "5 of 6 runs done"]
+    assert pages.json("group-0")["arms"] == ["scratch", "lapa", "actionvla"]
+
+
+def test_errors_of_a_study_are_a_caution(study: Path) -> None:
+    path = study / "results" / "in-domain-2-lapa-0.json"
+    write_json(path, {**json.loads(path.read_text()), "errors": 3})
+    cautions = opened(study).json("about")["cautions"]
+    assert "in-domain-2-lapa-0: 3 episodes ended in an error and are left out" in cautions
+
+
 def test_a_study_without_a_result_shows_its_runs(study: Path) -> None:
     shutil.rmtree(study / "results")
     pages = opened(study)
@@ -295,7 +371,16 @@ def test_runs_are_noted_once(tmp_path: Path) -> None:
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
     write_json(tmp_path / "results" / "cross-task-5-lapa-3.json", {})
     with pytest.raises(UserError, match=r"cross-task-5-lapa-3\.json"):
-        progress(tmp_path)
+        progress([tmp_path])
+
+
+def test_a_line_that_a_kill_cut_short_does_not_damage_the_list_of_runs(tmp_path: Path) -> None:
+    first, second = (RunKey("lapa", "cross-task", 5, seed) for seed in (0, 1))
+    note_wanted(tmp_path, [first])
+    with (tmp_path / "runs.jsonl").open("a") as file:
+        file.write('{"arm": "la')
+    note_wanted(tmp_path, [second])
+    assert wanted(tmp_path) == [first, second]
 
 
 def videos_ready(tab: Browser, number: int) -> None:

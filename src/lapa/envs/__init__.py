@@ -96,7 +96,8 @@ class EnvironmentKind:
     for worker processes; own_process: only in worker processes. packages: distributions that it needs, whose versions
     belong in the results; extra: our extra that installs them. also_needs: what else, for the reader. check: raises
     UserError, with the fix, where the machine cannot run it, and may return notes for the results, such as the
-    protocol or the renderer. spelling: returns the name of a task or suite for another spelling of it.
+    protocol or the renderer; `lapa view` shows one that begins with "stand-in" as a warning. spelling: returns the name
+    of a task or suite for another spelling of it.
     """
 
     title: str

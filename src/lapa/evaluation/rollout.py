@@ -15,7 +15,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,11 @@ CONFIG, EPISODES, RESULTS, VIDEOS = "config.json", "episodes.jsonl", "results.js
 # What the row of an episode has at least.
 ROW = {"task": str, "episode": int, "success": bool, "steps": int}
 VIDEO_WIDTH = 256  # at least
+
+
+def played(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of episodes that did not end in an error; those that did are neither successes nor failures."""
+    return [row for row in rows if not row.get("error")]
 
 
 def run(config: EvaluateConfig) -> None:
@@ -333,7 +338,7 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
         folder = policy_folder(config.policy)
         found = sorted([*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")])
         contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
-    # A policy is the same under another path, which its fingerprint tells.
+    # A policy is the same under another path: its fingerprint shows it.
     volatile = ("out", "workers", "parallel", "overwrite", "resume", *(("policy",) if contents else ()))
     settings = {name: value for name, value in to_dict(config).items() if name not in volatile}
     return {**settings, "policy_fingerprint": fingerprint(*contents) if contents else None}

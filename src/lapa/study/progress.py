@@ -1,6 +1,6 @@
 """How far the runs of a study are: done, running, failed, stopped or not begun.
 
-for run, state in progress(Path("runs/study")).items():
+for run, state in progress([Path("runs/study")]).items():
     print(run.name, state.text)
 """
 
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lapa import config as configs
 from lapa.errors import UserError
@@ -23,14 +24,23 @@ from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, RunKey, load_resu
 WANTED = "runs.jsonl"
 
 
+# From the furthest on.
+KINDS = ("done", "running", "failed", "stopped", "waiting", "unknown")
+
+
 @dataclass(frozen=True)
 class State:
-    """kind: done, running, failed, stopped, waiting or unknown. step: the title of the one at which it is."""
+    """kind: one of KINDS. step: the title of the one at which it is."""
 
     kind: str
     step: str = ""
     num_done: int = 0
     num_steps: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Orders states, the furthest first."""
+        return KINDS.index(self.kind), -self.num_done
 
     @property
     def text(self) -> str:
@@ -45,8 +55,15 @@ class State:
 def note_wanted(study: Path, runs: Sequence[RunKey]) -> None:
     """Notes that these runs were asked for."""
     known = wanted(study)
-    with (study / WANTED).open("a") as file:
-        file.writelines(json.dumps(configs.to_dict(run)) + "\n" for run in runs if run not in known)
+    append_lines(study / WANTED, [configs.to_dict(run) for run in runs if run not in known])
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON behind the last whole line, also where several runs write into one study at once."""
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def wanted(study: Path) -> list[RunKey]:
@@ -76,8 +93,16 @@ def sizes_in(study: Path) -> StudySizes | None:
         return None
 
 
-def progress(study: Path) -> dict[RunKey, State]:
-    """The state of each run that was asked for."""
+def progress(studies: Sequence[Path]) -> dict[RunKey, State]:
+    """The state of each run that was asked for; of several folders of one study, the furthest."""
+    found: dict[RunKey, list[State]] = {}
+    for study in studies:
+        for run, state in _progress(study).items():
+            found.setdefault(run, []).append(state)
+    return {run: min(states, key=lambda state: state.place) for run, states in found.items()}
+
+
+def _progress(study: Path) -> dict[RunKey, State]:
     sizes = sizes_in(study)
     rows = read_json_lines(study / SECONDS, key=str)
     failed = {row["key"]: row.get("failed", False) for row in rows}

@@ -219,6 +219,9 @@ def cautions(results: Sequence[ArmResult]) -> list[str]:
     versions = {str(result.provenance.get("code", "not noted")) for result in results}
     if len(versions) > 1:
         lines.append(f"the runs are of {len(versions)} versions of the code (report.json has each)")
+    lines += [
+        f"{each.name}: {each.errors} episodes ended in an error and are left out" for each in results if each.errors
+    ]
     return lines
 
 

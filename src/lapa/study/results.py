@@ -80,9 +80,10 @@ class RunKey:
 class ArmResult:
     """One arm under one seed.
 
-    preset, sizes: the same in all results of one study. demonstrations: labelled episodes a task. figures: measures
-    that may explain the success rate, by name (docs/metrics.md), such as token_accuracy, action_error, lam_linear_r2.
-    seconds: of each stage. provenance: the command, versions and hardware.
+    preset, sizes: the same in all results of one study. demonstrations: labelled episodes a task. errors: evaluation
+    episodes that ended in an error, which are no rollouts. figures: measures that may explain the success rate, by name
+    (docs/metrics.md), such as token_accuracy, action_error, lam_linear_r2. seconds: of each stage. provenance: the
+    command, versions and hardware.
     """
 
     arm: Arm
@@ -92,6 +93,7 @@ class ArmResult:
     preset: str
     sizes: dict[str, Any]
     rollouts: tuple[Rollout, ...]
+    errors: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import hashlib
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,12 @@ from lapa.drawing import Row, grid
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.errors import UserError
 from lapa.evaluation.episodes import VIDEO_FPS
+from lapa.evaluation.rollout import played
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, write_json
 from lapa.policy.open_loop import action_figures
 from lapa.study.config import StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
-from lapa.study.progress import note_wanted
+from lapa.study.progress import append_lines, note_wanted
 from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout, RunKey
 from lapa.subcommand import Stage, run_stage
 
@@ -130,8 +131,7 @@ def _run_step(study: Path, step: Step, place: str) -> None:
             code = fingerprint(*sorted(Path(lapa.__file__).parent.rglob("*.py")))
             seconds = round(time.monotonic() - started, 1)
             row = {"key": step.key, "seconds": seconds, "code": code, "failed": failed}
-            with (study / SECONDS).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_lines(study / SECONDS, [row])
 
 
 @contextmanager
@@ -164,6 +164,7 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     stages = json.dumps(stage_presets(plan.sizes), sort_keys=True)
     verify(steps["rollouts"].folder(study), "delete this folder and run the study again")
     rollouts = read_json(steps["rollouts"].folder(study) / "results.json")
+    episodes = played(rollouts["episodes"])
     result = ArmResult(
         arm=arm,
         split=plan.split,
@@ -171,7 +172,8 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         seed=plan.seed,
         preset=preset,
         sizes={**configs.to_dict(plan.sizes), "stage_presets": hashlib.sha256(stages.encode()).hexdigest()[:8]},
-        rollouts=_rollouts(study, plan, rollouts["episodes"]),
+        rollouts=_rollouts(study, plan, episodes),
+        errors=len(rollouts["episodes"]) - len(episodes),
         figures=_figures(study, plan, arm, steps),
         curves=tuple(_curves(study, every)),
         seconds={title: round(sum(each), 1) for title, each in seconds.items() if each},
@@ -207,7 +209,7 @@ def rollout_strip(videos: Path) -> Image.Image:
     return grid(rows, "Rollouts, from start to end")
 
 
-def _rollouts(study: Path, plan: Plan, episodes: Sequence[dict[str, Any]]) -> tuple[Rollout, ...]:
+def _rollouts(study: Path, plan: Plan, episodes: Sequence[Mapping[str, Any]]) -> tuple[Rollout, ...]:
     """Returns the rollouts, with whether the labelled episodes contain the instruction where tasks have several."""
     heard: list[bool | None] = [None] * len(episodes)
     if plan.sizes.world.env == "metaworld":

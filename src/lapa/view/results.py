@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lapa.errors import UserError
-from lapa.evaluation.rollout import CONFIG, RESULTS, VIDEOS, read_results, results_folders, wilson_interval
+from lapa.evaluation.rollout import CONFIG, RESULTS, ROW, VIDEOS, played, read_results, results_folders, wilson_interval
 from lapa.files import find_files
 from lapa.hub.artifacts import KINDS, without_paths
 from lapa.hub.download import hub_folder
@@ -43,18 +43,22 @@ FACTS = {
     "config.ensemble": "ensemble",
     "config.size": "image size",
     "seconds": "seconds",
-    **dict.fromkeys(("lapa", "torch", "python", "metaworld", "mujoco"), ""),
+    **dict.fromkeys(("lapa", "torch", "python"), ""),
     "gpu": "GPU",
     "machine": "machine",
 }
+# What a report has as text; any other is the version of a package of the environment.
+TEXTS = {*FACTS, "env", "command"}
+# Begins a note of an environment whose figures are not the benchmark's own (EnvironmentKind).
+STAND_IN = "stand-in"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Rollouts of one arm. seed: with task and episode, it tells which rollouts of two arms are paired.
+    """Rollouts of one arm. seed: rollouts of two arms with the same seed, task and episode are paired.
 
     videos: by their names in the folder of videos. recorded: rollouts of a task that a file of its own holds side by
-    side, in results of before.
+    side, in results of earlier versions.
     """
 
     arm: str
@@ -204,8 +208,8 @@ class ResultsPages(RolloutPages):
 
     @property
     def summary(self) -> str:
-        played = sum(len(run.rollouts) for group in self.groups for run in group.runs)
-        return f"{len(self.folders)} evaluation{'s' if len(self.folders) > 1 else ''}, {played} rollouts"
+        rollouts = sum(len(run.rollouts) for group in self.groups for run in group.runs)
+        return f"{len(self.folders)} evaluation{'s' if len(self.folders) > 1 else ''}, {rollouts} rollouts"
 
     @property
     def inputs(self) -> list[str | Path]:
@@ -220,8 +224,7 @@ class ResultsPages(RolloutPages):
         self._reports = {arm: read_results(folder) for arm, folder in self.folders.items()}
         groups: dict[str, list[Run]] = {}
         for arm, report in self._reports.items():
-            rollouts = [Rollout(*(row[name] for name in ("task", "episode", "success", "steps"))) for row in
-                        report["episodes"]]  # fmt: skip
+            rollouts = [Rollout(**{name: row[name] for name in ROW}) for row in played(report["episodes"])]
             asked = [report["config"].get(name) for name in ("videos", "episodes")]
             recorded = min([number for number in asked if type(number) is int and number > 0], default=1)
             run = Run(arm, report["seed"], rollouts, videos_of(self.folders[arm]), recorded)
@@ -230,14 +233,18 @@ class ResultsPages(RolloutPages):
 
     def _about(self) -> dict[str, Any]:
         self._read()
+        reports = self._reports.values()
+        packages = {name for each in reports for name, value in each.items() if isinstance(value, str)} - TEXTS
         facts = [
-            [title or name, [_text(_at(report, name)) for report in self._reports.values()]]
-            for name, title in FACTS.items()
+            *([title or name, [_text(_at(each, name)) for each in reports]] for name, title in FACTS.items()),
+            *([name, [_text(each.get(name)) for each in reports]] for name in sorted(packages)),
+            *([name, [_text(_notes(each).get(name)) for each in reports]] for name in _names(map(_notes, reports))),
         ]
         state = [self._state(arm) for arm in self._reports]
         return {
             "name": ", ".join(self.folders) if len(self.folders) < 4 else f"{len(self.folders)} evaluations",
             "facts": [self.summary],
+            "cautions": [*self._cautions()],
             "groups": [group.name for group in self._groups],
             "arms": list(self._reports),
             "settings": [
@@ -247,10 +254,27 @@ class ResultsPages(RolloutPages):
             ],
         }
 
+    def _cautions(self) -> Iterator[str]:
+        """What a reader needs to know before any number: stand-ins, errors, and arms that are not alike."""
+        for arm, report in self._reports.items():
+            for name, text in _notes(report).items():
+                if str(text).startswith(STAND_IN):
+                    yield f"{arm}: {name}: {_text(text)}"
+            if errors := len(report["episodes"]) - len(played(report["episodes"])):
+                yield f"{arm}: {errors} episodes ended in an error, and count neither as successes nor as failures"
+        for group in self._groups:
+            reports = [self._reports[run.arm] for run in group.runs]
+            differing = _differing(map(_notes, reports))
+            if _differing(map(_max_steps, reports)):
+                differing.append(FACTS["config.max_steps"])
+            if differing:
+                yield f"{group.name}: the evaluations differ in {', '.join(differing)}"
+
     def _state(self, arm: str) -> str:
         if (self.folders[arm] / RESULTS).exists():
             return "finished"
-        return f"not finished, {len(self._reports[arm]['episodes'])} episodes so far; lapa evaluate --resume goes on"
+        num = len(played(self._reports[arm]["episodes"]))
+        return f"not finished, {num} episodes so far; lapa evaluate --resume goes on"
 
     def interval(self, runs: Sequence[Run]) -> tuple[float, float | None, float | None]:
         outcomes = [rollout.success for run in runs for rollout in run.rollouts]
@@ -310,6 +334,29 @@ def _points(difference: Estimate) -> str:
     if difference.low is None or difference.high is None:
         return f"{value} (too few episodes of a task for an interval)"
     return f"{value} (95% interval {100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+
+def _notes(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the environment noted about itself."""
+    notes = report.get("notes")
+    return notes if isinstance(notes, dict) else {}
+
+
+def _max_steps(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The most steps of an episode of each task; none of an evaluation that has not ended and was given no number."""
+    steps = report["config"].get("max_steps")
+    return steps if isinstance(steps, dict) else dict.fromkeys((row["task"] for row in report["episodes"]), steps)
+
+
+def _names(values: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for each in values for name in each))
+
+
+def _differing(values: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of which several have different values."""
+    values = list(values)
+    found = {name: [each[name] for each in values if each.get(name) is not None] for name in _names(values)}
+    return [name for name, given in found.items() if any(value != given[0] for value in given)]
 
 
 def _at(report: Mapping[str, Any], name: str) -> Any:

@@ -31,10 +31,21 @@ class StudyPages(RolloutPages):
     def __init__(self, studies: Sequence[Path], limit: int | None) -> None:
         super().__init__(limit)
         self.studies = studies
-        self.results = load_results(studies) if any(find_files(study / FOLDER, "*.json") for study in studies) else []
+        self.results: list[ArmResult] = []
         self._compared = compare(self.results)
+        self._groups: list[Group] = []
+        self._read()
+
+    def _read(self) -> None:
+        """Reads the results as they are now; more come while a study runs."""
+        studies = [study for study in self.studies if find_files(study / FOLDER, "*.json")]
+        results = load_results(studies) if studies else []
+        if results == self.results:
+            return
+        self.results = results
+        self._compared = compare(results)
         self._groups = [
-            Group(group.name, [self._run(result) for result in self.results if _is_of(result, group)])
+            Group(group.name, [self._run(result) for result in results if _is_of(result, group)])
             for group in self._compared
         ]
 
@@ -65,7 +76,8 @@ class StudyPages(RolloutPages):
         return Run(result.arm, result.seed, result.rollouts, videos_of(plan.rollouts(result.arm).folder(study)))
 
     def _about(self) -> dict[str, Any]:
-        runs = {run: state for study in self.studies for run, state in progress(study).items()}
+        self._read()
+        runs = progress(self.studies)
         done = sum(state.kind == "done" for state in runs.values())
         preset = [f"preset {self.results[0].preset}"] if self.results else []
         return {

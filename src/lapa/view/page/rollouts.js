@@ -5,7 +5,7 @@ const STEP = 0.1;
 const outcomeOf = (arm, row) => data.success[arm][row] === null ? "not played"
   : `${data.success[arm][row] ? "success" : "failure"} after ${data.steps[arm][row]} steps`;
 const titleOf = row => `${data.task[row]}, episode ${data.episode[row]}`
-  + (new Set(data.seed).size > 1 ? `, seed ${data.seed[row]}` : "");
+  + ((data.severalSeeds ??= new Set(data.seed).size > 1) ? `, seed ${data.seed[row]}` : "");
 const perPage = () => data.arms.length > 1 ? 4 : 8;
 
 function fill(select, values) {
@@ -70,7 +70,7 @@ function glance() {
   }
   $("glance").replaceChildren(...parts);
 }
-// In results of before, one file holds the rollouts of a task next to one another.
+// In results of earlier versions, one file holds the rollouts of a task next to one another.
 function tile(video, [, columns, lines, place]) {
   if (columns * lines === 1) return video;
   const box = make("div", { className: "tile" }, video);
