@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lapa.envs import listing
+from lapa.envs import listing, opengl
 from lapa.envs.listing import EnvsConfig, run, try_out
 from lapa.errors import UserError
 
@@ -54,7 +54,11 @@ def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "theirs-1.0.dist-info").mkdir()
     (tmp_path / "theirs-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\n")
     lines = "\n".join(f"{name} = theirs:{name.upper()}" for name in NAMES)
-    (tmp_path / "theirs-1.0.dist-info" / "entry_points.txt").write_text(f"[lapa.environments]\n{lines}\n")
+    (tmp_path / "theirs-1.0.dist-info" / "entry_points.txt").write_text(
+        f"[lapa.environments]\n{lines}\nunmade = unmade:KIND\n"
+    )
+    # Made where it is imported, as gymnasium_kind makes one.
+    (tmp_path / "unmade.py").write_text("raise RuntimeError('no display')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
 
@@ -65,6 +69,7 @@ def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("blank", "blank: its image is blank"),
         ("crashing", "crashing: its process ended with status -6"),
         ("wrong", r"wrong: KeyError: 'pixels' \(in observe of .*theirs.py\)"),
+        ("unmade", r"unmade: RuntimeError: no display \(in <module> of unmade.py\)"),
         ("lacking", "Theirs needs no-such-simulator; install it: pip install no-such-simulator"),
         ("refusing", "no driver; apt-get install driver"),
     ],
@@ -80,15 +85,25 @@ def test_one_that_hangs_is_given_up(others: None, monkeypatch: pytest.MonkeyPatc
         try_out("hanging")
 
 
+def test_a_probe_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opengl, "PROBE_SECONDS", 1)
+    monkeypatch.setattr(opengl, "_PROBE", "import time; time.sleep(60)")
+    with pytest.raises(UserError, match=r"MuJoCo cannot render .* \(no image within 1 seconds\)"):
+        opengl.check_rendering()
+
+
 def test_the_table_has_all_and_their_remarks(
     others: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(listing, "names", lambda: ("synthetic", "fine", "refusing"))
+    monkeypatch.setattr(listing, "names", lambda: ("synthetic", "fine", "unmade", "refusing"))
     run(EnvsConfig())
     printed = capsys.readouterr().err
     rows = {row[0]: row[1:] for row in (line.replace("│", " ").split() for line in printed.splitlines()) if row}
     assert rows["synthetic"] == ["8", "nothing", "yes"] and rows["fine"] == ["8", "nothing", "yes"]
     assert rows["refusing"] == ["8", "a", "driver", "no"]
+    assert rows["unmade"] == ["?", "?", "no"] and "unmade: RuntimeError: no display" in printed
+    with pytest.raises(UserError, match="unmade: RuntimeError: no display"):
+        run(EnvsConfig("unmade"))
     assert "fine: renderer: a GPU" in printed and "refusing: no driver; apt-get install driver" in printed
 
 

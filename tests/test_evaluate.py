@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from lapa.envs.synthetic import DIRECTIONS, SYNTHETIC, SquareEnvironment
 from lapa.errors import UserError
 from lapa.evaluation import rollout
 from lapa.evaluation.config import EvaluateConfig
-from lapa.evaluation.episodes import RolloutSettings, TaskEpisodes, play_episodes
+from lapa.evaluation.episodes import LostProcessError, RolloutSettings, TaskEpisodes, _ProcessWorker, play_episodes
 from lapa.evaluation.rollout import VIDEO_WIDTH, evaluate, wilson_interval
 from lapa.policy.execution import TemporalEnsemble
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -150,10 +152,23 @@ def test_worker_processes_play_what_one_process_plays(ensemble: float | None) ->
     )
 
 
-def test_a_failing_worker_is_reported() -> None:
-    broken = replace(SQUARES, cameras=("front",), size=64, env="synthetic")
-    with pytest.raises(RuntimeError, match="not in tuple"):
-        list(play_episodes(broken, [TaskEpisodes("sideways", (0,))], Obedient(), num_workers=1))
+def test_an_exception_in_a_worker_is_an_error_of_its_episode_alone() -> None:
+    assignments = [TaskEpisodes("sideways", (0,)), TaskEpisodes("up", (0,))]
+    lost, played = sorted(play_episodes(SQUARES, assignments, Obedient(), num_workers=1), key=str)
+    assert (lost.task, played.task) == ("sideways", "up") and played.success and not played.error
+    assert re.fullmatch(r"a simulator process failed \(ValueError: .*not in tuple \(in \w+ of \w+\.py\)\)", lost.error)
+
+
+def test_a_worker_that_is_killed_while_it_sends_is_lost() -> None:
+    worker = _ProcessWorker(SQUARES)
+    worker._process.kill()
+    worker._connection.close()
+    worker._connection, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 100) + b"a part of a reply")
+    theirs.close()
+    with pytest.raises(LostProcessError, match=r"died \(exit code -9\)"):
+        worker.receive()
+    worker.close()
 
 
 def test_actions_that_are_not_finite_stop_the_run() -> None:
@@ -429,12 +444,47 @@ def test_a_kind_may_play_to_the_limit_and_note_what_it_is(tmp_path: Path, monkey
     )
     monkeypatch.setitem(ENVIRONMENTS, "others", "others:KIND")
     monkeypatch.setattr(importlib.metadata.EntryPoint, "load", lambda self: kind)
-    config = EvaluateConfig("expert", tmp_path / "out", env="others", tasks="both", episodes=3, videos=0, parallel=1)
+    config = EvaluateConfig("expert", tmp_path / "out", env="others", tasks="both", episodes=3, videos=0, workers=0)
     report = evaluate(config)
     assert {row["task"]: row["steps"] for row in report["episodes"]} == {"up": 30, "left": 35}
     assert report["overall"]["successes"] == 6 and report["notes"] == {"protocol": "squares"}
     assert report["config"]["max_steps"] == {"up": 30, "left": 35}
-    assert made == ["up", "left"]
+    assert made == ["up", "left"]  # one each, since a baseline plays one episode after the other
+
+    (config.out / "results.json").unlink()
+    kind = replace(kind, check=lambda: {"protocol": "circles"})
+    with pytest.raises(UserError, match=r"notes\.protocol was 'squares', is 'circles'"):
+        evaluate(replace(config, resume=True))
+    kind = replace(kind, check=lambda: {"protocol": "squares", "renderer": "another"})
+    resumed = evaluate(replace(config, resume=True))
+    assert resumed["notes"]["renderer"] == "another" and resumed["episodes"] == report["episodes"]
+
+
+@pytest.mark.parametrize(("workers", "parallel", "expected"), [(9, 2, (2, 1)), (2, 5, (2, 2)), (0, 5, (0, 5))])
+def test_no_more_simulators_than_parallel(
+    workers: int, parallel: int, expected: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[tuple[int, int]] = []
+
+    def play(settings: RolloutSettings, assignments: Any, infer: Any, num_workers: int) -> list:
+        chosen.append((num_workers, settings.num_parallel))
+        return []
+
+    monkeypatch.setattr(rollout, "play_episodes", play)
+    monkeypatch.setattr(rollout, "kind_of", lambda name: replace(SYNTHETIC, in_process=False))
+    config = of_robot(Robot(state_dim=2), tmp_path, monkeypatch, episodes=20, workers=workers, parallel=parallel)
+    report = evaluate(config)
+    assert chosen == [expected]
+    assert report["overall"]["success_rate"] is None
+    cells = [list(column.cells) for column in rollout._table(report).columns]
+    assert [column[-1] for column in cells[1:3]] == ["0 of 0", "-"]
+
+
+def test_random_actions_need_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = replace(SYNTHETIC, action_high=(float("inf"), 1.0))
+    monkeypatch.setattr(rollout, "kind_of", lambda name: kind)
+    with pytest.raises(UserError, match="synthetic has actions without bounds"):
+        evaluate(EvaluateConfig("random", tmp_path / "out", env="synthetic", tasks="up"))
 
 
 FRAGILE = """
@@ -451,7 +501,7 @@ class Fragile(SquareEnvironment):
         begun.write_text("x" * (count + 1))
         if episode == 1 and count == 0:
             os.abort()
-        if episode == 4:
+        if episode == 4 and not (begun.parent / "repaired").exists():
             time.sleep(60)
 
 FRAGILE = replace(SYNTHETIC, make=Fragile, in_process=False)
@@ -472,7 +522,8 @@ def test_episodes_of_a_lost_process_are_repeated_once_and_then_an_error(
     monkeypatch.setenv("BEGUN", str(tmp_path / "begun"))
     monkeypatch.setattr("lapa.evaluation.episodes.HANG_SECONDS", 8)
     config = EvaluateConfig("expert", tmp_path / "out", env="fragile", tasks="up", episodes=6, videos=0)
-    report = evaluate(replace(config, workers=1, parallel=2))
+    config = replace(config, workers=1, parallel=2)
+    report = evaluate(config)
     overall = report["overall"]
     assert (overall["successes"], overall["episodes"], overall["errors"]) == (5, 5, 1)
     assert report["episodes"][4]["error"].startswith("a simulator process hung")
@@ -480,5 +531,11 @@ def test_episodes_of_a_lost_process_are_repeated_once_and_then_an_error(
     assert all("error" not in row for row in report["episodes"] if row["episode"] != 4)
     assert len((tmp_path / "begun" / "4").read_text()) >= 2
     printed = capsys.readouterr().err
-    assert "died (exit code -6), perhaps for lack of memory; episodes 0, 1 of up are repeated, one by one" in printed
+    assert "died (exit code -6), perhaps for lack of memory; to be repeated one by one: up, episode 1" in printed
     assert "again in episode 4 of up, which counts as an error" in printed
+
+    (tmp_path / "begun" / "repaired").touch()
+    resumed = evaluate(replace(config, resume=True))
+    assert "errors" not in resumed["overall"] and resumed["overall"]["successes"] == 6
+    assert len((tmp_path / "begun" / "0").read_text()) == 1
+    assert evaluate(replace(config, resume=True)) == resumed

@@ -94,6 +94,7 @@ def test_an_episode_depends_on_its_seed_and_is_solved_once(monkeypatch: pytest.M
     [
         ({"observations": gymnasium.spaces.Box(0, 1, (3,))}, {"max_steps": 9}, 'a Dict with "pixels", got Box'),
         ({"actions": gymnasium.spaces.Discrete(3)}, {"max_steps": 9}, "a Box of one axis, got Discrete"),
+        ({"actions": gymnasium.spaces.MultiDiscrete([3])}, {"max_steps": 9}, "a Box of one axis, got MultiDiscrete"),
         ({}, {}, "does not declare max_steps; give it to gymnasium_kind"),
     ],
 )

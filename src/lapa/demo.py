@@ -142,5 +142,7 @@ def report(config: DemoConfig, seconds: dict[str, float]) -> None:
 
 
 def _rate(result: dict[str, Any]) -> str:
+    from lapa.evaluation.rollout import as_percent
+
     low, high = result["interval"]
-    return f"{result['success_rate']:.0%} ({100 * low:.0f} to {high:.0%})"
+    return f"{as_percent(result)} ({100 * low:.0f} to {high:.0%})"

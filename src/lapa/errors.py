@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 # Ends of lines, with the blanks around them.
 LINE_ENDS = re.compile(r"\s*[\t-\r\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -60,6 +62,12 @@ def out_of_memory(error: BaseException | None) -> str:
             return message[:LONGEST_REASON]
         error = error.__cause__
     return ""
+
+
+def place_and_reason(error: BaseException) -> str:
+    """Returns an error that was raised as one line, with its type, and the function and file that raised it."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return printable(f"{type(error).__name__}: {error} (in {where.name} of {Path(where.filename).name})")
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:

@@ -45,11 +45,13 @@ def gymnasium_kind(
     title: their name in messages. fps, max_steps: where the environment does not declare them. packages:
     distributions whose versions belong in the results. Raises UserError where it does not follow the conventions.
     """
+    from gymnasium.spaces import Box
+
     name, make = next(iter(tasks.items()))
     environment = make()
     images, actions = _image_spaces(name, environment), environment.action_space
     state = environment.observation_space.spaces.get(STATE)
-    if len(actions.shape or ()) != 1:
+    if not isinstance(actions, Box) or len(actions.shape) != 1:
         raise UserError(f"{name}: expected actions that are a Box of one axis, got {actions}")
     fps = fps or environment.metadata.get("render_fps")
     max_steps = max_steps or (environment.spec and environment.spec.max_episode_steps)

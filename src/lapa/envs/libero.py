@@ -307,8 +307,8 @@ def _check() -> dict[str, str]:
     """Returns which distribution this is. Raises UserError where assets are missing, or nothing can be rendered."""
     _check_assets()
     check_rendering()
-    found = importlib.metadata.packages_distributions()["libero"][0]
-    return {"libero": f"{found} {importlib.metadata.version(found)}"}
+    found = importlib.metadata.packages_distributions().get("libero")
+    return {"libero": f"{found[0]} {importlib.metadata.version(found[0])}" if found else "a folder on PYTHONPATH"}
 
 
 def _check_assets() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from lapa.console import console, progress, say
 from lapa.envs import ENVIRONMENTS, EnvironmentKind, episode_seed, kind_of, make, names
-from lapa.errors import UserError, printable
+from lapa.errors import UserError, place_and_reason
 
 # A first image may take a minute where a driver compiles its shaders on a busy CPU.
 LONGEST_SECONDS = 300
@@ -39,9 +38,8 @@ class EnvsConfig:
 def run(config: EnvsConfig) -> None:
     """`lapa envs`: prints a table of all, or what one has. Raises UserError where that one does not work here."""
     if config.name:
-        kind = kind_of(config.name)
         notes = try_out(config.name)
-        _describe(config.name, kind, notes)
+        _describe(config.name, kind_of(config.name), notes)
         return
     table = Table("environment", "tasks", "needs", "works here")
     remarks = {}
@@ -90,9 +88,7 @@ def report(name: str) -> None:
     except UserError as error:
         reply = {"problem": str(error)}
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} (in {where.name} of {where.filename})"
-        reply = {"problem": printable(f"{name}: {reason}")}
+        reply = {"problem": f"{name}: {place_and_reason(error)}"}
     print(f"\n{REPLY}{json.dumps(reply)}")
 
 
@@ -115,11 +111,12 @@ def _needs(name: str) -> tuple[str, str]:
         kind = kind_of(name)
         packages = f"lapa-vla[{kind.extra}]" if kind.extra else ", ".join(kind.packages)
         needs = ", ".join(filter(None, (packages, kind.also_needs))) or "nothing"
-    except UserError:
+    # Whatever another distribution raises: `try_out` has returned it as the reason.
+    except Exception:
         return "?", "?"
     try:
         return str(len(kind.parse_tasks("all"))), needs
-    except UserError:
+    except Exception:
         return "?", needs
 
 

@@ -1,14 +1,18 @@
-"""Whether MuJoCo can render without a screen, for the simulators that are built on it."""
+"""Whether a simulator can render here, tried in a process of its own; most are built on MuJoCo."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from lapa.errors import UserError
 
 DEBIAN_PACKAGES = "libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
+
+# A first image may take a minute where a driver compiles its shaders on a busy CPU.
+PROBE_SECONDS = 120
 
 _PROBE = """
 import mujoco
@@ -40,11 +44,28 @@ def check_rendering() -> None:
     """
     choose_backend()
     backend = os.environ.get("MUJOCO_GL", "the default backend")
-    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
-    if probe.returncode != 0:
-        lines = probe.stderr.strip().splitlines()
-        reason = lines[-1] if lines else f"exit status {probe.returncode}"
+    _, reason = run_probe(_PROBE)
+    if reason:
         raise UserError(
             f"MuJoCo cannot render without a screen through {backend} ({reason}); "
             f"on Debian or Ubuntu: apt-get install {DEBIAN_PACKAGES}; MUJOCO_GL names another backend"
         )
+
+
+def run_probe(code: str, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """Runs code that renders an image in a process of its own; returns what it prints, and why it failed, or "".
+
+    environment: variables that it has more than this process.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    variables = {**os.environ, **(environment or {})}
+    try:
+        probe = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=variables, timeout=PROBE_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"no image within {PROBE_SECONDS} seconds"
+    if probe.returncode == 0:
+        return probe.stdout.strip(), ""
+    lines = probe.stderr.strip().splitlines()
+    return "", lines[-1] if lines else f"exit status {probe.returncode}"

@@ -19,8 +19,6 @@ The renderer needs Vulkan: a GPU's, or a driver for the CPU (`CPU_DRIVERS`).
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +30,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from lapa.envs import EnvironmentKind, Task
+from lapa.envs.opengl import run_probe
 from lapa.errors import UserError
 from lapa.types import Observation
 
@@ -190,12 +189,7 @@ def _advice(reason: str) -> str:
 
 def _probe(environment: dict[str, str]) -> tuple[str, str]:
     """Returns the name of the device that has rendered an image, or "" and the reason."""
-    command = [sys.executable, "-W", "ignore", "-c", _PROBE]
-    probe = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
-    if probe.returncode == 0:
-        return probe.stdout.strip(), ""
-    lines = probe.stderr.strip().splitlines()
-    return "", lines[-1] if lines else f"exit status {probe.returncode}"
+    return run_probe(_PROBE, environment)
 
 
 class Simulator:

@@ -39,10 +39,10 @@ class EvaluateConfig:
     videos: int = 4
     """The first so many rollouts of each task are recorded, each as a video; 0 for none."""
     workers: int | None = None
-    """Simulator processes, 0 to simulate in this one; by default one for each CPU core."""
+    """Simulator processes, at most PARALLEL, 0 to simulate in this one; by default one for each CPU core."""
     parallel: int = 16
-    """Simulators in all processes together, and so the largest batch of the policy."""
+    """At most so many simulators in all processes together, and so the largest batch of the policy."""
     overwrite: bool = False
     """Replace what lies at --out."""
     resume: bool = False
-    """Play only the episodes that are missing at --out."""
+    """Play only the episodes that are missing at --out, or ended in an error."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Literal
 
@@ -23,7 +23,7 @@ import numpy as np
 from lapa.console import warn
 from lapa.data.workers import interrupts_held
 from lapa.envs import Environment, episode_seed, kind_of, make
-from lapa.errors import UserError
+from lapa.errors import UserError, place_and_reason
 from lapa.policy.execution import Execution, RecedingHorizon, TemporalEnsemble
 from lapa.types import Observation
 
@@ -59,7 +59,7 @@ class RolloutSettings:
     binary: tuple[bool, ...] = ()
     num_recorded: int = 0
 
-    @property
+    @cached_property
     def video_every(self) -> int:
         """Steps between two recorded frames."""
         return max(1, round(kind_of(self.env).fps / VIDEO_FPS))
@@ -97,7 +97,7 @@ class EpisodeResult:
 
 
 class LostProcessError(Exception):
-    """A simulator process has died or hangs."""
+    """A simulator process has died, hangs, or ended with an exception."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def play_episodes(
     """Plays all episodes and yields their results as they end.
 
     infer: observations [B] -> actions [B, K, A], for the actor `policy`. num_workers: processes, 0 to play in this one.
-    The episodes of a process that dies or hangs are repeated one by one in a new process, and are errors where that one
-    is lost too.
+    The episodes of a process that dies, hangs or fails are repeated one by one in a new process, and are errors where
+    that one is lost too.
     """
     queue, repeated = deque(assignments), set[TaskEpisodes]()
     with ExitStack() as stack:
@@ -169,7 +169,7 @@ def _after_loss(
         warn(f"{loss}, again in episode {begun[0]} of {task}, which counts as an error")
         seed = episode_seed(settings.seed, "evaluation", task, begun[0])
         return WorkerReply((), (EpisodeResult(task, begun[0], seed, False, 0, error=str(loss)),), done=True)
-    warn(f"{loss}; episodes {', '.join(map(str, begun))} of {task} are repeated, one by one")
+    warn(f"{loss}; to be repeated one by one: {task}, episode {', '.join(map(str, begun))}")
     repeated.update(alone)
     queue.extendleft(reversed([*alone, *([TaskEpisodes(task, waiting)] if waiting else [])]))
     return WorkerReply((), (), done=True)
@@ -276,6 +276,9 @@ class _LocalWorker:
         running: list[_Episode] = []
         results: tuple[EpisodeResult, ...] = ()
         while waiting or running:
+            # Before the next episode begins, so that a process that it ends has returned the results of all others.
+            if settings.actor != "policy":
+                yield WorkerReply((), results, done=False)
             while waiting and len(running) < num:
                 environment = free.pop() if free else self._make()
                 running.append(_Episode(settings, environment, task, waiting.popleft()))
@@ -285,7 +288,6 @@ class _LocalWorker:
                 for episode, actions_KA in zip(running, actions_BKA, strict=True):
                     episode.execute(actions_KA)
             else:
-                yield WorkerReply((), results, done=False)
                 running[0].play_baseline()
             ended = [episode for episode in running if episode.done]
             running = [episode for episode in running if not episode.done]
@@ -328,7 +330,11 @@ class _ProcessWorker:
             self._connection.send(message)
 
     def receive(self) -> WorkerReply:
-        """Returns the reply. Raises LostProcessError where the process has died or hangs, having started a new one."""
+        """Returns the reply.
+
+        Raises LostProcessError where the process has died, hangs or failed, having started a new one, and UserError
+        where that was raised in it.
+        """
         try:
             if not self._connection.poll(HANG_SECONDS):
                 raise LostProcessError(f"a simulator process hung ({HANG_SECONDS} s without a reply)")
@@ -336,11 +342,14 @@ class _ProcessWorker:
         except LostProcessError:
             self._restart()
             raise
-        except (EOFError, ConnectionError):
-            self._process.join()
+        # OSError: a process that is killed while it sends leaves a part of its reply.
+        except (EOFError, OSError):
+            self._process.join(timeout=10)
             code = self._process.exitcode
             self._restart()
             raise LostProcessError(f"a simulator process died (exit code {code}), perhaps for lack of memory") from None
+        if isinstance(reply, LostProcessError):
+            self._restart()
         if isinstance(reply, Exception):
             raise reply
         self.finished |= {result.episode for result in reply.results}
@@ -371,5 +380,5 @@ def _serve(connection: Connection, settings: RolloutSettings) -> None:
         worker.close()
     except UserError as error:
         connection.send(error)
-    except Exception:
-        connection.send(RuntimeError(f"a simulator process failed:\n{traceback.format_exc()}"))
+    except Exception as error:
+        connection.send(LostProcessError(f"a simulator process failed ({place_and_reason(error)})"))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Column, Table
 
-from lapa.checksums import Journal, files_below, verify, write_marker
+from lapa.checksums import SUMS, Journal, files_below, verify, write_marker
 from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import console, finish, progress, say, warn
 from lapa.data.video import encode_clip
@@ -45,6 +45,8 @@ CONFIG, EPISODES, RESULTS, VIDEOS = "config.json", "episodes.jsonl", "results.js
 # What the row of an episode has at least.
 ROW = {"task": str, "episode": int, "success": bool, "steps": int}
 VIDEO_WIDTH = 256  # at least
+# Notes that may differ when an evaluation is continued, as on another machine.
+OF_THE_MACHINE = ("renderer",)
 
 
 def played(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -57,7 +59,7 @@ def run(config: EvaluateConfig) -> None:
     report = evaluate(config)
     console.print(_table(report))
     if errors := report["overall"].get("errors"):
-        warn(f"{errors} episodes ended in an error, and count neither as successes nor as failures")
+        warn(f"{errors} episodes ended in an error, and are neither successes nor failures; --resume plays them again")
     if videos := list((config.out / VIDEOS).glob("*.mp4")):
         say(f"videos: {config.out / VIDEOS} ({len(videos)} rollouts, with step and outcome)")
     finish("results", config.out / RESULTS, [f"lapa view {shlex.quote(str(config.out))}"])
@@ -77,10 +79,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     identity = _identity(config)
     if config.resume and (config.out / RESULTS).exists():
         require_same(config.out / CONFIG, identity)
-        say(f"{config.out} is complete")
         verify(config.out, "--overwrite to evaluate anew")
-        return read_report(config.out / RESULTS)
-    notes = kind.check_machine()
+        report = read_report(config.out / RESULTS)
+        if not report["overall"].get("errors"):
+            say(f"{config.out} is complete")
+            return report
+    notes = dict(kind.check_machine())
+    identity["notes"] = {name: text for name, text in notes.items() if name not in OF_THE_MACHINE}
     settings, infer = _prepare(config, kind)
     claim_output(
         config.out,
@@ -90,7 +95,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         inputs=[] if config.policy in BASELINES else [Path(config.policy)],
     )
     require_same(config.out / CONFIG, identity)
-    write_json(config.out / CONFIG, {**identity, "policy": config.policy})
+    # The results of episodes that ended in an error, which are played again.
+    for marker in (RESULTS, SUMS):
+        (config.out / marker).unlink(missing_ok=True)
+    write_json(config.out / CONFIG, {**identity, "policy": config.policy, "notes": notes})
     started = time.monotonic()
     results = _play(config, settings, infer, tuple(tasks), 0 if kind.in_process else config.workers)
 
@@ -109,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "config": {**to_dict(config), "max_steps": max_steps, "size": settings.size},
         **versions_and_hardware(),
         **{name: importlib.metadata.version(name) for name in kind.packages},
-        **({"notes": dict(notes)} if notes else {}),
+        **({"notes": notes} if notes else {}),
         "episodes": [_row(result) for result in results],
     }
     files = [CONFIG, EPISODES, *files_below(config.out, VIDEOS)]
@@ -130,7 +138,8 @@ def read_report(path: Path) -> dict[str, Any]:
 def read_results(folder: Path) -> dict[str, Any]:
     """Reads the report in a folder; of an evaluation that has not ended, its settings and the episodes played so far.
 
-    Has policy, env, seed, config and episodes. Raises UserError naming the file that is damaged.
+    Has policy, env, seed, config and episodes, and notes where there are any. Raises UserError naming the file that is
+    damaged.
     """
     path = folder / RESULTS
     if path.exists():
@@ -140,6 +149,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         if not isinstance(settings, dict):
             raise UserError(f"{path}: expected an object; --overwrite to evaluate anew")
         named = {name: settings.get(name) for name in ("policy", "policy_fingerprint", "env", "seed")}
+        named["notes"] = settings.get("notes") or {}
         report = {**named, "config": settings, "episodes": list(Journal(folder / EPISODES))}
     known = {"policy": str, "env": str, "seed": int, "config": dict, "episodes": list}
     if lacking := [name for name, kind in known.items() if type(report.get(name)) is not kind]:
@@ -171,9 +181,10 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def summarise(results: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """Successes, episodes, success_rate, its 95% interval, and the mean steps of successful episodes (or None).
+    """Successes, episodes, success_rate, its 95% interval, and the mean steps of successful episodes.
 
-    Episodes that ended in an error are no episodes; "errors", where there are any, is their number.
+    The rate is None where no episode was played, the steps where none succeeded. Episodes that ended in an error are no
+    episodes; "errors", where there are any, is their number.
     """
     played = [result for result in results if not result.error]
     steps = [result.steps for result in played if result.success]
@@ -181,11 +192,17 @@ def summarise(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     return {
         "successes": len(steps),
         "episodes": len(played),
-        "success_rate": len(steps) / max(1, len(played)),
+        "success_rate": len(steps) / len(played) if played else None,
         "interval": list(wilson_interval(len(steps), len(played))),
         **({"errors": errors} if errors else {}),
         "mean_steps": sum(steps) / len(steps) if steps else None,
     }
+
+
+def as_percent(row: Mapping[str, Any]) -> str:
+    """Returns the success rate of `summarise` as "40%", and "-" where no episode was played."""
+    rate = row["success_rate"]
+    return "-" if rate is None else f"{rate:.0%}"
 
 
 def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[RolloutSettings, Infer | None]:
@@ -205,7 +222,7 @@ def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[RolloutSett
         seed=config.seed,
         max_steps=config.max_steps,
         actor=actor,  # type: ignore[arg-type]
-        num_parallel=config.parallel,
+        num_parallel=config.parallel if actor == "policy" else 1,
         steps_per_call=config.steps_per_call,
         ensemble=config.ensemble,
         binary=binary,
@@ -245,19 +262,18 @@ def _play(
     results = _kept_results(config, journal)
     done = {(result.task, result.episode) for result in results}
     missing = {task: [number for number in range(config.episodes) if (task, number) not in done] for task in tasks}
-    workers = os.cpu_count() or 1 if workers is None else workers
+    workers = min(os.cpu_count() or 1 if workers is None else workers, config.parallel)
     with progress() as bar:
         line = bar.add_task("episodes", total=config.episodes * len(tasks), completed=len(results), note="")
         assignments = _split(missing, workers)
         workers = min(workers, len(assignments))
-        settings = replace(settings, num_parallel=max(1, math.ceil(config.parallel / max(1, workers))))
+        settings = replace(settings, num_parallel=max(1, settings.num_parallel // max(1, workers)))
         for result in play_episodes(settings, assignments, infer, workers):
             if result.frames:
                 write_video(_video(config, result), result, settings)
             results.append(result)
             journal.append(_row(result))
-            rate = summarise(results)["success_rate"]
-            bar.update(line, advance=1, note=f"{result.task}, success so far {rate:.0%}")
+            bar.update(line, advance=1, note=f"{result.task}, success so far {as_percent(summarise(results))}")
     return sorted(results, key=lambda result: (tasks.index(result.task), result.episode))
 
 
@@ -316,6 +332,8 @@ def _check(config: EvaluateConfig, kind: EnvironmentKind, tasks: Collection[Task
         raise UserError(f"--workers must be at least 1 in {config.env}, which is simulated in processes of its own")
     if config.policy == "expert" and (lacking := [task.name for task in tasks if not task.expert]):
         raise UserError(f"{config.env} has no expert for {', '.join(lacking)}; evaluate a policy, or `random`")
+    if config.policy == "random" and not np.isfinite([*kind.action_low, *kind.action_high]).all():
+        raise UserError(f"{config.env} has actions without bounds, so none can be drawn at random; evaluate a policy")
     if few := [task for task in tasks if config.episodes > (task.initial_states or config.episodes)]:
         states = f"{few[0].initial_states} initial states of {few[0].name}"
         raise UserError(f"--episodes must be at most the {states} in {config.env}, got {config.episodes}")
@@ -357,5 +375,6 @@ def _table(report: dict[str, Any]) -> Table:
         counts = f"{row['successes']} of {row['episodes']}"
         if errors := row.get("errors"):
             counts += f", {errors} errors"
-        table.add_row(task, counts, f"{row['success_rate']:.2f}", f"{low:.2f} to {high:.2f}", steps)
+        rate = "-" if row["success_rate"] is None else f"{row['success_rate']:.2f}"
+        table.add_row(task, counts, rate, f"{low:.2f} to {high:.2f}", steps)
     return table

@@ -183,7 +183,8 @@ def _results(artifact: Artifact, hub_id: HubId) -> Iterator[str]:
     lines = ["| task | success | rate (95% interval) |", "|---|---|---|"]
     for task, row in tasks.items():
         low, high = row.get("interval") or (0.0, 1.0)
-        rate = f"{row.get('success_rate', 0.0):.0%} ({low:.0%} to {high:.0%})"
+        share = row.get("success_rate")
+        rate = "-" if share is None else f"{share:.0%} ({low:.0%} to {high:.0%})"
         lines.append(f"| {_cell(task)} | {row.get('successes')} of {row.get('episodes')} | {rate} |")
     yield "\n".join(lines)
     yield f"## Use\n\n```bash\nhf download {hub_id.repo} --repo-type dataset --local-dir RESULTS\n```"
