@@ -484,6 +484,18 @@ def test_numbers_of_frames_and_episodes_are_not_wrapped(tmp_path: Path, column: 
         Labels.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"codebook_size": 10**9}, {"latent_length": 10**9}, {"codebook_size": 0}, {"num_rows": -1}]
+    + [{"horizon_frames": frames} for frames in (-1, 0, 10**30)],
+)
+def test_sizes_that_cannot_be_are_refused(tmp_path: Path, changed: dict[str, int]) -> None:
+    manifest = Manifest("a", "b", "front", 0.3, 3, 1, 8, 0, 0, 0, [[1.0] * 8])
+    write_json(tmp_path / "manifest.json", {**configs.to_dict(manifest), **changed})
+    with pytest.raises(UserError, match=r"manifest\.json: its sizes cannot be"):
+        Labels.open(tmp_path)
+
+
 def test_nonsense_is_refused(data: Path, lam: Path, tmp_path: Path) -> None:
     for name, value in (("batch_size", 0), ("shard_episodes", 0), ("decoders", -1), ("min_motion", -0.1)):
         with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value}: must be at least"):

@@ -177,6 +177,24 @@ def test_labels_without_a_row_are_shown(dataset: LeRobotDataset, tmp_path: Path)
     pages.close()
 
 
+def test_labels_past_the_end_of_an_episode_are_one_line(dataset: LeRobotDataset, tmp_path: Path) -> None:
+    folder = tmp_path / "long"
+    folder.mkdir()
+    write_shard(shard_path(folder, 0, 0), {0: EpisodeLabels(np.array([FRAMES]), np.zeros((1, 2), np.int64))})
+    write_manifest(folder, Manifest("lam", dataset.fingerprint, "front", 0.4, 4, 2, 5, 1, 1, 0, [[0.0] * 5] * 2))
+    pages = opened(folder, dataset.root)
+    with pytest.raises(UserError, match="long: has labels past the end of an episode; run `lapa label --overwrite`"):
+        pages.json("about")
+    pages.close()
+
+
+def test_labels_of_more_codes_than_a_page_shows_are_refused(dataset: LeRobotDataset, tmp_path: Path) -> None:
+    sizes = (0.4, 4, 1024, 2048, 0, 0, 0)
+    write_manifest(tmp_path, Manifest("lam", dataset.fingerprint, "front", *sizes, []))
+    with pytest.raises(UserError, match="has 1024 codes of 2048 values, more than the 1,048,576"):
+        opened(tmp_path, dataset.root)
+
+
 def test_motion_cuts_and_still_cameras_are_found(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     scenes = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)

@@ -28,7 +28,7 @@ from lapa.latent.model import lam_fingerprint
 from lapa.latent.show import decode_each, pixels, roll_out
 from lapa.policy.runtime import Actor
 from lapa.view.config import ViewConfig
-from lapa.view.images import from_page, to_page
+from lapa.view.images import dataset_here, from_page, to_page
 from lapa.view.lam import LamPages
 from lapa.view.opening import open_pages
 from lapa.view.policy import PolicyPages
@@ -126,6 +126,7 @@ IMAGE = to_page(PHOTO)
     ("step", {"model": 0, "codes": [1, 2, 3, 4]}, "image: not an image file"),
     ("image", {"images": []}, "give one image, or two"),
     ("image", {"images": [IMAGE, "data:image/png;base64,!"]}, "later image: damaged"),
+    ("image", {"images": ["data:image/png;base64,\xe9"]}, "image: damaged"),
     ("each", {"model": 0, "image": IMAGE}, "has 4 whole numbers"),
 ])  # fmt: skip
 def test_what_is_asked_wrongly_is_one_line(pages: LamPages, name: str, given: Any, message: str) -> None:
@@ -193,6 +194,24 @@ def test_the_dataset_of_a_model_is_found(tmp_path: Path) -> None:
         pages = opened(tmp_path / "lam")
         assert pages.json("about")["dataset"] == found
         pages.close()
+
+
+@pytest.mark.parametrize("named", ["lerobot:user/name", "one=lerobot:user/name:0.5", "user/name", "videos:/",
+                                   "rlds:gs://bucket/name", "s3://bucket/name", "x" * 5000, "\0", "", 7])  # fmt: skip
+def test_no_other_source_is_opened_for_a_config(named: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened_folders = []
+    monkeypatch.setattr("lapa.view.images.LeRobotDataset", lambda *given: opened_folders.append(given))
+    monkeypatch.setattr("socket.socket.connect", None)
+    monkeypatch.chdir(tmp_path)
+    assert dataset_here([named], ["known"]) is None and not opened_folders
+
+
+@pytest.mark.parametrize("form", ["{}", "{}:0.5", "squares={},horizon=0.4:2"])
+def test_a_dataset_folder_of_a_config_is_found_in_each_form(form: str) -> None:
+    dataset = LeRobotDataset(DATASET)
+    found = dataset_here([form.format(DATASET)], {dataset.fingerprint: {}})
+    assert found is not None and found.fingerprint == dataset.fingerprint
+    assert dataset_here([form.format(DATASET)], 3) is None
 
 
 def test_options_that_do_not_fit_are_one_line() -> None:
@@ -361,7 +380,9 @@ def test_each_dataset_has_statistics_of_its_own(policies: Path) -> None:
     ({"state": [1.0]}, "it has a state of shape"),
     ({"state": None}, "it has no state; this policy reads 2 numbers"),
     ({"state": ["a", "b"]}, "a state is a list of numbers"),
+    ({"state": [10**400, 0]}, "a state has a number that is too large"),
     ({"statistics": "three"}, "unknown statistics 'three'"),
+    ({"statistics": []}, "statistics are chosen by the name of a dataset"),
 ])  # fmt: skip
 def test_an_observation_that_is_none_is_one_line(policies: Path, changed: Any, message: str) -> None:
     pages = opened(policies / "chunk")

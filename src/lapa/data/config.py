@@ -12,6 +12,8 @@ from lapa.data.source import Reading
 
 # What the datasets' shares of the draws are in proportion to, apart from their weights (lapa.data.sampling).
 MixBy = Literal["frames", "episodes", "equal"]
+# Of the values of a code, and of the codes of a latent action.
+LARGEST_CODE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)

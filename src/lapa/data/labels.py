@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from lapa import config as configs
 from lapa.checksums import SUMS, opened_line, read_sums, require_sum, sealed_line, verify, write_marker
+from lapa.data.config import LARGEST_CODE
 from lapa.data.tables import as_numpy
 from lapa.errors import UserError
 from lapa.files import as_path, atomic_path, find_files, open_for_arrow, reading
@@ -193,7 +194,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     manifest = configs.load(Manifest, path)
     verify(folder, LABEL_ANEW, {name: digest for name, digest in read_sums(folder).items() if name == MANIFEST})
-    if min(manifest.latent_length, manifest.codebook_size) < 1 or manifest.num_rows < 0:
+    sizes = manifest.latent_length, manifest.codebook_size
+    known = 1 <= min(sizes) <= max(sizes) <= LARGEST_CODE and 1 <= manifest.horizon_frames < 2**31
+    if not known or manifest.num_rows < 0:
         raise UserError(f"{path}: its sizes cannot be; {LABEL_ANEW}")
     return manifest
 

@@ -12,13 +12,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lapa.data.config import MixBy
+from lapa.data.config import LARGEST_CODE, MixBy
 from lapa.engine.config import LoopConfig
 from lapa.errors import UserError
 
 LARGEST_LEVELS = 16
 FACTORS = range(8, 1, -1)
-LARGEST_CODE = 1 << 20
 
 
 @dataclass(frozen=True)

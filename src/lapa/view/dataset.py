@@ -14,6 +14,7 @@ Axes: T time, L latent action length, P positions (L and, where that is more tha
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from lapa.data.dataset import ACTION, STATE, Dataset, dimension_names
-from lapa.data.labels import Labels
+from lapa.data.labels import LABEL_ANEW, Labels
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.metadata import INFO
 from lapa.data.motion import motion_energy
@@ -36,7 +37,7 @@ from lapa.data.video import encode_clip, probe
 from lapa.errors import UserError
 from lapa.files import as_path, is_remote
 from lapa.view.config import ViewConfig
-from lapa.view.pages import Pages
+from lapa.view.pages import Pages, UnknownNameError
 from lapa.view.survey import ROWS as SURVEYED
 from lapa.view.survey import Readers, Survey, looked_at, spread
 
@@ -48,6 +49,8 @@ POINTS, SAMPLE = 400, 200
 EXPORTED = 50
 # Clips of a code, and rows whose actions are averaged; whole latent actions that are listed.
 CLIPS, ROWS, WHOLE = 24, 2000, 64
+# Values of all positions of a latent action together.
+MOST_CODES = 1 << 20
 # The longer side of videos that are encoded for the page, and codecs and pixels that browsers play as they are.
 SIDE = 480
 VIDEO = re.compile(r"([0-9]{1,9})-([0-9]{1,9})\.mp4")
@@ -68,7 +71,13 @@ def open_labels_pages(config: ViewConfig) -> DatasetPages:
     if config.data is None and not (above / INFO).exists():
         raise UserError(f"{config.path}: is not inside its dataset; give it: --data DATASET")
     dataset = open_dataset(config.data or str(above))
-    return _pages(dataset, Labels.open(config.path, dataset_fingerprint=dataset.fingerprint), config)
+    labels = Labels.open(config.path, dataset_fingerprint=dataset.fingerprint)
+    sizes = labels.manifest.latent_length, labels.manifest.codebook_size
+    if math.prod(sizes) > MOST_CODES:
+        raise UserError(
+            f"{config.path}: has {sizes[0]} codes of {sizes[1]} values, more than the {MOST_CODES:,} that a page shows"
+        )
+    return _pages(dataset, labels, config)
 
 
 def _pages(dataset: Dataset, labels: Labels | None, config: ViewConfig) -> DatasetPages:
@@ -163,11 +172,11 @@ class DatasetPages(Pages):
     def file(self, name: str) -> Path:
         match = VIDEO.fullmatch(name)
         if match is None:
-            raise KeyError(name)
+            raise UnknownNameError(name)
         episode, camera = int(match[1]), int(match[2])
         self._require(episode)
         if camera >= len(self.cameras):
-            raise KeyError(camera)
+            raise UnknownNameError(camera)
         with self.reading(name):
             camera_name = self.cameras[camera]
             if own := self._own_video(episode, camera_name):
@@ -184,7 +193,7 @@ class DatasetPages(Pages):
     def _require(self, episode: int) -> None:
         shown = 0 <= episode < len(self.dataset) and (self._shown is None or episode in self._shown)
         if not shown:
-            raise KeyError(episode)
+            raise UnknownNameError(episode)
 
     def _own_video(self, episode: int, camera: str) -> tuple[Path, float, float] | None:
         """Returns the dataset's own video of an episode with its span, where a browser plays it."""
@@ -240,7 +249,7 @@ class DatasetPages(Pages):
         """Columns of a page of the list; texts are numbers of `texts`, since many episodes share one."""
         chosen = self.episodes[page * PAGE : (page + 1) * PAGE]
         if page and not len(chosen):
-            raise KeyError(page)
+            raise UnknownNameError(page)
         texts: dict[str, int] = {}
         columns: dict[str, list[int]] = {"instruction": [], "source": []}
         for index in chosen.tolist():
@@ -314,6 +323,8 @@ class DatasetPages(Pages):
         parts = [self.labels.codes(episode) for episode in self.episodes.tolist()]
         owners_N = np.repeat(self.episodes, [len(frames) for frames, _ in parts])
         frames_N = np.concatenate([frames for frames, _ in parts])
+        if (frames_N >= self.dataset.lengths[owners_N]).any():
+            raise UserError(f"{self.labels.folder}: has labels past the end of an episode; {LABEL_ANEW}")
         return owners_N, frames_N, np.concatenate([codes for _, codes in parts])
 
     @cached_property
@@ -380,7 +391,7 @@ class DatasetPages(Pages):
     def _code(self, position: int, code: int) -> dict[str, Any]:
         """Clips with a code, each of another episode as far as there are, and the mean action at its rows."""
         if position >= len(self._codebooks) or code >= len(self._codebooks[position]):
-            raise KeyError(code)
+            raise UnknownNameError(code)
         owners_N, frames_N, _ = self._rows
         rows = np.flatnonzero(self._codes_NP[:, position] == code)
         # The middle of the longest run of an episode shows the code best.

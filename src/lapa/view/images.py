@@ -6,19 +6,21 @@ Axes: H W image, C channel.
 from __future__ import annotations
 
 import base64
-import binascii
 import io
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lapa.data.dataset import Dataset
-from lapa.data.spec import open_dataset
+from lapa.data.lerobot import LeRobotDataset
+from lapa.data.metadata import INFO
+from lapa.data.spec import SOURCES, DataSpec
 from lapa.data.transforms import decode_image
 from lapa.errors import UserError
-from lapa.hub.download import as_hub_id
 
 DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,")
 # Pixels of the longer side of the small images among which one is chosen, and of those of an export.
@@ -43,7 +45,8 @@ def from_page(given: Any, name: str = "image") -> np.ndarray:
         raise UserError(f"{name}: not an image file; give a JPEG, PNG, BMP or WebP image")
     try:
         content = base64.b64decode(given[match.end() :], validate=True)
-    except binascii.Error:
+    # Also what is not ASCII.
+    except ValueError:
         raise UserError(f"{name}: damaged on its way; choose it again") from None
     return decode_image(content, f"{name}: cannot be read")
 
@@ -58,19 +61,22 @@ def at_most(image_HWC: np.ndarray, side: int) -> np.ndarray:
 
 
 def dataset_here(paths: Any, fingerprints: Any) -> Dataset | None:
-    """Returns the first dataset with images that an artifact's config names and that is here as it was, or None.
+    """Returns the first dataset folder with images that an artifact's config names and that is here as it was, or None.
 
+    A config may be a stranger's: other sources, which may read the network or all of a disk, are not opened.
     paths, fingerprints: lists or the like, as the config has them.
     """
+    known = fingerprints if isinstance(fingerprints, list | dict) else ()
     for path in paths if isinstance(paths, list) else []:
         try:
-            # Nothing is asked of the network by what a config says.
-            if "://" in str(path) or as_hub_id(str(path)) is not None:
+            spec = DataSpec.parse(str(path), SOURCES)
+            # Path.is_file raises OSError for a name that is too long.
+            if spec.source is not None or not os.path.isfile(Path(spec.path) / INFO):  # noqa: PTH113
                 continue
-            dataset = open_dataset(str(path))
+            dataset = LeRobotDataset(Path(spec.path), spec.name)
         except UserError:
             continue
-        if dataset.fingerprint in (fingerprints or ()) and not dataset.coded:
+        if dataset.fingerprint in known and not dataset.coded:
             return dataset
     return None
 

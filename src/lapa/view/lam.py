@@ -41,7 +41,7 @@ from lapa.latent.model import DATASETS, LatentActionModel, horizon_for
 from lapa.latent.show import EachCode, decode_each, difference, in_bytes, pixels
 from lapa.view.config import ViewConfig
 from lapa.view.images import SMALL, at_most, dataset_here, from_page, places_of, to_page
-from lapa.view.pages import Pages
+from lapa.view.pages import Pages, UnknownNameError
 
 # Examples that the page offers, and those of an export. Frames of each after the first.
 EXAMPLES, EXPORTED, FOLLOWING = 12, 12, 6
@@ -270,7 +270,7 @@ class LamPages(Pages):
         """Of an export: each code at each position and the frequent latent actions, applied up to REPEATS times."""
         lam, (episode, frame) = self._lam(number), self._place(example)
         if not self._exported or not lam.model.discrete:
-            raise KeyError(number)
+            raise UnknownNameError(number)
         clip = self.json(f"example-{example}")["models"][number]["codes"]
         base = clip[0] if clip else [lam.model.config.codebook_size // 2] * lam.model.config.latent_length
         more = [each["codes"] for each in self._frequent(number)["actions"]]
@@ -329,12 +329,12 @@ class LamPages(Pages):
 
     def _place(self, example: int) -> tuple[int, int]:
         if example >= len(self.places):
-            raise KeyError(example)
+            raise UnknownNameError(example)
         return self.places[example]
 
     def _lam(self, number: int) -> Lam:
         if number >= len(self.lams):
-            raise KeyError(number)
+            raise UnknownNameError(number)
         return self.lams[number]
 
     def _lam_of(self, given: Mapping[str, Any]) -> Lam:

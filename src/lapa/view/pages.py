@@ -20,6 +20,10 @@ from lapa.errors import UserError
 NAME = re.compile(r"([a-z]+)((?:-[0-9]{1,9})*)")
 
 
+class UnknownNameError(KeyError):
+    """A page has no data and no file of this name."""
+
+
 class Pages(ABC):
     """The data of one page. A name is a word of `numbers` and as many numbers as are there: episode-17, code-0-5.
 
@@ -45,13 +49,13 @@ class Pages(ABC):
         self._temporary.cleanup()
 
     def json(self, name: str) -> dict[str, Any]:
-        """Returns the data of a name. Raises KeyError for one that is not there, UserError for damaged files."""
+        """Returns the data of a name. Raises UnknownNameError, or UserError for damaged files."""
         match = NAME.fullmatch(name)
         if match is None or match[1] not in self.numbers:
-            raise KeyError(name)
+            raise UnknownNameError(name)
         numbers = [int(number) for number in match[2].split("-")[1:]]
         if len(numbers) != self.numbers[match[1]]:
-            raise KeyError(name)
+            raise UnknownNameError(name)
         with self.reading(name):
             return getattr(self, f"_{match[1]}")(*numbers)
 
@@ -62,10 +66,10 @@ class Pages(ABC):
     def answer(self, name: str, body: bytes) -> dict[str, Any]:
         """Returns what the method `_ask_NAME` returns for the JSON object that the page sent.
 
-        Raises KeyError for another name, UserError for what is asked wrongly.
+        Raises UnknownNameError for another name, UserError for what is asked wrongly.
         """
         if name not in self.questions:
-            raise KeyError(name)
+            raise UnknownNameError(name)
         try:
             given = json.loads(body)
         except (ValueError, RecursionError):
@@ -99,5 +103,5 @@ class Pages(ABC):
         yield from ()
 
     def file(self, name: str) -> Path:
-        """Returns the file of a name, such as 17-0.mp4. Raises KeyError, or UserError for damaged files."""
-        raise KeyError(name)
+        """Returns the file of a name, such as 17-0.mp4. Raises UnknownNameError, or UserError for damaged files."""
+        raise UnknownNameError(name)

@@ -34,7 +34,7 @@ from lapa.types import Observation
 from lapa.view.config import ViewConfig
 from lapa.view.images import SIDE, SMALL, at_most, dataset_here, from_page, places_of, to_page
 from lapa.view.lam import Lam
-from lapa.view.pages import Pages
+from lapa.view.pages import Pages, UnknownNameError
 
 # Observations that the page offers, and those of an export.
 EXAMPLES, EXPORTED = 12, 20
@@ -217,7 +217,7 @@ class PolicyPages(Pages):
 
     def _example(self, number: int) -> dict[str, Any]:
         if number >= len(self.places):
-            raise KeyError(number)
+            raise UnknownNameError(number)
         assert self.dataset is not None
         (episode, frame), dataset, actor = self.places[number], self.dataset, self._first
         images, instruction = self._images(episode, frame), dataset[episode].instruction
@@ -256,8 +256,10 @@ class PolicyPages(Pages):
             raise UserError("expected images by camera, and an instruction")
         if len(instruction) > LONGEST_INSTRUCTION:
             raise UserError(f"an instruction of {len(instruction)} characters; give at most {LONGEST_INSTRUCTION}")
+        if key is not None and not isinstance(key, str):
+            raise UserError("statistics are chosen by the name of a dataset")
         if key is not None and key not in self.actors:
-            raise unknown("statistics", str(key)[:100], self.actors)
+            raise unknown("statistics", key[:100], self.actors)
         actor = self._first if key is None else self.actors[key]
         if missing := [camera for camera in actor.cameras if camera not in images]:
             raise UserError(f"there is no image of {', '.join(missing)}; give one")
@@ -309,7 +311,10 @@ def _numbers(state: Any) -> np.ndarray | None:
         return None
     if not isinstance(state, list) or not all(type(value) in (int, float) for value in state):
         raise UserError("a state is a list of numbers")
-    return np.array(state, np.float32)
+    try:
+        return np.array(state, np.float32)
+    except OverflowError:
+        raise UserError("a state has a number that is too large") from None
 
 
 def _rounded(values: np.ndarray) -> list[Any]:

@@ -27,7 +27,7 @@ from lapa.hub.download import hub_folder
 from lapa.study.results import Rollout
 from lapa.study.statistics import Estimate, estimate, shared
 from lapa.view.config import ViewConfig
-from lapa.view.pages import Pages
+from lapa.view.pages import Pages, UnknownNameError
 
 # Episodes with videos in an export.
 EXPORTED = 50
@@ -138,7 +138,7 @@ class RolloutPages(Pages):
         with self.lock:
             files = list(self._files)
             if match is None or int(match[1]) >= len(files) or files[int(match[1])].suffix != f".{match[2]}":
-                raise KeyError(name)
+                raise UnknownNameError(name)
             return files[int(match[1])]
 
     def number(self, path: Path) -> int:
@@ -147,7 +147,7 @@ class RolloutPages(Pages):
 
     def _group(self, number: int) -> dict[str, Any]:
         if number >= len(self.groups):
-            raise KeyError(number)
+            raise UnknownNameError(number)
         group = self.groups[number]
         tasks = list(dict.fromkeys(rollout.task for run in group.runs for rollout in run.rollouts))
         rows = [(task, [self._rate(runs, task) for runs in group.arms.values()]) for task in (None, *tasks)]

@@ -16,7 +16,8 @@
 /ask/NAME          what the page asks with data of its own (POST)
 /page/FILE         scripts and style
 
-Names and numbers are all that can be asked for, so that nothing outside PATH is read.
+Names and numbers are all that can be asked for: nothing is read but what the command names and, for the examples of a
+model or policy, a dataset folder on this machine that its config names.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lapa.errors import UserError
 from lapa.view.config import ViewConfig
 from lapa.view.export import PAGE, export
 from lapa.view.opening import open_pages
-from lapa.view.pages import Pages
+from lapa.view.pages import Pages, UnknownNameError
 from lapa.view.recording import record
 
 try:
@@ -147,7 +148,7 @@ class Server(web.Server):
         """The response that `make` returns; one line where there is no such thing, or it cannot be read."""
         try:
             return await run_in_threadpool(make)
-        except KeyError:
+        except UnknownNameError:
             return web.line("error: there is no such thing", 404)
         except UserError as error:
             return web.line(f"error: {error}", 422)

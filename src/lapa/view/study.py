@@ -20,6 +20,7 @@ from lapa.study.report import Block, Figure, cautions, comparison, content, draw
 from lapa.study.results import FOLDER, ArmResult, load_results
 from lapa.study.statistics import compare, estimate, shared
 from lapa.view.config import ViewConfig
+from lapa.view.pages import UnknownNameError
 from lapa.view.results import EXPORTED, Group, RolloutPages, Run, short_names, videos_of
 
 
@@ -110,7 +111,7 @@ class StudyPages(RolloutPages):
 
     def _report(self) -> dict[str, Any]:
         if not self._groups:
-            raise KeyError("report")
+            raise UnknownNameError("report")
         found = findings(self.results)
         drawn = draw(found, self.folder) if importlib.util.find_spec("matplotlib") else {}
         return {"blocks": [self._block(block) for block in content(found, drawn)]}
