@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ import lapa
 from browser import Browser, browser
 from fake_hub import FakeHub, Repo
 from lapa import UserError, cli
+from lapa.checksums import Journal
 from lapa.data.labels import EpisodeLabels, Manifest, shard_path, write_manifest, write_shard
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.video import probe
@@ -40,7 +42,7 @@ from lapa.view.dataset import DatasetPages
 from lapa.view.opening import kind_at, open_pages
 from lapa.view.recording import record
 from lapa.view.server import running
-from lapa.view.survey import Readers, Survey
+from lapa.view.survey import Readers, Survey, measure
 
 HTML = "<img src=x onerror='window.bad=1'>"
 FROZEN = Path(__file__).parent / "golden" / "frozen"
@@ -205,6 +207,7 @@ def test_motion_cuts_and_still_cameras_are_found(tmp_path: Path) -> None:
         writer.add_episode({"front": front, "wrist": [scenes[0]] * 30}, "look")
     pages = DatasetPages(writer.finish())
     assert pages.json("motion-1")["cuts"] == [15] and pages.json("motion-0")["cuts"] == []
+    assert [pages.json(f"motion-{episode}")["still"] for episode in (0, 1)] == [[0, 1], [1]]
     pages.survey.wait()
     rows = {row[0]: row for row in pages.json("survey-0")["rows"]}
     assert [rows[episode][2:5] for episode in (0, 1)] == [[0, [0, 1], []], [1, [1], []]]
@@ -224,7 +227,7 @@ def moving(seed: int, frames: int = 30, frozen: range = range(0)) -> list[np.nda
     return images
 
 
-def test_duplicates_and_frozen_cameras_are_found(tmp_path: Path) -> None:
+def test_duplicates_and_frozen_cameras_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = lapa.DatasetWriter(
         tmp_path / "made", fps=10, cameras={"front": (64, 64), "wrist": (64, 64)}, action_names=["right", "down"]
     )
@@ -243,17 +246,57 @@ def test_duplicates_and_frozen_cameras_are_found(tmp_path: Path) -> None:
     pages = DatasetPages(writer.finish())
     pages.survey.wait()
     assert [row[4] for row in pages.json("survey-0")["rows"]] == [[], [], [], [1], [], []]
-    assert pages.json("duplicates")["groups"] == [
+    groups = [
         {"why": "the same actions", "episodes": [0, 1]},
         {"why": "almost the same frames", "episodes": [4, 5]},
     ]
+    assert pages.json("duplicates") == {"groups": groups, "not_compared": 0}
+    assert [pages.json(f"motion-{episode}")["frozen"] for episode in (2, 3)] == [[], [1]]
+    monkeypatch.setattr("lapa.view.survey.COMPARED", 1)
+    assert pages.json("duplicates") == {"groups": groups[:1], "not_compared": 2}
     pages.close()
+
+
+def test_few_images_are_in_memory_at_once(dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, asked, read = measure(dataset, 1, ["front"]), [], LeRobotDataset.frames
+
+    def frames(dataset: LeRobotDataset, episode: int, frame_indices: Sequence[int], camera: str) -> np.ndarray:
+        asked.append(len(frame_indices))
+        return read(dataset, episode, frame_indices, camera)
+
+    monkeypatch.setattr(LeRobotDataset, "frames", frames)
+    monkeypatch.setattr("lapa.view.survey.MOST_BYTES", 8 * 3 * math.prod(dataset.image_shape("front")))
+    assert measure(dataset, 1, ["front"]) == whole and asked == [8, 8, 4]
+
+
+def test_a_survey_that_ends_with_an_error_is_not_waited_for(
+    dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(dataset: LeRobotDataset, episode: int, cameras: Sequence[str]) -> dict[str, Any]:
+        raise RuntimeError("no decoder")
+
+    monkeypatch.setattr("lapa.view.survey.measure", fail)
+    survey = Survey(Readers(dataset), [0, 1], ["broken"])
+    with pytest.raises(RuntimeError, match="no decoder"):
+        survey.wait()
+    assert survey.since(0) == {"rows": [], "measured": 0, "of": 2, "error": "RuntimeError: no decoder"}
+
+
+def test_a_survey_goes_on_where_nothing_can_be_kept(dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(journal: Journal, value: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "append", full)
+    survey = Survey(Readers(dataset), [0, 1, 2], dataset.cameras)
+    survey.wait()
+    found = survey.since(0)
+    assert (found["measured"], found["error"]) == (3, None)
 
 
 def test_a_survey_goes_on_where_another_one_ended(dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
-    def measure(dataset: LeRobotDataset, episode: int, cameras: Sequence[str]) -> dict[str, Any]:
+    def measured_as(dataset: LeRobotDataset, episode: int, cameras: Sequence[str]) -> dict[str, Any]:
         measured.append(episode)
         return {"episode": episode, "motion": 0.0, "cuts": 0, "still": [], "frozen": []}
 
@@ -265,7 +308,7 @@ def test_a_survey_goes_on_where_another_one_ended(dataset: LeRobotDataset, monke
         assert sorted(row[0] for row in survey.since(0)["rows"]) == list(episodes)
         return measured
 
-    monkeypatch.setattr("lapa.view.survey.measure", measure)
+    monkeypatch.setattr("lapa.view.survey.measure", measured_as)
     assert run(range(5)) == [0, 1, 2, 3, 4]
     assert run(range(8)) == [5, 6, 7]
     assert run([2, 6]) == []
@@ -315,6 +358,16 @@ def test_nothing_else_is_served(labels: Path, dataset: LeRobotDataset) -> None:
             connection.close()
         assert get(f"{url}/data/about.json", Host="evil.example")[0] == 403
         assert get(f"{url}/data/about.json", Origin="https://evil.example")[0] == 403
+
+
+def test_a_mistake_of_ours_is_no_unknown_name(dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def about(pages: DatasetPages) -> dict[str, Any]:
+        raise KeyError("name")
+
+    monkeypatch.setattr(DatasetPages, "_about", about)
+    with running(dataset.root) as url:
+        assert get(f"{url}/data/about.json")[0] == 500
+        assert get(f"{url}/data/other.json")[0] == 404
 
 
 def test_a_damaged_episode_is_one_line(dataset: LeRobotDataset, tmp_path: Path) -> None:
@@ -467,6 +520,19 @@ def test_a_person_finds_episodes_by_what_their_images_show(tab: Browser, tmp_pat
         assert tab.run(items) == [0, 2, 3]
         tab.run("document.getElementById('tab-statistics').click()")
         tab.page.get_by_text("Episodes with cuts: show 1").wait_for()
+    assert not tab.complaints
+
+
+def test_a_dataset_elsewhere_is_looked_through_when_asked_for(
+    tab: Browser, dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapa.view.dataset.is_remote", lambda path: True)
+    with running(dataset.root) as url:
+        tab.open(f"{url}/")
+        tab.until("document.querySelector('#survey button')")
+        assert "downloads all episodes" in tab.text("#survey") and tab.run("seen.size") == 0
+        tab.run("document.querySelector('#survey button').click()")
+        tab.until(f"seen.size === {EPISODES} && document.getElementById('survey').textContent === ''")
     assert not tab.complaints
 
 

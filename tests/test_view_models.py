@@ -259,6 +259,9 @@ def test_a_person_presses_codes(tab: Browser, tmp_path: Path) -> None:
         tab.choose_files("#drops label:nth-child(2) input", [tmp_path / "photo.png"])
         presses(tab, 1)
         assert "The encoder reads" in tab.text("#models")
+        assert tab.run("dropped.every(Boolean)")
+        tab.run("document.querySelector('#examples button').click()")
+        tab.until("dropped.every(address => address === null)")
     assert not tab.complaints
 
 
@@ -269,6 +272,8 @@ def test_a_person_compares_two_models_on_a_phone(tab: Browser) -> None:
         tab.run("document.getElementById('replay').click()")
         tab.until("models[0].film.length === models[0].clip.frames.length")
         assert tab.run("models.map(model => model.film.length)") == [tab.run("models[0].clip.frames.length")] * 2
+        tab.run("document.getElementById('code-1-0-3').focus()")
+        assert tab.run("active") == 1
         for width in (320, 390, 768):
             tab.resize(width, 800)
             assert tab.run("document.documentElement.scrollWidth") <= width

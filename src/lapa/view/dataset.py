@@ -39,7 +39,7 @@ from lapa.files import as_path, is_remote
 from lapa.view.config import ViewConfig
 from lapa.view.pages import Pages, UnknownNameError
 from lapa.view.survey import ROWS as SURVEYED
-from lapa.view.survey import Readers, Survey, looked_at, spread
+from lapa.view.survey import Readers, Survey, looked_at, spread, without_motion
 
 # Rows of the list that are sent at once.
 PAGE = 5_000
@@ -220,6 +220,8 @@ class DatasetPages(Pages):
             "fps": dataset.fps,
             "cameras": [{"name": name, "size": list(dataset.image_shape(name)[::-1])} for name in dataset.cameras],
             "images": not dataset.coded,
+            # To look through a dataset that is elsewhere is to download it.
+            "elsewhere": is_remote(dataset.root),
             "actions": names[ACTION],
             "states": names[STATE],
             "pages": self.num_pages,
@@ -294,14 +296,16 @@ class DatasetPages(Pages):
         frames_T, small, cuts = looked_at(self.dataset, index, self.cameras)
         energies = [motion_energy(small_THW, 1) for small_THW in small]
         cameras = [[round(float(energy), 4) for energy in energy_T] for energy_T in energies]
-        return {"frames": frames_T[1:].tolist(), "cameras": cameras, "cuts": cuts}
+        still, frozen = without_motion(small, frames_T, self.dataset.fps)
+        return {"frames": frames_T[1:].tolist(), "cameras": cameras, "cuts": cuts, "still": still, "frozen": frozen}
 
     def _survey(self, first: int) -> dict[str, Any]:
         self.survey.start()
         return self.survey.since(first)
 
     def _duplicates(self) -> dict[str, Any]:
-        return {"groups": self.survey.duplicates()}
+        groups, not_compared = self.survey.duplicates()
+        return {"groups": groups, "not_compared": not_compared}
 
     def _statistics(self) -> dict[str, Any]:
         """Statistics of the actions and states of a sample of the episodes."""

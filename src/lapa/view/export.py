@@ -26,7 +26,7 @@ INDEX = "index.html"
 
 @locks_output
 def export(config: ViewConfig) -> None:
-    """Writes the page with its data, of as much as `limit` says."""
+    """Writes the page with its data, of at most `limit` episodes, images or observations."""
     assert config.export is not None
     out = config.export
     with contextlib.closing(open_pages(config)) as pages:

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ from lapa.locks import locked
 
 # Part of the name of what is kept: a new number where what is measured changes.
 VERSION = 1
-# Images of an episode that are looked at. Cuts are looked for where these are all.
-MEASURED = 600
+# Images of an episode that are looked at. Cuts are looked for where these are all. Bytes of images in memory at once.
+MEASURED, MOST_BYTES = 600, 128 * 2**20
 # RMS of brightness. A camera stands still where no image differs from the first by more: a camera's noise
 # (lapa.data.motion). It is frozen where its images are the same for a fifth of the episode and at least FROZEN_SECONDS
 # while another camera's change.
@@ -44,11 +46,11 @@ FROZEN, FROZEN_SECONDS = 0.2, 0.5
 # Images of an episode that stand for it among duplicates, as bits: whether brightness rises by STEP from one of 8 x 8
 # squares to the next. So many bits differ at most after scaling to two thirds and JPEG of quality 40 (docs/log.md).
 LOOKS, SQUARES, STEP, DIFFERENT_BITS = 4, 8, 2, 9
-REASONS = {"actions": "the same actions", "frames": "the same frames", "looks": "almost the same frames"}
 # Almost the same frames are looked for among so many episodes of one instruction and length.
 COMPARED = 1000
 # Rows that are sent at once.
 ROWS = 2000
+NOT_KEPT = "what episodes show is not kept, and will be measured again the next time"
 
 
 class Readers:
@@ -79,6 +81,7 @@ class Survey:
         self._readers, self._episodes, self._cameras = readers, list(episodes), list(cameras)
         self._rows: list[dict[str, Any]] = []
         self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
         self._stopped, self._starting = threading.Event(), threading.Lock()
 
     def start(self) -> None:
@@ -89,10 +92,12 @@ class Survey:
                 self._thread.start()
 
     def wait(self) -> None:
-        """Begins, and waits for the end."""
+        """Begins, and waits for the end. Raises the error that ended it before."""
         self.start()
         assert self._thread is not None
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Ends after the episode that is being measured."""
@@ -101,14 +106,18 @@ class Survey:
             self._thread.join()
 
     def since(self, first: int) -> dict[str, Any]:
-        """Returns the rows from number `first` on, in the order in which they were measured."""
+        """Returns the rows from number `first` on, in the order in which they were measured.
+
+        error: what ended the survey before its end, or None.
+        """
         rows = self._rows[first : first + ROWS]
         names = ("episode", "motion", "cuts", "still", "frozen", "flaw")
         shown = [[row.get(name) for name in names] for row in rows]
-        return {"rows": shown, "measured": len(self._rows), "of": len(self._episodes)}
+        error = None if self._error is None else f"{type(self._error).__name__}: {self._error}"
+        return {"rows": shown, "measured": len(self._rows), "of": len(self._episodes), "error": error}
 
-    def duplicates(self) -> list[dict[str, Any]]:
-        """Returns groups of episodes that are the same, with the reason, among those that are measured."""
+    def duplicates(self) -> tuple[list[dict[str, Any]], int]:
+        """Returns what `find_duplicates` finds among the episodes that are measured."""
         rows = list(self._rows)
         with self._readers.one() as dataset:
             kinds = {
@@ -121,6 +130,13 @@ class Survey:
         # Requests go first. On Linux, a thread has a priority of its own.
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
+        try:
+            self._measure_all()
+        except Exception as error:
+            self._error = error
+            warn(f"the episodes are not looked through any further: {type(error).__name__}: {error}")
+
+    def _measure_all(self) -> None:
         with contextlib.ExitStack() as locks:
             note = self._kept(locks)
             known = {row["episode"] for row in self._rows}
@@ -154,10 +170,22 @@ class Survey:
                 journal.begin([])
                 rows = []
         except (OSError, UserError) as error:
-            warn(f"what episodes show is not kept, and will be measured again the next time: {error}")
+            warn(f"{NOT_KEPT}: {error}")
             return lambda row: None
         self._rows += [row for row in rows if row["episode"] in shown]
-        return journal.append
+        failed = False
+
+        def keep(row: dict[str, Any]) -> None:
+            nonlocal failed
+            if failed:
+                return
+            try:
+                journal.append(row)
+            except OSError as error:
+                failed = True
+                warn(f"{NOT_KEPT}: {error}")
+
+        return keep
 
 
 def _folder(readers: Readers, cameras: Sequence[str]) -> Path:
@@ -177,7 +205,9 @@ def looked_at(dataset: Dataset, episode: int, cameras: Sequence[str]) -> tuple[n
     length = int(dataset.lengths[episode])
     frames_T, small, cuts = spread(length, MEASURED), [], set()
     for name in cameras:
-        small.append(thumbnails(dataset.frames(episode, frames_T.tolist(), name)))
+        num = max(1, MOST_BYTES // (3 * math.prod(dataset.image_shape(name))))
+        batches = (frames_T[first : first + num].tolist() for first in range(0, len(frames_T), num))
+        small.append(thumbnails(chain.from_iterable(dataset.frames(episode, batch, name) for batch in batches)))
         if len(frames_T) == length:
             shots_T = np.array(list(shot_numbers(small[-1])))
             cuts |= set((np.flatnonzero(np.diff(shots_T)) + 1).tolist())
@@ -192,23 +222,34 @@ def measure(dataset: Dataset, episode: int, cameras: Sequence[str]) -> dict[str,
     """
     frames_T, small, cuts = looked_at(dataset, episode, cameras)
     energies = [motion_energy(small_THW, 1) for small_THW in small]
-    seconds = float(frames_T[-1] - frames_T[0]) / max(1, len(frames_T) - 1) / dataset.fps if len(frames_T) else 0.0
+    still, frozen = without_motion(small, frames_T, dataset.fps)
     row: dict[str, Any] = {
         "episode": episode,
         "motion": round(max((float(energy.mean()) for energy in energies if len(energy)), default=0.0), 5),
         "cuts": len(cuts),
-        "still": [camera for camera, small_THW in enumerate(small) if _stands_still(small_THW)],
-        "frozen": [camera for camera in range(len(small)) if _is_frozen(energies, camera, seconds)],
+        "still": still,
+        "frozen": frozen,
     }
     if small:
         row |= {"frames": _hash(*small), "looks": _bits(small[0]).hex()}
     if dataset.action_dim is not None:
         actions_TA = dataset.actions(episode)
         row["mean"] = [float(f"{value:.3g}") for value in np.abs(actions_TA).mean(axis=0)]
-        # Where nothing is done, nothing tells episodes apart.
+        # Actions that never change are the same in many episodes.
         if np.ptp(actions_TA, axis=0).any():
             row["actions"] = _hash(actions_TA)
     return row
+
+
+def without_motion(small: Sequence[np.ndarray], frames_T: np.ndarray, fps: float) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the cameras in which nothing moves, and of those that are frozen for a while.
+
+    small: the thumbnails [T, H, W] of each camera at `frames_T`.
+    """
+    seconds = float(frames_T[-1] - frames_T[0]) / max(1, len(frames_T) - 1) / fps if len(frames_T) else 0.0
+    energies = [motion_energy(small_THW, 1) for small_THW in small]
+    still = [camera for camera, small_THW in enumerate(small) if _stands_still(small_THW)]
+    return still, [camera for camera in range(len(small)) if _is_frozen(energies, camera, seconds)]
 
 
 def _stands_still(small_THW: np.ndarray) -> bool:
@@ -246,12 +287,15 @@ def _hash(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_duplicates(rows: Sequence[Mapping[str, Any]], kinds: Mapping[int, tuple[str, int]]) -> list[dict[str, Any]]:
+def find_duplicates(
+    rows: Sequence[Mapping[str, Any]], kinds: Mapping[int, tuple[str, int]]
+) -> tuple[list[dict[str, Any]], int]:
     """Returns groups of measured episodes that are the same, with the reason; each episode is in one at most.
 
+    Also returns how many episodes are not compared for almost the same frames, past COMPARED of a kind.
     kinds: the instruction and the length of each episode, which those of a group share.
     """
-    left, found = list(rows), []
+    left, found, not_compared = list(rows), [], 0
     for why, key in (
         ("the same actions", "actions"),
         ("the same frames", "frames"),
@@ -261,12 +305,14 @@ def find_duplicates(rows: Sequence[Mapping[str, Any]], kinds: Mapping[int, tuple
         for row in left:
             if key in row:
                 groups[kinds[row["episode"]], "" if key == "looks" else row[key]].append(row)
+        if key == "looks":
+            not_compared = sum(max(0, len(group) - COMPARED) for group in groups.values())
         alike = [some for group in groups.values() for some in (_alike(group) if key == "looks" else [group])]
         numbers = [sorted(row["episode"] for row in group) for group in alike if len(group) > 1]
         found += [{"why": why, "episodes": group} for group in sorted(numbers)]
         taken = {episode for group in numbers for episode in group}
         left = [row for row in left if row["episode"] not in taken]
-    return found
+    return found, not_compared
 
 
 def _alike(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

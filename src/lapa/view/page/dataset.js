@@ -86,5 +86,6 @@ guarded(async () => {
     filter();
     if (page === 0) route();
   }
-  if (about.images) await survey();
+  if (about.images && (exported || !about.elsewhere)) await survey();
+  else if (about.images) offerSurvey();
 })();

@@ -206,7 +206,8 @@ function card(model) {
     + " green is what the encoder reads from the video" }), model.codes, make("p", {}, model.what), model.often);
   else parts.push(make("p", { className: "dim", textContent: "A continuous model has no codes to press: the latent action"
     + " of two frames is applied, again and again. Take an example, or give an image and a later one." }));
-  const made = make("section", { className: "card", onfocusin: () => { active = model.number; } }, ...parts);
+  const made = make("section", { className: "card" }, ...parts);
+  made.addEventListener("focusin", () => { active = model.number; });
   made.setAttribute("aria-label", name);
   return made;
 }
@@ -223,6 +224,7 @@ const chooseExample = number => queued(async () => {
   const clips = (await load(`example-${number}`)).models;
   [...$("examples").children].forEach((each, place) => each.setAttribute("aria-pressed", place === number));
   for (const zone of $("drops").children) zone.show(null);
+  dropped.fill(null);
   await start(clips);
   if (exported) for (const model of models) {
     if (model.about.discrete) model.each = await load(`each-${number}-${model.number}`);

@@ -143,12 +143,12 @@ async function motion(index) {
   for (const at of data.cuts) {
     graph.append(drawn("line", { class: "cut", x1: 1000 * at / last, x2: 1000 * at / last, y1: 0, y2: 100 }));
   }
-  const frozen = about.cameras.filter((camera, place) => data.frames.length
-    && Math.max(...data.cameras[place]) < 0.002);
   const notes = [];
   if (data.cuts.length) notes.push(`${data.cuts.length} cut${data.cuts.length > 1 ? "s" : ""} at frame `
     + data.cuts.join(", "));
-  if (frozen.length) notes.push(`camera ${frozen.map(camera => camera.name).join(", ")} stands still`);
+  for (const [cameras, what] of [[data.still, "shows nothing that moves"], [data.frozen, "is frozen for a while"]]) {
+    if (cameras.length) notes.push(`camera ${cameras.map(place => about.cameras[place].name).join(", ")} ${what}`);
+  }
   if (likeOthers(index)) notes.push(likeOthers(index));
   if (notes.length) $("what").append(" · ", make("span", { className: "error", textContent: notes.join("; ") }));
 }

@@ -12,12 +12,14 @@ function drawMarks() {
   const flags = [
     [rows.instruction.filter(text => !text).length, "Episodes without an instruction", "bare"],
     [rows.length.filter(length => length / about.fps < 1).length, "Episodes shorter than 1 s", "short"],
-    ...(about.images ? Object.entries(MARKS).map(([mark, [text]]) =>
+    ...(toMeasure ? Object.entries(MARKS).map(([mark, [text]]) =>
       [[...seen.values()].filter(row => marked(row, mark)).length, `Episodes ${text}`, mark]) : []),
   ];
   $("suspicious").replaceChildren(...flags.map(([count, text, value]) => make("p", { className: "row" }, `${text}: `,
     count ? make("button", { textContent: `show ${count.toLocaleString("en")}`, onclick: () => only(value) }) : "none")),
-    ...(measured < toMeasure ? [make("p", { className: "dim", textContent: $("survey").textContent })] : []));
+    ...[measured < toMeasure ? $("survey").textContent : "", notCompared,
+      about.images && !toMeasure ? "Motion, cuts and duplicates are not looked for yet" : ""]
+      .filter(Boolean).map(textContent => make("p", { className: "dim", textContent })));
 }
 async function showStatistics() {
   const lengths = [...rows.length].sort((one, other) => one - other), at = share => lengths[Math.floor(share

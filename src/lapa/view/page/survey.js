@@ -1,7 +1,7 @@
 // What the images of all episodes show: measured by the server in the background, asked for while it lasts.
 "use strict";
 const seen = new Map(), twins = new Map(), PAUSE = 1000;
-let measured = 0, toMeasure = 0;
+let measured = 0, toMeasure = 0, notCompared = "";
 // Episodes to look at, by the value in the list of filters.
 const MARKS = {
   cuts: ["with cuts", row => row.cuts > 0],
@@ -11,6 +11,11 @@ const MARKS = {
   flaw: ["that cannot be read", row => row.flaw !== null],
 };
 const marked = (row, mark) => Boolean(row) && MARKS[mark][1](row);
+// A dataset that is elsewhere is downloaded for it, so it begins when asked for.
+function offerSurvey() {
+  $("survey").replaceChildren(make("button", { textContent: "Look for motion, cuts and duplicates",
+    onclick: guarded(() => { $("survey").textContent = ""; return survey(); }) }), " (downloads all episodes)");
+}
 async function survey() {
   for (const [value, [text]] of Object.entries(MARKS)) {
     $("only").append(make("option", { value, textContent: text }));
@@ -23,21 +28,26 @@ async function survey() {
     }
     measured += data.rows.length;
     toMeasure = data.of;
-    if (measured === toMeasure) await findTwins();
-    surveyed(data.rows.length > 0);
+    const ended = measured === data.measured && data.error;
+    if (measured === toMeasure || ended) await findTwins();
+    drawSurvey(data.rows.length > 0, ended ? `; it ended with an error: ${data.error}` : "");
+    if (ended) return;
     if (measured < toMeasure && data.measured === measured) await new Promise(done => setTimeout(done, PAUSE));
   } while (measured < toMeasure);
 }
 async function findTwins() {
   known.delete("duplicates");
   twins.clear();
-  for (const group of (await load("duplicates")).groups) {
+  const { groups, not_compared: num } = await load("duplicates");
+  notCompared = num ? `${num.toLocaleString("en")} episodes are not looked through for almost the same frames, only the `
+    + "first 1,000 of each instruction and length." : "";
+  for (const group of groups) {
     for (const episode of group.episodes) twins.set(episode, group);
   }
 }
-function surveyed(more) {
+function drawSurvey(more, error = "") {
   $("survey").textContent = measured < toMeasure ? `looked through ${measured.toLocaleString("en")} of `
-    + `${toMeasure.toLocaleString("en")} episodes for motion, cuts and duplicates` : "";
+    + `${toMeasure.toLocaleString("en")} episodes for motion, cuts and duplicates${error}` : "";
   if (more && ($("calmest").value || $("liveliest").value || $("only").value in MARKS)) filter();
   else draw();
   if (!$("statistics").hidden) drawMarks();
