@@ -21,8 +21,7 @@ from lapa.data.metadata import INFO
 from lapa.data.workers import Workers
 from lapa.data.writer import DatasetWriter
 from lapa.envs import Environment, EnvironmentKind
-from lapa.envs.language_table import LanguageTableConfig
-from lapa.envs.metaworld import MetaworldConfig
+from lapa.envs.config import RecordConfig
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json
 
@@ -65,7 +64,7 @@ class Recording:
         return f"meta/{self.command}.json"
 
 
-def record_dataset(config: MetaworldConfig | LanguageTableConfig, tasks: Sequence[str], recording: Recording) -> None:
+def record_dataset(config: RecordConfig, tasks: Sequence[str], recording: Recording) -> None:
     """Records the dataset at `config.out`. Raises UserError on a user's mistake, before any work is done."""
     if config.size < 16 or config.size % 2:
         raise UserError(f"--size must be even and at least 16, got {config.size}")
@@ -138,9 +137,7 @@ def record(
     return Demonstration(frames_THWC, states_TS, np.stack(actions), observations[0].instruction)
 
 
-def record_all(
-    config: MetaworldConfig | LanguageTableConfig, tasks: Sequence[str], recording: Recording, writer: DatasetWriter
-) -> Counter[str]:
+def record_all(config: RecordConfig, tasks: Sequence[str], recording: Recording, writer: DatasetWriter) -> Counter[str]:
     """Fills the writer with `config.episodes` of each task, in an order that depends on the config alone.
 
     Returns how many episodes of each task were dropped.
