@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import PlainTextResponse, Response
 
 from lapa.console import say
@@ -176,6 +176,20 @@ def refusal(connection: HTTPConnection, *, local: bool) -> Response | None:
 def line(text: str, status: int) -> Response:
     """Returns a response of one line."""
     return PlainTextResponse(printable(text), status)
+
+
+async def read_body(request: Request, most: int) -> tuple[bytes, int]:
+    """Returns the body of a request and its size.
+
+    A larger one than `most` bytes is read to its end and forgotten, so that the client reads the response.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        parts.append(part)
+        if size > most:
+            parts.clear()
+    return b"".join(parts), size
 
 
 def load_page(file: Path, **sources: str) -> tuple[str, dict[str, str]]:

@@ -262,23 +262,17 @@ class Server(web.Server):
         if self._num_bodies >= MAX_CLIENTS:
             raise Busy(f"{MAX_CLIENTS} bodies are read already")
         most = self.service.config.max_message_mib * 2**20
-        parts, size = [], 0
         self._num_bodies += 1
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    size += len(part)
-                    parts.append(part)
-                    # What is too large is read to its end and forgotten, so that the client reads the response.
-                    if size > most:
-                        parts.clear()
+                body, size = await web.read_body(request, most)
         except TimeoutError:
             raise UserError(f"the body did not arrive within {BODY_SECONDS:g} s") from None
         finally:
             self._num_bodies -= 1
         if size > most:
             raise TooLarge(f"a body of {size} bytes; at most {most} (--max-message-mib)")
-        return b"".join(parts)
+        return body
 
     def _refusal(self, connection: HTTPConnection) -> Response | None:
         """The response to a client that may not ask: a page of another site, or one without the key."""

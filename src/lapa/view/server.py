@@ -129,19 +129,13 @@ class Server(web.Server):
         return await self._answered(lambda: FileResponse(self.pages.file(request.path_params["name"])))
 
     async def ask(self, request: Request) -> Response:
-        parts, size = [], 0
         try:
-            async for part in request.stream():
-                size += len(part)
-                parts.append(part)
-                # What is too large is read to its end and forgotten, so that the browser reads the response.
-                if size > MOST_BYTES:
-                    parts.clear()
+            body, size = await web.read_body(request, MOST_BYTES)
         except ClientDisconnect:
             return Response(status_code=400)
         if size > MOST_BYTES:
             return web.line(f"error: {size} bytes; give images of at most {MOST_BYTES} together", 413)
-        name, body = request.path_params["name"], b"".join(parts)
+        name = request.path_params["name"]
         return await self._answered(lambda: JSONResponse(self.pages.answer(name, body)))
 
     async def _answered(self, make: Callable[[], Response]) -> Response:
