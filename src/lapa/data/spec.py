@@ -37,6 +37,7 @@ ENTRY_POINTS = "lapa.sources"
 SOURCES = {
     "rlds": "lapa.sources.rlds.source:RldsReading",
     "videos": "lapa.sources.videos:VideosReading",
+    "webdataset": "lapa.sources.webdataset:WebDatasetReading",
     "frames": "lapa.sources.frames:FramesReading",
     "sthv2": "lapa.sources.sthv2:Sthv2Reading",
     "narrated": "lapa.sources.narrated:NarratedReading",

@@ -245,11 +245,14 @@ def open_video(path: Path) -> InputContainer:
         mmap.mmap(-1, ROOM).close()
     except OSError as error:
         raise MemoryError(f"{path}: {error.strerror}") from None
+    file = None
     try:
         with reading(path):
-            source = open_binary(path) if is_remote(path) else str(path)
-        container = av.open(source, "r", metadata_errors="ignore")
+            file = open_binary(path) if is_remote(path) else None
+        container = av.open(file or str(path), "r", metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
+        if file is not None:
+            file.close()
         reason = why_unreadable(path) or error.strerror or str(error) or type(error).__name__
         raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
     problem = _film_flaw(container)

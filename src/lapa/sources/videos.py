@@ -63,7 +63,6 @@ class VideosConfig(ConvertOptions, VideosReading):
 class VideoFilesSource(Source):
     """A source whose items are whole video files. An item's length, where it has one, is what the header promises.
 
-    An item's place, where it has one: how many times as long as by the file's own times it lasts.
     skip_bad: when read in place, leave out files that cannot be read.
     """
 
@@ -76,9 +75,13 @@ class VideoFilesSource(Source):
     def file_of(self, item: Item) -> str:
         return str(self.path_of(item))
 
+    def stretch_of(self, item: Item) -> float:
+        """Returns how many times as long an item lasts as by the file's own times."""
+        return 1.0
+
     def rate_of(self, item: Item) -> float:
         """Returns the frames that are taken of each second of an item's file."""
-        return self.fps * _stretch(item)
+        return self.fps * self.stretch_of(item)
 
     def read(self, item: Item) -> Clip:
         path = self.path_of(item)
@@ -86,7 +89,7 @@ class VideoFilesSource(Source):
 
         def frames() -> Iterator[tuple[float, np.ndarray]]:
             for seconds, frame_HWC in scan:
-                yield seconds * _stretch(item), frame_HWC
+                yield seconds * self.stretch_of(item), frame_HWC
             if scan.num_lost:
                 # Losses are counted in frames of the dataset.
                 clip.lost = round(scan.num_lost * self.rate_of(item) / probe(path).fps) or 1
@@ -113,7 +116,7 @@ class VideoFilesSource(Source):
 
 
 class VideosSource(VideoFilesSource):
-    """A folder of videos."""
+    """A folder of videos. An item's place, with --true-fps: its stretch."""
 
     kind = "videos"
 
@@ -145,9 +148,8 @@ class VideosSource(VideoFilesSource):
                 "that was recorded as --true-fps (clips of RT-1 state 30 frames a second, and were recorded at 3)"
             )
 
-
-def _stretch(item: Item) -> float:
-    return float(item.place[0]) if item.place else 1.0
+    def stretch_of(self, item: Item) -> float:
+        return float(item.place[0]) if item.place else 1.0
 
 
 def common_format(infos: Collection[VideoInfo], fps: float | None) -> tuple[float, tuple[int, int]]:

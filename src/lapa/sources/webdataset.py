@@ -1,0 +1,408 @@
+"""WebDataset shards: tar files of videos with their texts, the form in which most sets of web video are published.
+
+    lapa data webdataset 's3://bucket/clips-{00000..01023}.tar' --cut-shots --min-motion 0.01 --out data/clips
+    lapa latent train --data 'webdataset:clips/,caption-key=text' --out LAM
+
+Files of one sample follow one another and share their name up to the first dot: `a/7.mp4`, `a/7.json`, `a/7.txt`. Each
+sample with a video is an episode. A shard is never unpacked: one pass over the headers of its members, which is cached,
+finds where each video is, and that part of the shard is then read as a file. So the names in a shard are never names of
+files on this machine, and links and devices in it are nothing.
+https://github.com/webdataset/webdataset; Aizman et al., 2019, arXiv 2001.01858.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, cast
+
+import numpy as np
+import tyro
+
+from lapa.console import say, warn
+from lapa.data.config import ConvertOptions
+from lapa.data.source import Item, Reading, Source
+from lapa.data.video import probe
+from lapa.errors import UserError, shown
+from lapa.files import as_path, find_files, is_remote, open_binary, parse_json, reading, why_unreadable
+from lapa.sources.captions import TEXT_COLUMNS
+from lapa.sources.folder_scan import (
+    VIDEO_SUFFIXES,
+    cached,
+    file_state,
+    natural_order,
+    require_rate,
+    scan_files,
+    stop_or_skip,
+    whole_characters,
+)
+from lapa.sources.videos import CAMERA, VideoFilesSource, common_format, count_frames
+
+# The key of a member's name, which the files of a sample share, and its ending, in which they differ.
+KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+# Members that describe the shard.
+OF_SHARD = re.compile(r"__[^/]*__($|/)")
+BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
+MOST_SHARDS = 10**6
+# Bytes of all headers of one member, and of a text: larger ones are no headers and no captions.
+MOST_BYTES = 1 << 20
+LONGEST_NAME = 1000
+# Bytes of a store that are fetched at once to read a header: fewer than a video has.
+BLOCK = 1 << 16
+# Videos, spread over all, whose headers are looked at for the rate and the size of all.
+SAMPLED = 64
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+FIX = "download it again, or leave out what is damaged: --skip-bad, or skip_bad=true with --data"
+# What is counted.
+OTHER_VIDEOS = "further videos of a sample, not read"
+NO_FILES = "links, devices, sparse files and names of more than 1000 characters, not read"
+NO_VIDEO = "samples without a video"
+NO_CAPTION = "videos without a caption (--caption TEXT gives them one)"
+
+
+@dataclass(frozen=True)
+class WebDatasetReading(Reading):
+    """Tar files of videos with their texts; each video is an episode."""
+
+    shards: Annotated[str, tyro.conf.Positional]
+    """Folder with tar files, one tar file, or a pattern such as 'clips-{00000..01023}.tar'; may be a URL (s3://...)."""
+    caption_key: str | None = None
+    """Key of a video's text in its .json; by default its .txt is taken, or else text, caption or instruction there."""
+    caption: str | None = None
+    """One text for videos that have none."""
+    fps: float | None = None
+    """Frames a second at which the videos are read; by default the rate of most of those that are looked at."""
+    skip_bad: bool = False
+    """Leave out, and count, shards that are missing, what is behind the damage of a shard, and damaged videos."""
+
+    def open(self) -> Source:
+        return WebDatasetSource(self)
+
+
+@dataclass(frozen=True)
+class WebDatasetConfig(ConvertOptions, WebDatasetReading):
+    """Turn WebDataset shards into a dataset without actions."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a shard, for lapa.data.video in place of a path: it has the methods of pathlib used there.
+
+    first: its first byte in the shard; state: of the shard when its members were listed.
+    """
+
+    shard: Path
+    name: str
+    first: int
+    size: int
+    state: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.name}"
+
+    def stat(self) -> Any:
+        """Returns the status of the shard."""
+        return self.shard.stat()
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Opens the member. Raises UserError where the shard is another one than when its members were listed."""
+        if tuple(file_state(self.shard)) != self.state:
+            raise UserError(f"{self.shard}: has changed since its members were listed; run the command again")
+        part = _Part(open_binary(self.shard), self.first, self.size)
+        return cast(BinaryIO, io.BufferedReader(part))
+
+
+class WebDatasetSource(VideoFilesSource):
+    """WebDataset shards. An item: place = (shard, ending of the video's name, first byte, number of bytes)."""
+
+    kind = "webdataset"
+
+    def __init__(self, reading: WebDatasetReading):
+        require_rate(reading.fps)
+        self.root, shards = find_shards(reading.shards)
+        self.skip_bad = reading.skip_bad
+        self._caption = whole_characters(reading.caption or "")
+        self.name = self.root.name or self.kind
+        self.items, self._states = self._list(shards, reading.caption_key)
+        if not self.items:
+            raise UserError(f"{reading.shards}: none of its {len(shards)} shards holds a video that can be read")
+        self.fps, size = common_format(self._sampled_headers(), reading.fps)
+        self.cameras = {CAMERA: size}
+        options = {"caption": self._caption, "caption_key": reading.caption_key, "fps": reading.fps}
+        shown_shards = as_path(reading.shards).name or self.name
+        self.settings = {"shards": shown_shards, **{name: value for name, value in options.items() if value}}
+
+    def path_of(self, item: Item) -> Path:
+        shard, ending, first, size = item.place
+        name = f"{item.key.removeprefix(f'{shard}:')}.{ending}"
+        return cast(Path, Member(self.root / shard, name, first, size, self._states[shard]))
+
+    def measured(self) -> Sequence[Item]:
+        """Returns all items with their lengths, from the headers of the videos; what is found is cached by shard."""
+        by_shard = {shard: list(items) for shard, items in groupby(self.items, key=lambda item: item.place[0])}
+        measured: dict[str, int] = {}
+        problems: list[str] = []
+
+        def measure(shard: str) -> None:
+            items, key = by_shard[shard], [self._states[shard], self.fps]
+            # By their places: the name of the shard depends on how it is given.
+            kept = cached("webdataset-lengths", key, lambda: {str(i.place[2]): n for i, n in self._lengths(items, [])})
+            lengths = {item.key: kept[str(item.place[2])] for item in items if str(item.place[2]) in kept}
+            # Errors are not cached: a missing permission is no change of the file.
+            missing = [item for item in items if item.key not in lengths]
+            measured.update(lengths | {item.key: length for item, length in self._lengths(missing, problems)})
+
+        _, unreadable = scan_files(measure, list(by_shard))
+        stop_or_skip([*unreadable, *sorted(problems)], FIX, self.skip_bad)
+        return [replace(item, length=measured[item.key]) for item in self.items if item.key in measured]
+
+    def _lengths(self, items: Sequence[Item], problems: list[str]) -> Iterator[tuple[Item, int]]:
+        """Yields the items that can be read with their lengths; what is wrong with others goes to `problems`."""
+        for item in items:
+            try:
+                path = self.path_of(item)
+                yield item, count_frames(path, probe(path), self.fps)
+            except UserError as error:
+                problems.append(str(error))
+
+    def _list(self, shards: Sequence[str], caption_key: str | None) -> tuple[list[Item], dict[str, tuple[Any, ...]]]:
+        """Returns the videos of all shards, and the state of each shard."""
+        states = {shard: tuple(file_state(self.root / shard)) for shard in shards}
+
+        def members(shard: str) -> dict[str, Any]:
+            key = [states[shard], caption_key]
+            found = cached("webdataset", key, lambda: list_videos(self.root / shard, caption_key))
+            return cast(dict[str, Any], found)
+
+        listed, problems = scan_files(members, shards)
+        items: dict[str, Item] = {}
+        notes: Counter[str] = Counter()
+        for shard, found in listed.items():
+            notes.update(found["notes"])
+            problems += [found["problem"]] * bool(found["problem"])
+            for key, ending, first, size, text in found["videos"]:
+                item = Item(f"{shard}:{key}", (shard, ending, first, size), text or self._caption)
+                if items.setdefault(item.key, item) is not item:
+                    problems.append(f"{self.root / shard}: {shown(key)} comes twice, with other files in between")
+                notes[NO_CAPTION] += not item.instruction
+        stop_or_skip(problems, FIX, self.skip_bad)
+        for note in sorted(note for note, count in notes.items() if count):
+            warn(f"{note}: {notes[note]}")
+        say(f"{len(items)} videos in {len(listed)} shards")
+        return list(items.values()), states
+
+    def _sampled_headers(self) -> list[Any]:
+        """Returns the headers of some videos. Raises UserError where none of them can be read."""
+        places = np.linspace(0, len(self.items) - 1, min(SAMPLED, len(self.items))).round().astype(int).tolist()
+        by_key = {self.items[place].key: self.items[place] for place in places}
+        headers, problems = scan_files(lambda key: probe(self.path_of(by_key[key])), list(by_key))
+        if not headers:
+            raise UserError(problems[0])
+        return list(headers.values())
+
+
+def find_shards(shards: str) -> tuple[Path, list[str]]:
+    """Returns the folder of the shards, and their names in it, in order. They need not be there.
+
+    Raises UserError for a folder without tar files, and for a file, not of a pattern, that is not there.
+    """
+    path, names = as_path(shards), expanded(shards)
+    if path.is_dir():
+        found = [tar.relative_to(path).as_posix() for tar in find_files(path, "**/*.tar")]
+        if not found:
+            raise UserError(f"{shards}: holds no .tar file; name the folder of the shards, or their pattern")
+        return path, sorted(found, key=natural_order)
+    if names == [shards] or path.is_file():
+        names = [shards]
+        with reading(path, "name a folder with .tar files, a .tar file, or a pattern such as 'clips-{000..127}.tar'"):
+            path.stat()
+    folder = shards.partition("{")[0].rpartition("/")[0] if len(names) > 1 else shards.rpartition("/")[0]
+    start = f"{folder}/" if folder or shards.startswith("/") else ""
+    return as_path(start or "."), [name.removeprefix(start) for name in names]
+
+
+def expanded(pattern: str) -> list[str]:
+    """Returns the names that a pattern with {00..12} and {a,b} stands for, in order, as the shell expands it.
+
+    Raises UserError for more than a million.
+    """
+    match = BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last, names = match.groups()
+    parts = names.split(",") if names is not None else _numbers(first, last)
+    rests = expanded(pattern[match.end() :])
+    if len(parts) * len(rests) > MOST_SHARDS:
+        raise UserError(f"{pattern}: stands for more than {MOST_SHARDS} shards; correct it, or name their folder")
+    return [f"{pattern[: match.start()]}{part}{rest}" for part in parts for rest in rests]
+
+
+def list_videos(shard: Path, caption_key: str | None = None) -> dict[str, Any]:
+    """Returns what a pass over the headers of a shard finds, as JSON values.
+
+    videos: of each sample with one [key, ending of its name, first byte, number of bytes, text]; notes: counts of what
+    is not read; problem: where the shard is damaged, what is wrong there, "" for nothing. What is in front of the
+    damage is found. Raises UserError where the shard is missing, or may not be read.
+    """
+    videos: list[list[Any]] = []
+    notes: Counter[str] = Counter()
+    problems: list[str] = []
+
+    def members(file: BinaryIO) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+        try:
+            yield from _members(file, notes)
+        except UserError as error:
+            problems.append(f"{shard}: {why_unreadable(shard) or error}")
+
+    with reading(shard), _open_for_headers(shard) as file:
+        for key, sample in groupby(members(file), key=lambda member: member[0]):
+            video, text = _read_sample(file, sample, caption_key, notes)
+            if video is None:
+                notes[NO_VIDEO] += 1
+            else:
+                videos.append([whole_characters(key), *video, text])
+    return {"videos": videos, "notes": notes, "problem": "".join(problems)}
+
+
+def _read_sample(
+    file: BinaryIO,
+    members: Iterator[tuple[str, str, tarfile.TarInfo]],
+    caption_key: str | None,
+    notes: Counter[str],
+) -> tuple[tuple[str, int, int] | None, str]:
+    """Returns the video of a sample (ending of its name, first byte, number of bytes), None without, and its text."""
+    video: tuple[str, int, int] | None = None
+    texts = {"txt": "", "json": ""}
+    for _, ending, info in members:
+        last = ending.rpartition(".")[2]
+        if f".{last}" in VIDEO_SUFFIXES:
+            notes[OTHER_VIDEOS] += video is not None
+            video = video or (whole_characters(ending), info.offset_data, info.size)
+        elif last in texts:
+            file.seek(info.offset_data)
+            content = file.read(min(info.size, MOST_BYTES))
+            try:
+                texts[last] = texts[last] or _caption(content, last == "json", caption_key)
+            # A text that is cut at MOST_BYTES included.
+            except (ValueError, RecursionError):
+                notes[f"texts that are no UTF-8 or no JSON, not read (.{last})"] += 1
+    given = texts["json"] if caption_key else texts["txt"] or texts["json"]
+    return video, whole_characters(given)
+
+
+def _caption(content: bytes, is_json: bool, caption_key: str | None) -> str:
+    """Returns the text in a .txt or .json, "" where it holds none. Raises ValueError or RecursionError."""
+    if not is_json:
+        return content.decode().strip()
+    values = parse_json(content)
+    keys = (caption_key,) if caption_key else TEXT_COLUMNS
+    found = [values.get(key) for key in keys] if isinstance(values, dict) else []
+    return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
+
+
+def _members(file: BinaryIO, notes: Counter[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Yields key, ending and place of the files of a shard, in order.
+
+    Raises UserError, which does not name the shard, at the first damage: nothing behind it can be found.
+    """
+    headers = _Headers(file)
+    end = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    if file.read(6).startswith(COMPRESSED):
+        raise UserError("is compressed, and parts of it cannot be read; unpack it (gunzip and its like) to a .tar")
+    file.seek(0)
+    place = -1
+    try:
+        tar = tarfile.open(fileobj=cast(Any, headers), mode="r:")  # noqa: SIM115
+        while (info := tar.next()) is not None:
+            headers.left = MOST_BYTES
+            # A negative size would lead back, and around in a circle.
+            if info.offset <= place or info.size < 0:
+                raise UserError(f"has a damaged header at byte {max(place, 0)}")
+            place = info.offset
+            if info.isreg() and info.offset_data + info.size > end:
+                wanted = f"{shown(info.name)} at byte {place} has {info.size} bytes"
+                raise UserError(f"is cut short: {wanted}, and the file ends at byte {end}")
+            match = KEY.fullmatch(info.name[:LONGEST_NAME])
+            if not info.isreg() or info.issparse() or len(info.name) > LONGEST_NAME:
+                notes[NO_FILES] += not info.isdir()
+            elif match and not OF_SHARD.match(info.name):
+                yield match[1], match[2].lower(), info
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"is damaged behind byte {max(place, 0)} ({error})" if place >= 0 else f"is no tar ({error})"
+        ) from None
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(f"is cut short or damaged: there is no header and no end at byte {tar.offset}")
+    if end - tar.offset > MOST_BYTES:
+        raise UserError(f"ends at byte {tar.offset}, and {end - tar.offset} bytes follow: are two shards in one file?")
+
+
+def _open_for_headers(shard: Path) -> BinaryIO:
+    """Opens a shard such that of a store no more is fetched than the headers, more or less."""
+    if is_remote(shard):
+        return cast(BinaryIO, cast(Any, shard).open("rb", block_size=BLOCK))
+    return open_binary(shard)
+
+
+def _numbers(first: str, last: str) -> Sequence[str]:
+    start, stop = int(first), int(last)
+    if abs(stop - start) >= MOST_SHARDS:
+        raise UserError(f"{{{first}..{last}}}: stands for more than {MOST_SHARDS} shards; correct it")
+    padded = any(number.startswith("0") and len(number) > 1 for number in (first, last))
+    width, step = max(len(first), len(last)) if padded else 0, 1 if stop >= start else -1
+    return [f"{number:0{width}d}" for number in range(start, stop + step, step)]
+
+
+class _Headers:
+    """A shard as tarfile reads it: a header that has it read more than `left` bytes, to the end say, is an error."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.left = MOST_BYTES
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        self.left -= size if size >= 0 else MOST_BYTES + 1
+        if self.left < 0:
+            raise UserError(f"has a header of more than {MOST_BYTES} bytes near byte {self.tell()}")
+        return self.file.read(size)
+
+
+class _Part(io.RawIOBase):
+    """Bytes of a file as a file of their own, which closes the whole one."""
+
+    def __init__(self, file: BinaryIO, first: int, size: int):
+        self._file, self._first, self._size = file, first, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._first + self._position)
+        found = self._file.read(max(0, min(len(buffer), self._size - self._position)))
+        buffer[: len(found)] = found
+        self._position += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
