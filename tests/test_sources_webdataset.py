@@ -12,6 +12,8 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lapa.data.convert import run
@@ -219,9 +221,9 @@ def test_missing_shards(shards: Path) -> None:
     with pytest.raises(ValueError, match=r"clips-02\.tar: no such file \(and 7 more like it\).*--skip-bad"):
         open_dataset(f"webdataset:{shards}/clips-{{00..09}}.tar")
     assert len(open_dataset(f"webdataset:{shards}/clips-{{00..09}}.tar,skip_bad=true")) == 4
-    with pytest.raises(ValueError, match=r"holds no \.tar file"):
+    with pytest.raises(ValueError, match=r"holds no \.tar and no"):
         find_shards(str(shards.parent / "cache"))
-    with pytest.raises(ValueError, match=r"none\.tar: no such file; name a folder with \.tar files"):
+    with pytest.raises(ValueError, match=r"none\.tar: no such file; name a folder with \.tar"):
         open_dataset(f"webdataset:{shards}/none.tar")
 
 
@@ -315,3 +317,41 @@ def test_members_are_listed_once(shards: Path, monkeypatch: pytest.MonkeyPatch, 
     write_shard(shards / "clips-02.tar", {"z.mp4": clip(9)})
     assert len(open_dataset(f"webdataset:{shards}")) == 5
     assert looked == ["clips-02.tar"]
+
+
+def write_rows(path: Path, columns: Mapping[str, list], group: int = 2) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=group)
+    return path
+
+
+def test_parquet_with_bytes_of_videos(tmp_path: Path, clip: Callable) -> None:
+    videos, texts = [clip(6 + number) for number in range(5)], [f"clip {number}" for number in range(5)]
+    stored = [{"bytes": video, "path": "/etc/passwd"} for video in videos]
+    write_rows(tmp_path / "in" / "a.parquet", {"video": stored, "text": texts})
+    json_of = [{"caption": text, "other": "o"} for text in texts]
+    write_rows(tmp_path / "in" / "b.parquet", {"thumbnail": videos, "mp4": videos, "json": json_of}, group=5)
+    here = open_dataset(f"webdataset:{tmp_path / 'in'}")
+    assert here.lengths.tolist() == [6, 7, 8, 9, 10] * 2
+    assert [e.instruction for e in here] == texts * 2
+    assert here[4].source == "a.parquet:4"
+    there = convert(tmp_path / "in", tmp_path / "out")
+    assert [e.source for e in there] == [e.source for e in here]
+    for episode in (9, 0, 3):
+        apart = resize_and_crop(here.frames(episode), 32).astype(int) - there.frames(episode)
+        assert np.abs(apart).mean() < 3
+    assert open_dataset(f"webdataset:{tmp_path / 'in' / 'b.parquet'},caption-key=other")[0].instruction == "o"
+
+
+def test_parquet_that_does_not_fit(tmp_path: Path, clip: Callable) -> None:
+    path = write_rows(tmp_path / "a.parquet", {"video": [clip(), None, b"no video"], "text": ["a", "b", "c"]})
+    assert open_dataset(f"webdataset:{path},skip_bad=true").lengths.tolist() == [8]
+    with pytest.raises(ValueError, match=r"a\.parquet: 1\.video: holds no bytes of a video.*and 1 more"):
+        open_dataset(f"webdataset:{path}")
+    for columns, found in (({"text": ["a"]}, "none"), ({"one": [b"a"], "two": [b"a"]}, "one, two")):
+        write_rows(path, columns)
+        with pytest.raises(ValueError, match=rf"a\.parquet: columns that may hold videos: {found}"):
+            open_dataset(f"webdataset:{path}")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read"):
+        open_dataset(f"webdataset:{path}")

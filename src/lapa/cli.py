@@ -68,7 +68,7 @@ VERBS = (
     Verb("data videos", "lapa.sources.videos:VideosConfig", "lapa.data.convert:run",
          "a folder of videos and captions -> a dataset without actions"),
     Verb("data webdataset", "lapa.sources.webdataset:WebDatasetConfig", "lapa.data.convert:run",
-         "tar shards of videos and texts (WebDataset) -> a dataset without actions"),
+         "shards of videos and texts (WebDataset tars, parquet) -> a dataset without actions"),
     Verb("data rlds", "lapa.sources.rlds.source:RldsConfig", "lapa.data.convert:run",
          "an RLDS folder, such as one of Open X-Embodiment -> a dataset"),
     Verb("data lerobot", "lapa.sources.lerobot:LeRobotConfig", "lapa.data.convert:run",

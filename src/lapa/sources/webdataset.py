@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files of videos with their texts, the form in which most sets of web video are published.
+"""Shards of web video: tar files of videos with their texts (WebDataset), or parquet with the bytes of videos.
 
     lapa data webdataset 's3://bucket/clips-{00000..01023}.tar' --cut-shots --min-motion 0.01 --out data/clips
     lapa latent train --data 'webdataset:clips/,caption-key=text' --out LAM
@@ -6,8 +6,10 @@
 Files of one sample follow one another and share their name up to the first dot: `a/7.mp4`, `a/7.json`, `a/7.txt`. Each
 sample with a video is an episode. A shard is never unpacked: one pass over the headers of its members, which is cached,
 finds where each video is, and that part of the shard is then read as a file. So the names in a shard are never names of
-files on this machine, and links and devices in it are nothing.
-https://github.com/webdataset/webdataset; Aizman et al., 2019, arXiv 2001.01858.
+files on this machine, and links and devices in it are nothing. In parquet each row is a sample, and a video is read
+with its row group.
+https://github.com/webdataset/webdataset; Aizman et al., 2019, arXiv 2001.01858;
+https://huggingface.co/docs/datasets/video_dataset
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,14 +26,17 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.source import Item, Reading, Source
+from lapa.data.tables import check_memory, parsing, read_row_group
 from lapa.data.video import probe
 from lapa.errors import UserError, shown
-from lapa.files import as_path, find_files, is_remote, open_binary, parse_json, reading, why_unreadable
+from lapa.files import as_path, find_files, is_remote, open_binary, open_for_arrow, parse_json, reading, why_unreadable
 from lapa.sources.captions import TEXT_COLUMNS
 from lapa.sources.folder_scan import (
     VIDEO_SUFFIXES,
@@ -48,6 +54,7 @@ from lapa.sources.videos import CAMERA, VideoFilesSource, common_format, count_f
 KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 # Members that describe the shard.
 OF_SHARD = re.compile(r"__[^/]*__($|/)")
+SUFFIXES = (".tar", ".parquet")
 BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
 MOST_SHARDS = 10**6
 # Bytes of all headers of one member, and of a text: larger ones are no headers and no captions.
@@ -68,12 +75,13 @@ NO_CAPTION = "videos without a caption (--caption TEXT gives them one)"
 
 @dataclass(frozen=True)
 class WebDatasetReading(Reading):
-    """Tar files of videos with their texts; each video is an episode."""
+    """Shards of videos with their texts; each video is an episode."""
 
     shards: Annotated[str, tyro.conf.Positional]
-    """Folder with tar files, one tar file, or a pattern such as 'clips-{00000..01023}.tar'; may be a URL (s3://...)."""
+    """Folder with tar or parquet files, one of them, or a pattern such as 'clips-{00000..01023}.tar'; may be a URL."""
     caption_key: str | None = None
-    """Key of a video's text in its .json; by default its .txt is taken, or else text, caption or instruction there."""
+    """Key of a video's text in its .json, or column of parquet; by default the .txt is taken, or else text, caption or
+    instruction there."""
     caption: str | None = None
     """One text for videos that have none."""
     fps: float | None = None
@@ -92,15 +100,16 @@ class WebDatasetConfig(ConvertOptions, WebDatasetReading):
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside a shard, for lapa.data.video in place of a path: it has the methods of pathlib used there.
+    """A video inside a shard, for lapa.data.video in place of a path: it has the methods of pathlib used there.
 
-    first: its first byte in the shard; state: of the shard when its members were listed.
+    place: in a tar first byte and number of bytes, in parquet row group and row in it.
+    kind: the ending of its name in a tar, the column in parquet; state: of the shard when its videos were listed.
     """
 
     shard: Path
     name: str
-    first: int
-    size: int
+    kind: str
+    place: tuple[int, int]
     state: tuple[Any, ...]
 
     def __str__(self) -> str:
@@ -111,15 +120,16 @@ class Member:
         return self.shard.stat()
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """Opens the member. Raises UserError where the shard is another one than when its members were listed."""
+        """Opens the video. Raises UserError where the shard is another one than when its videos were listed."""
         if tuple(file_state(self.shard)) != self.state:
             raise UserError(f"{self.shard}: has changed since its members were listed; run the command again")
-        part = _Part(open_binary(self.shard), self.first, self.size)
-        return cast(BinaryIO, io.BufferedReader(part))
+        if self.shard.suffix == ".parquet":
+            return io.BytesIO(_video_in_row(self))
+        return cast(BinaryIO, io.BufferedReader(_Part(open_binary(self.shard), *self.place)))
 
 
 class WebDatasetSource(VideoFilesSource):
-    """WebDataset shards. An item: place = (shard, ending of the video's name, first byte, number of bytes)."""
+    """Shards of videos. An item: place = (shard, kind, two numbers), as of `Member`."""
 
     kind = "webdataset"
 
@@ -139,9 +149,9 @@ class WebDatasetSource(VideoFilesSource):
         self.settings = {"shards": shown_shards, **{name: value for name, value in options.items() if value}}
 
     def path_of(self, item: Item) -> Path:
-        shard, ending, first, size = item.place
-        name = f"{item.key.removeprefix(f'{shard}:')}.{ending}"
-        return cast(Path, Member(self.root / shard, name, first, size, self._states[shard]))
+        shard, kind, *place = item.place
+        name = f"{item.key.removeprefix(f'{shard}:')}.{kind}"
+        return cast(Path, Member(self.root / shard, name, kind, (place[0], place[1]), self._states[shard]))
 
     def measured(self) -> Sequence[Item]:
         """Returns all items with their lengths, from the headers of the videos; what is found is cached by shard."""
@@ -152,8 +162,9 @@ class WebDatasetSource(VideoFilesSource):
         def measure(shard: str) -> None:
             items, key = by_shard[shard], [self._states[shard], self.fps]
             # By their places: the name of the shard depends on how it is given.
-            kept = cached("webdataset-lengths", key, lambda: {str(i.place[2]): n for i, n in self._lengths(items, [])})
-            lengths = {item.key: kept[str(item.place[2])] for item in items if str(item.place[2]) in kept}
+            places = {item.key: "{2}-{3}".format(*item.place) for item in items}
+            kept = cached("webdataset-lengths", key, lambda: {places[i.key]: n for i, n in self._lengths(items, [])})
+            lengths = {key: kept[place] for key, place in places.items() if place in kept}
             # Errors are not cached: a missing permission is no change of the file.
             missing = [item for item in items if item.key not in lengths]
             measured.update(lengths | {item.key: length for item, length in self._lengths(missing, problems)})
@@ -186,8 +197,8 @@ class WebDatasetSource(VideoFilesSource):
         for shard, found in listed.items():
             notes.update(found["notes"])
             problems += [found["problem"]] * bool(found["problem"])
-            for key, ending, first, size, text in found["videos"]:
-                item = Item(f"{shard}:{key}", (shard, ending, first, size), text or self._caption)
+            for key, *place, text in found["videos"]:
+                item = Item(f"{shard}:{key}", (shard, *place), text or self._caption)
                 if items.setdefault(item.key, item) is not item:
                     problems.append(f"{self.root / shard}: {shown(key)} comes twice, with other files in between")
                 notes[NO_CAPTION] += not item.instruction
@@ -210,17 +221,17 @@ class WebDatasetSource(VideoFilesSource):
 def find_shards(shards: str) -> tuple[Path, list[str]]:
     """Returns the folder of the shards, and their names in it, in order. They need not be there.
 
-    Raises UserError for a folder without tar files, and for a file, not of a pattern, that is not there.
+    Raises UserError for a folder without any, and for a file, not of a pattern, that is not there.
     """
     path, names = as_path(shards), expanded(shards)
     if path.is_dir():
-        found = [tar.relative_to(path).as_posix() for tar in find_files(path, "**/*.tar")]
+        found = [file.relative_to(path).as_posix() for file in find_files(path, "**/*") if file.suffix in SUFFIXES]
         if not found:
-            raise UserError(f"{shards}: holds no .tar file; name the folder of the shards, or their pattern")
+            raise UserError(f"{shards}: holds no .tar and no .parquet file; name the folder of the shards")
         return path, sorted(found, key=natural_order)
     if names == [shards] or path.is_file():
         names = [shards]
-        with reading(path, "name a folder with .tar files, a .tar file, or a pattern such as 'clips-{000..127}.tar'"):
+        with reading(path, "name a folder with .tar or .parquet files, one of them, or a pattern ('{000..127}.tar')"):
             path.stat()
     folder = shards.partition("{")[0].rpartition("/")[0] if len(names) > 1 else shards.rpartition("/")[0]
     start = f"{folder}/" if folder or shards.startswith("/") else ""
@@ -246,10 +257,12 @@ def expanded(pattern: str) -> list[str]:
 def list_videos(shard: Path, caption_key: str | None = None) -> dict[str, Any]:
     """Returns what a pass over the headers of a shard finds, as JSON values.
 
-    videos: of each sample with one [key, ending of its name, first byte, number of bytes, text]; notes: counts of what
+    videos: of each sample with one [key, kind, two numbers, text], as of `Member`; notes: counts of what
     is not read; problem: where the shard is damaged, what is wrong there, "" for nothing. What is in front of the
     damage is found. Raises UserError where the shard is missing, or may not be read.
     """
+    if shard.suffix == ".parquet":
+        return {"videos": list(_rows(shard, caption_key)), "notes": {}, "problem": ""}
     videos: list[list[Any]] = []
     notes: Counter[str] = Counter()
     problems: list[str] = []
@@ -300,10 +313,62 @@ def _caption(content: bytes, is_json: bool, caption_key: str | None) -> str:
     """Returns the text in a .txt or .json, "" where it holds none. Raises ValueError or RecursionError."""
     if not is_json:
         return content.decode().strip()
-    values = parse_json(content)
-    keys = (caption_key,) if caption_key else TEXT_COLUMNS
+    return _first_text(parse_json(content), (caption_key,) if caption_key else TEXT_COLUMNS)
+
+
+def _first_text(values: Any, keys: Sequence[str]) -> str:
     found = [values.get(key) for key in keys] if isinstance(values, dict) else []
     return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
+
+
+def _rows(shard: Path, caption_key: str | None) -> Iterator[list[Any]]:
+    """Yields [number of the row, column of the video, row group, row in it, text]. Raises UserError."""
+    keys = (caption_key,) if caption_key else ("txt", *TEXT_COLUMNS)
+    with parsing(shard), open_for_arrow(shard) as file:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        column, number = _video_column(parquet.schema_arrow, shard), 0
+        # A .json may be a structure, as `datasets` makes of one.
+        texts = [name for name in (*keys, "json") if name in parquet.schema_arrow.names]
+        for group in range(parquet.num_row_groups):
+            check_memory(parquet, file, texts, [group])
+            # Without columns, a table has its number of rows all the same.
+            for row, values in enumerate(parquet.read_row_group(group, columns=texts).to_pylist()):
+                text = _first_text(values, keys) or _first_text(values.get("json"), keys)
+                yield [str(number), column, group, row, whole_characters(text)]
+                number += 1
+
+
+def _video_column(schema: pa.Schema, shard: Path) -> str:
+    """Returns the column that holds videos: bytes, or {bytes, path}. Raises UserError where it is not certain."""
+    held = {}
+    for field in schema:
+        kind = field.type.storage_type if isinstance(field.type, pa.BaseExtensionType) else field.type
+        if pa.types.is_struct(kind) and "bytes" in [inner.name for inner in kind]:
+            kind = kind.field("bytes").type
+        held[field.name] = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    binary = [name for name, is_binary in held.items() if is_binary]
+    named = [name for name in binary if name.startswith("video") or f".{name}" in VIDEO_SUFFIXES]
+    if len(named or binary) != 1:
+        found = ", ".join(named or binary) or "none"
+        raise UserError(f"{shard}: columns that may hold videos: {found}; expected one, called `video`, of their bytes")
+    return (named or binary)[0]
+
+
+# The row group that this thread has read last: its videos are mostly read one after another.
+_latest = threading.local()
+
+
+def _video_in_row(member: Member) -> bytes:
+    group, row = member.place
+    key = member.shard, member.state, group, member.kind
+    if getattr(_latest, "key", None) != key:
+        _latest.key, _latest.rows = None, None
+        _latest.rows, _latest.key = read_row_group(member.shard, group, member.kind), key
+    video = _latest.rows[row].as_py()
+    content = video.get("bytes") if isinstance(video, dict) else video
+    if not content:
+        raise UserError(f"{member}: holds no bytes of a video; replace it or take it out")
+    return cast(bytes, content)
 
 
 def _members(file: BinaryIO, notes: Counter[str]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
