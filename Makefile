@@ -15,7 +15,7 @@ SIMULATORS := .venv-simulators
 SCHEMATHESIS := .venv-schemathesis
 SCHEMATHESIS_VERSION := 4.32.5
 
-.PHONY: help setup demo study test test-slow test-floors lint format bench bench-latent faults fuzz-rest check-clients check-envs check-lerobot check-vla-eval clean
+.PHONY: help setup demo study test test-slow test-floors docs lint format bench bench-latent faults fuzz-rest check-clients check-envs check-lerobot check-vla-eval clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -23,6 +23,7 @@ help:
 	@echo 'make test       the tests (make test-slow: the ones that take minutes)'
 	@echo 'make test-floors   the tests with the oldest versions that pyproject.toml allows (Python 3.12, its own'
 	@echo '                environment: 6 GB)'
+	@echo 'make docs       the documentation as a site, in site/; warnings are errors'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      the benchmarks, as tables to compare with benchmarks/results/'
 	@echo '                (make bench-latent: the latent action model alone)'
@@ -65,6 +66,9 @@ $(FLOORS)/installed: pyproject.toml constraints-floors.txt
 
 test-floors: $(FLOORS)/installed
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -n 2 --dist loadfile
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,3 +15,14 @@ install_import_hook(["lapa.types"], "beartype.beartype")
 def edited_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Datasets may be edited after they were written, as if they were of a program that writes no checksums."""
     monkeypatch.setattr("lapa.data.lerobot.read_sums", lambda root: {})
+
+
+@pytest.fixture(scope="session")
+def simulators() -> None:
+    """Skips where Meta-World or its rendering is missing."""
+    from lapa.envs.metaworld.simulator import METAWORLD
+
+    try:
+        METAWORLD.check_machine()
+    except ValueError as error:
+        pytest.skip(str(error))

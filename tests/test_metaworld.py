@@ -29,15 +29,6 @@ from lapa.envs.metaworld.simulator import (
 )
 
 
-@pytest.fixture(scope="session")
-def simulators() -> None:
-    """Skips where Meta-World or its rendering is missing."""
-    try:
-        METAWORLD.check_machine()
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 def picture(simulator: Simulator) -> np.ndarray:
     return simulator.render()["corner4"]
 
