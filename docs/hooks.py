@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def page_link(link: re.Match[str]) -> str:
         target = target_of(path, link[0])
-        return os.path.relpath(page_of(target), os.path.dirname(own)) if target.exists() else link[0]
+        return os.path.relpath(page_of(target), Path(own).parent) if target.exists() else link[0]
 
     return DIRECTIVE.sub(r"\1", TARGET.sub(page_link, markdown))
 

@@ -37,7 +37,7 @@ def run(blocks: list[tuple[str, str]]) -> None:
         if language == "python":
             exec(text, names)
             continue
-        for command in text.splitlines():
+        for command in text.replace("\\\n", "").splitlines():
             program, *arguments = shlex.split(command)
             assert program == "lapa"
             with pytest.raises(SystemExit) as exit_:
