@@ -331,10 +331,11 @@ def test_a_conversion_with_a_damaged_journal_is_not_resumed(tmp_path: Path) -> N
 )
 def test_a_damaged_line_of_metrics_is_named(tmp_path: Path, write: Callable[[Path], Any], read_again: str) -> None:
     from lapa.engine.metrics import MetricLog
+    from lapa.engine.trackers import Tracker
 
     write(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match=rf"metrics\.jsonl: {read_again}"):
-        MetricLog(tmp_path, 1)
+        MetricLog(tmp_path, 1, Tracker(None, tmp_path, "run", {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])

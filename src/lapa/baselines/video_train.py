@@ -60,6 +60,7 @@ def run(config: VideoTrainConfig) -> None:
         return
     training = FutureFrames(datasets, config, "train")
     held_out = _held_out(config, datasets, training)
+    drawn = _spread(held_out, DRAWN_SAMPLES)
     if is_main_process():
         claim_output(
             config.out,
@@ -87,12 +88,13 @@ def run(config: VideoTrainConfig) -> None:
         resume=config.resume,
         prepare=prepare,
         evaluate=prediction_figures(_spread(held_out, EVALUATION_SAMPLES), held_out.split),
+        draw=lambda model: {"samples": samples_sheet(model, drawn)},
     )
     if result.finished and is_main_process():
         _conclude(result.metrics, held_out.split)
         write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
         with atomic_path(config.out / "samples.png") as temporary:
-            samples_sheet(model, _spread(held_out, DRAWN_SAMPLES)).save(temporary)
+            samples_sheet(model, drawn).save(temporary)
         model.save_pretrained(config.out, run_config, camera=training.camera)
         finish("video model", config.out, next_commands)
 
@@ -184,9 +186,10 @@ def prediction_figures(items: Sequence[dict[str, Any]], split: str) -> Callable[
     return evaluate
 
 
-def samples_sheet(model: VideoModel, items: Sequence[dict[str, Any]]) -> Image.Image:
+def samples_sheet(model: nn.Module, items: Sequence[dict[str, Any]]) -> Image.Image:
     """Draws a row for each sample under its instruction: the current frame, the predicted ones, the true ones."""
     frames_BTCHW = torch.from_numpy(np.stack([item["frames_TCHW"] for item in items]))
+    assert isinstance(model, VideoModel)
     predicted_BFCHW = model.sample(frames_BTCHW[:, 0], [item["instruction"] for item in items]).cpu()
     seconds = [number * model.config.horizon_seconds for number in range(1, model.config.num_frames + 1)]
     captions = [

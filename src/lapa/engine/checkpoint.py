@@ -25,7 +25,7 @@ from lapa.files import atomic_path, read_json
 VOLATILE_KEYS = frozenset(
     {
         "overwrite", "resume", "out", "device", "workers", "stop_after", "log_every", "eval_every",
-        "save_every_steps", "save_every_minutes", "cache_gib", "compile", "gradient_checkpointing",
+        "save_every_steps", "save_every_minutes", "cache_gib", "compile", "gradient_checkpointing", "tracker",
     }
 )  # fmt: skip
 

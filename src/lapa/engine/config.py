@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -66,6 +68,8 @@ class LoopConfig:
     """Steps between checkpoints."""
     save_every_minutes: float = 5.0
     """Minutes between checkpoints; one is written at whichever comes first."""
+    tracker: TrackerName | None = None
+    """Also report config, figures and images to this tracker; without it, they are in OUT/training alone."""
     stop_after: int | None = None
     """Stop with a checkpoint after this many steps of the run; --resume continues."""
 

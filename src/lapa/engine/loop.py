@@ -11,13 +11,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -42,8 +43,11 @@ from lapa.engine.memory import GIB, explained_out_of_memory, require_memory, tra
 from lapa.engine.metrics import MetricLog
 from lapa.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from lapa.engine.sharding import gather, load_sharded, prepare_moments, reshard, save_sharded, shard
+from lapa.engine.trackers import Tracker, require_tracker
 from lapa.errors import UserError
 from lapa.types import Losses, TrainableModel, TrainingDataset
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def train(
     resume: bool = False,
     prepare: Callable[[nn.Module], None] | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    draw: Callable[[nn.Module], Mapping[str, Image.Image]] | None = None,
 ) -> TrainResult:
     """Trains `model` in place, keeping its state in `out/training`.
 
@@ -78,6 +83,7 @@ def train(
     evaluate: called in eval mode without gradients every `eval_every` steps and at the end, on the main process;
     with `shard` on all of them, with a sharded copy of the model. With `shard`, `model` has the trained weights in the
     main process in the end, on the CPU, and none in the others.
+    draw: images for the tracker, by name; called after each evaluation, as `evaluate` is, where there is a tracker.
     Raises FloatingPointError naming the samples where the loss or its gradient is not finite, UserError where a
     checkpoint does not fit or memory is too small, KeyboardInterrupt after a signal, once the checkpoint is written.
     """
@@ -127,7 +133,10 @@ def train(
         workers = config.workers if config.workers is not None else 4 * needs_workers
         loader = batch_loader(dataset, collate, sampler, workers=workers, pin_memory=device.type == "cuda")
         stepped = model if config.shard else processes.averaged(_compiled(model) if config.compile else model)
-        log = MetricLog(state, first_step, enabled=processes.is_main)
+        tracker = Tracker(
+            config.tracker if processes.is_main else None, state, out.resolve().name, run_config, first_step
+        )
+        log = MetricLog(state, first_step, tracker, enabled=processes.is_main)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         say(
             f"{description}: {num_trained:,} trained parameters on {_device_name(device)}"
@@ -142,11 +151,17 @@ def train(
             elif processes.is_main:
                 save_checkpoint(checkpoint, run, step, random_states)
 
-        def evaluated() -> dict[str, float]:
+        def evaluated(step: int) -> dict[str, float]:
             # A sharded model runs in all processes or in none.
             if evaluate is None or not (processes.is_main or config.shard):
                 return {}
-            return _evaluate(ema.module if ema is not None else model, evaluate, autocast)
+            trained = ema.module if ema is not None else model
+            figures = _evaluate(trained, evaluate, autocast)
+            log.write(step, {f"eval/{name}": value for name, value in figures.items()})
+            if draw is not None and config.tracker is not None:
+                for name, image in _evaluate(trained, draw, autocast).items():
+                    tracker.image(step, f"eval/{name}", image)
+            return figures
 
         metrics: dict[str, float] = {}
         step, batches, saved_at = first_step, iter(loader), time.monotonic()
@@ -191,8 +206,7 @@ def train(
                 bar.update(task, completed=step)
                 stopping = processes.any(stop_asked.is_set())
                 if evaluate is not None and step % config.eval_every == 0 and step < last_step and not stopping:
-                    figures = evaluated()
-                    log.write(step, {f"eval/{name}": value for name, value in figures.items()})
+                    evaluated(step)
                     window_started, window_steps = time.monotonic(), 0
                 minutes_up = processes.any(time.monotonic() - saved_at > 60 * config.save_every_minutes)
                 if stopping or minutes_up or step % config.save_every_steps == 0 or step == last_step:
@@ -203,9 +217,7 @@ def train(
 
         finished = step >= config.steps
         if finished:
-            figures = evaluated()
-            log.write(step, {f"eval/{name}": value for name, value in figures.items()})
-            metrics.update(figures)
+            metrics.update(evaluated(step))
             if ema is not None:
                 model.load_state_dict(ema.module.state_dict())
         else:
@@ -256,6 +268,7 @@ def _autocast(device: torch.device) -> Callable[[], Any]:
 
 
 def _require_sense(config: LoopConfig) -> None:
+    require_tracker(config.tracker)
     # torchao 0.18 takes the moments of sharded bf16 weights for bf16, and fails at the first step.
     eight_bits = config.weights == "bf16" and config.optim.optimizer == "adamw8bit"
     excluded = {
@@ -353,9 +366,7 @@ def _require_finite(what: str, value: torch.Tensor, batch: dict[str, Any], datas
     )
 
 
-def _evaluate(
-    model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]], autocast: Callable[[], Any]
-) -> dict[str, float]:
+def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], Value], autocast: Callable[[], Any]) -> Value:
     was_training = model.training
     model.eval()
     with torch.no_grad(), autocast():

@@ -1,7 +1,4 @@
-"""Metrics of a run: one JSON object a line in `metrics.jsonl`, the same in TensorBoard, and curves.png in the end.
-
-tensorboard --logdir RUN/training
-"""
+"""Metrics of a run: one JSON object a line in `metrics.jsonl`, the same in its tracker, and curves.png in the end."""
 
 from __future__ import annotations
 
@@ -16,24 +13,22 @@ import torch
 
 from lapa import __version__
 from lapa.engine.curves import CURVES, METRICS, draw_curves
+from lapa.engine.trackers import Tracker
 from lapa.files import atomic_path, read_json_lines
 
 
 class MetricLog:
     """Appends to `folder/metrics.jsonl`. A resume drops the rows after `first_step`, which are computed again."""
 
-    def __init__(self, folder: Path, first_step: int, *, enabled: bool = True) -> None:
-        self.enabled = enabled
+    def __init__(self, folder: Path, first_step: int, tracker: Tracker, *, enabled: bool = True) -> None:
+        self.enabled, self.tracker = enabled, tracker
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = folder / METRICS
         folder.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_json_lines(self.path, step=int) if row["step"] <= first_step]
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._started = time.time()
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -43,13 +38,12 @@ class MetricLog:
         row = {"step": step, "seconds": round(time.time() - self._started, 3), **values}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        self.tracker.scalars(step, values)
 
     def close(self) -> None:
         """Also draws the curves, where anything is logged."""
         if self.enabled:
-            self._writer.close()
+            self.tracker.close()
             draw_curves([self.path], [""], self.path.with_name(CURVES))
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from lapa.engine.config import TrackerName
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -42,6 +44,8 @@ class EvaluateConfig:
     """Simulator processes, at most PARALLEL, 0 to simulate in this one; by default one for each CPU core."""
     parallel: int = 16
     """At most so many simulators in all processes together, and so the largest batch of the policy."""
+    tracker: TrackerName | None = None
+    """Also report success rates and videos to this tracker; without it, they are in OUT alone."""
     overwrite: bool = False
     """Replace what lies at --out."""
     resume: bool = False

@@ -28,6 +28,7 @@ from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import console, finish, progress, say, warn
 from lapa.data.video import encode_clip
 from lapa.drawing import BAD, GOOD, INK, captioned
+from lapa.engine.trackers import Tracker, require_tracker
 from lapa.envs import EnvironmentKind, Task, kind_of
 from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS, VIDEOS = "config.json", "episodes.jsonl", "results.json", "videos"
+# Folder of the tracker, which keeps its run's id and files there.
+TRACKED = "tracker"
 # What the row of an episode has at least.
 ROW = {"task": str, "episode": int, "success": bool, "steps": int}
 VIDEO_WIDTH = 256  # at least
@@ -205,6 +208,11 @@ def as_percent(row: Mapping[str, Any]) -> str:
     return "-" if rate is None else f"{rate:.0%}"
 
 
+def _rates(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The success rates of those summaries that have one, under the same names."""
+    return {name: row["success_rate"] for name, row in summaries.items() if row["success_rate"] is not None}
+
+
 def _prepare(config: EvaluateConfig, kind: EnvironmentKind) -> tuple[RolloutSettings, Infer | None]:
     """Loads the policy, unless a baseline plays, and returns the settings of the workers and the policy's `infer`."""
     cameras, infer, actor = kind.cameras, None, config.policy
@@ -257,10 +265,11 @@ def _check_policy(config: EvaluateConfig, kind: EnvironmentKind, policy: Actor) 
 def _play(
     config: EvaluateConfig, settings: RolloutSettings, infer: Infer | None, tasks: Sequence[str], workers: int | None
 ) -> list[EpisodeResult]:
-    """Plays the missing episodes, keeps a journal, and writes the videos of the first ones."""
+    """Plays the missing episodes, keeps a journal, writes the videos of the first ones, and reports to the tracker."""
     journal = Journal(config.out / EPISODES)
     results = _kept_results(config, journal)
     done = {(result.task, result.episode) for result in results}
+    tracker = Tracker(config.tracker, config.out / TRACKED, config.out.resolve().name, to_dict(config), len(results))
     missing = {task: [number for number in range(config.episodes) if (task, number) not in done] for task in tasks}
     workers = min(os.cpu_count() or 1 if workers is None else workers, config.parallel)
     with progress() as bar:
@@ -273,7 +282,14 @@ def _play(
                 write_video(_video(config, result), result, settings)
             results.append(result)
             journal.append(_row(result))
-            bar.update(line, advance=1, note=f"{result.task}, success so far {as_percent(summarise(results))}")
+            summary = summarise(results)
+            bar.update(line, advance=1, note=f"{result.task}, success so far {as_percent(summary)}")
+            tracker.scalars(len(results), _rates({"success_rate": summary}))
+            if result.frames:
+                tracker.video(len(results), f"rollouts/{result.task}-{result.episode}", _video(config, result))
+    each = {f"success_rate/{task}": summarise([one for one in results if one.task == task]) for task in tasks}
+    tracker.scalars(len(results), _rates(each))
+    tracker.close()
     return sorted(results, key=lambda result: (tasks.index(result.task), result.episode))
 
 
@@ -345,6 +361,7 @@ def _check(config: EvaluateConfig, kind: EnvironmentKind, tasks: Collection[Task
         raise UserError(f"--ensemble averages a policy's chunks, and {config.policy} predicts none; leave it out")
     if config.size is not None and config.size % 2:
         raise UserError(f"--size must be even, got {config.size}")
+    require_tracker(config.tracker)
 
 
 def _identity(config: EvaluateConfig) -> dict[str, Any]:
@@ -357,7 +374,7 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
         found = sorted([*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")])
         contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
     # A policy is the same under another path: its fingerprint shows it.
-    volatile = ("out", "workers", "parallel", "overwrite", "resume", *(("policy",) if contents else ()))
+    volatile = ("out", "workers", "parallel", "tracker", "overwrite", "resume", *(("policy",) if contents else ()))
     settings = {name: value for name, value in to_dict(config).items() if name not in volatile}
     return {**settings, "policy_fingerprint": fingerprint(*contents) if contents else None}
 

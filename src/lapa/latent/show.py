@@ -178,11 +178,11 @@ def open_image(path: Path, size: int) -> UInt8[Tensor, "C H W"]:
 
 
 @torch.no_grad()
-def probe_sheet(model: LatentActionModel, sample: Sample, encoded: LatentAction, horizon: float) -> Image.Image:
+def probe_sheet(model: LatentActionModel, sample: Sample, encoded: LatentAction, horizon: float | None) -> Image.Image:
     """grid.png of `lapa latent probe`: one row for each pair, with predictions by its own and another pair's action.
 
     The pairs are at even distances among the half of the sample in which more changes. Without predictions for a model
-    that predicts no pixels. horizon: seconds between the frames of a pair.
+    that predicts no pixels. horizon: seconds between the frames of a pair, None where pairs differ in it.
     """
     change_B = (sample.frames_BTCHW[:, 1].float() - sample.frames_BTCHW[:, 0]).abs().mean((1, 2, 3))
     order = change_B.argsort(stable=True)
@@ -191,7 +191,7 @@ def probe_sheet(model: LatentActionModel, sample: Sample, encoded: LatentAction,
     first_DCHW, second_DCHW = sample.frames_BTCHW[drawn].unbind(1)
     first, second = pixels(first_DCHW / 255), pixels(second_DCHW / 255)
     columns = [first, second, difference(first, second)]
-    captions = ["frame", f"frame after {horizon:.3g} s", "their difference"]
+    captions = ["frame", "second frame" if horizon is None else f"frame after {horizon:.3g} s", "their difference"]
     if model.predicts_pixels:
         device = device_of(model)
         for indices, whose in ((drawn, "predicted"), (others, "predicted with another pair's codes")):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from lapa import config as configs
@@ -25,8 +26,9 @@ from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.files import claim_output, write_json
 from lapa.latent.config import LatentModelConfig, LatentTrainConfig
-from lapa.latent.metrics import Sample, draw_sample, reconstruction_figures, usage_figures
+from lapa.latent.metrics import Sample, draw_sample, encode, reconstruction_figures, usage_figures
 from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
+from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
 
 INITIALISATION_PAIRS = 256
@@ -73,6 +75,12 @@ def run(config: LatentTrainConfig) -> None:
         watch.look(figures)
         return figures
 
+    def draw(model: nn.Module) -> dict[str, Image.Image]:
+        assert isinstance(model, LatentActionModel)
+        encoded = encode(model, evaluation.frames_BTCHW)
+        horizon = held_out.horizons[0] if len(set(held_out.horizons)) == 1 else None
+        return {"predictions": probe_sheet(model, evaluation, encoded, horizon)}
+
     def prepare(model: nn.Module) -> None:
         assert isinstance(model, LatentActionModel)
         first = draw_sample(training, INITIALISATION_PAIRS, seed=config.loop.seed)
@@ -91,6 +99,7 @@ def run(config: LatentTrainConfig) -> None:
         resume=config.resume,
         prepare=prepare,
         evaluate=evaluate,
+        draw=draw,
     )
     if result.finished and is_main_process():
         watch.conclude(result.metrics)
