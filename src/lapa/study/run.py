@@ -187,8 +187,9 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     )
     result.save(study)
     strip = rollout_strip(steps["rollouts"].folder(study) / "videos")
-    with atomic_path(study / FOLDER / f"{result.name}.png") as path:
-        strip.save(path)
+    if strip is not None:
+        with atomic_path(study / FOLDER / f"{result.name}.png") as path:
+            strip.save(path)
     if arm == "lapa":
         with (
             Image.open(steps["probe"].folder(study) / "grid.png") as grid,
@@ -198,15 +199,18 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     return result
 
 
-def rollout_strip(videos: Path) -> Image.Image:
-    """Draws one row for each task: its first rollout at equal distances in time, without the end that stands still."""
+def rollout_strip(videos: Path) -> Image.Image | None:
+    """Draws one row for each task: its first rollout at equal distances in time, without the end that stands still.
+
+    None where no first rollout was recorded, as where each ended in an error.
+    """
     rows = []
     for path in sorted(videos.glob("*-0.mp4")):
         video = probe(path)
         last = max(0, (video.num_frames or 1) - VIDEO_FPS - 1)
         moments = np.linspace(0, last, MOMENTS).round().astype(int).tolist()
         rows.append(Row(path.stem.removesuffix("-0"), list(decode_clip(path, moments, video.fps))))
-    return grid(rows, "Rollouts, from start to end")
+    return grid(rows, "Rollouts, from start to end") if rows else None
 
 
 def _rollouts(study: Path, plan: Plan, episodes: Sequence[Mapping[str, Any]]) -> tuple[Rollout, ...]:
