@@ -28,7 +28,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lapa import config as configs
 from lapa.checksums import SUMS
 from lapa.data.episode_decoders import EpisodeDecoders
-from lapa.data.labels import EpisodeLabels, Labels, Manifest, shard_path, write_shard
+from lapa.data.labels import EpisodeLabels, Labels, Manifest, read_shard, shard_path, write_shard
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.data.video import encode_clip
@@ -797,6 +797,23 @@ def test_processes_decode_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> Non
     assert choose_decoders(None, gpu, 100) == 0 and choose_decoders(5, cpu, 100) == 5
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert choose_decoders(None, gpu, 10**6) == 2
+
+
+def test_numbers_of_episodes_may_be_far_apart(tmp_path: Path) -> None:
+    """The memory is that of the rows, not of the largest number."""
+    largest, frames_T = 2**31 - 1, np.arange(2)
+    episodes = {number: EpisodeLabels(frames_T, np.full((2, 3), number % 7)) for number in (4, largest)}
+    path = shard_path(tmp_path, 4, largest)
+    write_shard(path, episodes)
+    manifest = Manifest(
+        lam_fingerprint="a", dataset_fingerprint="b", camera="front", horizon_seconds=0.1, horizon_frames=1,
+        latent_length=3, codebook_size=8, num_rows=4, num_episodes=2, skipped_episodes=0, code_usage=[],
+    )  # fmt: skip
+    labels = Labels(tmp_path, manifest, [(path, read_shard(path))])
+    for number, rows in {4: 2, largest: 2, 3: 0, 5: 0, -1: 0, 2**40: 0}.items():
+        frames_T, codes_TL = labels.codes(number)
+        assert codes_TL.tolist() == [[number % 7] * 3] * rows
+        assert frames_T.tolist() == list(range(rows))
 
 
 @pytest.mark.slow

@@ -225,9 +225,9 @@ class Labels(Pushed):
             raise UserError(f"{folder}: has {taken} rows, {rows} in {MANIFEST}; {LABEL_ANEW}")
         if (np.diff(episodes_N) < 0).any():
             raise UserError(f"{folder}: its episodes are not in order; {LABEL_ANEW}")
-        # Rows are sorted by episode: episode i's begin at _starts[i].
-        last = int(episodes_N[-1]) if rows else -1
-        self._starts = np.searchsorted(episodes_N, np.arange(last + 2))
+        # Rows are sorted by episode: those of _episodes_E[i] are _starts[i] to _starts[i + 1].
+        found_E, first_E = np.unique(episodes_N, return_index=True)
+        self._episodes_E, self._starts = found_E.astype(np.int64), np.append(first_E, rows)
 
     @classmethod
     def open(
@@ -272,8 +272,9 @@ class Labels(Pushed):
 
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the labelled frames of an episode, (frame_indices_T, codes_TL), both int64, perhaps empty."""
-        known = 0 <= episode_index < len(self._starts) - 1
-        rows = slice(*self._starts[episode_index : episode_index + 2]) if known else slice(0, 0)
+        place = int(np.searchsorted(self._episodes_E, episode_index))
+        known = place < len(self._episodes_E) and self._episodes_E[place] == episode_index
+        rows = slice(*self._starts[place : place + 2]) if known else slice(0, 0)
         return self._frames_N[rows].astype(np.int64), self._codes_NL[rows].astype(np.int64)
 
     def embeddings(self, episode_index: int) -> np.ndarray:
