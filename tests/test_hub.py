@@ -426,6 +426,9 @@ def test_artifacts_of_before_have_no_model_type_and_are_pushed(hub):
         ("s3://bucket/clips", "s3://bucket/clips"),
         ("facebook/dinov2-small", "facebook/dinov2-small"),
         ("and/or", "and/or"),
+        ("6 / 7 solved", "6 / 7 solved"),
+        ("/ or \\", "/ or \\"),
+        ("/", "/"),
     ],
 )
 def test_paths_of_the_machine_are_left_out(text, told):

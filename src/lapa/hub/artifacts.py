@@ -31,7 +31,7 @@ TELLING = (CONFIG, "metrics.json", RESULTS, NOTES, "probe_*/*.json", "measure_*/
 # Keys of config.json that identify a model, whose texts stay as they are.
 IDENTITY = ("model", "policy")
 # An absolute path, or one from the home folder or the folder above, in a text; not the slashes of a URL.
-MACHINE_PATH = re.compile(r"(?<![^\s=:,'\"])(?:~|\.\.)?/(?!/)(?:[^\s=:,'\"/]+/)*([^\s=:,'\"/]*)")
+MACHINE_PATH = re.compile(r"(?<![^\s=:,'\"])(?:~|\.\.)?/(?=[^\s=:,'\"/])(?:[^\s=:,'\"/]+/)*([^\s=:,'\"/]*)")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def without_paths(value: Any, keep: tuple[str, ...] = ()) -> Any:
         return [without_paths(item) for item in value]
     if not isinstance(value, str):
         return value
-    if value.startswith(("/", "~/", "../")) and " -" not in value:
+    if re.match(r"(?:~|\.\.)?/\S", value) and " -" not in value:
         # A path with blanks in it.
         return PurePosixPath(value).name
     return MACHINE_PATH.sub(r"\1", value)
