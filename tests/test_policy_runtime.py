@@ -131,7 +131,7 @@ def damage_tokenizer(folder, text):
     ("spoil", "message"),
     [
         (shutil.rmtree, "no such folder"),
-        (lambda folder: (folder / "config.json").unlink(), "unfinished or not a policy"),
+        (lambda folder: (folder / "config.json").unlink(), "not a policy, it has no config.json"),
         (lambda folder: (folder / "config.json").write_text('{"model": 1}'), "not the config of a policy"),
         (lambda folder: (folder / "model" / "model.safetensors").unlink(), r"model\.safetensors: missing"),
         (

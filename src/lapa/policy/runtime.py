@@ -521,7 +521,9 @@ def read_config(folder: Path) -> PolicyConfig:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such policy folder; make one with `lapa policy pretrain` or `finetune`")
     if not is_policy(folder):
-        raise UserError(f"{folder}: unfinished or not a policy (no {CONFIG}); finish its training with --resume")
+        if (folder / "training").exists():
+            raise UserError(f"{folder}: unfinished, it has no {CONFIG}; finish its training with --resume")
+        raise UserError(f"{folder}: not a policy, it has no {CONFIG}; give the folder of a policy")
     written = read_json(folder / CONFIG)
     if not isinstance(written, dict) or not isinstance(written.get("policy"), dict):
         raise UserError(f"{folder / CONFIG}: not the config of a policy (no key 'policy')")
