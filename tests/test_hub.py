@@ -386,6 +386,9 @@ def test_automodel_loads_a_lam_and_a_policy(hub, root):
     assert done.returncode == 0, done.stderr
     for folder, kind in (("lam", lapa.LatentActionModel), ("policy", lapa.Policy)):
         assert isinstance(AutoModel.from_pretrained(root / folder), kind)
+        assert isinstance(AutoModel.from_pretrained(root / folder, device_map={"": "cpu"}), kind)
+        with pytest.raises(lapa.UserError, match="a model of lapa is on one device"):
+            AutoModel.from_pretrained(root / folder, device_map={"vision": 0, "text": "cpu"})
 
 
 def test_a_module_that_is_imported_later_is_found_as_before_and_calls_once(tmp_path, monkeypatch):

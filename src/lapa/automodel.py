@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from lapa.errors import UserError
+
 
 class LapaLamConfig(PreTrainedConfig):
     """config.json of a latent action model; `model` is its own config."""
@@ -36,10 +38,13 @@ class LamForAuto:
 
     @staticmethod
     def from_pretrained(folder_or_hub_id: str, **options: Any) -> Any:
-        """As `lapa.LatentActionModel.from_pretrained`, with its options."""
+        """As `lapa.LatentActionModel.from_pretrained`, with its options, and on the device of `device_map`."""
+        from lapa.engine.distributed import pick_device
         from lapa.latent.model import LatentActionModel
 
-        return LatentActionModel.from_pretrained(folder_or_hub_id, **_own(options))
+        options = _own(options)
+        device = pick_device(options.pop("device", "cpu"))
+        return LatentActionModel.from_pretrained(folder_or_hub_id, **options).to(device)
 
 
 class PolicyForAuto:
@@ -49,7 +54,7 @@ class PolicyForAuto:
 
     @staticmethod
     def from_pretrained(folder_or_hub_id: str, **options: Any) -> Any:
-        """As `lapa.Policy.from_pretrained`, with its options."""
+        """As `lapa.Policy.from_pretrained`, with its options, and on the device of `device_map`."""
         from lapa.policy.runtime import Policy
 
         return Policy.from_pretrained(folder_or_hub_id, **_own(options))
@@ -72,9 +77,20 @@ def register_models() -> None:
 
 
 def _own(options: dict[str, Any]) -> dict[str, Any]:
-    """The options without those that AutoModel adds for models of transformers."""
+    """The options without those that AutoModel adds for models of transformers, `device_map` as `device`.
+
+    Raises UserError where it names several devices.
+    """
     added = ("config", "trust_remote_code", "adapter_kwargs")
     own = {name: value for name, value in options.items() if name not in added and not name.startswith("_")}
     if own.get("revision") is not None:
         own["revision"] = str(own["revision"])
+    if (devices := own.pop("device_map", None)) is not None:
+        named = set(devices.values()) if isinstance(devices, dict) else {devices}
+        if len(named) > 1:
+            raise UserError(
+                f"device_map={devices}: a model of lapa is on one device; give device_map='auto' or its name"
+            )
+        (device,) = named
+        own["device"] = f"cuda:{device}" if isinstance(device, int) else str(device)
     return own
