@@ -197,11 +197,9 @@ def test_a_latent_action_model_shows_its_predictions(tmp_path: Path, recorded: t
     assert recorded.calls[0][3]["loop"]["steps"] == 2
 
 
-def test_wandb_offline_keeps_figures_images_and_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_keeps_figures_images_and_videos(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    report("wandb", tmp_path)
+    in_a_process("wandb", tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
     files = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{id_in(tmp_path)}.wandb"] * 2
     for path in files:
@@ -211,13 +209,13 @@ def test_wandb_offline_keeps_figures_images_and_videos(tmp_path: Path, monkeypat
 
 
 def test_trackio_keeps_config_figures_images_and_videos(tmp_path: Path) -> None:
-    """In a process of its own, since trackio reads the place of its database when it is imported."""
     pytest.importorskip("trackio")
-    subprocess.run(
-        [sys.executable, __file__, "trackio", tmp_path],
-        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "db")},
-        check=True,
-    )
+    in_a_process("trackio", tmp_path, TRACKIO_DIR=str(tmp_path / "database"))
+
+
+def in_a_process(name: str, folder: Path, **environment: str) -> None:
+    """wandb has written all when its process ends, and trackio reads its environment when it is imported."""
+    subprocess.run([sys.executable, __file__, name, folder], env={**os.environ, **environment}, check=True)
 
 
 def report(name: TrackerName, folder: Path) -> None:
@@ -250,5 +248,7 @@ def report_to_trackio(folder: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "trackio":
         report_to_trackio(Path(sys.argv[2]))
+    elif sys.argv[1] == "wandb":
+        report("wandb", Path(sys.argv[2]))
     else:
         run(Path(sys.argv[2]), replace(LOOP, tracker="tensorboard"))

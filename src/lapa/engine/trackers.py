@@ -160,12 +160,13 @@ class Tracker:
     def __init__(
         self, name: TrackerName | None, folder: Path, title: str, config: Mapping[str, Any], first_step: int = 0
     ) -> None:
-        self.name, self._backend = name, None
+        self.name = name
+        self._backend: Backend | None = None
         if name is None:
             return
         try:
             run_id = _run_id(folder, resuming=first_step > 0)
-            self._backend: Backend | None = BACKENDS[name](folder, run_id, title, config, first_step)
+            self._backend = BACKENDS[name](folder, run_id, title, config, first_step)
         except Exception as error:
             self._fail(error)
 
