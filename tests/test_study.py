@@ -61,7 +61,7 @@ def test_all_five_arms_run_and_are_reported(study: Path) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["study", "report", str(study)])
     assert exit_.value.code == 0
-    assert "actionvla" in (study / "report" / "report.html").read_text()
+    assert "actionvla" in (study / "report" / "table.md").read_text()
 
 
 def test_episodes_that_ended_in_an_error_are_no_rollouts(study: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""The report of a study: figures equal hand counts, the page needs nothing else, what is missing is named."""
+"""The report of a study: figures equal hand counts, what is missing is named."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from lapa.errors import UserError
-from lapa.study import page, plots
+from lapa.study import plots
+from lapa.study.blocks import Table, markdown, rich_table
 from lapa.study.config import ReportConfig
 from lapa.study.report import (
     cautions,
@@ -123,50 +123,39 @@ def test_the_markdown_holds_the_same_table(report: Path) -> None:
     assert "| all of a run | 71 | 72 | 72 | 71 | 72 |" in lines
 
 
-def test_the_page_loads_nothing_and_embeds_every_picture(report: Path) -> None:
-    text = (report / "report.html").read_text()
-    sources = re.findall(r"src='([^']{0,40})", text)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r"<script|<link|@import|url\(|srcset|<iframe", text)
-    pictures = sorted(path.name for path in report.glob("*.png"))
-    assert pictures == [
+def test_the_plots_are_written(report: Path) -> None:
+    assert sorted(path.name for path in report.glob("*.png")) == [
         "curves-cross-task.png",
         "curves-in-domain.png",
         "demonstrations.png",
         "success.png",
         "tasks.png",
     ]
-    assert len(sources) == len(pictures) + len(ARMS) + 1  # a strip an arm, and the codes
 
 
-def test_text_is_escaped_in_the_page(report: Path) -> None:
-    text = (report / "report.html").read_text()
-    assert "&lt;reach&gt; &amp; pull" in text and "<reach>" not in text
-
-
-def test_the_page_explains_each_arm(report: Path) -> None:
-    text = (report / "report.html").read_text()
+def test_the_report_explains_each_arm(report: Path) -> None:
+    text = (report / "table.md").read_text()
     for arm in ARMS:
-        assert f"<b>{arm}</b>" in text
-    assert re.search("<tr class=new><td>in-domain, 5</td><td>scratch</td>", text)
+        assert f"**{arm}**" in text
+    assert "| in-domain, 5 | scratch |" in text
     assert "and 6 others" in text  # of ten commands four are shown
 
 
 def test_a_report_is_replaced_only_when_asked(tmp_path: Path) -> None:
     made_up("lapa", figures={}, curves=()).save(tmp_path)
     (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "report.html").write_text("an older one")
+    (tmp_path / "report" / "report.json").write_text("an older one")
     with pytest.raises(ValueError, match="--overwrite"):
         run(ReportConfig((tmp_path,)))
-    assert (tmp_path / "report" / "report.html").read_text() == "an older one"
+    assert (tmp_path / "report" / "report.json").read_text() == "an older one"
     run(ReportConfig((tmp_path,), overwrite=True))
-    assert (tmp_path / "report" / "report.html").read_text().startswith("<!doctype html>")
+    assert json.loads((tmp_path / "report" / "report.json").read_text())["groups"]
 
 
 def test_one_arm_alone_still_gives_a_report(tmp_path: Path) -> None:
     made_up("lapa", figures={}, curves=()).save(tmp_path)
     run(ReportConfig((tmp_path,), out=tmp_path / "elsewhere"))
-    text = (tmp_path / "elsewhere" / "report.html").read_text()
+    text = (tmp_path / "elsewhere" / "table.md").read_text()
     assert "lapa" in text and "statistically" not in text
     assert "The effect of each code" not in text and "Each row is a task" not in text
     assert comparisons(compare([made_up("lapa")])) == []
@@ -237,12 +226,6 @@ def test_a_run_without_rollouts_is_left_out(tmp_path: Path) -> None:
     assert list(found.groups[0].cells) == ["scratch"]
 
 
-def test_a_picture_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "strip.png").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"strip\.png: not a PNG"):
-        page.html_page("Study", [page.Figure(tmp_path / "strip.png", "rollouts")])
-
-
 @pytest.mark.parametrize(
     ("difference", "sentence"),
     [
@@ -301,8 +284,8 @@ def test_heard_goals_have_a_table(report: Path) -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # Of 14 and 12 first episodes 7 and 6 of ten even ones succeed, and as many odd ones; of scratch 1 and 2 of ten.
     assert [cell.split(" ")[0] for cell in cells[2:]] == ["65.0", "65.0", "+50.0"]
-    page_text = (report / "report.html").read_text()
-    assert "By wording" in page_text and "by the captions alone" in page_text
+    text = "\n".join(lines)
+    assert "By wording" in text and "by the captions alone" in text
 
 
 def test_without_a_word_on_wording_there_is_no_table_of_it(tmp_path: Path) -> None:
@@ -310,9 +293,7 @@ def test_without_a_word_on_wording_there_is_no_table_of_it(tmp_path: Path) -> No
     for arm in ("scratch", "lapa"):
         ArmResult(arm, "in-domain", 2, 0, "made-up", {}, rollouts).save(tmp_path)  # type: ignore[arg-type]
     run(ReportConfig((tmp_path,)))
-    for name in ("table.md", "report.html"):
-        text = (tmp_path / "report" / name).read_text()
-        assert "By wording" not in text and "wording" not in text
+    assert "wording" not in (tmp_path / "report" / "table.md").read_text()
 
 
 def test_the_preset_debug_is_marked_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -321,7 +302,7 @@ def test_the_preset_debug_is_marked_first(tmp_path: Path, capsys: pytest.Capture
     said = "preset debug: these numbers measure nothing"
     assert said in capsys.readouterr().err
     assert (tmp_path / "report" / "table.md").read_text().splitlines()[2] == f"- {said}"
-    text = (tmp_path / "report" / "report.html").read_text()
+    text = (tmp_path / "report" / "table.md").read_text()
     assert text.index(said) < text.index("Demonstrations with")
     assert cautions([made_up("scratch")]) == []
 
@@ -331,12 +312,6 @@ def test_runs_of_different_code_are_told_apart(tmp_path: Path) -> None:
     (caution,) = cautions(runs)
     assert "2 versions of the code" in caution
     assert ("code", "c0de; f00d") in settings_table(runs).rows
-
-
-def test_the_page_explains_its_images(report: Path) -> None:
-    text = (report / "report.html").read_text()
-    assert text.count("Each row is a task, from start to end.") == 2 * len(ARMS)  # as caption and as text for the blind
-    assert "what the model changes with their own and with other codes" in text
 
 
 def test_few_goals_give_bars_without_intervals() -> None:
@@ -385,7 +360,7 @@ def test_a_table_reads_the_same_in_the_terminal_with_brackets_in_it() -> None:
     table = main_table(compare([made_up("scratch"), made_up("lapa")]))
     console = Console(width=200)
     with console.capture() as captured:
-        console.print(page.rich_table(table))
+        console.print(rich_table(table))
     assert table.rows[1][2] in captured.get()
-    text = page.markdown("Study", [page.Table("Success", ("a|b",), (("c|d",),))])
+    text = markdown("Study", [Table("Success", ("a|b",), (("c|d",),))])
     assert text == "# Study\n\n**Success**\n\n| a\\|b |\n| --- |\n| c\\|d |\n"

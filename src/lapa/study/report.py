@@ -1,17 +1,18 @@
-"""`lapa study report`: turns the results of a study into a page, tables and plots.
+"""`lapa study report`: turns the results of a study into tables and plots.
 
     lapa study report runs/study
     lapa study report slice1 slice2 slice3 --out runs/report        # results of several machines, as one study
 
-Reads the results that `lapa study run` wrote to STUDY/results, and nothing else. Writes report.html (one file that
-loads nothing), table.md (the same without images), report.json and PNGs. The intervals: lapa.study.statistics. The
-meaning of each figure: docs/metrics.md. The paper is LAPA (Ye et al., https://arxiv.org/abs/2410.11758).
+Reads the results that `lapa study run` wrote to STUDY/results, and nothing else. Writes table.md, report.json and PNGs;
+`lapa view STUDY` shows them on a page, with images of rollouts. The intervals: lapa.study.statistics. The meaning of
+each figure: docs/metrics.md. The paper is LAPA (Ye et al., https://arxiv.org/abs/2410.11758).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,15 @@ from typing import Any
 
 from lapa.console import console, finish, say
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, write_json
+from lapa.files import claim_output, write_json, write_text
 from lapa.locks import locks_output
 from lapa.study import plots
+from lapa.study.blocks import Block, Bullets, Figure, Heading, Paragraph, Table, markdown, rich_table
 from lapa.study.config import ReportConfig
-from lapa.study.page import Block, Bullets, Figure, Heading, Paragraph, Table, html_page, markdown, rich_table
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results
 from lapa.study.statistics import LEAST_GOALS, NUM_DRAWS, TOO_FEW, TRAININGS, Estimate, Gap, Group, by_wording, compare
 
-PAGE, MARKDOWN, REPORT = "report.html", "table.md", "report.json"
+MARKDOWN, REPORT = "table.md", "report.json"
 TITLE = "Does latent pretraining pay?"
 WHOLE_SEEDS = 3  # seeds of each arm in a whole study; fewer are written after a difference
 MAX_VALUES = 4  # of one setting that are shown
@@ -86,19 +87,19 @@ def run(config: ReportConfig) -> None:
     found = findings(load_results(config.studies))
     out = config.out or config.studies[0] / "report"
     claim_output(
-        out, complete=(out / PAGE).exists(), overwrite=config.overwrite, resumable=False, inputs=config.studies
+        out, complete=(out / REPORT).exists(), overwrite=config.overwrite, resumable=False, inputs=config.studies
     )
     blocks = content(found, draw(found, out))
+    write_text(out / MARKDOWN, markdown(TITLE, blocks))
     write_json(out / REPORT, as_json(found))
-    for name, text in ((MARKDOWN, markdown(TITLE, blocks)), (PAGE, html_page(TITLE, blocks))):
-        with atomic_path(out / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
     for line in cautions(found.results):
         say(line)
     console.print(rich_table(main_table(found.groups)))
     for line in comparisons(found.groups):
         say(line)
-    finish(f"{PAGE}, {MARKDOWN}, {REPORT} and plots", out)
+    first, *others = map(str, config.studies)
+    page = shlex.join(["lapa", "view", first, *(["--compare", *others] if others else [])])
+    finish(f"{MARKDOWN}, {REPORT} and plots", out, [page])
 
 
 def findings(results: Sequence[ArmResult]) -> Findings:
