@@ -26,7 +26,14 @@ from lapa.envs.synthetic import DIRECTIONS, SYNTHETIC, SquareEnvironment
 from lapa.errors import UserError
 from lapa.evaluation import rollout
 from lapa.evaluation.config import EvaluateConfig
-from lapa.evaluation.episodes import LostProcessError, RolloutSettings, TaskEpisodes, _ProcessWorker, play_episodes
+from lapa.evaluation.episodes import (
+    LostProcessError,
+    RolloutSettings,
+    TaskEpisodes,
+    _answered,
+    _ProcessWorker,
+    play_episodes,
+)
 from lapa.evaluation.rollout import VIDEO_WIDTH, evaluate, wilson_interval
 from lapa.policy.execution import TemporalEnsemble
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -521,6 +528,7 @@ def test_episodes_of_a_lost_process_are_repeated_once_and_then_an_error(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("BEGUN", str(tmp_path / "begun"))
     monkeypatch.setattr("lapa.evaluation.episodes.HANG_SECONDS", 8)
+    monkeypatch.setattr("lapa.evaluation.episodes.SLOW_SECONDS", 1)
     config = EvaluateConfig("expert", tmp_path / "out", env="fragile", tasks="up", episodes=6, videos=0)
     config = replace(config, workers=1, parallel=2)
     report = evaluate(config)
@@ -533,9 +541,64 @@ def test_episodes_of_a_lost_process_are_repeated_once_and_then_an_error(
     printed = capsys.readouterr().err
     assert "died (exit code -6), perhaps for lack of memory; to be repeated one by one: up, episode 1" in printed
     assert "again in episode 4 of up, which counts as an error" in printed
+    assert "a simulator process is silent for 1 s (up, of the episodes 4)" in printed
 
     (tmp_path / "begun" / "repaired").touch()
     resumed = evaluate(replace(config, resume=True))
     assert "errors" not in resumed["overall"] and resumed["overall"]["successes"] == 6
     assert len((tmp_path / "begun" / "0").read_text()) == 1
     assert evaluate(replace(config, resume=True)) == resumed
+
+
+class Silent:
+    """A worker of the parent process that replies once it is waited for so often."""
+
+    def __init__(self, waits: int) -> None:
+        self.waits, self.slow, self.assignment = waits, False, TaskEpisodes("up", (0,))
+        self.waited: list[float] = []
+
+    def replied(self, timeout: float) -> bool:
+        self.waited.append(timeout)
+        self.waits -= 1
+        return self.waits < 0
+
+
+def test_others_go_on_without_a_process_that_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    quick, silent = Silent(0), Silent(3)
+    assert _answered([silent, quick]) == [quick]
+    assert "a simulator process is silent for 60 s (up, of the episodes 0)" in capsys.readouterr().err
+    quick.waits = 0
+    assert _answered([silent, quick]) == [quick]
+    assert silent.waited[-1] == 0.0
+    # Alone it is waited for, until it replies.
+    assert _answered([silent]) == [silent]
+    assert silent.waited[-1] > 0.0
+    assert capsys.readouterr().err == ""
+
+
+def test_an_environment_in_which_every_episode_raises_ends_the_run(tmp_path: Path, broken: None) -> None:
+    config = EvaluateConfig("expert", tmp_path / "out", env="broken", tasks="up", episodes=9, videos=0)
+    with pytest.raises(UserError, match=r"the first 3 episodes all ended in the same error: .*KeyError.*--resume"):
+        evaluate(replace(config, workers=1, parallel=1))
+    assert len((tmp_path / "out" / "episodes.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "broken-1.0.dist-info").mkdir()
+    (tmp_path / "broken-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\n")
+    (tmp_path / "broken-1.0.dist-info" / "entry_points.txt").write_text("[lapa.environments]\nbroken = broken:BROKEN\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+BROKEN = """
+from dataclasses import replace
+from lapa.envs.synthetic import SYNTHETIC, SquareEnvironment
+
+class Broken(SquareEnvironment):
+    def step(self, action):
+        raise KeyError("pixels")
+
+BROKEN = replace(SYNTHETIC, make=Broken, in_process=False)
+"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -20,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from lapa.console import warn
+from lapa.console import say, warn
 from lapa.data.workers import interrupts_held
 from lapa.envs import Environment, episode_seed, kind_of, make
 from lapa.errors import UserError, place_and_reason
@@ -31,8 +32,10 @@ from lapa.types import Observation
 VIDEO_FPS = 20
 
 # A process that is silent for so long hangs. One reply may be a whole episode of an expert, or a first image with a
-# driver that compiles its shaders on busy cores.
-HANG_SECONDS = 600
+# driver that compiles its shaders on busy cores. After SLOW_SECONDS the others no longer wait for it.
+HANG_SECONDS, SLOW_SECONDS = 600, 60
+# Where so many episodes end in one and the same error before any is played, the simulator does not work.
+FEW_ERRORS = 3
 
 Infer = Callable[[Sequence[Observation]], np.ndarray]
 
@@ -116,9 +119,9 @@ def play_episodes(
 
     infer: observations [B] -> actions [B, K, A], for the actor `policy`. num_workers: processes, 0 to play in this one.
     The episodes of a process that dies, hangs or fails are repeated one by one in a new process, and are errors where
-    that one is lost too.
+    that one is lost too. Raises UserError where the first few episodes all end in the same error.
     """
-    queue, repeated = deque(assignments), set[TaskEpisodes]()
+    queue, repeated, errors = deque(assignments), set[TaskEpisodes](), list[str]()
     with ExitStack() as stack:
         kind = _ProcessWorker if num_workers else _LocalWorker
         workers = [stack.enter_context(closing(kind(settings))) for _ in range(max(1, num_workers))]
@@ -126,29 +129,52 @@ def play_episodes(
         for worker in active:
             worker.send(queue.popleft())
         while active:
-            replies = []
-            for worker in active:
+            answered, replies = _answered(active), []
+            for worker in answered:
                 try:
                     replies.append(worker.receive())
                 except LostProcessError as loss:
                     replies.append(_after_loss(worker, loss, settings, queue, repeated))
-            for reply in replies:
-                yield from reply.results
+            for result in (result for reply in replies for result in reply.results):
+                errors.append(result.error)
+                if len(errors) == FEW_ERRORS and result.error and len(set(errors)) == 1:
+                    raise UserError(
+                        f"the first {FEW_ERRORS} episodes all ended in the same error: {result.error}; no other is "
+                        f"played. Make `lapa envs {settings.env}` work, then --resume"
+                    )
+                yield result
             observations = [observation for reply in replies for observation in reply.observations]
             actions_BKA = infer(observations) if infer is not None and observations else np.zeros((0, 0, 0))
             if not np.isfinite(actions_BKA).all():
                 raise UserError("the policy predicted actions that are not finite; its checkpoint is damaged")
-            playing, first = [], 0
-            for worker, reply in zip(active, replies, strict=True):
+            first = 0
+            for worker, reply in zip(answered, replies, strict=True):
                 if not reply.done:
                     worker.send(actions_BKA[first : first + len(reply.observations)])
                     first += len(reply.observations)
                 elif queue:
                     worker.send(queue.popleft())
                 else:
-                    continue
-                playing.append(worker)
-            active = playing
+                    active.remove(worker)
+
+
+def _answered(workers: Sequence[_LocalWorker | _ProcessWorker]) -> list[_LocalWorker | _ProcessWorker]:
+    """Waits until all workers have replied, and returns them; or those that have, where others are slow."""
+    ready: set[int] = set()
+    while not ready:
+        until = time.monotonic() + SLOW_SECONDS
+        for worker in sorted(workers, key=lambda each: each.slow):
+            patience = 0.0 if worker.slow and ready else until - time.monotonic()
+            if worker.replied(max(0.0, patience)):
+                ready.add(id(worker))
+            elif not worker.slow:
+                worker.slow = True
+                task, episodes = worker.assignment.task, ", ".join(map(str, worker.assignment.episodes[:4]))
+                say(
+                    f"a simulator process is silent for {SLOW_SECONDS} s ({task}, of the episodes {episodes}); the "
+                    f"others go on, and after {HANG_SECONDS} s it is started again"
+                )
+    return [worker for worker in workers if id(worker) in ready]
 
 
 def _after_loss(
@@ -249,6 +275,7 @@ class _LocalWorker:
         self._reply: WorkerReply
         self.assignment: TaskEpisodes
         self.finished: set[int] = set()
+        self.slow = False
 
     def send(self, message: TaskEpisodes | np.ndarray) -> None:
         if isinstance(message, TaskEpisodes):
@@ -257,6 +284,9 @@ class _LocalWorker:
             self._reply = next(self._playing)
         else:
             self._reply = self._playing.send(message)
+
+    def replied(self, timeout: float) -> bool:
+        return True
 
     def receive(self) -> WorkerReply:
         return self._reply
@@ -305,13 +335,15 @@ class _LocalWorker:
 class _ProcessWorker:
     """A `_LocalWorker` in a process of its own, with its methods.
 
-    assignment: what it plays; finished: the episodes of it whose results have come.
+    assignment: what it plays; finished: the episodes of it whose results have come. slow: whether it is known to be
+    silent for long.
     """
 
     def __init__(self, settings: RolloutSettings) -> None:
         self._settings = settings
         self.assignment: TaskEpisodes
         self.finished: set[int] = set()
+        self._sent_at, self.slow = time.monotonic(), False
         self._start()
 
     def _start(self) -> None:
@@ -325,18 +357,24 @@ class _ProcessWorker:
     def send(self, message: TaskEpisodes | np.ndarray) -> None:
         if isinstance(message, TaskEpisodes):
             self.assignment, self.finished = message, set()
+        self._sent_at, self.slow = time.monotonic(), False
         # A process that has died is noticed where its reply is missing.
         with suppress(ConnectionError):
             self._connection.send(message)
 
+    def replied(self, timeout: float) -> bool:
+        """Waits for at most so many seconds. True also where the process hangs, which `receive` then raises."""
+        left = max(0.0, self._sent_at + HANG_SECONDS - time.monotonic())
+        return self._connection.poll(min(timeout, left)) or left <= timeout
+
     def receive(self) -> WorkerReply:
-        """Returns the reply.
+        """Waits for the reply, and returns it.
 
         Raises LostProcessError where the process has died, hangs or failed, having started a new one, and UserError
         where that was raised in it.
         """
         try:
-            if not self._connection.poll(HANG_SECONDS):
+            if not self._connection.poll(max(0.0, self._sent_at + HANG_SECONDS - time.monotonic())):
                 raise LostProcessError(f"a simulator process hung ({HANG_SECONDS} s without a reply)")
             reply = self._connection.recv()
         except LostProcessError:
