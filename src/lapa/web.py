@@ -16,7 +16,6 @@ import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -192,19 +191,18 @@ async def read_body(request: Request, most: int) -> tuple[bytes, int]:
     return b"".join(parts), size
 
 
-def load_page(file: Path, **sources: str) -> tuple[str, dict[str, str]]:
-    """Returns a page and its headers: only its own script and style run, and it asks only this server.
+def page_headers(html: str, **sources: str) -> dict[str, str]:
+    """Returns the headers of a page: only its own script and style run, and it asks only this server.
 
     sources: further sources of its Content-Security-Policy, such as `media="'self'"`.
     """
-    html = file.read_text(encoding="utf-8")
     allowed = {"img": "data: blob:", "connect": "'self'", **sources}
     policy = (
         f"default-src 'none'; script-src {_source(html, 'script')}; style-src {_source(html, 'style')}; "
         + "".join(f"{kind}-src {source}; " for kind, source in allowed.items())
         + "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return html, {
+    return {
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",

@@ -219,8 +219,8 @@ class Server(web.Server):
         await connection.send_denial_response(line("error: the websocket is at /", 404))
 
     async def page(self, request: Request) -> Response:
-        html, headers = web.load_page(PAGE)
-        return HTMLResponse(html, headers=headers)
+        html = PAGE.read_text(encoding="utf-8")
+        return HTMLResponse(html, headers=web.page_headers(html))
 
     async def status(self, request: Request) -> Response:
         return JSONResponse(await self.service.status())

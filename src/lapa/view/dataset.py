@@ -94,7 +94,7 @@ class DatasetPages(Pages):
     small file of its own, also where the dataset has one that a browser plays.
     """
 
-    html = "dataset.html"
+    body = "dataset.html"
     numbers = {  # noqa: RUF012
         **dict.fromkeys(["about", "statistics", "duplicates"], 0),
         **dict.fromkeys(["episodes", "episode", "motion", "survey"], 1),

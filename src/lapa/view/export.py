@@ -16,10 +16,8 @@ from lapa.files import atomic_path, claim_output, write_text
 from lapa.locks import locks_output
 from lapa.view.config import ViewConfig
 from lapa.view.opening import open_pages
-from lapa.view.pages import Pages
+from lapa.view.pages import PAGE, Pages
 
-# HTML, scripts and style.
-PAGE = Path(__file__).with_name("page")
 # Written last.
 INDEX = "index.html"
 
@@ -56,5 +54,4 @@ def _write(pages: Pages, out: Path) -> None:
             with atomic_path(out / "files" / name) as temporary:
                 move(file, temporary)
             bar.advance(task)
-    page = (PAGE / pages.html).read_text(encoding="utf-8")
-    write_text(out / INDEX, page.replace('<html lang="en">', '<html lang="en" data-exported>', 1))
+    write_text(out / INDEX, pages.html.replace('<html lang="en">', '<html lang="en" data-exported>', 1))

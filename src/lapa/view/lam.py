@@ -125,7 +125,7 @@ class LamPages(Pages):
     dataset: of the examples. exported: whether what the page may ask for is worked out before. folders: of the models.
     """
 
-    html = "lam.html"
+    body = "lam.html"
     numbers = {"about": 0, "example": 1, "frequent": 1, "each": 2}  # noqa: RUF012
     questions = frozenset({"image", "step", "each"})
 

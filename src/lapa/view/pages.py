@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 
 from lapa.errors import UserError
 
+# HTML, scripts and style.
+PAGE = Path(__file__).with_name("page")
 NAME = re.compile(r"([a-z]+)((?:-[0-9]{1,9})*)")
 
 
@@ -27,11 +29,12 @@ class UnknownNameError(KeyError):
 class Pages(ABC):
     """The data of one page. A name is a word of `numbers` and as many numbers as are there: episode-17, code-0-5.
 
-    html: the page's file in the folder page/. The JSON of a word is what the method `_WORD` returns for its numbers.
+    body: the page's file in the folder page/, after its head. The JSON of a word is what the method `_WORD` returns for
+    its numbers.
     questions: what the page asks with data of its own; `_ask_NAME` answers it, one at a time.
     """
 
-    html: ClassVar[str]
+    body: ClassVar[str]
     numbers: ClassVar[Mapping[str, int]]
     questions: ClassVar[frozenset[str]] = frozenset()
 
@@ -43,6 +46,11 @@ class Pages(ABC):
     def folder(self) -> Path:
         """Where files that are made for the page lie."""
         return Path(self._temporary.name)
+
+    @property
+    def html(self) -> str:
+        """The page: the head that all have, then its own scripts and body."""
+        return "".join((PAGE / name).read_text(encoding="utf-8") for name in ("head.html", self.body))
 
     def close(self) -> None:
         """Removes the files that were made for the page."""

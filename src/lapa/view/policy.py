@@ -117,7 +117,7 @@ class PolicyPages(Pages):
     actors: the policy as it acts with the statistics of each dataset. exported: whether examples have predictions.
     """
 
-    html = "policy.html"
+    body = "policy.html"
     numbers = {"about": 0, "example": 1}  # noqa: RUF012
     questions = frozenset({"predict"})
 

@@ -96,7 +96,7 @@ class Group:
 class RolloutPages(Pages):
     """The data of a page of rollouts. limit: most episodes with videos, of an export; None: all."""
 
-    html = "results.html"
+    body = "results.html"
     numbers = {"about": 0, "group": 1}  # noqa: RUF012
 
     def __init__(self, limit: int | None) -> None:

@@ -35,9 +35,9 @@ from rich.text import Text
 from lapa.console import console, say
 from lapa.errors import UserError
 from lapa.view.config import ViewConfig
-from lapa.view.export import PAGE, export
+from lapa.view.export import export
 from lapa.view.opening import open_pages
-from lapa.view.pages import Pages, UnknownNameError
+from lapa.view.pages import PAGE, Pages, UnknownNameError
 from lapa.view.recording import record
 
 try:
@@ -119,8 +119,8 @@ class Server(web.Server):
         return await self._app(scope, receive, send)
 
     async def page(self, request: Request) -> Response:
-        html, headers = web.load_page(PAGE / self.pages.html, media="'self'", img="'self' data: blob:")
-        return HTMLResponse(html, headers=headers)
+        html = self.pages.html
+        return HTMLResponse(html, headers=web.page_headers(html, media="'self'", img="'self' data: blob:"))
 
     async def data(self, request: Request) -> Response:
         return await self._answered(lambda: JSONResponse(self.pages.json(request.path_params["name"])))

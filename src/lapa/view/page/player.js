@@ -1,6 +1,6 @@
 // The player: the first camera leads, the others follow.
 "use strict";
-let episode = null, asked = -1, frame = 0, playing = false, videos = [], updates = [];
+let episode = null, asked = -1, frame = 0, updates = [];
 async function show(index, at = 0) {
   chosen = asked = index;
   draw();
@@ -44,23 +44,7 @@ function seek(to) {
   });
   update();
 }
-function stop() {
-  playing = false;
-  for (const video of videos) video.pause();
-  $("play").textContent = "Play";
-}
-function play() {
-  if (playing) return stop();
-  if (!episode || !videos.length) return;
-  if (frame >= episode.length - 1) seek(0);
-  playing = true;
-  $("play").textContent = "Pause";
-  for (const video of videos) {
-    video.playbackRate = Number($("speed").value);
-    video.play().catch(() => {});
-  }
-  requestAnimationFrame(tick);
-}
+const atEnd = () => frame >= episode.length - 1;
 function tick() {
   if (!playing) return;
   const [leader] = videos, { start, end } = episode.videos[0];

@@ -1,6 +1,6 @@
 // Rollouts: all outcomes at a glance, and the videos of the same episode by several arms, which play in step.
 "use strict";
-let data = null, rows = [], first = 0, videos = [], now = 0, playing = false;
+let data = null, rows = [], first = 0, now = 0;
 const STEP = 0.1;
 const outcomeOf = (arm, row) => data.success[arm][row] === null ? "not played"
   : `${data.success[arm][row] ? "success" : "failure"} after ${data.steps[arm][row]} steps`;
@@ -123,23 +123,7 @@ function seek(to) {
   for (const video of videos) video.currentTime = Math.min(now, Math.max(0, (video.duration || 0) - 0.02));
   update();
 }
-function stop() {
-  playing = false;
-  for (const video of videos) video.pause();
-  $("play").textContent = "Play";
-}
-function play() {
-  if (playing) return stop();
-  if (!videos.length) return;
-  if (now >= (leader().duration || 0) - STEP) seek(0);
-  playing = true;
-  $("play").textContent = "Pause";
-  for (const video of videos) {
-    video.playbackRate = Number($("speed").value);
-    if (!(now >= video.duration)) video.play().catch(() => {});
-  }
-  requestAnimationFrame(tick);
-}
+const atEnd = () => now >= (leader().duration || 0) - STEP;
 function tick() {
   if (!playing) return;
   const longest = leader();
