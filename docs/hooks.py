@@ -65,5 +65,4 @@ def page_text(path: Path) -> str:
     if path.suffix == ".md":
         return path.read_text()
     files = sorted(path.rglob("*.*")) if path.is_dir() else [path]
-    blocks = [f"## {file.name}\n\n`````{file.suffix[1:]}\n{file.read_text()}\n`````\n" for file in files]
-    return "\n".join([f"# {path.relative_to(ROOT)}\n", *blocks])
+    return "\n".join(f"# {file.relative_to(ROOT)}\n\n`````{file.suffix[1:]}\n{file.read_text()}\n`````\n" for file in files)
