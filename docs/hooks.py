@@ -65,4 +65,5 @@ def page_text(path: Path) -> str:
     if path.suffix == ".md":
         return path.read_text()
     files = sorted(path.rglob("*.*")) if path.is_dir() else [path]
-    return "\n".join(f"# {file.relative_to(ROOT)}\n\n`````{file.suffix[1:]}\n{file.read_text()}\n`````\n" for file in files)
+    blocks = [(file.relative_to(ROOT), file.suffix[1:], file.read_text()) for file in files]
+    return "\n".join(f"# {name}\n\n`````{language}\n{code}\n`````\n" for name, language, code in blocks)
