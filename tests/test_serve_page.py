@@ -29,7 +29,7 @@ from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import Policy
 from lapa.serve import client
 from lapa.serve.protocols import from_json
-from lapa.serve.server import running
+from lapa.serve.server import PAGE, running
 
 HTML = "open <img src=x onerror='window.bad=1'><script>window.bad=1</script>"
 
@@ -233,3 +233,10 @@ def test_a_policy_of_several_datasets_acts_as_the_chosen_one(
         tab.run("document.getElementById('send').click()")
         tab.until("!document.getElementById('result').hidden")
         np.testing.assert_allclose(shown_numbers(tab, "result-table"), actions_KA, rtol=2e-3)
+
+
+def test_the_colours_are_those_of_lapa_view() -> None:
+    """They are in two files, since this page is one file and the other's exports have theirs in a folder."""
+    style = (PAGE.parents[1] / "view" / "page" / "style.css").read_text()
+    colours, *_ = style.partition("* {")
+    assert ":root" in colours and colours in PAGE.read_text()

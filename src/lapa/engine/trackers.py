@@ -129,7 +129,8 @@ class Trackio(Backend):
         self._run.log({name: self._trackio.Video(str(path), format="mp4")}, step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        # Unlike the run's own method, this is not repeated when the process ends.
+        self._trackio.finish()
 
 
 BACKENDS: dict[TrackerName, type[Backend]] = {
