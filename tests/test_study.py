@@ -64,6 +64,10 @@ def test_all_five_arms_run_and_are_reported(study: Path) -> None:
     assert "actionvla" in (study / "report" / "table.md").read_text()
 
 
+def test_where_no_first_rollout_was_recorded_there_is_no_strip(tmp_path: Path) -> None:
+    assert study_run.rollout_strip(tmp_path) is None
+
+
 def test_episodes_that_ended_in_an_error_are_no_rollouts(study: Path, tmp_path: Path) -> None:
     again = tmp_path / "study"
     shutil.copytree(study, again)
