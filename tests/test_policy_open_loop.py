@@ -121,12 +121,14 @@ def test_action_figures_are_those_worked_by_hand() -> None:
     assert figures["action_error_by_step"] == pytest.approx([0.5, 0.5])
     # Of the first steps one says nothing (cosine 0), one the right way; the gripper has no direction.
     assert figures["direction"] == pytest.approx(0.5) and figures["mean_action_direction"] == pytest.approx(0.0)
+    # The first steps predict 0 and -2 where 1 and -1 were recorded.
+    assert figures["length"] == pytest.approx(1.0) and figures["mean_action_length"] == pytest.approx(1.0)
 
 
 def test_where_nothing_moves_there_is_no_direction() -> None:
     still_NKA = np.zeros((2, 1, 2))
     figures = action_figures(still_NKA + 1, still_NKA, np.ones((2, 1), bool), np.zeros(2), SPACE)
-    assert figures["direction"] is None and figures["r2"] is None and figures["normalised_error"] is None
+    assert all(figures[name] is None for name in ("direction", "length", "r2", "normalised_error"))
 
 
 def test_code_figures_are_those_worked_by_hand() -> None:
@@ -146,7 +148,7 @@ def test_saying_what_was_done_is_perfect_and_half_of_it_is_half_wrong(square: Da
     mean_size = np.abs(np.concatenate([square.actions(episode) for episode in range(5)])).mean()
     # Velocities are the same all episode long, so that every part of the data has the same mean size.
     assert half["action_error"] == pytest.approx(mean_size / 2, rel=1e-5)
-    assert half["direction"] == pytest.approx(1)
+    assert half["direction"] == pytest.approx(1) and half["length"] == pytest.approx(0.5)
 
 
 def test_samples_are_spread_over_all_episodes_and_steps_cut_the_chunk(square: Dataset) -> None:

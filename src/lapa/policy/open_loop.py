@@ -128,7 +128,7 @@ def action_figures(
     """Errors of predicted chunks in the robot's units, and those of always predicting the mean action.
 
     counted_NK: False where the episode had ended. mean_A: the mean action. A figure that is not defined is None: the R2
-    and the normalised error of a dimension that never changes, the direction where nothing moves.
+    and the normalised error of a dimension that never changes, the direction and the length where nothing moves.
     """
     predicted_MA, true_MA = predicted_NKA[counted_NK].astype(np.float64), true_NKA[counted_NK].astype(np.float64)
     errors_MA, mean_errors_MA = np.abs(predicted_MA - true_MA), np.abs(mean_A - true_MA)
@@ -156,6 +156,8 @@ def action_figures(
         "r2": float(np.mean(defined)) if defined else None,
         "direction": _direction(predicted_NKA[:, 0, moving], first_NA),
         "mean_action_direction": _direction(np.broadcast_to(mean_A[moving], first_NA.shape), first_NA),
+        "length": _ratio(_mean_length(predicted_NKA[:, 0, moving]), _mean_length(first_NA)),
+        "mean_action_length": _ratio(_mean_length(mean_A[None, moving]), _mean_length(first_NA)),
         "action_error_by_step": [
             float(np.abs(predicted_NKA - true_NKA)[:, step][counted_NK[:, step]].mean())
             for step in range(predicted_NKA.shape[1])
@@ -222,6 +224,12 @@ def table_of(figures: dict[str, Any], name: str) -> Table:
             figures["direction"],
             figures["mean_action_direction"],
             "cosine of the first action; 1: as recorded",
+        )
+        row(
+            "length",
+            figures["length"],
+            figures["mean_action_length"],
+            "of the first action, over the recorded; below 1: hesitates",
         )
         for dimension, values in figures["dimensions"].items():
             row(f"  {dimension}", values["action_error"], values["mean_action_error"], f"R2 {_text(values['r2'])}")
@@ -312,6 +320,10 @@ def _direction(predicted_NA: np.ndarray, true_NA: np.ndarray) -> float | None:
     lengths_N = lengths_N[counted_N]
     predicted_lengths_N = np.maximum(np.linalg.norm(predicted_NA, axis=1), 1e-12)
     return float(((predicted_NA * true_NA).sum(1) / (predicted_lengths_N * lengths_N)).mean())
+
+
+def _mean_length(actions_NA: np.ndarray) -> float:
+    return float(np.linalg.norm(actions_NA.astype(np.float64), axis=1).mean())
 
 
 def _ratio(value: float, over: float) -> float | None:
