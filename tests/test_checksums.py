@@ -255,7 +255,7 @@ def checked(root: Path, capsys: pytest.CaptureFixture) -> tuple[int, str]:
     """Exit status and output of `lapa data check`."""
     with pytest.raises(SystemExit) as exit_:
         cli.main(["data", "check", str(root)])
-    return int(exit_.value.code or 0), " ".join(capsys.readouterr().err.split())
+    return int(exit_.value.code or 0), " ".join("".join(capsys.readouterr()).split())
 
 
 def test_check_reads_everything_and_names_what_is_damaged(
@@ -297,7 +297,7 @@ def test_check_reads_a_source_in_place(dataset: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as exit_:
         cli.main(["data", "check", f"videos:{dataset / 'videos'},caption=lift the cup"])
     assert not exit_.value.code
-    assert "3 episodes read: nothing damaged" in " ".join(capsys.readouterr().err.split())
+    assert "3 episodes read: nothing damaged" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_conversion_with_a_damaged_journal_is_not_resumed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -133,7 +134,7 @@ def test_neither_help_nor_a_wrong_path_imports_torch(wrong: bool, tmp_path: Path
 
 
 # Commands that read no file of the user's.
-NO_INPUTS = ("demo", "data synthetic", "data metaworld", "data language-table", "envs", "study run")
+NO_INPUTS = ("demo", "data synthetic", "data metaworld", "data language-table", "envs", "study run", "completion")
 
 
 def wrong_paths(verb: cli.Verb, folder: Path) -> list[str]:
@@ -213,7 +214,7 @@ def test_a_dataset_of_hostile_texts_is_shown(capsys: pytest.CaptureFixture, tmp_
         cli.main(["data", "info", str(tmp_path / "d")])
     shown = capsys.readouterr()
     assert exit_.value.code == 0 and without_controls(shown.err + shown.out)
-    assert r"\u202eevil" in shown.err and (tmp_path / "d" / "contact_sheet.png").exists()
+    assert r"\u202eevil" in shown.out and (tmp_path / "d" / "contact_sheet.png").exists()
 
 
 def test_an_error_of_several_lines_is_one(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +280,55 @@ def test_a_second_ctrl_c_ends_quietly(code: str) -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert "did you mean 'latent train'" in failure(capsys, "latnt", "train")
     assert "unknown command 'data vidoes'; did you mean 'data videos'" in failure(capsys, "data", "vidoes")
+    # The three nearest, whatever was typed.
+    assert failure(capsys, "frobnicate").count("'") == 8
+
+
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture) -> None:
+    shown = {}
+    for words in (["help", "latent", "probe"], ["latent", "probe", "--help"], ["help"], ["--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(words)
+        assert not exit_.value.code
+        shown[" ".join(words)] = capsys.readouterr().out
+    assert shown["help latent probe"] == shown["latent probe --help"] and "--num-pairs" in shown["help latent probe"]
+    assert shown["help"] == shown["--help"]
+
+
+def test_help_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 82 for line in lines), max(lines, key=len)
+
+
+COMPLETE = """
+source "$1"
+function=$(complete -p lapa | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+completed() {
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+    "$function" lapa "${@: -1}" "${@: -2:1}"
+    echo "${COMPREPLY[*]}"
+}
+completed lapa lat
+completed lapa latent ""
+completed lapa latent train --augm
+completed lapa policy finetune --head ""
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_shell_completes_commands_options_and_values(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["completion", "bash"])
+    (tmp_path / "lapa").write_text(capsys.readouterr().out)
+    ran = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", tmp_path / "lapa"], capture_output=True, text=True, check=True
+    )
+    command, commands, option, values = ran.stdout.splitlines()
+    assert (command, option, values) == ("latent", "--augment", "bins chunk flow")
+    assert set(commands.split()) == {"-h", "--help", "compare", "probe", "show", "train"}
 
 
 def test_unknown_preset(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_the_table_has_all_and_their_remarks(
 ) -> None:
     monkeypatch.setattr(listing, "names", lambda: ("synthetic", "fine", "unmade", "refusing"))
     run(EnvsConfig())
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().out
     rows = {row[0]: row[1:] for row in (line.replace("│", " ").split() for line in printed.splitlines()) if row}
     assert rows["synthetic"] == ["8", "nothing", "yes"] and rows["fine"] == ["8", "nothing", "yes"]
     assert rows["refusing"] == ["8", "a", "driver", "no"]
@@ -109,7 +109,7 @@ def test_the_table_has_all_and_their_remarks(
 
 def test_one_environment_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     run(EnvsConfig("synthetic"))
-    printed = capsys.readouterr().err
+    printed = capsys.readouterr().out
     assert "down-left" in printed and "rate: 10 Hz" in printed and "synthetic works on this machine" in printed
     with pytest.raises(UserError, match="did you mean 'synthetic'"):
         run(EnvsConfig("syntetic"))

@@ -10,14 +10,29 @@ import lapa
 PACKAGE = Path(lapa.__file__).parent
 RANKS = {
     **dict.fromkeys(
-        ["types", "errors", "config", "files", "locks", "checksums", "console", "drawing", "hub", "on_import", "web"], 0
+        [
+            "types",
+            "errors",
+            "config",
+            "files",
+            "locks",
+            "checksums",
+            "console",
+            "verdicts",
+            "drawing",
+            "hub",
+            "on_import",
+            "web",
+        ],
+        0,
     ),
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),
     **dict.fromkeys(["released", "baselines", "labelling", "envs"], 3),
     **dict.fromkeys(["evaluation", "serve"], 4),
     **dict.fromkeys(
-        ["api", "automodel", "presets", "subcommand", "demo", "study", "view", "cli", "help", "__main__"], 5
+        ["api", "automodel", "presets", "subcommand", "demo", "study", "view", "cli", "completion", "help", "__main__"],
+        5,
     ),
 }
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

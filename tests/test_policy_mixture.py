@@ -97,8 +97,10 @@ def test_each_dataset_has_statistics_of_its_own_and_a_robot_acts_by_one(two_robo
         with pytest.raises(ValueError, match=r"out: has statistics of several .*--statistics-key: big, small"):
             refused()
     measure.run(replace(measured, statistics_key="small"))
-    assert read_json(measured.out / "measure.json")["action_error"] <= 0.1 * np.abs(wide.all_actions()).max()
-    assert "--statistics-key small" in capsys.readouterr().err
+    figures = read_json(measured.out / "measure.json")
+    assert figures["action_error"] <= 0.1 * np.abs(wide.all_actions()).max()
+    # What to do next: no rollouts with a policy that is bad.
+    assert ("--statistics-key small" in capsys.readouterr().err) == (figures["verdict"]["level"] != "bad")
     with pytest.raises(ValueError, match="needs the cameras top, synthetic has front"):
         evaluate(replace(evaluated, statistics_key="small"))
     with pytest.raises(ValueError, match="unknown --statistics-key 'smal'; did you mean 'small'"):

@@ -14,6 +14,7 @@ import torch
 from lapa import config as configs
 from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
+from lapa.data.sampling import split_episodes
 from lapa.policy import open_loop as measure
 from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
 from lapa.policy.backbones import create_backbone
@@ -21,8 +22,10 @@ from lapa.policy.config import MeasureConfig, TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.open_loop import action_figures, code_figures, measure_actions
 from lapa.policy.runtime import Policy
+from lapa.policy.training import trained_episodes
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
+from lapa.verdicts import judge, of_policy
 
 SPACE = ActionSpace(("right", "gripper"), (False, False), "delta")
 CHUNK = 3
@@ -185,6 +188,43 @@ def test_the_command_measures_what_the_policy_says(square: Dataset, policies: Pa
     assert written["config"]["samples"] == 6 and "token_accuracy" not in written
     with pytest.raises(ValueError, match="--overwrite"):
         measure.run(MeasureConfig(policies / "acting", square.root, tmp_path / "out", device="cpu"))
+
+
+@pytest.mark.parametrize(("share", "level"), [(1.0, "good"), (0.5, "doubtful"), (-1.0, "bad")])
+def test_the_verdict_on_an_actor(square: Dataset, share: float, level: str) -> None:
+    """One that does what was recorded, half of it, and the opposite."""
+    assert judge(of_policy(measure_actions(Scripted(square, share), square, config_for(square)))).level == level
+
+
+def test_episodes_that_were_trained_on_are_left_out(
+    square: Dataset, policies: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    policy = Policy.from_pretrained(policies / "acting", device="cpu")
+    run = {"dataset_fingerprints": [square.fingerprint], "held_out": 0.4, "loop": {"seed": 7}, "policy": None}
+    policy.save_pretrained(tmp_path / "first", run=run)
+    trained = split_episodes(5, 0.4, 7, "train")
+    np.testing.assert_array_equal(trained_episodes(tmp_path / "first", square), trained)
+    assert not len(trained_episodes(policies / "acting", square))
+    # A policy that was finetuned from it on another dataset has seen them too.
+    later = {**run, "dataset_fingerprints": ["other"], "policy": str(tmp_path / "first")}
+    policy.save_pretrained(tmp_path / "second", run=later)
+    np.testing.assert_array_equal(trained_episodes(tmp_path / "second", square), trained)
+
+    config = MeasureConfig(tmp_path / "second", square.root, tmp_path / "out", device="cpu")
+    counts = {"others": (2, 0), "trained": (3, 3), "all": (5, 3)}
+    for episodes, expected in counts.items():
+        measure.run(replace(config, episodes=episodes, overwrite=True))
+        written = json.loads((tmp_path / "out" / "measure.json").read_text())
+        assert (written["num_episodes"], written["num_trained_episodes"]) == expected
+        assert (written["num_steps"], len(written["dimensions"])) == (8 * expected[0], 2)
+        seen = f"it was trained on {expected[1]} of the {expected[0]} episodes" in written["verdict"]["reasons"]
+        assert seen == (episodes != "others")
+    assert "2 of 5 episodes of d, 0 of them trained on; the policy was trained on 3" in capsys.readouterr().out
+    policy.save_pretrained(tmp_path / "first", run={**run, "held_out": 0.0})
+    measure.run(replace(config, overwrite=True))
+    assert "trained on every episode" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="trained on none of its episodes"):
+        measure.run(replace(config, policy=policies / "acting", episodes="trained", overwrite=True))
 
 
 def test_a_pretrained_policy_is_measured_on_labels(

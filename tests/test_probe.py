@@ -1,5 +1,6 @@
 """The probe can fail: it tells a model that knows from one that ignores its codes and from one that cheats."""
 
+import json
 import sys
 import warnings
 from dataclasses import replace
@@ -26,6 +27,7 @@ from lapa.latent.probe import probe
 from lapa.latent.show import EachCode, parse_codes, probe_sheet
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
+from lapa.verdicts import judge, of_latent_actions
 
 DEBUG = LATENT["debug"]
 SIZE, REACH = 32, 8
@@ -179,6 +181,11 @@ def test_a_model_that_passes_the_frame_through_fails_though_it_reconstructs(figu
     assert "information" not in cheat
 
 
+@pytest.mark.parametrize(("model", "level"), [("Oracle", "good"), ("Ignorant", "bad"), ("Cheat", "bad")])
+def test_the_verdict_tells_them_apart(figures: dict[str, dict[str, Any]], model: str, level: str) -> None:
+    assert judge(of_latent_actions(figures[model])).level == level
+
+
 @pytest.mark.parametrize("shift", [(5, 0), (0, -3), (-4, 2)])
 def test_motion_is_what_moves_apart_from_the_camera(shift: tuple[int, int]) -> None:
     pytest.importorskip("cv2", reason="needs lapa-vla[motion]")
@@ -327,7 +334,7 @@ def test_probe_writes_its_figures_and_its_picture(data: Path, lam: Path, tmp_pat
     out = tmp_path / "probe"
     command = ("latent", "probe", lam, "--data", data, "--out", out, "--num-pairs", 64)
     assert lapa(*command) == 0
-    assert "codes used by over 1%" in capsys.readouterr().err
+    assert "codes used by over 1%" in capsys.readouterr().out
     figures = read_json(out / "probe.json")
     assert figures["num_pairs"] == 64
     assert set(figures["action"]["linear"]) == {
@@ -336,6 +343,16 @@ def test_probe_writes_its_figures_and_its_picture(data: Path, lam: Path, tmp_pat
     assert Image.open(out / "grid.png").width == sheet_width(7)
     assert lapa(*command) == 2
     assert "already holds a finished result" in capsys.readouterr().err
+
+
+def test_json_is_all_that_the_probe_prints_to_stdout(data: Path, lam: Path, tmp_path: Path, capsys: Any) -> None:
+    assert lapa("latent", "probe", lam, "--data", data, "--out", tmp_path / "p", "--num-pairs", 32, "--json") == 0
+    printed = capsys.readouterr()
+    figures = json.loads(printed.out)
+    assert figures == read_json(tmp_path / "p" / "probe.json")
+    # An untrained model: no labelling with it is suggested, but another training.
+    assert figures["verdict"]["level"] == "bad"
+    assert "next: lapa latent train" in printed.err and "lapa label" not in printed.err
 
 
 def test_probe_of_a_continuous_model(data: Path, continuous: Path, tmp_path: Path) -> None:
@@ -353,7 +370,7 @@ def test_compare_gives_every_model_the_same_first_frames(
 ) -> None:
     command = ("latent", "compare", lam, continuous, "--data", data, "--out", tmp_path / "out", "--num-pairs", 32)
     assert lapa(*command) == 0
-    assert "fsq" in (told := capsys.readouterr().err)
+    assert "fsq" in (told := capsys.readouterr().out)
     assert "continuous" in told
     models = read_json(tmp_path / "out" / "compare.json")["models"]
     assert set(models) == {"fsq", "continuous"}

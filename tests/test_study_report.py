@@ -300,7 +300,7 @@ def test_the_preset_debug_is_marked_first(tmp_path: Path, capsys: pytest.Capture
     made_up("scratch", preset="debug").save(tmp_path)
     run(ReportConfig((tmp_path,)))
     said = "preset debug: these numbers measure nothing"
-    assert said in capsys.readouterr().err
+    assert said in capsys.readouterr().out
     assert (tmp_path / "report" / "table.md").read_text().splitlines()[2] == f"- {said}"
     text = (tmp_path / "report" / "table.md").read_text()
     assert text.index(said) < text.index("Demonstrations with")

@@ -105,7 +105,7 @@ def _run(command: str, config: Any, options: Mapping[str, Any]) -> None:
 def _verb(command: str) -> cli.Verb:
     verb = cli.find_verb(command.split())
     if verb is None or verb.name != command:
-        raise unknown("command", command, [each.name for each in cli.all_verbs()])
+        raise cli.unknown_command(command)
     return verb
 
 

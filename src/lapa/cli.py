@@ -7,12 +7,15 @@ lapa latent train --help
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import multiprocessing
 import operator
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +23,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lapa import __version__
-from lapa.errors import UserError, out_of_memory, printable, unknown
+from lapa.errors import UserError, out_of_memory, printable
 
 USAGE = """\
 lapa {version}: from videos without action labels to a robot policy (arXiv 2410.11758)
 
-usage: lapa COMMAND [OPTIONS]          lapa COMMAND --help shows a command's options
+usage: lapa COMMAND [OPTIONS]          lapa help COMMAND shows a command's options
 
 {commands}
 start with: lapa demo
@@ -42,6 +45,8 @@ LESS_MEMORY = (
     "lower what the command holds at once (--batch-size, --workers, --decoders, --cache-gib, --size, a smaller model), "
     "or raise the limit (ulimit -v, the job's memory)"
 )
+# Of the list of commands, where there is no terminal.
+WIDTH = 110
 # The preset where none is named.
 PRESET = "tiny"
 
@@ -141,6 +146,8 @@ VERBS = (
          "arms of the study: LAPA, training from scratch, VPT, UniPi and true actions"),
     Verb("study report", "lapa.study.config:ReportConfig", "lapa.study.report:run",
          "the study's table, plots and page"),
+    Verb("completion", "lapa.completion:CompletionConfig", "lapa.completion:run",
+         "a script that completes commands and options in bash or zsh"),
 )
 # fmt: on
 
@@ -204,6 +211,8 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(__version__)
         return 0
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
     verb = find_verb(arguments)
     if verb is None:
         asked_for_help = not arguments or arguments[-1] in ("-h", "--help", "help")
@@ -212,7 +221,7 @@ def _dispatch(arguments: list[str]) -> int:
         known = [v for v in verbs if not group or v.name.split()[0] == group[0]]
         if not known or (not asked_for_help and len(arguments) > 1):
             wanted = " ".join(word for word in arguments[:2] if not word.startswith("-"))
-            raise UserError(f"{unknown('command', wanted, [v.name for v in verbs])}; see `lapa --help`")
+            raise unknown_command(wanted)
         print(usage(known), end="")
         if group == ["data"]:
             from lapa.help import data_help
@@ -230,6 +239,14 @@ def all_verbs() -> list[Verb]:
     from importlib.metadata import entry_points
 
     return [*VERBS, *(entry_point.load() for entry_point in entry_points(group=ENTRY_POINTS))]
+
+
+def unknown_command(wanted: str) -> UserError:
+    """The error for a command that does not exist, with the three nearest."""
+    first, second, third = difflib.get_close_matches(wanted, [verb.name for verb in all_verbs()], n=3, cutoff=0.0)
+    return UserError(
+        f"unknown command {wanted!r}; did you mean {first!r}, {second!r} or {third!r}? `lapa help` lists all commands"
+    )
 
 
 def find_verb(arguments: Sequence[str]) -> Verb | None:
@@ -353,6 +370,12 @@ def preset_name(options: Sequence[str]) -> str:
 
 def usage(verbs: Sequence[Verb] = VERBS) -> str:
     """The help of the whole command, or of one group."""
-    width = max(len(verb.name) for verb in VERBS)
-    commands = "\n".join(f"  {printable(verb.name):<{width}}  {printable(verb.help)}" for verb in verbs)
+    column = max(len(verb.name) for verb in VERBS) + 4
+    width = shutil.get_terminal_size((WIDTH, 24)).columns
+    commands = "\n".join(
+        textwrap.fill(
+            f"  {printable(verb.name):<{column - 2}}{printable(verb.help)}", width, subsequent_indent=" " * column
+        )
+        for verb in verbs
+    )
     return USAGE.format(version=__version__, commands=commands + "\n")

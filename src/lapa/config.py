@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,14 @@ from lapa.errors import UserError, unknown
 from lapa.files import as_path, read_json, write_json
 
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Options of a command that reports figures."""
+
+    json: bool = False
+    """Print the figures as one JSON object, and nothing else, to standard output."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

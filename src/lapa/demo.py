@@ -15,7 +15,8 @@ from typing import Any, Literal
 from rich.table import Table
 
 from lapa import config as configs
-from lapa.console import console, finish, say
+from lapa.config import ReportOptions
+from lapa.console import console, finish, print_results, say
 from lapa.files import claim_output, read_json, write_json
 from lapa.locks import locks_output
 from lapa.subcommand import Stage, run_stage
@@ -30,7 +31,7 @@ ARMS = {"random actions": "random", "from scratch": SCRATCH, "pretrained": "poli
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(ReportOptions):
     """Run every stage, and compare random actions, training without pretraining, and with it."""
 
     out: Path = Path("runs/demo")
@@ -60,7 +61,7 @@ def run(config: DemoConfig) -> None:
     """`lapa demo`. Raises UserError where a demo with other settings is at `out`, and where a stage fails."""
     out = config.out
     claim_output(out, complete=(out / RESULTS).exists(), overwrite=config.overwrite, resume=config.resume)
-    run_only = ("out", "overwrite", "resume")
+    run_only = ("out", "overwrite", "resume", "json")
     settings = {name: value for name, value in configs.to_dict(config).items() if name not in run_only}
     configs.require_same(out / SETTINGS, settings)
     write_json(out / SETTINGS, settings)
@@ -73,7 +74,7 @@ def run(config: DemoConfig) -> None:
             continue
         say(f"$ lapa {' '.join(stage.command)}")
         seconds[stage.title] = run_stage(stage)
-    report(config, seconds)
+    _conclude(config, seconds)
 
 
 def stages(config: DemoConfig) -> list[Stage]:
@@ -118,7 +119,7 @@ def stages(config: DemoConfig) -> list[Stage]:
     return plan
 
 
-def report(config: DemoConfig, seconds: dict[str, float]) -> None:
+def _conclude(config: DemoConfig, seconds: dict[str, float]) -> None:
     """Prints the table, and writes demo.json."""
     path = config.out / RESULTS
     known = read_json(path) if path.exists() else {}
@@ -129,8 +130,9 @@ def report(config: DemoConfig, seconds: dict[str, float]) -> None:
         table.add_row(task, *(_rate(result["tasks"][task]) for result in results.values()))
     table.add_section()
     table.add_row("all tasks", *(_rate(result["overall"]) for result in results.values()))
-    console.print(table)
-    write_json(path, {"config": configs.to_dict(config), "results": results, "seconds": {**before, **seconds}})
+    found = {"config": configs.to_dict(config), "results": results, "seconds": {**before, **seconds}}
+    write_json(path, found)
+    print_results(found, table, as_json=config.json)
     finish(
         "the demo's table",
         path,

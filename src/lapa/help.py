@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-COMMON = ("preset", "steps", "batch_size", "lr", "seed", "device", "overwrite", "resume")
+COMMON = ("preset", "steps", "batch_size", "lr", "seed", "device", "overwrite", "resume", "json")
 # Headings of the options of a nested config, by its field, where the field's name is not enough.
 HEADINGS = {"loop": "Training loop", "optim": "Optimiser", "tiny": "Model, for --backbone tiny", "flow": "Flow head"}
 METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}

@@ -14,6 +14,8 @@ from typing import Any
 from lapa.console import say
 from lapa.errors import UserError
 
+STDERR = 2
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -32,7 +34,8 @@ def run_stage(stage: Stage, hold: Sequence[int] = ()) -> float:
     stage, even where the caller is killed. Raises UserError where the stage fails.
     """
     started = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command], pass_fds=hold)
+    # What a stage reports is progress of the whole, whose own results go to standard output.
+    process = subprocess.Popen([sys.executable, "-m", "lapa", *stage.command], pass_fds=hold, stdout=STDERR)
     stopping = False
 
     def stop(number: int, frame: Any) -> None:

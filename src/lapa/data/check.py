@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from lapa.checksums import read_sums, verify
-from lapa.console import progress, say, warn
+from lapa.console import print_results, progress, warn
 from lapa.data.config import CheckConfig
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import LeRobotDataset
@@ -54,9 +54,17 @@ def run(config: CheckConfig) -> None:
             bar.update(task, advance=1, note=f"{len(damaged)} damaged")
     for error in damaged:
         warn(error)
-    say(
+    print_results(
+        {
+            "dataset": str(dataset.root),
+            "files_compared": len(files),
+            "videos_decoded": len(videos),
+            "episodes_read": len(dataset),
+            "damaged": damaged,
+        },
         f"{dataset.root}: {len(files)} files compared with their SHA-256, {len(videos)} videos decoded, "
-        f"{len(dataset)} episodes read: {len(damaged) or 'nothing'} damaged"
+        f"{len(dataset)} episodes read: {len(damaged) or 'nothing'} damaged",
+        as_json=config.json,
     )
     if damaged:
         named = "; ".join(error.partition(": ")[0] for error in damaged[:MOST_NAMED])

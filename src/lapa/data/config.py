@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lapa.config import ReportOptions
 from lapa.data.source import Reading
 
 # What the datasets' shares of the draws are in proportion to, apart from their weights (lapa.data.sampling).
@@ -53,7 +54,7 @@ class ConvertOptions(Reading):
 
 
 @dataclass(frozen=True)
-class InfoConfig:
+class InfoConfig(ReportOptions):
     """Show the content of a dataset, and draw a contact sheet of it."""
 
     data: Annotated[str, tyro.conf.Positional]
@@ -64,7 +65,7 @@ class InfoConfig:
 
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(ReportOptions):
     """Read every file of a dataset and name the damaged ones; the exit status is 2 where there is one."""
 
     data: Annotated[str, tyro.conf.Positional]

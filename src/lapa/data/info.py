@@ -5,12 +5,13 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from rich.table import Table
 
-from lapa.console import console, finish, say
+from lapa.console import finish, print_results, say
 from lapa.data.config import InfoConfig
 from lapa.data.convert import SAMPLED_FRAMES, report_repeated, sample
 from lapa.data.dataset import ACTION_SPACE, STATE, Dataset, dimension_names
@@ -28,7 +29,7 @@ def run(config: InfoConfig) -> None:
     """`lapa data info`."""
     dataset = open_dataset(config.data)
     dataset.require_files([dataset.camera_name()])
-    console.print(summary(dataset))
+    print_results(facts(dataset), summary(dataset), as_json=config.json)
     _report_repeated(dataset)
     if dataset.coded:
         say("no contact sheet: the dataset holds codes of images, not images")
@@ -45,6 +46,22 @@ def _report_repeated(dataset: Dataset) -> None:
         lengths = {episode: min(SAMPLED_FRAMES, length) for episode, length in enumerate(dataset.lengths.tolist())}
         films = (dataset.frames(episode, range(lengths[episode])) for episode in sample(list(lengths)))
         report_repeated(films, dataset.fps, dataset.fps)
+
+
+def facts(dataset: Dataset) -> dict[str, Any]:
+    """What a dataset holds, for programs."""
+    return {
+        "dataset": str(dataset.root),
+        "episodes": len(dataset),
+        "frames": dataset.num_frames,
+        "fps": dataset.fps,
+        "cameras": {camera: list(dataset.image_shape(camera)) for camera in dataset.cameras},
+        "action": None if dataset.action_space is None else list(dataset.action_space.names),
+        "state_dim": dataset.state_dim,
+        "tasks": dict(Counter(episode.instruction for episode in dataset)),
+        "fingerprint": dataset.fingerprint,
+        "extra": dataset.extra,
+    }
 
 
 def summary(dataset: Dataset) -> Table:

@@ -24,7 +24,7 @@ from lapa.files import atomic_path, read_json
 # Options that may differ between a run and its resume: they change no sample and no update.
 VOLATILE_KEYS = frozenset(
     {
-        "overwrite", "resume", "out", "device", "workers", "stop_after", "log_every", "eval_every",
+        "overwrite", "resume", "json", "out", "device", "workers", "stop_after", "log_every", "eval_every",
         "save_every_steps", "save_every_minutes", "cache_gib", "compile", "gradient_checkpointing", "tracker",
     }
 )  # fmt: skip

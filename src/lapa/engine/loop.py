@@ -50,6 +50,10 @@ from lapa.types import Losses, TrainableModel, TrainingDataset
 Value = TypeVar("Value")
 
 
+def _named(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """metrics: the last evaluation and speed. finished: False where `stop_after` ended the run early."""
@@ -72,6 +76,7 @@ def train(
     prepare: Callable[[nn.Module], None] | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     draw: Callable[[nn.Module], Mapping[str, Image.Image]] | None = None,
+    summary: Callable[[Mapping[str, float]], str] = _named,
 ) -> TrainResult:
     """Trains `model` in place, keeping its state in `out/training`.
 
@@ -84,6 +89,7 @@ def train(
     with `shard` on all of them, with a sharded copy of the model. With `shard`, `model` has the trained weights in the
     main process in the end, on the CPU, and none in the others.
     draw: images for the tracker, by name; called after each evaluation, as `evaluate` is, where there is a tracker.
+    summary: the figures of an evaluation as a line of the log.
     Raises FloatingPointError naming the samples where the loss or its gradient is not finite, UserError where a
     checkpoint does not fit or memory is too small, KeyboardInterrupt after a signal, once the checkpoint is written.
     """
@@ -206,7 +212,9 @@ def train(
                 bar.update(task, completed=step)
                 stopping = processes.any(stop_asked.is_set())
                 if evaluate is not None and step % config.eval_every == 0 and step < last_step and not stopping:
-                    evaluated(step)
+                    bar.update(task, note="validation")
+                    if figures := evaluated(step):
+                        say(f"step {step}, {summary(figures)}")
                     window_started, window_steps = time.monotonic(), 0
                 minutes_up = processes.any(time.monotonic() - saved_at > 60 * config.save_every_minutes)
                 if stopping or minutes_up or step % config.save_every_steps == 0 or step == last_step:

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 import tyro
 from rich.table import Table
 
-from lapa.console import console, progress, say
+from lapa.config import ReportOptions
+from lapa.console import print_results, progress
 from lapa.envs import ENVIRONMENTS, EnvironmentKind, episode_seed, kind_of, make, names
 from lapa.errors import UserError, place_and_reason
 
@@ -28,7 +29,7 @@ REPLY = "lapa envs: "
 
 
 @dataclass(frozen=True)
-class EnvsConfig:
+class EnvsConfig(ReportOptions):
     """Lists environments, and tries them out."""
 
     name: Annotated[str, tyro.conf.Positional] = ""
@@ -39,24 +40,24 @@ def run(config: EnvsConfig) -> None:
     """`lapa envs`: prints a table of all, or what one has. Raises UserError where that one does not work here."""
     if config.name:
         notes = try_out(config.name)
-        _describe(config.name, kind_of(config.name), notes)
+        _describe(config, kind_of(config.name), notes)
         return
     table = Table("environment", "tasks", "needs", "works here")
-    remarks = {}
+    found: dict[str, dict[str, Any]] = {}
     with progress() as bar:
         line = bar.add_task("environments", total=len(names()), note="")
         for name in names():
             bar.update(line, note=name)
             try:
-                works, remarks[name] = "yes", "; ".join(f"{key}: {text}" for key, text in try_out(name).items())
+                works, remark = True, "; ".join(f"{key}: {text}" for key, text in try_out(name).items())
             except UserError as error:
-                works, remarks[name] = "no", str(error)
-            table.add_row(name, *_needs(name), works)
+                works, remark = False, str(error)
+            tasks, needs = _needs(name)
+            found[name] = {"tasks": tasks, "needs": needs, "works": works, "remark": remark}
+            table.add_row(name, tasks, needs, "yes" if works else "no")
             bar.advance(line)
-    console.print(table)
-    for name, remark in remarks.items():
-        if remark:
-            say(f"{name}: {remark}")
+    remarks = [f"{name}: {row['remark']}" for name, row in found.items() if row["remark"]]
+    print_results({"environments": found}, table, *remarks, as_json=config.json)
 
 
 def try_out(name: str) -> Mapping[str, str]:
@@ -120,14 +121,13 @@ def _needs(name: str) -> tuple[str, str]:
         return "?", needs
 
 
-def _describe(name: str, kind: EnvironmentKind, notes: Mapping[str, Any]) -> None:
+def _describe(config: EnvsConfig, kind: EnvironmentKind, notes: Mapping[str, Any]) -> None:
     table = Table("suite", "task", "steps", "initial states", "expert")
     for suite, tasks in kind.suites().items():
         table.add_section()
         for number, task in enumerate(tasks):
             states, expert = str(task.initial_states or "any"), "yes" if task.expert else "no"
             table.add_row("" if number else suite, task.name, str(task.max_steps), states, expert)
-    console.print(table)
     others = {
         "cameras": ", ".join(kind.known_cameras),
         "default": f"{', '.join(kind.cameras)}, {kind.size} pixels",
@@ -136,7 +136,10 @@ def _describe(name: str, kind: EnvironmentKind, notes: Mapping[str, Any]) -> Non
         "rate": f"{kind.fps:g} Hz",
         **notes,
     }
-    for key, text in others.items():
-        say(f"{key}: {text}")
-    source = "" if name in ENVIRONMENTS else " (of another distribution)"
-    say(f"{name}{source} works on this machine")
+    source = "" if config.name in ENVIRONMENTS else " (of another distribution)"
+    lines = [*(f"{key}: {text}" for key, text in others.items()), f"{config.name}{source} works on this machine"]
+    suites = {
+        suite: [{"task": task.name, "steps": task.max_steps, "expert": task.expert} for task in tasks]
+        for suite, tasks in kind.suites().items()
+    }
+    print_results({"environment": config.name, "suites": suites, **others}, table, *lines, as_json=config.json)

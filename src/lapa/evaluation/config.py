@@ -8,11 +8,12 @@ from typing import Annotated
 
 import tyro
 
+from lapa.config import ReportOptions
 from lapa.engine.config import TrackerName
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(ReportOptions):
     """Rolls a policy out and counts its successes."""
 
     policy: Annotated[str, tyro.conf.Positional]

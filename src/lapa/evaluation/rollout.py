@@ -25,7 +25,7 @@ from rich.table import Column, Table
 
 from lapa.checksums import SUMS, Journal, files_below, verify, write_marker
 from lapa.config import require_at_least, require_same, to_dict
-from lapa.console import console, finish, progress, say, warn
+from lapa.console import finish, print_results, progress, say, warn
 from lapa.data.video import encode_clip
 from lapa.drawing import BAD, GOOD, INK, captioned
 from lapa.engine.trackers import Tracker, require_tracker
@@ -60,7 +60,7 @@ def played(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def run(config: EvaluateConfig) -> None:
     """`lapa evaluate`: prints a table and the paths of what was written."""
     report = evaluate(config)
-    console.print(_table(report))
+    print_results(report, _table(report), as_json=config.json)
     if errors := report["overall"].get("errors"):
         warn(f"{errors} episodes ended in an error, and are neither successes nor failures; --resume plays them again")
     if videos := list((config.out / VIDEOS).glob("*.mp4")):
@@ -374,7 +374,16 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
         found = sorted([*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")])
         contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
     # A policy is the same under another path: its fingerprint shows it.
-    volatile = ("out", "workers", "parallel", "tracker", "overwrite", "resume", *(("policy",) if contents else ()))
+    volatile = (
+        "out",
+        "workers",
+        "parallel",
+        "tracker",
+        "overwrite",
+        "resume",
+        "json",
+        *(("policy",) if contents else ()),
+    )
     settings = {name: value for name, value in to_dict(config).items() if name not in volatile}
     return {**settings, "policy_fingerprint": fingerprint(*contents) if contents else None}
 

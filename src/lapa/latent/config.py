@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lapa.config import ReportOptions
 from lapa.data.config import LARGEST_CODE, MixBy
 from lapa.engine.config import LoopConfig
 from lapa.errors import UserError
@@ -145,7 +146,7 @@ class LatentModelConfig:
 
 
 @dataclass(frozen=True)
-class LatentTrainConfig:
+class LatentTrainConfig(ReportOptions):
     """Train a latent action model on one or more datasets. No actions are needed."""
 
     data: tuple[str, ...]
@@ -176,7 +177,7 @@ class LatentTrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
+class MeasureConfig(ReportOptions):
     """Options that `lapa latent probe` and `lapa latent compare` share."""
 
     data: str

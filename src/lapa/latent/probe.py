@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from lapa import config as configs
-from lapa.console import console, finish, say, warn
+from lapa.console import finish, print_results, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, horizon_frames
 from lapa.data.spec import open_dataset
@@ -45,7 +45,9 @@ from lapa.latent.metrics import (
 from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
 from lapa.latent.motion import motion, require_opencv
 from lapa.latent.show import probe_sheet
+from lapa.latent.train import untried, verdict_of
 from lapa.locks import locks_output
+from lapa.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,25 @@ def run(config: ProbeConfig) -> None:
     say(f"{len(sample.frames_BTCHW)} pairs, {apart:.3g} s apart, of {dataset.name}")
     encoded = encode(model, sample.frames_BTCHW)
     figures = probe(model, sample, encoded, config.seed, motions=config.motion)
-    console.print(table_of({"value": figures}, "latent action model"))
     with atomic_path(out / "grid.png") as path:
         probe_sheet(model, sample, encoded, apart).save(path)
+    verdict = verdict_of(figures, model.config)
     context = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
-    write_json(out / "probe.json", {**figures, **context})
-    elsewhere = ["--out", "LABELS"] if dataset.in_place else []
-    next_command = shlex.join(["lapa", "label", "--lam", str(config.lam), "--data", str(config.data), *elsewhere])
-    finish("probe.json and grid.png", out, [next_command] if model.discrete else [])
+    found = {**figures, "verdict": verdict.as_json(), **context}
+    write_json(out / "probe.json", found)
+    print_results(found, table_of({"value": figures}, "latent action model"), str(verdict), as_json=config.json)
+    finish("probe.json and grid.png", out, _next_commands(config, model, verdict, in_place=dataset.in_place))
+
+
+def _next_commands(config: ProbeConfig, model: LatentActionModel, verdict: Verdict, *, in_place: bool) -> list[str]:
+    """Labelling with a good model; a look at a doubtful one, then labelling; for a bad one another training."""
+    lam, data = str(config.lam), str(config.data)
+    if verdict.level == "bad":
+        options = " ".join(untried(model.config)).split()
+        return [shlex.join(["lapa", "latent", "train", "--data", data, *options, "--out", "ANOTHER_LAM"])]
+    look = ["lapa", "view", lam, "--data", data] if model.predicts_pixels and verdict.level == "doubtful" else []
+    label = ["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)] if model.discrete else []
+    return [shlex.join(command) for command in (look, label) if command]
 
 
 @locks_output
@@ -178,10 +191,10 @@ def compare(config: CompareConfig) -> None:
         placed = model.to(pick_device(config.device)).eval()
         figures[name] = probe(placed, sample, seed=config.seed, motions=config.motion)
         model.cpu()
-    console.print(table_of(figures, f"latent action models on {dataset.name}"))
     apart = dict(zip(figures, horizons, strict=True))
     result = {"models": figures, "horizon_seconds": apart, "config": configs.to_dict(config), **versions_and_hardware()}
     write_json(out / "compare.json", result)
+    print_results(result, table_of(figures, f"latent action models on {dataset.name}"), as_json=config.json)
     probes = [shlex.join(["lapa", "latent", "probe", str(lam), "--data", str(config.data)]) for lam in config.lams]
     finish("compare.json", out, probes)
 

@@ -18,23 +18,25 @@ from PIL import Image
 from torch import nn
 
 from lapa import config as configs
-from lapa.console import finish, is_main_process, say, warn
+from lapa.console import finish, is_main_process, print_results, warn
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
-from lapa.files import claim_output, write_json
+from lapa.files import claim_output, read_json, write_json
 from lapa.latent.config import LatentModelConfig, LatentTrainConfig
 from lapa.latent.metrics import Sample, draw_sample, encode, reconstruction_figures, usage_figures
 from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
+from lapa.verdicts import THRESHOLDS, Verdict, judge, of_latent_actions
 
 INITIALISATION_PAIRS = 256
 EVALUATION_PAIRS = 512
-COLLAPSING = 1.5  # perplexity of a position below which its code carries next to no information
-READ, UNREAD = 1.2, 1.05  # error with another pair's latent action, over that with the right one
+METRICS = "metrics.json"
+# Error with another pair's latent action, over that with the right one, from which the decoder reads it.
+READ = 1.2
 SMALLEST_ERROR = 1e-12
 
 
@@ -49,7 +51,7 @@ def run(config: LatentTrainConfig) -> None:
         # Follows from the datasets and options.
         del now["model"]["action_dim"]
         if already_trained(config.out / CONFIG, now, key=None):
-            finish("latent action model, already complete", config.out, _next_commands(config))
+            _conclude(config, read_json(config.out / METRICS), "already complete", datasets[0].in_place)
             return
     if is_main_process():
         claim_output(
@@ -100,12 +102,12 @@ def run(config: LatentTrainConfig) -> None:
         prepare=prepare,
         evaluate=evaluate,
         draw=draw,
+        summary=summary,
     )
     if result.finished and is_main_process():
-        watch.conclude(result.metrics)
-        write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
+        write_json(config.out / METRICS, {**result.metrics, **versions_and_hardware()})
         model.save_pretrained(config.out, {**configs.to_dict(config), **fingerprints, **learned_from(training)})
-        finish("latent action model", config.out, _next_commands(config, datasets[0].in_place))
+        _conclude(config, result.metrics, "", datasets[0].in_place)
 
 
 def pairs_config(config: LatentTrainConfig) -> PairsConfig:
@@ -145,7 +147,7 @@ def evaluation_figures(model: LatentActionModel, sample: Sample) -> dict[str, fl
 
 
 class CollapseWatch:
-    """Warns of a collapsing codebook and of a decoder that ignores the latent action, with options to try.
+    """Warns of a collapsing codebook and of a decoder that no longer reads the latent action, with options to try.
 
     Each warning is printed once per process.
     """
@@ -153,59 +155,78 @@ class CollapseWatch:
     def __init__(self, model: LatentModelConfig):
         self._widest_gap = 0.0
         self._warned: set[str] = set()
-        steady = {
-            "--quantizer fsq": model.quantizer in ("fsq", "continuous"),
-            "--standardize-z": model.standardize_z,
-            "--no-patch-norm": not model.patch_norm,
-            "--predict change": model.predict == "change",
-            "--action-input attend_and_add": model.action_input == "attend_and_add",
-        }
-        untried = [option for option, given in steady.items() if not given]
-        self._advice = f"try {' '.join(untried)}" if untried else "train for longer, or on more videos"
-        augment = "--augment data, " if model.augment == "off" else ""
-        self._advice_of_overfitting = f"try {augment}more videos, or fewer steps"
+        self._advice = advice(model)
 
     def look(self, figures: Mapping[str, float]) -> None:
         """Called after each evaluation. A decoder that does not read codes yet is not warned of."""
         gap = figures["mse_shuffled"] / max(figures["mse"], SMALLEST_ERROR)
         self._widest_gap = max(self._widest_gap, gap)
+        least = THRESHOLDS["perplexity"].bad
         if figures.get("joint_codes_used", 2.0) <= 1:
             self._warn("the codebook has collapsed: every pair has the same latent action")
-        elif figures.get("perplexity", COLLAPSING) < COLLAPSING:
+        elif figures.get("perplexity", least) < least:
             self._warn(f"the codebook is collapsing: perplexity {figures['perplexity']:.2f} a position")
-        elif self._widest_gap > READ > UNREAD > gap:
+        elif self._widest_gap > READ and gap < THRESHOLDS["shuffled_over_own"].bad:
             self._warn("the decoder has stopped reading the latent action: another pair's gives the same error")
 
-    def conclude(self, figures: Mapping[str, float]) -> None:
-        """Called after training: prints the summary, and warns of what it shows."""
-        usage = ""
-        if "codes_used" in figures:
-            usage = f"; {figures['codes_used']:.0%} of the codes used, perplexity {figures['perplexity']:.1f}"
-        say(
-            f"validation split: error {figures['mse']:.5f}, copying the first frame {figures['mse_copy']:.5f}, "
-            f"another pair's latent action {figures['mse_shuffled']:.5f}{usage}"
-        )
-        self.look(figures)
-        if figures["mse_shuffled"] < UNREAD * figures["mse"]:
-            self._warn(
-                "on the validation split, the latent action of another pair gives the same error as the pair's own"
-            )
-        elif figures["mse"] > figures["mse_copy"]:
-            sign = "on the validation split, the prediction is worse than copying the first frame"
-            self._warn(sign, self._advice_of_overfitting)
-
-    def _warn(self, sign: str, advice: str | None = None) -> None:
+    def _warn(self, sign: str) -> None:
         if sign.split(":")[0] not in self._warned:
             self._warned.add(sign.split(":")[0])
-            warn(f"{sign}; {advice or self._advice}")
+            warn(f"{sign}; {self._advice}")
 
 
-def _next_commands(config: LatentTrainConfig, in_place: bool = False) -> list[str]:
-    """in_place: whether the first dataset is read where it lies, so that labels need a folder of their own."""
+def advice(model: LatentModelConfig) -> str:
+    """What to try where a model is not good: the options of the default recipe that it lacks, then augmentation."""
+    return f"try {', '.join([*untried(model), 'more videos'])}"
+
+
+def untried(model: LatentModelConfig) -> list[str]:
+    """Options against collapse and overfitting that a model was not trained with."""
+    given = {
+        "--quantizer fsq": model.quantizer in ("fsq", "continuous"),
+        "--standardize-z": model.standardize_z,
+        "--no-patch-norm": not model.patch_norm,
+        "--predict change": model.predict == "change",
+        "--action-input attend_and_add": model.action_input == "attend_and_add",
+        "--augment data": model.augment != "off",
+    }
+    return [option for option, tried in given.items() if not tried]
+
+
+def summary(figures: Mapping[str, float]) -> str:
+    """The main figures of the validation split as a line."""
+    usage = ""
+    if "codes_used" in figures:
+        usage = f"; {figures['codes_used']:.0%} of the codes used, perplexity {figures['perplexity']:.1f}"
+    return (
+        f"validation split: error {figures['mse']:.5f}, copying the first frame {figures['mse_copy']:.5f}, "
+        f"another pair's latent action {figures['mse_shuffled']:.5f}{usage}"
+    )
+
+
+def verdict_of(figures: Mapping[str, Any], model: LatentModelConfig) -> Verdict:
+    """The verdict on the figures of a probe, with what to try where it is not good."""
+    return judge(of_latent_actions(figures)).advised(advice(model))
+
+
+def _conclude(config: LatentTrainConfig, metrics: Mapping[str, Any], note: str, in_place: bool) -> None:
+    """Reports the figures of the validation split and the verdict on them, and suggests what fits it.
+
+    in_place: whether the first dataset is read where it lies, so that labels need a folder of their own.
+    """
+    verdict = verdict_of({"reconstruction": metrics, "usage": metrics}, config.model)
+    print_results({**metrics, "verdict": verdict.as_json()}, summary(metrics), str(verdict), as_json=config.json)
+    name = f"latent action model{', ' if note else ''}{note}"
+    finish(name, config.out, _next_commands(config, verdict, in_place))
+
+
+def _next_commands(config: LatentTrainConfig, verdict: Verdict, in_place: bool) -> list[str]:
     lam, data = str(config.out), str(config.data[0])
-    label = shlex.join(["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)])
-    return [
-        shlex.join(["lapa", "latent", "probe", lam, "--data", data]),
-        *([] if config.model.targets == "features" else [shlex.join(["lapa", "view", lam, "--data", data])]),
-        *([] if config.model.quantizer == "continuous" else [label]),
+    look = ["lapa", "view", lam, "--data", data]
+    label = ["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)]
+    fitting = [
+        ["lapa", "latent", "probe", lam, "--data", data],
+        *([] if config.model.targets == "features" else [look]),
+        *([label] if verdict.level == "good" and config.model.quantizer != "continuous" else []),
     ]
+    return list(map(shlex.join, fitting))

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lapa import config as configs
+from lapa.config import ReportOptions
 from lapa.data.config import MixBy
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import UserError
@@ -172,7 +173,7 @@ def tiny_loop(steps: int) -> LoopConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TrainingOptions(ReportOptions):
     """Options that `lapa policy pretrain` and `lapa policy finetune` share."""
 
     data: tuple[str, ...]
@@ -277,7 +278,7 @@ class ImportLeRobotConfig:
 
 
 @dataclass(frozen=True)
-class MeasureConfig:
+class MeasureConfig(ReportOptions):
     """Open-loop evaluation of a policy on recorded episodes."""
 
     policy: Annotated[Path, tyro.conf.Positional]
@@ -289,8 +290,11 @@ class MeasureConfig:
     """Folder of measure.json; by default POLICY/measure_DATASET, or measure_DATASET for a policy from the hub."""
     labels: str | None = None
     """Labels of the dataset, to evaluate latent actions; needed for a policy that was only pretrained."""
+    episodes: Literal["others", "trained", "all"] = "others"
+    """Episodes to evaluate: those that the policy was not trained on (of a dataset of which it was trained on every
+    one, all), those that it was trained on, or all."""
     samples: int = 512
-    """Number of steps to evaluate, spread evenly over all episodes."""
+    """Number of steps to evaluate, spread evenly over the episodes."""
     steps: int | None = None
     """Number of actions of each chunk to evaluate, from its start; by default all."""
     cameras: tuple[str, ...] = ()

@@ -18,19 +18,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from lapa.console import finish, say, warn
+from lapa.console import finish, is_main_process, print_results, say, warn
 from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.sampling import require_names
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
 from lapa.errors import UserError, unknown
+from lapa.files import read_json
 from lapa.locks import locks_output
 from lapa.policy.actions import ActionBins, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins, warn_of_ranges
 from lapa.policy.backbones import renew_backbone
 from lapa.policy.config import FinetuneConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.runtime import Policy, read_config, statistics_of
+from lapa.policy.runtime import METRICS, Policy, read_config, statistics_of
 from lapa.policy.training import (
     choose_prompts,
     finished_before,
@@ -41,7 +42,9 @@ from lapa.policy.training import (
     require_same_codes,
     run_config_of,
     slot_cameras,
+    summary,
     train_policy,
+    verdict_of,
 )
 
 STATE_BINS = 256
@@ -54,12 +57,12 @@ def run(config: FinetuneConfig) -> None:
     """`lapa policy finetune`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     datasets = [open_dataset(path) for path in config.data]
     if finished_before(config, run_config_of(config, datasets)):
-        finish("policy, already finetuned", config.out, _next_commands(config, read_config(config.out)))
+        _conclude(config, "policy, already finetuned")
         return
     policy, training, held_out = prepare(config, datasets)
     description = "policy from scratch" if config.from_scratch else "policy"
     if train_policy(policy, training, held_out, config, description=description):
-        finish("policy", config.out, _next_commands(config, policy.config))
+        _conclude(config, "policy")
 
 
 def prepare(config: FinetuneConfig, datasets: Sequence[Dataset]) -> tuple[Policy, EpisodeSteps, EpisodeSteps | None]:
@@ -79,9 +82,19 @@ def prepare(config: FinetuneConfig, datasets: Sequence[Dataset]) -> tuple[Policy
     return _with_actions(config, start, datasets, training, cameras), training, held_out
 
 
-def _next_commands(config: FinetuneConfig, policy: PolicyConfig) -> list[str]:
+def _conclude(config: FinetuneConfig, name: str) -> None:
+    """Reports the figures of the validation split and the verdict on them, and suggests what fits it."""
+    if not is_main_process():
+        return
+    metrics, policy = read_json(config.out / METRICS), read_config(config.out)
+    verdict = verdict_of(metrics)
+    print_results({**metrics, "verdict": verdict.as_json()}, summary(metrics), str(verdict), as_json=config.json)
     key = ["--statistics-key", policy.spaces[0].key] if len(policy.spaces) > 1 else []
-    return [shlex.join(["lapa", "evaluate", str(config.out), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"])]
+    data = str(config.data[0]) if verdict.level == "bad" else "OTHER_EPISODES"
+    measure = ["lapa", "policy", "measure", str(config.out), *key, "--data", data]
+    evaluate = ["lapa", "evaluate", str(config.out), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"]
+    fitting = {"good": [evaluate], "doubtful": [measure, evaluate], "bad": [measure]}
+    finish(name, config.out, list(map(shlex.join, fitting[verdict.level])))
 
 
 def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Policy:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from rich.table import Table
 
 from lapa import config as configs
-from lapa.console import console, finish, progress, say
+from lapa.console import finish, print_results, progress, say, warn
 from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.labels import Labels
 from lapa.data.spec import open_dataset
@@ -35,8 +35,9 @@ from lapa.files import claim_output, errors_about, write_json
 from lapa.locks import locks_output
 from lapa.policy.config import MeasureConfig
 from lapa.policy.runtime import Actor, Policy, load_actor, load_policy, policy_folder
-from lapa.policy.training import require_same_codes, slot_cameras
+from lapa.policy.training import require_same_codes, slot_cameras, trained_episodes
 from lapa.types import Observation
+from lapa.verdicts import Verdict, judge, of_policy
 
 MEASURES = "measure.json"
 # A true action has a direction where it is longer than this share of the actions' root mean square.
@@ -51,6 +52,8 @@ def run(config: MeasureConfig) -> None:
     dataset = open_dataset(config.data)
     labels = config.labels and Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
     policy, actor = _load(config, latent=bool(labels))
+    trained = trained_episodes(config.policy, dataset)
+    chosen = _chosen(config, dataset, trained)
     places: list[Place] = []
     if actor is not None:
         check_actor(actor, dataset, config.steps)
@@ -60,7 +63,7 @@ def run(config: MeasureConfig) -> None:
             raise UserError(f"{config.policy}: has no latent actions to compare with --labels; leave out --labels")
         require_same_codes(policy.config, labels.manifest, config.policy)
         slot_cameras(policy.cameras, [dataset], config.cameras)
-        places = _labelled_places(labels, dataset, config)
+        places = _labelled_places(labels, dataset, config, chosen)
     # A policy from the hub has no folder here to write into.
     out = config.out or (config.policy if config.policy.is_dir() else Path()) / f"measure_{dataset.name}"
     claim_output(
@@ -72,19 +75,52 @@ def run(config: MeasureConfig) -> None:
     )
     figures: dict[str, Any] = {}
     if actor is not None:
-        figures |= measure_actions(actor, dataset, config)
+        figures |= measure_actions(actor, dataset, config, chosen)
     if policy is not None and labels:
         figures |= measure_codes(policy, dataset, labels, places, config)
-    console.print(table_of(figures, dataset.name))
-    write_json(out / MEASURES, {**figures, "config": configs.to_dict(config), **versions_and_hardware()})
+    num_seen = len(np.intersect1d(chosen, trained))
+    verdict = _verdict(figures, num_seen, len(chosen))
+    figures |= {"num_episodes": len(chosen), "num_trained_episodes": num_seen, "verdict": verdict.as_json()}
+    found = {**figures, "config": configs.to_dict(config), **versions_and_hardware()}
+    write_json(out / MEASURES, found)
+    scored = (
+        f"{len(chosen)} of {len(dataset)} episodes of {dataset.name}, {num_seen} of them trained on; "
+        f"the policy was trained on {len(trained)}"
+    )
+    print_results(found, table_of(figures, dataset.name), scored, str(verdict), as_json=config.json)
     key = ["--statistics-key", config.statistics_key] if config.statistics_key else []
     words = ["lapa", "evaluate", str(config.policy), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"]
-    finish(MEASURES, out, [] if actor is None else [shlex.join(words)])
+    finish(MEASURES, out, [] if actor is None or verdict.level == "bad" else [shlex.join(words)])
 
 
-def measure_actions(actor: Actor, dataset: Dataset, config: MeasureConfig) -> dict[str, Any]:
-    """Errors of the actor's chunks on recorded steps: the keys of `action_figures`."""
-    places = _spread([np.arange(length) for length in dataset.lengths], config.samples)
+def _chosen(config: MeasureConfig, dataset: Dataset, trained: np.ndarray) -> np.ndarray:
+    """The episodes that `--episodes` names. Raises UserError where the policy was trained on none of them."""
+    every = np.arange(len(dataset))
+    if config.episodes == "trained":
+        if not len(trained):
+            raise UserError(f"{config.data}: {config.policy} was trained on none of its episodes; use --episodes all")
+        return trained
+    others = np.setdiff1d(every, trained)
+    if config.episodes == "others" and not len(others):
+        warn(f"{config.data}: the policy was trained on every episode; give other episodes")
+        return every
+    return every if config.episodes == "all" else others
+
+
+def _verdict(figures: Mapping[str, Any], num_seen: int, num_episodes: int) -> Verdict:
+    verdict = judge(of_policy(figures)).advised("try more episodes, or more steps")
+    return (
+        verdict.at_best_doubtful(f"it was trained on {num_seen} of the {num_episodes} episodes")
+        if num_seen
+        else verdict
+    )
+
+
+def measure_actions(
+    actor: Actor, dataset: Dataset, config: MeasureConfig, episodes: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Errors of the actor's chunks on recorded steps: the keys of `action_figures`. episodes: by default all."""
+    places = _spread(_frames_of([np.arange(length) for length in dataset.lengths], episodes), config.samples)
     cameras = slot_cameras(actor.cameras, [dataset], config.cameras)
     say(f"{len(places)} of {dataset.num_frames} steps of {dataset.name}")
     predicted, true, counted = [], [], []
@@ -257,12 +293,18 @@ def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor 
     return policy, None
 
 
-def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig) -> list[Place]:
+def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig, episodes: np.ndarray) -> list[Place]:
     """The labelled frames to evaluate. Raises UserError where there is none."""
-    places = _spread([labels.codes(episode)[0] for episode in range(len(dataset.lengths))], config.samples)
+    frames = [labels.codes(episode)[0] for episode in range(len(dataset.lengths))]
+    places = _spread(_frames_of(frames, episodes), config.samples)
     if not places:
         raise UserError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
     return places
+
+
+def _frames_of(frames: Sequence[np.ndarray], episodes: np.ndarray | None) -> list[np.ndarray]:
+    """The frames of these episodes, none of the others; episodes: None for all."""
+    return [some if episodes is None or number in episodes else some[:0] for number, some in enumerate(frames)]
 
 
 def _spread(frames: Sequence[np.ndarray], samples: int) -> list[Place]:

@@ -12,15 +12,16 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lapa.console import finish
+from lapa.console import finish, is_main_process, print_results
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Manifest
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
 from lapa.errors import UserError
+from lapa.files import read_json
 from lapa.locks import locks_output
 from lapa.policy.config import PretrainConfig
-from lapa.policy.runtime import Policy
+from lapa.policy.runtime import METRICS, Policy
 from lapa.policy.training import (
     choose_prompts,
     finished_before,
@@ -31,6 +32,7 @@ from lapa.policy.training import (
     require_same_codes,
     run_config_of,
     slot_cameras,
+    summary,
     train_policy,
 )
 
@@ -38,13 +40,11 @@ from lapa.policy.training import (
 @locks_output
 def run(config: PretrainConfig) -> None:
     """`lapa policy pretrain`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
-    start = ["lapa", "policy", "finetune", "--preset", config.preset, "--policy", str(config.out)]
-    next_commands = [shlex.join([*start, "--data", "ROBOT_DATASET", "--out", "POLICY"])]
     datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets)
     lam = labels[0].manifest.lam_fingerprint
     if finished_before(config, run_config_of(config, datasets, lam_fingerprint=lam)):
-        finish("policy, already pretrained", config.out, next_commands)
+        _conclude(config, "policy, already pretrained")
         return
     seed_everything(config.loop.seed)
     policy = _starting_policy(config, datasets, labels[0].manifest)
@@ -52,7 +52,17 @@ def run(config: PretrainConfig) -> None:
     cameras = policy.cameras if config.policy else config.cameras or None
     training, held_out = open_steps(config, datasets, policy.config, cameras, labels=labels)
     if train_policy(policy, training, held_out, config, description="latent policy", lam_fingerprint=lam):
-        finish("pretrained policy", config.out, next_commands)
+        _conclude(config, "pretrained policy")
+
+
+def _conclude(config: PretrainConfig, name: str) -> None:
+    """Reports the figures of the validation split."""
+    if not is_main_process():
+        return
+    metrics = read_json(config.out / METRICS)
+    print_results(metrics, summary(metrics), as_json=config.json)
+    start = ["lapa", "policy", "finetune", "--preset", config.preset, "--policy", str(config.out)]
+    finish(name, config.out, [shlex.join([*start, "--data", "ROBOT_DATASET", "--out", "POLICY"])])
 
 
 def _starting_policy(config: PretrainConfig, datasets: Sequence[Dataset], manifest: Manifest) -> Policy:

@@ -16,23 +16,27 @@ from lapa import config as configs
 from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
+from lapa.data.sampling import split_episodes
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import already_trained
 from lapa.engine.loop import train
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError, unknown
-from lapa.files import claim_output
+from lapa.files import claim_output, read_json
 from lapa.policy.backbones import create_backbone
 from lapa.policy.backbones.hf import native_image_size
 from lapa.policy.config import HF, BackboneConfig, FinetuneConfig, HfConfig, PretrainConfig, TrainingOptions
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
 from lapa.policy.runtime import CONFIG, Policy, is_policy, load_policy, policy_folder
+from lapa.verdicts import Verdict, judge, of_policy
 
 # Validation steps of one evaluation, spread evenly over the validation episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
 LEAST_STEPS = 32
 EVALUATION_BATCH = 64
+# Before the names of the figures that are measured on them.
+HELD_OUT = "held_out_"
 
 
 def new_policy(
@@ -213,6 +217,7 @@ def train_policy(
         description=description,
         resume=options.resume,
         evaluate=evaluate,
+        summary=summary,
     )
     if result.finished and is_main_process():
         policy.model.merge_adapters()
@@ -220,33 +225,71 @@ def train_policy(
     return result.finished
 
 
+def summary(figures: Mapping[str, Any]) -> str:
+    """The figures of the validation split as a line."""
+    named = [
+        f"{name.removeprefix(HELD_OUT).replace('_', ' ')} {value:.4g}"
+        for name, value in figures.items()
+        if name.startswith(HELD_OUT)
+    ]
+    return f"validation split: {', '.join(named) or 'no episode'}"
+
+
+def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
+    """The verdict on the robot actions of the validation split."""
+    error = f"{HELD_OUT}action_error"
+    ends = [name.removeprefix(error) for name in metrics if name.startswith(error)]
+    ratios = [metrics[error + end] / metrics[f"{HELD_OUT}mean_action_error{end}"] for end in ends]
+    if not ratios:
+        return Verdict("doubtful", ("no episode is in the validation split, so nothing was measured on others",))
+    return judge(of_policy({"normalised_error": float(np.mean(ratios))})).advised("try more episodes, or more steps")
+
+
+def trained_episodes(policy: Path, dataset: Dataset) -> np.ndarray:
+    """The episodes of a dataset that a policy was trained on, as far as it and those that it began with record it."""
+    path = policy_folder(policy) / CONFIG
+    written = read_json(path) if path.exists() else {}
+    run = written.get("run") if isinstance(written, dict) else None
+    if not isinstance(run, dict) or "dataset_fingerprints" not in run:
+        return np.arange(0)
+    before = Path(run["policy"]) if run.get("policy") else None
+    own = [
+        split_episodes(len(dataset), run["held_out"], run["loop"]["seed"] + number, "train")
+        for number, fingerprint in enumerate(run["dataset_fingerprints"])
+        if fingerprint == dataset.fingerprint
+    ]
+    earlier = [trained_episodes(before, dataset)] if before is not None and is_policy(before) else []
+    return np.unique(np.concatenate([np.arange(0), *own, *earlier]))
+
+
 def held_out_figures(policy: Policy, steps: EpisodeSteps) -> Callable[[nn.Module], dict[str, float]]:
     """A function that evaluates a model on validation steps.
 
     It returns the loss and its parts given the true tokens before each, and for robot actions `action_error`, the mean
-    absolute difference of the decoded chunk, in the robot's units; for each dataset, as `action_error_NAME`, where each
-    has statistics of its own. The others are means over the datasets, each weighted by its share of the draws.
+    absolute difference of the decoded chunk, in the robot's units, and `mean_action_error`, that of the mean action of
+    these episodes; for each dataset, as `action_error_NAME`, where each has statistics of its own. The others are means
+    over the datasets, each weighted by its share of the draws.
     """
-    parts = [(share, [steps[index] for index in chosen]) for share, chosen in evaluated_steps(steps)]
-    groups = [
-        (share, len(items), items[first : first + EVALUATION_BATCH])
-        for share, items in parts
-        for first in range(0, len(items), EVALUATION_BATCH)
-    ]
-    batches = [policy.collate(group) for _, _, group in groups]
+    groups = []
+    for share, chosen in evaluated_steps(steps):
+        items = [steps[index] for index in chosen]
+        mean_A = None if steps.chunk is None else steps.actions(steps.location(chosen[0])[0]).mean(0)
+        for first in range(0, len(items), EVALUATION_BATCH):
+            groups.append((share, len(items), items[first : first + EVALUATION_BATCH], mean_A))
+    batches = [policy.collate(group) for _, _, group, _ in groups]
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, LatentPolicy)
         device = next(model.parameters()).device
         totals: dict[str, float] = {}
-        for (share, num_items, group), batch in zip(groups, batches, strict=True):
-            figures = _figures(model, policy, group, {name: value.to(device) for name, value in batch.items()})
-            for name, value in figures.items():
-                by_dataset = name == "action_error" and len(policy.statistics) > 1
+        for (share, num_items, group, mean_A), batch in zip(groups, batches, strict=True):
+            placed = {name: value.to(device) for name, value in batch.items()}
+            for name, value in _figures(model, policy, group, placed, mean_A).items():
+                by_dataset = name.endswith("action_error") and len(policy.statistics) > 1
                 key = f"{name}_{group[0]['dataset']}" if by_dataset else name
                 weight = len(group) / num_items * (1.0 if by_dataset else share)
                 totals[key] = totals.get(key, 0.0) + value * weight
-        return {f"held_out_{name}": value for name, value in totals.items()}
+        return {f"{HELD_OUT}{name}": value for name, value in totals.items()}
 
     return evaluate
 
@@ -303,7 +346,11 @@ def open_steps(
 
 
 def _figures(
-    model: LatentPolicy, policy: Policy, items: Sequence[dict[str, Any]], batch: dict[str, Tensor]
+    model: LatentPolicy,
+    policy: Policy,
+    items: Sequence[dict[str, Any]],
+    batch: dict[str, Tensor],
+    mean_A: np.ndarray | None,
 ) -> dict[str, float]:
     losses = model(batch)
     figures = {"loss": float(losses.loss), **{name: float(value) for name, value in losses.parts.items()}}
@@ -311,5 +358,6 @@ def _figures(
         decoded_BKA = policy.decode(model.predict_actions(batch).cpu().numpy(), [item["dataset"] for item in items])
         true_BKA = np.stack([item["actions_KA"] for item in items])
         counted_BK = np.stack([item["action_mask_K"] for item in items])
-        figures["action_error"] = float(np.abs(decoded_BKA - true_BKA).mean(-1)[counted_BK].mean())
+        for name, said_BKA in (("action_error", decoded_BKA), ("mean_action_error", mean_A)):
+            figures[name] = float(np.abs(said_BKA - true_BKA).mean(-1)[counted_BK].mean())
     return figures

@@ -35,14 +35,11 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text. A row starts a new part of the table where its first cell differs from the one above."""
+    """Cells of text."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-
-    def starts_part(self, number: int) -> bool:
-        return number > 0 and self.rows[number][0] != self.rows[number - 1][0]
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ def _markdown(block: Heading | Paragraph | Bullets | Table) -> str:
 def rich_table(table: Table) -> RichTable:
     """Returns the table for the terminal."""
     rich = RichTable(*table.header, title=table.title)
-    for number, row in enumerate(table.rows):
-        if table.starts_part(number):
-            rich.add_section()
+    for row in table.rows:
         rich.add_row(*row)
     return rich

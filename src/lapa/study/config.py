@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from lapa.config import ReportOptions
 from lapa.errors import unknown
 from lapa.study.results import ARMS, Arm, Split
 
@@ -31,7 +32,7 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(ReportOptions):
     """Report a study: a page, tables, plots and intervals."""
 
     studies: tyro.conf.Positional[tuple[Path, ...]]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapa.console import console, finish, say
+from lapa.console import finish, print_results
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json, write_text
 from lapa.locks import locks_output
@@ -27,10 +27,10 @@ from lapa.study.blocks import Block, Bullets, Figure, Heading, Paragraph, Table,
 from lapa.study.config import ReportConfig
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results
 from lapa.study.statistics import LEAST_GOALS, NUM_DRAWS, TOO_FEW, TRAININGS, Estimate, Gap, Group, by_wording, compare
+from lapa.verdicts import LEAST_SEEDS, LEVELS, Level, Verdict
 
 MARKDOWN, REPORT = "table.md", "report.json"
 TITLE = "Does latent pretraining pay?"
-WHOLE_SEEDS = 3  # seeds of each arm in a whole study; fewer are written after a difference
 MAX_VALUES = 4  # of one setting that are shown
 
 QUESTION = (
@@ -90,16 +90,35 @@ def run(config: ReportConfig) -> None:
         out, complete=(out / REPORT).exists(), overwrite=config.overwrite, resumable=False, inputs=config.studies
     )
     blocks = content(found, draw(found, out))
+    verdict = verdict_of(found.groups)
+    figures = {**as_json(found), "verdict": verdict.as_json()}
     write_text(out / MARKDOWN, markdown(TITLE, blocks))
-    write_json(out / REPORT, as_json(found))
-    for line in cautions(found.results):
-        say(line)
-    console.print(rich_table(main_table(found.groups)))
-    for line in comparisons(found.groups):
-        say(line)
+    write_json(out / REPORT, figures)
+    tables = map(rich_table, map(short_table, found.groups))
+    lines = [*comparisons(found.groups), str(verdict)]
+    print_results(figures, *cautions(found.results), *tables, *lines, as_json=config.json)
     first, *others = map(str, config.studies)
     page = shlex.join(["lapa", "view", first, *(["--compare", *others] if others else [])])
     finish(f"{MARKDOWN}, {REPORT} and plots", out, [page])
+
+
+def verdict_of(groups: Sequence[Group]) -> Verdict:
+    """Whether latent pretraining pays: good where LAPA is above scratch in every group, of LEAST_SEEDS seeds or more.
+
+    Bad where it is below scratch in one, doubtful otherwise.
+    """
+    differences = [(group, group.cells["lapa"].versus.get("scratch")) for group in groups if "lapa" in group.cells]
+    known = {group.name: difference for group, difference in differences if difference is not None}
+    if not known:
+        return Verdict("doubtful", ("no group has both lapa and scratch",))
+    levels: dict[str, Level] = {
+        name: "bad" if each.sign < 0 else "good" if each.sign > 0 and each.num_seeds >= LEAST_SEEDS else "doubtful"
+        for name, each in known.items()
+    }
+    worst = max(levels.values(), key=LEVELS.index)
+    reasons = [f"{name}: {comparison('lapa', 'scratch', known[name])}" for name in known if levels[name] == worst]
+    few = min(each.num_seeds for each in known.values()) < LEAST_SEEDS
+    return Verdict(worst, (*reasons, *([f"fewer than {LEAST_SEEDS} seeds"] if few else [])))
 
 
 def findings(results: Sequence[ArmResult]) -> Findings:
@@ -270,6 +289,15 @@ def main_table(groups: Sequence[Group]) -> Table:
     return Table("Success of each arm, with 95% intervals", (*header, "gap recovered", "mean rank"), tuple(rows))
 
 
+def short_table(group: Group) -> Table:
+    """The part of the main table that is shown in a terminal: it fits into 80 columns."""
+    rows = [
+        (arm, _percent(cell.success), _difference(cell.versus.get("scratch")), gap_text(cell.gap))
+        for arm, cell in group.cells.items()
+    ]
+    return Table(group.name, ("arm", "success, %", "minus scratch, points", "gap recovered"), tuple(rows))
+
+
 def wording_table(heard: Sequence[Group], unheard: Sequence[Group]) -> Table:
     """Success on the goals whose wording the labelled episodes contain, and on the others."""
     both = [{f"{each.split}, {each.demonstrations}": each.cells for each in groups} for groups in (heard, unheard)]
@@ -340,7 +368,7 @@ def _difference(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
     seeds = f" ({estimate.num_seeds} seed{'s' if estimate.num_seeds > 1 else ''})"
-    return f"{_points(estimate.value):+.1f} {_interval(estimate)}{seeds if estimate.num_seeds < WHOLE_SEEDS else ''}"
+    return f"{_points(estimate.value):+.1f} {_interval(estimate)}{seeds if estimate.num_seeds < LEAST_SEEDS else ''}"
 
 
 def _percent(estimate: Estimate) -> str:

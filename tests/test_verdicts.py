@@ -1,0 +1,106 @@
+"""Verdicts: each is good, doubtful and bad where it should be, on figures made so, and their thresholds are documented.
+
+Verdicts on models made by hand are tested where those models are: test_probe, test_policy_open_loop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lapa.latent.train import summary, verdict_of
+from lapa.policy.training import verdict_of as verdict_of_policy
+from lapa.presets import LATENT
+from lapa.study.report import verdict_of as verdict_of_study
+from lapa.study.statistics import Cell, Estimate, Group
+from lapa.verdicts import THRESHOLDS, judge, of_policy
+
+METRICS = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+# The validation split of a model that reads its codes.
+SOUND = {"mse": 1.0, "mse_copy": 4.0, "mse_shuffled": 3.0, "codes_used": 1.0, "perplexity": 6.0}
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_between_its_thresholds_a_figure_is_doubtful(name: str) -> None:
+    threshold = THRESHOLDS[name]
+    assert threshold.level(threshold.good) == "good"
+    assert threshold.level(threshold.bad) == "bad"
+    assert threshold.level((threshold.good + threshold.bad) / 2) == "doubtful"
+    beyond = threshold.good - threshold.bad
+    assert threshold.level(threshold.good + beyond) == "good" and threshold.level(threshold.bad - beyond) == "bad"
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_every_threshold_is_documented(name: str) -> None:
+    threshold = THRESHOLDS[name]
+    assert f"| `{name}` | {threshold.good:g} | {threshold.bad:g} |" in METRICS
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "why"),
+    [
+        ({}, "good", "another pair's latent action gives 3.00 times the error"),
+        ({"mse_copy": 1.25}, "doubtful", "the error is 0.80 of that of copying the first frame (good: at most 0.6)"),
+        ({"mse_copy": 0.9}, "bad", "the error is 1.11 of that of copying"),
+        ({"mse_shuffled": 1.3}, "doubtful", "gives 1.30 times the error"),
+        ({"mse_shuffled": 1.0}, "bad", "gives 1.00 times the error"),
+        ({"codes_used": 0.3}, "doubtful", "30% of the codes are used"),
+        ({"perplexity": 1.1}, "bad", "perplexity of 1.1"),
+    ],
+)
+def test_a_latent_action_model(changes: dict[str, float], level: str, why: str) -> None:
+    figures = {**SOUND, **changes}
+    verdict = verdict_of({"reconstruction": figures, "usage": figures}, LATENT["tiny"].model)
+    assert verdict.level == level
+    assert str(verdict).startswith(f"verdict: {level}: ") and why in str(verdict)
+    assert ("try --augment data, more videos" in str(verdict)) == (level != "good")
+    assert f"error {figures['mse']:.5f}" in summary(figures)
+
+
+@pytest.mark.parametrize(("error", "level"), [(0.1, "good"), (0.5, "doubtful"), (1.2, "bad")])
+def test_a_finetuned_policy(error: float, level: str) -> None:
+    one = {"held_out_action_error": error, "held_out_mean_action_error": 1.0, "held_out_loss": 3.0}
+    assert verdict_of_policy(one).level == level
+    # Of several datasets, each in its own units.
+    two = {
+        **{"held_out_action_error_a": 50 * error, "held_out_mean_action_error_a": 50.0},
+        **{"held_out_action_error_b": error, "held_out_mean_action_error_b": 1.0},
+    }
+    assert verdict_of_policy(two).level == level
+
+
+def test_without_a_validation_split_a_policy_is_doubtful() -> None:
+    verdict = verdict_of_policy({"train_loss": 0.1})
+    assert verdict.level == "doubtful" and "no episode is in the validation split" in str(verdict)
+
+
+@pytest.mark.parametrize(("accuracy", "level"), [(0.9, "good"), (0.6, "doubtful"), (0.5, "bad")])
+def test_a_latent_policy(accuracy: float, level: str) -> None:
+    assert judge(of_policy({"token_accuracy": accuracy, "most_frequent_token": 0.5})).level == level
+
+
+def test_what_was_trained_on_is_not_good() -> None:
+    good, bad = judge({"normalised_error": 0.1}), judge({"normalised_error": 1.5})
+    assert good.level == "good" and good.at_best_doubtful("trained on them").level == "doubtful"
+    assert bad.at_best_doubtful("trained on them").level == "bad"
+    assert judge({}).level == "doubtful"
+
+
+def group(*, low: float, high: float, num_seeds: int = 3, demonstrations: int = 2) -> Group:
+    """A group of a study in which LAPA minus scratch has this interval."""
+    difference = Estimate((low + high) / 2, low, high, num_seeds)
+    seeds = tuple(range(num_seeds))
+    lapa = Cell("lapa", seeds, 900, Estimate(0.4, 0.3, 0.5, num_seeds), {}, {"scratch": difference}, None, None)
+    return Group("in-domain", demonstrations, {"lapa": lapa})
+
+
+def test_a_study() -> None:
+    good = verdict_of_study([group(low=0.07, high=0.42)])
+    assert good.level == "good" and "lapa is 24.5 points above scratch" in str(good)
+    doubtful = verdict_of_study([group(low=0.07, high=0.42), group(low=-0.1, high=0.2, demonstrations=5)])
+    assert doubtful.level == "doubtful" and "5 labelled episodes" in str(doubtful)
+    one_seed = verdict_of_study([group(low=0.07, high=0.42, num_seeds=1)])
+    assert one_seed.level == "doubtful" and "fewer than 3 seeds" in str(one_seed)
+    assert verdict_of_study([group(low=-0.3, high=-0.1)]).level == "bad"
+    assert verdict_of_study([]).level == "doubtful"
