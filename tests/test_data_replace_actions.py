@@ -43,7 +43,7 @@ def new_actions(dataset: Dataset, episode: int) -> np.ndarray:
 
 
 def rewritten(dataset: Dataset, out: Path, without: tuple[int, ...] = (), keep_states: bool = True) -> Dataset:
-    claim_rewrite(out, dataset, {"made_by": "a test"}, overwrite=False, resume=False)
+    claim_rewrite(out, [dataset], {"made_by": "a test"}, overwrite=False, resume=False)
     return rewrite_actions(
         dataset,
         out,
@@ -354,7 +354,7 @@ def test_actions_that_do_not_fit_are_refused(
     robot: Dataset, tmp_path: Path, actions: np.ndarray | None, message: str
 ) -> None:
     note = {"made_by": "a test"}
-    claim_rewrite(tmp_path / "new", robot, note, overwrite=False, resume=False)
+    claim_rewrite(tmp_path / "new", [robot], note, overwrite=False, resume=False)
     with pytest.raises(ValueError, match=message):
         rewrite_actions(
             robot, tmp_path / "new", actions=lambda _: actions, action_space=SPACE, keep_states=False, note=note

@@ -94,6 +94,8 @@ VERBS = (
          "made-up videos of a moving square -> a dataset, for trying things out"),
     Verb("data hide-actions", "lapa.data.config:HideActionsConfig", "lapa.data.replace_actions:run",
          "a dataset -> the same videos without actions and states"),
+    Verb("data merge", "lapa.data.config:MergeConfig", "lapa.data.merge:run",
+         "datasets of the same cameras, rate and features -> one, without touching the videos"),
     Verb("data info", "lapa.data.config:InfoConfig", "lapa.data.info:run",
          "what a dataset holds, with a contact sheet"),
     Verb("data check", "lapa.data.config:CheckConfig", "lapa.data.check:run",

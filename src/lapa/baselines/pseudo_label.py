@@ -65,7 +65,9 @@ def run(config: PseudoLabelConfig) -> None:
         finish("dataset with pseudo-labels, already complete", config.out, next_commands)
         return
     _require_pairs(model, dataset, config.inverse)
-    claim_rewrite(config.out, dataset, note, overwrite=config.overwrite, resume=config.resume, inputs=[config.inverse])
+    claim_rewrite(
+        config.out, [dataset], note, overwrite=config.overwrite, resume=config.resume, inputs=[config.inverse]
+    )
     device = pick_device(config.device)
     say(
         f"labelling {dataset.num_frames} frames of {dataset.name} on {device}, "

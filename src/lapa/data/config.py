@@ -1,4 +1,4 @@
-"""Options of the converter, of mixtures of datasets, and of `lapa data info`, `check` and `hide-actions`."""
+"""Options of the converter, of mixtures of datasets, and of `lapa data info`, `check`, `merge` and `hide-actions`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,20 @@ class HideActionsConfig:
 
     data: Annotated[str, tyro.conf.Positional]
     """The dataset's folder."""
+    out: Path
+    """Folder of the dataset to write."""
+    overwrite: bool = False
+    """Replace the contents of `out`."""
+    resume: bool = False
+    """Accept `out` where it is finished; else begin it again."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge datasets of the same cameras, rate and features into one, without touching the videos."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """The datasets' folders, in the order of their episodes."""
     out: Path
     """Folder of the dataset to write."""
     overwrite: bool = False

@@ -57,28 +57,29 @@ def run(config: HideActionsConfig) -> None:
         configs.require_same(config.out / EXTRA, note)
         finish("dataset without actions, already complete", config.out, next_commands)
         return
-    claim_rewrite(config.out, dataset, note, overwrite=config.overwrite, resume=config.resume)
+    claim_rewrite(config.out, [dataset], note, overwrite=config.overwrite, resume=config.resume)
     written = rewrite_actions(dataset, config.out, actions=None, action_space=None, keep_states=False, note=note)
     finish(f"dataset of {len(written)} episodes without actions", config.out, next_commands)
 
 
 def claim_rewrite(
     out: Path,
-    dataset: LeRobotDataset,
+    datasets: Sequence[LeRobotDataset],
     note: Mapping[str, Any],
     *,
     overwrite: bool,
     resume: bool,
     inputs: Sequence[Path] = (),
 ) -> None:
-    """Makes `out` ready for `rewrite_actions` under this note, or raises UserError with the reason.
+    """Makes `out` ready for what is made of datasets under this note, or raises UserError with the reason.
 
     The caller accepts a finished dataset that is to be resumed; an unfinished one is begun again here.
     inputs: further files that the command reads.
     """
-    if out.resolve().is_relative_to(dataset.root.resolve()):
-        raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
-    inputs = [dataset.root, *inputs]
+    for dataset in datasets:
+        if out.resolve().is_relative_to(dataset.root.resolve()):
+            raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
+    inputs = [*(dataset.root for dataset in datasets), *inputs]
     claim_output(out, complete=(out / INFO).exists(), overwrite=overwrite, resume=resume, inputs=inputs)
     journal = inside(out, JOURNAL, written=True)
     if (begun := read_json_lines(journal)) and begun[0] != note:
@@ -120,7 +121,9 @@ def rewrite_actions(
         for (episode, change), camera in product(rows.items(), dataset.cameras):
             kind, span = f"videos/{dataset.camera_key(camera)}", dataset.span_in_video(episode, camera)
             change |= {f"{kind}/from_timestamp": span[0], f"{kind}/to_timestamp": span[1]}
-    videos = _link_videos(dataset, targets, sorted(rows))
+    paths = {dataset.video_path(episode, camera) for episode in rows for camera in dataset.cameras}
+    link_videos({path: targets[path] for path in sorted(paths)})
+    videos = {path.relative_to(dataset.root).as_posix() for path in paths}
     changes = {int(dataset.numbers[episode]): change for episode, change in rows.items()}
     totals = _write_episodes(dataset, targets, changes, list(features))
     with atomic_path(out / TASKS) as temporary:
@@ -229,8 +232,7 @@ def _write_episodes(
     """Writes the tables of episodes, under their old names; returns the statistics of the whole dataset."""
     # Statistics of columns that are gone, or written anew, are not kept.
     gone = tuple(f"stats/{name}/" for name in {*dataset.features, *CHANGED} if name in CHANGED or name not in features)
-    totals = {name: Moments() for name in features}
-    shapes: dict[str, Any] = {}
+    totals = Totals(features)
     for path in episode_files(dataset.root):
         table = read_parquet(path)
         kept = pc.is_in(table["episode_index"], pa.array(list(changes), table["episode_index"].type))
@@ -238,22 +240,38 @@ def _write_episodes(
         for row in table.filter(kept).sort_by("episode_index").to_pylist():
             new = changes[int(row["episode_index"])]
             rows.append({name: value for name, value in row.items() if name in new or not name.startswith(gone)} | new)
-        for row, name in product(rows, features):
-            values = _statistics(row, name)
-            if values is None or shapes.setdefault(name, values["mean"].shape) != values["mean"].shape:
-                totals.pop(name, None)
-            elif name in totals:
-                totals[name].merge({key: value.ravel().tolist() for key, value in values.items()})
+            totals.add(rows[-1])
         if rows:
             write_parquet(targets[path], pa.Table.from_pylist(rows))
-    return {
-        name: {
-            key: value if key == "count" else np.reshape(value, shapes[name]).tolist()
-            for key, value in moments.to_dict().items()
+    return totals.to_dict()
+
+
+class Totals:
+    """Statistics of features of a dataset, merged from those of its episodes; of features that all episodes have."""
+
+    def __init__(self, features: Sequence[str]):
+        self._moments = {name: Moments() for name in features}
+        self._shapes: dict[str, Any] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Adds an episode, by its row in the metadata."""
+        for name in list(self._moments):
+            values = _statistics(row, name)
+            if values is None or self._shapes.setdefault(name, values["mean"].shape) != values["mean"].shape:
+                del self._moments[name]
+            else:
+                self._moments[name].merge({key: value.ravel().tolist() for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns what meta/stats.json holds."""
+        return {
+            name: {
+                key: value if key == "count" else np.reshape(value, self._shapes[name]).tolist()
+                for key, value in moments.to_dict().items()
+            }
+            for name, moments in self._moments.items()
+            if moments.count
         }
-        for name, moments in totals.items()
-        if moments.count
-    }
 
 
 def _statistics(row: Mapping[str, Any], feature: str) -> dict[str, np.ndarray] | None:
@@ -268,13 +286,12 @@ def _statistics(row: Mapping[str, Any], feature: str) -> dict[str, np.ndarray] |
     return values if small and len(shapes) == 1 and count.size == 1 and count.min() >= 1 else None
 
 
-def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes: Sequence[int]) -> set[str]:
-    """Links every video file of the episodes, once; returns their names below the dataset's folder."""
-    paths = {dataset.video_path(episode, camera) for episode in episodes for camera in dataset.cameras}
-    num_copied, root = 0, dataset.root.resolve()
-    for path in sorted(paths):
-        source, target = Path(os.path.realpath(path)), targets[path]
-        if not source.is_relative_to(root):
+def link_videos(targets: Mapping[Path, Path]) -> None:
+    """Links video files of datasets to their places in another one, or copies them where the file system cannot."""
+    num_copied = 0
+    for path, target in targets.items():
+        source = Path(os.path.realpath(path))
+        if source != path.absolute():
             # A link of the hub's cache, or to any file: what is no video is not taken along.
             probe(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -291,5 +308,4 @@ def _link_videos(dataset: LeRobotDataset, targets: Mapping[Path, Path], episodes
         finally:
             # Also after success: a link that replaces one to the same file stays.
             temporary.unlink(missing_ok=True)
-    say(f"videos: {len(paths) - num_copied} files linked, {num_copied} copied")
-    return {path.relative_to(dataset.root).as_posix() for path in paths}
+    say(f"videos: {len(targets) - num_copied} files linked, {num_copied} copied")

@@ -174,7 +174,7 @@ class DatasetWriter:
 
     def video_path(self, camera: str, episode_index: int) -> Path:
         """Returns the mp4 of an episode."""
-        return self.root / VIDEO_PATH.format(video_key=CAMERA_PREFIX + camera, **_place(episode_index))
+        return self.root / VIDEO_PATH.format(video_key=CAMERA_PREFIX + camera, **place(episode_index))
 
     def finish(self) -> LeRobotDataset:
         """Writes the tables, meta/info.json last, and opens the dataset. Raises UserError without an episode."""
@@ -184,7 +184,7 @@ class DatasetWriter:
             raise UserError(f"{self.root}: no episode was written; there is nothing to finish")
         tasks: dict[str, int] = {}
         totals = {name: Moments() for name in (*self._image_keys, *self.widths, *FRAME_COLUMNS)}
-        tables = _Tables(self.root)
+        tables = Tables(self.root)
         num_frames = index = 0
         videos: dict[str, str] = {}
         for index, record in enumerate(self._records()):
@@ -202,7 +202,7 @@ class DatasetWriter:
         if index + 1 != self.num_episodes:
             raise UserError(f"{self._journal.path}: has lost an episode; --overwrite to start anew")
         tables.close()
-        _write_tasks(self.root / TASKS, list(tasks))
+        write_tasks(self.root / TASKS, list(tasks))
         stats = {name: self._shaped(moments.to_dict(), name) for name, moments in totals.items()}
         write_json(self.root / STATS, stats)
         write_json(self.root / EXTRA, self.extra_info)
@@ -345,7 +345,7 @@ class DatasetWriter:
             "source": record["source"],
         }
         for key in self._image_keys:
-            row |= {f"videos/{key}/{name}": number for name, number in _place(episode).items()}
+            row |= {f"videos/{key}/{name}": number for name, number in place(episode).items()}
             row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / self.fps}
         for name, values in stats.items():
             row |= {f"stats/{name}/{statistic}": value for statistic, value in self._shaped(values, name).items()}
@@ -451,7 +451,8 @@ class PixelMoments(Moments):
             yield frame_HWC
 
 
-def _place(number: int) -> dict[str, int]:
+def place(number: int) -> dict[str, int]:
+    """Returns chunk and number in it of a file, under LeRobot's names."""
     return {"chunk_index": number // CHUNK_SIZE, "file_index": number % CHUNK_SIZE}
 
 
@@ -468,7 +469,7 @@ def feature_column(rows_ND: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
 
 
-class _Tables:
+class Tables:
     """The data files and the episodes files, filled in step, each closed when it is full."""
 
     def __init__(self, root: Path):
@@ -490,7 +491,7 @@ class _Tables:
         if len(self.small) >= EPISODES_PER_GROUP:
             self._merge()
         for folder, number in (("data", self.data_file), ("meta/episodes", self.episode_file)):
-            row |= {f"{folder}/{name}": value for name, value in _place(number).items()}
+            row |= {f"{folder}/{name}": value for name, value in place(number).items()}
         self.rows.append(row)
         self.num_rows += len(frames)
 
@@ -506,12 +507,12 @@ class _Tables:
 
     def _write_frames(self) -> None:
         self._merge()
-        self._write(DATA_PATH.format(**_place(self.data_file)), pa.concat_tables(self.frames))
+        self._write(DATA_PATH.format(**place(self.data_file)), pa.concat_tables(self.frames))
         self.frames, self.num_rows = [], 0
         self.data_file += 1
 
     def _write_episodes(self) -> None:
-        self._write(EPISODES_PATH.format(**_place(self.episode_file)), pa.Table.from_pylist(self.rows))
+        self._write(EPISODES_PATH.format(**place(self.episode_file)), pa.Table.from_pylist(self.rows))
         self.rows = []
         self.episode_file += 1
 
@@ -520,7 +521,7 @@ class _Tables:
         self.files.append(name)
 
 
-def _write_tasks(path: Path, tasks: list[str]) -> None:
+def write_tasks(path: Path, tasks: list[str]) -> None:
     """Writes a table that pandas reads with the instructions as its index, as LeRobot's own reader expects."""
     text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
     number = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}

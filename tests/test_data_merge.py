@@ -1,0 +1,136 @@
+"""`lapa data merge`: the same files as if written at once, videos untouched, labels carried, and what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lapa.data.config import MergeConfig
+from lapa.data.dataset import Dataset
+from lapa.data.labels import Labels
+from lapa.data.lerobot import LeRobotDataset
+from lapa.data.merge import merge, run
+from lapa.data.metadata import INFO, JOURNAL
+from lapa.data.spec import open_dataset
+from lapa.data.writer import DatasetWriter
+from lapa.sources.synthetic import write_synthetic_dataset
+from test_data_replace_actions import with_shared_files
+from test_policy_training import write_labels
+
+TEXTS = ("push", "pull", "push", "lift", "pull")
+
+
+def write(root: Path, episodes: range, fps: float = 10, camera: str = "front", **extra: str) -> LeRobotDataset:
+    """Episodes of a made-up source, each with frames and actions of its own."""
+    writer = DatasetWriter(root, fps=fps, cameras={camera: (32, 32)}, action_names=["x", "y"], extra_info=extra)
+    for episode in episodes:
+        random = np.random.default_rng(episode)
+        frames = random.integers(0, 255, (5 + episode, 32, 32, 3), np.uint8)
+        actions = random.normal(size=(len(frames), 2)).astype(np.float32)
+        writer.add_episode({camera: frames}, TEXTS[episode], actions=actions, source=f"clip {episode}")
+    return writer.finish()
+
+
+def merged(out: Path, *datasets: Dataset, **options: bool) -> LeRobotDataset:
+    run(MergeConfig(tuple(str(dataset.root) for dataset in datasets), out, **options))
+    found = open_dataset(out)
+    assert isinstance(found, LeRobotDataset)
+    return found
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_parts_merged_are_the_files_of_the_whole(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", range(5), made_by="a test")
+    parts = [write(tmp_path / f"part{first}", range(first, last)) for first, last in ((0, 2), (2, 3), (3, 5))]
+    (tmp_path / "out").mkdir()
+    merge(parts, tmp_path / "out", whole.extra)
+    assert files(tmp_path / "out") == files(whole.root)
+
+
+def test_videos_are_linked_and_numbers_follow(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(2, 5))
+    there = merged(tmp_path / "out", first, second)
+    assert [e.instruction for e in there] == list(TEXTS) and there.tasks == ("push", "pull", "lift")
+    assert [e.source for e in there] == [f"clip {number}" for number in range(5)]
+    for episode, (dataset, number) in enumerate([(first, 0), (first, 1), (second, 0), (second, 1), (second, 2)]):
+        assert there.video_path(episode).samefile(dataset.video_path(number))
+        assert (there.actions(episode) == dataset.actions(number)).all()
+        assert (there.frames(episode) == dataset.frames(number)).all()
+    assert [note["fingerprint"] for note in there.extra["merged"]] == [first.fingerprint, second.fingerprint]
+    assert merged(tmp_path / "again", there, write(tmp_path / "c", range(1))).lengths.tolist() == [5, 6, 7, 8, 9, 5]
+
+
+@pytest.mark.usefixtures("edited_datasets")
+def test_files_that_episodes_share_stay_shared(tmp_path: Path) -> None:
+    plain = write_synthetic_dataset(tmp_path / "plain", 4, frames=8, size=32, actions=True)
+    shared = with_shared_files(plain, tmp_path / "shared")
+    with pytest.raises(ValueError, match=r"shared: differs from .*plain \(.*next\.reward"):
+        merged(tmp_path / "out", plain, shared)
+    shutil.copytree(shared.root, tmp_path / "other")
+    there = merged(tmp_path / "out", shared, open_dataset(tmp_path / "other"))
+    assert len(list(tmp_path.glob("out/videos/*/*/*.mp4"))) == 2
+    for episode in range(8):
+        assert (there.frames(episode) == shared.frames(episode % 4)).all()
+        assert (there.actions(episode) == plain.actions(episode % 4)).all()
+
+
+def test_labels_are_carried_where_all_have_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    datasets = [write_synthetic_dataset(tmp_path / str(seed), 3, frames=8, size=32, seed=seed) for seed in range(2)]
+    for dataset in datasets:
+        write_labels(dataset.root / "labels" / "lam", dataset)
+    write_labels(datasets[0].root / "labels" / "other", datasets[0])
+    there = merged(tmp_path / "out", *datasets)
+    assert "labels other: not merged" in capsys.readouterr().err
+    found = Labels.open(there.root / "labels" / "lam", dataset_fingerprint=there.fingerprint)
+    for episode in range(6):
+        frames_T, codes_TL = Labels.open(datasets[episode // 3].root / "labels" / "lam").codes(episode % 3)
+        assert (found.codes(episode)[0] == frames_T).all() and (found.codes(episode)[1] == codes_TL).all()
+    assert found.manifest.num_episodes == 6
+    shutil.rmtree(there.root / "labels")
+    merged(tmp_path / "out", *datasets, resume=True)
+    assert (there.root / "labels" / "lam" / "manifest.json").exists()
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", range(1))
+    for name, other in {
+        "fps": write(tmp_path / "fps", range(1, 2), fps=5),
+        "front.*side|side.*front": write(tmp_path / "camera", range(1, 2), camera="side"),
+    }.items():
+        with pytest.raises(ValueError, match=rf"differs from .*a \(.*({name})"):
+            merged(tmp_path / "out", first, other)
+    with pytest.raises(ValueError, match="is one dataset"):
+        merged(tmp_path / "out", first)
+    with pytest.raises(ValueError, match="is named twice"):
+        merged(tmp_path / "out", first, first)
+    second = write(tmp_path / "b", range(1, 2))
+    with pytest.raises(ValueError, match="is or lies inside"):
+        merged(second.root / "out", first, second)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_merge_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = write(tmp_path / "a", range(2)), write(tmp_path / "b", range(2, 5))
+    expected = files(merged(tmp_path / "expected", first, second).root)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lapa.data.merge.write_json", full)
+        with pytest.raises(OSError, match="no space"):
+            merged(tmp_path / "out", first, second)
+    assert (tmp_path / "out" / JOURNAL).exists() and not (tmp_path / "out" / INFO).exists()
+    with pytest.raises(ValueError, match="not empty"):
+        merged(tmp_path / "out", first, second)
+    with pytest.raises(ValueError, match="begun with other settings"):
+        merged(tmp_path / "out", second, first, resume=True)
+    assert files(merged(tmp_path / "out", first, second, resume=True).root) == expected
+    with pytest.raises(ValueError, match="merged"):
+        merged(tmp_path / "out", second, first, resume=True)
