@@ -37,12 +37,13 @@ from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, read_json, write_json
 from lapa.labelling import ray_engine, shards
-from lapa.labelling.config import LabelConfig, RayConfig
+from lapa.labelling.config import LabelConfig
 from lapa.labelling.ray_engine import LabelActor
 from lapa.labelling.run import choose_decoders, run
 from lapa.labelling.shards import Labeller, Shard, make_plan
 from lapa.latent.model import LatentActionModel, lam_fingerprint
 from lapa.presets import LATENT
+from lapa.ray_cluster import RETRIES, RayConfig, pool, rows_of
 from lapa.sources.synthetic import write_synthetic_dataset
 from torchrun import torchrun
 
@@ -605,10 +606,8 @@ class DyingActor(LabelActor):
 
 LISTENS = """
 import psutil
-from pathlib import Path
-from lapa.labelling.config import LabelConfig
-from lapa.labelling.ray_engine import _cluster
-with _cluster(LabelConfig(lam=Path("lam"), data="data", out=Path("out"), engine="ray")) as ray:
+from lapa.ray_cluster import RayConfig, cluster
+with cluster(RayConfig()) as ray:
     ray.get(ray.remote(lambda: 1).remote())
     own = psutil.Process()
     for process in [own, *own.children(recursive=True)]:
@@ -664,7 +663,7 @@ def test_an_actor_counts_how_often_it_was_killed(
 
     with monkeypatch.context() as patch:
         patch.setattr(LabelActor, stage, killed)
-        for _ in range(ray_engine.RETRIES):
+        for _ in range(RETRIES):
             with pytest.raises(Killed):
                 new_actor()(rows)
     monkeypatch.chdir(tmp_path)
@@ -672,7 +671,7 @@ def test_an_actor_counts_how_often_it_was_killed(
     assert [path.name for path in tmp_path.iterdir()] == ["episodes-000002-000003.parquet"]
     with monkeypatch.context() as patch:
         patch.setattr(LabelActor, stage, killed)
-        for _ in range(ray_engine.RETRIES + 1):
+        for _ in range(RETRIES + 1):
             with pytest.raises(Killed):
                 new_actor()(rows)
     assert "was killed 4 times" in new_actor()(rows)["error"][0]
@@ -708,7 +707,7 @@ def test_what_ray_gives_up_on_is_one_line() -> None:
         yield {"episodes": 2}
         raise exceptions.RaySystemError("in a task\n  File x\nRuntimeError: the disk is on fire\nSee the manual of Ray")
 
-    found = ray_engine._rows(SimpleNamespace(exceptions=exceptions), SimpleNamespace(iter_rows=rows))
+    found = rows_of(SimpleNamespace(exceptions=exceptions), SimpleNamespace(iter_rows=rows))
     assert next(found) == {"episodes": 2}
     with pytest.raises(ValueError, match=r"^Ray gave up \(RuntimeError: the disk is on fire\); .*--resume"):
         next(found)
@@ -759,33 +758,22 @@ def test_ray_is_not_needed_unless_asked_for(
 
 def test_workers_that_do_not_fit_the_cluster_are_refused(data: Path, lam: Path, tmp_path: Path) -> None:
     config = options(data, lam, tmp_path / "out", engine="ray", device="auto")
-    pool = ray_engine._pool
-    assert pool(replace(config, ray=RayConfig(num_cpus=0.5)), {"CPU": 2.0}, num_shards=9) == (4, 0.5, 0.0)
-    assert pool(config, {"CPU": 16.0, "GPU": 2.0}, num_shards=9) == (2, 1.0, 1.0)
-    assert pool(replace(config, ray=RayConfig(num_gpus=0.25)), {"CPU": 16.0, "GPU": 2.0}, num_shards=5) == (
-        5,
-        1.0,
-        0.25,
-    )
-    assert pool(replace(config, device="cpu"), {"CPU": 16.0, "GPU": 2.0}, num_shards=3) == (3, 1.0, 0.0)
+    two = {"CPU": 16.0, "GPU": 2.0}
+    assert pool(RayConfig(num_cpus=0.5), "auto", {"CPU": 2.0}, num_shards=9) == (4, 0.5, 0.0)
+    assert pool(RayConfig(), "auto", two, num_shards=9) == (2, 1.0, 1.0)
+    assert pool(RayConfig(num_gpus=0.25), "auto", two, num_shards=5) == (5, 1.0, 0.25)
+    assert pool(RayConfig(), "cpu", two, num_shards=3) == (3, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"3 workers of 1 CPUs each do not fit a cluster that has 2; give fewer"):
-        pool(replace(config, ray=RayConfig(num_workers=3)), {"CPU": 2.0}, num_shards=9)
-    for given, has, message in (
-        ({"device": "cuda"}, {"CPU": 2.0}, r"1 workers of 1 GPUs each .* has 0; give --device cpu"),
-        (
-            {"device": "cpu", "ray": RayConfig(num_gpus=1.0)},
-            {"CPU": 2.0, "GPU": 1.0},
-            "--device cpu and --ray.num-gpus 1 contradict",
-        ),
-        (
-            {"device": "cuda", "ray": RayConfig(num_gpus=0.0)},
-            {"CPU": 2.0, "GPU": 1.0},
-            "--device cuda and --ray.num-gpus 0 contradict",
-        ),
-        ({"device": "gpu"}, {"CPU": 2.0}, "unknown device 'gpu'"),
+        pool(RayConfig(num_workers=3), "auto", {"CPU": 2.0}, num_shards=9)
+    one = {"CPU": 2.0, "GPU": 1.0}
+    for device, given, has, message in (
+        ("cuda", RayConfig(), {"CPU": 2.0}, r"1 workers of 1 GPUs each .* has 0; give --device cpu"),
+        ("cpu", RayConfig(num_gpus=1.0), one, "--device cpu and --ray.num-gpus 1 contradict"),
+        ("cuda", RayConfig(num_gpus=0.0), one, "--device cuda and --ray.num-gpus 0 contradict"),
+        ("gpu", RayConfig(), {"CPU": 2.0}, "unknown device 'gpu'"),
     ):
         with pytest.raises(ValueError, match=message):
-            pool(replace(config, **given), has, num_shards=1)
+            pool(given, device, has, num_shards=1)
     with pytest.raises(ValueError, match="memory of this process"):
         run(replace(config, out="memory://labels"))
 

@@ -9,23 +9,8 @@ import lapa
 
 PACKAGE = Path(lapa.__file__).parent
 RANKS = {
-    **dict.fromkeys(
-        [
-            "types",
-            "errors",
-            "config",
-            "files",
-            "locks",
-            "checksums",
-            "console",
-            "verdicts",
-            "drawing",
-            "hub",
-            "on_import",
-            "web",
-        ],
-        0,
-    ),
+    **dict.fromkeys(["types", "errors", "config", "files", "locks", "checksums", "console", "verdicts", "drawing"], 0),
+    **dict.fromkeys(["hub", "on_import", "web", "ray_cluster"], 0),
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),
     **dict.fromkeys(["released", "baselines", "labelling", "envs"], 3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ import tyro
 
 from lapa.config import ReportOptions
 from lapa.data.source import Reading
+from lapa.ray_cluster import RayConfig
 
 # What the datasets' shares of the draws are in proportion to, apart from their weights (lapa.data.sampling).
 MixBy = Literal["frames", "episodes", "equal"]
@@ -47,6 +48,10 @@ class ConvertOptions(Reading):
     """Leave out, and count, damaged items; otherwise the first one stops the command."""
     workers: int = 0
     """Processes that convert; 0: one for each CPU core."""
+    engine: Literal["local", "ray"] = "local"
+    """local: this machine; ray: the workers of a Ray cluster (lapa-vla[ray]), which must reach the source and `out`,
+    on a disk that they share, under the same names."""
+    ray: RayConfig = field(default_factory=RayConfig)
     overwrite: bool = False
     """Replace the contents of `out`."""
     resume: bool = False

@@ -17,9 +17,10 @@ import shlex
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,7 +111,16 @@ def run(options: ConvertOptions) -> None:
     todo = [item for item in items if item.key not in writer.done_items]
     if len(todo) < len(items):
         say(f"resuming: {len(items) - len(todo)} of {len(items)} items are done")
-    _convert_all(source, todo, writer, cameras, fps, options)
+    # Workers receive their items one by one.
+    light = copy.copy(source)
+    light.items = ()
+    if options.engine == "ray":
+        # Ray takes seconds to import.
+        from lapa.data.convert_ray import convert_with_ray
+
+        convert_with_ray(partial(_convert_apart, light, cameras, fps, options), items, writer, options.ray)
+    else:
+        _convert_all(light, todo, writer, cameras, fps, options)
     for note, count in sorted(writer.notes.items()):
         warn(f"{note}: {count}")
     if not writer.num_episodes:
@@ -224,6 +234,8 @@ def _check_options(options: ConvertOptions) -> None:
         raise UserError(f"--size {options.size}: must be an even number of pixels")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit {options.limit}: must be at least 1")
+    if options.engine == "ray" and options.workers:
+        raise UserError("--workers is for this machine alone; with --engine ray, give --ray.num-workers")
     for name in ("min_seconds", "min_side", "min_motion", "workers"):
         if not getattr(options, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: cannot be below 0")
@@ -294,22 +306,31 @@ def _convert_all(
     cameras: list[str],
     fps: float,
     options: ConvertOptions,
+    tell: Callable[[str], None] = warn,
 ) -> None:
     _remove_incoming(options.out)
     # A new folder for each run: workers of a killed one may continue for a moment.
     incoming = Path(tempfile.mkdtemp(prefix=INCOMING, dir=options.out))
     jobs = ((item, incoming / str(number)) for number, item in enumerate(items))
     num_workers = min(options.workers or os.cpu_count() or 1, len(items))
-    # Workers receive their items one by one.
-    light = copy.copy(source)
-    light.items = ()
-    shared = (light, cameras, fps, options)
+    shared = (source, cameras, fps, options)
     with progress() as bar, Workers(num_workers if num_workers > 1 else 0, shared) as workers:
         task = bar.add_task("converting", total=len(items), note="")
         for number, converted in enumerate(workers.in_order(convert_item, jobs)):
-            _add(source, items[number], converted, writer, options.skip_bad)
+            _add(source, items[number], converted, writer, options.skip_bad, tell)
             bar.advance(task)
     _remove_incoming(options.out)
+
+
+def _convert_apart(
+    source: Source, cameras: list[str], fps: float, options: ConvertOptions, items: Sequence[Item], folder: Path
+) -> list[str]:
+    """Converts items into a folder of their own, as a dataset that is not finished; returns the warnings."""
+    warnings: list[str] = []
+    options = replace(options, out=folder, workers=1, overwrite=False, resume=False)
+    writer = _open_writer(source, items, cameras, fps, options)
+    _convert_all(source, items, writer, cameras, fps, options, warnings.append)
+    return warnings
 
 
 def _remove_incoming(out: Path) -> None:
@@ -317,18 +338,25 @@ def _remove_incoming(out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _add(source: Source, item: Item, converted: ConvertedItem, writer: DatasetWriter, skip_bad: bool) -> None:
+def _add(
+    source: Source,
+    item: Item,
+    converted: ConvertedItem,
+    writer: DatasetWriter,
+    skip_bad: bool,
+    tell: Callable[[str], None],
+) -> None:
     """Adds an item's result to the dataset and its journal. Raises UserError where it is damaged, unless skip_bad."""
     notes = Counter(converted.notes)
     if converted.error is not None:
         if not skip_bad:
             raise UserError(f"{converted.error}; fix or replace it, or give --skip-bad to leave out damaged items")
-        warn(f"left out: {converted.error}")
+        tell(f"left out: {converted.error}")
         notes[DAMAGED] += 1
     if converted.lost:
         kept = sum(episode["length"] for episode in converted.episodes)
         damage = converted.damage or source.file_of(item)
-        warn(f"{damage}: damaged; {kept} frames kept, {converted.lost} lost")
+        tell(f"{damage}: damaged; {kept} frames kept, {converted.lost} lost")
         notes.update({KEPT: 1, LOST: converted.lost})
     for episode in converted.episodes:
         # An item that a kill interrupted between two of its episodes is converted again.

@@ -8,9 +8,11 @@ readable. Memory does not grow with the number of frames.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ class DatasetWriter:
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
     resume: continue after the last whole episode of a writer with the same settings. `done_sources` are the sources of
         its episodes, `done_items` the items that are closed, and `notes` what was counted of them. Where `root` holds a
-        finished dataset of these settings, `finished` is set, and `finish` opens it.
+        finished dataset of these settings, `finished` is set, and `finish` opens it. `identity` is a hash of these.
     Raises UserError where `root` was begun with other settings, or holds a finished dataset and is not to be resumed.
     """
 
@@ -157,6 +159,29 @@ class DatasetWriter:
             Path(path).replace(target)
         return self._add(length, rows, pixel_stats, instruction, source)
 
+    def add_unfinished(self, root: Path) -> None:
+        """Adds, in order, what another writer has written in `root` and not finished; its videos are moved.
+
+        Where this was interrupted, it goes on: sources and items that are there are left out.
+        """
+        lines = iter(Journal(root / JOURNAL))
+        next(lines, None)
+        number = 0
+        for record in lines:
+            if "item" in record:
+                if record["item"] not in self.done_items:
+                    self.close_item(record["item"], record["notes"])
+                continue
+            name, number = partial(self._video_name, number=number), number + 1
+            if record["source"] in self.done_sources:
+                continue
+            for camera in self.cameras:
+                path, target = root / name(camera), self.video_path(camera, self.num_episodes)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if path.exists() or not target.exists():
+                    path.replace(target)
+            self._write_record(record)
+
     def close_item(self, item: str, notes: Mapping[str, int] | None = None) -> None:
         """Records that all episodes of `item` have been added or left out.
 
@@ -174,7 +199,10 @@ class DatasetWriter:
 
     def video_path(self, camera: str, episode_index: int) -> Path:
         """Returns the mp4 of an episode."""
-        return self.root / VIDEO_PATH.format(video_key=CAMERA_PREFIX + camera, **place(episode_index))
+        return self.root / self._video_name(camera, episode_index)
+
+    def _video_name(self, camera: str, number: int) -> str:
+        return VIDEO_PATH.format(video_key=CAMERA_PREFIX + camera, **place(number))
 
     def finish(self) -> LeRobotDataset:
         """Writes the tables, meta/info.json last, and opens the dataset. Raises UserError without an episode."""
@@ -221,6 +249,7 @@ class DatasetWriter:
             "keyframe_interval": self.keyframe_interval,
             "extra_info": self.extra_info,
         }
+        self.identity = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
         if (self.root / INFO).exists():
             if not resume:
                 raise UserError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
@@ -279,9 +308,13 @@ class DatasetWriter:
         stats |= {name: moments_of(values) for name, values in rows.items()}
         videos = {camera: sha256(self.video_path(camera, self.num_episodes)) for camera in self.cameras}
         record = {"source": source, "instruction": instruction, "length": length, "stats": stats, "videos": videos}
-        self._journal.append({**record, **{name: values.tolist() for name, values in rows.items()}}, sync=True)
+        return self._write_record({**record, **{name: values.tolist() for name, values in rows.items()}})
+
+    def _write_record(self, record: Mapping[str, Any]) -> int:
+        """Writes the line of an episode whose videos are in their places, and returns its index."""
+        self._journal.append(record, sync=True)
         self.num_episodes += 1
-        self.done_sources.add(source)
+        self.done_sources.add(record["source"])
         return self.num_episodes - 1
 
     def _name(self, source: str) -> str:

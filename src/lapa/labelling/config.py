@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-
-@dataclass(frozen=True)
-class RayConfig:
-    """Workers of a Ray cluster, for `--engine ray`."""
-
-    address: str | None = None
-    """Address of the cluster, or auto for the one that runs here; by default one is started on this machine."""
-    num_workers: int | None = None
-    """Workers, each with a model; by default as many as there is room for."""
-    num_cpus: float = 1.0
-    """CPU cores of a worker; may be a fraction."""
-    num_gpus: float | None = None
-    """GPUs of a worker; may be a fraction; by default one where the cluster has any."""
+from lapa.ray_cluster import RayConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class LabelConfig:
     engine: Literal["local", "ray"] = "local"
     """local: this machine, one process or those of torchrun; ray: the workers of a Ray cluster (lapa-vla[ray]),
     which must reach the model, the dataset and `out` under the same names."""
-    ray: RayConfig = RayConfig()
+    ray: RayConfig = field(default_factory=RayConfig)
     overwrite: bool = False
     """Replace the contents of `out`."""
     resume: bool = False
