@@ -22,7 +22,7 @@ from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.curves import panels
 from lapa.engine.distributed import pick_device
 from lapa.engine.loop import TrainResult, train
-from lapa.engine.optim import build_optimizer, learning_rate
+from lapa.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from lapa.types import Losses, TrainableModel, TrainingDataset
 from torchrun import torchrun
 
@@ -178,6 +178,8 @@ def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
         run(tmp_path, replace(LOOP, weights="bf16", precision="fp32"))
     with pytest.raises(ValueError, match="--shard does not go with --ema-decay"):
         run(tmp_path, replace(LOOP, shard=True, ema_decay=0.9))
+    with pytest.raises(ValueError, match="--shard does not go with --optimizer muon"):
+        run(tmp_path, replace(LOOP, shard=True, optim=replace(LOOP.optim, optimizer="muon")))
     eight_bits = replace(LOOP.optim, optimizer="adamw8bit")
     with pytest.raises(ValueError, match="--shard does not go with --optimizer adamw8bit and --weights bf16 at once"):
         run(tmp_path, replace(LOOP, shard=True, weights="bf16", optim=eight_bits))
@@ -236,6 +238,35 @@ def test_adamw_in_8_bits_without_torchao_says_how_to_get_it(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ValueError, match=r"--optimizer adamw8bit needs torchao .* pip install"):
         build_optimizer(Slope(), OptimConfig(optimizer="adamw8bit"))
+
+
+def test_muon_learns_all_directions_of_a_matrix_equally_fast_and_resumes(tmp_path: Path) -> None:
+    loop = replace(LOOP, optim=replace(LOOP.optim, optimizer="muon", lr=1e-3))
+
+    def trained(name: str, loop: LoopConfig, **options: Any) -> Wide:
+        torch.manual_seed(0)
+        model = Wide()
+        train(model, Line(), collate, loop, tmp_path / name, run_config={}, description="test", **options)
+        return model
+
+    whole = trained("whole", loop)
+    trained("parts", replace(loop, stop_after=2))
+    assert torch.equal(weights(whole), weights(trained("parts", loop, resume=True)))
+
+    model = Wide()
+    optimizer = build_optimizer(model, loop.optim)
+    set_learning_rate(optimizer, 1e-3)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    changes = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    directions = torch.linalg.svdvals(changes["net.1.weight"]) / 0.02
+    # Five steps of Newton and Schulz bring singular values near one, not to it.
+    assert directions[:-4].min() > 0.5
+    assert directions.max() < 1.5
+    # A first step of AdamW is the learning rate, whatever the gradient.
+    assert changes["net.0.weight"].abs().numpy() == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_gradient_checkpointing_asks_the_model(tmp_path: Path) -> None:

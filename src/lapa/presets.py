@@ -31,6 +31,7 @@ STEADY: dict[str, Any] = {
     "standardize_z": True,
     "predict": "change",
     "action_input": "attend_and_add",
+    "error": "relative",
 }
 QUICK = LoopConfig(
     steps=40, batch_size=16, optim=OptimConfig(lr=2e-3, betas=(0.9, 0.95), warmup_steps=5), device="cpu", log_every=5,
@@ -109,7 +110,8 @@ LATENT = _presets(
                 quant_dim=16, **STEADY,
             ),
             "loop": LoopConfig(
-                steps=1600, batch_size=32, optim=OptimConfig(lr=1e-3, warmup_steps=100), log_every=20, eval_every=200
+                steps=1600, batch_size=32, optim=OptimConfig(lr=1e-3, warmup_steps=100, optimizer="muon"), log_every=20,
+                eval_every=200,
             ),
         },
         "base": {

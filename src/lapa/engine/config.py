@@ -13,7 +13,7 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (https://arxiv.org/abs/1711.05101). Weight decay touches matrices only, never gains and biases."""
+    """AdamW (https://arxiv.org/abs/1711.05101) or Muon. Weight decay touches matrices only, never gains and biases."""
 
     lr: float = 3e-4
     """Peak learning rate."""
@@ -27,8 +27,10 @@ class OptimConfig:
     """Steps in which the learning rate rises to its peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: cosine to a tenth of the peak, or constant."""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit: moments in 8 bits, a quarter of the memory (https://arxiv.org/abs/2110.02861); needs torchao."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit: moments in 8 bits, a quarter of the memory (https://arxiv.org/abs/2110.02861); needs torchao.
+    muon: matrices by Muon at 20 times the learning rate (https://kellerjordan.github.io/posts/muon), the rest by AdamW;
+    for models that are trained from scratch."""
 
 
 @dataclass(frozen=True)

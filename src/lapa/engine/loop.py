@@ -281,6 +281,7 @@ def _require_sense(config: LoopConfig) -> None:
     eight_bits = config.weights == "bf16" and config.optim.optimizer == "adamw8bit"
     excluded = {
         "--weights bf16 does not go with --precision fp32": config.weights == "bf16" and config.precision == "fp32",
+        "--shard does not go with --optimizer muon": config.shard and config.optim.optimizer == "muon",
         "--shard does not go with --ema-decay": config.shard and config.ema_decay is not None,
         "--shard does not go with --optimizer adamw8bit and --weights bf16 at once": config.shard and eight_bits,
     }

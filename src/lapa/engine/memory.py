@@ -20,6 +20,7 @@ from lapa.errors import UserError
 GIB = 2**30
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 # AdamW keeps two moments for each parameter: as wide as the weight, or one byte and a float for every 256 of them.
+# Muon keeps one for matrices, and is counted as AdamW.
 MOMENTS = 2
 MOMENT_8BIT_BYTES = 1 + 4 / 256
 
@@ -28,7 +29,7 @@ def training_bytes(
     num_parameters: int,
     num_trained: int,
     weights: Literal["fp32", "bf16"] = "fp32",
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw",
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw",
     *,
     autocast: bool = False,
     ema: bool = False,

@@ -55,6 +55,9 @@ class LatentModelConfig:
     """Whether the decoder predicts the second frame or its difference from the first."""
     action_input: Literal["attend", "attend_and_add"] = "attend"
     """How the decoder reads the latent action: by cross-attention, or also added to every token."""
+    error: Literal["plain", "relative"] = "plain"
+    """Mean squared error of all pairs, or that of each pair relative to its change, so that few large changes do not
+    own the loss."""
     inputs: Literal["pixels", "features", "both"] = "pixels"
     """Input of the encoder: pixels, or the frozen features of vision_tower."""
     targets: Literal["pixels", "features", "both"] = "pixels"

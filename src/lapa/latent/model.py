@@ -57,6 +57,8 @@ SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*", checksums.SUMS)
 WANTED_FRAMES = "give pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
 SMALLEST_STD = 1e-6
 SMALLEST_SCALE = 1e-12
+# Of the mean change, which is added to each pair's own where errors are relative to it.
+STILL = 0.3
 
 
 @dataclass(frozen=True)
@@ -336,15 +338,28 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
             assert predicted.features_BTHWD is not None
             assert first.features_BTHWD is not None
             assert second.features_BTHWD is not None
-            loss = F.mse_loss(predicted.features_BTHWD.float(), second.features_BTHWD.float())
-            copy = F.mse_loss(first.features_BTHWD, second.features_BTHWD)
-            parts = {"feature_reconstruction": loss.detach(), "feature_copy": copy}
+            error_B = squared_errors(predicted.features_BTHWD.float(), second.features_BTHWD)
+            copy_B = squared_errors(first.features_BTHWD, second.features_BTHWD)
+            parts = {"feature_reconstruction": error_B.mean().detach(), "feature_copy": copy_B.mean()}
+            loss = self._mean_error(error_B, copy_B)
         if self.predicts_pixels:
-            error = F.mse_loss(predicted.pixels_BTCHW.float(), second.pixels_BTCHW)
-            copy = F.mse_loss(first.pixels_BTCHW, second.pixels_BTCHW)
-            parts |= {"reconstruction": error.detach(), "copy": copy}
+            error_B = squared_errors(predicted.pixels_BTCHW.float(), second.pixels_BTCHW)
+            copy_B = squared_errors(first.pixels_BTCHW, second.pixels_BTCHW)
+            parts |= {"reconstruction": error_B.mean().detach(), "copy": copy_B.mean()}
+            error = self._mean_error(error_B, copy_B)
             loss = error if self.config.targets == "pixels" else error + self.config.feature_weight * loss
         return loss, parts
+
+    def _mean_error(self, error_B: Tensor, copy_B: Tensor) -> Tensor:
+        """The mean of the pairs' errors or, relative, of their errors over their own changes, on the scale of errors.
+
+        copy_B: each pair's change, to which a share of the mean change is added: a pair in which nothing moves has only
+        noise to predict.
+        """
+        if self.config.error == "plain":
+            return error_B.mean()
+        mean = mean_everywhere(copy_B.mean()).clamp(min=SMALLEST_SCALE)
+        return (error_B / (copy_B + STILL * mean)).mean() * mean
 
     def save_pretrained(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
         """Writes model.safetensors, the vision tower if any, then config.json: the model's config and `extra`.
@@ -420,6 +435,11 @@ def horizon_for(folder_or_hub_id: str | Path, dataset: Dataset, model: LatentAct
 def _saved_folder(folder_or_hub_id: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder of a saved model, or the hub's copy of it."""
     return hub_folder(folder_or_hub_id, SAVED, marker=CONFIG, revision=revision, token=token)
+
+
+def squared_errors(ours: Tensor, wanted: Tensor) -> Float[Tensor, "B"]:
+    """The mean squared error of each pair; the first axis is the batch."""
+    return (ours - wanted).square().flatten(1).mean(1)
 
 
 def relative_error(ours_BLD: Float[Tensor, "B L D"], wanted_BLD: Float[Tensor, "B L D"]) -> Tensor:
