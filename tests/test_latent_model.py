@@ -93,6 +93,26 @@ def test_evaluation_loss_is_the_error_of_the_reconstruction(model):
     torch.testing.assert_close(model.loss(frames()).loss.detach(), expected)
 
 
+def test_relative_errors_count_small_changes_as_much_as_large_ones():
+    torch.manual_seed(0)
+    plain = LatentActionModel(TINY).eval()
+    torch.nn.init.normal_(plain.to_pixels.project.weight)
+    relative = LatentActionModel(replace(TINY, error="relative")).eval()
+    relative.load_state_dict(plain.state_dict())
+    pairs = frames()
+    # The first pair changes by a tenth of what the others do.
+    pairs[0, 1] = (pairs[0, 0].float() * 0.9 + pairs[0, 1].float() * 0.1).byte()
+    second_BCHW, first_BCHW = pairs[:, 1] / 255, pairs[:, 0] / 255
+    error_B = (reconstruct(plain, pairs) - second_BCHW).square().mean((1, 2, 3))
+    copy_B = (first_BCHW - second_BCHW).square().mean((1, 2, 3))
+    weight_B = copy_B.mean() / (copy_B + 0.3 * copy_B.mean())
+    torch.testing.assert_close(relative.loss(pairs).loss.detach(), (weight_B * error_B).mean())
+    assert weight_B[0] > 3 * weight_B[1]
+    torch.testing.assert_close(relative.loss(pairs).parts["reconstruction"], error_B.mean())
+    # Nothing moves in any pair: no division by zero.
+    assert torch.isfinite(relative.loss(pairs[:, :1].repeat(1, 2, 1, 1, 1)).loss)
+
+
 def test_saved_and_loaded_is_the_same_model(model, tmp_path):
     model.eval().save_pretrained(tmp_path, extra={"pairs": {"horizon": 0.6}})
     again = LatentActionModel.from_pretrained(tmp_path)

@@ -24,7 +24,7 @@ REQUIRED: Any = tyro.MISSING
 
 # Options that keep the codebook in use and make the decoder use the codes (docs/log.md): the brightness of patches is
 # not normalised away, no code of FSQ can die, latents have the scale of the codebook, and the decoder predicts the
-# change, for which it needs the codes.
+# change, for which it needs the codes; a few pairs with large changes do not own the loss.
 STEADY: dict[str, Any] = {
     "patch_norm": False,
     "quantizer": "fsq",
@@ -119,8 +119,8 @@ LATENT = _presets(
                 image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4, heads=6, **STEADY
             ),
             "loop": LoopConfig(
-                steps=50_000, batch_size=256, optim=OptimConfig(lr=3e-4, warmup_steps=1000), log_every=50,
-                eval_every=2000,
+                steps=50_000, batch_size=256, optim=OptimConfig(lr=3e-4, warmup_steps=1000, optimizer="muon"),
+                log_every=50, eval_every=2000,
             ),
         },
         # The published model and recipe, with the fixes of docs/log.md that do not change its mathematics.
