@@ -24,15 +24,15 @@ REQUIRED: Any = tyro.MISSING
 
 # Options that keep the codebook in use and make the decoder use the codes (docs/log.md): the brightness of patches is
 # not normalised away, no code of FSQ can die, latents have the scale of the codebook, and the decoder predicts the
-# change, for which it needs the codes; a few pairs with large changes do not own the loss.
+# change, for which it needs the codes.
 STEADY: dict[str, Any] = {
     "patch_norm": False,
     "quantizer": "fsq",
     "standardize_z": True,
     "predict": "change",
     "action_input": "attend_and_add",
-    "error": "relative",
 }
+
 QUICK = LoopConfig(
     steps=40, batch_size=16, optim=OptimConfig(lr=2e-3, betas=(0.9, 0.95), warmup_steps=5), device="cpu", log_every=5,
     eval_every=20,
@@ -107,7 +107,7 @@ LATENT = _presets(
         "tiny": {
             "model": LatentModelConfig(
                 image_size=64, patch_size=8, dim=64, spatial_depth=2, temporal_depth=2, heads=4, dim_head=16,
-                quant_dim=16, **STEADY,
+                quant_dim=16, error="relative", **STEADY,
             ),
             "loop": LoopConfig(
                 steps=1600, batch_size=32, optim=OptimConfig(lr=1e-3, warmup_steps=100, optimizer="muon"), log_every=20,
@@ -116,7 +116,8 @@ LATENT = _presets(
         },
         "base": {
             "model": LatentModelConfig(
-                image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4, heads=6, **STEADY
+                image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4, heads=6,
+                error="relative", **STEADY,
             ),
             "loop": LoopConfig(
                 steps=50_000, batch_size=256, optim=OptimConfig(lr=3e-4, warmup_steps=1000, optimizer="muon"),

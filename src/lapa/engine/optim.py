@@ -55,8 +55,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__(groups, {})
         matrices = [{**group, RATE: MUON_RATE} for group in _of_kind(groups, matrix=True)]
         others = _of_kind(groups, matrix=False)
-        self._parts = [torch.optim.Muon(matrices, lr=lr)] if matrices else []
-        self._parts += [torch.optim.AdamW(others, lr=lr, betas=betas, fused=True)] if others else []
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(torch.optim.Muon(matrices, lr=lr))
+        if others:
+            self._parts.append(torch.optim.AdamW(others, lr=lr, betas=betas, fused=True))
         self._share_groups()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]

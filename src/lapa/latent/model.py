@@ -409,7 +409,9 @@ def lam_fingerprint(folder_or_hub_id: str | Path) -> str:
     for path in weights:
         if not path.is_file():
             raise UserError(f"{path}: no such file; the model is incomplete, save or copy it again")
-    identity = [*map(files.fingerprint, weights), json.dumps(configs.to_dict(config), sort_keys=True)]
+    # As it was written, so that an option of a later version does not change it.
+    written = files.read_json(folder / CONFIG)["model"]
+    identity = [*map(files.fingerprint, weights), json.dumps(written, sort_keys=True)]
     return hashlib.sha256("".join(identity).encode()).hexdigest()[:16]
 
 
