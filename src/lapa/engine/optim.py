@@ -35,7 +35,7 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
         return _adamw_8bit()(groups, lr=config.lr, betas=config.betas, bf16_stochastic_round=rounds)
     if rounds:
         warn(
-            f"trained weights in bf16 with {config.optimizer}: an update below 1/256 of its weight is lost to rounding; "
+            f"bf16 weights trained by {config.optimizer}: an update below 1/256 of its weight is lost to rounding; "
             "use --optimizer adamw8bit, which rounds at random, or --weights fp32"
         )
     if config.optimizer == "muon":
@@ -46,7 +46,7 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for all other parameters, as one optimiser.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal, so that
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal:
     all its directions are learned equally fast.
     """
 
