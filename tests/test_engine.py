@@ -211,6 +211,14 @@ class Wide(TrainableModel, nn.Module):
     forward = Slope.forward
 
 
+class WithTable(Wide):
+    """With an embedding, which its loss leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 32)
+
+
 @pytest.mark.parametrize(("kept", "shard"), [("fp32", False), ("fp32", True), ("bf16", False)])
 def test_adamw_in_8_bits_trains_as_in_32_and_resumes(tmp_path: Path, kept: str, shard: bool) -> None:
     torchao = pytest.importorskip("torchao.optim")
@@ -253,7 +261,7 @@ def test_muon_learns_all_directions_of_a_matrix_equally_fast_and_resumes(tmp_pat
     trained("parts", replace(loop, stop_after=2))
     assert torch.equal(weights(whole), weights(trained("parts", loop, resume=True)))
 
-    model = Wide()
+    model = WithTable()
     optimizer = build_optimizer(model, loop.optim)
     set_learning_rate(optimizer, 1e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -265,8 +273,9 @@ def test_muon_learns_all_directions_of_a_matrix_equally_fast_and_resumes(tmp_pat
     # Five steps of Newton and Schulz bring singular values near one, not to it.
     assert directions[:-4].min() > 0.5
     assert directions.max() < 1.5
-    # A first step of AdamW is the learning rate, whatever the gradient.
-    assert changes["net.0.weight"].abs().numpy() == pytest.approx(1e-3, rel=1e-2)
+    # A first step of AdamW is the learning rate, whatever the gradient; embeddings are its too.
+    for name in ("net.0.weight", "net.1.bias", "table.weight"):
+        assert changes[name].abs().numpy() == pytest.approx(1e-3, rel=1e-2), name
 
 
 def test_gradient_checkpointing_asks_the_model(tmp_path: Path) -> None:

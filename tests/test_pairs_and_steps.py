@@ -35,6 +35,7 @@ from lapa.latent.config import ProbeConfig
 from lapa.latent.model import LatentActionModel, horizon_for
 from lapa.presets import LATENT
 from lapa.sources.synthetic import moving_squares, write_synthetic_dataset
+from lapa.verdicts import Verdict
 
 
 @pytest.fixture(scope="module")
@@ -570,7 +571,7 @@ def test_a_horizon_of_its_own_goes_before_the_common_one(root: Path) -> None:
 
 
 def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_horizons(
-    root: Path, tmp_path: Path, capsys
+    root: Path, tmp_path: Path
 ) -> None:
     """A dataset folder and a folder of videos, unequal weights, a horizon of its own, still pairs left out."""
     loop = replace(DEBUG.loop, steps=4, batch_size=8)
@@ -594,8 +595,9 @@ def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_hori
     assert horizon_for(config.out, open_dataset(specs(root, ",horizon=0.4")[1]), lam) == 0.4, "the given one"
     probe.run(ProbeConfig(lam=config.out, data=specs(root, "")[1], out=tmp_path / "probe", num_pairs=8, device="cpu"))
     assert read_json(tmp_path / "probe" / "probe.json")["horizon_seconds"] == 0.2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "next: lapa label" in line]
-    words = shlex.split(lines[-1])
+    good = Verdict("good", ())
+    *_, label = training._next_commands(replace(config, data=specs(root, "")[1:]), good, in_place=True)
+    words = shlex.split(label)
     assert words[words.index("--data") + 1] == specs(root, "")[1], "quoted, for a path with a space"
     assert words[-2:] == ["--out", "LABELS"], "labels of a source in place have no folder there"
     unknown = write_synthetic_dataset(tmp_path / "other", episodes=1, frames=3, size=32)

@@ -198,7 +198,7 @@ def test_the_page_fits_a_narrow_window(tab: Browser, policy: Policy) -> None:
         tab.until("!document.getElementById('content').hidden")
         for width in (320, 768, 1600):
             tab.resize(width, 800)
-            assert tab.run("document.documentElement.scrollWidth") <= width
+            tab.until(f"document.documentElement.scrollWidth <= {width}")
 
 
 def test_only_the_script_of_the_page_runs(tab: Browser, policy: Policy) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -247,7 +248,7 @@ def test_a_stopped_run_stops_its_stage(tmp_path: Path, monkeypatch: pytest.Monke
     real = subprocess.Popen
     started: list[subprocess.Popen] = []
 
-    def sleeping(words: list[str], pass_fds: tuple[int, ...]) -> subprocess.Popen:
+    def sleeping(words: list[str], **options: Any) -> subprocess.Popen:
         started.append(real([sys.executable, "-c", "import time; time.sleep(60)"]))
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return started[0]

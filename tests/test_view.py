@@ -577,7 +577,7 @@ def test_the_page_is_as_wide_as_a_phone(tab: Browser, labels: Path, view: str) -
         )
         for width in (320, 390, 768):
             tab.resize(width, 800)
-            assert tab.run("document.documentElement.scrollWidth") <= width
+            tab.until(f"document.documentElement.scrollWidth <= {width}")
 
 
 def test_a_long_list_has_few_elements(tab: Browser, dataset: LeRobotDataset, tmp_path: Path) -> None:

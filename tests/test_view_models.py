@@ -276,7 +276,7 @@ def test_a_person_compares_two_models_on_a_phone(tab: Browser) -> None:
         assert tab.run("active") == 1
         for width in (320, 390, 768):
             tab.resize(width, 800)
-            assert tab.run("document.documentElement.scrollWidth") <= width
+            tab.until(f"document.documentElement.scrollWidth <= {width}")
     assert not tab.complaints
 
 
@@ -455,7 +455,7 @@ def test_a_person_asks_a_policy(tab: Browser, policies: Path, tmp_path: Path) ->
         assert tab.run("document.querySelectorAll('#shots img').length") == 3
         for width in (320, 390, 768):
             tab.resize(width, 800)
-            assert tab.run("document.documentElement.scrollWidth") <= width
+            tab.until(f"document.documentElement.scrollWidth <= {width}")
     assert not tab.complaints
 
 

@@ -439,7 +439,7 @@ def test_a_person_reads_a_study_on_a_phone(tab: Browser, study: Path) -> None:
             tab.until(ready)
             for width in (320, 390, 768):
                 tab.resize(width, 800)
-                assert tab.run("document.documentElement.scrollWidth") <= width
+                tab.until(f"document.documentElement.scrollWidth <= {width}")
     assert not tab.complaints
 
 

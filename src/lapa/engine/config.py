@@ -29,8 +29,8 @@ class OptimConfig:
     """After the warm-up: cosine to a tenth of the peak, or constant."""
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     """adamw8bit: moments in 8 bits, a quarter of the memory (https://arxiv.org/abs/2110.02861); needs torchao.
-    muon: matrices by Muon at 20 times the learning rate (https://kellerjordan.github.io/posts/muon), the rest by AdamW;
-    for models that are trained from scratch."""
+    muon: matrices by Muon at 20 times the learning rate and with its own momentum
+    (https://kellerjordan.github.io/posts/muon), embeddings and all else by AdamW; for training from scratch."""
 
 
 @dataclass(frozen=True)

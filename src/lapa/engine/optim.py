@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from lapa.console import warn
 from lapa.engine.config import OptimConfig
@@ -39,22 +40,26 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
             "use --optimizer adamw8bit, which rounds at random, or --weights fp32"
         )
     if config.optimizer == "muon":
-        return MuonAndAdamW(groups, config.lr, config.betas)
+        return MuonAndAdamW(groups, config.lr, config.betas, _tables(model))
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for all other parameters, as one optimiser.
+    """Muon for matrices, and AdamW for embeddings, vectors and all other parameters, as one optimiser.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal:
-    all its directions are learned equally fast.
+    all its directions are learned equally fast. Unlike there, the matrices of the first and last layers are its too.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]):
-        """groups: with `params` and `weight_decay`, as of `parameter_groups`."""
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], tables: set[int]):
+        """groups: with `params` and `weight_decay`, as of `parameter_groups`. tables: ids of matrices for AdamW."""
         super().__init__(groups, {})
-        matrices = [{**group, RATE: MUON_RATE} for group in _of_kind(groups, matrix=True)]
-        others = _of_kind(groups, matrix=False)
+        matrices = [
+            # Decay is in proportion to the learning rate.
+            {**group, RATE: MUON_RATE, "weight_decay": group["weight_decay"] / MUON_RATE}
+            for group in _of_kind(groups, tables, matrix=True)
+        ]
+        others = _of_kind(groups, tables, matrix=False)
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
             self._parts.append(torch.optim.Muon(matrices, lr=lr))
@@ -78,14 +83,19 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
 
-def _of_kind(groups: list[dict[str, Any]], *, matrix: bool) -> list[dict[str, Any]]:
+def _of_kind(groups: list[dict[str, Any]], tables: set[int], *, matrix: bool) -> list[dict[str, Any]]:
     """The groups with only their parameters that Muon trains, or with the others; without groups that are empty."""
-    chosen = [{**group, "params": [p for p in group["params"] if _is_matrix(p) == matrix]} for group in groups]
+
+    def is_matrix(parameter: torch.Tensor) -> bool:
+        return parameter.ndim == 2 and min(parameter.shape) >= SMALLEST_SIDE and id(parameter) not in tables
+
+    chosen = [{**group, "params": [p for p in group["params"] if is_matrix(p) == matrix]} for group in groups]
     return [group for group in chosen if group["params"]]
 
 
-def _is_matrix(parameter: torch.Tensor) -> bool:
-    return parameter.ndim == 2 and min(parameter.shape) >= SMALLEST_SIDE
+def _tables(model: nn.Module) -> set[int]:
+    """The ids of embeddings: their rows are learned one by one."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def parameter_groups(model: TrainableModel, weight_decay: float) -> list[dict[str, Any]]:
