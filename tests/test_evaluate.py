@@ -566,7 +566,7 @@ class Silent:
 def test_others_go_on_without_a_process_that_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     quick, silent = Silent(0), Silent(3)
     assert _answered([silent, quick]) == [quick]
-    assert "a simulator process is silent for 60 s (up, of the episodes 0)" in capsys.readouterr().err
+    assert "a simulator process is silent for 60 s (up, episodes 0)" in capsys.readouterr().err
     quick.waits = 0
     assert _answered([silent, quick]) == [quick]
     assert silent.waited[-1] == 0.0
@@ -583,6 +583,41 @@ def test_an_environment_in_which_every_episode_raises_ends_the_run(tmp_path: Pat
     assert len((tmp_path / "out" / "episodes.jsonl").read_text().splitlines()) == 2
 
 
+def test_no_evaluation_stops_early_before_an_error_in_every_task(tmp_path: Path, broken: None) -> None:
+    settings = replace(SQUARES, env="broken", actor="expert", num_parallel=1)
+    first, *others = play_episodes(settings, [TaskEpisodes("left", (0, 1, 2)), TaskEpisodes("right", (0,))], None, 1)
+    assert first.error and first.task == "left"
+    # The other task is tried next, and once one episode was played, all are.
+    assert [(each.task, each.episode, bool(each.error)) for each in others] == [
+        ("right", 0, False),
+        ("left", 1, True),
+        ("left", 2, True),
+    ]
+
+
+def test_a_resumed_evaluation_plays_all_episodes_and_keeps_its_report_until_the_next(
+    tmp_path: Path, broken: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    config = EvaluateConfig("expert", out, env="broken", tasks="left", episodes=4, videos=0, workers=1, parallel=1)
+    with pytest.raises(UserError, match="which plays all the others"):
+        evaluate(config)
+    resumed = replace(config, resume=True, json=True)
+    rollout.run(resumed)
+    # What the simulator prints is not among the figures.
+    assert json.loads(capfd.readouterr().out)["overall"]["errors"] == 3
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rollout, "play_episodes", interrupted)
+        evaluate(resumed)
+    assert json.loads((out / "results.json").read_text())["overall"]["errors"] == 3
+    assert evaluate(resumed)["overall"]["errors"] == 3
+    assert (out / "SHA256SUMS").exists()
+
+
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
@@ -593,12 +628,22 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BROKEN = """
+import os
 from dataclasses import replace
 from lapa.envs.synthetic import SYNTHETIC, SquareEnvironment
 
 class Broken(SquareEnvironment):
+    # All episodes of up fail, and the first three of left.
+    def reset(self, seed, episode=0):
+        super().reset(seed, episode)
+        self.fails = self._task == "up" or (self._task == "left" and episode < 3)
+        print("a banner", flush=True)
+        os.system("echo a banner of another language")
+
     def step(self, action):
-        raise KeyError("pixels")
+        if self.fails:
+            raise KeyError("pixels")
+        return super().step(action)
 
 BROKEN = replace(SYNTHETIC, make=Broken, in_process=False)
 """

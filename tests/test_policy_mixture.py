@@ -141,7 +141,7 @@ def test_a_small_dataset_is_looked_at_beside_a_large_one_and_figures_go_by_the_s
 
     @torch.no_grad()
     def figures_of(*specs):
-        return training.held_out_figures(parts, steps_of(*specs))(parts.model)
+        return training.held_out_figures(parts, steps_of(*specs), steps_of(*specs))(parts.model)
 
     monkeypatch.setattr(training, "EVALUATION_STEPS", 6)
     monkeypatch.setattr(training, "LEAST_STEPS", 1)

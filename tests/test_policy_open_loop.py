@@ -15,14 +15,15 @@ from lapa import config as configs
 from lapa.data.dataset import ActionSpace, Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
 from lapa.data.sampling import split_episodes
+from lapa.errors import UserError
 from lapa.policy import open_loop as measure
 from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
 from lapa.policy.backbones import create_backbone
 from lapa.policy.config import MeasureConfig, TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
-from lapa.policy.open_loop import action_figures, code_figures, measure_actions
+from lapa.policy.open_loop import _labelled_places, action_figures, code_figures, measure_actions
 from lapa.policy.runtime import Policy
-from lapa.policy.training import trained_episodes
+from lapa.policy.training import trained_episodes, trainings_of
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
 from lapa.verdicts import judge, of_policy
@@ -203,12 +204,16 @@ def test_episodes_that_were_trained_on_are_left_out(
     run = {"dataset_fingerprints": [square.fingerprint], "held_out": 0.4, "loop": {"seed": 7}, "policy": None}
     policy.save_pretrained(tmp_path / "first", run=run)
     trained = split_episodes(5, 0.4, 7, "train")
-    np.testing.assert_array_equal(trained_episodes(tmp_path / "first", square), trained)
-    assert not len(trained_episodes(policies / "acting", square))
-    # A policy that was finetuned from it on another dataset has seen them too.
-    later = {**run, "dataset_fingerprints": ["other"], "policy": str(tmp_path / "first")}
-    policy.save_pretrained(tmp_path / "second", run=later)
-    np.testing.assert_array_equal(trained_episodes(tmp_path / "second", square), trained)
+    found, all_recorded = trained_episodes(tmp_path / "first", square)
+    np.testing.assert_array_equal(found, trained)
+    assert all_recorded
+    # A policy that was finetuned from it on another dataset has seen them too, wherever the first is now.
+    later = {**run, "dataset_fingerprints": ["other"], "policy": "gone"}
+    record = {"earlier_trainings": trainings_of(tmp_path / "first")}
+    policy.save_pretrained(tmp_path / "second", run={**later, **record})
+    found, all_recorded = trained_episodes(tmp_path / "second", square)
+    np.testing.assert_array_equal(found, trained)
+    assert all_recorded and len(trainings_of(tmp_path / "second")) == 2
 
     config = MeasureConfig(tmp_path / "second", square.root, tmp_path / "out", device="cpu")
     counts = {"others": (2, 0), "trained": (3, 3), "all": (5, 3)}
@@ -221,10 +226,40 @@ def test_episodes_that_were_trained_on_are_left_out(
         assert seen == (episodes != "others")
     assert "2 of 5 episodes of d, 0 of them trained on; the policy was trained on 3" in capsys.readouterr().out
     policy.save_pretrained(tmp_path / "first", run={**run, "held_out": 0.0})
-    measure.run(replace(config, overwrite=True))
+    measure.run(replace(config, policy=tmp_path / "first", overwrite=True))
     assert "trained on every episode" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="trained on none of its episodes"):
+    with pytest.raises(ValueError, match="no record of training on its episodes"):
         measure.run(replace(config, policy=policies / "acting", episodes="trained", overwrite=True))
+
+
+def test_what_is_not_recorded_of_the_training_is_said(
+    square: Dataset, policies: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    policy = Policy.from_pretrained(policies / "acting", device="cpu")
+    run = {"dataset_fingerprints": [square.fingerprint], "held_out": 0.4, "loop": {"seed": 7}}
+    for began, complete in ({"policy": "p"}, False), ({"policy": "p", "from_scratch": True}, True), ({}, True):
+        policy.save_pretrained(tmp_path / "old", run={**run, **began})
+        found, all_recorded = trained_episodes(tmp_path / "old", square)
+        assert (len(found), all_recorded) == (3, complete)
+    assert trainings_of(policies / "acting") == [None]
+    measure.run(MeasureConfig(policies / "acting", square.root, tmp_path / "out", device="cpu"))
+    verdict = json.loads((tmp_path / "out" / "measure.json").read_text())["verdict"]
+    assert verdict["level"] != "good" and "not recorded which episodes it was trained on" in verdict["reasons"]
+    assert "not all of its training is recorded" in capsys.readouterr().out
+    for damage in {"held_out": "x"}, {"loop": None}, {"dataset_fingerprints": 3}, {"earlier_trainings": [{}]}:
+        policy.save_pretrained(tmp_path / "old", run={**run, **damage})
+        with pytest.raises(UserError, match=r"config.json: what it records of its training is damaged"):
+            trained_episodes(tmp_path / "old", square)
+
+
+def test_labels_of_other_episodes_only_are_no_mistake_of_the_labels(
+    square: Dataset, labels: Path, policies: Path, tmp_path: Path
+) -> None:
+    """Episode 1 has no labels."""
+    opened = Labels.open(labels)
+    config = MeasureConfig(policies / "pretrained", square.root, tmp_path / "out", labels=labels, device="cpu")
+    with pytest.raises(UserError, match="that --episodes others chooses; use --episodes all"):
+        _labelled_places(opened, square, config, np.array([1]))
 
 
 def test_a_pretrained_policy_is_measured_on_labels(

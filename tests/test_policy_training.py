@@ -20,6 +20,7 @@ from lapa.files import read_json, write_json
 from lapa.policy import finetune, pretrain
 from lapa.policy.config import FinetuneConfig, FlowConfig, PretrainConfig, TinyConfig
 from lapa.policy.runtime import Policy, load_policy
+from lapa.policy.training import trainings_of
 from lapa.sources.synthetic import DIRECTIONS, write_synthetic_dataset
 from lapa.types import Observation
 from vlms import make_vlm
@@ -131,7 +132,15 @@ def test_finetuning_starts_from_the_pretrained_policy(root, pretrained, finetune
     unrelated = (weights(root / "scratch")[name] - weights(pretrained)[name]).abs().mean()
     assert moved < 0.2 * unrelated, "three small steps from the pretrained weights, and far from fresh ones"
     assert load_policy(root / "scratch").model.config == replace(after.model.config, lam_fingerprint="")
+    scratch, *others = trainings_of(root / "scratch")
+    assert not others and trainings_of(finetuned) == [*trainings_of(pretrained), scratch]
     metrics = read_json(finetuned / "metrics.json")
+    robot = open_dataset(root / "robot")
+    seen, (episode,) = (split_episodes(9, 0.1, 0, split) for split in ("train", "held_out"))
+    mean_A = np.concatenate([robot.actions(number) for number in seen]).mean(0)
+    following_TKA = np.stack([robot.actions(episode), np.roll(robot.actions(episode), -1, axis=0)], axis=1)
+    errors_TK = np.abs(following_TKA - mean_A).mean(-1)
+    assert metrics["held_out_mean_action_error"] == pytest.approx((errors_TK.sum() - errors_TK[-1, 1]) / 19)
     assert {"held_out_action_error", "held_out_token_accuracy", "torch"} <= metrics.keys()
 
 

@@ -70,6 +70,15 @@ def test_a_finetuned_policy(error: float, level: str) -> None:
     assert verdict_of_policy(two).level == level
 
 
+@pytest.mark.parametrize("scale", [{}, {"held_out_mean_action_error": 0.0}])
+def test_an_action_error_without_a_scale_is_not_judged(scale: dict[str, float]) -> None:
+    """Of a version before 0.2, and of actions that never change; of two datasets, the other is judged."""
+    verdict = verdict_of_policy({"held_out_action_error": 0.1, **scale})
+    assert verdict.level == "doubtful" and "nothing was measured that has a threshold" in str(verdict)
+    both = {"held_out_action_error_a": 9.0, "held_out_action_error_b": 0.1, "held_out_mean_action_error_b": 1.0}
+    assert verdict_of_policy(both).level == "good"
+
+
 def test_without_a_validation_split_a_policy_is_doubtful() -> None:
     verdict = verdict_of_policy({"train_loss": 0.1})
     assert verdict.level == "doubtful" and "no episode is in the validation split" in str(verdict)

@@ -100,12 +100,12 @@ def of_latent_actions(figures: Mapping[str, Any]) -> dict[str, float]:
     pixels = actions.get("pixel_difference", {}).get("r2", 0.0)
     found = {
         "perplexity": usage.get("perplexity"),
-        "shuffled_over_own": _ratio(errors["mse_shuffled"], errors["mse"]),
-        "error_over_copying": _ratio(errors["mse"], errors["mse_copy"]),
+        "shuffled_over_own": ratio(errors["mse_shuffled"], errors["mse"]),
+        "error_over_copying": ratio(errors["mse"], errors["mse_copy"]),
         "codes_used": usage.get("codes_used"),
         "donor_share": transfer.get("donor_share"),
-        "same_code_over_chance": _ratio(transfer.get("same_code"), transfer.get("same_code_chance")),
-        "action_over_pixels": _ratio(actions["quantized"]["r2"], pixels) if pixels >= READABLE else None,
+        "same_code_over_chance": ratio(transfer.get("same_code"), transfer.get("same_code_chance")),
+        "action_over_pixels": ratio(actions["quantized"]["r2"], pixels) if pixels >= READABLE else None,
     }
     return {name: float(value) for name, value in found.items() if value is not None}
 
@@ -115,9 +115,10 @@ def of_policy(figures: Mapping[str, Any]) -> dict[str, float]:
     found = {"normalised_error": figures.get("normalised_error")}
     if "token_accuracy" in figures:
         most = figures["most_frequent_token"]
-        found["token_gain"] = _ratio(figures["token_accuracy"] - most, 1 - most)
+        found["token_gain"] = ratio(figures["token_accuracy"] - most, 1 - most)
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-def _ratio(value: float | None, over: float | None) -> float | None:
-    return None if value is None or not over else value / over
+def ratio(value: float | None, over: float | None) -> float | None:
+    """value / over; None where one is missing, or `over` is 0 but for rounding."""
+    return None if value is None or over is None or over <= 1e-12 else value / over

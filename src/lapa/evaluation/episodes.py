@@ -9,6 +9,7 @@ Axes: B batch of running episodes, K action chunk, A action dimensions.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from collections import deque
@@ -34,7 +35,7 @@ VIDEO_FPS = 20
 # A process that is silent for so long hangs. One reply may be a whole episode of an expert, or a first image with a
 # driver that compiles its shaders on busy cores. After SLOW_SECONDS the others no longer wait for it.
 HANG_SECONDS, SLOW_SECONDS = 600, 60
-# Where so many episodes end in one and the same error before any is played, the simulator does not work.
+# Where so many episodes, of every task, end in one and the same error before any is played, the simulator is broken.
 FEW_ERRORS = 3
 
 Infer = Callable[[Sequence[Observation]], np.ndarray]
@@ -113,15 +114,21 @@ class WorkerReply:
 
 
 def play_episodes(
-    settings: RolloutSettings, assignments: Sequence[TaskEpisodes], infer: Infer | None, num_workers: int
+    settings: RolloutSettings,
+    assignments: Sequence[TaskEpisodes],
+    infer: Infer | None,
+    num_workers: int,
+    *,
+    stop_early: bool = True,
 ) -> Iterator[EpisodeResult]:
     """Plays all episodes and yields their results as they end.
 
     infer: observations [B] -> actions [B, K, A], for the actor `policy`. num_workers: processes, 0 to play in this one.
     The episodes of a process that dies, hangs or fails are repeated one by one in a new process, and are errors where
-    that one is lost too. Raises UserError where the first few episodes all end in the same error.
+    that one is lost too. stop_early: raises UserError where the first few, of every task, all end in the same error.
     """
-    queue, repeated, errors = deque(assignments), set[TaskEpisodes](), list[str]()
+    queue, repeated = deque(assignments), set[TaskEpisodes]()
+    tasks, ended = {assignment.task for assignment in assignments}, list[EpisodeResult]()
     with ExitStack() as stack:
         kind = _ProcessWorker if num_workers else _LocalWorker
         workers = [stack.enter_context(closing(kind(settings))) for _ in range(max(1, num_workers))]
@@ -136,12 +143,16 @@ def play_episodes(
                 except LostProcessError as loss:
                     replies.append(_after_loss(worker, loss, settings, queue, repeated))
             for result in (result for reply in replies for result in reply.results):
-                errors.append(result.error)
-                if len(errors) == FEW_ERRORS and result.error and len(set(errors)) == 1:
-                    raise UserError(
-                        f"the first {FEW_ERRORS} episodes all ended in the same error: {result.error}; no other is "
-                        f"played. Make `lapa envs {settings.env}` work, then --resume"
-                    )
+                ended.append(result)
+                if stop_early and result.error and len({each.error for each in ended}) == 1:
+                    failed = {each.task for each in ended}
+                    if len(ended) >= FEW_ERRORS and failed == tasks:
+                        raise UserError(
+                            f"the first {len(ended)} episodes all ended in the same error: {result.error}; no other is "
+                            f"played. Make `lapa envs {settings.env}` work, then --resume, which plays all the others"
+                        )
+                    # The other tasks first.
+                    queue = deque(sorted(queue, key=lambda each: each.task in failed))
                 yield result
             observations = [observation for reply in replies for observation in reply.observations]
             actions_BKA = infer(observations) if infer is not None and observations else np.zeros((0, 0, 0))
@@ -171,7 +182,7 @@ def _answered(workers: Sequence[_LocalWorker | _ProcessWorker]) -> list[_LocalWo
                 worker.slow = True
                 task, episodes = worker.assignment.task, ", ".join(map(str, worker.assignment.episodes[:4]))
                 say(
-                    f"a simulator process is silent for {SLOW_SECONDS} s ({task}, of the episodes {episodes}); the "
+                    f"a simulator process is silent for {SLOW_SECONDS} s ({task}, episodes {episodes}); the "
                     f"others go on, and after {HANG_SECONDS} s it is started again"
                 )
     return [worker for worker in workers if id(worker) in ready]
@@ -409,6 +420,8 @@ class _ProcessWorker:
 def _serve(connection: Connection, settings: RolloutSettings) -> None:
     """The main loop of a worker process, until the parent closes the pipe. Errors go to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Simulators print what they do, from C as well, and standard output has the results of the command.
+    os.dup2(2, 1)
     worker = _LocalWorker(settings)
     try:
         while True:

@@ -14,8 +14,10 @@ import importlib.metadata
 import math
 import os
 import shlex
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +61,9 @@ def played(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def run(config: EvaluateConfig) -> None:
     """`lapa evaluate`: prints a table and the paths of what was written."""
-    report = evaluate(config)
+    # Some environments print as they are imported.
+    with redirect_stdout(sys.stderr):
+        report = evaluate(config)
     print_results(report, _table(report), as_json=config.json)
     if errors := report["overall"].get("errors"):
         warn(f"{errors} episodes ended in an error, and are neither successes nor failures; --resume plays them again")
@@ -98,9 +102,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         inputs=[] if config.policy in BASELINES else [Path(config.policy)],
     )
     require_same(config.out / CONFIG, identity)
-    # The results of episodes that ended in an error, which are played again.
-    for marker in (RESULTS, SUMS):
-        (config.out / marker).unlink(missing_ok=True)
+    # A finished report stays until the new one replaces it. Its checksums go now, as the other files begin to change.
+    (config.out / SUMS).unlink(missing_ok=True)
     write_json(config.out / CONFIG, {**identity, "policy": config.policy, "notes": notes})
     started = time.monotonic()
     results = _play(config, settings, infer, tuple(tasks), 0 if kind.in_process else config.workers)
@@ -272,12 +275,12 @@ def _play(
     tracker = Tracker(config.tracker, config.out / TRACKED, config.out.resolve().name, to_dict(config), len(results))
     missing = {task: [number for number in range(config.episodes) if (task, number) not in done] for task in tasks}
     workers = min(os.cpu_count() or 1 if workers is None else workers, config.parallel)
-    with progress() as bar:
+    with closing(tracker), progress() as bar:
         line = bar.add_task("episodes", total=config.episodes * len(tasks), completed=len(results), note="")
         assignments = _split(missing, workers)
         workers = min(workers, len(assignments))
         settings = replace(settings, num_parallel=max(1, settings.num_parallel // max(1, workers)))
-        for result in play_episodes(settings, assignments, infer, workers):
+        for result in play_episodes(settings, assignments, infer, workers, stop_early=not config.resume):
             if result.frames:
                 write_video(_video(config, result), result, settings)
             results.append(result)
@@ -287,9 +290,8 @@ def _play(
             tracker.scalars(len(results), _rates({"success_rate": summary}))
             if result.frames:
                 tracker.video(len(results), f"rollouts/{result.task}-{result.episode}", _video(config, result))
-    each = {f"success_rate/{task}": summarise([one for one in results if one.task == task]) for task in tasks}
-    tracker.scalars(len(results), _rates(each))
-    tracker.close()
+        each = {f"success_rate/{task}": summarise([one for one in results if one.task == task]) for task in tasks}
+        tracker.scalars(len(results), _rates(each))
     return sorted(results, key=lambda result: (tasks.index(result.task), result.episode))
 
 

@@ -37,7 +37,7 @@ from lapa.policy.config import MeasureConfig
 from lapa.policy.runtime import Actor, Policy, load_actor, load_policy, policy_folder
 from lapa.policy.training import require_same_codes, slot_cameras, trained_episodes
 from lapa.types import Observation
-from lapa.verdicts import Verdict, judge, of_policy
+from lapa.verdicts import Verdict, judge, of_policy, ratio
 
 MEASURES = "measure.json"
 # A true action has a direction where it is longer than this share of the actions' root mean square.
@@ -52,7 +52,7 @@ def run(config: MeasureConfig) -> None:
     dataset = open_dataset(config.data)
     labels = config.labels and Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
     policy, actor = _load(config, latent=bool(labels))
-    trained = trained_episodes(config.policy, dataset)
+    trained, all_recorded = trained_episodes(config.policy, dataset)
     chosen = _chosen(config, dataset, trained)
     places: list[Place] = []
     if actor is not None:
@@ -80,12 +80,15 @@ def run(config: MeasureConfig) -> None:
         figures |= measure_codes(policy, dataset, labels, places, config)
     num_seen = len(np.intersect1d(chosen, trained))
     verdict = _verdict(figures, num_seen, len(chosen))
+    if not all_recorded:
+        verdict = verdict.at_best_doubtful("not recorded which episodes it was trained on")
     figures |= {"num_episodes": len(chosen), "num_trained_episodes": num_seen, "verdict": verdict.as_json()}
     found = {**figures, "config": configs.to_dict(config), **versions_and_hardware()}
     write_json(out / MEASURES, found)
     scored = (
         f"{len(chosen)} of {len(dataset)} episodes of {dataset.name}, {num_seen} of them trained on; "
         f"the policy was trained on {len(trained)}"
+        f"{'' if all_recorded else ' or more: not all of its training is recorded'}"
     )
     print_results(found, table_of(figures, dataset.name), scored, str(verdict), as_json=config.json)
     key = ["--statistics-key", config.statistics_key] if config.statistics_key else []
@@ -94,11 +97,13 @@ def run(config: MeasureConfig) -> None:
 
 
 def _chosen(config: MeasureConfig, dataset: Dataset, trained: np.ndarray) -> np.ndarray:
-    """The episodes that `--episodes` names. Raises UserError where the policy was trained on none of them."""
+    """The episodes that `--episodes` names. Raises UserError where these are the ones trained on, and there is none."""
     every = np.arange(len(dataset))
     if config.episodes == "trained":
         if not len(trained):
-            raise UserError(f"{config.data}: {config.policy} was trained on none of its episodes; use --episodes all")
+            raise UserError(
+                f"{config.data}: {config.policy} has no record of training on its episodes; use --episodes all"
+            )
         return trained
     others = np.setdiff1d(every, trained)
     if config.episodes == "others" and not len(others):
@@ -134,7 +139,7 @@ def measure_actions(
                 true.append(actions_TA[np.minimum(steps_K, len(actions_TA) - 1)])
                 counted.append(steps_K < len(actions_TA))
             bar.update(line, advance=len(group))
-    mean_A = dataset.all_actions().mean(0)
+    mean_A = dataset.all_actions().mean(0, dtype=np.float64)
     first = slice(config.steps)
     predicted_NKA, true_NKA, counted_NK = np.concatenate(predicted), np.stack(true), np.stack(counted)
     assert dataset.action_space is not None, "check_actor refuses a dataset without actions"
@@ -176,7 +181,7 @@ def action_figures(
         dimensions[name] = {
             "action_error": error,
             "mean_action_error": mean_error,
-            "normalised_error": _ratio(error, mean_error),
+            "normalised_error": ratio(error, mean_error),
             "r2": None if variance_A[number] < 1e-12 else float(1 - unexplained_A[number] / variance_A[number]),
         }
     defined = [values["r2"] for values in dimensions.values() if values["r2"] is not None]
@@ -188,12 +193,12 @@ def action_figures(
         "chunk_steps": predicted_NKA.shape[1],
         "action_error": error,
         "mean_action_error": mean_error,
-        "normalised_error": _ratio(error, mean_error),
+        "normalised_error": ratio(error, mean_error),
         "r2": float(np.mean(defined)) if defined else None,
         "direction": _direction(predicted_NKA[:, 0, moving], first_NA),
         "mean_action_direction": _direction(np.broadcast_to(mean_A[moving], first_NA.shape), first_NA),
-        "length": _ratio(_mean_length(predicted_NKA[:, 0, moving]), _mean_length(first_NA)),
-        "mean_action_length": _ratio(_mean_length(mean_A[None, moving]), _mean_length(first_NA)),
+        "length": ratio(_mean_length(predicted_NKA[:, 0, moving]), _mean_length(first_NA)),
+        "mean_action_length": ratio(_mean_length(mean_A[None, moving]), _mean_length(first_NA)),
         "action_error_by_step": [
             float(np.abs(predicted_NKA - true_NKA)[:, step][counted_NK[:, step]].mean())
             for step in range(predicted_NKA.shape[1])
@@ -297,6 +302,11 @@ def _labelled_places(labels: Labels, dataset: Dataset, config: MeasureConfig, ep
     """The labelled frames to evaluate. Raises UserError where there is none."""
     frames = [labels.codes(episode)[0] for episode in range(len(dataset.lengths))]
     places = _spread(_frames_of(frames, episodes), config.samples)
+    if not places and any(map(len, frames)):
+        raise UserError(
+            f"{config.labels}: no frame is labelled of the episodes that --episodes {config.episodes} chooses; "
+            "use --episodes all"
+        )
     if not places:
         raise UserError(f"{config.labels}: holds no labelled frame; label the dataset again with a shorter horizon")
     return places
@@ -366,7 +376,3 @@ def _direction(predicted_NA: np.ndarray, true_NA: np.ndarray) -> float | None:
 
 def _mean_length(actions_NA: np.ndarray) -> float:
     return float(np.linalg.norm(actions_NA.astype(np.float64), axis=1).mean())
-
-
-def _ratio(value: float, over: float) -> float | None:
-    return value / over if over > 1e-12 else None

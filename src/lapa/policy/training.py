@@ -29,7 +29,7 @@ from lapa.policy.config import HF, BackboneConfig, FinetuneConfig, HfConfig, Pre
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.prompts import Prompts, parse_prompts
 from lapa.policy.runtime import CONFIG, Policy, is_policy, load_policy, policy_folder
-from lapa.verdicts import Verdict, judge, of_policy
+from lapa.verdicts import Verdict, judge, of_policy, ratio
 
 # Validation steps of one evaluation, spread evenly over the validation episodes, and the least of each dataset.
 EVALUATION_STEPS = 256
@@ -37,6 +37,8 @@ LEAST_STEPS = 32
 EVALUATION_BATCH = 64
 # Before the names of the figures that are measured on them.
 HELD_OUT = "held_out_"
+# What the run of a policy records of the trainings before it: see `trainings_of`.
+EARLIER = "earlier_trainings"
 
 
 def new_policy(
@@ -203,7 +205,9 @@ def train_policy(
             inputs=[*(d.root for d in training.datasets), *options.labels, *filter(None, [options.policy])],
         )
     run_config = run_config_of(options, training.datasets, **made_from)
-    evaluate = None if held_out is None else held_out_figures(policy, held_out)
+    before = None if isinstance(options, FinetuneConfig) and options.from_scratch else options.policy
+    earlier = trainings_of(before) if before else []
+    evaluate = None if held_out is None else held_out_figures(policy, held_out, training)
     if held_out is None:
         say("no episode is held out: nothing is evaluated during training")
     training.mixture.report(options.loop.steps * options.loop.batch_size)
@@ -221,7 +225,8 @@ def train_policy(
     )
     if result.finished and is_main_process():
         policy.model.merge_adapters()
-        policy.save_pretrained(options.out, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
+        run, metrics = {**run_config, EARLIER: earlier}, {**result.metrics, **versions_and_hardware()}
+        policy.save_pretrained(options.out, run=run, metrics=metrics)
     return result.finished
 
 
@@ -239,41 +244,77 @@ def verdict_of(metrics: Mapping[str, Any]) -> Verdict:
     """The verdict on the robot actions of the validation split."""
     error = f"{HELD_OUT}action_error"
     ends = [name.removeprefix(error) for name in metrics if name.startswith(error)]
-    ratios = [metrics[error + end] / metrics[f"{HELD_OUT}mean_action_error{end}"] for end in ends]
-    if not ratios:
+    if not ends:
         return Verdict("doubtful", ("no episode is in the validation split, so nothing was measured on others",))
-    return judge(of_policy({"normalised_error": float(np.mean(ratios))})).advised("try more episodes, or more steps")
+    # Versions before 0.2 did not write the error of the mean action.
+    ratios = [ratio(metrics[error + end], metrics.get(f"{HELD_OUT}mean_action_error{end}")) for end in ends]
+    defined = [value for value in ratios if value is not None]
+    figures = {"normalised_error": float(np.mean(defined)) if defined else None}
+    return judge(of_policy(figures)).advised("try more episodes, or more steps")
 
 
-def trained_episodes(policy: Path, dataset: Dataset) -> np.ndarray:
-    """The episodes of a dataset that a policy was trained on, as far as it and those that it began with record it."""
+def trainings_of(policy: Path) -> list[dict[str, Any] | None]:
+    """The trainings that a policy has had, from the first on: `dataset_fingerprints`, `held_out` and `seed` of each.
+
+    None stands for trainings that are not recorded. Raises UserError naming config.json where the record is damaged.
+    """
     path = policy_folder(policy) / CONFIG
     written = read_json(path) if path.exists() else {}
     run = written.get("run") if isinstance(written, dict) else None
     if not isinstance(run, dict) or "dataset_fingerprints" not in run:
+        return [None]
+    # Versions before 0.2 recorded only which policy a run began with.
+    began_new = not run.get("policy") or run.get("from_scratch")
+    try:
+        own = {"dataset_fingerprints": run["dataset_fingerprints"], "held_out": run["held_out"]}
+        trainings = [*run.get(EARLIER, [] if began_new else [None]), {**own, "seed": run["loop"]["seed"]}]
+        for training in trainings:
+            if training is not None:
+                split_episodes(
+                    2, training["held_out"], training["seed"] + len(training["dataset_fingerprints"]), "train"
+                )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: what it records of its training is damaged ({type(error).__name__}: {error}); train or copy the "
+            "policy again"
+        ) from None
+    return trainings
+
+
+def trained_episodes(policy: Path, dataset: Dataset) -> tuple[np.ndarray, bool]:
+    """The episodes of a dataset that a policy is known to be trained on, and whether all its trainings are recorded."""
+    trainings = trainings_of(policy)
+    found = [_trained_in(training, dataset.fingerprint, len(dataset)) for training in trainings]
+    return np.unique(np.concatenate(found)), None not in trainings
+
+
+def _trained_in(training: Mapping[str, Any] | None, fingerprint: str, num_episodes: int) -> np.ndarray:
+    """The episodes that one recorded training took of the dataset with this fingerprint."""
+    if training is None:
         return np.arange(0)
-    before = Path(run["policy"]) if run.get("policy") else None
-    own = [
-        split_episodes(len(dataset), run["held_out"], run["loop"]["seed"] + number, "train")
-        for number, fingerprint in enumerate(run["dataset_fingerprints"])
-        if fingerprint == dataset.fingerprint
+    splits = [
+        split_episodes(num_episodes, training["held_out"], training["seed"] + number, "train")
+        for number, known in enumerate(training["dataset_fingerprints"])
+        if known == fingerprint
     ]
-    earlier = [trained_episodes(before, dataset)] if before is not None and is_policy(before) else []
-    return np.unique(np.concatenate([np.arange(0), *own, *earlier]))
+    return np.unique(np.concatenate([np.arange(0), *splits]))
 
 
-def held_out_figures(policy: Policy, steps: EpisodeSteps) -> Callable[[nn.Module], dict[str, float]]:
+def held_out_figures(
+    policy: Policy, steps: EpisodeSteps, training: EpisodeSteps
+) -> Callable[[nn.Module], dict[str, float]]:
     """A function that evaluates a model on validation steps.
 
     It returns the loss and its parts given the true tokens before each, and for robot actions `action_error`, the mean
     absolute difference of the decoded chunk, in the robot's units, and `mean_action_error`, that of the mean action of
-    these episodes; for each dataset, as `action_error_NAME`, where each has statistics of its own. The others are means
-    over the datasets, each weighted by its share of the draws.
+    the `training` steps; for each dataset, as `action_error_NAME`, where each has statistics of its own. The others are
+    means over the datasets, each weighted by its share of the draws.
     """
     groups = []
     for share, chosen in evaluated_steps(steps):
         items = [steps[index] for index in chosen]
-        mean_A = None if steps.chunk is None else steps.actions(steps.location(chosen[0])[0]).mean(0)
+        number = steps.location(chosen[0])[0]
+        mean_A = None if steps.chunk is None else training.actions(number).mean(0, dtype=np.float64)
         for first in range(0, len(items), EVALUATION_BATCH):
             groups.append((share, len(items), items[first : first + EVALUATION_BATCH], mean_A))
     batches = [policy.collate(group) for _, _, group, _ in groups]
