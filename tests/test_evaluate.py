@@ -24,13 +24,15 @@ from lapa.envs import ENVIRONMENTS, EnvironmentKind, Task, episode_seed, kind_of
 from lapa.envs.metaworld.simulator import METAWORLD, Simulator
 from lapa.envs.synthetic import DIRECTIONS, SYNTHETIC, SquareEnvironment
 from lapa.errors import UserError
-from lapa.evaluation import rollout
+from lapa.evaluation import episodes, rollout
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import (
     LostProcessError,
     RolloutSettings,
     TaskEpisodes,
+    WorkerReply,
     _answered,
+    _LocalWorker,
     _ProcessWorker,
     play_episodes,
 )
@@ -583,7 +585,32 @@ def test_an_environment_in_which_every_episode_raises_ends_the_run(tmp_path: Pat
     assert len((tmp_path / "out" / "episodes.jsonl").read_text().splitlines()) == 2
 
 
-def test_no_evaluation_stops_early_before_an_error_in_every_task(tmp_path: Path, broken: None) -> None:
+class InThisProcess(_LocalWorker):
+    """A worker process in which an exception is the loss of the process, without the seconds that a new one takes."""
+
+    def send(self, message: TaskEpisodes | np.ndarray) -> None:
+        self.lost = None
+        try:
+            super().send(message)
+        except KeyError as error:
+            self.lost = LostProcessError(str(error))
+
+    def receive(self) -> WorkerReply:
+        if self.lost:
+            raise self.lost
+        return super().receive()
+
+
+def test_what_a_simulator_prints_is_not_among_the_figures(
+    tmp_path: Path, broken: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig("expert", tmp_path / "out", env="broken", tasks="right", episodes=1, videos=0, json=True)
+    rollout.run(replace(config, workers=1, parallel=1))
+    assert json.loads(capfd.readouterr().out)["overall"]["episodes"] == 1
+
+
+def test_no_evaluation_stops_early_before_an_error_in_every_task(broken: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(episodes, "_ProcessWorker", InThisProcess)
     settings = replace(SQUARES, env="broken", actor="expert", num_parallel=1)
     first, *others = play_episodes(settings, [TaskEpisodes("left", (0, 1, 2)), TaskEpisodes("right", (0,))], None, 1)
     assert first.error and first.task == "left"
@@ -596,16 +623,15 @@ def test_no_evaluation_stops_early_before_an_error_in_every_task(tmp_path: Path,
 
 
 def test_a_resumed_evaluation_plays_all_episodes_and_keeps_its_report_until_the_next(
-    tmp_path: Path, broken: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, broken: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(episodes, "_ProcessWorker", InThisProcess)
     out = tmp_path / "out"
     config = EvaluateConfig("expert", out, env="broken", tasks="left", episodes=4, videos=0, workers=1, parallel=1)
     with pytest.raises(UserError, match="which plays all the others"):
         evaluate(config)
-    resumed = replace(config, resume=True, json=True)
-    rollout.run(resumed)
-    # What the simulator prints is not among the figures.
-    assert json.loads(capfd.readouterr().out)["overall"]["errors"] == 3
+    resumed = replace(config, resume=True)
+    assert evaluate(resumed)["overall"]["errors"] == 3
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
