@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from lapa.data.metadata import JOURNAL
 from lapa.data.source import Item
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
-from lapa.ray_cluster import RETRIES, RayConfig
+from lapa.files import read_json
+from lapa.ray_cluster import RETRIES, RayConfig, cluster
 from lapa.sources.videos import VideosConfig
 from test_data_merge import files
 from test_sources_videos import write_clip
@@ -126,6 +128,8 @@ def test_a_command_that_is_killed_loses_and_doubles_nothing(
         with pytest.raises(Killed):
             run(options(clips, tmp_path / "out", engine="ray"))
     assert (tmp_path / "out" / JOURNAL).exists()
+    (tmp_path / "out" / ".incoming-local").mkdir()
+    (tmp_path / "out" / ".incoming-local" / "0.mp4").write_bytes(b"begun by a run on one machine")
     run(options(clips, tmp_path / "out", engine=engine, resume=True, workers=int(engine == "local")))
     assert files(tmp_path / "out") == whole
 
@@ -150,10 +154,32 @@ def full_disk(path: Path) -> None:
 def test_what_ray_needs(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"--ray\.num-workers"):
         run(options(clips, tmp_path / "other", engine="ray", workers=2))
+    for wrong, message in (
+        ({"num_gpus": 1.0}, "--ray.num-gpus 1: a conversion uses no GPU"),
+        ({"num_workers": -1}, "--ray.num-workers -1: must be at least 1"),
+        ({"num_cpus": float("nan")}, "--ray.num-cpus nan: must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(options(clips, tmp_path / "other", engine="ray", ray=RayConfig(**wrong)))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r'pip install "lapa-vla\[ray\]"'):
         run(options(clips, tmp_path / "other", engine="ray"))
+
+
+def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed_out(*_: Any, **__: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore advice")
+
+    ray, data = ModuleType("ray"), ModuleType("ray.data")
+    context = SimpleNamespace(get_current=SimpleNamespace)
+    vars(data).update(DataContext=context)
+    vars(ray).update(data=data, is_initialized=lambda: False, init=timed_out)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    with pytest.raises(ValueError, match=r"cannot start a cluster.*\(The current node timed out.*startup\.\)"):
+        with cluster(RayConfig()):
+            pass
 
 
 def test_a_shard_that_kills_its_worker_every_time_is_named(tmp_path: Path) -> None:
@@ -167,9 +193,11 @@ def test_a_shard_that_kills_its_worker_every_time_is_named(tmp_path: Path) -> No
     for _ in range(RETRIES):
         with pytest.raises(Killed):
             make(killed)
-    assert make(lambda items, folder: ["a warning"]) == {"error": [""], "warnings": ["a warning"]}
-    assert (tmp_path / "000").is_dir() and make(killed) == {"error": [""], "warnings": [""]}
-    (tmp_path / "000").rmdir()
+    assert make(lambda items, folder: ["a warning"]) == {"error": [""]}
+    # Made again, it would be killed.
+    assert make(killed) == {"error": [""]}
+    assert read_json(tmp_path / "000" / convert_ray.WARNINGS) == ["a warning"]
+    shutil.rmtree(tmp_path / "000")
     for _ in range(RETRIES + 1):
         with pytest.raises(Killed):
             make(killed)
@@ -179,17 +207,16 @@ def test_a_shard_that_kills_its_worker_every_time_is_named(tmp_path: Path) -> No
 class DyingActor(ShardActor):
     """Is killed once amid its second shard, and once after it."""
 
-    def _make(self, shard: Path, items: Sequence[Item]) -> list[str]:
+    def _make(self, shard: Path, items: Sequence[Item]) -> None:
         marks = Path(self.folder)
         if shard.name.endswith("2") and not (marks / "amid").exists():
             (marks / "amid").touch()
             self.convert(items, shard.with_name(".making-killed"))
             os.kill(os.getpid(), signal.SIGKILL)
-        warnings = super()._make(shard, items)
+        super()._make(shard, items)
         if shard.name.endswith("2") and not (marks / "after").exists():
             (marks / "after").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return warnings
 
 
 @pytest.mark.slow

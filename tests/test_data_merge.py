@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lapa.data.config import MergeConfig
@@ -80,6 +83,33 @@ def test_files_that_episodes_share_stay_shared(tmp_path: Path) -> None:
         assert (there.actions(episode) == plain.actions(episode % 4)).all()
 
 
+@pytest.mark.usefixtures("edited_datasets")
+def test_episodes_that_are_left_out_take_nothing_from_others(tmp_path: Path) -> None:
+    plain = write(tmp_path / "plain", range(5))
+    shared = with_shared_files(plain, tmp_path / "shared")
+    for path in (shared.root / "meta/episodes").rglob("*.parquet"):
+        table = pq.read_table(path)
+        names = [name for name in table.column_names if name.endswith("from_timestamp")]
+        (row,) = np.flatnonzero(np.array(table["episode_index"]) == 1)
+        for name in names:
+            times = np.array(table[name])
+            times[row] += 100.0
+            table = table.set_column(table.column_names.index(name), name, pa.array(times))
+        pq.write_table(table, path)
+    other = with_shared_files(plain, tmp_path / "other")
+    run(MergeConfig((f"lerobot:{shared.root},skip_bad=true", str(other.root)), tmp_path / "out"))
+    there = open_dataset(tmp_path / "out")
+    kept = [0, 2, 3, 4]
+    assert [e.source for e in there] == [f"clip {number}" for number in [*kept, *range(5)]]
+    assert [e.instruction for e in there] == [TEXTS[number] for number in [*kept, *range(5)]]
+    for new, old in enumerate([*kept, *range(5)]):
+        assert (there.actions(new) == plain.actions(old)).all()
+        assert (there.frames(new) == plain.frames(old)).all()
+    stats = json.loads((there.root / "meta/stats.json").read_text())["action"]
+    numbers = np.concatenate([plain.actions(old) for old in [*kept, *range(5)]])
+    np.testing.assert_allclose(stats["mean"], numbers.mean(0), rtol=1e-5, atol=1e-6)
+
+
 def test_labels_are_carried_where_all_have_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     datasets = [write_synthetic_dataset(tmp_path / str(seed), 3, frames=8, size=32, seed=seed) for seed in range(2)]
     for dataset in datasets:
@@ -107,6 +137,8 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
             merged(tmp_path / "out", first, other)
     with pytest.raises(ValueError, match="is one dataset"):
         merged(tmp_path / "out", first)
+    with pytest.raises(ValueError, match="no dataset is named; name two or more"):
+        merged(tmp_path / "out")
     with pytest.raises(ValueError, match="is named twice"):
         merged(tmp_path / "out", first, first)
     second = write(tmp_path / "b", range(1, 2))

@@ -290,6 +290,15 @@ def test_a_cache_of_the_hub_is_read_and_rewritten(robot: Dataset, tmp_path: Path
     assert b"mine" not in tree(tmp_path / "again").values()
 
 
+def test_videos_of_a_linked_or_relative_folder_are_not_looked_into(
+    robot: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(robot.root, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lapa.data.replace_actions.probe", lambda path: pytest.fail(f"looks into {path}"))
+    assert hide(open_dataset("link"), tmp_path / "hidden").video_path(0).samefile(robot.video_path(0))
+
+
 def test_a_rewrite_leaves_no_partial_file_where_the_video_is_there_already(robot: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "hidden"
     target = out / robot.video_path(1).relative_to(robot.root)

@@ -92,6 +92,8 @@ def test_a_folder_a_file_and_a_pattern_name_the_same_shards(shards: Path, monkey
     both = [e.source for e in open_dataset(f"webdataset:{shards}")]
     assert [e.source for e in open_dataset(f"webdataset:{shards}/clips-{{00..01}}.tar")] == both
     assert [e.source for e in open_dataset(f"webdataset:{shards}/clips-00.tar")] == both[:2]
+    assert find_shards(f"{shards.parent}/s{{hards,}}/a.tar") == (shards.parent, ["shards/a.tar", "s/a.tar"])
+    assert find_shards(f"{shards.parent}/dir{{0..0}}/x.tar") == (shards.parent, ["dir0/x.tar"])
     monkeypatch.chdir(shards)
     assert [e.source for e in open_dataset("webdataset:clips-{01,00}.tar")] == both[2:] + both[:2]
     assert [e.source for e in open_dataset("webdataset:clips-00.tar")] == both[:2]
@@ -115,6 +117,10 @@ def test_patterns_are_expanded_as_by_the_shell() -> None:
     assert expanded("{2..0}") == ["2", "1", "0"]
     assert expanded("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"]
     assert expanded("{a} {} b") == ["{a} {} b"]
+    assert expanded("{0..0}" * 5000) == ["0" * 5000]
+    for nested in ("{a,{b,c}}", "{a{0..1},b}"):
+        with pytest.raises(ValueError, match="braces inside braces"):
+            expanded(nested)
     for far in ("{0..999999999}", "{0..9999}{0..9999}"):
         with pytest.raises(ValueError, match="more than 1000000 shards"):
             expanded(far)
@@ -131,6 +137,8 @@ def test_samples_are_grouped_as_by_webdataset(tmp_path: Path, clip: Callable[...
         "a.b/7.seg.txt": b"first\n",
         "a.b/7.other.mp4": video,
         "._8.mp4": video,
+        "a.b/._7.mp4": video,
+        "a.b/._8.mp4": video,
         "8.json": b'{"text": "eight"}',
         "8.webm": clip(name="a.webm", codec="libvpx-vp9"),
         "8.txt": b"from the text",
@@ -145,7 +153,8 @@ def test_samples_are_grouped_as_by_webdataset(tmp_path: Path, clip: Callable[...
         ("8", "webm", "from the text"),
         ("10", "mp4", ""),
     ]
-    assert found["notes"] == {webdataset.OTHER_VIDEOS: 1, webdataset.NO_VIDEO: 1} and not found["problem"]
+    assert found["notes"] == {webdataset.OTHER_VIDEOS: 1, webdataset.NO_VIDEO: 1, webdataset.HIDDEN: 3}
+    assert not found["problem"]
     for _, ending, first, size, _ in found["videos"]:
         content = members[{"seg.mp4": "a.b/7.seg.MP4", "webm": "8.webm", "mp4": "10.mp4"}[ending]]
         assert shard.read_bytes()[first : first + size] == content
@@ -160,18 +169,19 @@ def test_texts(tmp_path: Path, clip: Callable[..., bytes], capsys: pytest.Captur
     members = {}
     texts = {"0.txt": b"t", "1.json": b'{"caption": ["x"], "instruction": " i "}', "2.json": b"{", "3.txt": b"\xff"}
     texts |= {"4.json": b"[1]", "5.json": b'{"long": "words", "text": "t"}', "6.json": b'"' + b"x" * 2_000_000 + b'"'}
-    texts |= {"7.txt": b""}
+    texts |= {"7.txt": b"", "8.txt": b"x" * 2_000_000, "9.txt": b"\xef\xbb\xbfmarked"}
     for name, text in texts.items():
         members |= {f"{name[0]}.mp4": clip(), name: text}
     shard = write_shard(tmp_path / "a.tar", members)
-    assert [text for *_, text in list_videos(shard)["videos"]] == ["t", "i", "", "", "", "t", "", ""]
-    assert [text for *_, text in list_videos(shard, "long")["videos"]] == ["", "", "", "", "", "words", "", ""]
+    assert [text for *_, text in list_videos(shard)["videos"]] == ["t", "i", "", "", "", "t", "", "", "", "marked"]
+    assert [text for *_, text in list_videos(shard, "long")["videos"]] == ["", "", "", "", "", "words", "", "", "", ""]
     dataset = open_dataset(f"webdataset:{shard},caption=wave")
-    assert [e.instruction for e in dataset] == ["t", "i", "wave", "wave", "wave", "t", "wave", "wave"]
+    assert [e.instruction for e in dataset] == ["t", "i", "wave", "wave", "wave", "t", *["wave"] * 3, "marked"]
     shown = capsys.readouterr().err
-    assert "not read (.json): 2" in shown and "not read (.txt): 1" in shown
+    assert "no JSON, not read (.json): 1" in shown and "no JSON, not read (.txt): 1" in shown
+    assert "1048576 bytes, not read (.json): 1" in shown and "1048576 bytes, not read (.txt): 1" in shown
     open_dataset(f"webdataset:{shard}")
-    assert "without a caption (--caption TEXT gives them one): 5" in capsys.readouterr().err
+    assert "without a caption (--caption TEXT gives them one): 6" in capsys.readouterr().err
 
 
 def test_damaged_videos_are_counted(
@@ -227,11 +237,13 @@ def test_missing_shards(shards: Path) -> None:
         open_dataset(f"webdataset:{shards}/none.tar")
 
 
-def test_a_key_that_comes_twice(tmp_path: Path, clip: Callable) -> None:
+def test_a_key_that_comes_twice(tmp_path: Path, clip: Callable, capsys: pytest.CaptureFixture) -> None:
     shard = write_shard(tmp_path / "a.tar", {"a.mp4": clip(), "b.mp4": clip(), "a.webm": clip(9)})
     with pytest.raises(ValueError, match="'a' comes twice"):
         open_dataset(f"webdataset:{shard}")
+    capsys.readouterr()
     assert open_dataset(f"webdataset:{shard},skip_bad=true").lengths.tolist() == [8, 8]
+    assert "gives them one): 2" in capsys.readouterr().err
 
 
 def hostile(clip: bytes) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
@@ -344,6 +356,9 @@ def test_parquet_with_bytes_of_videos(tmp_path: Path, clip: Callable) -> None:
 
 
 def test_parquet_that_does_not_fit(tmp_path: Path, clip: Callable) -> None:
+    path = write_rows(tmp_path / "long.parquet", {"video": [clip()], "text": ["x" * 2_000_000]})
+    found = list_videos(path)
+    assert found["videos"][0][-1] == "" and list(found["notes"].values()) == [1]
     path = write_rows(tmp_path / "a.parquet", {"video": [clip(), None, b"no video"], "text": ["a", "b", "c"]})
     assert open_dataset(f"webdataset:{path},skip_bad=true").lengths.tolist() == [8]
     with pytest.raises(ValueError, match=r"a\.parquet: 1\.video: holds no bytes of a video.*and 1 more"):

@@ -39,6 +39,18 @@ class RayConfig:
     """GPUs of a worker; may be a fraction; by default one where the cluster has any and the work needs one."""
 
 
+def check_ray(config: RayConfig) -> None:
+    """Raises UserError for numbers of workers and amounts that there cannot be."""
+    for name, value, smallest in (
+        ("num-workers", config.num_workers, 1),
+        ("num-cpus", config.num_cpus, 0),
+        ("num-gpus", config.num_gpus, 0),
+    ):
+        # Not a number is no amount either.
+        if value is not None and not value >= smallest:
+            raise UserError(f"--ray.{name} {value:g}: must be at least {smallest}")
+
+
 @contextmanager
 def counted_attempts(path: Path) -> Iterator[None]:
     """Counts attempts at making `path`, in files next to it, until one succeeds: Ray repeats killed ones without end.
@@ -102,7 +114,8 @@ def cluster(config: RayConfig) -> Iterator[Any]:
                 warn("Ray was imported before it could be told to listen on this machine alone: others may reach it")
         else:
             ray.init(config.address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    # Ray raises a plain Exception where it does not start in time.
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if config.address is None:
             raise UserError(f"Ray cannot start a cluster on this machine ({reason})") from None
@@ -127,10 +140,10 @@ def pool(config: RayConfig, device: str, has: dict[str, float], num_shards: int)
     room = [there[kind] / amount for kind, amount in wanted.items() if amount > 0]
     size = config.num_workers or min(num_shards, max(1, int(min(room, default=1))))
     for kind, amount in wanted.items():
-        if amount < 0 or amount * size > there[kind] + 1e-6:
+        if amount * size > there[kind] + 1e-6:
             fix = f"give fewer --ray.num-workers, or --ray.num-{kind.lower()}s of each below one"
             raise UserError(
                 f"{size} workers of {amount:g} {kind}s each do not fit a cluster that has {there[kind]:g}; "
-                f"{fix if there[kind] else 'give --device cpu'}"
+                f"{'give --device cpu' if kind == 'GPU' and not there[kind] else fix}"
             )
     return size, wanted["CPU"], wanted["GPU"]

@@ -40,6 +40,7 @@ from lapa.data.writer import SOURCE_FINGERPRINT, DatasetWriter, PixelMoments
 from lapa.errors import UserError, unknown
 from lapa.files import claim_output
 from lapa.locks import locks_output
+from lapa.ray_cluster import check_ray
 
 # Prefix of the folder with the videos that wait to be added.
 INCOMING = ".incoming-"
@@ -236,6 +237,9 @@ def _check_options(options: ConvertOptions) -> None:
         raise UserError(f"--limit {options.limit}: must be at least 1")
     if options.engine == "ray" and options.workers:
         raise UserError("--workers is for this machine alone; with --engine ray, give --ray.num-workers")
+    if options.ray.num_gpus:
+        raise UserError(f"--ray.num-gpus {options.ray.num_gpus:g}: a conversion uses no GPU; leave this out")
+    check_ray(options.ray)
     for name in ("min_seconds", "min_side", "min_motion", "workers"):
         if not getattr(options, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: cannot be below 0")

@@ -21,16 +21,20 @@ from pathlib import Path
 from typing import Any
 
 from lapa.console import progress, say, warn
+from lapa.data.convert import INCOMING
 from lapa.data.source import Item
 from lapa.data.writer import DatasetWriter
 from lapa.errors import UserError
+from lapa.files import read_json, write_json
 from lapa.ray_cluster import RayConfig, cluster, counted_attempts, pool, rows_of
 
 # In the dataset's folder; a conversion on one machine removes what begins so.
-SHARDS = ".incoming-shards"
+SHARDS = f"{INCOMING}shards"
 SHARD_ITEMS = 16
 # Of a shard that a worker is making.
 PRIVATE = ".making-"
+# In a shard: a list of the warnings of its conversion, shown when it is added.
+WARNINGS = "warnings.json"
 
 # Converts items into a folder, as an unfinished dataset, and returns warnings.
 Convert = Callable[[Sequence[Item], Path], list[str]]
@@ -45,22 +49,21 @@ class ShardActor:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         """Makes the shard that a row names. Errors are returned in the row, not raised: Ray would wrap them."""
-        warnings: list[str] = []
         if not self.error:
             try:
                 if Path(self.folder).is_dir():
                     os.chdir(self.folder)
-                warnings = self._make(Path(str(rows["path"][0])), pickle.loads(rows["items"][0]))
+                self._make(Path(str(rows["path"][0])), pickle.loads(rows["items"][0]))
             except (UserError, OSError) as error:
                 self.error = str(error)
-        return {"error": [self.error], "warnings": ["\n".join(warnings)]}
+        return {"error": [self.error]}
 
-    def _make(self, shard: Path, items: Sequence[Item]) -> list[str]:
+    def _make(self, shard: Path, items: Sequence[Item]) -> None:
         if shard.exists():
-            return []  # Made by a worker that was killed before it could report.
+            return  # Made by a worker that was killed before it could report.
         with counted_attempts(shard):
             private = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=shard.parent))
-            warnings = self.convert(items, private)
+            write_json(private / WARNINGS, self.convert(items, private))
             try:
                 private.rename(shard)
             except OSError:
@@ -68,26 +71,30 @@ class ShardActor:
                 if not shard.exists():
                     raise
                 shutil.rmtree(private, ignore_errors=True)
-        return warnings
 
 
 def convert_with_ray(convert: Convert, items: Sequence[Item], writer: DatasetWriter, config: RayConfig) -> None:
     """Converts items and adds their episodes to the dataset. Raises UserError where a worker cannot go on."""
     folder = writer.root / SHARDS / writer.identity
-    _remove_leftovers(writer.root / SHARDS, folder)
+    _remove_leftovers(writer.root, folder)
     shards = {
         folder / f"{start:09d}": items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)
     }
     waiting = deque(path for path, its in shards.items() if any(item.key not in writer.done_items for item in its))
+    num_done = len(items) - sum(len(shards[path]) for path in waiting)
     missing = [path for path in waiting if not path.exists()]
     with progress() as bar:
         task = bar.add_task("converting", total=len(items), note="")
 
         def add_ready() -> None:
+            nonlocal num_done
             while waiting and waiting[0].exists():
+                for warning in read_json(waiting[0] / WARNINGS):
+                    warn(warning)
                 writer.add_unfinished(waiting[0])
+                num_done += len(shards[waiting[0]])
                 shutil.rmtree(waiting.popleft())
-            bar.update(task, completed=len(items) - sum(len(shards[path]) for path in waiting))
+            bar.update(task, completed=num_done)
 
         add_ready()
         if missing:
@@ -103,8 +110,6 @@ def convert_with_ray(convert: Convert, items: Sequence[Item], writer: DatasetWri
                     num_cpus=cpus,
                 )
                 for row in rows_of(ray, results):
-                    for warning in filter(None, row["warnings"].split("\n")):
-                        warn(warning)
                     if row["error"]:
                         raise UserError(row["error"])
                     add_ready()
@@ -113,11 +118,12 @@ def convert_with_ray(convert: Convert, items: Sequence[Item], writer: DatasetWri
     shutil.rmtree(writer.root / SHARDS, ignore_errors=True)
 
 
-def _remove_leftovers(shards: Path, folder: Path) -> None:
-    """Removes what killed workers, and runs with other settings, have left."""
+def _remove_leftovers(root: Path, folder: Path) -> None:
+    """Removes what killed workers, runs on one machine and runs with other settings have left in the dataset."""
+    shards = root / SHARDS
     folder.mkdir(parents=True, exist_ok=True)
-    for path in [*shards.iterdir(), *folder.glob(f"{PRIVATE}*")]:
-        if path != folder:
+    for path in [*root.glob(f"{INCOMING}*"), *shards.iterdir(), *folder.glob(f"{PRIVATE}*")]:
+        if path not in (shards, folder):
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.attempt-*"):
         path.unlink(missing_ok=True)

@@ -170,9 +170,14 @@ class LeRobotDataset(Dataset, Pushed):
         tasks = self.root / (LEGACY_TASKS if self.legacy else TASKS)
         episodes = [self.root / LEGACY_EPISODES] if self.legacy else episode_files(self.root)
         whole = fingerprint(self.root / INFO, *([tasks] if tasks.exists() else []), *episodes)
-        if len(self) == len(self._columns["length"]):
+        if not self.num_left_out:
             return whole
         return hashlib.sha256(whole.encode() + self.numbers.tobytes()).hexdigest()[: len(whole)]
+
+    @property
+    def num_left_out(self) -> int:
+        """How many episodes of the folder are left out here (`skip_bad`)."""
+        return len(self._columns["length"]) - len(self)
 
     @cached_property
     def extra(self) -> dict[str, Any]:
@@ -457,9 +462,9 @@ class _Film:
 
 
 def require_folder(dataset: Dataset) -> LeRobotDataset:
-    """Returns the dataset, which must be a v3.0 folder of videos on this machine, opened without options.
+    """Returns the dataset, which must be a v3.0 folder of videos on this machine, with all cameras and columns as stored.
 
-    Raises UserError with the way to make one.
+    Damaged episodes may be left out of it. Raises UserError with the way to make one.
     """
     make = f"`lapa data lerobot {dataset.root} --out DATASET` makes one"
     if not isinstance(dataset, LeRobotDataset) or is_remote(dataset.root):

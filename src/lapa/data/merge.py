@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lapa import config as configs
 from lapa.checksums import read_sums, sealed_line, sums_of, write_marker
@@ -95,8 +96,8 @@ def merge(datasets: Sequence[LeRobotDataset], out: Path, extra: Mapping[str, Any
             for text in dataset.tasks:
                 tasks.setdefault(text, len(tasks))
             task_of = {number: tasks[text] for number, text in read_tasks(dataset.root, legacy=False).items()}
-            rows = _episode_rows(dataset)
-            for episode, frames in enumerate(_frames(dataset, features)):
+            episodes = zip(_episode_rows(dataset), _frames(dataset, features), strict=True)
+            for episode, (noted, frames) in enumerate(episodes):
                 length = len(frames)
                 there = f"{dataset.data_path(episode)}: episode {dataset.numbers[episode]}"
                 renumbered = {
@@ -106,16 +107,21 @@ def merge(datasets: Sequence[LeRobotDataset], out: Path, extra: Mapping[str, Any
                 }
                 for name, values in renumbered.items():
                     frames = frames.set_column(frames.column_names.index(name), name, pa.array(values, pa.int64()))
-                row = _renumbered(dict.fromkeys(columns) | next(rows), renumbered, num_episodes, num_frames)
+                row = _renumbered(dict.fromkeys(columns) | noted, renumbered, num_episodes, num_frames)
                 for camera in dataset.cameras:
                     chunk = videos.place(dataset, episode, camera)
-                    row |= {f"videos/{dataset.camera_key(camera)}/{name}": number for name, number in chunk.items()}
+                    kind = f"videos/{dataset.camera_key(camera)}"
+                    row |= {f"{kind}/{name}": number for name, number in chunk.items()}
+                    if dataset.num_left_out:
+                        # Without the others, an episode can no longer be found by counting frames.
+                        span = dataset.span_in_video(episode, camera)
+                        row |= {f"{kind}/from_timestamp": span[0], f"{kind}/to_timestamp": span[1]}
                 totals.add(row)
                 tables.add(frames, row)
                 num_episodes, num_frames = num_episodes + 1, num_frames + length
                 bar.advance(task)
     tables.close()
-    sums = videos.link()
+    sums = videos.link([dataset.root for dataset in datasets])
     write_tasks(out / TASKS, list(tasks))
     write_json(out / STATS, totals.to_dict())
     write_json(out / EXTRA, dict(extra))
@@ -216,15 +222,16 @@ class _Videos:
             self._sums[name] = self._sums_of[dataset.root].get(path.relative_to(dataset.root).as_posix(), "")
         return self._places[path]
 
-    def link(self) -> dict[str, str]:
-        """Links or copies the files; returns their checksums by name: those they were written with, where known."""
-        link_videos(self._targets)
+    def link(self, roots: Sequence[Path]) -> dict[str, str]:
+        """Links or copies the files, which are those of datasets in `roots`; returns their checksums by name: those they were written with, where known."""
+        link_videos(self._targets, roots)
         return self._sums | sums_of(self.out, [name for name, digest in self._sums.items() if not digest])
 
 
 def _require_alike(datasets: Sequence[LeRobotDataset]) -> None:
     if len(datasets) < 2:
-        raise UserError(f"{datasets[0].root}: is one dataset; name two or more to merge")
+        named = f"{datasets[0].root}: is one dataset" if datasets else "no dataset is named"
+        raise UserError(f"{named}; name two or more to merge")
     first, roots = datasets[0], [dataset.root.resolve() for dataset in datasets]
     for number, dataset in enumerate(datasets):
         if roots[number] in roots[:number]:
@@ -261,10 +268,11 @@ def _columns_of_episodes(dataset: LeRobotDataset) -> list[str]:
 
 
 def _episode_rows(dataset: LeRobotDataset) -> Iterator[dict[str, Any]]:
-    """Yields the row of each episode in the metadata, in their order."""
+    """Yields the row of each episode of `dataset` in the metadata, in their order."""
     columns = _columns_of_episodes(dataset)
     files = [read_parquet(path) for path in episode_files(dataset.root)]
     table = pa.concat_tables([file.select(columns) for file in files], promote_options="permissive")
+    table = table.filter(pc.is_in(table["episode_index"], pa.array(dataset.numbers, table["episode_index"].type)))
     for batch in table.sort_by("episode_index").to_batches(max_chunksize=EPISODES_PER_GROUP):
         yield from batch.to_pylist()
 

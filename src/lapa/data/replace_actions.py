@@ -122,7 +122,7 @@ def rewrite_actions(
             kind, span = f"videos/{dataset.camera_key(camera)}", dataset.span_in_video(episode, camera)
             change |= {f"{kind}/from_timestamp": span[0], f"{kind}/to_timestamp": span[1]}
     paths = {dataset.video_path(episode, camera) for episode in rows for camera in dataset.cameras}
-    link_videos({path: targets[path] for path in sorted(paths)})
+    link_videos({path: targets[path] for path in sorted(paths)}, [dataset.root])
     videos = {path.relative_to(dataset.root).as_posix() for path in paths}
     changes = {int(dataset.numbers[episode]): change for episode, change in rows.items()}
     totals = _write_episodes(dataset, targets, changes, list(features))
@@ -286,12 +286,15 @@ def _statistics(row: Mapping[str, Any], feature: str) -> dict[str, np.ndarray] |
     return values if small and len(shapes) == 1 and count.size == 1 and count.min() >= 1 else None
 
 
-def link_videos(targets: Mapping[Path, Path]) -> None:
-    """Links video files of datasets to their places in another one, or copies them where the file system cannot."""
-    num_copied = 0
+def link_videos(targets: Mapping[Path, Path], roots: Sequence[Path]) -> None:
+    """Links video files to their places in a new dataset, or copies them where the file system cannot.
+
+    roots: the folders of the datasets that they are of.
+    """
+    num_copied, folders = 0, [root.resolve() for root in roots]
     for path, target in targets.items():
         source = Path(os.path.realpath(path))
-        if source != path.absolute():
+        if not any(source.is_relative_to(folder) for folder in folders):
             # A link of the hub's cache, or to any file: what is no video is not taken along.
             probe(path)
         target.parent.mkdir(parents=True, exist_ok=True)

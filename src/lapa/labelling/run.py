@@ -30,6 +30,7 @@ from lapa.files import as_path, claim_output, is_remote, write_json
 from lapa.labelling.config import LabelConfig
 from lapa.labelling.shards import Labeller, Plan, Shard, make_manifest, make_plan, make_shards, missing_shards
 from lapa.locks import locks_output
+from lapa.ray_cluster import check_ray
 
 RUN = "run.json"
 # Below this number of frames, other processes take longer to start than they save.
@@ -107,10 +108,10 @@ def _check_options(config: LabelConfig) -> None:
         ("shard-episodes", config.shard_episodes, 1),
         ("decoders", config.decoders, 0),
         ("min-motion", config.min_motion, 0),
-        ("ray.num-workers", config.ray.num_workers, 1),
     ):
         if value is not None and value < smallest:
             raise UserError(f"--{name} {value}: must be at least {smallest}")
+    check_ray(config.ray)
 
 
 def _choose_out(plan: Plan) -> Path:

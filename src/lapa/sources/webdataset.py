@@ -50,11 +50,10 @@ from lapa.sources.folder_scan import (
 )
 from lapa.sources.videos import CAMERA, VideoFilesSource, common_format, count_frames
 
-# The key of a member's name, which the files of a sample share, and its ending, in which they differ.
-KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 # Members that describe the shard.
 OF_SHARD = re.compile(r"__[^/]*__($|/)")
 SUFFIXES = (".tar", ".parquet")
+NESTED = re.compile(r"\{[^{}]*\{")
 BRACES = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}]*,[^{}]*))\}")
 MOST_SHARDS = 10**6
 # Bytes of all headers of one member, and of a text: larger ones are no headers and no captions.
@@ -69,6 +68,7 @@ FIX = "download it again, or leave out what is damaged: --skip-bad, or skip_bad=
 # What is counted.
 OTHER_VIDEOS = "further videos of a sample, not read"
 NO_FILES = "links, devices, sparse files and names of more than 1000 characters, not read"
+HIDDEN = "hidden files (names that begin with a dot), not read"
 NO_VIDEO = "samples without a video"
 NO_CAPTION = "videos without a caption (--caption TEXT gives them one)"
 
@@ -201,7 +201,8 @@ class WebDatasetSource(VideoFilesSource):
                 item = Item(f"{shard}:{key}", (shard, *place), text or self._caption)
                 if items.setdefault(item.key, item) is not item:
                     problems.append(f"{self.root / shard}: {shown(key)} comes twice, with other files in between")
-                notes[NO_CAPTION] += not item.instruction
+                else:
+                    notes[NO_CAPTION] += not item.instruction
         stop_or_skip(problems, FIX, self.skip_bad)
         for note in sorted(note for note, count in notes.items() if count):
             warn(f"{note}: {notes[note]}")
@@ -223,17 +224,17 @@ def find_shards(shards: str) -> tuple[Path, list[str]]:
 
     Raises UserError for a folder without any, and for a file, not of a pattern, that is not there.
     """
-    path, names = as_path(shards), expanded(shards)
+    path = as_path(shards)
     if path.is_dir():
         found = [file.relative_to(path).as_posix() for file in find_files(path, "**/*") if file.suffix in SUFFIXES]
         if not found:
             raise UserError(f"{shards}: holds no .tar and no .parquet file; name the folder of the shards")
         return path, sorted(found, key=natural_order)
-    if names == [shards] or path.is_file():
-        names = [shards]
+    names = [shards] if path.is_file() else expanded(shards)
+    if names == [shards]:
         with reading(path, "name a folder with .tar or .parquet files, one of them, or a pattern ('{000..127}.tar')"):
             path.stat()
-    folder = shards.partition("{")[0].rpartition("/")[0] if len(names) > 1 else shards.rpartition("/")[0]
+    folder = (shards if names == [shards] else shards.partition("{")[0]).rpartition("/")[0]
     start = f"{folder}/" if folder or shards.startswith("/") else ""
     return as_path(start or "."), [name.removeprefix(start) for name in names]
 
@@ -241,17 +242,19 @@ def find_shards(shards: str) -> tuple[Path, list[str]]:
 def expanded(pattern: str) -> list[str]:
     """Returns the names that a pattern with {00..12} and {a,b} stands for, in order, as the shell expands it.
 
-    Raises UserError for more than a million.
+    Raises UserError for more than a million, and for braces inside braces.
     """
-    match = BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    first, last, names = match.groups()
-    parts = names.split(",") if names is not None else _numbers(first, last)
-    rests = expanded(pattern[match.end() :])
-    if len(parts) * len(rests) > MOST_SHARDS:
-        raise UserError(f"{pattern}: stands for more than {MOST_SHARDS} shards; correct it, or name their folder")
-    return [f"{pattern[: match.start()]}{part}{rest}" for part in parts for rest in rests]
+    if NESTED.search(pattern):
+        raise UserError(f"{pattern}: has braces inside braces; give the names one by one, or name their folder")
+    names, end = [""], 0
+    for match in BRACES.finditer(pattern):
+        first, last, listed = match.groups()
+        parts = listed.split(",") if listed is not None else _numbers(first, last)
+        if len(names) * len(parts) > MOST_SHARDS:
+            raise UserError(f"{pattern}: stands for more than {MOST_SHARDS} shards; correct it, or name their folder")
+        between, end = pattern[end : match.start()], match.end()
+        names = [f"{name}{between}{part}" for name in names for part in parts]
+    return [f"{name}{pattern[end:]}" for name in names]
 
 
 def list_videos(shard: Path, caption_key: str | None = None) -> dict[str, Any]:
@@ -261,10 +264,10 @@ def list_videos(shard: Path, caption_key: str | None = None) -> dict[str, Any]:
     is not read; problem: where the shard is damaged, what is wrong there, "" for nothing. What is in front of the
     damage is found. Raises UserError where the shard is missing, or may not be read.
     """
-    if shard.suffix == ".parquet":
-        return {"videos": list(_rows(shard, caption_key)), "notes": {}, "problem": ""}
-    videos: list[list[Any]] = []
     notes: Counter[str] = Counter()
+    if shard.suffix == ".parquet":
+        return {"videos": list(_rows(shard, caption_key, notes)), "notes": notes, "problem": ""}
+    videos: list[list[Any]] = []
     problems: list[str] = []
 
     def members(file: BinaryIO) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
@@ -298,11 +301,13 @@ def _read_sample(
             notes[OTHER_VIDEOS] += video is not None
             video = video or (whole_characters(ending), info.offset_data, info.size)
         elif last in texts:
+            if info.size > MOST_BYTES:
+                notes[_too_long(f".{last}")] += 1
+                continue
             file.seek(info.offset_data)
-            content = file.read(min(info.size, MOST_BYTES))
+            content = file.read(info.size)
             try:
                 texts[last] = texts[last] or _caption(content, last == "json", caption_key)
-            # A text that is cut at MOST_BYTES included.
             except (ValueError, RecursionError):
                 notes[f"texts that are no UTF-8 or no JSON, not read (.{last})"] += 1
     given = texts["json"] if caption_key else texts["txt"] or texts["json"]
@@ -312,8 +317,12 @@ def _read_sample(
 def _caption(content: bytes, is_json: bool, caption_key: str | None) -> str:
     """Returns the text in a .txt or .json, "" where it holds none. Raises ValueError or RecursionError."""
     if not is_json:
-        return content.decode().strip()
+        return content.decode("utf-8-sig").strip()
     return _first_text(parse_json(content), (caption_key,) if caption_key else TEXT_COLUMNS)
+
+
+def _too_long(kind: str) -> str:
+    return f"texts of more than {MOST_BYTES} bytes, not read ({kind})"
 
 
 def _first_text(values: Any, keys: Sequence[str]) -> str:
@@ -321,8 +330,11 @@ def _first_text(values: Any, keys: Sequence[str]) -> str:
     return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
 
 
-def _rows(shard: Path, caption_key: str | None) -> Iterator[list[Any]]:
-    """Yields [number of the row, column of the video, row group, row in it, text]. Raises UserError."""
+def _rows(shard: Path, caption_key: str | None, notes: Counter[str]) -> Iterator[list[Any]]:
+    """Yields [number of the row, column of the video, row group, row in it, text]. Raises UserError.
+
+    notes: counts of what is not read.
+    """
     keys = (caption_key,) if caption_key else ("txt", *TEXT_COLUMNS)
     with parsing(shard), open_for_arrow(shard) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
@@ -333,8 +345,11 @@ def _rows(shard: Path, caption_key: str | None) -> Iterator[list[Any]]:
             check_memory(parquet, file, texts, [group])
             # Without columns, a table has its number of rows all the same.
             for row, values in enumerate(parquet.read_row_group(group, columns=texts).to_pylist()):
-                text = _first_text(values, keys) or _first_text(values.get("json"), keys)
-                yield [str(number), column, group, row, whole_characters(text)]
+                text = whole_characters(_first_text(values, keys) or _first_text(values.get("json"), keys))
+                if len(text.encode()) > MOST_BYTES:
+                    notes[_too_long("parquet")] += 1
+                    text = ""
+                yield [str(number), column, group, row, text]
                 number += 1
 
 
@@ -394,11 +409,16 @@ def _members(file: BinaryIO, notes: Counter[str]) -> Iterator[tuple[str, str, ta
             if info.isreg() and info.offset_data + info.size > end:
                 wanted = f"{shown(info.name)} at byte {place} has {info.size} bytes"
                 raise UserError(f"is cut short: {wanted}, and the file ends at byte {end}")
-            match = KEY.fullmatch(info.name[:LONGEST_NAME])
+            folder, slash, name = info.name.rpartition("/")
+            # The files of a sample share what is in front of the first dot, and differ in the ending behind it.
+            stem, dot, ending = name.partition(".")
             if not info.isreg() or info.issparse() or len(info.name) > LONGEST_NAME:
                 notes[NO_FILES] += not info.isdir()
-            elif match and not OF_SHARD.match(info.name):
-                yield match[1], match[2].lower(), info
+            elif dot and not OF_SHARD.match(info.name):
+                if stem:
+                    yield f"{folder}{slash}{stem}", ending.lower(), info
+                else:
+                    notes[HIDDEN] += 1
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, IndexError) as error:
         if isinstance(error, UserError):
             raise
