@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,9 +14,10 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.merge import merge, run
-from lapa.data.metadata import INFO, JOURNAL
+from lapa.data.metadata import INFO, JOURNAL, STATS
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
+from lapa.files import read_json
 from lapa.sources.synthetic import write_synthetic_dataset
 from test_data_replace_actions import with_shared_files
 from test_policy_training import write_labels
@@ -85,29 +84,22 @@ def test_files_that_episodes_share_stay_shared(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("edited_datasets")
 def test_episodes_that_are_left_out_take_nothing_from_others(tmp_path: Path) -> None:
-    plain = write(tmp_path / "plain", range(5))
+    plain = write_synthetic_dataset(tmp_path / "plain", 4, frames=8, size=32, actions=True)
     shared = with_shared_files(plain, tmp_path / "shared")
-    for path in (shared.root / "meta/episodes").rglob("*.parquet"):
-        table = pq.read_table(path)
-        names = [name for name in table.column_names if name.endswith("from_timestamp")]
-        (row,) = np.flatnonzero(np.array(table["episode_index"]) == 1)
-        for name in names:
-            times = np.array(table[name])
-            times[row] += 100.0
-            table = table.set_column(table.column_names.index(name), name, pa.array(times))
-        pq.write_table(table, path)
-    other = with_shared_files(plain, tmp_path / "other")
-    run(MergeConfig((f"lerobot:{shared.root},skip_bad=true", str(other.root)), tmp_path / "out"))
-    there = open_dataset(tmp_path / "out")
-    kept = [0, 2, 3, 4]
-    assert [e.source for e in there] == [f"clip {number}" for number in [*kept, *range(5)]]
-    assert [e.instruction for e in there] == [TEXTS[number] for number in [*kept, *range(5)]]
-    for new, old in enumerate([*kept, *range(5)]):
+    damaged = shutil.copytree(shared.root, tmp_path / "damaged")
+    rows = pq.read_table(damaged / "data/chunk-000/file-000.parquet")
+    # The last row of episode 1 is gone.
+    pq.write_table(rows[:-1], damaged / "data/chunk-000/file-000.parquet")
+    run(MergeConfig((f"lerobot:{damaged},skip_bad=true", str(shared.root)), tmp_path / "out"))
+    there, sources = open_dataset(tmp_path / "out"), [0, 2, 3, 0, 1, 2, 3]
+    assert len({e.instruction for e in plain}) > 1
+    assert [(e.instruction, e.source) for e in there] == [(plain[n].instruction, plain[n].source) for n in sources]
+    for new, old in enumerate(sources):
         assert (there.actions(new) == plain.actions(old)).all()
-        assert (there.frames(new) == plain.frames(old)).all()
-    stats = json.loads((there.root / "meta/stats.json").read_text())["action"]
-    numbers = np.concatenate([plain.actions(old) for old in [*kept, *range(5)]])
-    np.testing.assert_allclose(stats["mean"], numbers.mean(0), rtol=1e-5, atol=1e-6)
+        assert (there.frames(new) == shared.frames(old)).all()
+    means = [np.mean(plain.actions(number), axis=0) for number in sources]
+    merged_mean = read_json(there.root / STATS)["action"]["mean"]
+    np.testing.assert_allclose(merged_mean, np.mean(means, axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_labels_are_carried_where_all_have_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -462,7 +462,7 @@ class _Film:
 
 
 def require_folder(dataset: Dataset) -> LeRobotDataset:
-    """Returns the dataset, which must be a v3.0 folder of videos on this machine, with all cameras and columns as stored.
+    """Returns the dataset, which must be a v3.0 folder of videos on this machine, opened as it is stored.
 
     Damaged episodes may be left out of it. Raises UserError with the way to make one.
     """

@@ -223,7 +223,10 @@ class _Videos:
         return self._places[path]
 
     def link(self, roots: Sequence[Path]) -> dict[str, str]:
-        """Links or copies the files, which are those of datasets in `roots`; returns their checksums by name: those they were written with, where known."""
+        """Links or copies the files, which are those of datasets in `roots`; returns their checksums by name.
+
+        These are those they were written with, where known.
+        """
         link_videos(self._targets, roots)
         return self._sums | sums_of(self.out, [name for name, digest in self._sums.items() if not digest])
 
