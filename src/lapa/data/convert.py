@@ -29,6 +29,7 @@ import numpy as np
 
 from lapa.console import finish, progress, say, warn
 from lapa.data.config import ConvertOptions
+from lapa.data.convert_ray import INCOMING, convert_with_ray
 from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
 from lapa.data.metadata import INFO
 from lapa.data.motion import MotionMeter, share_of_new, shot_numbers, thumbnail
@@ -42,8 +43,6 @@ from lapa.files import claim_output
 from lapa.locks import locks_output
 from lapa.ray_cluster import check_ray
 
-# Prefix of the folder with the videos that wait to be added.
-INCOMING = ".incoming-"
 KEYFRAME_INTERVAL = 2
 # Images a frame that are too few, and what is looked at for these.
 SLOWER = 0.7
@@ -116,9 +115,6 @@ def run(options: ConvertOptions) -> None:
     light = copy.copy(source)
     light.items = ()
     if options.engine == "ray":
-        # Ray takes seconds to import.
-        from lapa.data.convert_ray import convert_with_ray
-
         convert_with_ray(partial(_convert_apart, light, cameras, fps, options), items, writer, options.ray)
     else:
         _convert_all(light, todo, writer, cameras, fps, options)

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from lapa.console import progress, say, warn
-from lapa.data.convert import INCOMING
 from lapa.data.source import Item
 from lapa.data.writer import DatasetWriter
 from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.ray_cluster import RayConfig, cluster, counted_attempts, pool, rows_of
 
-# In the dataset's folder; a conversion on one machine removes what begins so.
+# Prefix of the folders in the dataset's with what waits to be added.
+INCOMING = ".incoming-"
 SHARDS = f"{INCOMING}shards"
 SHARD_ITEMS = 16
 # Of a shard that a worker is making.
