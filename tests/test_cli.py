@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -280,19 +281,39 @@ def test_a_second_ctrl_c_ends_quietly(code: str) -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture) -> None:
     assert "did you mean 'latent train'" in failure(capsys, "latnt", "train")
     assert "unknown command 'data vidoes'; did you mean 'data videos'" in failure(capsys, "data", "vidoes")
-    # The three nearest, whatever was typed.
-    assert failure(capsys, "frobnicate").count("'") == 8
+    assert "did you mean 'help'" in failure(capsys, "hlp")
+    assert failure(capsys, "xyzzy") == "lapa: error: unknown command 'xyzzy'; `lapa help` lists all commands\n"
+    assert "unknown command 'data nosuch'" in failure(capsys, "help", "data", "nosuch")
+    assert "unknown command 'frobnicate'" in failure(capsys, "frobnicate", "--foo")
+
+
+@pytest.mark.parametrize("words", [["--foo"], ["--foo", "--bar"], ["latent", "--foo"], ["--foo", "latent", "train"]])
+def test_unknown_option_in_place_of_a_command(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert failure(capsys, *words) == "lapa: error: unknown option '--foo'; `lapa help` lists all commands\n"
+
+
+@pytest.mark.parametrize("words", [["help"], ["help", "latent", "probe"], ["completion", "bash"]])
+def test_a_reader_that_goes_ends_a_command_quietly(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-m", "lapa", *words], stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_help_is_a_command_too(capsys: pytest.CaptureFixture) -> None:
     shown = {}
-    for words in (["help", "latent", "probe"], ["latent", "probe", "--help"], ["help"], ["--help"]):
+    asked = (["help", "latent", "probe"], ["latent", "probe", "--help"], ["--help", "latent", "probe"])
+    for words in (*asked, ["help"], ["--help"], ["help", "help"]):
         with pytest.raises(SystemExit) as exit_:
             cli.main(words)
         assert not exit_.value.code
         shown[" ".join(words)] = capsys.readouterr().out
     assert shown["help latent probe"] == shown["latent probe --help"] and "--num-pairs" in shown["help latent probe"]
-    assert shown["help"] == shown["--help"]
+    assert shown["help latent probe"] == shown["--help latent probe"]
+    assert shown["help"] == shown["--help"] == shown["help help"]
 
 
 def test_help_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -312,6 +333,7 @@ completed() {
     echo "${COMPREPLY[*]}"
 }
 completed lapa lat
+completed lapa he
 completed lapa latent ""
 completed lapa latent train --augm
 completed lapa policy finetune --head ""
@@ -326,8 +348,8 @@ def test_a_shell_completes_commands_options_and_values(tmp_path: Path, capsys: p
     ran = subprocess.run(
         ["bash", "-c", COMPLETE, "bash", tmp_path / "lapa"], capture_output=True, text=True, check=True
     )
-    command, commands, option, values = ran.stdout.splitlines()
-    assert (command, option, values) == ("latent", "--augment", "bins chunk flow")
+    command, shows_help, commands, option, values = ran.stdout.splitlines()
+    assert (command, shows_help, option, values) == ("latent", "help", "--augment", "bins chunk flow")
     assert set(commands.split()) == {"-h", "--help", "compare", "probe", "show", "train"}
 
 

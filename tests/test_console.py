@@ -34,6 +34,23 @@ def test_json_is_one_object(table: Table, capsys: pytest.CaptureFixture) -> None
     assert json.loads(printed) == figures and printed.count("\n") == 1
 
 
+def test_names_between_colons_are_no_emoji(capsys: pytest.CaptureFixture) -> None:
+    table = Table("a :100: title")
+    table.add_row("a :100: cell")
+    console.say("a :100: message")
+    console.finish("a :100: artifact", "folder:100:")
+    console.print_results({"name": ":100:"}, as_json=True)
+    console.print_results({}, table, "a :100: line", as_json=False)
+    printed = capsys.readouterr()
+    assert (printed.err.count(":100:"), printed.out.count(":100:")) == (3, 4)
+
+
+@pytest.mark.parametrize(("figure", "error"), [(float("nan"), ValueError), (object(), TypeError)])
+def test_json_holds_no_figure_that_json_has_not(figure: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        console.print_results({"error": figure}, as_json=True)
+
+
 def shown(bar: Progress) -> None:
     with bar:
         task = bar.add_task("latent action model", total=4, completed=1, note="")

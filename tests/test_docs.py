@@ -106,6 +106,15 @@ def test_every_command_named_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_named_in_a_sentence_exists(page: Path) -> None:
+    groups = {verb.name.split()[0] for verb in cli.VERBS}
+    for words in map(str.split, re.findall(r"`lapa\s+([a-z][^`]*)`", page.read_text())):
+        # A group alone or before a placeholder or an option, such as `lapa data SOURCE`.
+        of_group = words[0] in groups and not "".join(words[1:2])[:1].islower()
+        assert cli.find_verb(words) or of_group or words[0] == "help", f"lapa {' '.join(words)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_compiles(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         compile(block, page.name, "exec")

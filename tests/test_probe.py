@@ -20,6 +20,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.video import ClipScan
 from lapa.drawing import CELL, GAP, MARGIN
 from lapa.files import read_json
+from lapa.latent import probe as probes
 from lapa.latent.metrics import Sample, draw_sample, encode, other_episodes, regression_figures, usage_figures
 from lapa.latent.model import LatentAction, LatentActionModel
 from lapa.latent.motion import motion
@@ -27,7 +28,7 @@ from lapa.latent.probe import probe
 from lapa.latent.show import EachCode, parse_codes, probe_sheet
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
-from lapa.verdicts import judge, of_latent_actions
+from lapa.verdicts import Verdict, judge, of_latent_actions
 
 DEBUG = LATENT["debug"]
 SIZE, REACH = 32, 8
@@ -183,7 +184,7 @@ def test_a_model_that_passes_the_frame_through_fails_though_it_reconstructs(figu
 
 @pytest.mark.parametrize(("model", "level"), [("Oracle", "good"), ("Ignorant", "bad"), ("Cheat", "bad")])
 def test_the_verdict_tells_them_apart(figures: dict[str, dict[str, Any]], model: str, level: str) -> None:
-    assert judge(of_latent_actions(figures[model])).level == level
+    assert judge(of_latent_actions(figures[model], 2 * REACH + 1)).level == level
 
 
 @pytest.mark.parametrize("shift", [(5, 0), (0, -3), (-4, 2)])
@@ -350,9 +351,37 @@ def test_json_is_all_that_the_probe_prints_to_stdout(data: Path, lam: Path, tmp_
     printed = capsys.readouterr()
     figures = json.loads(printed.out)
     assert figures == read_json(tmp_path / "p" / "probe.json")
-    # An untrained model: no labelling with it is suggested, but another training.
-    assert figures["verdict"]["level"] == "bad"
-    assert "next: lapa latent train" in printed.err and "lapa label" not in printed.err
+    # An untrained model: no labelling with it is suggested.
+    assert figures["verdict"]["level"] == "bad" and "more videos" in figures["verdict"]["reasons"][-1]
+    assert "next:" not in printed.err and "was trained on" not in printed.err
+
+
+@pytest.mark.parametrize("held_out", [0.25, 0.0])
+def test_clips_that_the_model_was_trained_on_do_not_count(
+    data: Path, tmp_path: Path, capsys: Any, held_out: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(data)
+    torch.manual_seed(0)
+    model = LatentActionModel(DEBUG.model)
+    notes = {"dataset_fingerprints": ["another", dataset.fingerprint], "held_out": held_out, "loop": {"seed": 5}}
+    model.save_pretrained(tmp_path / "lam", notes)
+    model = LatentActionModel.from_pretrained(tmp_path / "lam")
+    monkeypatch.setattr(probes, "verdict_of", lambda figures, model: Verdict("good", ("it is made so",)))
+    assert lapa("latent", "probe", tmp_path / "lam", "--data", data, "--out", tmp_path / "p", "--num-pairs", 32) == 0
+    said, verdict = capsys.readouterr().err, read_json(tmp_path / "p" / "probe.json")["verdict"]
+    kept = probes.kept_from_training(model, dataset)
+    config = PairsConfig(size=SIZE, horizon=0.4, held_out=held_out, cache_gib=0)
+    if held_out:
+        # As in the training, in which the dataset was the second.
+        pairs = FramePairs([dataset], config, split="held_out", seed=6)
+        assert kept.tolist() == sorted({pairs.location(index)[1] for index in range(len(pairs))})
+        every = FramePairs([dataset], config, split="all")
+        drawn = probes.drawn_pairs(every, 32, 0, kept.tolist())
+        assert len(drawn) == 32 and {every.location(index)[1] for index in drawn} <= set(kept.tolist())
+        assert "the pairs are of the 16 episodes kept from it" in said and verdict["level"] == "good"
+    else:
+        assert not len(kept) and "kept from it" not in said
+        assert verdict == {"level": "doubtful", "reasons": ["it was trained on these clips", "it is made so"]}
 
 
 def test_probe_of_a_continuous_model(data: Path, continuous: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Verdicts on models made by hand are tested where those models are: test_probe, t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from lapa.policy.training import verdict_of as verdict_of_policy
 from lapa.presets import LATENT
 from lapa.study.report import verdict_of as verdict_of_study
 from lapa.study.statistics import Cell, Estimate, Group
-from lapa.verdicts import THRESHOLDS, judge, of_policy
+from lapa.verdicts import THRESHOLDS, judge, of_latent_actions, of_policy
 
 METRICS = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 # The validation split of a model that reads its codes.
@@ -79,6 +80,33 @@ def test_an_action_error_without_a_scale_is_not_judged(scale: dict[str, float]) 
     assert verdict_of_policy(both).level == "good"
 
 
+def test_a_codebook_of_two_can_be_good() -> None:
+    model = replace(LATENT["tiny"].model, codebook_size=2)
+    for perplexity, level in ((2.0, "good"), (1.3, "doubtful"), (1.0, "bad")):
+        figures = {**SOUND, "perplexity": perplexity}
+        assert verdict_of({"reconstruction": figures, "usage": figures}, model).level == level
+
+
+@pytest.mark.parametrize(("shuffled", "level"), [(0.5, "good"), (0.0, "bad")])
+def test_an_error_of_zero_is_judged(shuffled: float, level: str) -> None:
+    errors = {"mse": 0.0, "mse_copy": 1.0, "mse_shuffled": shuffled}
+    assert judge(of_latent_actions({"reconstruction": errors}, codebook_size=8)).level == level
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("perplexity", 1.96, "1.9 (good: at least 2)"),
+        ("perplexity", 1.51, "1.6 (good: at least 2)"),
+        ("error_over_copying", 0.602, "0.61 of"),
+        ("error_over_copying", 0.998, "0.99 of"),
+        ("codes_used", 0.499, "49% of"),
+    ],
+)
+def test_a_rounded_figure_is_on_its_side_of_the_thresholds(name: str, value: float, shown: str) -> None:
+    assert shown in str(judge({name: value}))
+
+
 def test_without_a_validation_split_a_policy_is_doubtful() -> None:
     verdict = verdict_of_policy({"train_loss": 0.1})
     assert verdict.level == "doubtful" and "no episode is in the validation split" in str(verdict)
@@ -113,3 +141,7 @@ def test_a_study() -> None:
     assert one_seed.level == "doubtful" and "fewer than 3 seeds" in str(one_seed)
     assert verdict_of_study([group(low=-0.3, high=-0.1)]).level == "bad"
     assert verdict_of_study([]).level == "doubtful"
+    careful = verdict_of_study([group(low=0.07, high=0.42)], ["preset debug: these numbers measure nothing"])
+    assert careful.level == "doubtful" and careful.reasons[0].startswith("preset debug")
+    lacking = verdict_of_study([group(low=0.07, high=0.42), Group("cross-task", 2, {})])
+    assert lacking.level == "doubtful" and "lack of lapa or scratch: cross-task" in str(lacking)

@@ -19,6 +19,7 @@ import textwrap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,8 +40,13 @@ start with: lapa demo
 REPEATABLE = ("--data", "--labels", "--statistics", "--map")
 # Entry points of other distributions that add commands: each loads to a Verb.
 ENTRY_POINTS = "lapa.commands"
+HELP = ("help", "-h", "--help")
 # Exit status after Ctrl-C.
 INTERRUPTED = 130
+# Exit status where the reader of the output has gone, as after `lapa help | head -3`.
+OUTPUT_CLOSED = 1
+# Of `difflib`: names less alike are not suggested.
+ALIKE = 0.5
 LESS_MEMORY = (
     "lower what the command holds at once (--batch-size, --workers, --decoders, --cache-gib, --size, a smaller model), "
     "or raise the limit (ulimit -v, the job's memory)"
@@ -147,7 +153,7 @@ VERBS = (
     Verb("study run", "lapa.study.config:StudyConfig", "lapa.study.run:run",
          "arms of the study: LAPA, training from scratch, VPT, UniPi and true actions"),
     Verb("study report", "lapa.study.config:ReportConfig", "lapa.study.report:run",
-         "the study's table, plots and page"),
+         "the study's tables, plots and intervals"),
     Verb("completion", "lapa.completion:CompletionConfig", "lapa.completion:run",
          "a script that completes commands and options in bash or zsh"),
 )
@@ -157,7 +163,7 @@ VERBS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. A user's mistake is one line on stderr and exit status 2, so is a lack of memory.
 
-    Ctrl-C ends it with status 130, a second one at once.
+    Ctrl-C ends it with status 130, a second one at once. Where nobody reads the output any more it ends quietly.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -165,25 +171,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     if handled:
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        status = _dispatch(arguments)
+        try:
+            status = _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         status = INTERRUPTED
         if in_main_thread:
             # What is left to do, such as waiting for threads, may be cut short.
             signal.signal(signal.SIGINT, _end_at_once)
     except Exception as error:
-        known = isinstance(error, UserError | FloatingPointError | OSError)
-        shortage = out_of_memory(error)
-        if os.environ.get("LAPA_TRACEBACK") or not (known or shortage):
-            raise
-        message = f"out of memory ({shortage}); {LESS_MEMORY}" if shortage else printable(error)
-        print(f"lapa: error: {message}", file=sys.stderr)
-        status = 2
+        gone = isinstance(error, BrokenPipeError) and _output_is_closed()
+        status = OUTPUT_CLOSED if gone else _report(error)
     if handled and status != INTERRUPTED:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         end_process(status)
     sys.exit(status)
+
+
+def _report(error: Exception) -> int:
+    """Prints a mistake or a lack of memory as one line, and returns the exit status. Raises any other error again."""
+    known = isinstance(error, UserError | FloatingPointError | OSError)
+    shortage = out_of_memory(error)
+    if os.environ.get("LAPA_TRACEBACK") or not (known or shortage):
+        raise error
+    message = f"out of memory ({shortage}); {LESS_MEMORY}" if shortage else printable(error)
+    print(f"lapa: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _output_is_closed() -> bool:
+    """Whether standard output's reader has gone. What is still to be printed then goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def end_process(status: int) -> NoReturn:
@@ -213,19 +238,19 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(__version__)
         return 0
-    if arguments[:1] == ["help"]:
+    if arguments and arguments[0] in HELP:
         arguments = [*arguments[1:], "--help"]
     verb = find_verb(arguments)
     if verb is None:
-        asked_for_help = not arguments or arguments[-1] in ("-h", "--help", "help")
-        group = [word for word in arguments if not word.startswith("-")][:1]
-        verbs = all_verbs()
-        known = [v for v in verbs if not group or v.name.split()[0] == group[0]]
-        if not known or (not asked_for_help and len(arguments) > 1):
-            wanted = " ".join(word for word in arguments[:2] if not word.startswith("-"))
-            raise unknown_command(wanted)
+        words = [word for word in arguments if word not in HELP]
+        known = [v for v in all_verbs() if not words or v.name.split()[0] == words[0]]
+        named = list(takewhile(lambda word: not word.startswith("-"), words[:2]))
+        if (words and not named) or (known and len(named) < len(words[:2])):
+            raise UserError(f"unknown option {words[len(named)]!r}; `lapa help` lists all commands")
+        if not known or len(words) > 1:
+            raise unknown_command(" ".join(named))
         print(usage(known), end="")
-        if group == ["data"]:
+        if words == ["data"]:
             from lapa.help import data_help
 
             print("\n" + data_help(), end="")
@@ -244,11 +269,12 @@ def all_verbs() -> list[Verb]:
 
 
 def unknown_command(wanted: str) -> UserError:
-    """The error for a command that does not exist, with the three nearest."""
-    first, second, third = difflib.get_close_matches(wanted, [verb.name for verb in all_verbs()], n=3, cutoff=0.0)
-    return UserError(
-        f"unknown command {wanted!r}; did you mean {first!r}, {second!r} or {third!r}? `lapa help` lists all commands"
-    )
+    """The error for a command that does not exist, with up to three that are alike."""
+    names = ["help", *(verb.name for verb in all_verbs())]
+    alike = list(map(repr, difflib.get_close_matches(wanted, names, n=3, cutoff=ALIKE)))
+    listed = " or ".join(filter(None, [", ".join(alike[:-1]), *alike[-1:]]))
+    meant = f"did you mean {listed}? " if alike else ""
+    return UserError(f"unknown command {wanted!r}; {meant}`lapa help` lists all commands")
 
 
 def find_verb(arguments: Sequence[str]) -> Verb | None:

@@ -3,8 +3,8 @@
 lapa completion bash > ~/.local/share/bash-completion/completions/lapa
 lapa completion zsh > ~/.zfunc/_lapa
 
-The script is tyro's. It holds all names and does not start `lapa`. For zsh, its folder
-must be in `fpath` before `compinit`.
+It completes commands, `help`, options, and values that are chosen from a list; after `help` nothing. The script is
+tyro's. It holds all names and does not start `lapa`. For zsh, its folder must be in `fpath` before `compinit`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ class CompletionConfig:
 
     shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional]
     """The shell."""
+
+
+@dataclass(frozen=True)
+class HelpConfig:
+    """Shows the commands, or the options of one."""
+
+    command: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """The command."""
 
 
 def run(config: CompletionConfig) -> None:
@@ -56,7 +64,7 @@ def _any_of(verbs: Sequence[cli.Verb]) -> Any:
         field = ("command", Annotated[_union(map(_member, own)), tyro.conf.arg(name="")])
         kind = dataclasses.make_dataclass(group.capitalize(), [field])
         members.append(Annotated[kind, tyro.conf.subcommand(name=group)])
-    return _union(members)
+    return _union([*members, Annotated[HelpConfig, tyro.conf.subcommand(name="help")]])
 
 
 def _union(members: Iterable[Any]) -> Any:

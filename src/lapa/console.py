@@ -44,17 +44,17 @@ class PlainConsole(Console):
                 yield segment._replace(text="\n".join(map(printable, segment.text.split("\n"))))
 
 
-console = PlainConsole(stderr=True, quiet=not is_main_process(), highlight=False, markup=False)
-output = PlainConsole(quiet=not is_main_process(), highlight=False, markup=False)
+console = PlainConsole(stderr=True, quiet=not is_main_process(), highlight=False, markup=False, emoji=False)
+output = PlainConsole(quiet=not is_main_process(), highlight=False, markup=False, emoji=False)
 
 
 def print_results(figures: Mapping[str, Any], *shown: RenderableType, as_json: bool) -> None:
     """Prints what a command found to standard output: tables and lines, or the figures as one JSON object.
 
-    shown: tables, and texts that are printed as a line each.
+    shown: tables, and texts that are printed as a line each. Raises ValueError for NaN and infinity in JSON.
     """
     if as_json:
-        output.print(json.dumps(figures, default=str), soft_wrap=True)
+        output.print(json.dumps(figures, allow_nan=False), soft_wrap=True)
         return
     for part in shown:
         output.print(printable(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str))

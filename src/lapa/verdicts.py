@@ -3,11 +3,12 @@
 The thresholds are in one table here; docs/metrics.md has the measurement that each comes from. A verdict is that of the
 worst figure.
 
-    verdict = judge(of_latent_actions(figures))      # level, reasons; str(verdict) is the sentence
+    verdict = judge(of_latent_actions(figures, codebook_size=8))    # level, reasons; str(verdict) is the sentence
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,12 +23,13 @@ MOST_REASONS = 3
 class Threshold:
     """good, bad: from where on a figure is good, and where it is bad; a figure between them is doubtful.
 
-    Small figures are good where `good` is below `bad`. text: the figure in words.
+    Small figures are good where `good` is below `bad`. text: the figure in words, to so many decimal places.
     """
 
     good: float
     bad: float
     text: str
+    places: int = 2
 
     def level(self, value: float) -> Level:
         sign = 1 if self.good < self.bad else -1
@@ -37,19 +39,27 @@ class Threshold:
         """The figure in words, and what is good where it is not."""
         side = "at most" if self.good < self.bad else "at least"
         wanted = "" if self.level(value) == "good" else f" (good: {side} {self.good:g})"
-        return self.text.format(value) + wanted
+        return self.text.format(self._rounded(value)) + wanted
+
+    def _rounded(self, value: float) -> float:
+        """The nearest rounded number that is on the same side of both thresholds."""
+        scale = 10.0**self.places
+        near = (rounded(value * scale) / scale for rounded in (round, math.floor, math.ceil))
+        return next((each for each in near if self.level(each) == self.level(value)), value)
 
 
+PERPLEXITY = "the codes of a position have a perplexity of {:.1f}"
 THRESHOLDS = {
     # Of a latent action model.
-    "perplexity": Threshold(2.0, 1.5, "the codes of a position have a perplexity of {:.1f}"),
+    "perplexity": Threshold(2.0, 1.5, PERPLEXITY, places=1),
+    "perplexity_of_two": Threshold(1.5, 1.1, PERPLEXITY, places=1),
     "shuffled_over_own": Threshold(
         2.0, 1.05, "another pair's latent action gives {:.2f} times the error of a pair's own"
     ),
     "error_over_copying": Threshold(0.6, 1.0, "the error is {:.2f} of that of copying the first frame"),
     "codes_used": Threshold(0.5, 0.0, "{:.0%} of the codes are used"),
     "donor_share": Threshold(0.6, 0.9, "in another scene, {:.2f} of what a latent action brings is its own frame"),
-    "same_code_over_chance": Threshold(1.5, 1.05, "in another scene a code returns {:.1f} times as often as by chance"),
+    "same_code_over_chance": Threshold(1.5, 1.05, "in another scene a code returns {:.2f} times as often as by chance"),
     "action_over_pixels": Threshold(0.5, 0.1, "the codes explain {:.2f} of the true actions that pixels explain"),
     # Of a policy on recorded episodes.
     "normalised_error": Threshold(0.35, 1.0, "the action error is {:.2f} of that of always the mean action"),
@@ -59,6 +69,8 @@ THRESHOLDS = {
 READABLE = 0.2
 # Seeds of each arm of a study; with fewer the interval is wrong too often.
 LEAST_SEEDS = 3
+# Below it errors are alike.
+SMALLEST_ERROR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -93,14 +105,19 @@ def judge(figures: Mapping[str, float]) -> Verdict:
     return Verdict(worst, tuple(reasons[:MOST_REASONS]))
 
 
-def of_latent_actions(figures: Mapping[str, Any]) -> dict[str, float]:
+def perplexity_name(codebook_size: int) -> str:
+    """The threshold of a codebook's perplexity, which is at most its size."""
+    return "perplexity_of_two" if codebook_size == 2 else "perplexity"
+
+
+def of_latent_actions(figures: Mapping[str, Any], codebook_size: int) -> dict[str, float]:
     """What is judged of the figures of `lapa latent probe`, as far as they are there and defined."""
     errors, usage, transfer = (figures.get(part, {}) for part in ("reconstruction", "usage", "transfer"))
     actions = figures.get("action", {}).get("mlp", {})
     pixels = actions.get("pixel_difference", {}).get("r2", 0.0)
     found = {
-        "perplexity": usage.get("perplexity"),
-        "shuffled_over_own": ratio(errors["mse_shuffled"], errors["mse"]),
+        perplexity_name(codebook_size): usage.get("perplexity"),
+        "shuffled_over_own": max(errors["mse_shuffled"], SMALLEST_ERROR) / max(errors["mse"], SMALLEST_ERROR),
         "error_over_copying": ratio(errors["mse"], errors["mse_copy"]),
         "codes_used": usage.get("codes_used"),
         "donor_share": transfer.get("donor_share"),

@@ -4,14 +4,17 @@ lapa latent probe LAM --data DATASET               # probe.json, grid.png and a 
 lapa latent compare LAM1 LAM2 ... --data DATASET   # compare.json and a table
 
 Is the codebook used, does the decoder read the codes, do they mean the same in another scene, and do they predict the
-true action and the instruction? docs/metrics.md explains each figure. When several models are compared, each reads
-pairs of its own image size and horizon with the same first frames.
+true action and the instruction? docs/metrics.md explains each figure. The probe of a dataset that the model was trained
+on reads its validation split. When several models are compared, each reads pairs of its own image size and horizon with
+the same first frames, of all episodes.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from lapa import config as configs
 from lapa.console import finish, print_results, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, horizon_frames
+from lapa.data.sampling import split_episodes
 from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
@@ -31,7 +35,6 @@ from lapa.latent.config import CompareConfig, MeasureConfig, ProbeConfig
 from lapa.latent.metrics import (
     Sample,
     consistency_figures,
-    draw_sample,
     encode,
     information_figures,
     reconstruction_figures,
@@ -42,10 +45,10 @@ from lapa.latent.metrics import (
     transfer,
     usage_figures,
 )
-from lapa.latent.model import LatentAction, LatentActionModel, horizon_for
+from lapa.latent.model import CONFIG, DATASETS, LatentAction, LatentActionModel, horizon_for
 from lapa.latent.motion import motion, require_opencv
 from lapa.latent.show import probe_sheet
-from lapa.latent.train import untried, verdict_of
+from lapa.latent.train import verdict_of
 from lapa.locks import locks_output
 from lapa.verdicts import Verdict
 
@@ -138,15 +141,21 @@ def run(config: ProbeConfig) -> None:
     )
     horizon = horizon_for(config.lam, dataset, model)
     pairs = pairs_of(model, dataset, config.camera, horizon)
-    sample = draw_sample(pairs, config.num_pairs, config.seed, actions=True)
+    kept = kept_from_training(model, dataset)
+    drawn = drawn_pairs(pairs, config.num_pairs, config.seed, None if kept is None else kept.tolist())
+    sample = take_sample(pairs, drawn or drawn_pairs(pairs, config.num_pairs, config.seed), actions=True)
     # The horizon is a whole number of frames.
     apart = pairs.horizon_frames[0] / dataset.fps
     say(f"{len(sample.frames_BTCHW)} pairs, {apart:.3g} s apart, of {dataset.name}")
+    if kept is not None and drawn:
+        say(f"{config.lam} was trained on {dataset.name}: the pairs are of the {len(kept)} episodes kept from it")
     encoded = encode(model, sample.frames_BTCHW)
     figures = probe(model, sample, encoded, config.seed, motions=config.motion)
     with atomic_path(out / "grid.png") as path:
         probe_sheet(model, sample, encoded, apart).save(path)
     verdict = verdict_of(figures, model.config)
+    if kept is not None and not drawn:
+        verdict = verdict.at_best_doubtful("it was trained on these clips")
     context = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
     found = {**figures, "verdict": verdict.as_json(), **context}
     write_json(out / "probe.json", found)
@@ -155,11 +164,10 @@ def run(config: ProbeConfig) -> None:
 
 
 def _next_commands(config: ProbeConfig, model: LatentActionModel, verdict: Verdict, *, in_place: bool) -> list[str]:
-    """Labelling with a good model; a look at a doubtful one, then labelling; for a bad one another training."""
-    lam, data = str(config.lam), str(config.data)
+    """Labelling with a good model; a look at a doubtful one, then labelling; nothing for a bad one."""
     if verdict.level == "bad":
-        options = " ".join(untried(model.config)).split()
-        return [shlex.join(["lapa", "latent", "train", "--data", data, *options, "--out", "ANOTHER_LAM"])]
+        return []
+    lam, data = str(config.lam), str(config.data)
     look = ["lapa", "view", lam, "--data", data] if model.predicts_pixels and verdict.level == "doubtful" else []
     label = ["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)] if model.discrete else []
     return [shlex.join(command) for command in (look, label) if command]
@@ -221,6 +229,34 @@ def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None, hor
     size = model.config.image_size
     config = PairsConfig(size=size, horizon=horizon, camera=camera, held_out=0.0, cache_gib=0.0, middle=middle)
     return FramePairs([dataset], config, split="all")
+
+
+def kept_from_training(model: LatentActionModel, dataset: Dataset) -> np.ndarray | None:
+    """The episodes of a dataset that a model was not trained on; None where its config.json does not list the dataset.
+
+    Raises UserError where config.json is damaged.
+    """
+    notes = model.notes
+    fingerprints = notes.get("dataset_fingerprints", [])
+    if dataset.fingerprint not in (*fingerprints, *notes.get(DATASETS, {})):
+        return None
+    try:
+        trained = [
+            split_episodes(len(dataset), notes["held_out"], notes["loop"]["seed"] + number, "train")
+            for number, fingerprint in enumerate(fingerprints)
+            if fingerprint == dataset.fingerprint
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{CONFIG} of the model: held_out or loop.seed is damaged ({error}); copy it again") from None
+    every = np.arange(len(dataset))
+    return np.setdiff1d(every, np.concatenate(trained or [every]))
+
+
+def drawn_pairs(pairs: FramePairs, num: int, seed: int, episodes: Sequence[int] | None = None) -> list[int]:
+    """Up to `num` different pairs of one dataset, drawn evenly from these episodes, by default from all."""
+    order = map(int, np.random.default_rng(seed).permutation(len(pairs)))
+    chosen = None if episodes is None else set(episodes)
+    return list(islice((index for index in order if chosen is None or pairs.location(index)[1] in chosen), num))
 
 
 def probe(

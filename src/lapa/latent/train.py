@@ -30,14 +30,13 @@ from lapa.latent.metrics import Sample, draw_sample, encode, reconstruction_figu
 from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
-from lapa.verdicts import THRESHOLDS, Verdict, judge, of_latent_actions
+from lapa.verdicts import SMALLEST_ERROR, THRESHOLDS, Verdict, judge, of_latent_actions, perplexity_name
 
 INITIALISATION_PAIRS = 256
 EVALUATION_PAIRS = 512
 METRICS = "metrics.json"
 # Error with another pair's latent action, over that with the right one, from which the decoder reads it.
 READ = 1.2
-SMALLEST_ERROR = 1e-12
 
 
 @locks_output
@@ -156,12 +155,13 @@ class CollapseWatch:
         self._widest_gap = 0.0
         self._warned: set[str] = set()
         self._advice = advice(model)
+        self._least_perplexity = THRESHOLDS[perplexity_name(model.codebook_size)].bad
 
     def look(self, figures: Mapping[str, float]) -> None:
         """Called after each evaluation. A decoder that does not read codes yet is not warned of."""
         gap = figures["mse_shuffled"] / max(figures["mse"], SMALLEST_ERROR)
         self._widest_gap = max(self._widest_gap, gap)
-        least = THRESHOLDS["perplexity"].bad
+        least = self._least_perplexity
         if figures.get("joint_codes_used", 2.0) <= 1:
             self._warn("the codebook has collapsed: every pair has the same latent action")
         elif figures.get("perplexity", least) < least:
@@ -206,7 +206,7 @@ def summary(figures: Mapping[str, float]) -> str:
 
 def verdict_of(figures: Mapping[str, Any], model: LatentModelConfig) -> Verdict:
     """The verdict on the figures of a probe, with what to try where it is not good."""
-    return judge(of_latent_actions(figures)).advised(advice(model))
+    return judge(of_latent_actions(figures, model.codebook_size)).advised(advice(model))
 
 
 def _conclude(config: LatentTrainConfig, metrics: Mapping[str, Any], note: str, in_place: bool) -> None:

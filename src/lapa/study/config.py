@@ -33,7 +33,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class ReportConfig(ReportOptions):
-    """Report a study: a page, tables, plots and intervals."""
+    """Report a study: tables, plots and intervals."""
 
     studies: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the study; several, as of several machines, are reported as one."""

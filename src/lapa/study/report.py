@@ -90,25 +90,26 @@ def run(config: ReportConfig) -> None:
         out, complete=(out / REPORT).exists(), overwrite=config.overwrite, resumable=False, inputs=config.studies
     )
     blocks = content(found, draw(found, out))
-    verdict = verdict_of(found.groups)
+    notes = cautions(found.results)
+    verdict = verdict_of(found.groups, notes)
     figures = {**as_json(found), "verdict": verdict.as_json()}
     write_text(out / MARKDOWN, markdown(TITLE, blocks))
     write_json(out / REPORT, figures)
     tables = map(rich_table, map(short_table, found.groups))
     lines = [*comparisons(found.groups), str(verdict)]
-    print_results(figures, *cautions(found.results), *tables, *lines, as_json=config.json)
+    print_results(figures, *notes, *tables, *lines, as_json=config.json)
     first, *others = map(str, config.studies)
     page = shlex.join(["lapa", "view", first, *(["--compare", *others] if others else [])])
     finish(f"{MARKDOWN}, {REPORT} and plots", out, [page])
 
 
-def verdict_of(groups: Sequence[Group]) -> Verdict:
+def verdict_of(groups: Sequence[Group], cautions: Sequence[str] = ()) -> Verdict:
     """Whether latent pretraining pays: good where LAPA is above scratch in every group, of LEAST_SEEDS seeds or more.
 
-    Bad where it is below scratch in one, doubtful otherwise.
+    Bad where it is below scratch in one, doubtful otherwise, as with cautions and where a group lacks one of the two.
     """
-    differences = [(group, group.cells["lapa"].versus.get("scratch")) for group in groups if "lapa" in group.cells]
-    known = {group.name: difference for group, difference in differences if difference is not None}
+    differences = {group.name: group.cells["lapa"].versus.get("scratch") for group in groups if "lapa" in group.cells}
+    known = {name: difference for name, difference in differences.items() if difference is not None}
     if not known:
         return Verdict("doubtful", ("no group has both lapa and scratch",))
     levels: dict[str, Level] = {
@@ -118,7 +119,11 @@ def verdict_of(groups: Sequence[Group]) -> Verdict:
     worst = max(levels.values(), key=LEVELS.index)
     reasons = [f"{name}: {comparison('lapa', 'scratch', known[name])}" for name in known if levels[name] == worst]
     few = min(each.num_seeds for each in known.values()) < LEAST_SEEDS
-    return Verdict(worst, (*reasons, *([f"fewer than {LEAST_SEEDS} seeds"] if few else [])))
+    verdict = Verdict(worst, (*reasons, *([f"fewer than {LEAST_SEEDS} seeds"] if few else [])))
+    skipped = [f"not judged for lack of lapa or scratch: {group.name}" for group in groups if group.name not in known]
+    for reason in reversed([*cautions, *skipped]):
+        verdict = verdict.at_best_doubtful(reason)
+    return verdict
 
 
 def findings(results: Sequence[ArmResult]) -> Findings:
