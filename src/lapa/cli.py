@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import operator
 import os
+import select
 import shutil
 import signal
 import sys
@@ -203,12 +204,12 @@ def _report(error: Exception) -> int:
 
 def _output_is_closed() -> bool:
     """Whether standard output's reader has gone. What is still to be printed then goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    number, poll = sys.stdout.fileno(), select.poll()
+    poll.register(number, select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return gone
 
 
 def end_process(status: int) -> NoReturn:
