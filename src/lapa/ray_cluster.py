@@ -111,7 +111,7 @@ def cluster(config: RayConfig) -> Iterator[Any]:
         if config.address is None:
             ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
             if not ray.util.get_node_ip_address().startswith("127."):
-                warn("Ray was imported before it could be told to listen on this machine alone: others may reach it")
+                warn("Ray was imported before its address could be set to this machine alone: others may reach it")
         else:
             ray.init(config.address, **quiet)
     # Ray raises a plain Exception where it does not start in time.
