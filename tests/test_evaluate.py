@@ -475,7 +475,7 @@ def test_no_more_simulators_than_parallel(
 ) -> None:
     chosen: list[tuple[int, int]] = []
 
-    def play(settings: RolloutSettings, assignments: Any, infer: Any, num_workers: int) -> list:
+    def play(settings: RolloutSettings, assignments: Any, infer: Any, num_workers: int, **options: bool) -> list:
         chosen.append((num_workers, settings.num_parallel))
         return []
 
@@ -543,7 +543,7 @@ def test_episodes_of_a_lost_process_are_repeated_once_and_then_an_error(
     printed = capsys.readouterr().err
     assert "died (exit code -6), perhaps for lack of memory; to be repeated one by one: up, episode 1" in printed
     assert "again in episode 4 of up, which counts as an error" in printed
-    assert "a simulator process is silent for 1 s (up, of the episodes 4)" in printed
+    assert "a simulator process is silent for 1 s (up, episodes 4)" in printed
 
     (tmp_path / "begun" / "repaired").touch()
     resumed = evaluate(replace(config, resume=True))
