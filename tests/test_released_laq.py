@@ -10,10 +10,18 @@ import torch
 from einops import rearrange
 from literal import LiteralModel
 from safetensors.torch import load_file
+from transformers import Dinov2Model, DINOv3ViTModel
 
+from lapa.errors import UserError
+from lapa.latent.features import VisionTower
 from lapa.latent.model import LatentActionModel
+from lapa.released import laq
+from lapa.released.config import ImportLaqConfig
 from lapa.released.laq import (
+    BACKBONE,
     PUBLISHED_CONFIG,
+    dino_sizes,
+    dino_tower,
     from_released,
     released_config,
     released_constants,
@@ -23,6 +31,7 @@ from lapa.released.laq import (
 GOLDEN = Path(__file__).parent / "golden"
 # Gradients that are zero in exact arithmetic (a bias under a softmax, or under a difference) are rounding noise.
 ROUNDING = 1e-8
+ABLATION = "dinov3-cs64_sl49_dim256 (ablation)"
 
 
 class Golden:
@@ -185,3 +194,136 @@ def test_published_config_is_checked():
         released_config({**PUBLISHED_CONFIG, "code_seq_length": 4})
     with pytest.raises(ValueError, match="needs the keys heads"):
         released_config({key: value for key, value in PUBLISHED_CONFIG.items() if key != "heads"})
+
+
+class DinoGolden(Golden):
+    """A case of the golden of LARYBench's models, with its tiny backbone in a folder of transformers."""
+
+    def __init__(self, prefix: str, folder: Path):
+        facts = json.loads((GOLDEN / "laq_dino.json").read_text())
+        self.facts = next(case for case in facts["cases"] if case["prefix"] == prefix)
+        every = load_file(GOLDEN / "laq_dino.safetensors")
+        own = {key.removeprefix(prefix): value for key, value in every.items() if key.startswith(prefix)}
+        self.tensors = {key: value for key, value in own.items() if key.split(".")[0] in ("sd", "in", "out")}
+        self.weights = {key[3:]: value for key, value in self.tensors.items() if key.startswith("sd.")}
+        kind = dict(self.facts["backbone"])
+        backbone = {"dinov2": Dinov2Model, "dinov3_vit": DINOv3ViTModel}[kind.pop("type")]
+        model = backbone(backbone.config_class(**kind))
+        model.load_state_dict(
+            {key.removeprefix(BACKBONE): value for key, value in self.weights.items() if key.startswith(BACKBONE)}
+        )
+        model.save_pretrained(folder)
+        self.tower = dino_tower(str(folder), self.facts["config"]["image_size"])
+        self.model = from_released(self.weights, self.facts["config"], str(folder), self.tower)
+        self.frames_BTCHW = rearrange(self.tensors["in.video_u8"], "b c t h w -> b t c h w")
+        self.given_BL = self.tensors["in.user_codes"].reshape(-1, self.model.config.latent_length)
+
+
+@pytest.fixture(params=["", "v3."])
+def dino(request, tmp_path) -> DinoGolden:
+    return DinoGolden(request.param, tmp_path / "dino")
+
+
+@torch.no_grad()
+def test_dino_features_codes_and_reconstructions(dino):
+    model, outputs = dino.model, dino.tensors
+    view = model._view(dino.frames_BTCHW)
+    dino.agrees("features", view.features_BTHWD)
+    if "out.encoded" in outputs:
+        dino.agrees("encoded", model.encode_tokens(view.features_BTHWD, model.position_bias()))
+    action = model.encode(dino.frames_BTCHW)
+    dino.agrees("z", action.z_BLD)
+    assert torch.equal(action.codes_BL, outputs["out.ids"])
+    dino.agrees("quantised", model.action_tokens(action.quantized_BLD))
+    dino.agrees("quantised_user", model.action_tokens(model.embed(dino.given_BL.long())))
+    noisy = model.quantizer(action.z_BLD, outputs["in.noise"]).quantized_BLD
+    dino.agrees("quantised_noise", model.action_tokens(noisy))
+    for name, quantized in (("recon", action.quantized_BLD), ("recon_noise", noisy)):
+        predicted = model.predict(dino.frames_BTCHW[:, 0], quantized)
+        dino.agrees(name, rearrange(predicted, "b d h w -> b h w d"))
+
+
+def test_dino_training_loss_and_every_gradient(dino):
+    facts, model = dino.facts["train"], dino.model.train()
+    losses = model.loss(dino.frames_BTCHW, noise=dino.tensors["in.noise"])
+    losses.loss.backward()
+    assert losses.loss.item() == pytest.approx(facts["loss"], rel=1e-5)
+    assert losses.parts["feature_copy"].item() == pytest.approx(facts["copy_mse"], rel=1e-5)
+    assert sum(p.numel() for p in model.parameters()) == dino.facts["n_params_trainable"]
+    parameters, names = dict(model.named_parameters()), released_names(model)
+    checked = 0
+    for released, expected in facts["grad_norms"].items():
+        if expected is None:
+            assert parameters[names[released]].grad is None, released
+        elif released in names:
+            norm = parameters[names[released]].grad.norm().item()
+            # A bias under a softmax has none: rounding.
+            assert norm == pytest.approx(expected, rel=1e-3, abs=10 * ROUNDING), released
+            checked += 1
+    assert checked > 50
+    held = [p.grad for p in parameters.values() if p.grad is not None]
+    assert torch.cat([g.flatten() for g in held]).norm().item() == pytest.approx(facts["grad_norm_total"], rel=1e-4)
+
+
+@pytest.mark.parametrize("wrapped", ["bare", "checkpoint", "average"])
+def test_dino_becomes_a_folder_with_its_codes(dino, wrapped, tmp_path):
+    files = {
+        "bare": {f"module.{name}": tensor for name, tensor in dino.weights.items()},
+        "checkpoint": {"model": dino.weights, "optim": {"state": {}}, "steps": 3},
+        "average": {"initted": torch.tensor(True), "step": torch.tensor(3)}
+        | {f"{kind}.{name}": tensor for kind in ("ema_model", "online_model") for name, tensor in dino.weights.items()},
+    }
+    path, sizes = tmp_path / "laq_dino.pt", tmp_path / "sizes.json"
+    torch.save(files[wrapped], path)
+    sizes.write_text(json.dumps(dino.facts["config"]))
+    config = ImportLaqConfig(path, out=tmp_path / "lam", vision_tower=str(tmp_path / "dino"), sizes=sizes)
+    laq.run(config)
+    model = LatentActionModel.from_pretrained(tmp_path / "lam")
+    assert torch.equal(model.codes(dino.frames_BTCHW), dino.tensors["out.ids"])
+    assert model.tower.mean == (0.5, 0.5, 0.5) and not model.tower.standardised
+
+
+def test_dino_has_every_published_name_and_parameter():
+    facts = json.loads((GOLDEN / "laq_dino.json").read_text())
+    names = facts["names"]["LAPA-DINOv2 and LAPA-DINOv3, trainable and buffers (identical)"]
+    absent = facts["names"]["absent in cs64_sl49_dim256"]
+    ablated = {name: shape for name, shape in names.items() if name not in absent}
+    ablated |= facts["names"]["differs in cs64_sl49_dim256"]
+    tower = torch.nn.Module()
+    tower.dim = 1024
+    for kind, expected in (("LAPA-DINOv2", names), ("LAPA-DINOv3", names), (ABLATION, ablated)):
+        published = facts["published"][kind]
+        with torch.device("meta"):
+            model = LatentActionModel(released_config(published["config"], "dino"), tower)
+        shapes = {name: list(tensor.shape) for name, tensor in to_released(model).items()}
+        assert shapes == expected
+        assert sum(p.numel() for p in model.parameters()) == published["n_params_trainable"]
+        meta = {name: torch.zeros(shape, device="meta") for name, shape in expected.items()}
+        assert dino_sizes(meta, published["config"]["patch_size"]) == published["config"]
+
+
+def test_dino_that_does_not_fit_is_refused(dino, tmp_path, monkeypatch):
+    path, asked = tmp_path / "laq.pt", []
+
+    def tower_of(name: str, size: int) -> VisionTower:
+        asked.append(name)
+        return dino.tower
+
+    def refused(complaint: str, weights: dict[str, torch.Tensor]) -> None:
+        torch.save(weights, path)
+        with pytest.raises(UserError, match=complaint) as error:
+            laq.run(ImportLaqConfig(path, out=tmp_path / "lam"))
+        assert str(path) in str(error.value) and not (tmp_path / "lam").exists()
+
+    monkeypatch.setattr(laq, "dino_tower", tower_of)
+    refused("vq.codebooks", {name: tensor for name, tensor in dino.weights.items() if name != "vq.codebooks"})
+    # The published backbone of its kind, by the names of the file.
+    assert asked == [laq.DINOV3 if dino.facts["backbone"]["type"] == "dinov3_vit" else laq.DINOV2]
+    patch = next(name for name, tensor in dino.weights.items() if name.startswith(BACKBONE) and tensor.ndim == 4)
+    refused("patches of 7 pixels, the vision tower 2", {**dino.weights, patch: torch.zeros(1, 3, 7, 7)})
+    refused("sizes cannot be read off", {**dino.weights, "vq.cnn_encoder.0.weight": torch.zeros(8, 8, 5, 5)})
+    wrong = {**dino.weights, "extra": torch.zeros(1)}
+    with pytest.raises(UserError, match="extra: not a name of the released model"):
+        from_released(wrong, dino.facts["config"], "dino", dino.tower)
+    with pytest.raises(UserError, match="16, 49, 64 codes, not 4" if dino.model.config.grid == 14 else "16, 64, 81"):
+        from_released(dino.weights, {**dino.facts["config"], "code_seq_len": 4}, "dino", dino.tower)

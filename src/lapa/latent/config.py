@@ -117,8 +117,23 @@ class LatentModelConfig:
             )
         if self.vision_tower is not None and not self.uses_features:
             raise UserError("--vision-tower is given but not used: add --inputs features or --targets features")
-        if self.layout == "released" and (self.uses_features or not self.patch_norm):
-            raise UserError("layout released reads pixels only, normalised patch by patch; use layout clean otherwise")
+        if self.layout == "released" and not self.patch_norm:
+            raise UserError("layout released reads pixels normalised patch by patch; use layout clean otherwise")
+        if self.layout == "released" and self.uses_features:
+            if (self.inputs, self.targets, self.predict, self.action_input) != (
+                "features",
+                "features",
+                "frame",
+                "attend",
+            ):
+                raise UserError(
+                    "layout released with a vision tower has features in and out; use layout clean otherwise"
+                )
+            if self.kernels is None:
+                raise UserError(
+                    f"layout released with {self.grid} x {self.grid} patches makes "
+                    f"{', '.join(map(str, sorted(strided_lengths(self.grid))))} codes, not {self.latent_length}"
+                )
 
     @property
     def grid(self) -> int:
@@ -129,6 +144,12 @@ class LatentModelConfig:
     def uses_features(self) -> bool:
         """Whether a vision tower is part of the model."""
         return self.inputs != "pixels" or self.targets != "pixels"
+
+    @property
+    def kernels(self) -> tuple[int, ...] | None:
+        """Kernels of the strided convolutions that make the latents, of LAPA-DINO alone."""
+        released = self.layout == "released" and self.uses_features
+        return strided_lengths(self.grid).get(self.latent_length) if released else None
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -146,6 +167,15 @@ class LatentModelConfig:
         """Rows and columns of the codes: the most nearly square factors of latent_length, rows first."""
         columns = max(n for n in range(1, int(self.latent_length**0.5) + 1) if self.latent_length % n == 0)
         return self.latent_length // columns, columns
+
+
+def strided_lengths(grid: int) -> dict[int, tuple[int, ...]]:
+    """Returns the lengths of a latent action that LAPA-DINO makes of a square grid of patches, and how.
+
+    Each length is that of one or two convolutions of stride 2 and padding 1, with these kernels.
+    """
+    half = (grid + 1) // 2
+    return {half**2: (3,), (grid // 2 + 1) ** 2: (2,), ((half + 1) // 2) ** 2: (3, 3)}
 
 
 @dataclass(frozen=True)

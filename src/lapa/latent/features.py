@@ -55,12 +55,17 @@ class VisionTower(nn.Module):
         grid: int,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        *,
+        standardised: bool = True,
     ):
-        """mean, std: of each channel, pixels in [0, 1]. Raises UserError where the model has no square patch grid."""
+        """mean, std: of each channel, pixels in [0, 1]. standardised: each feature vector, as `forward` says.
+
+        Raises UserError where the model has no square patch grid.
+        """
         super().__init__()
         if grid < 1:
             raise UserError(f"grid {grid} must be at least 1 patch on a side")
-        self.grid, self.mean, self.std = grid, mean, std
+        self.grid, self.mean, self.std, self.standardised = grid, mean, std, standardised
         self.patch_size = _square_patch(model)
         # In a tuple, where nn.Module does not look for submodules.
         self._frozen = (model.requires_grad_(False).eval(),)
@@ -81,6 +86,7 @@ class VisionTower(nn.Module):
     def forward(self, pixels_NCHW: Float[Tensor, "N 3 H H"]) -> Float[Tensor, "N grid grid dim"]:
         """Features of `grid` x `grid` patches, each vector of zero mean and unit variance, in the model's dtype.
 
+        Where not `standardised`, they are the model's last hidden states as they are (LAPA-DINO).
         pixels_NCHW: in [0, 1], of any square size; they are resized to `grid` patches on a side. No gradient flows.
         """
         if pixels_NCHW.ndim != 4 or pixels_NCHW.shape[1] != 3 or pixels_NCHW.shape[2] != pixels_NCHW.shape[3]:
@@ -98,7 +104,9 @@ class VisionTower(nn.Module):
                     f"{self.model.config.model_type}: {tokens_NSD.shape[1]} tokens for {self.grid} x {self.grid} "
                     "patches; it has no plain patch grid, choose a DINOv2, DINOv3 ViT or SigLIP model"
                 )
-            features_NSD = F.layer_norm(tokens_NSD[:, self._num_prefix :].float(), (self.dim,)).to(self.model.dtype)
+            features_NSD = tokens_NSD[:, self._num_prefix :]
+            if self.standardised:
+                features_NSD = F.layer_norm(features_NSD.float(), (self.dim,)).to(self.model.dtype)
         return rearrange(features_NSD, "n (h w) d -> n h w d", h=self.grid)
 
     def _tokens(self, normalised_NCHW: Tensor) -> Tensor:
@@ -131,7 +139,8 @@ class VisionTower(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VisionTower:
         """Shares the frozen model, which averages of weights do not change."""
-        return VisionTower(self.model, self.grid, self.mean, self.std).to(self.mean_C11.device)
+        copy = VisionTower(self.model, self.grid, self.mean, self.std, standardised=self.standardised)
+        return copy.to(self.mean_C11.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the model as transformers does, with mean and std: a folder for `from_pretrained`."""
@@ -140,7 +149,7 @@ class VisionTower(nn.Module):
         self.model.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, grid: int) -> VisionTower:
+    def from_pretrained(cls, name_or_folder: str | Path, grid: int, *, standardised: bool = True) -> VisionTower:
         """The vision tower of a model on the hub or in a folder, in float32 on the CPU.
 
         Of a two-tower model (SigLIP) only the vision tower is loaded. If the model has no mean and std, ImageNet's
@@ -152,7 +161,7 @@ class VisionTower(nn.Module):
         model = _load_model(folder, name_or_folder)
         mean, std = _normalisation(folder, name_or_folder)
         try:
-            return cls(model, grid, mean, std)
+            return cls(model, grid, mean, std, standardised=standardised)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(
                 f"{name_or_folder}: not usable as a vision tower ({error}); choose a DINOv2, DINOv3 ViT or SigLIP model"

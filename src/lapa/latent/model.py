@@ -103,6 +103,11 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
         self.notes: dict[str, Any] = {}
         if config.vision_tower is not None and tower is None:
             tower = _load_tower(config.vision_tower, config)
+        if tower is not None and config.layout == "released" and tower.dim != config.dim:
+            raise UserError(
+                f"{config.vision_tower}: its features are {tower.dim} wide, {config.dim} in the released weights; "
+                "give the vision tower that they were trained on"
+            )
         self.tower = tower
         transformer = partial(
             Transformer, config.dim, heads=config.heads, dim_head=config.dim_head, released=config.layout == "released"
@@ -111,11 +116,15 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
             self.patch_embedding = PatchEmbedding(config.patch_size, config.dim, norm_pixels=config.patch_norm)
         if config.inputs != "pixels":
             assert tower is not None
-            self.feature_embedding = nn.Sequential(nn.Linear(tower.dim, config.dim), nn.LayerNorm(config.dim))
+            self.feature_embedding = (
+                nn.Identity()
+                if config.layout == "released"
+                else nn.Sequential(nn.Linear(tower.dim, config.dim), nn.LayerNorm(config.dim))
+            )
         self.position_bias = PositionBias(config.grid, config.dim, config.heads)
         self.spatial_encoder = transformer(depth=config.spatial_depth, axis="space")
         self.temporal_encoder = transformer(depth=config.temporal_depth, axis="time")
-        self.to_latents = PatchSummary(config.dim, config.quant_dim, config.grid, config.latent_shape)
+        self.to_latents = PatchSummary(config.dim, config.quant_dim, config.grid, config.latent_shape, config.kernels)
         self.quantizer = build_quantizer(config)
         self.from_latents = nn.Linear(config.quant_dim, config.dim)
         self.decoder = transformer(depth=config.spatial_depth, axis="space", cross=True)
@@ -123,7 +132,7 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
             self.to_pixels = PatchPixels(config.patch_size, config.dim, zero_init=config.predict == "change")
         if config.targets != "pixels":
             assert tower is not None
-            self.to_features = nn.Linear(config.dim, tower.dim)
+            self.to_features = nn.Identity() if config.layout == "released" else nn.Linear(config.dim, tower.dim)
             if config.predict == "change":
                 nn.init.zeros_(self.to_features.weight)
                 nn.init.zeros_(self.to_features.bias)
@@ -503,7 +512,7 @@ def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> Vision
     # transformers takes seconds to import, and most models have no tower.
     from lapa.latent.features import VisionTower
 
-    return VisionTower.from_pretrained(name_or_folder, config.grid)
+    return VisionTower.from_pretrained(name_or_folder, config.grid, standardised=config.layout != "released")
 
 
 def _read_config(folder: Path) -> LatentModelConfig:

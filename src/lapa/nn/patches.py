@@ -58,21 +58,31 @@ class PatchPixels(nn.Module):
 class PatchSummary(nn.Module):
     """Tokens of a patch grid to a few latents: a projection, then a small CNN whose output grid is `shape`.
 
-    The first convolution halves the grid if enough places remain for the latents.
+    The first convolution halves the grid if enough places remain for the latents. kernels: of one or two convolutions
+    of stride 2 and padding 1 in place of these, as LAPA-DINO has them (lapa.latent.config).
     """
 
-    def __init__(self, dim: int, latent_dim: int, grid: int, shape: tuple[int, int]):
+    def __init__(
+        self, dim: int, latent_dim: int, grid: int, shape: tuple[int, int], kernels: tuple[int, ...] | None = None
+    ):
         super().__init__()
+        self.project = nn.Linear(dim, latent_dim)
+        if kernels is not None:
+            convolutions = [nn.Conv2d(latent_dim, latent_dim, size, stride=2, padding=1) for size in kernels]
+            self.shrink, self.gather = convolutions[0], convolutions[1] if len(convolutions) == 2 else None
+            return
         rows, columns = shape
         halved = (grid + 1) // 2
         stride, side = (2, halved) if halved >= max(shape) else (1, grid)
-        self.project = nn.Linear(dim, latent_dim)
         self.shrink = nn.Conv2d(latent_dim, latent_dim, 3, stride=stride, padding=1)
         self.gather = nn.Conv2d(latent_dim, latent_dim, (side - rows + 1, side - columns + 1))
 
     def forward(self, tokens_BHWD: Tensor) -> Tensor:
         grid = rearrange(self.project(tokens_BHWD), "b h w d -> b d h w")
-        return rearrange(self.gather(F.relu(self.shrink(grid))), "b d r c -> b (r c) d")
+        grid = self.shrink(grid)
+        if self.gather is not None:
+            grid = self.gather(F.relu(grid))
+        return rearrange(grid, "b d r c -> b (r c) d")
 
 
 class PositionBias(nn.Module):

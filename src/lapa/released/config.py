@@ -11,14 +11,17 @@ import tyro
 
 @dataclass(frozen=True)
 class ImportLaqConfig:
-    """Import the released latent action model."""
+    """Import a released latent action model: LAPA's, or LAPA-DINOv2 and LAPA-DINOv3 of LARYBench."""
 
     weights: tyro.conf.Positional[Path]
-    """The released laq_openx.pt."""
+    """The released laq_openx.pt, laq_dinov2.pt or laq_dinov3.pt."""
     out: Path
     """Folder of the latent action model to write."""
+    vision_tower: str | None = None
+    """Hub id or folder of the frozen DINOv2 or DINOv3 that LAPA-DINO was trained on; by default the published one."""
     sizes: Path | None = None
-    """JSON with the sizes of a model other than the published one, under the authors' names."""
+    """JSON with the sizes of a model other than the published one, under the authors' names; those of LAPA-DINO are
+    read off the file."""
     overwrite: bool = False
     """Replace what `out` holds."""
 
