@@ -14,8 +14,9 @@ SIMULATORS := .venv-simulators
 # It needs other versions of what this project uses, and only sends requests: an environment of its own.
 SCHEMATHESIS := .venv-schemathesis
 SCHEMATHESIS_VERSION := 4.32.5
+EGL := libegl1 libegl-mesa0 libgl1-mesa-dri libgl1
 
-.PHONY: help setup demo study test test-slow test-floors docs lint format bench bench-latent faults fuzz-rest check-clients check-envs check-lerobot check-vla-eval clean
+.PHONY: help setup egl demo study test test-slow test-floors docs lint format bench bench-latent faults fuzz-rest check-clients check-envs check-lerobot check-vla-eval clean
 
 help:
 	@echo 'make demo       the whole flow on Meta-World, from videos to a table of success rates'
@@ -45,7 +46,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[metaworld,dev]'
 	@touch $@
 
-demo: setup
+# Meta-World renders through EGL. Installed where nobody need be asked; `lapa demo` names the command otherwise.
+egl:
+	@ls /usr/lib/*/libEGL.so.1 >/dev/null 2>&1 || ! command -v apt-get >/dev/null || \
+	  { as=; [ "$$(id -u)" = 0 ] || as='sudo -n'; \
+	    $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends $(EGL); } || \
+	  echo 'EGL could not be installed: apt-get install $(EGL)' >&2
+
+demo: setup egl
 	$(BIN)/lapa demo --out runs/demo --resume
 
 study: setup

@@ -1,39 +1,47 @@
 """The whole flow in the made-up world: every stage's artifact feeds the next, and what is done is not done again."""
 
 import shutil
-import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from lapa import cli, demo
+from lapa import cli
 from lapa.data.labels import Labels
 from lapa.data.spec import open_dataset
+from lapa.demo import run as demo
+from lapa.demo.conclusion import all_frames, sentence
+from lapa.demo.config import DemoConfig
 from lapa.files import read_json
 from lapa.latent.model import lam_fingerprint
-from lapa.subcommand import Stage, run_stage
+from lapa.study.statistics import Estimate
+from lapa.subcommand import Ended, Stage
 from vlms import make_vlm
 
 
-def in_this_process(stage: Stage) -> float:
-    started = time.monotonic()
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(stage.command)
-    assert exit_.value.code == 0, stage.command
-    return time.monotonic() - started
+def in_this_process(stages: Sequence[Stage], ended: Ended) -> None:
+    """Runs the stages that are not done in the order in which they are given."""
+    for stage in (each for each in stages if not each.artifact.exists()):
+        assert all(need.exists() for need in stage.needs), stage
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(list(stage.command))
+        assert exit_.value.code == 0, stage.command
+        ended(stage, 1.0, False)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> demo.DemoConfig:
-    config = demo.DemoConfig(out=tmp_path_factory.mktemp("demo") / "out", preset="debug", rollouts=1)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
+    config = DemoConfig(out=tmp_path_factory.mktemp("demo") / "out", preset="debug", rollouts=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "run_stage", in_this_process)
+        patch.setattr(demo, "run_stages", in_this_process)
         demo.run(config)
     return config
 
 
-def test_every_stage_leaves_its_artifact(finished: demo.DemoConfig) -> None:
-    for stage in demo.stages(finished):
+def test_every_stage_leaves_its_artifact(finished: DemoConfig) -> None:
+    for stage in demo.stages(finished, "synthetic"):
         assert stage.artifact.is_file(), stage.title
     table = read_json(finished.out / "demo.json")["results"]
     assert list(table) == ["random actions", "from scratch", "pretrained"]
@@ -43,7 +51,7 @@ def test_every_stage_leaves_its_artifact(finished: demo.DemoConfig) -> None:
         assert low <= result["overall"]["success_rate"] <= high
 
 
-def test_artifacts_name_what_they_were_made_from(finished: demo.DemoConfig) -> None:
+def test_artifacts_name_what_they_were_made_from(finished: DemoConfig) -> None:
     out = finished.out
     labels = Labels.open(
         out / "labels",
@@ -55,30 +63,63 @@ def test_artifacts_name_what_they_were_made_from(finished: demo.DemoConfig) -> N
     assert open_dataset(out / "demonstrations").action_dim == 2
 
 
-def test_a_second_run_does_nothing_again(finished: demo.DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_does_nothing_again(finished: DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    monkeypatch.setattr(demo, "run_stage", lambda stage: ran.append(stage.title) or 0.0)
-    resumed = demo.DemoConfig(**{**vars(finished), "resume": True})
+
+    def note(stages: Sequence[Stage], ended: Ended) -> None:
+        ran.extend(stage.title for stage in stages if not stage.artifact.exists())
+
+    monkeypatch.setattr(demo, "run_stages", note)
+    resumed = DemoConfig(**{**vars(finished), "resume": True})
     demo.run(resumed)
     assert ran == []
-    (finished.out / "labels" / "manifest.json").rename(finished.out / "labels" / "kept")
-    demo.run(resumed)
-    (finished.out / "labels" / "kept").rename(finished.out / "labels" / "manifest.json")
+    shutil.copytree(finished.out, tmp_path / "out")
+    (tmp_path / "out" / "labels" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="labels"):
+        demo.run(replace(resumed, out=tmp_path / "out"))
     assert ran == ["latent action labels"]
 
 
-def test_other_settings_do_not_mix(finished: demo.DemoConfig) -> None:
+def test_other_settings_do_not_mix(finished: DemoConfig) -> None:
     with pytest.raises(ValueError, match="rollouts was 1, is 2"):
-        demo.run(demo.DemoConfig(out=finished.out, preset="debug", rollouts=2, resume=True))
+        demo.run(DemoConfig(out=finished.out, preset="debug", rollouts=2, resume=True))
 
 
-def test_a_failing_stage_stops_the_demo(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the stage 'rollouts' failed"):
-        run_stage(Stage("rollouts", ["evaluate", "nobody", "--out", str(tmp_path)], tmp_path / "x"))
+def test_the_demo_ends_with_what_it_shows(finished: DemoConfig) -> None:
+    found = read_json(finished.out / "demo.json")
+    assert found["world"] == "synthetic" and found["gain"]["low"] is None
+    with Image.open(finished.out / "demo.png") as image:
+        assert image.width > 800 and image.height > 600
+    # Both policies, of four tasks each.
+    frames = all_frames(finished.out / "demo.mp4")
+    assert len(frames) > 20 and frames.shape[2] > 3 * 256
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.1, 0.3, "pretraining on videos without actions pays: +20 points of success (95% interval +10 to +30)"),
+        (-0.3, -0.1, "hurts: -20 points"),
+        (-0.1, 0.2, "is not shown to help: +5 points"),
+        (None, None, "too few rollouts for an interval"),
+    ],
+)
+def test_the_sentence_of_the_demo(low: float | None, high: float | None, words: str) -> None:
+    value = 0.0 if low is None or high is None else (low + high) / 2
+    assert words in sentence(DemoConfig(), Estimate(value, low, high, 1))
+
+
+def test_where_nothing_renders_the_demo_names_the_world_it_goes_on_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("lapa.envs.opengl.run_probe", lambda code: ("", "no EGL"))
+    assert demo.world_of(DemoConfig()) == "synthetic"
+    warned = capsys.readouterr().err
+    assert "no EGL" in warned and "apt-get install" in warned and "made-up world of moving squares" in warned
 
 
 def test_labels_of_another_dataset_are_refused_by_the_policy(
-    finished: demo.DemoConfig, capsys: pytest.CaptureFixture
+    finished: DemoConfig, capsys: pytest.CaptureFixture
 ) -> None:
     out = finished.out
     command = [
@@ -100,16 +141,14 @@ def test_labels_of_another_dataset_are_refused_by_the_policy(
 
 @pytest.mark.slow
 def test_the_policy_may_be_a_vision_language_model(
-    finished: demo.DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the same videos and labels; the stages that have no part in the policy are done before."""
     make_vlm("smolvlm", tmp_path / "vlm")
     for name in ("videos", "demonstrations", "lam", "probe", "labels"):
         shutil.copytree(finished.out / name, tmp_path / "out" / name)
-    monkeypatch.setattr(demo, "run_stage", in_this_process)
-    config = demo.DemoConfig(
-        out=tmp_path / "out", preset="debug", policy=f"hf:{tmp_path / 'vlm'}", rollouts=1, resume=True
-    )
+    monkeypatch.setattr(demo, "run_stages", in_this_process)
+    config = DemoConfig(out=tmp_path / "out", preset="debug", policy=f"hf:{tmp_path / 'vlm'}", rollouts=1, resume=True)
     demo.run(config)
     assert read_json(config.out / "demo.json")["results"]["pretrained"]["overall"]["episodes"] == 8
     assert read_json(config.out / "policy" / "config.json")["policy"]["backbone"]["kind"] == "hf"

@@ -1,15 +1,9 @@
 """The study: its steps are shared, made once and resumed; all five arms run in the made-up world and are reported."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,16 +15,18 @@ from lapa.study import run as study_run
 from lapa.study.config import PRESETS, StudyConfig, sizes_of
 from lapa.study.plan import Plan, Step, order, steps_of
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
-from lapa.subcommand import Stage, run_stage
+from lapa.subcommand import Ended, Stage
 
 CPU = sizes_of("cpu")
 
 
-def in_this_process(stage: Stage, hold: tuple[int, ...] = ()) -> float:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(stage.command)
-    assert exit_.value.code == 0, stage.command
-    return 1.0
+def in_this_process(stages: Sequence[Stage], ended: Ended) -> None:
+    """Runs the stages in the order in which they are given."""
+    for stage in stages:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(list(stage.command))
+        assert exit_.value.code == 0, stage.command
+        ended(stage, 1.0, False)
 
 
 def keys(*steps: Step) -> set[str]:
@@ -43,7 +39,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("diffusers")
     out = tmp_path_factory.mktemp("study") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_run, "run_stage", in_this_process)
+        patch.setattr(study_run, "run_stages", in_this_process)
         study_run.run(StudyConfig(out=out, preset="debug", demonstrations=1))
     return out
 
@@ -96,7 +92,7 @@ def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch
     again = tmp_path / "study"
     shutil.copytree(study, again)
     ran: list[str] = []
-    monkeypatch.setattr(study_run, "run_stage", lambda stage, hold=(): ran.append(stage.title))
+    monkeypatch.setattr(study_run, "run_stages", lambda stages, ended: ran.extend(stage.title for stage in stages))
     config = StudyConfig(out=again, preset="debug", demonstrations=1)
     before = (again / "results" / "in-domain-1-lapa-0.json").read_bytes()
     study_run.run(config)
@@ -111,13 +107,14 @@ def test_a_study_in_slices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = StudyConfig(out=tmp_path / "s", preset="debug", arm=("scratch",))
     ran: list[str] = []
 
-    def stopped_once(stage: Stage, hold: tuple[int, ...] = ()) -> float:
-        ran.append(stage.title)
-        if ran.count("finetuning scratch") == 1 and stage.title == "finetuning scratch":
-            raise KeyboardInterrupt
-        return in_this_process(stage)
+    def stopped_once(stages: Sequence[Stage], ended: Ended) -> None:
+        for stage in stages:
+            ran.append(stage.title)
+            if ran.count("finetuning scratch") == 1 and stage.title == "finetuning scratch":
+                raise KeyboardInterrupt
+            in_this_process([stage], ended)
 
-    monkeypatch.setattr(study_run, "run_stage", stopped_once)
+    monkeypatch.setattr(study_run, "run_stages", stopped_once)
     with pytest.raises(KeyboardInterrupt):
         study_run.run(config)
     assert not (tmp_path / "s" / "results").exists()
@@ -205,60 +202,6 @@ def test_splits_differ_in_their_videos_alone() -> None:
     assert inside.policy("scratch") == task.policy("scratch") == view.policy("scratch")
     with pytest.raises(ValueError, match="no other tasks"):
         Plan(sizes_of("debug"), "cross-task", 2, 0)
-
-
-def test_two_runs_into_one_study_do_not_make_a_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
-
-    def slowly(stage: Stage, hold: tuple[int, ...] = ()) -> float:
-        made.append(stage.title)
-        time.sleep(0.2)
-        stage.artifact.parent.mkdir(parents=True)
-        stage.artifact.write_text("{}")
-        return 0.2
-
-    monkeypatch.setattr(study_run, "run_stage", slowly)
-    step = Step("one", "label", (), "manifest.json")
-
-    def one_run() -> None:
-        study_run._run_step(tmp_path, step, "1/1")
-
-    runs = [threading.Thread(target=one_run) for _ in range(3)]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
-    assert made == ["one"]
-
-
-def test_a_step_stays_locked_while_its_command_lives(tmp_path: Path) -> None:
-    """A run that is killed outright leaves its command behind, which goes on writing."""
-    step = Step("one", "label", (), "manifest.json")
-    with study_run._locked(tmp_path, step) as lock:
-        orphan = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock])
-    with (tmp_path / "artifacts" / f".{step.key}.lock").open("w") as file:
-        assert not study_run._try_lock(file.fileno())
-        orphan.kill()
-        orphan.wait()
-        assert study_run._try_lock(file.fileno())
-
-
-def test_a_stopped_run_stops_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by `timeout 9m lapa study run`: SIGTERM is passed on to the stage, whose checkpoint the next run continues."""
-    real = subprocess.Popen
-    started: list[subprocess.Popen] = []
-
-    def sleeping(words: list[str], **options: Any) -> subprocess.Popen:
-        started.append(real([sys.executable, "-c", "import time; time.sleep(60)"]))
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return started[0]
-
-    monkeypatch.setattr(subprocess, "Popen", sleeping)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
-        run_stage(Stage("long", ["label"], tmp_path / "never"))
-    assert started[0].returncode == -signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_settings_are_kept_beside_the_results(study: Path) -> None:

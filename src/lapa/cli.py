@@ -75,7 +75,7 @@ class Verb:
 
 # fmt: off
 VERBS = (
-    Verb("demo", "lapa.demo:DemoConfig", "lapa.demo:run",
+    Verb("demo", "lapa.demo.config:DemoConfig", "lapa.demo.run:run",
          "the whole flow on Meta-World, from rendering to a table of success rates"),
     Verb("data videos", "lapa.sources.videos:VideosConfig", "lapa.data.convert:run",
          "a folder of videos and captions -> a dataset without actions"),

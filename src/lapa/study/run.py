@@ -11,13 +11,10 @@ stopped run.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,7 @@ from PIL import Image
 import lapa
 from lapa import config as configs
 from lapa.checksums import verify
-from lapa.console import console, finish, say
+from lapa.console import finish, say
 from lapa.data.spec import open_dataset
 from lapa.data.video import decode_clip, probe
 from lapa.drawing import Row, grid
@@ -41,7 +38,7 @@ from lapa.study.config import StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
 from lapa.study.progress import append_lines, note_wanted
 from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout, RunKey
-from lapa.subcommand import Stage, run_stage
+from lapa.subcommand import Stage, run_stages
 
 # The figures of a result: the JSON file of a step -> name of the figure -> where it is in that file.
 FIGURES = {
@@ -60,6 +57,8 @@ FIGURES = {
         "lam_joint_perplexity": "usage.joint_perplexity",
     },
 }
+# What each step printed, in the folder of the study.
+LOGS = "logs"
 # Stages whose curves are kept.
 TRAINED = ("latent action model", "inverse dynamics", "video model", "pretraining", "finetuning")
 PROVENANCE = ("lapa", "torch", "python", "gpu", "num_gpus", "machine", "metaworld", "mujoco")
@@ -76,8 +75,30 @@ def run(config: StudyConfig) -> None:
     _require_same_study(config.out, config.preset, sizes)
     runs = [(plan, arm) for plan in plans for arm in config.arm]
     note_wanted(config.out, [RunKey(arm, plan.split, plan.demonstrations, plan.seed) for plan, arm in runs])
-    for plan, arm in runs:
-        _run_arm(config, plan, arm)
+    wanted = [step for plan, arm in runs for step in steps_of(plan, arm).values()]
+    steps = list(order(*wanted, unless=lambda step: step.done(config.out)))
+    stages = {step.key: _stage(config.out, step) for step in steps}
+    keys = {stage.artifact: key for key, stage in stages.items()}
+    without_result = list(runs)
+
+    def ended(stage: Stage, seconds: float, failed: bool) -> None:
+        code = fingerprint(*sorted(Path(lapa.__file__).parent.rglob("*.py")))
+        row = {"key": keys[stage.artifact], "seconds": seconds, "code": code, "failed": failed}
+        append_lines(config.out / SECONDS, [row])
+        conclude()
+
+    def conclude() -> None:
+        """Writes the results of the arms whose steps are all done."""
+        for plan, arm in list(without_result):
+            if all(step.done(config.out) for step in steps_of(plan, arm).values()):
+                without_result.remove((plan, arm))
+                result = collect(config.out, plan, arm, config.preset)
+                won = sum(rollout.success for rollout in result.rollouts)
+                say(f"{result.name}: {won} of {len(result.rollouts)} succeed")
+
+    conclude()
+    run_stages(list(stages.values()), ended)
+    conclude()
     finish("results", config.out / FOLDER, [f"lapa study report {config.out}", f"lapa view {config.out}"])
 
 
@@ -104,54 +125,11 @@ def _require_same_study(out: Path, preset: str, sizes: StudySizes) -> None:
     write_json(path, settings)
 
 
-def _run_arm(config: StudyConfig, plan: Plan, arm: Arm) -> None:
-    """Runs the missing steps of one arm under one seed, and writes its result."""
-    steps = list(order(*steps_of(plan, arm).values(), unless=lambda step: step.done(config.out)))
-    console.rule(f"{arm}, {plan.split}, {plan.demonstrations} labelled episodes a task, seed {plan.seed}", align="left")
-    for number, step in enumerate(steps, 1):
-        _run_step(config.out, step, f"{number}/{len(steps)}")
-    result = collect(config.out, plan, arm, config.preset)
-    say(f"{result.name}: {sum(rollout.success for rollout in result.rollouts)} of {len(result.rollouts)} succeed")
-
-
-def _run_step(study: Path, step: Step, place: str) -> None:
-    """Runs the step, unless another run into the same study has finished it, and notes its seconds and the code."""
-    with _locked(study, step) as lock:
-        if step.done(study):
-            return
-        stage = Stage(step.title, step.command(study), step.folder(study) / step.artifact)
-        say(f"{place} {step.title}: $ lapa {' '.join(stage.command)}")
-        started, failed = time.monotonic(), False
-        try:
-            run_stage(stage, hold=(lock,))
-        except UserError:
-            failed = True
-            raise
-        finally:
-            code = fingerprint(*sorted(Path(lapa.__file__).parent.rglob("*.py")))
-            seconds = round(time.monotonic() - started, 1)
-            row = {"key": step.key, "seconds": seconds, "code": code, "failed": failed}
-            append_lines(study / SECONDS, [row])
-
-
-@contextmanager
-def _locked(study: Path, step: Step) -> Iterator[int]:
-    """Locks the step against other runs into the same study, after waiting for theirs; yields the file descriptor."""
-    path = step.lock(study)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        if not _try_lock(file.fileno()):
-            say(f"waiting for {step.title}, which another run is making")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _stage(study: Path, step: Step) -> Stage:
+    folder = step.folder(study)
+    needs = [needed.folder(study) / needed.artifact for needed in step.inputs]
+    log = study / LOGS / f"{folder.name}.log"
+    return Stage(step.title, step.command(study), folder / step.artifact, log, needs, step.lock(study))
 
 
 def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
