@@ -32,6 +32,7 @@ pytest.importorskip("matplotlib")
 # Successes of 20 rollouts of each of two tasks.
 SUCCESSES: dict[Arm, tuple[int, int]] = {
     "scratch": (2, 4),
+    "captions": (0, 2),
     "vpt": (8, 6),
     "unipi": (1, 3),
     "lapa": (14, 12),
@@ -97,13 +98,13 @@ def test_the_table_holds_what_a_hand_count_gives(report: Path) -> None:
     ]
     cells = groups[0]["cells"]
     assert {arm: cell["success"]["value"] for arm, cell in cells.items()} == pytest.approx(
-        {"scratch": 0.15, "vpt": 0.35, "unipi": 0.1, "lapa": 0.65, "actionvla": 0.85}
+        {"scratch": 0.15, "captions": 0.05, "vpt": 0.35, "unipi": 0.1, "lapa": 0.65, "actionvla": 0.85}
     )
     assert cells["lapa"]["versus"]["scratch"]["value"] == pytest.approx(0.5)
     assert cells["lapa"]["versus"]["vpt"]["value"] == pytest.approx(0.3)
     assert cells["lapa"]["gap"]["value"] == pytest.approx(0.5 / 0.7)
     assert cells["unipi"]["gap"]["value"] == pytest.approx(-0.05 / 0.7)
-    assert [cells[arm]["mean_rank"] for arm in ARMS] == [4.0, 3.0, 5.0, 2.0, 1.0]
+    assert [cells[arm]["mean_rank"] for arm in ARMS] == [4.0, 6.0, 3.0, 5.0, 2.0, 1.0]
     assert cells["lapa"]["by_task"] == {"push": 0.7, "<reach> & pull": 0.6}
     assert (cells["lapa"]["seeds"], cells["lapa"]["num_rollouts"]) == ([0, 1], 80)
 
@@ -116,10 +117,10 @@ def test_the_markdown_holds_the_same_table(report: Path) -> None:
     assert cells[5].startswith("+50.0 [") and cells[6].startswith("0.71 [") and cells[7] == "2.00"
     assert "## Tables" in lines and not any("Each row is a task" in line for line in lines), "no captions of images"
     # Of two runs of vpt one has 14 / 40, the other two hundredths more; of four runs of lapa three have 26 / 40.
-    assert "| token_accuracy | 0.155 | 0.360 | 0.110 | 0.655 | 0.860 |" in lines
+    assert "| token_accuracy | 0.155 | 0.060 | 0.360 | 0.110 | 0.655 | 0.860 |" in lines
     (stage,) = [line for line in lines if line.startswith("| policy |")]
     # Runs of vpt take 60 and 64 seconds; scratch and lapa have two more runs, of 60.
-    assert stage == "| policy | 61 | 62 | 62 | 61 | 62 |"
+    assert stage == "| policy | 61 | 62 | 62 | 62 | 61 | 62 |"
     assert "| all of a run | 71 | 72 | 72 | 71 | 72 |" in lines
 
 
@@ -138,7 +139,7 @@ def test_the_report_explains_each_arm(report: Path) -> None:
     for arm in ARMS:
         assert f"**{arm}**" in text
     assert "| in-domain, 5 | scratch |" in text
-    assert "and 6 others" in text  # of ten commands four are shown
+    assert "and 8 others" in text  # of twelve commands four are shown
 
 
 def test_a_report_is_replaced_only_when_asked(tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ VERBS = (
          "a few robot episodes -> an inverse dynamics model", presets="inverse"),
     Verb("baseline pseudo-label", "lapa.baselines.config:PseudoLabelConfig", "lapa.baselines.pseudo_label:run",
          "videos -> the same with actions that an inverse dynamics model predicts (VPT)"),
+    Verb("baseline shuffle-labels", "lapa.baselines.config:ShuffleLabelsConfig", "lapa.baselines.shuffled_labels:run",
+         "labels -> the same with the codes of other frames, a control"),
     Verb("baseline video", "lapa.baselines.config:VideoTrainConfig", "lapa.baselines.video_train:run",
          "videos and captions -> a model that predicts future frames", presets="video"),
     Verb("baseline unipi", "lapa.baselines.config:UniPiConfig", "lapa.baselines.unipi:run",

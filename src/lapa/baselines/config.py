@@ -147,6 +147,20 @@ class PseudoLabelConfig:
 
 
 @dataclass(frozen=True)
+class ShuffleLabelsConfig:
+    """Write the labels of a dataset with each frame's codes exchanged for another frame's, drawn at random."""
+
+    labels: tyro.conf.Positional[Path]
+    """Folder of labels."""
+    out: Path
+    """Folder of the labels to write."""
+    seed: int = 0
+    """Which codes each frame has."""
+    overwrite: bool = False
+    """Replace what `out` holds."""
+
+
+@dataclass(frozen=True)
 class UniPiConfig:
     """Join a video model and an inverse dynamics model into a policy that `lapa evaluate` takes."""
 

@@ -270,6 +270,11 @@ class Labels(Pushed):
     def _artifact_folder(self) -> AbstractContextManager[Path]:
         return nullcontext(self.folder)
 
+    @property
+    def episodes(self) -> list[int]:
+        """The episodes with a labelled frame, in order."""
+        return self._episodes_E.tolist()
+
     def codes(self, episode_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the labelled frames of an episode, (frame_indices_T, codes_TL), both int64, perhaps empty."""
         place = int(np.searchsorted(self._episodes_E, episode_index))

@@ -150,11 +150,12 @@ class Plan:
         return self._train(f"finetuning {arm}", "policy finetune", words, self.sizes.finetune_steps)
 
     def pretrained(self, arm: Arm) -> Step:
-        """The policy before finetuning, of the arms lapa, vpt and actionvla."""
+        """The policy before finetuning, of the arms lapa, captions, vpt and actionvla."""
         words: Words
-        if arm == "lapa":
-            words = ("--data", self.videos_without_actions, "--labels", self.labels, *self.sizes.policy)
-            return self._train("pretraining lapa", "policy pretrain", words, self.sizes.pretrain_steps)
+        if arm in ("lapa", "captions"):
+            labels = self.labels if arm == "lapa" else self.shuffled_labels
+            words = ("--data", self.videos_without_actions, "--labels", labels, *self.sizes.policy)
+            return self._train(f"pretraining {arm}", "policy pretrain", words, self.sizes.pretrain_steps)
         assert arm in ("vpt", "actionvla"), f"the arm {arm} has no pretrained policy"
         data = self.videos if arm == "actionvla" else self.pseudo_labelled
         # Pseudo-actions have a narrower range than the robot's actions.
@@ -175,6 +176,11 @@ class Plan:
     def labels(self) -> Step:
         words = ("--lam", self.latent_action_model, "--data", self.videos_without_actions)
         return Step("labels", "label", words, "manifest.json")
+
+    @cached_property
+    def shuffled_labels(self) -> Step:
+        words: Words = (self.labels, "--seed", str(self.seed))
+        return Step("shuffled labels", "baseline shuffle-labels", words, "manifest.json", "--overwrite")
 
     @cached_property
     def inverse_dynamics(self) -> Step:

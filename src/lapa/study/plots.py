@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lapa.drawing import BLUE, GREEN, GREY, ORANGE, PINK
+from lapa.drawing import BLUE, GREEN, GREY, ORANGE, PINK, SKY
 from lapa.files import atomic_path
 from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve, Split
 from lapa.study.statistics import Estimate, Group
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Of ARMS: scratch, vpt, unipi, lapa, actionvla.
-COLOURS = dict(zip(ARMS, (GREY, ORANGE, PINK, BLUE, GREEN), strict=True))
-MARKERS = dict(zip(ARMS, "osvD^", strict=True))
+# Of ARMS: scratch, captions, vpt, unipi, lapa, actionvla.
+COLOURS = dict(zip(ARMS, (GREY, SKY, ORANGE, PINK, BLUE, GREEN), strict=True))
+MARKERS = dict(zip(ARMS, "oPsvD^", strict=True))
 # Validation metrics that are shown first, of those that the curves have.
 HELD_OUT = ("eval/held_out_token_accuracy", "eval/held_out_action_error", "eval/held_out_loss")
 MAX_HELD_OUT = 2

@@ -42,6 +42,10 @@ QUESTION = (
 MEANINGS = (
     ("scratch", "trained on the labelled episodes alone."),
     (
+        "captions",
+        "a control: pretrained as lapa, but with the codes of other frames; only images and captions are true.",
+    ),
+    (
         "vpt",
         "pretrained on actions that an inverse dynamics model of the labelled episodes predicts for the videos.",
     ),

@@ -21,7 +21,7 @@ from lapa import config as configs
 from lapa.errors import UserError
 from lapa.files import find_files, read_json, write_json
 
-Arm = Literal["scratch", "vpt", "unipi", "lapa", "actionvla"]
+Arm = Literal["scratch", "captions", "vpt", "unipi", "lapa", "actionvla"]
 Split = Literal["in-domain", "cross-task", "cross-environment"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
 SPLITS: tuple[Split, ...] = typing.get_args(Split)

@@ -69,8 +69,8 @@ class Gap:
 class Cell:
     """One arm on one split with one number of labelled episodes.
 
-    versus: this arm minus another, paired, on the goals that both played: scratch, and vpt for lapa. mean_rank: 1 is
-    best; mean over tasks and seeds that all arms of the group played, ties averaged.
+    versus: this arm minus another, paired, on the goals that both played: scratch, and for lapa captions and vpt, too.
+    mean_rank: 1 is best; mean over tasks and seeds that all arms of the group played, ties averaged.
     """
 
     arm: Arm
@@ -144,7 +144,7 @@ def _cell(arm: Arm, runs: dict[Arm, list[ArmResult]], mean_rank: float | None) -
     assert rollouts is not None, "runs without rollouts are left out"
     rates_SK, present_SK = task_rates(rollouts)
     by_task = rates_SK[0].sum(axis=0) / present_SK.sum(axis=0)
-    others: list[Arm] = ["scratch", "vpt"] if arm == "lapa" else ["scratch"]
+    others: list[Arm] = ["scratch", "captions", "vpt"] if arm == "lapa" else ["scratch"]
     both = {other: shared(runs[arm], runs.get(other, [])) for other in others if other != arm}
     ends: tuple[Arm, Arm, Arm] = ("scratch", arm, "actionvla")
     return Cell(
