@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -44,6 +46,7 @@ from websockets.sync.client import connect
 from lapa.serve.client import pack, unpack
 from lapa.serve.protocols import from_json, to_json
 from lapa.serve.server import read_key, running
+from lapa.serve.websocket import MOST_FRAMES
 
 RNG = np.random.default_rng(0)
 SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=32, layers=1, heads=2)
@@ -526,12 +529,83 @@ def test_a_bad_body_gets_a_status_and_one_line(bounded, body, headers, status, t
     assert http(f"{bounded}/act", as_json(of(5)))[0] == 200
 
 
-def test_a_message_above_the_bound_closes_only_its_own_connection(bounded):
-    with Client(bounded) as other:
-        with Client(bounded) as client, pytest.raises((ConnectionClosed, OSError)):
-            client.socket.send(b"x" * 3_000_000)
-            client.socket.recv(20)
-        assert other.ask(of(5))["actions"][0, 0] == 5
+def test_a_message_above_the_bound_gets_one_line_and_the_connection_lives_on(bounded):
+    part = b"x" * 1_000_000
+    with Client(bounded) as client:
+        for message in (part * 3, "x" * 3_000_000, [part] * 3, [b"", part * 3], [part * 3, b"", part]):
+            client.socket.send(message)
+            assert client.socket.recv(20) == "error: a message of more than 2097152 bytes (--max-message-mib)"
+            assert client.ask(of(5))["actions"][0, 0] == 5
+        client.socket.send([b""] * (MOST_FRAMES + 1))
+        assert client.socket.recv(20) == f"error: a message of more than {MOST_FRAMES} frames"
+        packed = pack(of(6))
+        client.socket.send([packed[at : at + 1] for at in range(len(packed))])
+        assert unpack(client.socket.recv(20))["actions"][0, 0] == 6
+
+
+def test_a_frame_is_the_same_in_whatever_pieces_it_arrives(bounded):
+    with socket.create_connection(("127.0.0.1", int(bounded.rpartition(":")[2]))) as raw:
+        raw.settimeout(20)
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream = raw.makefile("rb")
+        raw.sendall(UPGRADE)
+        while stream.readline().strip():
+            pass
+        assert unpack(read_frame(stream))["cameras"] == ["front"]
+        messages = [pack(of(3)), b"x" * 100, b"x" * 2_100_000, pack(of(4))]
+        sent = b"".join(frame_of(message) for message in messages)
+        cuts = [*range(40), *range(40, len(sent), 50_001), len(sent)]
+        for begin, end in itertools.pairwise(cuts):
+            raw.sendall(sent[begin:end])
+        raw.sendall(b"\x89\x80\x00\x00\x00\x00")
+        assert unpack(read_frame(stream))["actions"][0, 0] == 3
+        assert b"malformed message" in read_frame(stream)
+        assert b"more than 2097152 bytes" in read_frame(stream)
+        assert unpack(read_frame(stream))["actions"][0, 0] == 4
+        raw.sendall(b"\x89\xff" + (2**40).to_bytes(8) + bytes(4))
+        assert b"reserved bits" in read_frame(stream), "a ping of a terabyte ends its connection at once"
+
+
+def frame_of(message: bytes) -> bytes:
+    """A masked frame whose mask is zero (RFC 6455, 5.2), with the shortest form of its length."""
+    for bound, mark, form in ((126, None, ""), (2**16, 126, "!H"), (2**64, 127, "!Q")):
+        if len(message) < bound:
+            length = bytes([0x80 | (len(message) if mark is None else mark)])
+            return b"\x82" + length + (struct.pack(form, len(message)) if form else b"") + bytes(4) + message
+    raise AssertionError
+
+
+def read_frame(stream: Any) -> bytes:
+    """The content of the next frame of a server that is no pong."""
+    first, length = stream.read(2)
+    if length > 125:
+        length = int.from_bytes(stream.read(2 if length == 126 else 8))
+    content = stream.read(length)
+    return read_frame(stream) if first & 0x0F == 0xA else content
+
+
+def test_messages_of_all_clients_have_one_bound(monkeypatch):
+    monkeypatch.setattr("lapa.serve.server.MOST_HELD", 0)
+    actor = Scripted()
+    with running(actor, max_image=600, max_message_mib=1) as url, Client(url) as first, Client(url) as second:
+        actor.open.clear()
+        large = {"front": np.full((512, 512, 3), 5, np.uint8), "prompt": WORDS}
+        first.socket.send(pack(large))
+        wait_until(lambda: len(actor.batches) > 1)
+        line = f"busy: messages of {len(pack(large))} bytes are answered already; try again"
+        assert second.ask(large) == line
+        body = json.dumps({**as_json(of(1)), "more": "x" * 500_000}).encode()
+        assert http(f"{url}/infer", body) == (503, line)
+        with Client(url) as gone:
+            gone.socket.send(pack(of(2)))
+            wait_until(lambda: json.loads(http(f"{url}/status")[1])["queue"] == 1)
+            gone.socket.socket.shutdown(socket.SHUT_RDWR)
+        actor.open.set()
+        assert unpack(first.socket.recv(20))["actions"][0, 0] == 5
+        assert json.loads(http(f"{url}/status")[1])["busy"] == 2
+        for _ in range(2):
+            assert second.ask(large)["actions"][0, 0] == 5
+            assert "unknown key 'more'" in http(f"{url}/infer", body)[1]
 
 
 UPGRADE = (
@@ -688,7 +762,7 @@ def test_a_map_may_be_given_several_times():
 
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette.applications", "websockets.sync.client", "msgpack"])
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, missing):
-    for name in ("server", "service", "batching", "protocols", "client"):
+    for name in ("server", "service", "websocket", "batching", "protocols", "client"):
         monkeypatch.delitem(sys.modules, f"lapa.serve.{name}", raising=False)
     monkeypatch.delitem(sys.modules, "lapa.web", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)

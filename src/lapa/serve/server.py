@@ -28,7 +28,8 @@ import math
 import shlex
 import socket
 import stat
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ try:
     from lapa.serve.client import pack
     from lapa.serve.protocols import parse_body, to_json
     from lapa.serve.service import Service, Session, TooLarge
+    from lapa.serve.websocket import BoundedWebSocket, Budget
     from lapa.web import line
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("lapa"):
@@ -66,8 +68,9 @@ if TYPE_CHECKING:
 OPEN_PATHS = ("/", "/healthz")
 PAGE = Path(__file__).with_name("page.html")
 LONGEST_KEY = 4096
-# Clients of the websocket at once, and bodies that are read at once.
+# Clients of the websocket at once, and bytes that the messages and bodies of all hold together, or one largest message.
 MAX_CLIENTS = 64
+MOST_HELD = 2**29
 BODY_SECONDS, DRAIN_SECONDS, SUMMARY_SECONDS = 30.0, 30.0, 60.0
 
 
@@ -148,13 +151,14 @@ class Server(web.Server):
     def __init__(self, service: Service, listener: socket.socket, key: bytes | None) -> None:
         super().__init__(listener)
         self.service, self.key = service, key
+        self._most = service.config.max_message_mib * 2**20
+        self._budget = Budget(max(self._most, MOST_HELD))
         self.options = {
-            "ws": "websockets-sansio",
-            "ws_max_size": service.config.max_message_mib * 2**20,
+            "ws": partial(BoundedWebSocket, most=self._most, budget=self._budget),
+            "ws_max_size": self._most,
             "ws_per_message_deflate": False,
         }
         self.host = ipaddress.ip_address(listener.getsockname()[0])
-        self._num_bodies = 0
         self._app = Starlette(
             routes=[
                 WebSocketRoute("/", self.websocket),
@@ -207,7 +211,7 @@ class Server(web.Server):
             await connection.send_bytes(pack(self.service.metadata))
             while (event := await connection.receive())["type"] != "websocket.disconnect":
                 with self.service.counted():
-                    reply = await self.service.reply(session, event.get("bytes"))
+                    reply = await self.service.reply(session, event.get("refused") or event.get("bytes"))
                     await (connection.send_text(reply) if isinstance(reply, str) else connection.send_bytes(reply))
         except WebSocketDisconnect:
             pass
@@ -237,42 +241,46 @@ class Server(web.Server):
 
     async def _answered(self, request: Request, form: Callable[[np.ndarray, dict[str, Any]], Any]) -> Response:
         """The response to an observation in JSON, whose content `form` makes of the chunk and the timing."""
-        client = _address(request)
+        client, encoded = _address(request), False
         try:
-            body = await self._body(request)
-            encoded = False
+            async with self._body(request) as body:
 
-            def read() -> dict[str, Any]:
-                nonlocal encoded
-                message, encoded = parse_body(body)
-                return message
+                def read() -> dict[str, Any]:
+                    nonlocal encoded
+                    message, encoded = parse_body(body)
+                    return message
 
-            with self.service.counted():
-                content = form(*await self.service.chunk(client, len(body), read))
+                with self.service.counted():
+                    content = form(*await self.service.chunk(client, len(body), read))
         except ClientDisconnect:
             return Response(status_code=400)
         except Exception as error:
             return line(*self.service.complaint(error, client))
         return JSONResponse(json.dumps(content) if encoded else content)
 
-    async def _body(self, request: Request) -> bytes:
-        """Reads a bounded body. Raises UserError where it is too large, too slow or compressed, and Busy."""
+    @contextlib.asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """A bounded body, which is held while the context lasts.
+
+        Raises UserError where it is too large, too slow or compressed, and Busy where the messages of all clients
+        together are too large.
+        """
         if request.headers.get("content-encoding", "identity") != "identity":
             raise UserError("compressed bodies are not read; send it as it is")
-        if self._num_bodies >= MAX_CLIENTS:
-            raise Busy(f"{MAX_CLIENTS} bodies are read already")
-        most = self.service.config.max_message_mib * 2**20
-        self._num_bodies += 1
+        declared = int(request.headers.get("content-length", self._most))
+        held = 0 if declared > self._most else declared
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                body, size = await web.read_body(request, most)
-        except TimeoutError:
-            raise UserError(f"the body did not arrive within {BODY_SECONDS:g} s") from None
+            self._budget.take(held)
+        except Busy:
+            await _read(request, 0)
+            raise
+        try:
+            body, size = await _read(request, self._most)
+            if size > self._most:
+                raise TooLarge(f"a body of {size} bytes; at most {self._most} (--max-message-mib)")
+            yield body
         finally:
-            self._num_bodies -= 1
-        if size > most:
-            raise TooLarge(f"a body of {size} bytes; at most {most} (--max-message-mib)")
-        return body
+            self._budget.give_back(held)
 
     def _refusal(self, connection: HTTPConnection) -> Response | None:
         """The response to a client that may not ask: a page of another site, or one without the key."""
@@ -317,6 +325,15 @@ def _announce(server: Server) -> None:
         console.print(Text(text, "bold yellow"), soft_wrap=True)
     header = "" if server.key is None else "-H 'Authorization: Api-Key KEY' "
     say(f"try: curl {header}{url}/metadata")
+
+
+async def _read(request: Request, most: int) -> tuple[bytes, int]:
+    """`web.read_body`. Raises UserError where the body is too slow."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await web.read_body(request, most)
+    except TimeoutError:
+        raise UserError(f"the body did not arrive within {BODY_SECONDS:g} s") from None
 
 
 def _address(connection: HTTPConnection) -> str:

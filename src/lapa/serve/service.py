@@ -115,11 +115,16 @@ class Service:
         observation = Observation(dict.fromkeys(self.actor.cameras, blank), "", state)
         await self.batcher.infer(self.statistics_key or next(iter(self.actors)), observation)
 
-    async def reply(self, session: Session, data: bytes | None) -> bytes | str:
-        """The reply to a message of the websocket: a packed map, or one line about what is wrong. None: a text came."""
+    async def reply(self, session: Session, data: bytes | Exception | None) -> bytes | str:
+        """The reply to a message of the websocket: a packed map, or one line about what is wrong.
+
+        data: an error where the message was refused on its way, None where a text came.
+        """
         begun = time.perf_counter()
         session.num_requests += 1
         try:
+            if isinstance(data, Exception):
+                raise data
             if data is None:
                 raise UserError("a text message; expected a binary one, a msgpack map")
             message = await self._offloaded(len(data), self._unpacked, data)
