@@ -22,6 +22,7 @@ from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.curves import panels
 from lapa.engine.distributed import pick_device
 from lapa.engine.loop import TrainResult, train
+from lapa.engine import loop as loop_module
 from lapa.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from lapa.types import Losses, TrainableModel, TrainingDataset
 from torchrun import torchrun
@@ -93,6 +94,38 @@ def test_two_steps_and_a_resume_equal_four(tmp_path: Path, changes: dict) -> Non
     assert torch.equal(weights(whole), weights(resumed))
     kept = [[(row["step"], row.get("loss")) for row in log(tmp_path / name)] for name in ("whole", "parts")]
     assert kept[0] == kept[1]
+
+
+def test_a_small_model_is_trained_by_one_thread_and_resumes_with_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        seen.append(torch.get_num_threads())
+        return {}
+
+    def trained(out: str, loop: LoopConfig = LOOP, **options: Any) -> set[int]:
+        seen.clear()
+        run(tmp_path / out, loop, evaluate=evaluate, **options)
+        assert torch.get_num_threads() == 3
+        return set(seen)
+
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        assert trained("one") == {1}
+        assert "on CPU (1 thread)," in " ".join(capsys.readouterr().err.split())
+        monkeypatch.setattr(loop_module, "SMALL", 1)
+        assert trained("large", replace(LOOP, stop_after=3)) == {3}
+        monkeypatch.setattr(loop_module, "SMALL", 1000)
+        assert trained("large", resume=True) == {3}
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        assert trained("asked") == {3}
+        assert trained("one", replace(LOOP, steps=6), resume=True) == {3}
+        assert "1 threads wrote this checkpoint, 3 continue" in " ".join(capsys.readouterr().err.split())
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_same_seed_same_loss_and_another_seed_another(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ VERBS = (
     Verb("baseline unipi", "lapa.baselines.config:UniPiConfig", "lapa.baselines.unipi:run",
          "a video model and an inverse dynamics model -> a policy (UniPi)"),
     Verb("import laq", "lapa.released.config:ImportLaqConfig", "lapa.released.laq:run",
-         "the released latent action model, laq_openx.pt -> a LAM"),
+         "a released latent action model, laq_openx.pt or LAPA-DINO -> a LAM"),
     Verb("import lapa-7b", "lapa.released.config:ImportLapaConfig", "lapa.released.lapa7b:run",
          "the released LAPA-7B or LWM-Chat-1M -> a policy"),
     Verb("import lerobot", "lapa.policy.config:ImportLeRobotConfig", "lapa.policy.lerobot:read_back",

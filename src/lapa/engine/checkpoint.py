@@ -34,6 +34,8 @@ SEAL, BLOCK = 64, 1 << 20
 
 # Folder of a run's state within its artifact.
 TRAINING = "training"
+# The variable that gives the number of torch's threads.
+THREADS = "OMP_NUM_THREADS"
 # A file or, of a sharded model, a folder whose last file is this.
 SINGLE, SHARDED = "checkpoint.pt", "checkpoint/latest.json"
 
@@ -190,12 +192,20 @@ def _common(config: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, An
 
 
 def restore_random_states(states: list[dict[str, Any]], *, step: int, rank: int, world: int) -> None:
-    """Restores this process's random state; seeds it by step and rank where another number of processes wrote them."""
+    """Restores this process's random state; seeds it by step and rank where another number of processes wrote them.
+
+    Also the number of threads, where the checkpoint has it and OMP_NUM_THREADS does not give one.
+    """
     if len(states) != world:
         say(f"{len(states)} processes wrote this checkpoint, {world} continue: their random states are new")
         seed_everything(step * world + rank)
         return
     state = states[rank]
+    if (threads := state.get("threads", torch.get_num_threads())) != torch.get_num_threads():
+        if THREADS in os.environ:
+            say(f"{threads} threads wrote this checkpoint, {torch.get_num_threads()} continue: results differ by rounding")
+        else:
+            torch.set_num_threads(threads)
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]

@@ -8,6 +8,7 @@ precision, accumulation, the schedule, metrics, checkpoints and a clean stop.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -29,6 +30,7 @@ from lapa.engine.batches import StepSampler, batch_loader
 from lapa.engine.checkpoint import (
     SHARDED,
     SINGLE,
+    THREADS,
     TRAINING,
     RunState,
     load_checkpoint,
@@ -48,6 +50,9 @@ from lapa.errors import UserError
 from lapa.types import Losses, TrainableModel, TrainingDataset
 
 Value = TypeVar("Value")
+
+# Parameters below which a second thread costs more than it gives on a busy machine, and gives little on an idle one.
+SMALL = 3_000_000
 
 
 def _named(figures: Mapping[str, float]) -> str:
@@ -99,6 +104,7 @@ def train(
         model.checkpoint_activations()
     with (
         start(config.device, alone=config.shard) as processes,
+        _threads_for(model, processes.device),
         _stop_signals() as stop_asked,
         explained_out_of_memory(_less_memory(config, batches=True)),
     ):
@@ -151,7 +157,7 @@ def train(
         )
 
         def save(step: int) -> None:
-            random_states = processes.gather(random_state())
+            random_states = processes.gather(random_state() | _threads(device))
             if config.shard:
                 save_sharded(checkpoint, run, step, random_states)
             elif processes.is_main:
@@ -237,6 +243,26 @@ def train(
         if config.shard:
             gather(model, into=plain, keep=processes.is_main)
         return TrainResult(metrics, finished, step)
+
+
+@contextmanager
+def _threads_for(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """While a small model is trained on a CPU, torch has one thread, unless OMP_NUM_THREADS gives another number.
+
+    A resumed run goes on with the number of its checkpoint: another number sums in another order.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu" and THREADS not in os.environ and sum(p.numel() for p in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _threads(device: torch.device) -> dict[str, int]:
+    """The number of threads of this process, where results depend on it."""
+    return {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
 
 
 @contextmanager
@@ -388,4 +414,5 @@ def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], Value], autocast
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({threads} thread{'s' * (threads > 1)})"
