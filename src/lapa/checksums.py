@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lapa.errors import UserError
-from lapa.files import as_json, as_path, atomic_path, errors_about, inside, open_binary, reading, write_text
+from lapa.files import as_json, as_path, atomic_path, errors_about, inside, open_binary, parse_json, reading, write_text
 
 SUMS = "SHA256SUMS"
 BLOCK = 1 << 20
@@ -175,5 +175,9 @@ def opened_line(line: bytes, before: int = 0) -> tuple[dict[str, Any], int]:
     crc = zlib.crc32(body, before)
     if int(ending[1], 16) != crc:
         raise UserError("its checksum does not fit: it was changed, or one before it is missing")
-    value: dict[str, Any] = json.loads(body + b"}")
+    # Its checksum fits, but whoever made the line may not have made it of JSON.
+    try:
+        value: dict[str, Any] = parse_json(body + b"}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON ({error})") from None
     return value, crc

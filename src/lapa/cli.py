@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lapa import __version__
+from lapa.config import require_plausible
 from lapa.errors import UserError, out_of_memory, printable
 
 USAGE = """\
@@ -259,6 +260,7 @@ def _dispatch(arguments: list[str]) -> int:
             print("\n" + data_help(), end="")
         return 0
     config = parse(verb, arguments[len(verb.name.split()) :])
+    require_plausible(config)
     require_inputs(config)
     imported(verb.run)(config)
     return 0

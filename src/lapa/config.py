@@ -20,6 +20,17 @@ from lapa.files import as_path, read_json, write_json
 
 Config = TypeVar("Config")
 
+# Endings of the names of options, and the most that they may be. What is beyond takes all memory, or a day, and is a
+# slip of the keyboard; what a machine has room for is decided where it is allocated.
+MOST: tuple[tuple[tuple[str, ...], int], ...] = (
+    (("_batch_size", "_codebook_size", "_num_bins", "_image_codes"), 1 << 20),
+    (("_size", "_side", "_resolution", "_max_image"), 8192),
+    (("_layers", "_depth", "_workers", "_decoders", "_parallel", "_num_frames"), 1000),
+    (("_width", "_widths", "_dim", "_dim_head", "_heads", "_lora_rank", "_fsq_levels"), 1 << 16),
+    (("_latent_length", "_chunk"), 10_000),
+    (("_episodes", "_frames", "_videos", "_rollouts", "_demonstrations", "_num_pairs", "_samples"), 10_000_000),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
@@ -94,6 +105,19 @@ def require_at_least(config: Any, **least: float) -> None:
         value = getattr(config, name)
         if value is not None and value < minimum:
             raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
+
+
+def require_plausible(config: Any) -> None:
+    """Raises UserError naming the first option that is more than its kind is ever meant to be (MOST)."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            require_plausible(value)
+            continue
+        most = next((most for names, most in MOST if f"_{field.name}".endswith(names)), math.inf)
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and number > most:
+                raise UserError(f"--{field.name.replace('_', '-')} must be at most {most}, got {number}")
 
 
 def save(config: Any, path: Path) -> None:

@@ -35,6 +35,9 @@ URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
 # Of JSON: no file of ours is nested more, and code that descends into it must come to an end.
 DEEPEST = 400
 
+# Of JSON, in the words of an error.
+KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+
 # Control characters, halves of a surrogate pair, and the separator of Windows: in no path that a file names.
 NOT_IN_PATHS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\\]")
 
@@ -276,6 +279,22 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if content.count(b"[") + content.count(b"{") > DEEPEST and _deeper(value, DEEPEST):
         raise UserError(f"{path}: not valid here: JSON nested more than {DEEPEST} deep")
+    return value
+
+
+def read_object(path: Path, remedy: str, **keys: type) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    keys: those that it must have, with the type of the value.
+    Raises UserError naming the file, ending with the remedy, where it is absent, no object, or damaged in a key.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object, got {shown(value)}; {remedy}")
+    for key, kind in keys.items():
+        if type(value.get(key)) is not kind:
+            found = f"is {shown(value[key])}" if key in value else "is missing"
+            raise UserError(f"{path}: {key} {found}, expected {KINDS[kind]}; {remedy}")
     return value
 
 

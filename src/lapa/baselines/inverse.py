@@ -40,6 +40,7 @@ from lapa.data.sampling import require_plain, split_episodes
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
+from lapa.engine.memory import built
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json, write_json
@@ -226,7 +227,7 @@ def run(config: InverseTrainConfig) -> None:
     if held_out is None:
         say("no episode is held out: nothing is evaluated during training")
     seed_everything(config.loop.seed)
-    model = InverseDynamics(config.model, recording, scale)
+    model = built(lambda: InverseDynamics(config.model, recording, scale))
     result = train(
         model,
         training,

@@ -30,6 +30,7 @@ from lapa.data.spec import open_dataset
 from lapa.drawing import Row, grid
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
+from lapa.engine.memory import built
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
@@ -209,7 +210,8 @@ def _starting_model(config: VideoTrainConfig, datasets: Sequence[Dataset]) -> Vi
     if config.start is None:
         horizon = _common_horizon(datasets, config.model.horizon_seconds)
         instructions = [episode.instruction for dataset in datasets for episode in dataset.episodes]
-        return VideoModel(replace(config.model, horizon_seconds=horizon), train_tokenizer(instructions))
+        tokenizer = train_tokenizer(instructions)
+        return built(lambda: VideoModel(replace(config.model, horizon_seconds=horizon), tokenizer))
     model = VideoModel.from_pretrained(config.start)
     horizon, own = _common_horizon(datasets, model.config.horizon_seconds), model.config.horizon_seconds
     if abs(horizon - own) > HORIZON_TOLERANCE * own:

@@ -27,7 +27,7 @@ from lapa.checksums import read_sums, sealed_line, sums_of, write_marker
 from lapa.config import differences
 from lapa.console import finish, progress, say, warn
 from lapa.data.config import MergeConfig
-from lapa.data.dataset import ACTION_SPACE, common_action_space, image_keys
+from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, common_action_space, image_keys
 from lapa.data.labels import (
     MANIFEST,
     NOTES,
@@ -42,10 +42,21 @@ from lapa.data.labels import (
     write_manifest,
 )
 from lapa.data.lerobot import LeRobotDataset, require_folder
-from lapa.data.metadata import DATA_PATH, EXTRA, INFO, JOURNAL, STATS, TASKS, VIDEO_PATH, episode_files, read_tasks
+from lapa.data.metadata import (
+    DATA_PATH,
+    EPISODES,
+    EXTRA,
+    INFO,
+    JOURNAL,
+    STATS,
+    TASKS,
+    VIDEO_PATH,
+    episode_files,
+    read_tasks,
+)
 from lapa.data.replace_actions import Totals, claim_rewrite, link_videos
 from lapa.data.spec import open_dataset
-from lapa.data.tables import as_numpy, integers, read_parquet
+from lapa.data.tables import as_numpy, integers, matrix, parsing, read_parquet, schema_of
 from lapa.data.writer import CHUNK_SIZE, EPISODES_PER_GROUP, Tables, moments_of, place, write_parquet, write_tasks
 from lapa.errors import UserError
 from lapa.files import find_files, inside, write_json
@@ -87,8 +98,8 @@ def merge(datasets: Sequence[LeRobotDataset], out: Path, extra: Mapping[str, Any
     features = _features(first)
     tasks: dict[str, int] = {}
     totals = Totals([*image_keys(features), *(name for name in features if name not in image_keys(features))])
-    columns = list(dict.fromkeys(name for dataset in datasets for name in _columns_of_episodes(dataset)))
-    tables, videos = Tables(out), _Videos(out)
+    columns = _columns_of_episodes(datasets)
+    tables, videos, stored = Tables(out), _Videos(out), dict[str, tuple[pa.DataType, Path]]()
     num_episodes = num_frames = 0
     with progress() as bar:
         task = bar.add_task("merging episodes", total=sum(map(len, datasets)), note="")
@@ -96,7 +107,7 @@ def merge(datasets: Sequence[LeRobotDataset], out: Path, extra: Mapping[str, Any
             for text in dataset.tasks:
                 tasks.setdefault(text, len(tasks))
             task_of = {number: tasks[text] for number, text in read_tasks(dataset.root, legacy=False).items()}
-            episodes = zip(_episode_rows(dataset), _frames(dataset, features), strict=True)
+            episodes = zip(_episode_rows(dataset, columns), _frames(dataset, features, stored), strict=True)
             for episode, (noted, frames) in enumerate(episodes):
                 length = len(frames)
                 there = f"{dataset.data_path(episode)}: episode {dataset.numbers[episode]}"
@@ -264,33 +275,56 @@ def _features(dataset: LeRobotDataset) -> dict[str, Any]:
     }
 
 
-def _columns_of_episodes(dataset: LeRobotDataset) -> list[str]:
-    kept = tuple(f"videos/{dataset.camera_key(camera)}/" for camera in dataset.cameras)
-    names = read_parquet(episode_files(dataset.root)[0]).column_names
-    return [name for name in names if not name.startswith("videos/") or name.startswith(kept)]
+def _columns_of_episodes(datasets: Sequence[LeRobotDataset]) -> list[str]:
+    """Returns the columns of the metadata of episodes that are kept. Raises UserError where types do not fit."""
+    schema = pa.schema([])
+    for path in (path for dataset in datasets for path in episode_files(dataset.root)):
+        with parsing(path):
+            schema = pa.unify_schemas([schema, schema_of(path)], promote_options="permissive")
+    kept = tuple(f"videos/{datasets[0].camera_key(camera)}/" for camera in datasets[0].cameras)
+    return [name for name in schema.names if not name.startswith("videos/") or name.startswith(kept)]
 
 
-def _episode_rows(dataset: LeRobotDataset) -> Iterator[dict[str, Any]]:
-    """Yields the row of each episode of `dataset` in the metadata, in their order."""
-    columns = _columns_of_episodes(dataset)
+def _episode_rows(dataset: LeRobotDataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields the row of each episode of `dataset` in the metadata, in their order; None where a file lacks a column."""
     files = [read_parquet(path) for path in episode_files(dataset.root)]
-    table = pa.concat_tables([file.select(columns) for file in files], promote_options="permissive")
-    table = table.filter(pc.is_in(table["episode_index"], pa.array(dataset.numbers, table["episode_index"].type)))
-    for batch in table.sort_by("episode_index").to_batches(max_chunksize=EPISODES_PER_GROUP):
+    with parsing(dataset.root / EPISODES):
+        chosen = [file.select([name for name in columns if name in file.column_names]) for file in files]
+        table = pa.concat_tables(chosen, promote_options="permissive")
+        table = table.filter(pc.is_in(table["episode_index"], pa.array(dataset.numbers, table["episode_index"].type)))
+        batches = table.sort_by("episode_index").to_batches(max_chunksize=EPISODES_PER_GROUP)
+    for batch in batches:
         yield from batch.to_pylist()
 
 
-def _frames(dataset: LeRobotDataset, features: Mapping[str, Any]) -> Iterator[pa.Table]:
-    """Yields the rows of each episode in the data files, in the order of the episodes."""
+def _frames(
+    dataset: LeRobotDataset, features: Mapping[str, Any], stored: dict[str, tuple[pa.DataType, Path]]
+) -> Iterator[pa.Table]:
+    """Yields the rows of each episode in the data files, in the order of the episodes.
+
+    stored: how the first file of all stores each feature, and that file.
+    Raises UserError where a file stores one otherwise, and for an action or state that is not there.
+    """
+    wanted = [name for name, feature in features.items() if feature["dtype"] != "video"]
+    numbers = {name: dataset.action_dim if name == ACTION else dataset.state_dim for name in (ACTION, STATE)}
     for path, episodes in groupby(range(len(dataset)), key=dataset.data_path):
-        table = read_parquet(path)
-        names = [name for name in table.column_names if name in features]
         # LeRobot's notes there describe columns that may be gone.
-        table = table.select(names).replace_schema_metadata(None)
+        table = read_parquet(path, wanted).replace_schema_metadata(None)
         # What is read from parquet has another name for the numbers of a list than what is made, and files keep it.
         table = table.cast(pa.schema([field.with_type(_plain(field.type)) for field in table.schema]))
+        for field in table.schema:
+            kind, first = stored.setdefault(field.name, (field.type, path))
+            if field.type != kind:
+                raise UserError(
+                    f"{path}: {field.name} is stored as {field.type}, in {first} as {kind}; write one dataset again "
+                    "with `lapa data lerobot`"
+                )
+        table = table.select(list(stored))
         for episode in episodes:
-            yield table[dataset.rows(episode)]
+            frames = table[dataset.rows(episode)]
+            for name in numbers.keys() & stored.keys():
+                matrix(frames[name], numbers[name] or 0, f"{path}: {name} of episode {dataset.numbers[episode]}")
+            yield frames
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

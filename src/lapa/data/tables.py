@@ -47,9 +47,13 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     return table
 
 
-def column_names(path: Path) -> list[str]:
+def schema_of(path: Path) -> pa.Schema:
     with parsing(path), open_for_arrow(path) as file:
-        return pq.read_schema(file).names
+        return pq.read_schema(file)
+
+
+def column_names(path: Path) -> list[str]:
+    return schema_of(path).names
 
 
 def read_row_group(path: Path, group: int, column: str) -> pa.ChunkedArray:

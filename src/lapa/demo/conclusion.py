@@ -26,7 +26,7 @@ from lapa.demo.config import ARMS, IMAGE, MOVIE, RESULTS, WORLDS, DemoConfig
 from lapa.drawing import Row, captioned, grid, heat_map, largest
 from lapa.errors import UserError
 from lapa.evaluation.episodes import VIDEO_FPS
-from lapa.evaluation.rollout import as_percent, played
+from lapa.evaluation.rollout import as_percent, played, read_results
 from lapa.files import atomic_path, read_json, write_json
 from lapa.latent.model import LatentActionModel
 from lapa.latent.show import decode_each, difference, pixels
@@ -45,7 +45,7 @@ def conclude(config: DemoConfig, world: str, seconds: Mapping[str, float]) -> No
     out, path = config.out, config.out / RESULTS
     known = read_json(path) if path.exists() else {}
     before = known.get("seconds", {}) if isinstance(known, dict) else {}
-    results = {name: read_json(out / "results" / who / "results.json") for name, who in ARMS.items()}
+    results = {name: read_results(out / "results" / who) for name, who in ARMS.items()}
     table = Table(f"success in {WORLDS[world]} (95% interval)", *results)
     for task in next(iter(results.values()))["tasks"]:
         table.add_row(task, *(_rate(result["tasks"][task]) for result in results.values()))
@@ -158,7 +158,7 @@ def recorded(demo: Path) -> dict[str, dict[str, bool]]:
     found: dict[str, dict[str, bool]] = {}
     for arm in COMPARED:
         folder = demo / "results" / ARMS[arm]
-        for row in played(read_json(folder / "results.json")["episodes"]):
+        for row in played(read_results(folder)["episodes"]):
             name = f"{row['task']}-{row['episode']}"
             if (folder / "videos" / f"{name}.mp4").exists():
                 found.setdefault(name, {})[arm] = row["success"]

@@ -8,14 +8,17 @@ Weights, gradients and optimiser state are counted; activations, which depend on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 import torch
+from torch import nn
 
 from lapa.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 GIB = 2**30
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
@@ -69,6 +72,19 @@ def require_memory(needed: int, device: torch.device, what: str, remedies: Seque
         f"{what} needs {needed / GIB:.1f} GiB of memory, and {device} has {free / GIB:.1f} GiB free; "
         f"try {', '.join(remedies[:-1])}{' or ' if len(remedies) > 1 else ''}{remedies[-1]}"
     )
+
+
+def built(build: Callable[[], Model]) -> Model:
+    """Returns `build()`, a new model of the sizes that options give.
+
+    Raises UserError where its weights do not fit into the memory of the machine: it is planned without memory first.
+    """
+    with torch.device("meta"):
+        planned = build()
+    new = [tensor for tensor in (*planned.parameters(), *planned.buffers()) if tensor.is_meta]
+    num, needed = sum(tensor.numel() for tensor in new), sum(tensor.nbytes for tensor in new)
+    require_memory(needed, torch.device("cpu"), f"a model of {num:,} new weights", ["smaller sizes"])
+    return build()
 
 
 @contextmanager

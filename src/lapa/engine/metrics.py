@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
@@ -14,7 +15,8 @@ import torch
 from lapa import __version__
 from lapa.engine.curves import CURVES, METRICS, draw_curves
 from lapa.engine.trackers import Tracker
-from lapa.files import atomic_path, read_json_lines
+from lapa.errors import UserError, shown
+from lapa.files import atomic_path, read_json_lines, read_object
 
 
 class MetricLog:
@@ -45,6 +47,20 @@ class MetricLog:
         if self.enabled:
             self.tracker.close()
             draw_curves([self.path], [""], self.path.with_name(CURVES))
+
+
+def read_figures(path: Path, *figures: str, **keys: type) -> dict[str, Any]:
+    """Reads the metrics.json of a finished training.
+
+    figures: beginnings of the names of entries that are finite numbers; keys: as of `read_object`.
+    Raises UserError naming the file where it is damaged.
+    """
+    remedy = "copy it again, or --overwrite to train anew"
+    found = read_object(path, remedy, **keys)
+    for name, value in found.items():
+        if name.startswith(figures) and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{path}: {shown(name)} is {shown(value)}, expected a number; {remedy}")
+    return found
 
 
 def versions_and_hardware() -> dict[str, Any]:

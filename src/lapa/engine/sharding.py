@@ -33,7 +33,7 @@ from lapa.checksums import read_sums, sums_of, verify, write_marker
 from lapa.engine.checkpoint import RunState, lasting, require_same_run, restore_random_states
 from lapa.engine.distributed import Processes
 from lapa.errors import UserError
-from lapa.files import errors_about, inside, read_json, write_json
+from lapa.files import errors_about, inside, read_object, write_json
 from lapa.types import TrainableModel
 
 # In a checkpoint's folder, what is not tensors; it is written last.
@@ -134,14 +134,13 @@ def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[
 
 def load_sharded(path: Path, run: RunState, *, rank: int, world: int) -> int:
     """Restores what `save_sharded` wrote, by any number of processes, and returns the step; as `load_checkpoint`."""
-    latest = read_json(path)
-    if not isinstance(latest, dict) or not isinstance(latest.get("folder"), str):
-        raise UserError(f"{path}: not the name of a checkpoint's folder; use --overwrite to start anew")
+    latest = read_object(path, "use --overwrite to start anew", folder=str)
     with errors_about(path):
         folder = inside(path.parent, latest["folder"])
     _verify(folder)
     # Earlier versions kept the state in the file that names the folder.
-    state = latest if "run_config" in latest else read_json(folder / STATE)
+    noted = path if "run_config" in latest else folder / STATE
+    state = read_object(noted, "use --overwrite to start anew", step=int, run_config=dict, random=list)
     require_same_run(path, state["run_config"], run.run_config)
     weights, moments = get_state_dict(run.model, run.optimizer)
     try:
@@ -154,7 +153,7 @@ def load_sharded(path: Path, run: RunState, *, rank: int, world: int) -> int:
     if rank == 0:
         # Of a run that was killed while it wrote them.
         _remove_others(path.parent, latest["folder"])
-    step = int(state["step"])
+    step: int = state["step"]
     restore_random_states(state["random"], step=step, rank=rank, world=world)
     return step
 

@@ -25,7 +25,7 @@ from PIL import Image
 from lapa.console import warn
 from lapa.engine.config import TrackerName
 from lapa.errors import UserError
-from lapa.files import read_json, write_json
+from lapa.files import read_object, write_json
 
 PROJECT = "lapa"
 ID = "tracker.json"
@@ -202,7 +202,7 @@ def _run_id(folder: Path, *, resuming: bool) -> str:
     """The id in the run's folder; a new one for a new run, and where a run began without a tracker."""
     path = folder / ID
     if resuming and path.exists():
-        return read_json(path)["id"]
+        return read_object(path, "delete it to begin a new run there", id=str)["id"]
     run_id = secrets.token_hex(4)
     write_json(path, {"id": run_id})
     return run_id

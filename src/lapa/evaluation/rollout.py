@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Column, Table
 
-from lapa.checksums import SUMS, Journal, files_below, verify, write_marker
+from lapa.checksums import SUMS, Journal, files_below, read_sums, verify, write_marker
 from lapa.config import require_at_least, require_same, to_dict
 from lapa.console import finish, print_results, progress, say, warn
 from lapa.data.video import encode_clip
@@ -35,7 +35,7 @@ from lapa.envs import EnvironmentKind, Task, kind_of
 from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.episodes import VIDEO_FPS, EpisodeResult, Infer, RolloutSettings, TaskEpisodes, play_episodes
-from lapa.files import claim_output, find_files, fingerprint, read_json, write_json
+from lapa.files import claim_output, find_files, fingerprint, read_json, read_object, write_json
 from lapa.hub.download import as_hub_id
 from lapa.locks import locks_output
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 BASELINES = ("random", "expert")
 CONFIG, EPISODES, RESULTS, VIDEOS = "config.json", "episodes.jsonl", "results.json", "videos"
+ANEW = "--overwrite to evaluate anew"
 # Folder of the tracker, which keeps its run's id and files there.
 TRACKED = "tracker"
 # What the row of an episode has at least.
@@ -86,7 +87,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     identity = _identity(config)
     if config.resume and (config.out / RESULTS).exists():
         require_same(config.out / CONFIG, identity)
-        verify(config.out, "--overwrite to evaluate anew")
+        verify(config.out, ANEW)
         report = read_report(config.out / RESULTS)
         if not report["overall"].get("errors"):
             say(f"{config.out} is complete")
@@ -137,7 +138,7 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         _table(report)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no report of `lapa evaluate` ({error}); --overwrite to evaluate anew") from None
+        raise UserError(f"{path}: no report of `lapa evaluate` ({error}); {ANEW}") from None
     return report
 
 
@@ -145,24 +146,25 @@ def read_results(folder: Path) -> dict[str, Any]:
     """Reads the report in a folder; of an evaluation that has not ended, its settings and the episodes played so far.
 
     Has policy, env, seed, config and episodes, and notes where there are any. Raises UserError naming the file that is
-    damaged.
+    damaged, also where its SHA-256 is not that in SHA256SUMS.
     """
     path = folder / RESULTS
     if path.exists():
+        sums = read_sums(folder)
+        verify(folder, ANEW, {name: sums[name] for name in (RESULTS, CONFIG) if name in sums})
         report = read_report(path)
     else:
-        path, settings = folder / CONFIG, read_json(folder / CONFIG)
-        if not isinstance(settings, dict):
-            raise UserError(f"{path}: expected an object; --overwrite to evaluate anew")
+        path = folder / CONFIG
+        settings = read_object(path, ANEW)
         named = {name: settings.get(name) for name in ("policy", "policy_fingerprint", "env", "seed")}
         named["notes"] = settings.get("notes") or {}
         report = {**named, "config": settings, "episodes": list(Journal(folder / EPISODES))}
     known = {"policy": str, "env": str, "seed": int, "config": dict, "episodes": list}
     if lacking := [name for name, kind in known.items() if type(report.get(name)) is not kind]:
-        raise UserError(f"{path}: no report of `lapa evaluate` (its {lacking[0]}); --overwrite to evaluate anew")
+        raise UserError(f"{path}: no report of `lapa evaluate` (its {lacking[0]}); {ANEW}")
     for number, row in enumerate(report["episodes"]):
         if not isinstance(row, dict) or any(type(row.get(name)) is not kind for name, kind in ROW.items()):
-            raise UserError(f"{path}: episode {number} has not {', '.join(ROW)}; --overwrite to evaluate anew")
+            raise UserError(f"{path}: episode {number} has not {', '.join(ROW)}; {ANEW}")
     return report
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from lapa.errors import UserError
 from lapa.hub.artifacts import CONFIG, INFO, MANIFEST, RESULTS, Artifact
 from lapa.hub.download import HubId, as_hub_id
 
@@ -26,7 +27,23 @@ MOST_ROWS = 60
 
 
 def card_of(artifact: Artifact, hub_id: HubId, license: str | None) -> str:
-    """The text of README.md. license: its id on the hub, None where it is not given."""
+    """The text of README.md. license: its id on the hub, None where it is not given.
+
+    Raises UserError where an entry of the artifact's files has a value of another kind than it should.
+    """
+    try:
+        return _card_of(artifact, hub_id, license)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{artifact.folder}: no card can be written, an entry of one of its JSON files is damaged ({why}); make or "
+            "copy it again"
+        ) from None
+
+
+def _card_of(artifact: Artifact, hub_id: HubId, license: str | None) -> str:
     from huggingface_hub import RepoCard
     from huggingface_hub.repocard_data import CardData
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from lapa.checksums import SUMS, read_sums
 from lapa.console import console, finish, say
 from lapa.errors import UserError
-from lapa.files import read_json
 from lapa.hub.artifacts import INFO, KINDS, MARKERS, Artifact, read_artifact
 from lapa.hub.card import README, card_of
 from lapa.hub.config import PushConfig
@@ -135,7 +134,7 @@ def _push(
         for first in range(0, len(operations), MOST_IN_COMMIT):
             _commit(api, hub_id, kind, operations[first : first + MOST_IN_COMMIT], stale if first == 0 else [])
         if artifact.kind == "dataset" and hub_id.revision in (None, MAIN):
-            _tag(api, hub_id, str(read_json(artifact.folder / INFO).get("codebase_version")))
+            _tag(api, hub_id, str(artifact.json(INFO).get("codebase_version")))
     return hub_id.url(kind)
 
 

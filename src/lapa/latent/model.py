@@ -102,7 +102,7 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
         self.config = config
         self.notes: dict[str, Any] = {}
         if config.vision_tower is not None and tower is None:
-            tower = _load_tower(config.vision_tower, config)
+            tower = load_tower(config.vision_tower, config)
         if tower is not None and config.layout == "released" and tower.dim != config.dim:
             raise UserError(
                 f"{config.vision_tower}: its features are {tower.dim} wide, {config.dim} in the released weights; "
@@ -402,7 +402,7 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
         config = _read_config(folder)
         checksums.verify(folder, "copy or train the model again")
         require_sizes(folder / CONFIG, configs.to_dict(config), shapes_of_file(folder / WEIGHTS))
-        tower = _load_tower(folder / TOWER, config) if config.uses_features else None
+        tower = load_tower(folder / TOWER, config) if config.uses_features else None
         require_fit(lambda: cls(config, tower), folder / CONFIG, folder / WEIGHTS)
         model = cls(config, tower)
         load_weights(model, folder / WEIGHTS)
@@ -508,7 +508,8 @@ def _described(value: Any) -> str:
     return type(value).__name__ if shape is None else f"{value.dtype} {list(shape)}"
 
 
-def _load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> VisionTower:
+def load_tower(name_or_folder: str | Path, config: LatentModelConfig) -> VisionTower:
+    """The frozen vision tower of a name on the hub or a folder."""
     # transformers takes seconds to import, and most models have no tower.
     from lapa.latent.features import VisionTower
 

@@ -237,8 +237,10 @@ def kept_from_training(model: LatentActionModel, dataset: Dataset) -> np.ndarray
     Raises UserError where config.json is damaged.
     """
     notes = model.notes
-    fingerprints = notes.get("dataset_fingerprints", [])
-    if dataset.fingerprint not in (*fingerprints, *notes.get(DATASETS, {})):
+    fingerprints, known = notes.get("dataset_fingerprints", []), notes.get(DATASETS, {})
+    if not isinstance(fingerprints, list) or not isinstance(known, dict):
+        raise UserError(f"{CONFIG} of the model: dataset_fingerprints or {DATASETS} is damaged; copy it again")
+    if dataset.fingerprint not in (*fingerprints, *known):
         return None
     try:
         trained = [

@@ -23,11 +23,12 @@ from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
-from lapa.engine.metrics import versions_and_hardware
-from lapa.files import claim_output, read_json, write_json
+from lapa.engine.memory import built
+from lapa.engine.metrics import read_figures, versions_and_hardware
+from lapa.files import claim_output, write_json
 from lapa.latent.config import LatentModelConfig, LatentTrainConfig
 from lapa.latent.metrics import Sample, draw_sample, encode, reconstruction_figures, usage_figures
-from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel
+from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel, load_tower
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
 from lapa.verdicts import SMALLEST_ERROR, THRESHOLDS, Verdict, judge, of_latent_actions, perplexity_name
@@ -35,6 +36,9 @@ from lapa.verdicts import SMALLEST_ERROR, THRESHOLDS, Verdict, judge, of_latent_
 INITIALISATION_PAIRS = 256
 EVALUATION_PAIRS = 512
 METRICS = "metrics.json"
+# In it: figures that are always there, and beginnings of the names of all that are reported.
+MEASURED = dict.fromkeys(("mse", "mse_copy", "mse_shuffled"), float)
+JUDGED = ("mse", "codes_used", "perplexity")
 # Error with another pair's latent action, over that with the right one, from which the decoder reads it.
 READ = 1.2
 
@@ -50,7 +54,8 @@ def run(config: LatentTrainConfig) -> None:
         # Follows from the datasets and options.
         del now["model"]["action_dim"]
         if already_trained(config.out / CONFIG, now, key=None):
-            _conclude(config, read_json(config.out / METRICS), "already complete", datasets[0].in_place)
+            figures = read_figures(config.out / METRICS, *JUDGED, **MEASURED)
+            _conclude(config, figures, "already complete", datasets[0].in_place)
             return
     if is_main_process():
         claim_output(
@@ -68,7 +73,8 @@ def run(config: LatentTrainConfig) -> None:
     evaluation = draw_sample(held_out, EVALUATION_PAIRS, seed=config.loop.seed)
     config = replace(config, model=replace(config.model, action_dim=training.action_dim))
     seed_everything(config.loop.seed)
-    model, watch = LatentActionModel(config.model), CollapseWatch(config.model)
+    tower = load_tower(config.model.vision_tower, config.model) if config.model.vision_tower is not None else None
+    model, watch = built(lambda: LatentActionModel(config.model, tower)), CollapseWatch(config.model)
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         assert isinstance(model, LatentActionModel)

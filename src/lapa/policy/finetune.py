@@ -24,8 +24,8 @@ from lapa.data.sampling import require_names
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import seed_everything
+from lapa.engine.metrics import read_figures
 from lapa.errors import UserError, unknown
-from lapa.files import read_json
 from lapa.locks import locks_output
 from lapa.policy.actions import ActionBins, ActionCodec, KeyedSpace, Statistics, fit_codec, most_bins, warn_of_ranges
 from lapa.policy.backbones import renew_backbone
@@ -33,6 +33,7 @@ from lapa.policy.config import FinetuneConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import METRICS, Policy, read_config, statistics_of
 from lapa.policy.training import (
+    HELD_OUT,
     choose_prompts,
     finished_before,
     load_start,
@@ -86,7 +87,7 @@ def _conclude(config: FinetuneConfig, name: str) -> None:
     """Reports the figures of the validation split and the verdict on them, and suggests what fits it."""
     if not is_main_process():
         return
-    metrics, policy = read_json(config.out / METRICS), read_config(config.out)
+    metrics, policy = read_figures(config.out / METRICS, HELD_OUT), read_config(config.out)
     verdict = verdict_of(metrics)
     print_results({**metrics, "verdict": verdict.as_json()}, summary(metrics), str(verdict), as_json=config.json)
     key = ["--statistics-key", policy.spaces[0].key] if len(policy.spaces) > 1 else []

@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lapa.engine.memory import built
 from lapa.errors import UserError
 from lapa.policy.actions import KeyedSpace
 from lapa.policy.backbones import Backbone
@@ -218,7 +219,7 @@ class LatentPolicy(TrainableModel, nn.Module):
         The new policy takes over the backbone, and the weights of the head where it is of the same kind.
         """
         self.backbone.resize(config.vocabulary)
-        grown = LatentPolicy(config, self.backbone)
+        grown = built(lambda: LatentPolicy(config, self.backbone))
         if self.head is not None and grown.head is not None and self.config.head == config.head:
             grown.head.load_state_dict(self.head.state_dict())
         return grown

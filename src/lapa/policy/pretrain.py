@@ -17,12 +17,13 @@ from lapa.data.dataset import Dataset
 from lapa.data.labels import Manifest
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import seed_everything
+from lapa.engine.metrics import read_figures
 from lapa.errors import UserError
-from lapa.files import read_json
 from lapa.locks import locks_output
 from lapa.policy.config import PretrainConfig
 from lapa.policy.runtime import METRICS, Policy
 from lapa.policy.training import (
+    HELD_OUT,
     choose_prompts,
     finished_before,
     load_start,
@@ -59,7 +60,7 @@ def _conclude(config: PretrainConfig, name: str) -> None:
     """Reports the figures of the validation split."""
     if not is_main_process():
         return
-    metrics = read_json(config.out / METRICS)
+    metrics = read_figures(config.out / METRICS, HELD_OUT)
     print_results(metrics, summary(metrics), as_json=config.json)
     start = ["lapa", "policy", "finetune", "--preset", config.preset, "--policy", str(config.out)]
     finish(name, config.out, [shlex.join([*start, "--data", "ROBOT_DATASET", "--out", "POLICY"])])

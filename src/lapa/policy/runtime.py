@@ -39,7 +39,7 @@ from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import as_image
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
-from lapa.files import errors_about, read_json, write_json
+from lapa.files import errors_about, read_json, read_object, write_json
 from lapa.hub.download import errors_of, hub_folder
 from lapa.hub.push import SavedToPush
 from lapa.nn.saved import require_fit, require_sizes, shapes_of_folder
@@ -500,14 +500,19 @@ def _load_acting(folder: Path | str, *, revision: str | None = None, token: str 
 
 def _load_other(folder: Path | str, device: str) -> Actor | None:
     """Loads a policy of OTHER_ACTORS; None where the folder holds none."""
-    path = policy_folder(folder) / CONFIG
-    written = read_json(path) if path.exists() else None
-    kind = written.get("kind") if isinstance(written, dict) else None
-    if kind not in OTHER_ACTORS:
+    path = policy_folder(folder)
+    if (kind := other_kind(path)) is None:
         return None
     module, _, name = OTHER_ACTORS[kind].partition(":")
-    actor: Actor = getattr(importlib.import_module(module), name).from_pretrained(path.parent, device)
+    actor: Actor = getattr(importlib.import_module(module), name).from_pretrained(path, device)
     return actor
+
+
+def other_kind(folder: Path) -> str | None:
+    """The kind of OTHER_ACTORS that the config in a folder names; None for any other."""
+    written = read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
+    kind = written.get("kind") if isinstance(written, dict) else None
+    return kind if isinstance(kind, str) and kind in OTHER_ACTORS else None
 
 
 def is_policy(folder: Path) -> bool:
@@ -573,5 +578,6 @@ def with_parts(folder: Path, model: LatentPolicy, processor: Processor) -> Polic
     policy = Policy(model.eval(), processor, statistics)
     written = read_json(folder / CONFIG).get("run")
     policy.run = written if isinstance(written, dict) else {}
-    policy.metrics = read_json(folder / METRICS) if (folder / METRICS).exists() else {}
+    path = folder / METRICS
+    policy.metrics = read_object(path, "delete it, or copy it again") if path.exists() else {}
     return policy

@@ -31,8 +31,8 @@ from lapa.drawing import Row, grid
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.errors import UserError
 from lapa.evaluation.episodes import VIDEO_FPS
-from lapa.evaluation.rollout import played
-from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, write_json
+from lapa.evaluation.rollout import played, read_results
+from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, read_object, write_json
 from lapa.policy.open_loop import action_figures
 from lapa.study.config import StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
@@ -63,6 +63,7 @@ LOGS = "logs"
 TRAINED = ("latent action model", "inverse dynamics", "video model", "pretraining", "finetuning")
 PROVENANCE = ("lapa", "torch", "python", "gpu", "num_gpus", "machine", "metaworld", "mujoco")
 MOMENTS = 6
+AGAIN = "delete this folder and run the study again"
 # Points of a curve that are kept.
 CURVE_POINTS = 100
 
@@ -140,8 +141,8 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     spent = [row for row in read_json_lines(study / SECONDS, key=str, code=str, seconds=float) if row["key"] in titles]
     seconds = {title: [row["seconds"] for row in spent if row["key"] == key] for key, title in titles.items()}
     stages = json.dumps(stage_presets(plan.sizes), sort_keys=True)
-    verify(steps["rollouts"].folder(study), "delete this folder and run the study again")
-    rollouts = read_json(steps["rollouts"].folder(study) / "results.json")
+    verify(steps["rollouts"].folder(study), AGAIN)
+    rollouts = read_results(steps["rollouts"].folder(study))
     episodes = played(rollouts["episodes"])
     result = ArmResult(
         arm=arm,
@@ -207,12 +208,12 @@ def _figures(study: Path, plan: Plan, arm: Arm, steps: dict[str, Step]) -> dict[
     found: dict[str, float | None] = {}
     for which, names in FIGURES.items():
         if which in steps:
-            values = read_json(steps[which].folder(study) / steps[which].artifact)
+            values = read_object(steps[which].folder(study) / steps[which].artifact, AGAIN)
             found |= {name: _figure(values, path) for name, path in names.items()}
     if arm == "vpt":
         found["inverse_r2"] = _inverse_r2(study, plan)
     if arm == "unipi":
-        metrics = read_json(plan.video_model.folder(study) / "metrics.json")
+        metrics = read_object(plan.video_model.folder(study) / "metrics.json", AGAIN)
         found["video_error_of_copying"] = _figure(metrics, "held_out_mse/held_out_mse_copy")
     return {name: value for name, value in found.items() if value is not None}
 
@@ -239,7 +240,7 @@ def _figure(values: dict[str, Any], path: str) -> float | None:
         for name in part.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         numbers.append(value)
-    if any(number is None for number in numbers) or (len(numbers) == 2 and not numbers[1]):
+    if any(type(number) not in (int, float) for number in numbers) or (len(numbers) == 2 and not numbers[1]):
         return None
     return float(numbers[0] if len(numbers) == 1 else numbers[0] / numbers[1])
 

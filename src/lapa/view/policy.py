@@ -28,7 +28,7 @@ from lapa.files import read_json
 from lapa.hub.download import errors_of
 from lapa.latent.model import LatentActionModel, horizon_for, lam_fingerprint
 from lapa.policy.model import Field
-from lapa.policy.runtime import CONFIG, OTHER_ACTORS, Actor, Policy, load_actors, load_policy, policy_folder
+from lapa.policy.runtime import CONFIG, Actor, Policy, load_actors, load_policy, other_kind, policy_folder
 from lapa.policy.training import slot_cameras
 from lapa.types import Observation
 from lapa.view.config import ViewConfig
@@ -47,7 +47,7 @@ def open_policy_pages(config: ViewConfig) -> PolicyPages:
     Raises UserError where the dataset or the model does not fit the policy.
     """
     folder = policy_folder(config.path)
-    if read_json(folder / CONFIG).get("kind") in OTHER_ACTORS:
+    if other_kind(folder) is not None:
         actors, policy = load_actors(folder, config.device), None
     else:
         with errors_of(config.path):
@@ -58,7 +58,8 @@ def open_policy_pages(config: ViewConfig) -> PolicyPages:
         dataset = open_dataset(config.data)
     elif policy is not None:
         dataset = dataset_here(policy.run.get("data"), policy.run.get("dataset_fingerprints"))
-        chosen = tuple(policy.run.get("cameras") or ())
+        known = policy.run.get("cameras")
+        chosen = tuple(map(str, known)) if isinstance(known, list) else ()
     if dataset is None and config.export is not None:
         raise UserError(f"{config.path}: an export needs observations to predict from; give them: --data DATASET")
     lam = _lam(config, policy, folder, dataset)

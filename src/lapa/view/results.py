@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lapa.checksums import SUMS
 from lapa.errors import UserError
 from lapa.evaluation.rollout import CONFIG, RESULTS, ROW, VIDEOS, played, read_results, results_folders, wilson_interval
 from lapa.files import find_files
@@ -32,7 +33,7 @@ from lapa.view.pages import Pages, UnknownNameError
 # Episodes with videos in an export.
 EXPORTED = 50
 # What is shown, and so what is fetched from the hub.
-FILES = (RESULTS, CONFIG, f"{VIDEOS}/*")
+FILES = (RESULTS, CONFIG, SUMS, f"{VIDEOS}/*")
 FILE = re.compile(r"([0-9]{1,9})\.(mp4|png)")
 # Of the report: what an arm is described by.
 FACTS = {

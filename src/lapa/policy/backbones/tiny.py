@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lapa.data.transforms import resize_and_crop
+from lapa.engine.memory import built
 from lapa.errors import UserError
 from lapa.files import writing
 from lapa.nn.pretrained import NO_CODE
@@ -105,8 +106,8 @@ def create(
 
 
 def renew(config: TinyConfig, vocabulary: Vocabulary, num_cameras: int) -> TinyBackbone:
-    """New weights for an existing vocabulary."""
-    return TinyBackbone(config, num_cameras=num_cameras, vocabulary_size=vocabulary.size)
+    """New weights for an existing vocabulary. Raises UserError where they are more than the memory holds."""
+    return built(lambda: TinyBackbone(config, num_cameras=num_cameras, vocabulary_size=vocabulary.size))
 
 
 def load(

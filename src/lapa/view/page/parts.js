@@ -60,4 +60,7 @@ function complain(error) {
   $("error").textContent = error.message;
   $("error").hidden = false;
 }
-const guarded = work => (...given) => Promise.resolve(work(...given)).catch(complain);
+// Also what is thrown before the first `await`, and by functions that are not async.
+const guarded = work => async (...given) => {
+  try { return await work(...given); } catch (error) { complain(error); }
+};
