@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,10 @@ def test_json_that_is_nested_deep_is_named(tmp_path: Path, start: str, end: str)
             read_json(path)
     path.write_text(start * 50 + "1" + end * 50)
     read_json(path)
+
+
+@pytest.mark.parametrize("body", [b"[1", b'{"a": ', b"[" * 100_000, b"null, "])
+def test_a_line_of_a_journal_whose_checksum_fits_may_still_be_no_json(body: bytes, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes(body + b', "crc": "%08x"}\n' % zlib.crc32(body))
+    with pytest.raises(UserError, match=r"journal\.jsonl: is damaged in line 1: it is not JSON"):
+        list(Journal(tmp_path / "journal.jsonl"))

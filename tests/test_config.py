@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from lapa import config
+from lapa import UserError, config, presets
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,36 @@ def test_a_path_is_the_same_however_it_is_given(tmp_path: Path, monkeypatch: pyt
     assert not config.differences({"lam": "./lam", "data": ["robot=d,camera=front", "./b"], "rate": 1}, there)
     assert config.differences({**there, "lam": "other"}, there) and config.differences({**there, "data": ["b"]}, there)
     assert config.differences({**there, "rate": "1"}, there)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    image_size: int = 64
+    vision_widths: tuple[int, ...] = (32, 64)
+    steps: int = 10**12
+    seed: int = 10**15
+
+
+@dataclass(frozen=True)
+class Nested:
+    model: Sizes = field(default_factory=Sizes)
+    hf_image_size: int | None = None
+    codebook_size: int = 1 << 20
+
+
+def test_absurd_sizes_are_refused() -> None:
+    config.require_plausible(Nested())
+    for odd, message in (
+        (Nested(Sizes(image_size=10**6)), "--image-size must be at most 8192, got 1000000"),
+        (Nested(Sizes(vision_widths=(32, 10**9))), "--vision-widths must be at most 65536"),
+        (Nested(hf_image_size=8193), "--hf-image-size must be at most 8192"),
+        (Nested(codebook_size=10**9), "--codebook-size must be at most 1048576"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config.require_plausible(odd)
+
+
+def test_every_preset_is_plausible() -> None:
+    for stage in presets.STAGES.values():
+        for preset in stage.values():
+            config.require_plausible(preset)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lapa import UserError
+from lapa.checksums import SUMS
 from lapa.data.config import MergeConfig
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
@@ -137,6 +142,67 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is or lies inside"):
         merged(second.root / "out", first, second)
     assert not (tmp_path / "out").exists()
+
+
+def edited(source: LeRobotDataset, root: Path, name: str, edit: Callable[[pa.Table], pa.Table]) -> LeRobotDataset:
+    """A copy of a dataset whose first file of this kind is edited."""
+    shutil.copytree(source.root, root)
+    (root / SUMS).unlink()
+    path = next(root.glob(f"{name}/*/*.parquet"))
+    pq.write_table(edit(pq.read_table(path)), path)
+    return LeRobotDataset(root)
+
+
+def with_column(name: str, values: list[Any], kind: pa.DataType | None = None) -> Callable[[pa.Table], pa.Table]:
+    """Replaces or adds a column; values: one of each row, or the last as often as it takes."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        column = pa.array((values + values[-1:] * len(table))[: len(table)], kind)
+        there = name in table.column_names
+        return (
+            table.set_column(table.column_names.index(name), name, column)
+            if there
+            else table.append_column(name, column)
+        )
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("folder", "edit", "message"),
+    [
+        ("data", lambda table: table.drop_columns(["index"]), r"file-000.parquet: lacks the columns index"),
+        ("data", lambda table: table.drop_columns(["action"]), r"file-000.parquet: lacks the columns action"),
+        ("data", with_column("action", [["x", "y"]]), r"action is stored as .*string.*, in .* as .*float"),
+        (
+            "data",
+            with_column("action", [None, [0.0, 1.0]], pa.list_(pa.float32(), 2)),
+            "action of episode 0 is empty at frame 0",
+        ),
+        ("meta/episodes", with_column("length", ["x"]), r"episodes.*length"),
+        (
+            "meta/episodes",
+            with_column("note", ["text"]),
+            r"file-000.parquet: cannot be read \(.*note has incompatible types",
+        ),
+        ("meta/episodes", with_column("when", [2**62], pa.timestamp("us")), r"meta/episodes: cannot be read"),
+    ],
+)
+def test_damaged_tables_are_named(folder: str, edit: Any, message: str, tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", range(2))
+    noted = edited(whole, tmp_path / "noted", "meta/episodes", with_column("note", [1]))
+    with pytest.raises(UserError, match=message):
+        merged(tmp_path / "out", noted, edited(whole, tmp_path / "damaged", folder, edit))
+    assert not (tmp_path / "out" / INFO).exists()
+
+
+def test_a_file_of_episodes_may_lack_a_column(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", range(3))
+    split = edited(whole, tmp_path / "split", "meta/episodes", lambda table: table[:1].drop_columns(["source"]))
+    path = next((whole.root / "meta/episodes").glob("*/*.parquet"))
+    pq.write_table(pq.read_table(path)[1:], split.root / "meta/episodes/chunk-000/file-001.parquet")
+    there = merged(tmp_path / "out", whole, LeRobotDataset(split.root))
+    assert [e.source for e in there] == ["clip 0", "clip 1", "clip 2", "", "clip 1", "clip 2"]
 
 
 def test_an_unfinished_merge_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ from lapa.engine.curves import panels
 from lapa.engine.distributed import pick_device
 from lapa.engine.loop import TrainResult, train
 from lapa.engine import loop as loop_module
+from lapa.engine.metrics import read_figures
 from lapa.engine.optim import build_optimizer, learning_rate, set_learning_rate
+from lapa.errors import UserError
 from lapa.types import Losses, TrainableModel, TrainingDataset
 from torchrun import torchrun
 
@@ -460,3 +462,14 @@ def test_figures_that_never_change_are_not_drawn() -> None:
     }
     assert list(panels({"a": rows})) == ["training loss", "validation: mse"]
     assert panels({"a": []}) == {}
+
+
+@pytest.mark.parametrize("value", ["x", None, [1], True])
+def test_figures_are_numbers(value: object, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({"held_out_loss": value, "torch": "2.13", "mse": 0.5}))
+    assert read_figures(path, "mse", mse=float)["mse"] == 0.5
+    with pytest.raises(UserError, match=r"metrics\.json: 'held_out_loss' is .*, expected a number"):
+        read_figures(path, "held_out_")
+    with pytest.raises(UserError, match=r"metrics\.json: mse_copy is missing"):
+        read_figures(path, "mse", mse_copy=float)

@@ -365,3 +365,24 @@ def test_a_writer_that_has_just_begun_is_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="is being written by process 7 here"), locked(tmp_path):
             pass
         writer.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected an object, got \\[1\\]; copy it again"),
+        ("{", "not valid JSON"),
+        ('{"step": 1.5, "name": "x"}', "step is 1.5, expected a whole number; copy it again"),
+        ('{"step": true, "name": "x"}', "step is True, expected a whole number"),
+        ('{"step": 1}', "name is missing, expected a text"),
+    ],
+)
+def test_an_object_has_its_keys(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    with pytest.raises(UserError, match=r"state\.json: no such file"):
+        files.read_object(path, "copy it again", step=int, name=str)
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"state\.json: {message}"):
+        files.read_object(path, "copy it again", step=int, name=str)
+    path.write_text('{"step": 1, "name": "x", "more": null}')
+    assert files.read_object(path, "copy it again", step=int, name=str) == {"step": 1, "name": "x", "more": None}

@@ -455,3 +455,22 @@ def test_sums_of_an_artifact_that_tells_nothing_are_its_own(root):
     assert artifact.files[SUMS].decode() == (root / "dataset" / SUMS).read_text()
     assert set(sums_of(root / "dataset", [name for name in artifact.files if name != SUMS]))
     assert replace(artifact, kind="dataset").num_bytes > 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "change"),
+    [
+        ("lam", "config.json", {"datasets": {"abc": "x"}}),
+        ("results", "results.json", {"tasks": {"reach": 1}}),
+        ("policy", "config.json", {"run": []}),
+        ("dataset", "meta/info.json", {"features": {"action": 1}}),
+    ],
+)
+def test_a_damaged_entry_is_one_line_when_pushed(hub, root, tmp_path, capsys, kind, file, change):
+    folder = shutil.copytree(root / kind, tmp_path / kind)
+    (folder / SUMS).unlink()
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    line = failure(capsys, "push", folder, "ann/damaged", "--license", "mit")
+    assert f"{folder}: no card can be written" in line
+    assert not hub.repos

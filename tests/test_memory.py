@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from lapa.engine import memory
 from lapa.engine.loop import train
-from lapa.engine.memory import GIB, available_bytes, explained_out_of_memory, require_memory, training_bytes
+from lapa.engine.memory import GIB, available_bytes, built, explained_out_of_memory, require_memory, training_bytes
+from lapa.errors import UserError
 from test_engine import LOOP, Line, Slope, collate
 
 CPU = torch.device("cpu")
@@ -63,3 +65,17 @@ def test_a_gpu_that_runs_out_says_what_helps() -> None:
         explained_out_of_memory(["--gradient-checkpointing", "a smaller model"]),
     ):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB. GPU 0 has a total capacity")
+
+
+def test_a_new_model_is_planned_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"a model of 10,000,000,100,000 new weights needs .* GiB of memory.*smaller"):
+        built(lambda: nn.Linear(10**8, 10**5))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(0)
+    model = built(lambda: nn.Linear(3, 4))
+    torch.manual_seed(0)
+    assert torch.equal(model.weight, nn.Linear(3, 4).weight) and not model.weight.is_meta
+    # What is there already takes no more.
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 4)
+    assert built(lambda: nn.Sequential(model))[0] is model

@@ -19,6 +19,7 @@ from lapa.data.pairs import FramePairs, PairsConfig
 from lapa.data.spec import open_dataset
 from lapa.data.video import ClipScan
 from lapa.drawing import CELL, GAP, MARGIN
+from lapa.errors import UserError
 from lapa.files import read_json
 from lapa.latent import probe as probes
 from lapa.latent.metrics import Sample, draw_sample, encode, other_episodes, regression_figures, usage_figures
@@ -481,3 +482,11 @@ def test_motion_without_opencv_is_refused_before_any_work(
     out = tmp_path / "probe"
     assert lapa("latent", "probe", lam, "--data", data, "--out", out, "--motion") == 2
     assert "pip install 'lapa-vla[motion]'" in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("notes", [{"dataset_fingerprints": 3}, {"dataset_fingerprints": None}, {"datasets": ["x"]}])
+def test_a_damaged_record_of_the_training_data_is_one_line(notes: dict[str, Any], data: Path, tmp_path: Path) -> None:
+    LatentActionModel(DEBUG.model).save_pretrained(tmp_path / "lam", notes)
+    model = LatentActionModel.from_pretrained(tmp_path / "lam")
+    with pytest.raises(UserError, match=r"config.json of the model: dataset_fingerprints or datasets is damaged"):
+        probes.kept_from_training(model, open_dataset(data))

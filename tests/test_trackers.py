@@ -252,3 +252,11 @@ if __name__ == "__main__":
         report("wandb", Path(sys.argv[2]))
     else:
         run(Path(sys.argv[2]), replace(LOOP, tracker="tensorboard"))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"id": 5}', "{"])
+def test_a_damaged_id_of_a_run_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / trackers.ID).write_text(text)
+    with pytest.raises(UserError, match=rf"{trackers.ID}: "):
+        trackers._run_id(tmp_path, resuming=True)
+    assert trackers._run_id(tmp_path, resuming=False) == trackers._run_id(tmp_path, resuming=True)

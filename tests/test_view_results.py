@@ -20,6 +20,7 @@ pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 from browser import Browser, browser
 from fake_hub import FakeHub, Repo
 from lapa import UserError, cli
+from lapa.checksums import SUMS
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.rollout import evaluate
 from lapa.files import write_json
@@ -101,6 +102,7 @@ def test_videos_of_several_rollouts_are_cut_into_tiles(results: Path, tmp_path: 
 
 def test_evaluations_of_other_seeds_are_not_compared(results: Path, tmp_path: Path) -> None:
     shutil.copytree(results / "random", tmp_path / "random")
+    (tmp_path / "random" / SUMS).unlink()
     for name in ("results.json", "config.json"):
         path = tmp_path / "random" / name
         path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 1}))
@@ -133,6 +135,7 @@ def test_an_evaluation_that_runs_is_shown_as_far_as_it_is(results: Path, tmp_pat
 def changed(results: Path, to: Path, **changes: Any) -> Path:
     """A copy of results with other values in its report."""
     shutil.copytree(results, to)
+    (to / SUMS).unlink()
     report = json.loads((to / "results.json").read_text())
     write_json(to / "results.json", {**report, **changes})
     return to
@@ -185,6 +188,10 @@ def test_damaged_results_are_one_line(results: Path, tmp_path: Path) -> None:
     shutil.copytree(results / "expert", tmp_path / "damaged")
     path = tmp_path / "damaged" / "results.json"
     report = json.loads(path.read_text())
+    path.write_text(json.dumps({**report, "seconds": 1}))
+    with pytest.raises(UserError, match=r"results\.json: damaged or changed, its SHA-256"):
+        opened(tmp_path / "damaged")
+    (tmp_path / "damaged" / SUMS).unlink()
     for odd in (
         "{",
         json.dumps({**report, "episodes": [{"task": "up"}]}),
@@ -206,6 +213,7 @@ def test_damaged_results_are_one_line(results: Path, tmp_path: Path) -> None:
 
 def test_paths_in_results_are_not_followed(results: Path, tmp_path: Path) -> None:
     shutil.copytree(results / "expert", tmp_path / "odd" / "results")
+    (tmp_path / "odd" / "results" / SUMS).unlink()
     (tmp_path / "secret-0.mp4").write_bytes(b"secret")
     path = tmp_path / "odd" / "results" / "results.json"
     report = json.loads(path.read_text())
@@ -417,6 +425,16 @@ def test_a_person_compares_rollouts(tab: Browser, results: Path) -> None:
             f"left, episode {episode}" for episode in failures
         ]
     assert not tab.complaints
+
+
+def test_a_video_that_no_browser_plays_is_named(tab: Browser, results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results / "expert", tmp_path / "torn")
+    (tmp_path / "torn" / "videos" / "left-1.mp4").write_bytes(bytes(1000))
+    with running(tmp_path / "torn") as url:
+        tab.open(f"{url}/#rollouts-0")
+        tab.until("!document.getElementById('error').hidden")
+        assert tab.text("#error") == "the browser cannot play the video of left, episode 1, torn"
+        assert tab.run("[...document.querySelectorAll('#gallery video')].filter(each => each.error).length") == 1
 
 
 def test_an_export_of_results_is_opened_from_the_disk(tab: Browser, results: Path, tmp_path: Path) -> None:

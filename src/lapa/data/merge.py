@@ -294,7 +294,9 @@ def _episode_rows(dataset: LeRobotDataset, columns: Sequence[str]) -> Iterator[d
         table = table.filter(pc.is_in(table["episode_index"], pa.array(dataset.numbers, table["episode_index"].type)))
         batches = table.sort_by("episode_index").to_batches(max_chunksize=EPISODES_PER_GROUP)
     for batch in batches:
-        yield from batch.to_pylist()
+        with parsing(dataset.root / EPISODES):
+            rows = batch.to_pylist()
+        yield from rows
 
 
 def _frames(

@@ -32,7 +32,7 @@ from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys, require_fi
 from lapa.data.lerobot import LeRobotDataset, require_folder
 from lapa.data.metadata import EXTRA, INFO, JOURNAL, STATS, TASKS, episode_files
 from lapa.data.spec import open_dataset
-from lapa.data.tables import read_parquet
+from lapa.data.tables import parsing, read_parquet
 from lapa.data.video import probe
 from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of, write_parquet
 from lapa.errors import UserError
@@ -236,8 +236,10 @@ def _write_episodes(
     for path in episode_files(dataset.root):
         table = read_parquet(path)
         kept = pc.is_in(table["episode_index"], pa.array(list(changes), table["episode_index"].type))
+        with parsing(path):
+            known = table.filter(kept).sort_by("episode_index").to_pylist()
         rows = []
-        for row in table.filter(kept).sort_by("episode_index").to_pylist():
+        for row in known:
             new = changes[int(row["episode_index"])]
             rows.append({name: value for name, value in row.items() if name in new or not name.startswith(gone)} | new)
             totals.add(rows[-1])
