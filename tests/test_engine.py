@@ -17,12 +17,12 @@ from PIL import Image
 from torch import nn
 
 from lapa.cli import main
+from lapa.engine import loop as loop_module
 from lapa.engine.batches import Draw, StepSampler
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.curves import panels
 from lapa.engine.distributed import pick_device
 from lapa.engine.loop import TrainResult, train
-from lapa.engine import loop as loop_module
 from lapa.engine.metrics import read_figures
 from lapa.engine.optim import build_optimizer, learning_rate, set_learning_rate
 from lapa.errors import UserError

@@ -203,7 +203,8 @@ def restore_random_states(states: list[dict[str, Any]], *, step: int, rank: int,
     state = states[rank]
     if (threads := state.get("threads", torch.get_num_threads())) != torch.get_num_threads():
         if THREADS in os.environ:
-            say(f"{threads} threads wrote this checkpoint, {torch.get_num_threads()} continue: results differ by rounding")
+            now = torch.get_num_threads()
+            say(f"{threads} threads wrote this checkpoint, {now} continue: results differ by rounding")
         else:
             torch.set_num_threads(threads)
     version, internal, gauss = state["python"]
