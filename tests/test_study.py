@@ -1,5 +1,6 @@
 """The study: its steps are shared, made once and resumed; all arms run in the made-up world and are reported."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from lapa.study import run as study_run
 from lapa.study.config import PRESETS, StudyConfig, sizes_of
 from lapa.study.plan import Plan, Step, order, steps_of
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
-from lapa.subcommand import Ended, Stage
+from lapa.subcommand import AT_ONCE, Ended, Stage
 
 CPU = sizes_of("cpu")
 
@@ -219,3 +220,20 @@ def test_splits_differ_in_their_videos_alone() -> None:
 
 def test_settings_are_kept_beside_the_results(study: Path) -> None:
     assert read_json(study / "study.json")["preset"] == "debug"
+
+
+def test_the_time_is_estimated_from_steps_of_the_same_kind(tmp_path: Path) -> None:
+    plan = Plan(CPU, "in-domain", 2, 0)
+    every = list(order(*steps_of(plan, "scratch").values()))
+    config = StudyConfig(out=tmp_path, preset="cpu")
+    # Labelled and measured episodes, finetuning, rollouts and the action error: 30 + 90 + 170 + 228 + 27 seconds.
+    minutes = round(545 / AT_ONCE / 60)
+    assert f"5 steps, {AT_ONCE} at once: about {minutes} minutes" in study_run._expected(config, every, every)
+    done, left = every[0], every[1:]
+    (done.folder(tmp_path) / done.artifact).parent.mkdir(parents=True)
+    (done.folder(tmp_path) / done.artifact).write_text("{}")
+    (tmp_path / "seconds.jsonl").write_text(json.dumps({"key": done.key, "seconds": 6000.0}) + "\n")
+    again = next(step for step in order(Plan(CPU, "in-domain", 5, 0).rollouts("scratch")) if step.kind == done.kind)
+    assert f"about {round(6000 / AT_ONCE / 60)} minutes" in study_run._expected(config, every, [again])
+    unknown = study_run._expected(StudyConfig(out=tmp_path, preset="gpu"), every, left)
+    assert "(of which 4 were never timed)" in unknown

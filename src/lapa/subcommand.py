@@ -17,6 +17,8 @@ from typing import IO, Any
 from lapa.console import say
 from lapa.errors import UserError
 
+# Stages that run at once, each with one thread, which on a CPU is much faster than one stage with two.
+AT_ONCE = min(2, os.cpu_count() or 1)
 # Between two looks at the running stages.
 PAUSE = 0.1
 
@@ -42,15 +44,13 @@ class Stage:
 Ended = Callable[[Stage, float, bool], None]
 
 
-def run_stages(stages: Sequence[Stage], ended: Ended, at_once: int | None = None) -> None:
-    """Runs the stages that are not done, as many at once, those that come first in the list first.
+def run_stages(stages: Sequence[Stage], ended: Ended, at_once: int = AT_ONCE) -> None:
+    """Runs the stages that are not done, `at_once` side by side, those that come first in the list first.
 
-    at_once: by default two, each with one thread, which on a CPU is much faster than one with two; one where there is
-    one core. What a stage prints goes to its log and, line by line behind its title, to the console.
+    What a stage prints goes to its log and, line by line behind its title, to the console.
     Ctrl-C reaches the running stages too, and SIGTERM is passed on: they write checkpoints and exit, and then
     KeyboardInterrupt is raised. Raises UserError where a stage fails, after the others have stopped in the same way.
     """
-    at_once = min(2, os.cpu_count() or 1) if at_once is None else at_once
     waiting, running = [stage for stage in stages if not stage.artifact.exists()], list[_Running]()
     contended: set[str] = set()
     failed: Stage | None = None

@@ -22,7 +22,7 @@ from lapa import presets
 from lapa.config import to_dict
 from lapa.errors import UserError
 from lapa.study.config import StudySizes
-from lapa.study.results import Arm, Split
+from lapa.study.results import ARMS, Arm, Split
 
 Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
@@ -48,6 +48,11 @@ class Step:
         """Eight hex digits: a hash of the command, its options and its inputs."""
         words = [self.verb, *(word.key if isinstance(word, Step) else word for word in self.words)]
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:8]
+
+    @property
+    def kind(self) -> str:
+        """The title without the arm."""
+        return " ".join(word for word in self.title.split() if word not in ARMS)
 
     @property
     def inputs(self) -> tuple[Step, ...]:

@@ -34,11 +34,11 @@ from lapa.evaluation.episodes import VIDEO_FPS
 from lapa.evaluation.rollout import played, read_results
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, read_object, write_json
 from lapa.policy.open_loop import action_figures
-from lapa.study.config import StudyConfig, StudySizes, sizes_of
+from lapa.study.config import SECONDS_OF_CPU, StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
 from lapa.study.progress import append_lines, note_wanted
 from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout, RunKey
-from lapa.subcommand import Stage, run_stages
+from lapa.subcommand import AT_ONCE, Stage, run_stages
 
 # The figures of a result: the JSON file of a step -> name of the figure -> where it is in that file.
 FIGURES = {
@@ -98,6 +98,8 @@ def run(config: StudyConfig) -> None:
                 say(f"{result.name}: {won} of {len(result.rollouts)} succeed")
 
     conclude()
+    if steps:
+        say(_expected(config, list(order(*wanted)), steps))
     run_stages(list(stages.values()), ended)
     conclude()
     finish("results", config.out / FOLDER, [f"lapa study report {config.out}", f"lapa view {config.out}"])
@@ -124,6 +126,22 @@ def _require_same_study(out: Path, preset: str, sizes: StudySizes) -> None:
         if changed := configs.differences({name: then.get(name) for name in settings}, settings):
             raise UserError(f"{path}: another study ({'; '.join(changed)}); give another --out")
     write_json(path, settings)
+
+
+def _expected(config: StudyConfig, every: Sequence[Step], left: Sequence[Step]) -> str:
+    """How long the steps that are left will take, by those of their kind in this study or in a published one.
+
+    every: all steps of the runs, those that are done, too.
+    """
+    spent: dict[str, float] = {}
+    for row in read_json_lines(config.out / SECONDS, key=str, seconds=float):
+        spent[row["key"]] = spent.get(row["key"], 0.0) + row["seconds"]
+    known = {step.kind: spent[step.key] for step in every if step.key in spent and step.done(config.out)}
+    known = {**(SECONDS_OF_CPU if config.preset == "cpu" else {}), **known}
+    minutes = sum(known.get(step.kind, 0.0) for step in left) / AT_ONCE / 60
+    unknown = sum(step.kind not in known for step in left)
+    note = f" (of which {unknown} were never timed)" if unknown else ""
+    return f"{len(left)} steps{note}, {AT_ONCE} at once: about {max(1, round(minutes))} minutes on idle cores"
 
 
 def _stage(study: Path, step: Step) -> Stage:
