@@ -18,7 +18,7 @@ from torch import nn
 
 from lapa.cli import main
 from lapa.engine import loop as loop_module
-from lapa.engine.batches import Draw, StepSampler
+from lapa.engine.batches import Draw, Scattered, StepSampler
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.curves import panels
 from lapa.engine.distributed import pick_device
@@ -326,6 +326,28 @@ def test_gradient_checkpointing_asks_the_model(tmp_path: Path) -> None:
     assert model.asked == 1
     with pytest.raises(ValueError, match="--gradient-checkpointing: Slope cannot do it"):
         run(tmp_path / "run", loop)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 1000, 1024, 1025])
+def test_an_order_that_is_not_stored_is_a_permutation(num: int) -> None:
+    epochs = [Scattered(num, np.random.default_rng([0, epoch])) for epoch in (0, 1)]
+    orders = [[epoch[place] for place in range(num)] for epoch in epochs]
+    assert all(sorted(order) == list(range(num)) for order in orders)
+    if num >= 1000:
+        assert orders[0] != orders[1]
+        # As unlike the order of the samples, and of the other epoch, as chance allows.
+        for one, other in (orders, (orders[0], range(num))):
+            assert abs(np.corrcoef(one, other)[0, 1]) < 0.15
+            assert sum(np.diff(orders[0]) == 1) < 10
+
+
+def test_a_large_dataset_is_drawn_without_its_order_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lapa.engine.batches.LARGE", 99)
+    draws = [draw.sample for batch in StepSampler(100, 10, seed=0, first_step=0, last_step=20) for draw in batch]
+    assert sorted(draws[:100]) == sorted(draws[100:]) == list(range(100))
+    assert draws[:100] != draws[100:]
+    later = [draw.sample for batch in StepSampler(100, 10, seed=0, first_step=13, last_step=20) for draw in batch]
+    assert later == draws[130:]
 
 
 def test_sampler_draws_each_sample_once_an_epoch_and_shares_it_between_processes() -> None:

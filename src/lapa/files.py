@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 
 from lapa.errors import UserError, shown
 from lapa.locks import LOCK, hold_to_the_end, locked
+from lapa.store_cache import store_cache
 
 # Protocols of fsspec and the pip packages that implement them.
 FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
@@ -144,8 +145,9 @@ def _listed(folder: Path, follow: bool) -> list[tuple[str, bool]]:
 
 
 def open_binary(path: Path) -> BinaryIO:
-    """Opens a file, local or remote, for reading bytes."""
-    return cast(BinaryIO, path.open("rb"))
+    """Opens a file, local or remote, for reading bytes; a remote one through the cache of `use_store_cache`, if any."""
+    cache = store_cache() if is_remote(path) else None
+    return cast(BinaryIO, path.open("rb")) if cache is None else cache.open(path)
 
 
 @contextmanager

@@ -28,6 +28,12 @@ else:
     _Module = _Dataset = object
 
 
+class Plain:
+    """Base of values without files and connections, which the processes of a training may share."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Observation:
     """What a policy sees at one instant.
@@ -94,6 +100,8 @@ class TrainingDataset(_Dataset):
     """Of a mixture: the number of samples, which follow each other, and the weight of each part."""
     in_memory: bool = False
     """Whether samples are in memory, so that processes to read them are of no use."""
+    remote: bool = False
+    """Whether samples are read from a store, which takes its time to answer: many are then read at once."""
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -50,6 +50,7 @@ from lapa.nn.vision import residual_tower
 from lapa.nn.weights import load_weights, save_weights
 from lapa.policy.actions import ActionScale, warn_of_ranges
 from lapa.policy.open_loop import action_figures
+from lapa.store_cache import use_store_cache
 from lapa.types import Losses, TrainableModel
 
 CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
@@ -202,6 +203,7 @@ def run(config: InverseTrainConfig) -> None:
     complete = (config.out / CONFIG).exists()
     if config.loop.shard:
         raise UserError("--shard: an inverse dynamics model is too small to be sharded; leave the option out")
+    use_store_cache(config.loop.store_cache, config.loop.store_cache_gib)
     datasets = [open_dataset(path) for path in config.data]
     require_plain(datasets, "lapa baseline inverse", "--horizon-seconds")
     run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}

@@ -36,6 +36,7 @@ from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.locks import locks_output
 from lapa.policy.backbones.tiny import train_tokenizer
+from lapa.store_cache import use_store_cache
 from lapa.types import TrainingDataset
 
 INITIALISATION_SAMPLES = 256
@@ -50,6 +51,7 @@ def run(config: VideoTrainConfig) -> None:
     next_commands = [f"lapa baseline unipi --video {shlex.quote(str(config.out))} --inverse INVERSE --out POLICY"]
     complete = (config.out / CONFIG).exists()
     require_diffusers()
+    use_store_cache(config.loop.store_cache, config.loop.store_cache_gib)
     datasets = [open_dataset(path) for path in config.data]
     require_plain(datasets, "lapa baseline video", "--horizon-seconds")
     seed_everything(config.loop.seed)
@@ -122,7 +124,7 @@ class FutureFrames(TrainingDataset):
         self.camera = self._cameras[0][0]
         episodes = [self._index.of_dataset(number) for number in range(len(datasets))]
         self._frames = FrameStore(datasets, self._cameras, episodes, config.model.image_size, config.cache_gib)
-        self.in_memory = self._frames.in_memory
+        self.in_memory, self.remote = self._frames.in_memory, self._frames.remote
 
     def __len__(self) -> int:
         return len(self._index)

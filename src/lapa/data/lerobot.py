@@ -22,7 +22,7 @@ import hashlib
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -496,10 +496,13 @@ def _renamed(features: dict[str, Any], stored: Mapping[str, str], path: Path) ->
 
 def _recent(cache: OrderedDict[Any, Value], key: Any, most: int, read: Callable[[], Value]) -> Value:
     """Returns cache[key], read where it is absent; the cache keeps the `most` last used."""
-    value = cache.pop(key) if key in cache else read()
+    # Threads may share the cache: one may take out an entry between a look and the next.
+    value = cache.pop(key, None)
+    value = read() if value is None else value
     cache[key] = value
     if len(cache) > most:
-        cache.popitem(last=False)
+        with suppress(KeyError):
+            cache.popitem(last=False)
     return value
 
 

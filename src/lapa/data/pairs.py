@@ -114,7 +114,7 @@ class FramePairs(TrainingDataset):
         episodes = [self._index.of_dataset(number) for number in range(len(datasets))]
         self._cameras = [camera for (camera,) in cameras]
         self._frames = FrameStore(datasets, cameras, episodes, config.size, config.cache_gib)
-        self.in_memory = self._frames.in_memory
+        self.in_memory, self.remote = self._frames.in_memory, self._frames.remote
         # The first frames of an episode's pairs, where some are left out.
         self._moving: dict[tuple[int, int], np.ndarray] = {}
         self.num_still = (0,) * len(datasets)

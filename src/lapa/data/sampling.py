@@ -30,6 +30,7 @@ from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.errors import UserError
+from lapa.files import is_remote
 
 GIB = 2**30
 # Images of an episode decoded at once where they are not cached.
@@ -136,7 +137,7 @@ class FrameStore:
 
     All of the `episodes` named are decoded once and cached where that takes at most `cache_gib` GiB; the processes of a
     DataLoader share the cache when they are forked. Otherwise each image is decoded when it is asked for, to the same
-    bytes. in_memory: whether the images are cached.
+    bytes. in_memory: whether the images are cached. remote: whether they are read from a store.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class FrameStore:
         )
         gib = num_images * size * size * 3 / GIB
         self.in_memory = gib <= cache_gib
+        self.remote = not self.in_memory and any(is_remote(dataset.root) for dataset in datasets)
         if self.in_memory:
             say(f"decoding {num_images} images into memory ({gib:.2f} GiB at {size} px)")
             wanted = [

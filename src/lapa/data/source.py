@@ -22,10 +22,11 @@ from jaxtyping import Float, UInt8
 
 from lapa.data.dataset import ACTION, CAMERA_PREFIX, STATE, ActionSpace, Dataset
 from lapa.errors import UserError
+from lapa.types import Plain
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Item(Plain):
     """The origin of one episode (or, cut into shots, of several).
 
     key: its name within the source, which never changes: resumed conversions and the dataset's `source` column use it.

@@ -91,7 +91,7 @@ class EpisodeSteps(TrainingDataset):
         episodes = [self._index.of_dataset(number) for number in range(len(datasets))]
         episodes = [chosen[:0] if data.coded else chosen for data, chosen in zip(datasets, episodes, strict=True)]
         self._frames = FrameStore(datasets, self.cameras, episodes, size, cache_gib)
-        self.in_memory = self._frames.in_memory
+        self.in_memory, self.remote = self._frames.in_memory, self._frames.remote
         self.mixture = Mixture.of(datasets, self._index, mix_by)
         self.groups = self.mixture.groups
 

@@ -30,6 +30,7 @@ from jaxtyping import Float, UInt8
 
 from lapa.errors import UserError
 from lapa.files import atomic_path, is_remote, open_binary, reading, why_unreadable
+from lapa.store_cache import version_of
 
 # Codecs of covers, and of films that have no other video stream.
 STILL_CODECS = ("mjpeg", "png", "bmp", "webp")
@@ -335,9 +336,8 @@ def open_clip(path: Path) -> OpenClip:
     """Returns the clip, opened or still open in this thread. Raises UserError where it is not a video."""
     clips = _open_clips.of_this_process()
     with reading(path, "write or download the dataset again"):
-        status = path.stat()
-    # Distinguishes a file from one that replaced it under the same name.
-    version = status.st_mtime_ns, status.st_ino or status.st_size
+        # Distinguishes a file from one that replaced it under the same name.
+        version = version_of(path) if is_remote(path) else _version_here(path)
     if path in clips and clips[path][0] == version:
         clips.move_to_end(path)
         return clips[path][1]
@@ -347,6 +347,11 @@ def open_clip(path: Path) -> OpenClip:
         _, (_, oldest) = clips.popitem(last=False)
         oldest.container.close()
     return clips[path][1]
+
+
+def _version_here(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ino
 
 
 class ToRgb:
@@ -386,10 +391,10 @@ class _OpenClips(threading.local):
 
     def __init__(self) -> None:
         self.process = os.getpid()
-        self.clips: OrderedDict[Path, tuple[tuple[int, int], OpenClip]] = OrderedDict()
-        self.inherited: OrderedDict[Path, tuple[tuple[int, int], OpenClip]] | None = None
+        self.clips: OrderedDict[Path, tuple[object, OpenClip]] = OrderedDict()
+        self.inherited: OrderedDict[Path, tuple[object, OpenClip]] | None = None
 
-    def of_this_process(self) -> OrderedDict[Path, tuple[tuple[int, int], OpenClip]]:
+    def of_this_process(self) -> OrderedDict[Path, tuple[object, OpenClip]]:
         if self.process != os.getpid():
             self.inherited, self.clips, self.process = self.clips, OrderedDict(), os.getpid()
         return self.clips

@@ -13,12 +13,15 @@ Which sample a draw is follows from its number alone: from neither the workers, 
 
 from __future__ import annotations
 
+import io
 import pickle
 import signal
-import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -26,10 +29,17 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from lapa.errors import UserError
-from lapa.types import TrainingDataset
+from lapa.store_cache import StoreCache, store_cache, use_store_cache
+from lapa.types import Plain, TrainingDataset
 
 # Draws among which the parts of a mixture are shuffled.
 BLOCK = 1024
+# Samples from which on their order is not stored, which takes 8 bytes for each; rounds that scatter them.
+LARGE, ROUNDS, MASK = 1 << 24, 6, (1 << 64) - 1
+# Samples that a process reads from a store at once.
+AHEAD = 32
+# Values from which on a list is looked at as a whole.
+LONG = 100
 
 
 class Draw(NamedTuple):
@@ -50,7 +60,10 @@ class Order(Protocol):
 
 
 class Permutations:
-    """All samples once an epoch, in a new order each."""
+    """All samples once an epoch, in a new order each.
+
+    Above `LARGE` samples the order is computed place by place and takes no memory, which each worker would need.
+    """
 
     def __init__(self, num_samples: int, *seed: int) -> None:
         self.num_samples, self._seed = num_samples, seed
@@ -59,8 +72,38 @@ class Permutations:
     def sample(self, number: int) -> int:
         return int(self._order(number // self.num_samples)[number % self.num_samples])
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([*self._seed, epoch]).permutation(self.num_samples)
+    def _permutation(self, epoch: int) -> np.ndarray | Scattered:
+        random = np.random.default_rng([*self._seed, epoch])
+        return Scattered(self.num_samples, random) if self.num_samples > LARGE else random.permutation(self.num_samples)
+
+
+class Scattered:
+    """A permutation of `range(num)` that is not stored: a Feistel network on numbers of twice `bits` bits.
+
+    What it maps past `num` is mapped again, until it is below. Black and Rogaway, 2002, "Ciphers with Arbitrary Finite
+    Domains".
+    """
+
+    def __init__(self, num: int, random: np.random.Generator) -> None:
+        self.num, self._bits = num, ((num - 1).bit_length() + 1) // 2
+        self._keys = [int(key) for key in random.integers(0, 1 << 62, ROUNDS)]
+
+    def __getitem__(self, place: int) -> int:
+        half = (1 << self._bits) - 1
+        while True:
+            left, right = place >> self._bits, place & half
+            for key in self._keys:
+                left, right = right, left ^ (_mixed(right ^ key) & half)
+            place = left << self._bits | right
+            if place < self.num:
+                return place
+
+
+def _mixed(number: int) -> int:
+    """Returns 64 bits that each depend on all of `number` (SplitMix64, Steele et al., 2014)."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & MASK
+    return number ^ number >> 31
 
 
 class Mixed:
@@ -153,6 +196,36 @@ class StepSampler(Sampler[list[Draw]]):
                 yield [Draw(self._order.sample(number), number) for number in range(first, first + micro)]
 
 
+class ReadAhead:
+    """A dataset of which `AHEAD` samples are read at once, in threads, in the order in which they will be asked for.
+
+    For a store that takes its time to answer. The order is known (`StepSampler`), so each worker reads ahead in its own
+    share of the batches, beyond those that it was handed. A sample is the same as without.
+    """
+
+    def __init__(self, dataset: TrainingDataset, sampler: StepSampler) -> None:
+        self.dataset, self._sampler = dataset, sampler
+        self._threads: ThreadPoolExecutor | None = None
+        self._coming: Iterator[Draw] = iter(())
+        self._waiting: deque[tuple[Draw, Future[Any]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: Draw) -> Any:
+        """Returns `dataset[draw]`. Raises its errors."""
+        if self._threads is None:
+            info = torch.utils.data.get_worker_info()
+            first, every = (0, 1) if info is None else (info.id, info.num_workers)
+            self._threads = ThreadPoolExecutor(AHEAD, "read-ahead")
+            self._coming = chain.from_iterable(islice(self._sampler, first, None, every))
+        for coming in islice(self._coming, AHEAD + 1 - len(self._waiting)):
+            self._waiting.append((coming, self._threads.submit(self.dataset.__getitem__, coming)))
+        if not self._waiting or self._waiting[0][0] != draw:
+            return self.dataset[draw]
+        return self._waiting.popleft()[1].result()
+
+
 def batch_loader(
     dataset: TrainingDataset,
     collate: Callable[[list[Any]], dict[str, Any]],
@@ -163,7 +236,7 @@ def batch_loader(
 ) -> DataLoader[Any]:
     """A DataLoader over a StepSampler. Workers add speed and change nothing in the order or the samples."""
     return DataLoader(
-        dataset,
+        cast(TrainingDataset, ReadAhead(dataset, sampler)) if dataset.remote else dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
@@ -171,17 +244,41 @@ def batch_loader(
         prefetch_factor=4 if workers else None,
         # Workers draw nothing from torch's global generator, and a resumed run must find it as it was left.
         generator=torch.Generator(),
-        worker_init_fn=_begin_worker,
+        worker_init_fn=partial(_begin_worker, store_cache()),
     )
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(cache: StoreCache | None, worker: int) -> None:
     # Ctrl-C reaches the whole process group; the loop still wants its workers for the step it finishes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Connections to a store (upath is imported for those alone) do not survive a fork; a copy by pickle has none yet.
+    if cache is not None:
+        use_store_cache(cache.folder, cache.limit / 2**30)
+    # Connections to a store do not survive a fork; a copy by pickle has none yet.
     info = torch.utils.data.get_worker_info()
     assert info is not None, "called in a worker"
-    dataset = cast(TrainingDataset, info.dataset)
-    if "upath" in sys.modules and not dataset.in_memory:
-        vars(dataset).update(pickle.loads(pickle.dumps(vars(dataset))))
+    if isinstance(info.dataset, ReadAhead):
+        vars(info.dataset.dataset).update(_copied(vars(info.dataset.dataset)))
+
+
+def _copied(value: Any) -> Any:
+    """Returns a copy by pickle that shares what is plain: the metadata of a million episodes is in memory once."""
+    shared: list[Any] = []
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing: Any) -> int | None:
+            # A long list is as its first value is.
+            value = thing[0] if isinstance(thing, list | tuple) and len(thing) >= LONG else thing
+            if not isinstance(value, np.ndarray | Plain) and (value is thing or not isinstance(value, str)):
+                return None
+            shared.append(thing)
+            return len(shared) - 1
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, number: int) -> Any:
+            return shared[number]
+
+    with io.BytesIO() as file:
+        Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
+        file.seek(0)
+        return Unpickler(file).load()

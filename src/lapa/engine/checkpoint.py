@@ -25,7 +25,8 @@ from lapa.files import atomic_path, read_json
 VOLATILE_KEYS = frozenset(
     {
         "overwrite", "resume", "json", "out", "device", "workers", "stop_after", "log_every", "eval_every",
-        "save_every_steps", "save_every_minutes", "cache_gib", "compile", "gradient_checkpointing", "tracker",
+        "save_every_steps", "save_every_minutes", "cache_gib", "store_cache", "store_cache_gib", "compile",
+        "gradient_checkpointing", "tracker",
     }
 )  # fmt: skip
 

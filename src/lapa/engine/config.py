@@ -60,6 +60,10 @@ class LoopConfig:
     """Compile the model with torch.compile."""
     workers: int | None = None
     """Processes that read samples; by default four for each GPU, none on a CPU."""
+    store_cache: Path | None = None
+    """Folder of a local disk that keeps what is read from a store (s3://...); several commands may share it."""
+    store_cache_gib: float = 100.0
+    """Largest size of --store-cache; what was not read for the longest time is deleted first."""
     seed: int = 0
     """Of the weights, the order of the samples and their augmentation."""
     log_every: int = 20

@@ -31,6 +31,7 @@ from lapa.latent.metrics import Sample, draw_sample, encode, reconstruction_figu
 from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel, load_tower
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
+from lapa.store_cache import use_store_cache
 from lapa.verdicts import SMALLEST_ERROR, THRESHOLDS, Verdict, judge, of_latent_actions, perplexity_name
 
 INITIALISATION_PAIRS = 256
@@ -47,6 +48,7 @@ READ = 1.2
 def run(config: LatentTrainConfig) -> None:
     """`lapa latent train`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
     complete = (config.out / CONFIG).exists()
+    use_store_cache(config.loop.store_cache, config.loop.store_cache_gib)
     datasets = [open_dataset(path) for path in config.data]
     fingerprints = {"dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     if config.resume and complete:

@@ -47,6 +47,7 @@ from lapa.policy.training import (
     train_policy,
     verdict_of,
 )
+from lapa.store_cache import use_store_cache
 
 STATE_BINS = 256
 # Key of the one set of statistics that several datasets share.
@@ -56,6 +57,7 @@ POOLED = "pooled"
 @locks_output
 def run(config: FinetuneConfig) -> None:
     """`lapa policy finetune`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
+    use_store_cache(config.loop.store_cache, config.loop.store_cache_gib)
     datasets = [open_dataset(path) for path in config.data]
     if finished_before(config, run_config_of(config, datasets)):
         _conclude(config, "policy, already finetuned")

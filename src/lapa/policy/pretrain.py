@@ -36,11 +36,13 @@ from lapa.policy.training import (
     summary,
     train_policy,
 )
+from lapa.store_cache import use_store_cache
 
 
 @locks_output
 def run(config: PretrainConfig) -> None:
     """`lapa policy pretrain`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
+    use_store_cache(config.loop.store_cache, config.loop.store_cache_gib)
     datasets = [open_dataset(path) for path in config.data]
     labels = open_labels(config.labels, datasets)
     lam = labels[0].manifest.lam_fingerprint
