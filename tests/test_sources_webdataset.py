@@ -370,3 +370,10 @@ def test_parquet_that_does_not_fit(tmp_path: Path, clip: Callable) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"a\.parquet: cannot be read"):
         open_dataset(f"webdataset:{path}")
+
+
+def test_rows_by_the_million_that_are_empty_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"video": pa.nulls(3_000_000, pa.binary())}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size < 2**20
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read \(would take 732 MiB of memory"):
+        list_videos(tmp_path / "a.parquet")

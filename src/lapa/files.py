@@ -73,6 +73,11 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
+def is_in_store(path: Path) -> bool:
+    """Whether a path is an object of a store by itself; a part of one, such as a member of a shard, is remote alone."""
+    return hasattr(path, "fs")
+
+
 def inside(folder: Path, relative: Any, *, written: bool = False) -> Path:
     """Returns `folder / relative`, where `relative` is what a file names: a file or folder inside `folder`.
 
@@ -146,7 +151,7 @@ def _listed(folder: Path, follow: bool) -> list[tuple[str, bool]]:
 
 def open_binary(path: Path) -> BinaryIO:
     """Opens a file, local or remote, for reading bytes; a remote one through the cache of `use_store_cache`, if any."""
-    cache = store_cache() if is_remote(path) else None
+    cache = store_cache() if is_in_store(path) else None
     return cast(BinaryIO, path.open("rb")) if cache is None else cache.open(path)
 
 

@@ -174,20 +174,20 @@ def check_memory(parquet: pq.ParquetFile, file: BinaryIO, columns: Sequence[str]
                 texts[column.path] = name
                 # As if each text were as large as all that are stored.
                 text_size += values * chunk.total_uncompressed_size
-    _require_memory(size, file)
+    require_in_proportion(size, file)
     if text_size > _most_memory(file):
         text_size, dictionaries = 0, pq.ParquetFile(file, metadata=metadata, read_dictionary=list(texts))
         for group in groups:
             table = dictionaries.read_row_group(group, columns=sorted(set(texts.values())))
             text_size += sum(map(_text_size, table.columns))
-            _require_memory(text_size, file)
+            require_in_proportion(text_size, file)
 
 
 def _most_memory(file: BinaryIO) -> int:
     return max(SMALL_TABLE, EXPANSION * file.seek(0, 2))
 
 
-def _require_memory(num_bytes: int, file: BinaryIO) -> None:
+def require_in_proportion(num_bytes: int, file: BinaryIO) -> None:
     """Raises ValueError where `num_bytes` are far more than the size of the file."""
     if num_bytes > (most := _most_memory(file)):
         raise ValueError(f"would take {num_bytes / 2**20:.0f} MiB of memory, a file of this size {most >> 20} at most")

@@ -29,7 +29,7 @@ from av.video.stream import VideoStream
 from jaxtyping import Float, UInt8
 
 from lapa.errors import UserError
-from lapa.files import atomic_path, is_remote, open_binary, reading, why_unreadable
+from lapa.files import atomic_path, is_in_store, is_remote, open_binary, reading, why_unreadable
 from lapa.store_cache import version_of
 
 # Codecs of covers, and of films that have no other video stream.
@@ -337,7 +337,7 @@ def open_clip(path: Path) -> OpenClip:
     clips = _open_clips.of_this_process()
     with reading(path, "write or download the dataset again"):
         # Distinguishes a file from one that replaced it under the same name.
-        version = version_of(path) if is_remote(path) else _version_here(path)
+        version = version_of(path) if is_in_store(path) else _version_here(path)
     if path in clips and clips[path][0] == version:
         clips.move_to_end(path)
         return clips[path][1]
@@ -351,7 +351,7 @@ def open_clip(path: Path) -> OpenClip:
 
 def _version_here(path: Path) -> tuple[int, int]:
     status = path.stat()
-    return status.st_mtime_ns, status.st_ino
+    return status.st_mtime_ns, status.st_ino or status.st_size
 
 
 class ToRgb:

@@ -33,7 +33,7 @@ import tyro
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.source import Item, Reading, Source
-from lapa.data.tables import check_memory, parsing, read_row_group
+from lapa.data.tables import check_memory, parsing, read_row_group, require_in_proportion
 from lapa.data.video import probe
 from lapa.errors import UserError, shown
 from lapa.files import as_path, find_files, is_remote, open_binary, open_for_arrow, parse_json, reading, why_unreadable
@@ -59,6 +59,8 @@ MOST_SHARDS = 10**6
 # Bytes of all headers of one member, and of a text: larger ones are no headers and no captions.
 MOST_BYTES = 1 << 20
 LONGEST_NAME = 1000
+# Of a row of parquet in memory, without its video: a file may hold millions of rows that are empty.
+ROW_BYTES = 256
 # Bytes of a store that are fetched at once to read a header: fewer than a video has.
 BLOCK = 1 << 16
 # Videos, spread over all, whose headers are looked at for the rate and the size of all.
@@ -338,6 +340,7 @@ def _rows(shard: Path, caption_key: str | None, notes: Counter[str]) -> Iterator
     keys = (caption_key,) if caption_key else ("txt", *TEXT_COLUMNS)
     with parsing(shard), open_for_arrow(shard) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        require_in_proportion(parquet.metadata.num_rows * ROW_BYTES, file)
         column, number = _video_column(parquet.schema_arrow, shard), 0
         # A .json may be a structure, as `datasets` makes of one.
         texts = [name for name in (*keys, "json") if name in parquet.schema_arrow.names]
