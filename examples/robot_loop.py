@@ -71,7 +71,8 @@ def control(
 ) -> Statistics:
     """Controls a robot for some seconds, stops it, closes the client and returns the statistics.
 
-    ask_ahead: periods before the end of a chunk at which the next one is asked for; at least the time of a round trip.
+    ask_ahead: periods before the end of a chunk at which the next one is asked for; at least the time of a round trip,
+    and less than a chunk.
     fps: actions per second, by default as the server says of its policy.
     stop_after: periods in a row without an action after which it raises TimeoutError. Other errors of the client, such
     as an observation that the server refuses, are raised at once.
@@ -90,11 +91,12 @@ def control(
             period = 1 / rate
             client.reset()
             chunk_KA, chunk_start = np.atleast_2d(client.infer(observe())), 0
-            if len(chunk_KA) <= ask_ahead:
+            if ask_ahead and len(chunk_KA) == 1:
                 raise ValueError(
-                    f"chunks of {len(chunk_KA)} actions end before the next one comes: lower --ask-ahead, and serve "
-                    "whole chunks (no --ensemble, no --reply action)"
+                    "an answer has one action, which ends before the next one comes: serve whole chunks (no --ensemble, "
+                    "no --reply action), or hold between actions with --ask-ahead 0"
                 )
+            ask_ahead = min(ask_ahead, len(chunk_KA) - 1)
             begin = time.perf_counter()
             while now * period < seconds:
                 time.sleep(max(0.0, begin + now * period - time.perf_counter()))

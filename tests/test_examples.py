@@ -105,6 +105,18 @@ def test_robot_loop_asks_before_a_chunk_ends_and_skips_what_has_passed(capsys: p
     assert later == sorted(later) and later[0] > 100
 
 
+def test_robot_loop_executes_chunks_of_two_actions_and_names_answers_of_one() -> None:
+    def of(length: int) -> Callable[[dict[str, Any]], Any]:
+        return lambda message: {"actions": np.zeros((length, 1))}
+
+    robot = RecordingRobot()
+    assert control(of(2), robot, seconds=1).acted >= 2
+    with pytest.raises(ValueError, match="an answer has one action"):
+        control(of(1), robot, seconds=60)
+    assert robot.events[-1] == "stop"
+    assert control(of(1), robot, seconds=0.5, ask_ahead=0).acted >= 1
+
+
 @pytest.mark.parametrize("metadata", [{}, {"fps": None}])
 def test_robot_loop_needs_a_rate(metadata: dict[str, Any]) -> None:
     robot = RecordingRobot()
