@@ -93,8 +93,8 @@ def control(
             chunk_KA, chunk_start = np.atleast_2d(client.infer(observe())), 0
             if ask_ahead and len(chunk_KA) == 1:
                 raise ValueError(
-                    "an answer has one action, which ends before the next one comes: serve whole chunks (no --ensemble, "
-                    "no --reply action), or hold between actions with --ask-ahead 0"
+                    "an answer has one action, which ends before the next one comes: serve whole chunks (no "
+                    "--ensemble, no --reply action), or hold between actions with --ask-ahead 0"
                 )
             ask_ahead = min(ask_ahead, len(chunk_KA) - 1)
             begin = time.perf_counter()
