@@ -337,6 +337,14 @@ completed lapa he
 completed lapa latent ""
 completed lapa latent train --augm
 completed lapa policy finetune --head ""
+completed lapa export lerobot --stat
+completed lapa help export ""
+"""
+# zsh sets `words` and `CURRENT`, and shows what `_describe` is given.
+COMPLETE_ZSH = """
+_describe() { print -- ${completion_array} }
+words=(lapa help export ""); CURRENT=4; source "$1"
+words=(lapa latent train --quantizer v); CURRENT=5; source "$1"
 """
 
 
@@ -348,9 +356,29 @@ def test_a_shell_completes_commands_options_and_values(tmp_path: Path, capsys: p
     ran = subprocess.run(
         ["bash", "-c", COMPLETE, "bash", tmp_path / "lapa"], capture_output=True, text=True, check=True
     )
-    command, shows_help, commands, option, values = ran.stdout.splitlines()
+    command, shows_help, commands, option, values, of_one, helped = ran.stdout.splitlines()
     assert (command, shows_help, option, values) == ("latent", "help", "--augment", "bins chunk flow")
-    assert set(commands.split()) == {"-h", "--help", "compare", "probe", "show", "train"}
+    assert set(commands.split()) == {"compare", "probe", "show", "train"}
+    assert (of_one, helped) == ("--statistics-key", "lerobot")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_installed_where_the_shell_looks(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SHELL", f"/usr/bin/{shell}")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--install-completion"])
+    assert not exit_.value.code
+    path = tmp_path / {"bash": ".local/share/bash-completion/completions/lapa", "zsh": ".zfunc/_lapa"}[shell]
+    shown = capsys.readouterr()
+    assert not shown.out and str(path.parent) in shown.err.splitlines()[-1]
+    if shell == "zsh" and shutil.which("zsh"):
+        ran = subprocess.run(["zsh", "-fc", COMPLETE_ZSH, "zsh", path], capture_output=True, text=True, check=True)
+        policy, quantizers = ran.stdout.splitlines()
+        assert policy == "lerobot:a policy -> a folder that LeRobot's tools run, evaluate and finetune"
+        assert quantizers == "vq:vq"
 
 
 def test_unknown_preset(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

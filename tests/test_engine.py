@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.progress import Progress, TaskID
 from torch import nn
 
 from lapa.cli import main
@@ -75,6 +76,22 @@ def run(out: Path, loop: LoopConfig = LOOP, **options: Any) -> tuple[Slope, Trai
     out.mkdir(exist_ok=True)
     result = train(model, Line(), collate, loop, out, run_config={"a": 1}, description="test", **options)
     return model, result
+
+
+def test_the_bar_shows_the_loss_again_after_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    update = Progress.update
+
+    def recorded(bar: Progress, task: TaskID, **changes: Any) -> None:
+        update(bar, task, **changes)
+        notes.append(bar.tasks[0].fields["note"])
+
+    monkeypatch.setattr("lapa.engine.loop.progress", lambda: Progress(disable=True))
+    monkeypatch.setattr(Progress, "update", recorded)
+    run(tmp_path / "a", evaluate=lambda model: {"error": 1.0})
+    shown = [note.split()[0] for note in notes]
+    assert shown[shown.index("validation") - 1 :][:3] == ["loss", "validation", "loss"]
+    assert notes[shown.index("validation") - 1] == notes[shown.index("validation") + 1]
 
 
 def log(out: Path) -> list[dict[str, float]]:

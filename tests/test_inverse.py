@@ -1,5 +1,6 @@
 """The inverse dynamics baseline on made-up videos: it learns what moved, resumes exactly, and labels videos."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,15 @@ def test_it_learns_how_the_square_moves(trained: Path) -> None:
     # 0.57 to 0.7, by the first weights that a release of transformers draws.
     assert metrics["held_out_r2"] > 0.4, metrics
     assert {"held_out_action_error", "held_out_r2_right", "held_out_r2_down", "torch"} <= metrics.keys()
+
+
+def test_its_figures_are_reported(root: Path, trained: Path, capsys: pytest.CaptureFixture) -> None:
+    finished = replace(train_config(root, trained, loop=loop(100)), resume=True)
+    inverse.run(replace(finished, json=True))
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == read_json(trained / "metrics.json") and "next: lapa baseline" in shown.err
+    inverse.run(finished)
+    assert capsys.readouterr().out.startswith("validation split: action error 0.")
 
 
 def test_pseudo_labels_are_near_the_truth_of_new_videos(root: Path, trained: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lapa.cli import main
 from lapa.data.pairs import FramePairs, PairsConfig
+from lapa.data.sampling import split_episodes
 from lapa.data.spec import open_dataset
 from lapa.data.video import ClipScan
 from lapa.drawing import CELL, GAP, MARGIN
@@ -354,7 +355,8 @@ def test_json_is_all_that_the_probe_prints_to_stdout(data: Path, lam: Path, tmp_
     assert figures == read_json(tmp_path / "p" / "probe.json")
     # An untrained model: no labelling with it is suggested.
     assert figures["verdict"]["level"] == "bad" and "more videos" in figures["verdict"]["reasons"][-1]
-    assert "next:" not in printed.err and "was trained on" not in printed.err
+    assert "next: lapa view" in printed.err and "lapa label" not in printed.err
+    assert "was trained on" not in printed.err
 
 
 @pytest.mark.parametrize("held_out", [0.25, 0.0])
@@ -377,12 +379,39 @@ def test_clips_that_the_model_was_trained_on_do_not_count(
         pairs = FramePairs([dataset], config, split="held_out", seed=6)
         assert kept.tolist() == sorted({pairs.location(index)[1] for index in range(len(pairs))})
         every = FramePairs([dataset], config, split="all")
-        drawn = probes.drawn_pairs(every, 32, 0, kept.tolist())
-        assert len(drawn) == 32 and {every.location(index)[1] for index in drawn} <= set(kept.tolist())
+        drawn = probes.draw_unseen([model], every, 32, 0)
+        assert (len(drawn.indices), drawn.unseen, drawn.seen) == (32, 16, False)
+        assert {every.location(index)[1] for index in drawn.indices} <= set(kept.tolist())
         assert "the pairs are of the 16 episodes kept from it" in said and verdict["level"] == "good"
     else:
         assert not len(kept) and "kept from it" not in said
         assert verdict == {"level": "doubtful", "reasons": ["it was trained on these clips", "it is made so"]}
+
+
+def test_models_are_compared_on_what_none_was_trained_on(data: Path, lam: Path, tmp_path: Path, capsys: Any) -> None:
+    dataset = open_dataset(data)
+    torch.manual_seed(0)
+    model, notes = LatentActionModel(DEBUG.model), {"dataset_fingerprints": [dataset.fingerprint], "held_out": 0.5}
+    for name, seed in (("a", 1), ("b", 2)):
+        model.save_pretrained(tmp_path / name, {**notes, "loop": {"seed": seed}})
+    models = [LatentActionModel.from_pretrained(path) for path in (tmp_path / "a", lam, tmp_path / "b")]
+    every = FramePairs([dataset], PairsConfig(size=SIZE, horizon=0.4, held_out=0.0, cache_gib=0), split="all")
+    drawn = probes.draw_unseen(models, every, 10_000, 0)
+    kept = [set(split_episodes(len(dataset), 0.5, seed, "held_out").tolist()) for seed in (1, 2)]
+    assert {every.location(index)[1] for index in drawn.indices} == kept[0] & kept[1]
+    assert (drawn.unseen, drawn.seen) == (len(kept[0] & kept[1]), False)
+
+    command = ("latent", "compare", tmp_path / "a", tmp_path / "b", "--data", data, "--num-pairs", 16, "--overwrite")
+    assert lapa(*command, "--out", tmp_path / "out") == 0
+    assert f"of the {drawn.unseen} episodes of {dataset.name} that no model was trained on" in capsys.readouterr().err
+    assert read_json(tmp_path / "out" / "compare.json")["trained_on_these_clips"] is False
+    model.save_pretrained(tmp_path / "b", {**notes, "held_out": 0.0, "loop": {"seed": 2}})
+    assert lapa(*command, "--out", tmp_path / "out") == 0
+    assert "was trained on by some of these models" in capsys.readouterr().err
+    assert read_json(tmp_path / "out" / "compare.json")["trained_on_these_clips"] is True
+    model.save_pretrained(tmp_path / "b", {**notes, "loop": None})
+    assert lapa(*command, "--out", tmp_path / "out") == 2
+    assert "held_out or loop.seed is damaged (TypeError" in capsys.readouterr().err
 
 
 def test_probe_of_a_continuous_model(data: Path, continuous: Path, tmp_path: Path) -> None:

@@ -172,6 +172,15 @@ def test_where_nothing_is_held_out_the_training_frames_are_decoded_once(
     assert held_out.split == "held_out" and len(held_out) == 8
 
 
+def test_the_errors_of_a_video_model_are_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished = replace(training(root, "video"), resume=True)
+    video_train.run(replace(finished, json=True))
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == read_json(root / "video" / "metrics.json") and "next: lapa baseline" in shown.err
+    video_train.run(finished)
+    assert capsys.readouterr().out.startswith("training episodes: error 0.")
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(root: Path, tmp_path: Path) -> None:
     config = training(root, "x", steps=4, model=replace(SMALL, widths=(8, 16)))
     config = replace(config, out=tmp_path / "whole", loop=replace(config.loop, ema_decay=0.9, batch_size=2))

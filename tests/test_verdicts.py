@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from lapa.latent.train import summary, verdict_of
+from lapa.latent.train import suggestions, summary, verdict_of
 from lapa.policy.training import verdict_of as verdict_of_policy
 from lapa.presets import LATENT
 from lapa.study.report import verdict_of as verdict_of_study
 from lapa.study.statistics import Cell, Estimate, Group
-from lapa.verdicts import THRESHOLDS, judge, of_latent_actions, of_policy
+from lapa.verdicts import THRESHOLDS, Level, Verdict, judge, of_latent_actions, of_policy, suggested
 
 METRICS = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 # The validation split of a model that reads its codes.
@@ -122,6 +122,21 @@ def test_what_was_trained_on_is_not_good() -> None:
     assert good.level == "good" and good.at_best_doubtful("trained on them").level == "doubtful"
     assert bad.at_best_doubtful("trained on them").level == "bad"
     assert judge({}).level == "doubtful"
+
+
+@pytest.mark.parametrize(
+    ("level", "commands"), [("good", ["go on"]), ("doubtful", ["look 'at it'", "go on"]), ("bad", ["look 'at it'"])]
+)
+def test_a_bad_model_is_looked_at_and_not_used(level: Level, commands: list[str]) -> None:
+    verdict = Verdict(level, ("it is made so",))
+    assert suggested(verdict, ["go", "on"], ["look", "at it"]) == commands
+    assert suggested(verdict, [], ["look", "at it"]) == commands[: level != "good"]
+    # The same after the training of a latent action model, its probe and the finetuning of a policy.
+    model = LATENT["tiny"].model
+    labels = [command for command in suggestions(Path("LAM"), "DATA", model, verdict, True) if "lapa label" in command]
+    assert labels == ["lapa label --lam LAM --data DATA --out LABELS"] * (level != "bad")
+    continuous = replace(model, quantizer="continuous", targets="features", vision_tower="TOWER")
+    assert suggestions(Path("LAM"), "DATA", continuous, verdict, False) == []
 
 
 def group(*, low: float, high: float, num_seeds: int = 3, demonstrations: int = 2) -> Group:

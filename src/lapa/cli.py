@@ -43,6 +43,7 @@ REPEATABLE = ("--data", "--labels", "--statistics", "--map")
 # Entry points of other distributions that add commands: each loads to a Verb.
 ENTRY_POINTS = "lapa.commands"
 HELP = ("help", "-h", "--help")
+INSTALL_COMPLETION = "--install-completion"
 # Exit status after Ctrl-C.
 INTERRUPTED = 130
 # Exit status where the reader of the output has gone, as after `lapa help | head -3`.
@@ -242,6 +243,9 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments in (["--version"], ["-V"]):
         print(__version__)
         return 0
+    if arguments[:1] == [INSTALL_COMPLETION]:
+        shell = arguments[1:] or [Path(os.environ.get("SHELL", "bash")).name]
+        arguments = ["completion", *shell, "--install"]
     if arguments and arguments[0] in HELP:
         arguments = [*arguments[1:], "--help"]
     verb = find_verb(arguments)

@@ -9,7 +9,8 @@ worst figure.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,6 +104,15 @@ def judge(figures: Mapping[str, float]) -> Verdict:
     worst = max(levels.values(), key=LEVELS.index)
     reasons = [THRESHOLDS[name].reason(figures[name]) for name in THRESHOLDS if levels.get(name) == worst]
     return Verdict(worst, tuple(reasons[:MOST_REASONS]))
+
+
+def suggested(verdict: Verdict, go_on: Sequence[str], look: Sequence[str] = ()) -> list[str]:
+    """The commands to run next, by their words; an empty one is left out.
+
+    To go on where the verdict is good or doubtful, and to look first where it is doubtful or bad.
+    """
+    fitting = {"good": [go_on], "doubtful": [look, go_on], "bad": [look]}
+    return [shlex.join(command) for command in fitting[verdict.level] if command]
 
 
 def perplexity_name(codebook_size: int) -> str:

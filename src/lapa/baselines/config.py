@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from lapa.config import ReportOptions
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import UserError
 from lapa.nn.config import tower_grid
@@ -80,7 +81,7 @@ class VideoConfig:
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(ReportOptions):
     """Options that the two trainings share."""
 
     data: tuple[str, ...]

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from lapa import checksums
 from lapa import config as configs
 from lapa.baselines.config import InverseConfig, InverseTrainConfig
-from lapa.console import finish, is_main_process, say
+from lapa.console import finish, is_main_process, print_results, say
 from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
 from lapa.data.sampling import require_plain, split_episodes
@@ -41,7 +41,7 @@ from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
 from lapa.engine.memory import built
-from lapa.engine.metrics import versions_and_hardware
+from lapa.engine.metrics import read_figures, versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import claim_output, fingerprint, read_json, write_json
 from lapa.locks import locks_output
@@ -53,7 +53,7 @@ from lapa.policy.open_loop import action_figures
 from lapa.store_cache import use_store_cache
 from lapa.types import Losses, TrainableModel
 
-CONFIG, WEIGHTS, ACTIONS = "config.json", "model.safetensors", "actions.safetensors"
+CONFIG, WEIGHTS, ACTIONS, METRICS = "config.json", "model.safetensors", "actions.safetensors", "metrics.json"
 # Augmentation: the largest shift as a part of the side, and how far brightness and each colour may change.
 SHIFT, BRIGHTNESS, GAIN = 1 / 16, 0.1, 0.2
 # Pairs that an evaluation takes, spread evenly over the validation split.
@@ -131,10 +131,10 @@ class InverseDynamics(TrainableModel, nn.Module):
         (folder / CONFIG).unlink(missing_ok=True)
         save_weights(self, folder / WEIGHTS)
         self.scale.save(folder / ACTIONS)
-        write_json(folder / "metrics.json", dict(metrics or {}))
+        write_json(folder / METRICS, dict(metrics or {}))
         model = {"sizes": configs.to_dict(self.config), "recording": configs.to_dict(self.recording)}
         whole = {"inverse_dynamics": model, "run": dict(run or {})}
-        checksums.write_marker(folder, CONFIG, whole, [WEIGHTS, ACTIONS, "metrics.json"])
+        checksums.write_marker(folder, CONFIG, whole, [WEIGHTS, ACTIONS, METRICS])
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> InverseDynamics:
@@ -199,7 +199,6 @@ def augmented(frames_BTCHW: UInt8[Tensor, "B T C H W"]) -> Float[Tensor, "B T C 
 @locks_output
 def run(config: InverseTrainConfig) -> None:
     """`lapa baseline inverse`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [f"lapa baseline pseudo-label --inverse {shlex.quote(str(config.out))} --data VIDEOS --out DATASET"]
     complete = (config.out / CONFIG).exists()
     if config.loop.shard:
         raise UserError("--shard: an inverse dynamics model is too small to be sharded; leave the option out")
@@ -208,7 +207,7 @@ def run(config: InverseTrainConfig) -> None:
     require_plain(datasets, "lapa baseline inverse", "--horizon-seconds")
     run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     if config.resume and complete and already_trained(config.out / CONFIG, run_config):
-        finish("inverse dynamics model, already complete", config.out, next_commands)
+        _conclude(config, read_figures(config.out / METRICS, "held_out_"), "inverse dynamics model, already complete")
         return
     space = common_action_space(datasets)
     recording = _recording(config, datasets, space)
@@ -240,10 +239,25 @@ def run(config: InverseTrainConfig) -> None:
         description="inverse dynamics model",
         resume=config.resume,
         evaluate=None if held_out is None else held_out_figures(held_out),
+        summary=summary,
     )
     if result.finished and is_main_process():
         model.save_pretrained(config.out, run=run_config, metrics={**result.metrics, **versions_and_hardware()})
-        finish("inverse dynamics model", config.out, next_commands)
+        _conclude(config, result.metrics, "inverse dynamics model")
+
+
+def _conclude(config: InverseTrainConfig, metrics: Mapping[str, Any], name: str) -> None:
+    print_results(metrics, summary(metrics), as_json=config.json)
+    out = shlex.quote(str(config.out))
+    finish(name, config.out, [f"lapa baseline pseudo-label --inverse {out} --data VIDEOS --out DATASET"])
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """The figures of the validation split as a line."""
+    if "held_out_action_error" not in figures:
+        return "validation split: no episode"
+    r2 = f", R2 {figures['held_out_r2']:.2f}" if "held_out_r2" in figures else ""
+    return f"validation split: action error {figures['held_out_action_error']:.4g}{r2}"
 
 
 def collate_inverse(pairs: FramePairs, scale: ActionScale, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ Axes: B batch, T=1+F frames (the current one and the F that follow), C channel, 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lapa import config as configs
 from lapa.baselines.config import VideoTrainConfig
 from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, VideoModel, require_diffusers
-from lapa.console import finish, is_main_process, say, warn
+from lapa.console import finish, is_main_process, print_results, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.sampling import FrameStore, choose_cameras, parse_key, require_plain, split_items
@@ -31,7 +31,7 @@ from lapa.drawing import Row, grid
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
 from lapa.engine.memory import built
-from lapa.engine.metrics import versions_and_hardware
+from lapa.engine.metrics import read_figures, versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
 from lapa.locks import locks_output
@@ -39,6 +39,7 @@ from lapa.policy.backbones.tiny import train_tokenizer
 from lapa.store_cache import use_store_cache
 from lapa.types import TrainingDataset
 
+METRICS = "metrics.json"
 INITIALISATION_SAMPLES = 256
 # Samples of the validation split: for the loss, for errors of predicted frames, and for the image of samples.
 EVALUATION_SAMPLES, PREDICTED_SAMPLES, DRAWN_SAMPLES = 256, 32, 8
@@ -48,7 +49,6 @@ EVALUATION_BATCH = 32
 @locks_output
 def run(config: VideoTrainConfig) -> None:
     """`lapa baseline video`. Raises UserError on bad input, FloatingPointError on a loss that is not finite."""
-    next_commands = [f"lapa baseline unipi --video {shlex.quote(str(config.out))} --inverse INVERSE --out POLICY"]
     complete = (config.out / CONFIG).exists()
     require_diffusers()
     use_store_cache(config.loop.store_cache, config.loop.store_cache_gib)
@@ -59,7 +59,7 @@ def run(config: VideoTrainConfig) -> None:
     config = replace(config, model=model.config)
     run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     if config.resume and complete and already_trained(config.out / CONFIG, run_config):
-        finish("video model, already complete", config.out, next_commands)
+        _conclude(config, read_figures(config.out / METRICS, "held_out_", "train_"), "video model, already complete")
         return
     training = FutureFrames(datasets, config, "train")
     held_out = _held_out(config, datasets, training)
@@ -92,14 +92,14 @@ def run(config: VideoTrainConfig) -> None:
         prepare=prepare,
         evaluate=prediction_figures(_spread(held_out, EVALUATION_SAMPLES), held_out.split),
         draw=lambda model: {"samples": samples_sheet(model, drawn)},
+        summary=summary,
     )
     if result.finished and is_main_process():
-        _conclude(result.metrics, held_out.split)
-        write_json(config.out / "metrics.json", {**result.metrics, **versions_and_hardware()})
+        write_json(config.out / METRICS, {**result.metrics, **versions_and_hardware()})
         with atomic_path(config.out / "samples.png") as temporary:
             samples_sheet(model, drawn).save(temporary)
         model.save_pretrained(config.out, run_config, camera=training.camera)
-        finish("video model", config.out, next_commands)
+        _conclude(config, result.metrics, "video model")
 
 
 class FutureFrames(TrainingDataset):
@@ -244,13 +244,27 @@ def _held_out(config: VideoTrainConfig, datasets: Sequence[Dataset], training: F
     return training
 
 
-def _conclude(figures: dict[str, float], split: str) -> None:
-    """Reports the error of the predictions, and warns where copies of the current frame are better."""
-    error, copy = figures[f"{split}_mse"], figures[f"{split}_mse_copy"]
-    whose = "held-out" if split == "held_out" else "training"
-    say(f"frames of {whose} episodes: error {error:.5f}, of copies of the current frame {copy:.5f}")
-    if error >= copy:
+def _conclude(config: VideoTrainConfig, metrics: Mapping[str, Any], name: str) -> None:
+    """Reports the errors of predicted frames, and warns where copies of the current frame are better."""
+    print_results(metrics, summary(metrics), as_json=config.json)
+    split = _split_of(metrics)
+    if metrics[f"{split}_mse"] >= metrics[f"{split}_mse_copy"]:
         warn("predicted frames are worse than copies of the current one; train for longer")
+    out = shlex.quote(str(config.out))
+    finish(name, config.out, [f"lapa baseline unipi --video {out} --inverse INVERSE --out POLICY"])
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """The errors of predicted frames as a line."""
+    split = _split_of(figures)
+    error, copy = figures[f"{split}_mse"], figures[f"{split}_mse_copy"]
+    whose = "validation split" if split == "held_out" else "training episodes"
+    return f"{whose}: error {error:.5f}, copying the current frame {copy:.5f}"
+
+
+def _split_of(figures: Mapping[str, Any]) -> str:
+    """The split that was evaluated, from the names of its figures."""
+    return "held_out" if "held_out_mse" in figures else "train"
 
 
 def _places(count: int, most: int) -> list[int]:

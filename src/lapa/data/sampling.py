@@ -16,10 +16,10 @@ Axes: T time, H W image, C channel.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -53,6 +53,35 @@ def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) ->
     num_held_out = 0 if num_episodes < 2 or held_out == 0 else max(1, round(held_out * num_episodes))
     order = np.random.default_rng(seed).permutation(num_episodes)
     return np.sort(order[:num_held_out] if split == "held_out" else order[num_held_out:])
+
+
+def recorded_split(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what decides a training's split, from its resolved config: `dataset_fingerprints`, `held_out`, `seed`.
+
+    Raises KeyError, TypeError or ValueError where the config lacks it or is damaged.
+    """
+    split = {"dataset_fingerprints": list(run["dataset_fingerprints"]), "held_out": run["held_out"]}
+    split["seed"] = run["loop"]["seed"]
+    require_split(split)
+    return split
+
+
+def require_split(split: Mapping[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError where `split` is not what `recorded_split` returns."""
+    split_episodes(2, split["held_out"], split["seed"] + len(split["dataset_fingerprints"]), "train")
+
+
+def episodes_of_training(split: Mapping[str, Any], fingerprint: str, num_episodes: int) -> np.ndarray:
+    """Returns the episodes that a training took of the dataset of this fingerprint, in order; none of any other.
+
+    split: as `recorded_split` returns it. A dataset that the training lists twice has two splits.
+    """
+    taken = [
+        split_episodes(num_episodes, split["held_out"], split["seed"] + number, "train")
+        for number, known in enumerate(split["dataset_fingerprints"])
+        if known == fingerprint
+    ]
+    return np.unique(np.concatenate([np.arange(0), *taken]))
 
 
 def choose_cameras(datasets: Sequence[Dataset], cameras: Sequence[str] | None) -> list[list[str]]:

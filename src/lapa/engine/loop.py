@@ -176,6 +176,7 @@ def train(
             return figures
 
         metrics: dict[str, float] = {}
+        note = ""
         step, batches, saved_at = first_step, iter(loader), time.monotonic()
         window_started, window_steps = time.monotonic(), 0
         model.train()
@@ -212,7 +213,8 @@ def train(
                     log.write(
                         step, {**parts, "lr": rate, "gradient_norm": float(gradient_norm), "steps_per_s": speed, **peak}
                     )
-                    bar.update(task, note=f"loss {parts['loss']:.4f}  {speed * config.batch_size:.0f} samples/s")
+                    note = f"loss {parts['loss']:.4f}  {speed * config.batch_size:.0f} samples/s"
+                    bar.update(task, note=note)
                     metrics.update(train_loss=parts["loss"], samples_per_s=speed * config.batch_size, **peak)
                     window_started, window_steps = time.monotonic(), 0
                 bar.update(task, completed=step)
@@ -221,6 +223,7 @@ def train(
                     bar.update(task, note="validation")
                     if figures := evaluated(step):
                         say(f"step {step}, {summary(figures)}")
+                    bar.update(task, note=note)
                     window_started, window_steps = time.monotonic(), 0
                 minutes_up = processes.any(time.monotonic() - saved_at > 60 * config.save_every_minutes)
                 if stopping or minutes_up or step % config.save_every_steps == 0 or step == last_step:

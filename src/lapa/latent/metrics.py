@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,14 @@ def draw_sample(pairs: FramePairs, num: int, seed: int, *, actions: bool = False
 
     Middle frames are included if the pairs have them (PairsConfig.middle).
     """
-    return take_sample(pairs, np.random.default_rng(seed).permutation(len(pairs))[:num].tolist(), actions=actions)
+    return take_sample(pairs, drawn_pairs(pairs, num, seed), actions=actions)
+
+
+def drawn_pairs(pairs: FramePairs, num: int, seed: int, episodes: Sequence[int] | None = None) -> list[int]:
+    """Up to `num` different pairs, drawn evenly from these episodes of the only dataset, by default from all pairs."""
+    order = map(int, np.random.default_rng(seed).permutation(len(pairs)))
+    chosen = None if episodes is None else set(episodes)
+    return list(islice((index for index in order if chosen is None or pairs.location(index)[1] in chosen), num))
 
 
 def take_sample(pairs: FramePairs, indices: Sequence[int], *, actions: bool = False) -> Sample:

@@ -6,7 +6,7 @@ lapa latent compare LAM1 LAM2 ... --data DATASET   # compare.json and a table
 Is the codebook used, does the decoder read the codes, do they mean the same in another scene, and do they predict the
 true action and the instruction? docs/metrics.md explains each figure. The probe of a dataset that the model was trained
 on reads its validation split. When several models are compared, each reads pairs of its own image size and horizon with
-the same first frames, of all episodes.
+the same first frames, of the episodes that none of them was trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lapa import config as configs
 from lapa.console import finish, print_results, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, horizon_frames
-from lapa.data.sampling import split_episodes
+from lapa.data.sampling import episodes_of_training, recorded_split
 from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
@@ -35,6 +35,7 @@ from lapa.latent.config import CompareConfig, MeasureConfig, ProbeConfig
 from lapa.latent.metrics import (
     Sample,
     consistency_figures,
+    drawn_pairs,
     encode,
     information_figures,
     reconstruction_figures,
@@ -48,9 +49,8 @@ from lapa.latent.metrics import (
 from lapa.latent.model import CONFIG, DATASETS, LatentAction, LatentActionModel, horizon_for
 from lapa.latent.motion import motion, require_opencv
 from lapa.latent.show import probe_sheet
-from lapa.latent.train import verdict_of
+from lapa.latent.train import suggestions, verdict_of
 from lapa.locks import locks_output
-from lapa.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -141,36 +141,26 @@ def run(config: ProbeConfig) -> None:
     )
     horizon = horizon_for(config.lam, dataset, model)
     pairs = pairs_of(model, dataset, config.camera, horizon)
-    kept = kept_from_training(model, dataset)
-    drawn = drawn_pairs(pairs, config.num_pairs, config.seed, None if kept is None else kept.tolist())
-    sample = take_sample(pairs, drawn or drawn_pairs(pairs, config.num_pairs, config.seed), actions=True)
+    drawn = draw_unseen([model], pairs, config.num_pairs, config.seed)
+    sample = take_sample(pairs, drawn.indices, actions=True)
     # The horizon is a whole number of frames.
     apart = pairs.horizon_frames[0] / dataset.fps
     say(f"{len(sample.frames_BTCHW)} pairs, {apart:.3g} s apart, of {dataset.name}")
-    if kept is not None and drawn:
-        say(f"{config.lam} was trained on {dataset.name}: the pairs are of the {len(kept)} episodes kept from it")
+    if drawn.unseen and not drawn.seen:
+        say(f"{config.lam} was trained on {dataset.name}: the pairs are of the {drawn.unseen} episodes kept from it")
     encoded = encode(model, sample.frames_BTCHW)
     figures = probe(model, sample, encoded, config.seed, motions=config.motion)
     with atomic_path(out / "grid.png") as path:
         probe_sheet(model, sample, encoded, apart).save(path)
     verdict = verdict_of(figures, model.config)
-    if kept is not None and not drawn:
+    if drawn.seen:
         verdict = verdict.at_best_doubtful("it was trained on these clips")
     context = {"config": configs.to_dict(config), "horizon_seconds": horizon, **versions_and_hardware()}
     found = {**figures, "verdict": verdict.as_json(), **context}
     write_json(out / "probe.json", found)
     print_results(found, table_of({"value": figures}, "latent action model"), str(verdict), as_json=config.json)
-    finish("probe.json and grid.png", out, _next_commands(config, model, verdict, in_place=dataset.in_place))
-
-
-def _next_commands(config: ProbeConfig, model: LatentActionModel, verdict: Verdict, *, in_place: bool) -> list[str]:
-    """Labelling with a good model; a look at a doubtful one, then labelling; nothing for a bad one."""
-    if verdict.level == "bad":
-        return []
-    lam, data = str(config.lam), str(config.data)
-    look = ["lapa", "view", lam, "--data", data] if model.predicts_pixels and verdict.level == "doubtful" else []
-    label = ["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)] if model.discrete else []
-    return [shlex.join(command) for command in (look, label) if command]
+    next_commands = suggestions(config.lam, config.data, model.config, verdict, dataset.in_place)
+    finish("probe.json and grid.png", out, next_commands)
 
 
 @locks_output
@@ -189,8 +179,12 @@ def compare(config: CompareConfig) -> None:
     horizons = [horizon_for(lam, dataset, model) for lam, model in zip(config.lams, models, strict=True)]
     longest = int(np.argmax(horizons))
     pairs = pairs_of(models[longest], dataset, config.camera, horizons[longest])
-    drawn = np.random.default_rng(config.seed).permutation(len(pairs))[: config.num_pairs]
-    places = [pairs.location(int(index)) for index in drawn]
+    drawn = draw_unseen(models, pairs, config.num_pairs, config.seed)
+    places = [pairs.location(index) for index in drawn.indices]
+    if drawn.seen:
+        warn(f"every episode of {dataset.name} was trained on by some of these models: compare them on other episodes")
+    elif drawn.unseen:
+        say(f"the pairs are of the {drawn.unseen} episodes of {dataset.name} that no model was trained on")
     figures: dict[str, dict[str, Any]] = {}
     for name, model, horizon in zip(short_names(config.lams), models, horizons, strict=True):
         say(f"{name}: {len(places)} pairs, {horizon:g} s apart, of {dataset.name}")
@@ -200,7 +194,8 @@ def compare(config: CompareConfig) -> None:
         figures[name] = probe(placed, sample, seed=config.seed, motions=config.motion)
         model.cpu()
     apart = dict(zip(figures, horizons, strict=True))
-    result = {"models": figures, "horizon_seconds": apart, "config": configs.to_dict(config), **versions_and_hardware()}
+    context = {"config": configs.to_dict(config), **versions_and_hardware()}
+    result = {"models": figures, "horizon_seconds": apart, "trained_on_these_clips": drawn.seen, **context}
     write_json(out / "compare.json", result)
     print_results(result, table_of(figures, f"latent action models on {dataset.name}"), as_json=config.json)
     probes = [shlex.join(["lapa", "latent", "probe", str(lam), "--data", str(config.data)]) for lam in config.lams]
@@ -236,29 +231,41 @@ def kept_from_training(model: LatentActionModel, dataset: Dataset) -> np.ndarray
 
     Raises UserError where config.json is damaged.
     """
-    notes = model.notes
+    notes, every = model.notes, np.arange(len(dataset))
     fingerprints, known = notes.get("dataset_fingerprints", []), notes.get(DATASETS, {})
     if not isinstance(fingerprints, list) or not isinstance(known, dict):
         raise UserError(f"{CONFIG} of the model: dataset_fingerprints or {DATASETS} is damaged; copy it again")
-    if dataset.fingerprint not in (*fingerprints, *known):
-        return None
     try:
-        trained = [
-            split_episodes(len(dataset), notes["held_out"], notes["loop"]["seed"] + number, "train")
-            for number, fingerprint in enumerate(fingerprints)
-            if fingerprint == dataset.fingerprint
-        ]
+        if dataset.fingerprint in fingerprints:
+            return np.setdiff1d(every, episodes_of_training(recorded_split(notes), dataset.fingerprint, len(dataset)))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{CONFIG} of the model: held_out or loop.seed is damaged ({error}); copy it again") from None
-    every = np.arange(len(dataset))
-    return np.setdiff1d(every, np.concatenate(trained or [every]))
+        raise UserError(
+            f"{CONFIG} of the model: held_out or loop.seed is damaged ({type(error).__name__}: {error}); copy it again"
+        ) from None
+    # Without a record of the split, any episode may have been trained on.
+    return every[:0] if dataset.fingerprint in known else None
 
 
-def drawn_pairs(pairs: FramePairs, num: int, seed: int, episodes: Sequence[int] | None = None) -> list[int]:
-    """Up to `num` different pairs of one dataset, drawn evenly from these episodes, by default from all."""
-    order = map(int, np.random.default_rng(seed).permutation(len(pairs)))
-    chosen = None if episodes is None else set(episodes)
-    return list(islice((index for index in order if chosen is None or pairs.location(index)[1] in chosen), num))
+@dataclass(frozen=True)
+class Draw:
+    """Pairs to measure models on. indices: of the pairs. unseen: the number of episodes that they are drawn from; None
+    where no model was trained on the dataset. seen: whether the pairs are of episodes that some model was trained on.
+    """
+
+    indices: list[int]
+    unseen: int | None
+    seen: bool
+
+
+def draw_unseen(models: Sequence[LatentActionModel], pairs: FramePairs, num: int, seed: int) -> Draw:
+    """Up to `num` pairs of one dataset, of the episodes that no model was trained on; of all where there are none."""
+    found = [kept_from_training(model, pairs.datasets[0]) for model in models]
+    kept = [episodes for episodes in found if episodes is not None]
+    if not kept:
+        return Draw(drawn_pairs(pairs, num, seed), None, seen=False)
+    unseen = reduce(np.intersect1d, kept)
+    drawn = drawn_pairs(pairs, num, seed, unseen.tolist())
+    return Draw(drawn or drawn_pairs(pairs, num, seed), len(unseen), seen=not drawn)
 
 
 def probe(

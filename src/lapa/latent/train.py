@@ -12,6 +12,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -32,7 +33,7 @@ from lapa.latent.model import CONFIG, DATASETS, HORIZON, LatentActionModel, load
 from lapa.latent.show import probe_sheet
 from lapa.locks import locks_output
 from lapa.store_cache import use_store_cache
-from lapa.verdicts import SMALLEST_ERROR, THRESHOLDS, Verdict, judge, of_latent_actions, perplexity_name
+from lapa.verdicts import SMALLEST_ERROR, THRESHOLDS, Verdict, judge, of_latent_actions, perplexity_name, suggested
 
 INITIALISATION_PAIRS = 256
 EVALUATION_PAIRS = 512
@@ -220,21 +221,23 @@ def verdict_of(figures: Mapping[str, Any], model: LatentModelConfig) -> Verdict:
 def _conclude(config: LatentTrainConfig, metrics: Mapping[str, Any], note: str, in_place: bool) -> None:
     """Reports the figures of the validation split and the verdict on them, and suggests what fits it.
 
-    in_place: whether the first dataset is read where it lies, so that labels need a folder of their own.
+    in_place: whether the first dataset is read where it lies.
     """
     verdict = verdict_of({"reconstruction": metrics, "usage": metrics}, config.model)
     print_results({**metrics, "verdict": verdict.as_json()}, summary(metrics), str(verdict), as_json=config.json)
     name = f"latent action model{', ' if note else ''}{note}"
-    finish(name, config.out, _next_commands(config, verdict, in_place))
+    data = str(config.data[0])
+    probe = shlex.join(["lapa", "latent", "probe", str(config.out), "--data", data])
+    finish(name, config.out, [probe, *suggestions(config.out, data, config.model, verdict, in_place)])
 
 
-def _next_commands(config: LatentTrainConfig, verdict: Verdict, in_place: bool) -> list[str]:
-    lam, data = str(config.out), str(config.data[0])
-    look = ["lapa", "view", lam, "--data", data]
-    label = ["lapa", "label", "--lam", lam, "--data", data, *(["--out", "LABELS"] * in_place)]
-    fitting = [
-        ["lapa", "latent", "probe", lam, "--data", data],
-        *([] if config.model.targets == "features" else [look]),
-        *([label] if verdict.level == "good" and config.model.quantizer != "continuous" else []),
-    ]
-    return list(map(shlex.join, fitting))
+def suggestions(lam: Path, data: str, model: LatentModelConfig, verdict: Verdict, in_place: bool) -> list[str]:
+    """The commands that fit the verdict on a model: labelling with its codes, and a look at its predicted pixels.
+
+    in_place: whether the dataset is read where it lies, so that labels need a folder of their own.
+    """
+    label = ["lapa", "label", "--lam", str(lam), "--data", data, *(["--out", "LABELS"] * in_place)]
+    look = ["lapa", "view", str(lam), "--data", data]
+    return suggested(
+        verdict, [] if model.quantizer == "continuous" else label, [] if model.targets == "features" else look
+    )

@@ -12,7 +12,6 @@ control, but not in their number. A robot then acts with one set: `lapa evaluate
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -48,6 +47,7 @@ from lapa.policy.training import (
     verdict_of,
 )
 from lapa.store_cache import use_store_cache
+from lapa.verdicts import suggested
 
 STATE_BINS = 256
 # Key of the one set of statistics that several datasets share.
@@ -96,8 +96,7 @@ def _conclude(config: FinetuneConfig, name: str) -> None:
     data = str(config.data[0]) if verdict.level == "bad" else "OTHER_EPISODES"
     measure = ["lapa", "policy", "measure", str(config.out), *key, "--data", data]
     evaluate = ["lapa", "evaluate", str(config.out), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"]
-    fitting = {"good": [evaluate], "doubtful": [measure, evaluate], "bad": [measure]}
-    finish(name, config.out, list(map(shlex.join, fitting[verdict.level])))
+    finish(name, config.out, suggested(verdict, evaluate, measure))
 
 
 def _starting_policy(config: FinetuneConfig, datasets: Sequence[Dataset]) -> Policy:

@@ -12,7 +12,6 @@ L latent action length, M evaluated actions of all chunks.
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -37,7 +36,7 @@ from lapa.policy.config import MeasureConfig
 from lapa.policy.runtime import Actor, Policy, load_actor, load_policy, policy_folder
 from lapa.policy.training import require_same_codes, slot_cameras, trained_episodes
 from lapa.types import Observation
-from lapa.verdicts import Verdict, judge, of_policy, ratio
+from lapa.verdicts import Verdict, judge, of_policy, ratio, suggested
 
 MEASURES = "measure.json"
 # A true action has a direction where it is longer than this share of the actions' root mean square.
@@ -93,7 +92,7 @@ def run(config: MeasureConfig) -> None:
     print_results(found, table_of(figures, dataset.name), scored, str(verdict), as_json=config.json)
     key = ["--statistics-key", config.statistics_key] if config.statistics_key else []
     words = ["lapa", "evaluate", str(config.policy), "--env", "ENVIRONMENT", *key, "--out", "RESULTS"]
-    finish(MEASURES, out, [] if actor is None or verdict.level == "bad" else [shlex.join(words)])
+    finish(MEASURES, out, suggested(verdict, [] if actor is None else words))
 
 
 def _chosen(config: MeasureConfig, dataset: Dataset, trained: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from lapa import config as configs
 from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
-from lapa.data.sampling import split_episodes
+from lapa.data.sampling import episodes_of_training, recorded_split, require_split
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import already_trained
 from lapa.engine.loop import train
@@ -266,13 +266,10 @@ def trainings_of(policy: Path) -> list[dict[str, Any] | None]:
     # Versions before 0.2 recorded only which policy a run began with.
     began_new = not run.get("policy") or run.get("from_scratch")
     try:
-        own = {"dataset_fingerprints": run["dataset_fingerprints"], "held_out": run["held_out"]}
-        trainings = [*run.get(EARLIER, [] if began_new else [None]), {**own, "seed": run["loop"]["seed"]}]
+        trainings = [*run.get(EARLIER, [] if began_new else [None]), recorded_split(run)]
         for training in trainings:
             if training is not None:
-                split_episodes(
-                    2, training["held_out"], training["seed"] + len(training["dataset_fingerprints"]), "train"
-                )
+                require_split(training)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: what it records of its training is damaged ({type(error).__name__}: {error}); train or copy the "
@@ -284,20 +281,9 @@ def trainings_of(policy: Path) -> list[dict[str, Any] | None]:
 def trained_episodes(policy: Path, dataset: Dataset) -> tuple[np.ndarray, bool]:
     """The episodes of a dataset that a policy is known to be trained on, and whether all its trainings are recorded."""
     trainings = trainings_of(policy)
-    found = [_trained_in(training, dataset.fingerprint, len(dataset)) for training in trainings]
-    return np.unique(np.concatenate(found)), None not in trainings
-
-
-def _trained_in(training: Mapping[str, Any] | None, fingerprint: str, num_episodes: int) -> np.ndarray:
-    """The episodes that one recorded training took of the dataset with this fingerprint."""
-    if training is None:
-        return np.arange(0)
-    splits = [
-        split_episodes(num_episodes, training["held_out"], training["seed"] + number, "train")
-        for number, known in enumerate(training["dataset_fingerprints"])
-        if known == fingerprint
-    ]
-    return np.unique(np.concatenate([np.arange(0), *splits]))
+    known = [training for training in trainings if training is not None]
+    found = [episodes_of_training(split, dataset.fingerprint, len(dataset)) for split in known]
+    return np.unique(np.concatenate([np.arange(0), *found])), None not in trainings
 
 
 def held_out_figures(
