@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import itertools
@@ -40,13 +41,15 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
 
+import uvicorn
+from uvicorn.server import ServerState
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from lapa.serve.client import pack, unpack
 from lapa.serve.protocols import from_json, to_json
 from lapa.serve.server import read_key, running
-from lapa.serve.websocket import MOST_FRAMES
+from lapa.serve.websocket import MOST_FRAMES, BoundedWebSocket, Budget
 
 RNG = np.random.default_rng(0)
 SMALL = TinyConfig(image_size=32, vision_widths=(16, 32), width=32, layers=1, heads=2)
@@ -582,6 +585,32 @@ def read_frame(stream: Any) -> bytes:
         length = int.from_bytes(stream.read(2 if length == 126 else 8))
     content = stream.read(length)
     return read_frame(stream) if first & 0x0F == 0xA else content
+
+
+def test_frames_of_a_refused_message_are_not_kept():
+    class Transport:
+        is_closing = staticmethod(lambda: False)
+        pause_reading = resume_reading = write = close = staticmethod(lambda *given: None)
+        get_extra_info = staticmethod(lambda name: None)
+
+    async def of_many_frames() -> tuple[int, Any]:
+        config = uvicorn.Config(Transport, ws="none", lifespan="off", log_config=None)
+        config.load()
+        budget = Budget(2**20)
+        protocol = BoundedWebSocket(config=config, server_state=ServerState(), app_state={}, most=10, budget=budget)
+        protocol.connection_made(Transport())
+        protocol.data_received(UPGRADE)
+        await protocol.receive()
+        protocol.handshake_complete = True
+        part, empty = b"\x02\x8a" + bytes(14), b"\x00\x80" + bytes(4)
+        protocol.data_received(part + b"\x00\x8b" + bytes(15) + 10_000 * empty)
+        kept, used = len(protocol.frames), budget.used
+        protocol.data_received(b"\x80\x80" + bytes(4))
+        assert used == 0
+        return kept, (await protocol.receive())["refused"]
+
+    kept, refused = asyncio.run(of_many_frames())
+    assert kept <= 1 and "a message of more than 10 bytes" in str(refused)
 
 
 def test_messages_of_all_clients_have_one_bound(monkeypatch):

@@ -121,6 +121,8 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         if new:
             self._size, self._num_frames, self._refused = 0, 0, None
         if self._refused is not None:
+            # uvicorn keeps each frame until the last, empty ones too.
+            self.frames = []
             return False
         self._num_frames += 1
         try:
