@@ -25,6 +25,8 @@ Config = TypeVar("Config")
 MOST: tuple[tuple[tuple[str, ...], int], ...] = (
     (("_batch_size", "_codebook_size", "_num_bins", "_image_codes"), 1 << 20),
     (("_size", "_side", "_resolution", "_max_image"), 8192),
+    # Of a cluster, and then of a machine.
+    (("_num_workers",), 1 << 20),
     (("_layers", "_depth", "_workers", "_decoders", "_parallel", "_num_frames"), 1000),
     (("_width", "_widths", "_dim", "_dim_head", "_heads", "_lora_rank", "_fsq_levels"), 1 << 16),
     (("_latent_length", "_chunk"), 10_000),
