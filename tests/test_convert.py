@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -83,6 +84,12 @@ class MadeUp(Source):
 def _image(kind: str, number: int, camera: str) -> np.ndarray:
     if kind == "black" or (kind == "dark" and camera == "front"):
         return np.zeros((SIDE, SIDE, 3), np.uint8)
+    if kind == "frozen" and number > 3:
+        return shade(40)
+    if kind == "bars":
+        image = np.full((SIDE, 2 * SIDE, 3), 5, np.uint8)
+        image[4:-4] = shade(60 + 10 * number, 2 * SIDE)[4 : SIDE - 4]
+        return image
     if kind == "tiny":
         return shade(10 * number, 16)
     if kind == "cuts":
@@ -156,6 +163,27 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert line in printed, line
     with pytest.raises(ValueError, match=r"bad-1: is damaged; .*--skip-bad"):
         converted(tmp_path, names, "strict")
+
+
+def test_frozen_videos_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ("frozen-1", "move-1", "still-1")
+    assert [row[0] for row in summary(converted(tmp_path, names, max_frozen=0.5))] == ["move-1"]
+    assert "left out, most frames repeat the one before: 2" in capsys.readouterr().err
+    # Seven of eleven.
+    assert [row[0] for row in summary(converted(tmp_path, names, "more", max_frozen=0.8))] == ["frozen-1", "move-1"]
+
+
+def test_black_bars_are_cropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ("bars-1", "move-1")
+    whole, cropped = converted(tmp_path, names), converted(tmp_path, names, "cropped", crop_bars=True)
+    assert "kept, black bars cropped: 1" in capsys.readouterr().err
+    assert whole.frames(0)[:, :1].mean() < 20
+    assert cropped.frames(0)[:, :1].mean() > 50
+    assert np.array_equal(whole.frames(1), cropped.frames(1))
+    with pytest.raises(ValueError, match="none of its 2 items became an episode"):
+        converted(tmp_path, names, "small", crop_bars=True, min_side=SIDE + 1)
+    kept = converted(tmp_path, names, "side", crop_bars=True, min_side=SIDE - 7)
+    assert [row[0] for row in summary(kept)] == ["move-1"]
 
 
 def test_an_item_of_which_one_camera_shows_nothing_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -405,6 +433,7 @@ def test_two_items_of_one_name_are_refused(tmp_path: Path) -> None:
         ({"limit": 0}, "--limit 0"),
         ({"min_seconds": -1}, "--min-seconds -1: cannot be below 0"),
         ({"min_motion": float("nan")}, "--min-motion nan"),
+        ({"max_frozen": 0.0}, "--max-frozen 0: is a share"),
         ({"camera": ("frnt",)}, "unknown camera 'frnt'; did you mean 'front'"),
     ],
 )
@@ -419,6 +448,13 @@ def test_where_nothing_becomes_an_episode_the_folder_stays_free(tmp_path: Path) 
         converted(tmp_path, ("black-1",))
     assert not any((tmp_path / "out").iterdir())
     assert len(converted(tmp_path, ("move-1",)).lengths) == 1
+
+
+def test_the_fingerprint_of_items_is_that_of_their_list() -> None:
+    items = [Item("a", (), "lift the \u0142"), Item("b", (), "", 3)]
+    for its in (items, items[:1], []):
+        whole = json.dumps([[item.key, item.instruction, item.length] for item in its])
+        assert convert._fingerprint(its) == hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def test_a_limit_counts_items(tmp_path: Path) -> None:

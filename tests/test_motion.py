@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapa.data.motion import AROUND, MotionMeter, motion_energy, share_of_new, shot_numbers, thumbnails
+from lapa.data.motion import AROUND, MotionMeter, inside_bars, motion_energy, share_of_new, shot_numbers, thumbnails
 from lapa.data.video import ClipScan, encode_clip
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -101,6 +101,30 @@ def test_motion_of_a_meter_equals_that_of_the_whole_video() -> None:
         energy = motion_energy(small, min(horizon, length - 1)) if length > 1 else np.zeros(1)
         assert meter.greatest == pytest.approx(energy.max(), abs=1e-6)
     assert MotionMeter(3).greatest == 0.0
+
+
+def test_a_stalled_stream_is_frozen_and_a_still_camera_is_not() -> None:
+    moving, noisy = video(pan(1, 12, 2)), video(still(1, 12))
+    for small_THW, share in ((moving, 0.0), (noisy, 0.0), (noisy[[0] * 12], 1.0), (moving[[0, 1, 2, 2, 2]], 0.5)):
+        meter = MotionMeter(3)
+        for image in small_THW:
+            meter.add(image)
+        assert meter.frozen == share
+    assert MotionMeter(3).frozen == 0.0
+
+
+def test_bars_are_black_on_two_sides_of_all_frames() -> None:
+    frames = np.repeat(np.stack([scene(seed) for seed in (0, 1)])[..., None], 3, axis=3).clip(40, 255).astype(np.uint8)
+    assert inside_bars(frames) == (slice(0, 64), slice(0, 96))
+    frames[:, :6] = frames[:, -8:] = 16
+    assert inside_bars(frames) == (slice(6, 58), slice(0, 96))
+    frames[:, :, :10] = 0
+    assert inside_bars(frames) == (slice(6, 58), slice(0, 96))
+    frames[:, :, -10:] = 3
+    assert inside_bars(frames) == (slice(6, 58), slice(10, 86))
+    frames[1, 0, 50] = 200
+    assert inside_bars(frames)[0] == slice(0, 64)
+    assert inside_bars(np.zeros_like(frames)) == (slice(0, 64), slice(0, 96))
 
 
 def test_shots_are_told_a_few_frames_behind() -> None:

@@ -42,6 +42,11 @@ class ConvertOptions(Reading):
     """Leave out episodes without motion: whose brightness, from 0 to 1, changes less than this (RMS) between any two
     frames half a second apart, in all cameras. 0.01 is a start: real robot clips reached 0.06 to 0.21, a still image
     with a sensor's noise 0.004."""
+    max_frozen: float = 1.0
+    """Leave out episodes of which more than this share of the frames, in all cameras, only repeat the frame before, as
+    title cards and stalled streams do; 0.5 is a start for web video."""
+    crop_bars: bool = False
+    """Crop black bars, on two opposite sides, before images are scaled."""
     limit: int | None = None
     """Number of items to read (files, records); by default all."""
     skip_bad: bool = False

@@ -32,7 +32,7 @@ from lapa.data.config import ConvertOptions
 from lapa.data.convert_ray import INCOMING, convert_with_ray
 from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
 from lapa.data.metadata import INFO
-from lapa.data.motion import MotionMeter, share_of_new, shot_numbers, thumbnail
+from lapa.data.motion import MotionMeter, inside_bars, share_of_new, shot_numbers, thumbnail
 from lapa.data.source import Clip, Item, Source
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import encode_clip
@@ -44,6 +44,8 @@ from lapa.locks import locks_output
 from lapa.ray_cluster import check_ray
 
 KEYFRAME_INTERVAL = 2
+# First frames of an item in which black bars are looked for.
+BAR_FRAMES = 8
 # Images a frame that are too few, and what is looked at for these.
 SLOWER = 0.7
 SAMPLED_ITEMS, SAMPLED_FRAMES = 3, 90
@@ -55,10 +57,12 @@ LONGEST_GAP = 60.0
 DAMAGED, KEPT = "left out, damaged", "damaged, the readable part is kept"
 LOST = "frames lost in what is damaged"
 NO_INSTRUCTION = "kept, without an instruction"
-SMALL, SHORT, STATIC, BLANK = (
+BARS = "kept, black bars cropped"
+SMALL, SHORT, STATIC, FROZEN, BLANK = (
     "left out, images too small",
     "left out, too short",
     "left out, nothing moves",
+    "left out, most frames repeat the one before",
     "left out, no camera shows anything",
 )
 
@@ -163,21 +167,41 @@ def convert_item(
     where = source.file_of(item)
     try:
         clip = source.read(item)
-        streams, small = {}, False
+        streams, small, bars = {}, False, False
         for camera in cameras:
             timed = in_time(clip.frames[camera], where)
             first = next(timed, None)
             if first is None:
                 raise UserError(f"{where}: none of its frames can be decoded; replace it or take it out")
-            small |= min(first[1].shape[:2]) < options.min_side
-            streams[camera] = resample(chain([first], timed), fps)
+            shape, timed = first[1].shape[:2], chain([first], timed)
+            if options.crop_bars:
+                timed, shape = _without_bars(timed)
+                bars |= shape != first[1].shape[:2]
+            small |= min(shape) < options.min_side
+            streams[camera] = resample(timed, fps)
         if small:
             return ConvertedItem(notes=Counter((SMALL, *clip.notes)))
         episodes, left_out = _encode(source, clip, item, streams, fps, options, target)
     except UserError as error:
         return ConvertedItem(error=str(error))
     bare = [NO_INSTRUCTION for episode in episodes if not episode["instruction"].strip()]
-    return ConvertedItem(tuple(episodes), Counter((*left_out, *bare, *clip.notes)), clip.lost, clip.damage)
+    cropped = [BARS] * (bars and bool(episodes))
+    return ConvertedItem(tuple(episodes), Counter((*left_out, *bare, *cropped, *clip.notes)), clip.lost, clip.damage)
+
+
+def _without_bars(
+    timed_frames: Iterator[tuple[float, np.ndarray]],
+) -> tuple[Iterator[tuple[float, np.ndarray]], tuple[int, ...]]:
+    """Returns frames (seconds, image) without black bars, and the height and width of the first."""
+    head = list(islice(timed_frames, BAR_FRAMES))
+    first_HWC = head[0][1]
+    place = inside_bars([frame_HWC for _, frame_HWC in head if frame_HWC.shape == first_HWC.shape])
+    # A film may change its size.
+    cropped = (
+        (seconds, frame_HWC[place] if frame_HWC.shape == first_HWC.shape else frame_HWC)
+        for seconds, frame_HWC in chain(head, timed_frames)
+    )
+    return cropped, first_HWC[place].shape[:2]
 
 
 def in_time(timed_frames: Iterable[tuple[float, np.ndarray]], where: str) -> Iterator[tuple[float, np.ndarray]]:
@@ -239,6 +263,8 @@ def _check_options(options: ConvertOptions) -> None:
     for name in ("min_seconds", "min_side", "min_motion", "workers"):
         if not getattr(options, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: cannot be below 0")
+    if not 0 < options.max_frozen <= 1:
+        raise UserError(f"--max-frozen {options.max_frozen:g}: is a share of the frames, above 0 and up to 1")
 
 
 def _check_names(source: Source, items: Sequence[Item]) -> None:
@@ -271,8 +297,10 @@ def _open_writer(
 ) -> DatasetWriter:
     space = source.action_space if options.actions else None
     # A resumed run must have the same options, those that decide what of the source is in the dataset.
-    names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "limit", "size")
-    values = {name: getattr(options, name) for name in names}
+    names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "crop_bars", "limit")
+    values = {name: getattr(options, name) for name in (*names, "size")}
+    if options.max_frozen < 1:
+        values["max_frozen"] = options.max_frozen
     filters = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
     return DatasetWriter(
         options.out,
@@ -295,8 +323,13 @@ def _open_writer(
 
 def _fingerprint(items: Sequence[Item]) -> str:
     """A hash of the items' names and of what is known of them without reading them."""
-    known = [[item.key, item.instruction, item.length] for item in items]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+    # The text of one JSON list, item by item: that of millions of items would take gigabytes.
+    digest, before = hashlib.sha256(b"["), b""
+    for item in items:
+        digest.update(before + json.dumps([item.key, item.instruction, item.length]).encode())
+        before = b", "
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
 
 
 def _convert_all(
@@ -367,13 +400,17 @@ def _add(
 
 @dataclass
 class _Shot:
-    """A part of an item; motion: the greatest of all cameras; `reason`: why it is left out."""
+    """A part of an item; `reason`: why it is left out.
+
+    motion: the greatest of all cameras; frozen: the share of frames that repeat the one before, the least of all.
+    """
 
     start: int
     stop: int
     videos: dict[str, Path] = field(default_factory=dict)
     pixels: dict[str, _Pixels] = field(default_factory=dict)
     motion: float = 0.0
+    frozen: float = 1.0
     reason: str | None = None
 
 
@@ -424,6 +461,8 @@ def _encode(
             shot.reason = BLANK
         elif shot.reason is None and shot.motion < options.min_motion:
             shot.reason = STATIC
+        elif shot.reason is None and shot.frozen > options.max_frozen:
+            shot.reason = FROZEN
         if shot.reason is not None:
             for video in shot.videos.values():
                 video.unlink()
@@ -447,7 +486,8 @@ def _by_shot(frames: Iterable[np.ndarray], options: ConvertOptions, cut: bool) -
 
     def thumbnails() -> Iterator[Any]:
         for frame_HWC in frames:
-            small_HW = thumbnail(frame_HWC) if cut or options.min_motion > 0 else None
+            measured = cut or options.min_motion > 0 or options.max_frozen < 1
+            small_HW = thumbnail(frame_HWC) if measured else None
             waiting.append((small_HW, resize_and_crop(frame_HWC[None], options.size)[0]))
             yield small_HW
 
@@ -468,6 +508,7 @@ def _write(shot: _Shot, camera: str, frames: Iterable[ShotFrame], video: Path, f
     length = encode_clip(video, pixels.watch(images()), fps, KEYFRAME_INTERVAL)
     shot.videos[camera], shot.pixels[camera] = video, pixels
     shot.motion = max(shot.motion, meter.greatest)
+    shot.frozen = min(shot.frozen, meter.frozen)
     return length
 
 

@@ -24,6 +24,10 @@ SIDE = 32
 # as many frames as the others, and for two or more. Measured: none of 212 real films (RT-1, CALVIN, DROID) is taken for
 # such a one; repeated 2 to 5 times and encoded again 97% are, repeated 10 times (9 images) 57%.
 SAME, MOVES, REGULAR = 0.25, 0.3, 0.7
+# Two frames show the same image, encoded anew, where their thumbnails differ by less than this (RMS, of 1).
+FROZEN = 0.001
+# Values up to this one are black, in bars that have at least this part of the side.
+BLACK, BAR = 24, 0.02
 # A cut is a change, of the whole image or of its quieter half (which no moving arm or hand reaches), of at least this
 # share of the brightness range, and of several times the other changes within AROUND frames. The greatest of those may
 # be a cut itself; the second greatest stands for the video, repeated frames included.
@@ -55,18 +59,44 @@ def motion_energy(thumbnails_THW: UInt8[np.ndarray, "T H W"], horizon: int) -> F
     return np.sqrt(np.square(brightness_THW[horizon:] - brightness_THW[:-horizon]).mean(axis=(1, 2)))
 
 
+def inside_bars(frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> tuple[slice, slice]:
+    """Returns the rows and the columns of a video's frames that are between black bars, found in some of the frames.
+
+    Bars are black in all of these frames and on two opposite sides; the narrower one counts for both. Whole images that
+    are black have none.
+    """
+    brightest_HW = np.max([frame_HWC.max(axis=2) for frame_HWC in frames], axis=0)
+    kept = []
+    for axis in (1, 0):
+        lit = np.flatnonzero(brightest_HW.max(axis=axis) > BLACK)
+        size = brightest_HW.shape[1 - axis]
+        bar = min(int(lit[0]), size - 1 - int(lit[-1])) if len(lit) else 0
+        kept.append(slice(bar, size - bar) if bar >= BAR * size else slice(0, size))
+    return kept[0], kept[1]
+
+
 class MotionMeter:
-    """The greatest motion energy between frames one horizon apart, of frames that are added one by one."""
+    """Motion of frames that are added one by one: the greatest energy between frames one horizon apart, and how many
+    frames are frozen.
+    """
 
     def __init__(self, horizon: int):
         self._recent: deque[np.ndarray] = deque(maxlen=horizon + 1)
         self._greatest: float | None = None
+        self._num_frozen = self._num_frames = 0
 
     def add(self, small_HW: UInt8[np.ndarray, "H W"]) -> None:
         """Adds a frame's thumbnail."""
+        self._num_frozen += bool(self._recent) and _change(self._recent[-1], small_HW) < FROZEN
+        self._num_frames += 1
         self._recent.append(small_HW)
         if len(self._recent) == self._recent.maxlen:
             self._greatest = max(self._greatest or 0.0, _change(self._recent[0], small_HW))
+
+    @property
+    def frozen(self) -> float:
+        """The share of the frames that show the image of the frame before; 0 for one frame."""
+        return self._num_frozen / max(1, self._num_frames - 1)
 
     @property
     def greatest(self) -> float:
