@@ -324,6 +324,15 @@ def test_help_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert all(len(line) <= 82 for line in lines), max(lines, key=len)
 
 
+@pytest.mark.parametrize("verb", cli.VERBS, ids=lambda verb: verb.name)
+def test_help_of_a_command_fits_into_80_columns(verb: cli.Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the examples, which are copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = command_help(verb.name, verb.help, cli.imported(verb.config), cli.preset(verb, cli.PRESET), verb.run)
+    lines = [line for line in shown.splitlines() if not line.startswith(("  lapa ", "  torchrun "))]
+    assert all(len(line) <= 80 for line in lines), max(lines, key=len)
+
+
 COMPLETE = """
 source "$1"
 function=$(complete -p lapa | sed 's/.*-F \\([^ ]*\\).*/\\1/')

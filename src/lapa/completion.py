@@ -1,10 +1,10 @@
 """Completion of commands, options and their values in a shell.
 
 lapa completion bash                # prints the script
-lapa completion zsh --install       # writes it to where zsh looks for it; lapa --install-completion: for your shell
+lapa completion zsh --install       # writes it to where zsh looks for it
 
-It completes commands, also after `help`, options, and values that are chosen from a list. The script is tyro's. It
-holds all names and does not start `lapa`.
+`lapa --install-completion` does the latter for your shell. Completed are commands, also after `help`, options, and
+values that are chosen from a list. The script is tyro's. It holds all names and does not start `lapa`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def command_help(name: str, description: str, config: type, default: Any, run: s
     """
     options = list(options_of(config, default))
     positional = "".join(f" {option.call}" for option in options if not option.call.startswith("--"))
-    parts = [f"usage: lapa {name}{positional} [OPTIONS]", description]
+    parts = [f"usage: lapa {name}{positional} [OPTIONS]", textwrap.fill(description, _width())]
     if lines := _examples(name, run.partition(":")[0]):
         parts.append("Examples:\n" + "\n".join(f"  {line}" for line in lines))
     headings = [REQUIRED_HEADING, "Common", "Options", *(option.heading for option in options)]
@@ -145,9 +145,12 @@ def _docstring(module: str) -> str:
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
 
 
+def _width() -> int:
+    return min(WIDTH, max(60, shutil.get_terminal_size((WIDTH, 24)).columns))
+
+
 def _listed(option: Option) -> str:
-    width = min(WIDTH, max(60, shutil.get_terminal_size((WIDTH, 24)).columns)) - COLUMN
-    lines = textwrap.wrap(option.text, width, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = textwrap.wrap(option.text, _width() - COLUMN, break_long_words=False, break_on_hyphens=False) or [""]
     call = f"  {option.call}"
     if len(call) > COLUMN - 2:
         return "\n".join([call, *(f"{'':{COLUMN}}{line}" for line in lines)])

@@ -87,7 +87,7 @@ def summary(dataset: Dataset) -> Table:
     if bare := counts.pop("", 0):
         row("no instruction", f"{bare} episodes")
     for number, (task, count) in enumerate(counts.most_common(SHOWN_TASKS)):
-        row(f"{len(counts)} tasks" if number == 0 else "", f"{task[:SHOWN_LETTERS]} ({count})")
+        row(f"{len(counts)} task{'s' * (len(counts) > 1)}" if number == 0 else "", f"{task[:SHOWN_LETTERS]} ({count})")
     if len(counts) > SHOWN_TASKS:
         row("", f"and {len(counts) - SHOWN_TASKS} more")
     sizes = {
