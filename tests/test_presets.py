@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Dinov2Config, Dinov2Model
 
 from lapa import cli, config, presets
+from lapa.latent.features import VisionTower
 from lapa.latent.model import LatentActionModel
 from lapa.policy.backbones import renew_backbone
 from lapa.policy.heads import build_head
@@ -43,10 +45,34 @@ def test_a_preset_is_what_the_command_line_starts_from(stage: str, name: str) ->
 
 @pytest.mark.parametrize("name", presets.LATENT)
 def test_a_latent_preset_builds(name: str) -> None:
-    # FSQ computes its levels while it is built, so only the large model stays without storage.
-    with torch.device("meta" if name == "paper" else "cpu"):
-        model = LatentActionModel(presets.LATENT[name].model)
+    # Only the large models stay without storage.
+    tower: Any = torch.nn.Module() if presets.LATENT[name].model.uses_features else None
+    if tower is not None:
+        tower.dim = 1024
+    with torch.device("meta" if name in ("paper", "dino") else "cpu"):
+        model = LatentActionModel(presets.LATENT[name].model, tower)
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
+
+
+def test_dino_learns_from_features_and_keeps_its_tower(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 2}
+    tower = VisionTower(Dinov2Model(Dinov2Config(**shape)), grid=14)
+    preset = presets.LATENT["dino"].model
+    small = replace(preset, dim=32, spatial_depth=1, temporal_depth=1, heads=2, dim_head=16, quant_dim=8)
+    model = LatentActionModel(small, tower)
+    frames_BTCHW = torch.randint(0, 256, (4, 2, 3, 224, 224), dtype=torch.uint8)
+    model.initialise(frames_BTCHW)
+    losses = model.train().loss(frames_BTCHW)
+    losses.loss.backward()
+    # The first prediction is that nothing changes.
+    torch.testing.assert_close(losses.parts["feature_reconstruction"], losses.parts["feature_copy"])
+    assert model.to_features.weight.grad.norm() > 0 and not any(p.requires_grad for p in tower.model.parameters())
+    codes_BL = model.eval().codes(frames_BTCHW)
+    assert codes_BL.shape == (4, 49) and 0 <= int(codes_BL.min()) <= int(codes_BL.max()) < 64
+    assert len(codes_BL.unique()) > 8
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LatentActionModel.from_pretrained(tmp_path).codes(frames_BTCHW), codes_BL)
 
 
 def test_paper_has_the_published_number_of_parameters() -> None:

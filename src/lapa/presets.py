@@ -1,6 +1,7 @@
 """Named configs of every stage: `--preset NAME` starts from one, and any option overrides it.
 
 debug: made-up data, a CPU, seconds. tiny: a CPU, minutes. base: one GPU, hours. paper: the published sizes and recipe.
+dino: a latent action model of DINOv2's features, one GPU or several.
 smolvlm2-500m, qwen3-vl-2b, paligemma-3b: a policy on that vision-language model, one GPU.
 """
 
@@ -121,6 +122,18 @@ LATENT = _presets(
             ),
             "loop": LoopConfig(
                 steps=50_000, batch_size=256, optim=OptimConfig(lr=3e-4, warmup_steps=1000, optimizer="muon"),
+                log_every=50, eval_every=2000,
+            ),
+        },
+        # LARYBench's best geometry (https://arxiv.org/abs/2604.11689): frozen features in and out, 49 codes of 64.
+        "dino": {
+            "model": LatentModelConfig(
+                image_size=224, patch_size=16, dim=1024, spatial_depth=4, temporal_depth=4, latent_length=49,
+                codebook_size=64, inputs="features", targets="features",
+                vision_tower="facebook/dinov2-large", error="relative", **STEADY,
+            ),
+            "loop": LoopConfig(
+                steps=100_000, batch_size=256, optim=OptimConfig(lr=3e-4, warmup_steps=1000, optimizer="muon"),
                 log_every=50, eval_every=2000,
             ),
         },

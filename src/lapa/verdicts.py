@@ -62,6 +62,9 @@ THRESHOLDS = {
     "donor_share": Threshold(0.6, 0.9, "in another scene, {:.2f} of what a latent action brings is its own frame"),
     "same_code_over_chance": Threshold(1.5, 1.05, "in another scene a code returns {:.2f} times as often as by chance"),
     "action_over_pixels": Threshold(0.5, 0.1, "the codes explain {:.2f} of the true actions that pixels explain"),
+    "relative_error_over_frames": Threshold(
+        0.6, 0.9, "the codes' error of LARYBench's relative actions is {:.2f} of that without them"
+    ),
     # Of a policy on recorded episodes.
     "normalised_error": Threshold(0.35, 1.0, "the action error is {:.2f} of that of always the mean action"),
     "token_gain": Threshold(0.4, 0.0, "the policy predicts {:.0%} of the codes that are not the most frequent one"),
@@ -132,6 +135,7 @@ def of_latent_actions(figures: Mapping[str, Any], codebook_size: int) -> dict[st
         "codes_used": usage.get("codes_used"),
         "donor_share": transfer.get("donor_share"),
         "same_code_over_chance": ratio(transfer.get("same_code"), transfer.get("same_code_chance")),
+        "relative_error_over_frames": figures.get("lary", {}).get("relative_error_over_frames"),
         "action_over_pixels": ratio(actions["quantized"]["r2"], pixels) if pixels >= READABLE else None,
     }
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -24,6 +24,8 @@ class LabelConfig:
     """Camera whose images are used; by default the dataset's first."""
     embeddings: bool = False
     """Also write the continuous latent actions, before quantisation."""
+    lary: bool = False
+    """Also write embeddings and actions as the files that LARYBench's code reads, into `out`/lary."""
     min_motion: float = 0.0
     """Leave out pairs of frames whose brightness, from 0 to 1, changes less than this (RMS). 0.01 is a start."""
     skip_bad: bool = False

@@ -23,10 +23,11 @@ import torch.distributed as dist
 
 from lapa import config as configs
 from lapa.console import finish, progress, say, warn
-from lapa.data.labels import MANIFEST, Manifest, read_manifest, write_manifest
+from lapa.data.labels import MANIFEST, Labels, Manifest, read_manifest, write_manifest
 from lapa.engine.distributed import Processes, start
 from lapa.errors import UserError
 from lapa.files import as_path, claim_output, is_remote, write_json
+from lapa.labelling import lary
 from lapa.labelling.config import LabelConfig
 from lapa.labelling.shards import Labeller, Plan, Shard, make_manifest, make_plan, make_shards, missing_shards
 from lapa.locks import locks_output
@@ -47,9 +48,13 @@ def run(config: LabelConfig) -> None:
     out = _choose_out(plan)
     next_command = shlex.join(["lapa", "policy", "pretrain", "--data", str(config.data), "--labels", str(out)])
     next_commands = [f"{next_command} --out POLICY"]
+    if config.lary:
+        lary.require_actions(plan)
     if config.resume and (out / MANIFEST).exists():
         known = configs.to_dict(read_manifest(out))
         configs.require_same(out / MANIFEST, plan.identity, then=known)
+        if config.lary:
+            lary.export(Labels.open(out), plan)
         finish("labels, already complete", out, next_commands)
         return
     with start("cpu" if config.engine == "ray" else config.device) as processes:
@@ -89,6 +94,8 @@ def run(config: LabelConfig) -> None:
             write_manifest(out, manifest)
             (out / RUN).unlink()
             _report_left_out(manifest)
+            if config.lary:
+                lary.export(Labels.open(out), plan)
             finish(f"{manifest.num_rows} labels", out, next_commands)
 
 
@@ -122,6 +129,8 @@ def _choose_out(plan: Plan) -> Path:
             "labels with --out"
         )
     out = as_path(config.out) if config.out else dataset.root / "labels" / plan.identity["lam_fingerprint"]
+    if config.lary and is_remote(out):
+        raise UserError(f"{out}: --lary writes files for programs that read local folders; give one as --out")
     if config.engine == "ray" and is_remote(out) and getattr(out, "protocol", "") == "memory":
         raise UserError(f"{out}: is the memory of this process, which Ray's workers do not share; give another --out")
     return out

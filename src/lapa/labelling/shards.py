@@ -101,7 +101,7 @@ def make_plan(config: LabelConfig) -> Plan:
         "dataset_fingerprint": dataset.fingerprint,
         "camera": camera,
         "horizon_seconds": seconds,
-        "embeddings": config.embeddings,
+        "embeddings": config.embeddings or config.lary,
         "min_motion": config.min_motion,
         "precision": config.precision,
     }
@@ -269,7 +269,7 @@ class Labeller:
         for episode in shard.episodes:
             rows = slice(*np.searchsorted(episodes_P, [episode, episode + 1]))
             rows = slice(0, 0) if episode in pairs.errors else rows
-            embeddings = z_PLD[rows] if self.plan.config.embeddings else None
+            embeddings = z_PLD[rows] if self.plan.identity["embeddings"] else None
             labels[episode] = EpisodeLabels(frames_P[rows], codes_PL[rows], embeddings)
         static = sum(number for episode, number in pairs.static.items() if episode not in pairs.errors)
         return labels, ShardNotes(static, tuple(sorted(pairs.errors)))
@@ -284,7 +284,7 @@ class Encoder:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.model, self.horizon, self.config = plan.model.to(device), plan.horizon, plan.config
-        self.device = device
+        self.device, self.embeddings = device, plan.identity["embeddings"]
         self._parts: list[Tensor] = []
         self._num_waiting = 0
         self._codes: list[np.ndarray] = []
@@ -338,6 +338,6 @@ class Encoder:
             return
         codes_BL, z_BLD = self._computed
         self._codes.append(codes_BL.cpu().numpy())
-        if self.config.embeddings:
+        if self.embeddings:
             self._z.append(z_BLD.cpu().numpy())
         self._computed = None

@@ -188,7 +188,7 @@ class LatentTrainConfig(ReportOptions):
     out: Path
     """Folder of the latent action model to write."""
     preset: str = "tiny"
-    """debug, tiny, base or paper: the defaults of all other options."""
+    """debug, tiny, base, dino or paper: the defaults of all other options."""
     model: Annotated[LatentModelConfig, tyro.conf.arg(name="")] = field(default_factory=LatentModelConfig)
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(default_factory=LoopConfig)
     camera: str | None = None
@@ -236,6 +236,9 @@ class ProbeConfig(MeasureConfig):
 
     lam: tyro.conf.Positional[Path]
     """Folder of the latent action model, or its id on the hub."""
+    protocol: Literal["lary", "lary-small"] | None = None
+    """Also run LARYBench's probes: regression to chunks of actions, classification of clips by instruction. lary: at
+    their published sizes, for a GPU; lary-small: with narrow networks, for a CPU."""
     out: Path | None = None
     """Folder of the results; by default LAM/probe_DATASET, or probe_DATASET for a model from the hub."""
 

@@ -1,6 +1,7 @@
 """Measures latent action models without a robot, one or several side by side.
 
 lapa latent probe LAM --data DATASET               # probe.json, grid.png and a table
+lapa latent probe LAM --data DATASET --protocol lary   # also LARYBench's probes (lapa.latent.lary)
 lapa latent compare LAM1 LAM2 ... --data DATASET   # compare.json and a table
 
 Is the codebook used, does the decoder read the codes, do they mean the same in another scene, and do they predict the
@@ -31,6 +32,7 @@ from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
 from lapa.files import atomic_path, claim_output, write_json
+from lapa.latent import lary
 from lapa.latent.config import CompareConfig, MeasureConfig, ProbeConfig
 from lapa.latent.metrics import (
     Sample,
@@ -120,6 +122,28 @@ ROWS = (
     Row("instruction, linear, quantised", "task.quantized", "accuracy on test episodes"),
     Row("  first frame", "task.first_frame", "what the scene alone predicts"),
     Row("  by chance", "task.chance", "the most frequent one"),
+    *(
+        row
+        for mode, reading in (("absolute", "LARYBench, standardised actions"), ("relative", "last minus first action"))
+        for row in (
+            Row(f"LARY regression (MSE), {mode}, quantised", f"lary.regression.{mode}.quantized.mse", reading),
+            Row("  as published", f"lary.regression.{mode}.published.mse", "with the noise of training"),
+            Row("  continuous", f"lary.regression.{mode}.continuous.mse", "before quantisation"),
+            Row("  raw features of both frames", f"lary.regression.{mode}.raw_features.mse", "know the whole state"),
+            Row("  first frame", f"lary.regression.{mode}.first_frame.mse", "what the scene alone predicts"),
+            Row("  second frame", f"lary.regression.{mode}.second_frame.mse", "what leaks with a frame"),
+            Row("  shuffled", f"lary.regression.{mode}.shuffled.mse", "of another pair: the mean's or more"),
+            Row("  mean action", f"lary.regression.{mode}.mean.mse", "the scale"),
+        )
+    ),
+    Row("  quantised / without latent action", "lary.relative_error_over_frames", "1: no more than one frame knows"),
+    Row("LARY classification, quantised", "lary.classification.quantized.accuracy", "the instruction, of clips"),
+    Row("  as published", "lary.classification.published.accuracy", "with the noise of training"),
+    Row("  continuous", "lary.classification.continuous.accuracy", "before quantisation"),
+    Row("  raw features", "lary.classification.raw_features.accuracy", "of all frames"),
+    Row("  first frame", "lary.classification.first_frame.accuracy", "what the scene alone predicts"),
+    Row("  shuffled", "lary.classification.shuffled.accuracy", "of another clip"),
+    Row("  by chance", "lary.classification.chance", "the most frequent one"),
     Row("offset of z", "consistency.offset_share", "near 1: ignore the next three"),
     Row("S-PCFC", "consistency.s_pcfc", "low: past and future differ"),
     Row("reversal error", "consistency.reversal_error", "0: back is minus there; 2: unrelated"),
@@ -150,6 +174,8 @@ def run(config: ProbeConfig) -> None:
         say(f"{config.lam} was trained on {dataset.name}: the pairs are of the {drawn.unseen} episodes kept from it")
     encoded = encode(model, sample.frames_BTCHW)
     figures = probe(model, sample, encoded, config.seed, motions=config.motion)
+    if config.protocol is not None:
+        figures["lary"] = lary_figures(config, model, pairs, drawn.indices, sample, encoded)
     with atomic_path(out / "grid.png") as path:
         probe_sheet(model, sample, encoded, apart).save(path)
     verdict = verdict_of(figures, model.config)
@@ -161,6 +187,33 @@ def run(config: ProbeConfig) -> None:
     print_results(found, table_of({"value": figures}, "latent action model"), str(verdict), as_json=config.json)
     next_commands = suggestions(config.lam, config.data, model.config, verdict, dataset.in_place)
     finish("probe.json and grid.png", out, next_commands)
+
+
+def lary_figures(
+    config: ProbeConfig,
+    model: LatentActionModel,
+    pairs: FramePairs,
+    indices: Sequence[int],
+    sample: Sample,
+    encoded: LatentAction,
+) -> dict[str, Any]:
+    """LARYBench's regression, where there are actions, and its classification, where there are instructions."""
+    assert config.protocol is not None
+    sizes, dataset, figures = lary.SIZES[config.protocol], pairs.datasets[0], dict[str, Any]()
+    episodes = sorted(set(sample.episodes_B.tolist()))
+    if sample.actions_BA is not None and len(episodes) > 1:
+        say(f"{config.protocol}: regression to the {pairs.horizon_frames[0]} actions between the frames")
+        chunks_BKA = np.stack([pairs.actions_between(index) for index in indices])
+        space = dataset.action_space
+        delta = space is not None and space.control == "delta"
+        figures["regression"] = lary.regression_figures(
+            model, sample, encoded, chunks_BKA, sizes, delta=delta, seed=config.seed
+        )
+        figures["relative_error_over_frames"] = lary.relative_error_over_frames(figures)
+    most = max(2, config.num_pairs // (lary.CLIP_FRAMES - 1))
+    say(f"{config.protocol}: classification of at most {most} clips by their instruction")
+    classes = lary.classification_figures(model, dataset, config.camera, episodes, sizes, most=most, seed=config.seed)
+    return figures if classes is None else {**figures, "classification": classes}
 
 
 @locks_output
