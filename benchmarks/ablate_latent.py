@@ -69,7 +69,6 @@ VARIANTS = {
     "no-initialisation": Variant(initialise=False),
     "augment-data": Variant({"augment": "data"}),
     "augment-view": Variant({"augment": "view"}),
-    "reversal": Variant({"reversal_weight": 0.01}),
     "nsvq": Variant(NSVQ),
     "nsvq-no-revival": Variant(NSVQ, revive=False),
     "nsvq-no-initialisation": Variant(NSVQ, initialise=False),

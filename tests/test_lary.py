@@ -52,7 +52,6 @@ def figures() -> dict[str, dict[str, Any]]:
         model: Any = kind()
         measured = regression_figures(model, sample, model.encode(sample.frames_BTCHW), chunks_BKA, SMALL)
         found[kind.__name__] = {"regression": measured}
-    Path("/tmp/field18/figs.json").write_text(__import__("json").dumps(found))
     return found
 
 
@@ -98,7 +97,6 @@ def test_clips_are_classified_from_latent_actions_that_know_their_motion(data: P
     dataset = open_dataset(data)
     model: Any = Oracle()
     found = classification_figures(model, dataset, None, range(len(dataset)), replace(SMALL, epochs=12), most=48)
-    Path("/tmp/field18/classes.json").write_text(__import__("json").dumps(found))
     assert found is not None and (found["num_classes"], found["num_clips"]) == (8, 48)
     assert found["quantized"]["accuracy"] > 0.6
     assert max(found[name]["accuracy"] for name in ("shuffled", "first_frame")) < 0.5

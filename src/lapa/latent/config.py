@@ -69,10 +69,6 @@ class LatentModelConfig:
     input only."""
     action_dim: Annotated[int, tyro.conf.Suppress] = 0
     """Dimensions of the true actions that supervise the latent; set from the datasets by --action-share."""
-    reversal_weight: float = 0.0
-    """Weight of the loss that pulls the latent of the reversed pair to the negative of the pair's own."""
-    composition_weight: float = 0.0
-    """Weight of the loss that pulls the sum of the latents of a pair's two halves to the latent of the whole pair."""
     layout: Annotated[Literal["clean", "released"], tyro.conf.Suppress] = "clean"
     """released: with the quirks of the published weights; set by `lapa import laq`."""
     horizon_seconds: float = 0.6

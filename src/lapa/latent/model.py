@@ -53,6 +53,8 @@ WEIGHTS, CONFIG, TOWER = "model.safetensors", "config.json", "vision_tower"
 MODEL_TYPE = "lapa_lam"
 # In config.json, the datasets that a model learned from: fingerprint -> name and horizon.
 DATASETS, HORIZON = "datasets", "horizon_seconds"
+# Options of earlier versions, which changed the loss alone: models that were saved with them load.
+RETIRED = ("reversal_weight", "composition_weight")
 SAVED = (WEIGHTS, CONFIG, f"{TOWER}/*", checksums.SUMS)
 WANTED_FRAMES = "give pairs [B, 2, 3, H, W] or [B, 2, H, W, 3], or a list of pairs of images"
 SMALLEST_STD = 1e-6
@@ -169,48 +171,35 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
         )
 
     def forward(self, batch: Mapping[str, Any]) -> Losses:
-        return self.loss(
-            batch["frames_BTCHW"], middle_BCHW=batch.get("middle_BCHW"), actions_BA=batch.get("actions_BA")
-        )
+        return self.loss(batch["frames_BTCHW"], actions_BA=batch.get("actions_BA"))
 
     def loss(
         self,
         frames_BTCHW: UInt8[Tensor, "B 2 C H W"],
         noise: Tensor | None = None,
         *,
-        middle_BCHW: UInt8[Tensor, "B C H W"] | None = None,
         actions_BA: Float[Tensor, "B A"] | None = None,
     ) -> Losses:
         """Mean squared error of the predicted second frame, and the losses that the config adds to it.
 
         noise: standard normal, of as many elements as z, for the quantizers that draw it (drawn here by default).
-        middle_BCHW: the frame halfway, for the composition loss. actions_BA: true actions, NaN where not known.
+        actions_BA: true actions, NaN where not known.
         Parts: reconstruction; copy, the error of predicting no change; batch_codes_used and batch_perplexity; and
         each loss that is added, unweighted.
         """
         config, bias = self.config, self.position_bias()
-        seen_BTCHW = frames_BTCHW if middle_BCHW is None else torch.cat([frames_BTCHW, middle_BCHW[:, None]], dim=1)
-        if config.augment != "off" and self.training:
-            seen_BTCHW = augment_pairs(seen_BTCHW)
-        seen = self._view(seen_BTCHW)
+        augmented = config.augment != "off" and self.training
+        seen = self._view(augment_pairs(frames_BTCHW) if augmented else frames_BTCHW)
         tokens = self._tokens(seen)
         # With augment=view only the encoder's input is augmented; the decoder starts from the frames as they are.
         apart = config.augment == "view" and self.training
         plain = self._view(frames_BTCHW) if apart else seen
         start = self._tokens(plain.frame(0)) if apart else tokens[:, :1]
-        z_BLD = self._latents(tokens[:, :2], bias)
+        z_BLD = self._latents(tokens, bias)
         action = self.quantizer(z_BLD, noise)
         predicted = self._predict(plain.frame(0), start.detach(), action.quantized_BLD, bias)
         loss, parts = self._reconstruction_loss(predicted, plain)
         added = {} if action.loss is None else {"quantizer": (1.0, action.loss)}
-        if config.reversal_weight:
-            reversed_BLD = self._latents(tokens[:, [1, 0]], bias)
-            added["reversal"] = (config.reversal_weight, relative_error(reversed_BLD, -z_BLD))
-        if config.composition_weight:
-            if middle_BCHW is None:
-                raise UserError("the composition loss needs the frame halfway: give pairs with middle=True")
-            halves_BLD = self._latents(tokens[:, [0, 2]], bias) + self._latents(tokens[:, [2, 1]], bias)
-            added["composition"] = (config.composition_weight, relative_error(halves_BLD, z_BLD))
         if config.action_dim and actions_BA is not None:
             scaled_BA = (actions_BA - self.action_mean_A) / self.action_std_A.clamp(min=SMALLEST_STD)
             read_BA = self.to_action(action.quantized_BLD.flatten(1)).float()
@@ -453,15 +442,6 @@ def squared_errors(ours: Tensor, wanted: Tensor) -> Float[Tensor, "B"]:
     return (ours - wanted).square().flatten(1).mean(1)
 
 
-def relative_error(ours_BLD: Float[Tensor, "B L D"], wanted_BLD: Float[Tensor, "B L D"]) -> Tensor:
-    """Squared error over the mean square of the wanted values (latents add up as motions do: ConLA, ALAM).
-
-    The gradient goes through both, so that their common scale has none: with a constant denominator, shrinking both
-    lowers the loss, and collapses the codebook (one code left after 45 steps, docs/log.md).
-    """
-    return (ours_BLD - wanted_BLD).square().mean() / wanted_BLD.square().mean().clamp(min=SMALLEST_SCALE)
-
-
 def known_actions_error(predicted_BA: Float[Tensor, "B A"], actions_BA: Float[Tensor, "B A"]) -> Tensor:
     """Mean squared error over the pairs whose true action is known (not NaN); zero if none is (LAOM, arXiv 2502.00379).
 
@@ -520,4 +500,7 @@ def _read_config(folder: Path) -> LatentModelConfig:
     values = files.read_json(folder / CONFIG)
     if not isinstance(values, dict) or "model" not in values:
         raise UserError(f'{folder / CONFIG}: has no "model"; give the folder of a latent action model')
-    return configs.from_dict(LatentModelConfig, values["model"], str(folder / CONFIG))
+    model = values["model"]
+    if isinstance(model, dict):
+        model = {name: value for name, value in model.items() if name not in RETIRED}
+    return configs.from_dict(LatentModelConfig, model, str(folder / CONFIG))

@@ -71,7 +71,7 @@ def run(config: LatentTrainConfig) -> None:
     pairs = pairs_config(config)
     training = FramePairs(datasets, pairs, split="train", seed=config.loop.seed)
     training.mixture.report(config.loop.steps * config.loop.batch_size)
-    plain = replace(pairs, middle=False, action_share=0.0)
+    plain = replace(pairs, action_share=0.0)
     held_out = FramePairs(datasets, plain, split="held_out", seed=config.loop.seed)
     evaluation = draw_sample(held_out, EVALUATION_PAIRS, seed=config.loop.seed)
     config = replace(config, model=replace(config.model, action_dim=training.action_dim))
@@ -126,7 +126,6 @@ def pairs_config(config: LatentTrainConfig) -> PairsConfig:
         camera=config.camera,
         held_out=config.held_out,
         cache_gib=config.cache_gib,
-        middle=config.model.composition_weight > 0,
         action_share=config.action_share,
         mix_by=config.mix_by,
         min_motion=config.min_motion,
