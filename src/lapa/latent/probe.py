@@ -126,7 +126,7 @@ ROWS = (
         row
         for mode, reading in (("absolute", "LARYBench, standardised actions"), ("relative", "last minus first action"))
         for row in (
-            Row(f"LARY regression (MSE), {mode}, quantised", f"lary.regression.{mode}.quantized.mse", reading),
+            Row(f"LARY MSE, {mode}, quantised", f"lary.regression.{mode}.quantized.mse", reading),
             Row("  as published", f"lary.regression.{mode}.published.mse", "with the noise of training"),
             Row("  continuous", f"lary.regression.{mode}.continuous.mse", "before quantisation"),
             Row("  raw features of both frames", f"lary.regression.{mode}.raw_features.mse", "know the whole state"),
@@ -136,8 +136,8 @@ ROWS = (
             Row("  mean action", f"lary.regression.{mode}.mean.mse", "the scale"),
         )
     ),
-    Row("  quantised / without latent action", "lary.relative_error_over_frames", "1: no more than one frame knows"),
-    Row("LARY classification, quantised", "lary.classification.quantized.accuracy", "the instruction, of clips"),
+    Row("  / best without latent action", "lary.relative_error_over_frames", "1: no more than one frame knows"),
+    Row("LARY accuracy, quantised", "lary.classification.quantized.accuracy", "the instruction, of clips"),
     Row("  as published", "lary.classification.published.accuracy", "with the noise of training"),
     Row("  continuous", "lary.classification.continuous.accuracy", "before quantisation"),
     Row("  raw features", "lary.classification.raw_features.accuracy", "of all frames"),
