@@ -190,4 +190,5 @@ def test_the_command_writes_the_figures_and_the_table(
     assert {"published", "quantized", "continuous", "shuffled", "first_frame", "second_frame", "raw_features"} < set(
         found["regression"]["absolute"]
     )
-    assert found["classification"]["num_clips"] == 16
+    # Of the 16 episodes that 128 pairs pay for, those whose instruction has another.
+    assert 2 <= found["classification"]["num_clips"] <= 16
