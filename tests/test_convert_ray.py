@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
+import platform
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import av
 import pytest
 
 from lapa.data import convert_ray
@@ -22,11 +24,14 @@ from lapa.data.metadata import JOURNAL
 from lapa.data.source import Item
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
-from lapa.files import read_json
 from lapa.ray_cluster import RETRIES, RayConfig, cluster
 from lapa.sources.videos import VideosConfig
 from test_data_merge import files
 from test_sources_videos import write_clip
+
+
+class Killed(BaseException):
+    """Ends the command as SIGKILL would, but for the test."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,25 +66,45 @@ def whole(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, by
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray as far as it is used, in this process: shards are made last first."""
+    """Ray as far as it is used, in this process; of shards that are made, the last one is returned first."""
+
+    class Handle:
+        """Calls of an actor are carried out at once, and kept as what a reference stands for."""
+
+        def __init__(self, actor: Any):
+            for name in ("check", "make"):
+                setattr(self, name, SimpleNamespace(remote=partial(self.call, getattr(actor, name))))
+
+        def call(self, method: Any, *arguments: Any) -> object:
+            reference = object()
+            checks.update([] if arguments else [reference])
+            try:
+                results[reference] = method(*pickle.loads(pickle.dumps(arguments)))
+            except Killed:
+                results[reference] = ConnectionError()
+            return reference
+
+    def get(reference: object) -> Any:
+        result = results.pop(reference)
+        if isinstance(result, ConnectionError):
+            raise result
+        return result
+
+    def wait(references: list[object], num_returns: int) -> tuple[list[object], list[object]]:
+        return [next((one for one in references if one in checks), references[-1])], []
+
+    results: dict[object, Any] = {}
+    checks: set[object] = set()
 
     @contextmanager
     def cluster(config: RayConfig) -> Iterator[Any]:
-        def from_items(rows: Sequence[dict[str, Any]], override_num_blocks: int) -> Any:
-            def map_batches(actor: Any, fn_constructor_args: tuple[Any, ...], **_: Any) -> Any:
-                def iter_rows() -> Iterator[dict[str, Any]]:
-                    worker = actor(*fn_constructor_args)
-                    for row in reversed(rows):
-                        made = worker({name: [value] for name, value in row.items()})
-                        yield {name: values[0] for name, values in made.items()}
-
-                return SimpleNamespace(iter_rows=iter_rows)
-
-            return SimpleNamespace(map_batches=map_batches)
-
-        data = SimpleNamespace(from_items=from_items, ActorPoolStrategy=lambda size: size)
-        errors = SimpleNamespace(RayError=RuntimeError)
-        yield SimpleNamespace(data=data, exceptions=errors, cluster_resources=lambda: {"CPU": 2.0})
+        yield SimpleNamespace(
+            remote=lambda **_: lambda actor: SimpleNamespace(remote=lambda *arguments: Handle(actor(*arguments))),
+            wait=wait,
+            get=get,
+            exceptions=SimpleNamespace(RayError=RuntimeError, RayActorError=ConnectionError),
+            cluster_resources=lambda: {"CPU": 8.0},
+        )
 
     monkeypatch.setattr(convert_ray, "cluster", cluster)
 
@@ -93,10 +118,6 @@ def test_shards_in_any_order_become_the_dataset_of_one_machine(
     assert len(open_dataset(tmp_path / "out")) == 7
     shown = capsys.readouterr().err
     assert "left out, too short: 1" in shown and "3x.mkv: damaged; " in shown
-
-
-class Killed(BaseException):
-    """Ends the command as SIGKILL would, but for the test."""
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -182,26 +203,62 @@ def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPat
         pass
 
 
-def test_a_shard_that_kills_its_worker_every_time_is_named(tmp_path: Path) -> None:
-    def killed(items: Sequence[Item], folder: Path) -> list[str]:
-        (folder / "begun").touch()
-        raise Killed
+@pytest.mark.usefixtures("stand_in")
+def test_a_shard_that_kills_its_worker_every_time_is_named(
+    clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills = []
 
-    def make(convert: Any) -> dict[str, list[Any]]:
-        return ShardActor(convert, str(tmp_path))({"path": [str(tmp_path / "000")], "items": [pickle.dumps([])]})
+    def killed(actor: ShardActor, marker: Path, items: Sequence[Item]) -> None:
+        if marker.stem == "000000002" and len(kills) < most:
+            kills.append(marker)
+            (marker.parent / f"{convert_ray.PRIVATE}half").mkdir(exist_ok=True)
+            raise Killed
+        original(actor, marker, items)
 
-    for _ in range(RETRIES):
-        with pytest.raises(Killed):
-            make(killed)
-    assert make(lambda items, folder: ["a warning"]) == {"error": [""]}
-    # Made again, it would be killed.
-    assert make(killed) == {"error": [""]}
-    assert read_json(tmp_path / "000" / convert_ray.WARNINGS) == ["a warning"]
-    shutil.rmtree(tmp_path / "000")
-    for _ in range(RETRIES + 1):
-        with pytest.raises(Killed):
-            make(killed)
-    assert "was killed 4 times" in make(killed)["error"][0]
+    original = ShardActor._make
+    monkeypatch.setattr(ShardActor, "_make", killed)
+    most = RETRIES
+    run(options(clips, tmp_path / "out", engine="ray"))
+    assert files(tmp_path / "out") == whole and len(kills) == RETRIES
+    most = 100
+    with pytest.raises(ValueError, match="000000002: its worker was killed 4 times"):
+        run(options(clips, tmp_path / "other", engine="ray"))
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("fault", ["full disk", "no AV1", "another version"])
+def test_work_of_a_worker_that_cannot_do_it_goes_to_others(
+    clips: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    fault: str,
+) -> None:
+    class Unfit(ShardActor):
+        number = 0
+
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            self.number = Unfit.number = Unfit.number + 1
+            if fault == "another version" and self.number == 2:
+                self.expected = self.expected | {"PyAV": "1.0"}
+            if fault == "no AV1" and self.number in (2, 3):
+                self.expected = self.expected | {"codec libdav1d": "missing"}
+
+        def _make(self, marker: Path, items: Sequence[Item]) -> None:
+            if fault == "full disk" and self.number == 2:
+                raise OSError(28, "No space left on device", "/tmp/x.mp4")
+            super()._make(marker, items)
+
+    monkeypatch.setattr(convert_ray, "ShardActor", Unfit)
+    run(options(clips, tmp_path / "out", engine="ray"))
+    assert files(tmp_path / "out") == whole
+    shown = " ".join(capsys.readouterr().err.split())
+    reason = {"full disk": "No space left on device", "no AV1": "codec libdav1d there (here missing)"}
+    assert f"others do its work: {platform.node()}" in shown
+    assert reason.get(fault, f"PyAV {av.__version__} (here 1.0); install the same on all machines") in shown
 
 
 class DyingActor(ShardActor):
@@ -209,12 +266,12 @@ class DyingActor(ShardActor):
 
     def _make(self, shard: Path, items: Sequence[Item]) -> None:
         marks = Path(self.folder)
-        if shard.name.endswith("2") and not (marks / "amid").exists():
+        if shard.stem.endswith("2") and not (marks / "amid").exists():
             (marks / "amid").touch()
-            self.convert(items, shard.with_name(".making-killed"))
+            self.convert(items, shard.with_name(f"{convert_ray.PRIVATE}killed"))
             os.kill(os.getpid(), signal.SIGKILL)
         super()._make(shard, items)
-        if shard.name.endswith("2") and not (marks / "after").exists():
+        if shard.stem.endswith("2") and not (marks / "after").exists():
             (marks / "after").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -23,9 +23,18 @@ from typing import Any, BinaryIO, cast
 from lapa.errors import UserError, shown
 from lapa.locks import LOCK, hold_to_the_end, locked
 from lapa.store_cache import store_cache
+from lapa.stores import is_of_store, locked_store, retried
 
 # Protocols of fsspec and the pip packages that implement them.
-FILE_SYSTEMS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}
+FILE_SYSTEMS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "hf": "huggingface_hub",
+}
 
 # The name of a file that is being written: of the final name, the process's id and the suffix.
 PARTIAL = re.compile(r"\..+\.\d+\.partial(\..+)?")
@@ -101,7 +110,7 @@ def _resolved(path: Path) -> Path:
 
 @contextmanager
 def reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turns an OSError inside (no such file, no permission, no network) into a UserError that names `path`."""
+    """Turns an error of a file or store inside (no such file, no permission, no network) into a UserError."""
     ending = f"; {remedy}" if remedy else ""
     try:
         yield
@@ -110,7 +119,9 @@ def reading(path: Path, remedy: str = "") -> Iterator[None]:
         raise UserError(f"{path}: no permission to read it ({_first_line(error)}); {access}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{ending}") from None
-    except OSError as error:
+    except Exception as error:
+        if not is_of_store(error):
+            raise
         raise UserError(f"{path}: cannot be read ({_first_line(error)}){ending}") from None
 
 
@@ -215,13 +226,32 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def _uploaded(path: Any) -> Iterator[Path]:
-    """Yields a local file that is uploaded to `path` in one request, which object stores carry out as a whole."""
+    """Yields a local file that is then uploaded to `path`."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / path.name
         with writing(path):
             yield temporary
-            path.fs.makedirs(path.parent.path, exist_ok=True)
-            path.fs.put_file(str(temporary), path.path)
+            copy_file(temporary, path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, local or remote, as a whole or not at all; inside a store without passing through this machine.
+
+    Raises UserError naming what a store refuses, or does not do in some attempts.
+    """
+    one, other = cast(Any, source), cast(Any, target)
+    if is_remote(target) and other.protocol not in FILE_SYSTEMS:
+        other.fs.makedirs(other.parent.path, exist_ok=True)
+    if is_remote(source) and is_remote(target) and one.fs == other.fs:
+        retried(target, lambda: other.fs.cp_file(one.path, other.path))
+    elif is_remote(target) and not is_remote(source):
+        retried(target, lambda: other.fs.put_file(str(source), other.path))
+    else:
+        with atomic_path(target) as temporary:
+            if is_remote(source):
+                retried(source, lambda: one.fs.get_file(one.path, str(temporary)), "read")
+            else:
+                shutil.copyfile(source, temporary)
 
 
 @contextmanager
@@ -355,8 +385,7 @@ def claim_output(
 ) -> None:
     """Makes the folder `out` ready to be written, by this process alone until its command ends (`locks_output`).
 
-    A resumed run finds no partial file of a killed one. A remote `out` cannot be locked: there the user sees to it that
-    one command at a time writes.
+    A resumed run finds no partial file of a killed one, and on a store takes over its lock.
     complete: whether `out` holds the finished artifact. resumable: whether the command has --resume. inputs: folders
     that the command reads; `out` may be inside one of them, but neither be nor contain one.
     Raises UserError where another command writes `out`, where it cannot be written, and where it is not empty and
@@ -373,13 +402,17 @@ def claim_output(
     if overwrite and resume:
         raise UserError("--overwrite and --resume exclude each other; give one")
     with ExitStack() as locks:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
-        if not is_remote(out):
+        if is_remote(out):
+            # Stores make folders by themselves, and their clients remember listings.
+            locks.enter_context(locked_store(out, take_over=resume or overwrite))
+            cast(Any, out).fs.invalidate_cache()
+        else:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
             locks.enter_context(locked(out))
-        contents = [path for path in out.iterdir() if path.name != LOCK] if out.is_dir() else []
+        contents = [out / name for name, _ in _listed(out, follow=True) if name != LOCK]
         if contents and overwrite:
             _remove(out, contents)
         elif contents and resume:
@@ -421,7 +454,7 @@ def remove_folder(folder: Path) -> None:
     """Removes a folder, local or remote, with its contents."""
     if is_remote(folder):
         remote = cast(Any, folder)
-        remote.fs.rm(remote.path, recursive=True)
+        retried(remote, lambda: remote.fs.rm(remote.path, recursive=True), "removed")
     else:
         shutil.rmtree(folder)
 

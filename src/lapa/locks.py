@@ -114,7 +114,7 @@ def _taken(folder: Path, path: Path) -> int:
             return descriptor
         if _is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, _who().encode(errors="replace"), 0)
+            os.pwrite(descriptor, who().encode(errors="replace"), 0)
             return descriptor
         os.close(descriptor)
 
@@ -137,7 +137,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
     return os.path.samestat(os.fstat(descriptor), there)
 
 
-def _who() -> str:
+def who() -> str:
+    """Returns this process, its machine and its command, as a lock names its owner."""
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     command = shlex.join(["lapa" if program == "__main__.py" else program, *sys.argv[1:]])
     command = command if len(command) <= COMMAND_SHOWN else f"{command[:COMMAND_SHOWN]}..."

@@ -60,20 +60,32 @@ def counted_attempts(path: Path) -> Iterator[None]:
     attempts = [path.with_name(f".{path.stem}.attempt-{number}") for number in range(RETRIES + 1)]
     killed = sum(attempt.exists() for attempt in attempts)
     if killed > RETRIES:
-        raise UserError(
-            f"{path.name}: its worker was killed {killed} times, perhaps for lack of memory; what is finished is kept, "
-            "continue with --resume and fewer workers or smaller batches"
-        )
+        raise killed_too_often(path.name, killed)
     attempts[killed].touch()
     yield
     for attempt in attempts[: killed + 1]:
         attempt.unlink(missing_ok=True)
 
 
+def killed_too_often(name: str, times: int) -> UserError:
+    """Returns the error about a piece of work whose workers are killed."""
+    return UserError(
+        f"{name}: its worker was killed {times} times, perhaps for lack of memory; what is finished is kept, "
+        "continue with --resume and fewer workers or smaller batches"
+    )
+
+
 def rows_of(ray: Any, results: Any) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a Ray Dataset. Raises UserError where Ray gives up (cluster lost, worker raised)."""
-    try:
+    """Yields the rows of a Ray Dataset. Raises UserError as `ray_errors`."""
+    with ray_errors(ray):
         yield from results.iter_rows()
+
+
+@contextmanager
+def ray_errors(ray: Any) -> Iterator[None]:
+    """Raises UserError where Ray gives up inside (cluster lost, worker raised)."""
+    try:
+        yield
     except ray.exceptions.RayError as error:
         # The line with the exception stands amid tracebacks and advice.
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -116,7 +128,14 @@ def cluster(config: RayConfig) -> Iterator[Any]:
             ray.init(config.address, **quiet)
     # Ray raises a plain Exception where it does not start in time.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if lines[0].startswith("Version mismatch"):
+            there, here = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+            raise UserError(
+                f"--ray.address {config.address}: runs Ray {there[0]} and Python {there[1]}, here are {here[0]} and "
+                f"{here[1]}; install the same on all machines (pip install ray=={there[0]})"
+            ) from None
+        reason = lines[0]
         if config.address is None:
             raise UserError(f"Ray cannot start a cluster on this machine ({reason})") from None
         raise UserError(f"--ray.address {config.address}: no Ray cluster answers there ({reason})") from None

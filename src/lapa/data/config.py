@@ -22,8 +22,8 @@ LARGEST_CODE = 1 << 20
 class ConvertOptions(Reading):
     """Options of every `lapa data SOURCE`; a command's config adds the source's reading options."""
 
-    out: Path
-    """Folder of the dataset to write, on this machine."""
+    out: str
+    """Folder of the dataset to write, or its URL on a store (s3://bucket/dataset)."""
     camera: tuple[str, ...] = ()
     """Cameras to keep; by default all."""
     actions: bool = True
@@ -54,8 +54,8 @@ class ConvertOptions(Reading):
     workers: int = 0
     """Processes that convert; 0: one for each CPU core."""
     engine: Literal["local", "ray"] = "local"
-    """local: this machine; ray: the workers of a Ray cluster (lapa-vla[ray]), which must reach the source and `out`,
-    on a disk that they share, under the same names."""
+    """local: this machine; ray: the workers of a Ray cluster (lapa-vla[ray]), which must reach the source and `out`, a
+    store or a folder on a disk that they share, under the same names."""
     ray: RayConfig = field(default_factory=RayConfig)
     overwrite: bool = False
     """Replace the contents of `out`."""
@@ -101,9 +101,9 @@ class MergeConfig:
     """Merge datasets of the same cameras, rate and features into one, without touching the videos."""
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """The datasets' folders, in the order of their episodes."""
-    out: Path
-    """Folder of the dataset to write."""
+    """The datasets' folders, or their URLs on stores, in the order of their episodes."""
+    out: str
+    """Folder of the dataset to write, or its URL on a store; on that of the datasets, videos are copied inside it."""
     overwrite: bool = False
     """Replace the contents of `out`."""
     resume: bool = False

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ import numpy as np
 
 from lapa.console import finish, progress, say, warn
 from lapa.data.config import ConvertOptions
-from lapa.data.convert_ray import INCOMING, convert_with_ray
+from lapa.data.convert_ray import INCOMING, convert_with_ray, remove_incoming
 from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
 from lapa.data.metadata import INFO
 from lapa.data.motion import MotionMeter, inside_bars, share_of_new, shot_numbers, thumbnail
@@ -39,7 +38,7 @@ from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
 from lapa.data.writer import SOURCE_FINGERPRINT, DatasetWriter, PixelMoments
 from lapa.errors import UserError, unknown
-from lapa.files import claim_output
+from lapa.files import as_path, claim_output, is_remote
 from lapa.locks import locks_output
 from lapa.ray_cluster import check_ray
 
@@ -88,9 +87,11 @@ class ConvertedItem:
 @locks_output
 def run(options: ConvertOptions) -> None:
     """`lapa data SOURCE`: converts, and prints what was left out. Raises UserError on bad input."""
-    out, folder = options.out, shlex.quote(str(options.out))
+    out, folder = as_path(options.out), shlex.quote(str(options.out))
     next_commands = [f"lapa data info {folder}", f"lapa latent train --data {folder} --out LAM"]
     _check_options(options)
+    if options.engine == "ray" and is_remote(out) and getattr(out, "protocol", "") == "memory":
+        raise UserError(f"{out}: is the memory of this process, which Ray's workers do not share; give another --out")
     source = options.open()
     say(f"{source.kind}: {len(source.items)} items in {source.root}")
     for camera in options.camera:
@@ -341,18 +342,19 @@ def _convert_all(
     options: ConvertOptions,
     tell: Callable[[str], None] = warn,
 ) -> None:
-    _remove_incoming(options.out)
+    remove_incoming(writer.root)
     # A new folder for each run: workers of a killed one may continue for a moment.
-    incoming = Path(tempfile.mkdtemp(prefix=INCOMING, dir=options.out))
-    jobs = ((item, incoming / str(number)) for number, item in enumerate(items))
-    num_workers = min(options.workers or os.cpu_count() or 1, len(items))
-    shared = (source, cameras, fps, options)
-    with progress() as bar, Workers(num_workers if num_workers > 1 else 0, shared) as workers:
-        task = bar.add_task("converting", total=len(items), note="")
-        for number, converted in enumerate(workers.in_order(convert_item, jobs)):
-            _add(source, items[number], converted, writer, options.skip_bad, tell)
-            bar.advance(task)
-    _remove_incoming(options.out)
+    out = None if is_remote(writer.root) else writer.root
+    with tempfile.TemporaryDirectory(prefix=INCOMING, dir=out, ignore_cleanup_errors=True) as folder:
+        jobs = ((item, Path(folder) / str(number)) for number, item in enumerate(items))
+        num_workers = min(options.workers or os.cpu_count() or 1, len(items))
+        shared = (source, cameras, fps, options)
+        with progress() as bar, Workers(num_workers if num_workers > 1 else 0, shared) as workers:
+            task = bar.add_task("converting", total=len(items), note="")
+            for number, converted in enumerate(workers.in_order(convert_item, jobs)):
+                _add(source, items[number], converted, writer, options.skip_bad, tell)
+                bar.advance(task)
+        writer.flush()
 
 
 def _convert_apart(
@@ -360,15 +362,10 @@ def _convert_apart(
 ) -> list[str]:
     """Converts items into a folder of their own, as a dataset that is not finished; returns the warnings."""
     warnings: list[str] = []
-    options = replace(options, out=folder, workers=1, overwrite=False, resume=False)
+    options = replace(options, out=str(folder), workers=1, overwrite=False, resume=False)
     writer = _open_writer(source, items, cameras, fps, options)
     _convert_all(source, items, writer, cameras, fps, options, warnings.append)
     return warnings
-
-
-def _remove_incoming(out: Path) -> None:
-    for folder in out.glob(f"{INCOMING}*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _add(

@@ -1,129 +1,216 @@
 """Conversion on the workers of a Ray cluster: each converts shards, which this process adds to the dataset in order.
 
-    lapa data webdataset 's3://bucket/clips-{00000..01023}.tar' --engine ray --ray.address auto --out /shared/DATASET
+    lapa data webdataset 's3://bucket/clips-{00000..01023}.tar' --engine ray --ray.address auto --out s3://bucket/DATASET
 
 A shard is a few items in a row. A worker converts it into a folder of its own, as a dataset that is not finished, whose
-journal has the episodes; the folder then gets its name, whole or not at all. Its episodes are moved to the dataset as
-soon as all shards before it are there. So the dataset is that of one machine, byte for byte. A worker that is killed is
-started again and makes its shard again; after this process is killed, --resume goes on with the shards that are there.
-https://docs.ray.io/en/latest/data/data.html
+journal has the episodes; for a dataset on a store that folder is uploaded. One small file then names it and makes the
+shard: as a whole or not at all, and by one of two workers where both have converted it. Its episodes are moved to the
+dataset as soon as all shards before it are there, on a store by copies that do not leave it. So the dataset is that of
+one machine, byte for byte. The shard of a worker that is killed, whose disk is full or whose codecs are others goes to
+another one; after this process is killed, --resume goes on with the shards that are there.
+https://docs.ray.io/en/latest/ray-core/actors.html
 """
 
 from __future__ import annotations
 
 import os
-import pickle
+import platform
 import shutil
 import tempfile
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import av
+
+import lapa
 from lapa.console import progress, say, warn
 from lapa.data.source import Item
-from lapa.data.writer import DatasetWriter
+from lapa.data.writer import REQUESTS, DatasetWriter
 from lapa.errors import UserError
-from lapa.files import read_json, write_json
-from lapa.ray_cluster import RayConfig, cluster, counted_attempts, pool, rows_of
+from lapa.files import as_path, copy_file, find_files, is_remote, read_json, remove_folder, write_json
+from lapa.ray_cluster import RETRIES, RayConfig, cluster, killed_too_often, pool, ray_errors
 
 # Prefix of the folders in the dataset's with what waits to be added.
 INCOMING = ".incoming-"
 SHARDS = f"{INCOMING}shards"
 SHARD_ITEMS = 16
-# Of a shard that a worker is making.
-PRIVATE = ".making-"
-# In a shard: a list of the warnings of its conversion, shown when it is added.
-WARNINGS = "warnings.json"
+# Of the folder with what a worker has converted, and the names of the files that make shards.
+PRIVATE = "made-"
+MARKERS = "*.json"
+# Of encoders and decoders: those that datasets are written with, and those that videos are mostly in.
+CODECS = ("libx264", "h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d")
 
 # Converts items into a folder, as an unfinished dataset, and returns warnings.
 Convert = Callable[[Sequence[Item], Path], list[str]]
 
 
+def versions() -> dict[str, str]:
+    """What decides the bytes of a conversion, besides its options: versions, and codecs that are there."""
+    return {
+        "lapa": lapa.__version__,
+        "PyAV": av.__version__,
+        "FFmpeg": ".".join(map(str, av.library_versions["libavcodec"])),
+        **{f"codec {codec}": "there" if codec in av.codecs_available else "missing" for codec in CODECS},
+    }
+
+
 class ShardActor:
-    """A worker: makes one shard a call. folder: the one that the command's paths are relative to."""
+    """A worker: makes shards. folder: the one that the command's paths are relative to; expected: `versions` there."""
 
-    def __init__(self, convert: Convert, folder: str) -> None:
-        self.convert, self.folder = convert, folder
-        self.error = ""
+    def __init__(self, convert: Convert, folder: str, expected: dict[str, str]) -> None:
+        self.convert, self.folder, self.expected = convert, folder, expected
 
-    def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
-        """Makes the shard that a row names. Errors are returned in the row, not raised: Ray would wrap them."""
-        if not self.error:
-            try:
-                if Path(self.folder).is_dir():
-                    os.chdir(self.folder)
-                self._make(Path(str(rows["path"][0])), pickle.loads(rows["items"][0]))
-            except (UserError, OSError) as error:
-                self.error = str(error)
-        return {"error": [self.error]}
+    def check(self) -> dict[str, str]:
+        """Returns, as `make` does, whether this worker would write what the command's own machine writes."""
+        own = versions()
+        other = [f"{name} {own[name]} (here {here})" for name, here in self.expected.items() if own[name] != here]
+        return {"unfit": f"{platform.node()} has {', '.join(other)}; install the same on all machines"} if other else {}
 
-    def _make(self, shard: Path, items: Sequence[Item]) -> None:
-        if shard.exists():
-            return  # Made by a worker that was killed before it could report.
-        with counted_attempts(shard):
-            private = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=shard.parent))
-            write_json(private / WARNINGS, self.convert(items, private))
-            try:
-                private.rename(shard)
-            except OSError:
-                # A worker that was taken for dead has made it meanwhile.
-                if not shard.exists():
-                    raise
+    def make(self, shard: str, items: Sequence[Item]) -> dict[str, str]:
+        """Makes a shard, named by its marker. Errors are returned, not raised: Ray would wrap them.
+
+        error: of the items or the store; unfit: of this worker, such as a full disk.
+        """
+        try:
+            if Path(self.folder).is_dir():
+                os.chdir(self.folder)
+            self._make(as_path(shard), items)
+        except UserError as error:
+            return {"error": str(error)}
+        except OSError as error:
+            return {"unfit": f"{platform.node()}: {error}"}
+        return {}
+
+    def _make(self, marker: Path, items: Sequence[Item]) -> None:
+        out = None if is_remote(marker) else marker.parent
+        private, made = Path(tempfile.mkdtemp(prefix=PRIVATE, dir=out)), False
+        try:
+            warnings = self.convert(items, private)
+            if out is None:
+                paths = [path for path in private.rglob("*") if path.is_file()]
+                targets = [marker.parent / path.relative_to(private.parent) for path in paths]
+                with ThreadPoolExecutor(REQUESTS) as threads:
+                    list(threads.map(copy_file, paths, targets))
+            write_json(marker, {"folder": private.name, "warnings": warnings})
+            made = True
+        finally:
+            if out is None or not made:
                 shutil.rmtree(private, ignore_errors=True)
 
 
 def convert_with_ray(convert: Convert, items: Sequence[Item], writer: DatasetWriter, config: RayConfig) -> None:
-    """Converts items and adds their episodes to the dataset. Raises UserError where a worker cannot go on."""
+    """Converts items and adds their episodes to the dataset. Raises UserError where no worker can go on."""
     folder = writer.root / SHARDS / writer.identity
-    _remove_leftovers(writer.root, folder)
     shards = {
-        folder / f"{start:09d}": items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)
+        folder / f"{start:09d}.json": items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)
     }
     waiting = deque(path for path, its in shards.items() if any(item.key not in writer.done_items for item in its))
     num_done = len(items) - sum(len(shards[path]) for path in waiting)
-    missing = [path for path in waiting if not path.exists()]
+    made = _made_before(writer.root, folder, waiting)
+    missing = [path for path in waiting if path not in made]
     with progress() as bar:
         task = bar.add_task("converting", total=len(items), note="")
 
         def add_ready() -> None:
             nonlocal num_done
-            while waiting and waiting[0].exists():
-                for warning in read_json(waiting[0] / WARNINGS):
+            while waiting and waiting[0] in made:
+                marker = waiting.popleft()
+                note = read_json(marker)
+                for warning in note["warnings"]:
                     warn(warning)
-                writer.add_unfinished(waiting[0])
-                num_done += len(shards[waiting[0]])
-                shutil.rmtree(waiting.popleft())
+                writer.add_unfinished(folder / note["folder"])
+                num_done += len(shards[marker])
+                remove_folder(folder / note["folder"])
             bar.update(task, completed=num_done)
 
         add_ready()
         if missing:
-            with cluster(config) as ray:
+            with cluster(config) as ray, ray_errors(ray):
                 size, cpus, _ = pool(config, "cpu", ray.cluster_resources(), len(missing))
                 say(f"{size} workers of Ray, each with {cpus:g} CPU cores")
-                rows = [{"path": str(path.absolute()), "items": pickle.dumps(shards[path])} for path in missing]
-                results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-                    ShardActor,
-                    fn_constructor_args=(convert, str(Path.cwd())),
-                    batch_size=1,
-                    compute=ray.data.ActorPoolStrategy(size=size),
-                    num_cpus=cpus,
-                )
-                for row in rows_of(ray, results):
-                    if row["error"]:
-                        raise UserError(row["error"])
+                actor = ray.remote(num_cpus=cpus)(ShardActor)
+                there = {str(path if is_remote(path) else path.absolute()): path for path in missing}
+                work = {name: shards[path] for name, path in there.items()}
+                arguments = convert, str(Path.cwd()), versions()
+                for name in _shards_made(ray, lambda: actor.remote(*arguments), work, size):
+                    made.add(there[name])
                     add_ready()
-    if waiting:
-        raise UserError(f"{waiting[0]}: is missing, though its worker has reported it; continue with --resume")
-    shutil.rmtree(writer.root / SHARDS, ignore_errors=True)
+    remove_incoming(writer.root)
 
 
-def _remove_leftovers(root: Path, folder: Path) -> None:
-    """Removes what killed workers, runs on one machine and runs with other settings have left in the dataset."""
-    shards = root / SHARDS
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in [*root.glob(f"{INCOMING}*"), *shards.iterdir(), *folder.glob(f"{PRIVATE}*")]:
-        if path not in (shards, folder):
-            shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".*.attempt-*"):
-        path.unlink(missing_ok=True)
+def _shards_made(ray: Any, start: Callable[[], Any], work: dict[str, Sequence[Item]], size: int) -> Iterator[str]:
+    """Yields the names of shards as they are made, by `size` workers. Raises UserError where no worker can go on.
+
+    A worker that is killed is started again, and its shard made again; one that cannot write what the others write, or
+    cannot write at all, gets no further shard.
+    """
+    waiting = deque(work)
+    killed: Counter[str] = Counter()
+    idle: list[Any] = []
+    # By the reference to what they are to return; those that are starting have no shard yet.
+    running: dict[Any, tuple[Any, str]] = {}
+
+    def begin() -> None:
+        actor = start()
+        running[actor.check.remote()] = actor, ""
+
+    for _ in range(size):
+        begin()
+    reason = ""
+    while waiting or any(shard for _, shard in running.values()):
+        if not running:
+            raise UserError(f"no worker is left: {reason}; what is finished is kept, continue with --resume")
+        finished, _ = ray.wait(list(running), num_returns=1)
+        actor, shard = running.pop(finished[0])
+        try:
+            result = ray.get(finished[0])
+        except ray.exceptions.RayActorError:
+            killed[shard] += 1
+            if killed[shard] > RETRIES:
+                raise killed_too_often(Path(shard).stem or "its start", killed[shard]) from None
+            begin()
+            waiting.extendleft([shard] if shard else [])
+        else:
+            del killed[shard]
+            if result.get("error"):
+                raise UserError(result["error"])
+            unfit = result.get("unfit", "")
+            if unfit:
+                reason = unfit
+                warn(f"a worker of Ray is left out, and others do its work: {unfit}")
+                waiting.extendleft([shard] if shard else [])
+            else:
+                idle.append(actor)
+                if shard:
+                    yield shard
+        while idle and waiting:
+            actor, shard = idle.pop(), waiting.popleft()
+            running[actor.make.remote(shard, work[shard])] = actor, shard
+
+
+def _made_before(root: Path, folder: Path, waiting: Iterable[Path]) -> set[Path]:
+    """Returns the markers of `waiting` that are there; removes what else earlier runs have left in the dataset."""
+    if is_remote(root):
+        cast(Any, root).fs.invalidate_cache()
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+    markers = set(waiting) & set(find_files(folder, MARKERS))
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        kept = {folder, *(folder / note["folder"] for note in threads.map(read_json, markers))}
+    for path in [*find_files(root / SHARDS, "*"), *find_files(folder, f"{PRIVATE}*")]:
+        if path not in kept:
+            remove_folder(path)
+    remove_incoming(root, but=SHARDS)
+    return markers
+
+
+def remove_incoming(root: Path, but: str = "") -> None:
+    """Removes the folders of what waits to be added, except one."""
+    if is_remote(root):
+        cast(Any, root).fs.invalidate_cache()
+    for path in find_files(root, f"{INCOMING}*"):
+        if path.name != but:
+            remove_folder(path)

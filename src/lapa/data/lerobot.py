@@ -461,13 +461,14 @@ class _Film:
     flaws: dict[int, str]
 
 
-def require_folder(dataset: Dataset) -> LeRobotDataset:
-    """Returns the dataset, which must be a v3.0 folder of videos on this machine, opened as it is stored.
+def require_folder(dataset: Dataset, *, stores: bool = False) -> LeRobotDataset:
+    """Returns the dataset, which must be a v3.0 folder of videos, opened as it is stored.
 
-    Damaged episodes may be left out of it. Raises UserError with the way to make one.
+    Damaged episodes may be left out of it. stores: whether it may be elsewhere than on this machine.
+    Raises UserError with the way to make one.
     """
     make = f"`lapa data lerobot {dataset.root} --out DATASET` makes one"
-    if not isinstance(dataset, LeRobotDataset) or is_remote(dataset.root):
+    if not isinstance(dataset, LeRobotDataset) or (is_remote(dataset.root) and not stores):
         raise UserError(f"{dataset.root}: this needs a dataset folder on this machine; convert or copy it first")
     if dataset.legacy:
         raise UserError(f"{dataset.root}: this needs LeRobotDataset {CODEBASE_VERSION}, got {dataset.version}; {make}")

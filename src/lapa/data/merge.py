@@ -2,7 +2,8 @@
 
     lapa data merge A B C --out ALL
 
-Video files are hard-linked (copied where the file system cannot). Episodes follow one another in the order of the
+Video files are hard-linked; they are copied where the file system cannot, and on a store, where they do not leave
+it if the datasets are on the same one. Episodes follow one another in the order of the
 datasets, with numbers from 0; tables and statistics are written anew, and meta/info.json last, which makes the dataset
 readable. So the parts of a source, converted one by one and merged, become the files of the source converted at once.
 Labels are carried along where all datasets have them, of one latent action model and with the same settings.
@@ -59,7 +60,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.tables import as_numpy, integers, matrix, parsing, read_parquet, schema_of
 from lapa.data.writer import CHUNK_SIZE, EPISODES_PER_GROUP, Tables, moments_of, place, write_parquet, write_tasks
 from lapa.errors import UserError
-from lapa.files import find_files, inside, write_json
+from lapa.files import as_path, find_files, inside, write_json
 from lapa.locks import locks_output
 
 MERGE = "lapa data merge"
@@ -75,21 +76,22 @@ OF_LABELS = (
 @locks_output
 def run(config: MergeConfig) -> None:
     """`lapa data merge`. Raises UserError where datasets do not fit together, or `out` cannot be written."""
-    datasets = [require_folder(open_dataset(data)) for data in config.data]
+    out = as_path(config.out)
+    datasets = [require_folder(open_dataset(data), stores=True) for data in config.data]
     _require_alike(datasets)
     space = common_action_space(datasets) if datasets[0].action_dim is not None else None
     notes = [{name: value for name, value in dataset.extra.items() if name != ACTION_SPACE} for dataset in datasets]
     merged = [{"fingerprint": dataset.fingerprint, **note} for dataset, note in zip(datasets, notes, strict=True)]
     extra = {"made_by": MERGE, "merged": merged, **(space.declared() if space else {})}
-    if not (config.resume and not config.overwrite and (config.out / INFO).exists()):
-        claim_rewrite(config.out, datasets, extra, overwrite=config.overwrite, resume=config.resume)
-        merge(datasets, config.out, extra)
-    configs.require_same(config.out / EXTRA, extra)
-    out = LeRobotDataset(config.out)
-    carry_labels(datasets, out)
-    folder = shlex.quote(str(config.out))
+    if not (config.resume and not config.overwrite and (out / INFO).exists()):
+        claim_rewrite(out, datasets, extra, overwrite=config.overwrite, resume=config.resume)
+        merge(datasets, out, extra)
+    configs.require_same(out / EXTRA, extra)
+    merged_dataset = LeRobotDataset(out)
+    carry_labels(datasets, merged_dataset)
+    folder = shlex.quote(str(out))
     next_commands = [f"lapa data info {folder}", f"lapa latent train --data {folder} --out LAM"]
-    finish(f"dataset of {len(out)} episodes, from {len(datasets)} datasets", config.out, next_commands)
+    finish(f"dataset of {len(merged_dataset)} episodes, from {len(datasets)} datasets", out, next_commands)
 
 
 def merge(datasets: Sequence[LeRobotDataset], out: Path, extra: Mapping[str, Any]) -> None:
@@ -155,7 +157,8 @@ def merge(datasets: Sequence[LeRobotDataset], out: Path, extra: Mapping[str, Any
 
 def carry_labels(datasets: Sequence[LeRobotDataset], out: LeRobotDataset) -> None:
     """Writes the labels that all datasets have, as labels of the merged one; reports those that are left behind."""
-    names = {path.parent.name for dataset in datasets for path in (dataset.root / "labels").glob(f"*/{MANIFEST}")}
+    paths = [path for dataset in datasets for path in find_files(dataset.root / "labels", f"*/{MANIFEST}")]
+    names = {path.parent.name for path in paths}
     for name in sorted(names):
         target = out.root / "labels" / name
         if (target / MANIFEST).exists():

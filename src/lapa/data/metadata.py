@@ -28,6 +28,8 @@ LEGACY_VERSIONS = ("v2.1", "v2.0")
 INFO = "meta/info.json"
 TASKS = "meta/tasks.parquet"
 JOURNAL = "meta/journal.jsonl"
+# Of a dataset on a store: the folder with the lines of the journal, some items in each file.
+JOURNAL_PARTS = "meta/journal"
 STATS = "meta/stats.json"
 EXTRA = "meta/lapa.json"
 EPISODES = "meta/episodes"

@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,18 @@ from lapa.data.metadata import EXTRA, INFO, JOURNAL, STATS, TASKS, episode_files
 from lapa.data.spec import open_dataset
 from lapa.data.tables import parsing, read_parquet
 from lapa.data.video import probe
-from lapa.data.writer import FRAME_COLUMNS, Moments, feature_column, moments_of, write_parquet
+from lapa.data.writer import FRAME_COLUMNS, REQUESTS, Moments, feature_column, moments_of, write_parquet
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, inside, partial_path, read_json_lines, write_json
+from lapa.files import (
+    atomic_path,
+    claim_output,
+    copy_file,
+    inside,
+    is_remote,
+    partial_path,
+    read_json_lines,
+    write_json,
+)
 from lapa.locks import locks_output
 
 NO_ACTIONS = "lapa data hide-actions"
@@ -77,7 +87,7 @@ def claim_rewrite(
     inputs: further files that the command reads.
     """
     for dataset in datasets:
-        if out.resolve().is_relative_to(dataset.root.resolve()):
+        if is_remote(out) == is_remote(dataset.root) and out.resolve().is_relative_to(dataset.root.resolve()):
             raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
     inputs = [*(dataset.root for dataset in datasets), *inputs]
     claim_output(out, complete=(out / INFO).exists(), overwrite=overwrite, resume=resume, inputs=inputs)
@@ -289,12 +299,15 @@ def _statistics(row: Mapping[str, Any], feature: str) -> dict[str, np.ndarray] |
 
 
 def link_videos(targets: Mapping[Path, Path], roots: Sequence[Path]) -> None:
-    """Links video files to their places in a new dataset, or copies them where the file system cannot.
+    """Links video files to their places in a new dataset, or copies them: on stores, or where the file system cannot.
 
     roots: the folders of the datasets that they are of.
     """
-    num_copied, folders = 0, [root.resolve() for root in roots]
-    for path, target in targets.items():
+    folders = [root.resolve() for root in roots if not is_remote(root)]
+    remote = [pair for pair in targets.items() if any(map(is_remote, pair))]
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        num_copied = len(list(threads.map(lambda pair: copy_file(*pair), remote)))
+    for path, target in (pair for pair in targets.items() if not any(map(is_remote, pair))):
         source = Path(os.path.realpath(path))
         if not any(source.is_relative_to(folder) for folder in folders):
             # A link of the hub's cache, or to any file: what is no video is not taken along.
@@ -307,8 +320,7 @@ def link_videos(targets: Mapping[Path, Path], roots: Sequence[Path]) -> None:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write the dataset again") from None
         except OSError:
-            with atomic_path(target) as copy:
-                shutil.copyfile(path, copy)
+            copy_file(path, target)
             num_copied += 1
         finally:
             # Also after success: a link that replaces one to the same file stays.

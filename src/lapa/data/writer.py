@@ -4,17 +4,22 @@ Each episode is one mp4 per camera, written atomically, and then one line of `me
 once its line does. A killed writer leaves whole episodes and perhaps an mp4 without a line, which the next writer
 replaces. `finish` turns the journal into the tables of the layout; `meta/info.json` comes last and makes the dataset
 readable. Memory does not grow with the number of frames.
+
+On a store, where no file grows, videos are uploaded under their final names, and the lines of a few items then follow
+as one object of `meta/journal/`, made on condition that there is none: of two writers that number them alike one stops.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -32,13 +37,26 @@ from lapa.data.metadata import (
     EXTRA,
     INFO,
     JOURNAL,
+    JOURNAL_PARTS,
     STATS,
     TASKS,
     VIDEO_PATH,
 )
 from lapa.data.video import encode_clip, probe
 from lapa.errors import UserError, shown
-from lapa.files import atomic_path, errors_about, inside, remove_partial, write_json
+from lapa.files import (
+    as_path,
+    atomic_path,
+    copy_file,
+    errors_about,
+    find_files,
+    inside,
+    is_remote,
+    remove_folder,
+    remove_partial,
+    write_json,
+)
+from lapa.stores import content_of, create
 
 MAX_NAME = 200  # Bytes of a camera's name, which is part of folders' names.
 CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
@@ -47,6 +65,8 @@ EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
 # In meta/lapa.json: what the source held.
 SOURCE_FINGERPRINT = "source_fingerprint"
 FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+# Of a dataset on a store: requests at a time, and items whose lines are one object of the journal.
+REQUESTS, ITEMS_PER_PART = 16, 16
 # Statistics need no more than a sample of the pixels.
 FRAME_STRIDE, PIXEL_STRIDE = 5, 4
 
@@ -58,7 +78,7 @@ class DatasetWriter:
         writer.add_episode({"front": images}, "lift the cup", actions=actions)  # uint8 [T, 96, 128, 3], float [T, 3]
         dataset = writer.finish()
 
-    root: the folder; fps: frames per second of all episodes.
+    root: the folder, or its URL on a store; fps: frames per second of all episodes.
     cameras: short name -> (height, width), both even. action_names, state_names: one name per dimension, or None.
     binary_actions, control: the action space: names of the dimensions that are switches, and whether actions are
         `delta` or `absolute` (lapa.data.dataset).
@@ -85,7 +105,7 @@ class DatasetWriter:
         extra_info: Mapping[str, Any] | None = None,
         resume: bool = False,
     ):
-        self.root, self.fps, self.cameras = Path(root), float(fps), dict(cameras)
+        self.root, self.fps, self.cameras = as_path(root), float(fps), dict(cameras)
         self.widths = {
             name: len(names) for name, names in ((ACTION, action_names), (STATE, state_names)) if names is not None
         }
@@ -98,7 +118,13 @@ class DatasetWriter:
         self.done_sources: set[str] = set()
         self.done_items: set[str] = set()
         self.notes: Counter[str] = Counter()
-        self._journal = Journal(self.root / JOURNAL)
+        # What is on its way to a store; else the dataset's own folder.
+        self._outgoing = tempfile.TemporaryDirectory(prefix="lapa-") if is_remote(self.root) else None
+        self._here = Path(self._outgoing.name) if self._outgoing else self.root
+        self._threads = ThreadPoolExecutor(REQUESTS) if self._outgoing else None
+        self._requests: list[Future[None]] = []
+        self._num_parts = self._num_sent = self._items_since = 0
+        self._journal = Journal(self._here / JOURNAL)
         self._image_keys = [CAMERA_PREFIX + camera for camera in self.cameras]
         for camera, (height, width) in self.cameras.items():
             with errors_about(f"{root}: camera {shown(camera)}"):
@@ -126,15 +152,15 @@ class DatasetWriter:
         rows = self._checked_rows({ACTION: actions, STATE: states}, source)
         if set(frames) != set(self.cameras):
             raise UserError(f"{self._name(source)}: has cameras {sorted(frames)}, not {sorted(self.cameras)}")
-        lengths, pixels = {}, {}
+        files, lengths, pixels = {}, {}, {}
         for camera, images in frames.items():
             pixels[camera] = PixelMoments()
             checked = self._checked_frames(images, camera, source)
-            path = self.video_path(camera, self.num_episodes)
+            path = files[camera] = self._here / self._video_name(camera, self.num_episodes)
             lengths[camera] = encode_clip(path, pixels[camera].watch(checked), self.fps, self.keyframe_interval)
         length = self._common_length(lengths, rows, source)
         stats = {camera: moments.to_dict() for camera, moments in pixels.items()}
-        return self._add(length, rows, stats, instruction, source)
+        return self._add(files, length, rows, stats, instruction, source)
 
     def add_episode_files(
         self,
@@ -153,15 +179,12 @@ class DatasetWriter:
         """
         rows = self._checked_rows({ACTION: actions, STATE: states}, source)
         self._common_length(dict.fromkeys(files, length), rows, source)
-        for camera, path in files.items():
-            target = self.video_path(camera, self.num_episodes)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Path(path).replace(target)
-        return self._add(length, rows, pixel_stats, instruction, source)
+        return self._add(files, length, rows, pixel_stats, instruction, source)
 
     def add_unfinished(self, root: Path) -> None:
-        """Adds, in order, what another writer has written in `root` and not finished; its videos are moved.
+        """Adds, in order, what another writer has written in `root`, a folder, and not finished; its videos are moved.
 
+        `root` may be on the store of this dataset; videos are copied there then, and lines are written as one part.
         Where this was interrupted, it goes on: sources and items that are there are left out.
         """
         lines = iter(Journal(root / JOURNAL))
@@ -175,12 +198,9 @@ class DatasetWriter:
             name, number = partial(self._video_name, number=number), number + 1
             if record["source"] in self.done_sources:
                 continue
-            for camera in self.cameras:
-                path, target = root / name(camera), self.video_path(camera, self.num_episodes)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if path.exists() or not target.exists():
-                    path.replace(target)
+            self._move({camera: root / name(camera) for camera in self.cameras})
             self._write_record(record)
+        self.flush()
 
     def close_item(self, item: str, notes: Mapping[str, int] | None = None) -> None:
         """Records that all episodes of `item` have been added or left out.
@@ -191,10 +211,13 @@ class DatasetWriter:
         self._journal.append({"item": item, "notes": dict(notes)})
         self.done_items.add(item)
         self.notes.update(notes)
+        self._items_since += 1
+        if self._items_since >= ITEMS_PER_PART:
+            self.flush()
 
     def discard(self) -> None:
         """Removes the journal of a writer without episodes, as if nothing had been begun."""
-        self._journal.path.unlink()
+        self._remove_journal()
         self._journal.path.parent.rmdir()
 
     def video_path(self, camera: str, episode_index: int) -> Path:
@@ -211,13 +234,14 @@ class DatasetWriter:
         if not self.num_episodes:
             raise UserError(f"{self.root}: no episode was written; there is nothing to finish")
         tasks: dict[str, int] = {}
+        self.flush()
         totals = {name: Moments() for name in (*self._image_keys, *self.widths, *FRAME_COLUMNS)}
         tables = Tables(self.root)
         num_frames = index = 0
         videos: dict[str, str] = {}
         for index, record in enumerate(self._records()):
             for camera, digest in record["videos"].items():
-                videos[self.video_path(camera, index).relative_to(self.root).as_posix()] = digest
+                videos[self._video_name(camera, index)] = digest
             task = tasks.setdefault(record["instruction"], len(tasks))
             steps, ones = np.arange(record["length"]), np.ones(record["length"], np.int64)
             values = (steps / self.fps, steps, index * ones, num_frames + steps, task * ones)
@@ -236,7 +260,7 @@ class DatasetWriter:
         write_json(self.root / EXTRA, self.extra_info)
         files = [TASKS, STATS, EXTRA, *tables.files]
         write_marker(self.root, INFO, self._info(num_frames, len(tasks)), files, known=videos)
-        self._journal.path.unlink()
+        self._remove_journal()
         self.finished = True
         return LeRobotDataset(self.root)
 
@@ -254,9 +278,15 @@ class DatasetWriter:
             if not resume:
                 raise UserError(f"{self.root}: is a finished dataset; give another --out, or --overwrite to replace it")
             self._require_same(settings, self._settings_of_finished(settings))
-            self._journal.path.unlink(missing_ok=True)
+            self._remove_journal()
             self.finished = True
             return
+        if is_remote(self.root):
+            cast(Any, self.root).fs.invalidate_cache()
+            if resume:
+                self._fetch_journal()
+            else:
+                self._remove_journal()
         if not (resume and self._journal.path.exists()):
             self._journal.begin(())
         for number, record in enumerate(self._journal):
@@ -270,8 +300,71 @@ class DatasetWriter:
                 self.done_sources.add(record["source"])
         # Half-written tables keep their suffix, and a reader that lists the folder would take them for whole ones.
         remove_partial(self.root)
+        self._num_sent = self._journal.length
         if not self._journal.length:
             self._journal.append(settings, sync=True)
+            self.flush()
+
+    def _fetch_journal(self) -> None:
+        """Makes the journal of this machine from its parts on the store; where one is missing, up to there."""
+        assert self._threads is not None
+        paths = find_files(self.root, f"{JOURNAL_PARTS}/*.jsonl")
+        if not paths:
+            return
+        with atomic_path(self._journal.path) as temporary, temporary.open("wb") as file:
+            for number, (path, part) in enumerate(zip(paths, self._threads.map(content_of, paths), strict=True)):
+                if part is None or path != self._part_path(number):
+                    break
+                file.write(part)
+                self._num_parts = number + 1
+
+    def _part_path(self, number: int) -> Path:
+        return self.root / JOURNAL_PARTS / f"{number:09d}.jsonl"
+
+    def flush(self) -> None:
+        """Where the dataset is on a store, waits until all that was added is there, and writes their lines there.
+
+        Raises UserError where another writer has been first.
+        """
+        requests, self._requests, self._items_since = self._requests, [], 0
+        try:
+            for request in requests:
+                request.result()
+        finally:
+            # None is left to do, or one has failed.
+            for request in requests:
+                request.cancel()
+        if self._threads is None or self._num_sent == self._journal.length:
+            return
+        with self._journal.path.open("rb") as file:
+            file.seek(self._num_sent)
+            lines = file.read(self._journal.length - self._num_sent)
+        if not create(self._part_path(self._num_parts), lines):
+            raise UserError(
+                f"{self._part_path(self._num_parts)}: another command has written this dataset meanwhile; stop one of "
+                "them, and continue with --resume"
+            )
+        self._num_parts, self._num_sent = self._num_parts + 1, self._journal.length
+
+    def _remove_journal(self) -> None:
+        self._journal.path.unlink(missing_ok=True)
+        if is_remote(self.root) and find_files(self.root, JOURNAL_PARTS):
+            remove_folder(self.root / JOURNAL_PARTS)
+
+    def _move(self, files: Mapping[str, Path]) -> None:
+        """Moves the videos of the next episode to their places; of one that an earlier run moved, none is there."""
+        for camera, path in files.items():
+            target = self.video_path(camera, self.num_episodes)
+            if self._threads is not None:
+                self._requests.append(self._threads.submit(self._upload, path, target))
+            elif path != target and (path.exists() or not target.exists()):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+
+    def _upload(self, path: Path, target: Path) -> None:
+        copy_file(path, target)
+        if not is_remote(path):
+            path.unlink()
 
     def _settings_of_finished(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the settings of the finished dataset, those that it does not note as in `settings`."""
@@ -298,6 +391,7 @@ class DatasetWriter:
 
     def _add(
         self,
+        files: Mapping[str, Path],
         length: int,
         rows: Mapping[str, np.ndarray],
         pixel_stats: Mapping[str, dict[str, list[float]]],
@@ -306,7 +400,8 @@ class DatasetWriter:
     ) -> int:
         stats = {CAMERA_PREFIX + camera: values for camera, values in pixel_stats.items()}
         stats |= {name: moments_of(values) for name, values in rows.items()}
-        videos = {camera: sha256(self.video_path(camera, self.num_episodes)) for camera in self.cameras}
+        videos = {camera: sha256(path) for camera, path in files.items()}
+        self._move(files)
         record = {"source": source, "instruction": instruction, "length": length, "stats": stats, "videos": videos}
         return self._write_record({**record, **{name: values.tolist() for name, values in rows.items()}})
 

@@ -180,12 +180,17 @@ def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
 
 
 def file_state(path: Path) -> list[Any]:
-    """Returns a file's name, size and time of change, for the key of `cached`; its name alone if it is missing."""
+    """Returns a file's name, size and time of change, or tag on a store, for the key of `cached`.
+
+    Its name alone if it is missing.
+    """
     try:
         stat = path.stat()
     except OSError:
         return [str(path)]
-    return [str(path if is_remote(path) else path.absolute()), stat.st_size, getattr(stat, "st_mtime", None)]
+    if is_remote(path):
+        return [str(path), stat.st_size, stat.as_info().get("ETag") or getattr(stat, "st_mtime", None)]
+    return [str(path.absolute()), stat.st_size, stat.st_mtime]
 
 
 def _raise_unlistable(error: OSError) -> None:
