@@ -26,9 +26,9 @@ CODES = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
 class Faults:
     """A WSGI server in front of another.
 
-    faults: [expression of requests such as `PUT /bucket/name`, what happens to them, how often]. slow: seconds of a slow
-    answer. cut before, cut after: the connection ends before, or after, the request has been carried out; half: amid
-    its answer. seen: all requests. hooks: called with each request before it is carried out.
+    faults: [expression of requests such as `PUT /bucket/name`, what happens to them, how often]. slow: seconds of a
+    slow answer. cut before, cut after: the connection ends before, or after, the request has been carried out; half:
+    amid its answer. seen: all requests. hooks: called with each request before it is carried out.
     """
 
     app: Any
