@@ -55,7 +55,7 @@ class Faults:
             text = ERROR.format(code=CODES[fault], message=f"{CODES[fault]} for a test").encode()
             headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))]
             start(f"{fault} Fault", headers)
-            return [text]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [text]
         answer = b"".join(self.app(environ, start))
         if fault == "cut after":
             return self._cut(environ)
@@ -82,7 +82,7 @@ class Faults:
 
 @contextmanager
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The server, with the environment that makes it the one of `s3://`; its client does not repeat requests itself."""
+    """The server, with the environment that makes it that of `s3://`; its client repeats no request that is answered."""
     s3fs = pytest.importorskip("s3fs")
     app = pytest.importorskip("moto.moto_server.werkzeug_app")
     from werkzeug.serving import make_server
@@ -102,7 +102,6 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 120)
     s3fs.S3FileSystem.clear_instance_cache()
     try:

@@ -61,7 +61,7 @@ def objects(folder: str) -> dict[str, bytes]:
     """All objects of a folder in a bucket, by their names in it."""
     store = fsspec.filesystem("s3")
     store.invalidate_cache()
-    return {name.partition("/out/")[2]: store.cat_file(name) for name in store.find(folder)}
+    return {name.removeprefix(f"{folder}/"): store.cat_file(name) for name in store.find(folder)}
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -172,14 +172,14 @@ def test_one_command_at_a_time_writes(
     out = f"s3://{bucket}/out"
     with monkeypatch.context() as patch:
         # An owner whose clock is far ahead, and who writes the lock often enough for any wait.
-        patch.setattr("lapa.locks.time.strftime", lambda _: "2099-01-01")
+        patch.setattr(stores, "who", lambda: "process 7 on moon (lapa data), started 2099-01-01")
         patch.setattr(stores, "BEAT", 0.01)
         patch.setattr(stores, "STALE", 60.0)
         with stores.locked_store(as_path(out), take_over=False):
-            with pytest.raises(ValueError, match=r"is being written by process \d+ on .*2099.*take over with --resume"):
+            with pytest.raises(ValueError, match=r"is being written by process 7 on moon .*2099.*over with --resume"):
                 run(options(clips, out, workers=1))
             with pytest.raises(
-                ValueError, match=r"is being written by process \d+ on .*2099.*; wait for it to end, or gi"
+                ValueError, match=r"is being written by process 7 on moon .*2099.*; wait for it to end, or gi"
             ):
                 run(options(clips, out, workers=1, resume=True))
     assert objects(f"{bucket}/out") == {}
@@ -261,7 +261,6 @@ def test_merging_on_stores(bucket: str, server: Faults, tmp_path: Path, places: 
     if places == "sss":
         assert not [request for request in server.seen if request.startswith("GET") and request.endswith(".mp4")]
     found = objects(f"{bucket}/o") if places[2] == "s" else files(tmp_path / "o")
-    found = {name.partition("/o/")[2] or name: content for name, content in found.items()}
     assert found == files(tmp_path / "whole")
 
 

@@ -38,7 +38,7 @@ from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
 from lapa.data.writer import SOURCE_FINGERPRINT, DatasetWriter, PixelMoments
 from lapa.errors import UserError, unknown
-from lapa.files import as_path, claim_output, is_remote
+from lapa.files import as_path, claim_output, is_remote, reading
 from lapa.locks import locks_output
 from lapa.ray_cluster import check_ray
 
@@ -101,9 +101,11 @@ def run(options: ConvertOptions) -> None:
     fps = _choose_rate(source, options)
     items = source.items[: options.limit]
     _check_names(source, items)
+    with reading(out):
+        complete = (out / INFO).exists()
     claim_output(
         out,
-        complete=(out / INFO).exists(),
+        complete=complete,
         overwrite=options.overwrite,
         resume=options.resume,
         inputs=[source.root, *source.inputs],

@@ -45,6 +45,7 @@ from lapa.files import (
     is_remote,
     partial_path,
     read_json_lines,
+    reading,
     write_json,
 )
 from lapa.locks import locks_output
@@ -90,7 +91,9 @@ def claim_rewrite(
         if is_remote(out) == is_remote(dataset.root) and out.resolve().is_relative_to(dataset.root.resolve()):
             raise UserError(f"{out}: is or lies inside {dataset.root}, which this command reads; give another --out")
     inputs = [*(dataset.root for dataset in datasets), *inputs]
-    claim_output(out, complete=(out / INFO).exists(), overwrite=overwrite, resume=resume, inputs=inputs)
+    with reading(out):
+        complete = (out / INFO).exists()
+    claim_output(out, complete=complete, overwrite=overwrite, resume=resume, inputs=inputs)
     journal = inside(out, JOURNAL, written=True)
     if (begun := read_json_lines(journal)) and begun[0] != note:
         raise UserError(f"{out}: was begun with other settings; --overwrite to start anew")

@@ -31,6 +31,7 @@ from jaxtyping import Float, UInt8
 from lapa.errors import UserError
 from lapa.files import atomic_path, is_in_store, is_remote, open_binary, reading, why_unreadable
 from lapa.store_cache import version_of
+from lapa.stores import is_of_store
 
 # Codecs of covers, and of films that have no other video stream.
 STILL_CODECS = ("mjpeg", "png", "bmp", "webp")
@@ -251,10 +252,12 @@ def open_video(path: Path) -> InputContainer:
         with reading(path):
             file = open_binary(path) if is_remote(path) else None
         container = av.open(file or str(path), "r", metadata_errors="ignore")
-    except (av.FFmpegError, OSError) as error:
+    except Exception as error:
         if file is not None:
             file.close()
-        reason = why_unreadable(path) or error.strerror or str(error) or type(error).__name__
+        if not isinstance(error, av.FFmpegError) and not is_of_store(error):
+            raise
+        reason = why_unreadable(path) or getattr(error, "strerror", "") or str(error) or type(error).__name__
         raise UserError(f"{path}: not a readable video ({reason}); replace it or take it out") from None
     problem = _film_flaw(container)
     if problem:
