@@ -82,7 +82,7 @@ class Faults:
 
 @contextmanager
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """The server, with the environment that makes it that of `s3://`; its client repeats no request that is answered."""
+    """The server, with the environment that makes it that of `s3://`; its client repeats no answered request."""
     s3fs = pytest.importorskip("s3fs")
     app = pytest.importorskip("moto.moto_server.werkzeug_app")
     from werkzeug.serving import make_server
