@@ -234,14 +234,20 @@ def _uploaded(path: Any) -> Iterator[Path]:
             copy_file(temporary, path)
 
 
+def _make_folder(folder: Any) -> None:
+    """Makes a remote folder, except on stores, which have none: there it would be a bucket that is not there."""
+    if folder.protocol not in FILE_SYSTEMS:
+        folder.fs.makedirs(folder.path, exist_ok=True)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file, local or remote, as a whole or not at all; inside a store without passing through this machine.
 
     Raises UserError naming what a store refuses, or does not do in some attempts.
     """
     one, other = cast(Any, source), cast(Any, target)
-    if is_remote(target) and other.protocol not in FILE_SYSTEMS:
-        other.fs.makedirs(other.parent.path, exist_ok=True)
+    if is_remote(target):
+        _make_folder(other.parent)
     if is_remote(source) and is_remote(target) and one.fs == other.fs:
         retried(target, lambda: other.fs.cp_file(one.path, other.path))
     elif is_remote(target) and not is_remote(source):
@@ -403,8 +409,9 @@ def claim_output(
         raise UserError("--overwrite and --resume exclude each other; give one")
     with ExitStack() as locks:
         if is_remote(out):
-            # Stores make folders by themselves, and their clients remember listings.
+            _make_folder(out)
             locks.enter_context(locked_store(out, take_over=resume or overwrite))
+            # Clients of stores remember listings.
             cast(Any, out).fs.invalidate_cache()
         else:
             try:

@@ -32,6 +32,9 @@ CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "re
 # Seconds between two writes of a lock, and without one, after which its owner is taken for dead.
 BEAT, STALE = 10.0, 60.0
 
+# The folders whose locks this process holds, with the threads that took them.
+_held: set[tuple[str, int]] = set()
+
 
 def is_of_store(error: Exception) -> bool:
     """Whether an error is one of a connection, a store or a file system."""
@@ -103,11 +106,14 @@ def create(path: StorePath, content: bytes) -> bool:
 
 @contextmanager
 def locked_store(folder: StorePath, take_over: bool) -> Iterator[None]:
-    """Holds the lock of a folder on a store.
+    """Holds the lock of a folder on a store; the thread that holds it already may take it again.
 
     take_over: that of an owner who is dead, after a time of watching it. Raises UserError naming the owner otherwise.
     """
-    path, owner = folder / LOCK, uuid.uuid4().hex
+    path, owner, held = folder / LOCK, uuid.uuid4().hex, (str(folder), threading.get_ident())
+    if held in _held:
+        yield
+        return
 
     def content(beat: int) -> bytes:
         return json.dumps({"owner": owner, "writer": who(), "beat": beat}).encode()
@@ -135,9 +141,11 @@ def locked_store(folder: StorePath, take_over: bool) -> Iterator[None]:
 
     beating = threading.Thread(target=keep, daemon=True)
     beating.start()
+    _held.add(held)
     try:
         yield
     finally:
+        _held.discard(held)
         ended.set()
         beating.join()
         if is_mine():
