@@ -343,6 +343,10 @@ class Remembering(MemoryFileSystem):
         if not rpath.endswith(".parquet"):
             self.invalidate_cache()
 
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: object) -> None:
+        MemoryFileSystem().pipe_file(self._strip_protocol(path), value, mode)
+        self.invalidate_cache()
+
     def _open(self, path: str, mode: str = "rb", **_: object) -> Any:
         self.info(path)
         return super()._open(path, mode)
