@@ -12,8 +12,10 @@ what `Policy.infer` returns for the same observation. A client asks for a restar
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -227,6 +229,14 @@ def make_policy(folder: Path, name: str) -> np.ndarray:
     return expected_KA
 
 
+def free_port() -> int:
+    """Returns a free port below those that connections of other programs get, which may take one during a restart."""
+    for port in random.sample(range(16_000, 32_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise SystemExit("FAILED: no free port was found")
+
+
 def start_server(folder: Path, name: str, port: int, key_file: Path) -> subprocess.Popen[bytes]:
     """Starts `lapa serve` and waits until it answers."""
     command = [_lapa(), "serve", str(folder / f"{name}-policy"), "--map", name, "--port", str(port)]
@@ -256,8 +266,7 @@ def run_client(client: str, python: str, folder: Path, name: str, expected_KA: n
     key_file = folder / "key.txt"
     expected = folder / f"{name}.npy"
     np.save(expected, expected_KA)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = start_server(folder, name, port, key_file)
     try:
         command = [python, "-u", __file__, "as", client, str(port), str(key_file), name, str(expected)]
