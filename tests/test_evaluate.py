@@ -82,7 +82,9 @@ def test_baselines_meet_the_same_episodes(tmp_path: Path) -> None:
     config = EvaluateConfig("expert", tmp_path / "expert", env="synthetic", tasks="all", episodes=5, videos=2)
     expert = evaluate(config)
     random = evaluate(replace(config, policy="random", out=tmp_path / "random"))
+    zero = evaluate(replace(config, policy="zero", out=tmp_path / "zero"))
     assert expert["overall"]["success_rate"] == 1.0
+    assert zero["overall"]["success_rate"] == 0.0
     assert random["overall"]["success_rate"] < 0.3
     assert random["overall"]["interval"][1] < expert["overall"]["interval"][0]
     assert [e["seed"] for e in expert["episodes"]] == [e["seed"] for e in random["episodes"]]

@@ -20,6 +20,9 @@ class RecordConfig:
     """Store actions and robot states; --no-actions leaves video and instruction only."""
     size: int = 128
     """Height and width of the images in pixels."""
+    noise: float = 0.0
+    """Standard deviation of noise on the expert's motion, in units of the action, so that the episodes also show how it
+    corrects itself; the noisy action is executed and stored."""
     workers: int | None = None
     """Simulator processes; by default one for each CPU core."""
     overwrite: bool = False

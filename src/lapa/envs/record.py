@@ -111,17 +111,23 @@ def record(
     episode: int,
     frames_after_success: int,
     max_steps: int,
-    disturb: Callable[[np.ndarray], np.ndarray] = lambda action: action,
+    noise: float,
+    motion: int,
+    most: float,
 ) -> Demonstration | None:
     """Records the expert in one episode; None without success within `max_steps`.
 
-    frames_after_success: frames kept after it. disturb: changes the expert's action before it is executed and stored.
+    frames_after_success: frames kept after it. noise: its standard deviation on the first `motion` numbers of an
+    action, all of which lie within `most` of 0.
     """
     observations, actions = [], []
     environment.reset(seed, episode)
+    rng = np.random.default_rng([seed, 2])
     solved_at = None
     for step in range(max_steps):
-        action = disturb(environment.expert_action())
+        action = environment.expert_action()
+        action[:motion] += noise * rng.standard_normal(motion)
+        action = np.clip(action, -most, most)
         observations.append(environment.observe())
         actions.append(action)
         if environment.step(action) and solved_at is None:

@@ -17,7 +17,7 @@ class EvaluateConfig(ReportOptions):
     """Rolls a policy out and counts its successes."""
 
     policy: Annotated[str, tyro.conf.Positional]
-    """Folder of a finetuned policy or its id on the hub, or `random` or `expert` as baselines."""
+    """Folder of a finetuned policy or its id on the hub, or `random`, `zero` (actions) or `expert` as baselines."""
     out: Path
     """Folder for results.json and the videos."""
     env: str = "metaworld"

@@ -45,10 +45,10 @@ Infer = Callable[[Sequence[Observation]], np.ndarray]
 class RolloutSettings:
     """What every worker is started with.
 
-    actor: who chooses the actions: the parent's policy, or random actions or the expert in the worker. num_parallel:
-    simulators in one worker. max_steps: by default each task's own. steps_per_call, ensemble: as in EvaluateConfig.
-    binary: for each action dimension, whether it has two values, among which an ensemble votes. num_recorded: episodes
-    of each task recorded for the video.
+    actor: who chooses the actions: the parent's policy, or in the worker random actions, zeros or the expert.
+    num_parallel: simulators in one worker. max_steps: by default each task's own. steps_per_call, ensemble: as in
+    EvaluateConfig. binary: for each action dimension, whether it has two values, among which an ensemble votes.
+    num_recorded: episodes of each task recorded for the video.
     """
 
     env: str
@@ -56,7 +56,7 @@ class RolloutSettings:
     cameras: tuple[str, ...]
     seed: int
     max_steps: int | None
-    actor: Literal["policy", "random", "expert"]
+    actor: Literal["policy", "random", "zero", "expert"]
     num_parallel: int
     steps_per_call: int | None = None
     ensemble: float | None = None
@@ -244,11 +244,13 @@ class _Episode:
                 return
 
     def play_baseline(self) -> None:
-        """Plays the whole episode by random actions or the expert."""
+        """Plays the whole episode by random actions, zeros or the expert."""
         rng = np.random.default_rng([self.seed, 3])
         while not self.done:
             if self.settings.actor == "expert":
                 self._step(self.environment.expert_action())
+            elif self.settings.actor == "zero":
+                self._step(np.zeros(len(self._kind.action_low)))
             else:
                 self._step(rng.uniform(self._kind.action_low, self._kind.action_high))
 

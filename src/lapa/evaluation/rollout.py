@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lapa.policy.runtime import Actor
 
 
-BASELINES = ("random", "expert")
+BASELINES = ("random", "zero", "expert")
 CONFIG, EPISODES, RESULTS, VIDEOS = "config.json", "episodes.jsonl", "results.json", "videos"
 ANEW = "--overwrite to evaluate anew"
 # Folder of the tracker, which keeps its run's id and files there.

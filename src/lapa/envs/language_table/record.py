@@ -13,7 +13,13 @@ from contextlib import closing
 from lapa.config import require_at_least
 from lapa.envs import episode_seed, record
 from lapa.envs.language_table import LanguageTableConfig
-from lapa.envs.language_table.simulator import CAMERA, LANGUAGE_TABLE, MAX_STEPS, LanguageTableEnvironment
+from lapa.envs.language_table.simulator import (
+    CAMERA,
+    LANGUAGE_TABLE,
+    LONGEST_MOVE,
+    MAX_STEPS,
+    LanguageTableEnvironment,
+)
 from lapa.locks import locks_output
 
 # The frame after it shows the result.
@@ -24,7 +30,7 @@ FRAMES_AFTER_SUCCESS = 1
 def run(config: LanguageTableConfig) -> None:
     """Records the dataset at `config.out`. Raises UserError on a user's mistake, before any work is done."""
     families = tuple(LANGUAGE_TABLE.parse_tasks(config.families))
-    require_at_least(config, episodes=1, workers=1)
+    require_at_least(config, episodes=1, noise=0, workers=1)
     robot = "language-table-xarm"
     recording = record.Recording("language-table", LANGUAGE_TABLE, _attempt, (CAMERA,), robot, horizon_seconds=0.5)
     record.record_dataset(config, families, recording)
@@ -34,4 +40,6 @@ def _attempt(config: LanguageTableConfig, family: str, episode: int) -> record.D
     """Runs in a worker process."""
     seed = episode_seed(config.seed, "demonstration", family, episode)
     with closing(LanguageTableEnvironment(family, config.size, (CAMERA,))) as environment:
-        return record.record(environment, seed, episode, FRAMES_AFTER_SUCCESS, MAX_STEPS)
+        return record.record(
+            environment, seed, episode, FRAMES_AFTER_SUCCESS, MAX_STEPS, config.noise, motion=2, most=LONGEST_MOVE
+        )

@@ -17,7 +17,5 @@ class MetaworldConfig(RecordConfig):
     """Camera views to record."""
     look: int | None = None
     """Other colours and textures, drawn from this number; by default Meta-World's own."""
-    noise: float = 0.0
-    """Standard deviation of noise on the expert's motion; the noisy action is executed and stored."""
     max_steps: int = 250
     """An episode without success after this many steps is dropped."""

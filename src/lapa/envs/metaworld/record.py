@@ -10,8 +10,6 @@ The dataset depends on tasks, episodes, seed and image settings, not on the numb
 
 from __future__ import annotations
 
-import numpy as np
-
 from lapa.config import require_at_least
 from lapa.envs import episode_seed, record
 from lapa.envs.metaworld import MetaworldConfig
@@ -41,13 +39,7 @@ def play(
     simulator: Simulator, seed: int, *, noise: float = 0.0, max_steps: int = MAX_STEPS
 ) -> record.Demonstration | None:
     """Records the expert in the episode of `seed`; None without success within `max_steps`."""
-    rng = np.random.default_rng([seed, 2])
-
-    def disturb(action: np.ndarray) -> np.ndarray:
-        action[:3] += noise * rng.standard_normal(3)
-        return np.clip(action, -1, 1)
-
-    return record.record(simulator, seed, 0, FRAMES_AFTER_SUCCESS, max_steps, disturb)
+    return record.record(simulator, seed, 0, FRAMES_AFTER_SUCCESS, max_steps, noise, motion=3, most=1.0)
 
 
 _simulator: Simulator | None = None
