@@ -22,6 +22,8 @@ from rich.text import Text
 
 from lapa.errors import printable
 
+# Before a command to run next.
+NEXT = "  next: "
 # Between two lines of a loop where there is no terminal.
 LINE_SECONDS = 30.0
 # Of the last steps, over which the speed is taken.
@@ -152,4 +154,4 @@ def finish(wrote: str, path: object, next_commands: Sequence[str] = ()) -> None:
     what, where = f" {printable(wrote)}: ", printable(path)
     console.print(Text.assemble(("wrote", "green"), what, (where, "bold")), soft_wrap=True)
     for command in next_commands:
-        console.print(f"  next: {printable(command)}", soft_wrap=True)
+        console.print(f"{NEXT}{printable(command)}", soft_wrap=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from lapa.console import say
+from lapa.console import NEXT, say
 from lapa.errors import UserError
 
 # Stages that run at once, each with one thread, which on a CPU is much faster than one stage with two.
@@ -120,7 +120,10 @@ class _Running:
         """Shows what the stage has printed, and returns its exit status where it has ended."""
         status = self._process.poll()
         while (line := self._log.readline()) and (line.endswith(b"\n") or status is not None):
-            say(f"{self.stage.title}: {line.decode(errors='replace').rstrip()}")
+            text = line.decode(errors="replace").rstrip()
+            # What a user of the single command may run next, these stages do.
+            if not text.startswith(NEXT):
+                say(f"{self.stage.title}: {text}")
         if line:
             self._log.seek(-len(line), os.SEEK_CUR)
         if status is not None:

@@ -34,7 +34,7 @@ class DemoConfig(ReportOptions):
     """Action-free videos of each task."""
     demonstrations: int = 2
     """Episodes with actions of each task."""
-    rollouts: int = 30
+    rollouts: int = 50
     """Rollouts of each task and policy."""
     seed: int = 0
     """Seed of all stages."""
