@@ -14,7 +14,10 @@ from lapa import subcommand
 from lapa.subcommand import Stage, run_stages
 
 # Each stage runs Python code in place of a `lapa` command.
-WRITE = "import pathlib, sys, time; time.sleep({seconds}); print({name!r}); print('  next: lapa'); pathlib.Path({path!r}).write_text('')"
+WRITE = (
+    "import pathlib, time; time.sleep({seconds}); print({name!r}); print('  next: lapa'); "
+    "pathlib.Path({path!r}).write_text('')"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,7 @@ def test_stages_run_side_by_side_after_what_they_need(tmp_path: Path, capsys: py
     run_stages(stages, lambda stage, seconds, failed: ended.append(stage.title), at_once=2)
     assert ended == ["quick", "after", "slow", "last"]
     shown = capsys.readouterr().err
-    assert "quick: quick prints" in shown and "next:" not in shown
+    assert "quick: quick prints" in shown and "quick:   next:" not in shown
     assert (tmp_path / "slow.log").read_text() == "slow prints\n  next: lapa\n"
     run_stages(stages, lambda stage, seconds, failed: ended.append("again"), at_once=2)
     assert "again" not in ended
