@@ -383,6 +383,14 @@ def test_info_shows_what_made_the_dataset(square: Dataset, capsys: pytest.Captur
     assert "lapa data synthetic: episodes 4, frames 12, seed 0" in capsys.readouterr().out
 
 
+def test_info_does_not_claim_actions_of_a_dataset_without(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A converted dataset notes the command's option, which is on by default."""
+    noted = {"made_by": "lapa data videos", "actions": True, "size": 16}
+    Console(width=200).print(summary(arm(tmp_path / "clips", names=None, extra_info=noted)))
+    shown = capsys.readouterr().out
+    assert "none (video only)" in shown and "lapa data videos: size 16" in shown and "True" not in shown
+
+
 def arm(root: Path, names: tuple[str, ...] | None = ("x", "gripper"), **declared) -> Dataset:
     """A dataset of one short episode."""
     writer = DatasetWriter(root, fps=10, cameras={"front": (16, 16)}, action_names=names, **declared)

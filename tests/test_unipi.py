@@ -1,6 +1,7 @@
 """The baseline UniPi: a video model learns and is kept, a joined policy acts, and mistakes are named."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.errors import UserError
 from lapa.evaluation.config import EvaluateConfig
 from lapa.evaluation.rollout import evaluate
-from lapa.files import read_json
+from lapa.files import read_json, write_json
 from lapa.policy.actions import ActionScale
 from lapa.policy.backbones.tiny import train_tokenizer
 from lapa.policy.runtime import load_actor
@@ -179,6 +180,17 @@ def test_the_errors_of_a_video_model_are_reported(root: Path, capsys: pytest.Cap
     assert json.loads(shown.out) == read_json(root / "video" / "metrics.json") and "next: lapa baseline" in shown.err
     video_train.run(finished)
     assert capsys.readouterr().out.startswith("training episodes: error 0.")
+
+
+@pytest.mark.parametrize("lacking", ["train_mse", "train_mse_copy"])
+def test_a_video_model_without_its_errors_is_refused(lacking: str, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "video", tmp_path / "video")
+    figures = read_json(root / "video" / "metrics.json")
+    del figures[lacking]
+    write_json(tmp_path / "video" / "metrics.json", figures)
+    finished = replace(training(root, "video"), out=tmp_path / "video", resume=True)
+    with pytest.raises(UserError, match=rf"metrics\.json: {lacking} is missing, expected a number; copy it again"):
+        video_train.run(finished)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(root: Path, tmp_path: Path) -> None:

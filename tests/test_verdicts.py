@@ -5,14 +5,20 @@ Verdicts on models made by hand are tested where those models are: test_probe, t
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lapa import cli
+from lapa.data.sampling import split_episodes
+from lapa.data.spec import open_dataset
+from lapa.data.writer import DatasetWriter
 from lapa.latent.train import suggestions, summary, verdict_of
 from lapa.policy.training import verdict_of as verdict_of_policy
-from lapa.presets import LATENT
+from lapa.presets import FINETUNE, LATENT
 from lapa.study.report import verdict_of as verdict_of_study
 from lapa.study.statistics import Cell, Estimate, Group
 from lapa.verdicts import THRESHOLDS, Level, Verdict, judge, of_latent_actions, of_policy, suggested
@@ -20,6 +26,8 @@ from lapa.verdicts import THRESHOLDS, Level, Verdict, judge, of_latent_actions, 
 METRICS = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 # The validation split of a model that reads its codes.
 SOUND = {"mse": 1.0, "mse_copy": 4.0, "mse_shuffled": 3.0, "codes_used": 1.0, "perplexity": 6.0}
+# Share of the episodes in the validation split of the policies that are trained here.
+HELD_OUT = 0.2
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
@@ -160,3 +168,74 @@ def test_a_study() -> None:
     assert careful.level == "doubtful" and careful.reasons[0].startswith("preset debug")
     lacking = verdict_of_study([group(low=0.07, high=0.42), Group("cross-task", 2, {})])
     assert lacking.level == "doubtful" and "lack of lapa or scratch: cross-task" in str(lacking)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy pretrained on made-up videos, `latent_policy`, and episodes of the same world: `robot` and `others`."""
+    root = tmp_path_factory.mktemp("world")
+    small = ["--preset", "debug"]
+    command("data synthetic", "--episodes", "16", "--out", root / "videos")
+    command("latent train", *small, "--data", root / "videos", "--out", root / "lam")
+    command("label", "--lam", root / "lam", "--data", root / "videos", "--out", root / "labels")
+    labels = ["--labels", root / "labels"]
+    command("policy pretrain", *small, "--data", root / "videos", *labels, "--out", root / "latent_policy")
+    for seed, (name, episodes) in enumerate({"robot": 24, "others": 8}.items(), start=1):
+        command("data synthetic", "--actions", "--episodes", episodes, "--seed", seed, "--out", root / name)
+    return root
+
+
+def command(name: str, *options: object) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*name.split(), *map(str, options)])
+    assert exit_.value.code == 0
+
+
+def judged(capsys: pytest.CaptureFixture, name: str, *options: object) -> tuple[Verdict, str]:
+    """The verdict of a command, as `--json` has it, and what the command suggests."""
+    capsys.readouterr()
+    command(name, *options, "--json")
+    shown = capsys.readouterr()
+    verdict: dict[str, Any] = json.loads(shown.out)["verdict"]
+    return Verdict(verdict["level"], tuple(verdict["reasons"])), shown.err
+
+
+def finetune(capsys: pytest.CaptureFixture, world: Path, data: Path, out: Path) -> tuple[Verdict, str]:
+    start = ["--preset", "debug", "--policy", world / "latent_policy", "--head", "chunk", "--steps", 120]
+    return judged(capsys, "policy finetune", *start, "--data", data, "--held-out", HELD_OUT, "--out", out)
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_true_actions_is_good(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    verdict, suggestions = finetune(capsys, world, world / "robot", tmp_path / "policy")
+    assert verdict.level == "good" and "of that of always the mean action" in str(verdict)
+    assert "next: lapa evaluate" in suggestions and "next: lapa policy measure" not in suggestions
+    verdict, suggestions = judged(capsys, "policy measure", tmp_path / "policy", "--data", world / "others")
+    assert verdict.level == "good" and "next: lapa evaluate" in suggestions
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_reversed_actions_is_bad(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It learns the opposite of the validation split's actions, which are the true ones."""
+    reversed_in_training(world / "robot", tmp_path / "reversed")
+    verdict, suggestions = finetune(capsys, world, tmp_path / "reversed", tmp_path / "policy")
+    assert verdict.level == "bad" and "of that of always the mean action (good: at most 0.35)" in str(verdict)
+    assert "try more episodes, or more steps" in str(verdict)
+    assert "next: lapa policy measure" in suggestions and "next: lapa evaluate" not in suggestions
+    verdict, suggestions = judged(capsys, "policy measure", tmp_path / "policy", "--data", world / "others")
+    assert verdict.level == "bad" and "next: lapa evaluate" not in suggestions
+
+
+def reversed_in_training(source: Path, out: Path) -> None:
+    """Writes the dataset again, with the opposite actions in the episodes that `finetune` trains on."""
+    dataset = open_dataset(source)
+    assert dataset.action_space is not None
+    names, camera = dataset.action_space.names, dataset.cameras[0]
+    cameras = {camera: dataset.image_shape(camera)}
+    writer = DatasetWriter(out, fps=dataset.fps, cameras=cameras, action_names=names, control="delta")
+    validation = split_episodes(len(dataset), HELD_OUT, FINETUNE["debug"].loop.seed, "held_out")
+    for number, episode in enumerate(dataset.episodes):
+        sign = 1 if number in validation else -1
+        actions_TA = sign * dataset.actions(number)
+        writer.add_episode({camera: dataset.frames(number)}, episode.instruction, actions=actions_TA)
+    writer.finish()

@@ -17,7 +17,7 @@ UNPRINTABLE = re.compile(
     r"\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
-# How C and C++ libraries say that memory ran out.
+# How C and C++ libraries report that memory ran out.
 SHORTAGE = re.compile(
     r"(can't|cannot|could not|unable to|failed to) (allocate|mmap|map segment|start new thread)|not enough memory|"
     r"out of memory|bad_alloc|malloc of size|could not create a primitive",
@@ -49,7 +49,7 @@ def printable(text: object) -> str:
 
 
 def out_of_memory(error: BaseException | None) -> str:
-    """Returns how an error says that memory ran out, or one that it was made from; "" for any other and for UserError.
+    """Returns how an error reports a lack of memory, or one that it was made from; "" for any other and for UserError.
 
     Python, NumPy, pyarrow and PyAV raise MemoryError. torch raises RuntimeError (its oneDNN "could not create a
     primitive"), a thread that cannot start too, and a library that finds no room ImportError.

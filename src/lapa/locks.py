@@ -66,7 +66,7 @@ def hold_to_the_end(locks: ExitStack) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of an existing local folder; the thread that holds it already may take it again.
 
-    Where the file system has no locks, this is said in a warning and nothing is held.
+    Where the file system has no locks, a warning reports it and nothing is held.
     Raises UserError naming the writer where another process or thread holds it, or where the folder is read-only.
     """
     path = folder.resolve() / LOCK
@@ -94,7 +94,7 @@ def _locks_of_command() -> ExitStack:
 
 
 def _taken(folder: Path, path: Path) -> int:
-    """Opens and locks the file, which then says who writes. Returns its descriptor."""
+    """Opens and locks the file, which then names the writer. Returns its descriptor."""
     while True:
         try:
             # A link here, in a folder of unknown origin, must not be followed.
@@ -120,7 +120,7 @@ def _taken(folder: Path, path: Path) -> int:
 
 
 def _writer(descriptor: int) -> str:
-    """Returns what the file says of its writer, who may have locked it a moment ago and not written that yet."""
+    """Returns the writer that the file names, who may have locked it a moment ago and not written that yet."""
     for _ in range(PATIENCE):
         if named := os.pread(descriptor, 1000, 0):
             return named.decode(errors="replace")

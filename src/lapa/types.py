@@ -82,7 +82,7 @@ class TrainableModel(_Module):
         return ()
 
     def full_precision(self) -> Sequence[nn.Module]:
-        """Submodules whose weights keep the precision they have, whatever --weights says."""
+        """Submodules whose weights keep the precision they have, whatever --weights is."""
         return ()
 
     def checkpoint_activations(self) -> None:

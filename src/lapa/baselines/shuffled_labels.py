@@ -3,8 +3,8 @@
     lapa baseline shuffle-labels LABELS --out SHUFFLED
     lapa policy pretrain --data VIDEOS --labels SHUFFLED --out LATENT_POLICY
 
-A policy that is pretrained on them sees the same images, instructions and codes, each code as often, but no code says
-what changes after its image.
+A policy that is pretrained on them sees the same images, instructions and codes, each code as often, but no code
+describes the change after its image.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ def run(config: VideoTrainConfig) -> None:
     config = replace(config, model=model.config)
     run_config = {**configs.to_dict(config), "dataset_fingerprints": [dataset.fingerprint for dataset in datasets]}
     if config.resume and complete and already_trained(config.out / CONFIG, run_config):
-        _conclude(config, read_figures(config.out / METRICS, "held_out_", "train_"), "video model, already complete")
+        _conclude(config, _read_errors(config.out / METRICS), "video model, already complete")
         return
     training = FutureFrames(datasets, config, "train")
     held_out = _held_out(config, datasets, training)
@@ -260,6 +261,14 @@ def summary(figures: Mapping[str, Any]) -> str:
     error, copy = figures[f"{split}_mse"], figures[f"{split}_mse_copy"]
     whose = "validation split" if split == "held_out" else "training episodes"
     return f"{whose}: error {error:.5f}, copying the current frame {copy:.5f}"
+
+
+def _read_errors(path: Path) -> dict[str, Any]:
+    """The figures of a finished training. Raises UserError naming the file where its errors are damaged or missing."""
+    figures = read_figures(path, "held_out_", "train_")
+    split = _split_of(figures)
+    read_figures(path, **dict.fromkeys((f"{split}_mse", f"{split}_mse_copy"), float))
+    return figures
 
 
 def _split_of(figures: Mapping[str, Any]) -> str:

@@ -98,8 +98,9 @@ def summary(dataset: Dataset) -> Table:
         row("on disk", ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items() if size))
     row("fingerprint", dataset.fingerprint)
     if extra := dataset.extra:
+        # The option `actions` is that of the command; what the dataset holds is in the rows above.
         settings = ", ".join(
-            f"{name} {value}" for name, value in extra.items() if name not in ("made_by", ACTION_SPACE)
+            f"{name} {value}" for name, value in extra.items() if name not in ("made_by", "actions", ACTION_SPACE)
         )
         row("made by", f"{extra.get('made_by', 'unknown')}: {settings}")
     return table

@@ -394,7 +394,7 @@ class LeRobotDataset(Dataset, Pushed):
                 encoded = io.BytesIO(value["bytes"] if isinstance(value, dict) else value)
                 with Image.open(encoded, formats=IMAGE_FORMATS) as image:
                     return image.mode in DEEP_MODES
-            # What is wrong there is said when an image is read.
+            # An error there is reported when an image is read.
             except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, StopIteration, SyntaxError):
                 continue
             except Image.DecompressionBombError:

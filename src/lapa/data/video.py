@@ -41,7 +41,7 @@ VARIES = 0.01
 STEADY = 0.02
 # Containers kept open by each thread; opening one costs about as much as fetching a frame.
 OPEN_CLIPS = 16
-# Width of a pixel beside its height, and the reverse, beyond which a file is taken to be damaged.
+# Ratio of a pixel's width to its height, or the reverse, beyond which a file is taken to be damaged.
 WIDEST_PIXEL = 8
 # Bytes that must be free to open a file: where FFmpeg finds no memory while it decodes, it may end the process.
 ROOM = 128 * 2**20
@@ -432,7 +432,7 @@ def _film_flaw(container: InputContainer) -> str:
 
 
 def _pixel_width(stream: VideoStream) -> Fraction:
-    """Returns how wide a stream's pixels are, beside their height; 1 where that is not declared."""
+    """Returns the ratio of width to height of a stream's pixels; 1 where it is not declared."""
     return stream.sample_aspect_ratio or Fraction(1)
 
 

@@ -1,4 +1,4 @@
-"""The artifact in a folder, as it goes to the hub: its kind, its files, and what they say of this machine left out.
+"""The artifact in a folder, as it goes to the hub: its kind and its files, without paths of this machine.
 
 Left out are checkpoints (`training/`), locks, half-written files, and whatever else is not part of the artifact. Paths
 of this machine in the options that made it are cut to their last name, and SHA256SUMS is made to fit.

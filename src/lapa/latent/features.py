@@ -58,7 +58,7 @@ class VisionTower(nn.Module):
         *,
         standardised: bool = True,
     ):
-        """mean, std: of each channel, pixels in [0, 1]. standardised: each feature vector, as `forward` says.
+        """mean, std: of each channel, pixels in [0, 1]. standardised: each feature vector, as in `forward`.
 
         Raises UserError where the model has no square patch grid.
         """

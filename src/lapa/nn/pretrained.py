@@ -21,7 +21,7 @@ from lapa.nn.saved import damaged, require_few, require_sizes, shapes_of_folder
 
 # For every `from_pretrained` of transformers.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-# What a part of a config may say of code to run. An attention of None is sdpa where the model has it, else eager.
+# Values by which a config may name code to run. An attention of None is sdpa where the model has it, else eager.
 CODE = ("auto_map", "custom_pipelines")
 KERNELS = ("_attn_implementation_internal", "_experts_implementation_internal")
 

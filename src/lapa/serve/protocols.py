@@ -31,7 +31,7 @@ from lapa.serve.client import DTYPE, MAX_AXES
 
 STATE, INSTRUCTION = "state", "instruction"
 INSTRUCTIONS = (INSTRUCTION, "prompt", "task", "language_instruction")
-# Words that do not tell which camera is meant, and those of a camera that moves with the hand.
+# Words that do not identify a camera, and those of a camera that moves with the hand.
 FILLERS = {"image", "images", "cam", "camera", "rgb"}
 WRIST = {"wrist", "hand", "gripper"}
 # An image in REST, as OpenVLA's clients send it, is that of the main camera.

@@ -146,7 +146,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 
 
 def _header_size(frame: memoryview) -> int:
-    """Returns the bytes of a frame's header, as far as they tell."""
+    """Returns the bytes of a frame's header, as far as is known from them."""
     if len(frame) < 2:
         return 2
     return 2 + LONGER.get(frame[1] & LENGTH, 0) + (4 if frame[1] & MASKED else 0)

@@ -1,4 +1,4 @@
-"""Language Table: a stick pushes blocks on a table as an instruction says, with the authors' own oracle.
+"""Language Table: a stick pushes blocks on a table by an instruction, with the authors' own oracle.
 
 Language Table: Lynch et al., RA-L 2023, arXiv 2210.06407; https://github.com/google-research/language-table.
 

@@ -642,7 +642,7 @@ def _words(text: str) -> str:
     """Returns a text without blanks around it, and as it was before Python printed it as bytes."""
     text = text.strip()
     if PRINTED.fullmatch(text):
-        # Where it cannot be told what was printed, it stays as it is.
+        # Where it is not certain what was printed, it stays as it is.
         with suppress(SyntaxError, ValueError):
             return _words(ast.literal_eval(text).decode())
     return text
