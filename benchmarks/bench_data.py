@@ -1,9 +1,11 @@
 """Measures how fast random frame pairs are read, by keyframe interval, decoded cache and DataLoader workers.
 
     python benchmarks/bench_data.py --videos FOLDER [--size 256] [--seconds 5]
+    python benchmarks/bench_data.py --data videos:FOLDER DATASET --size 64  # as they are
 
 Encodes the folder's videos (or, without one, made-up ones) with keyframes every 2 frames and with the encoder's
-default (250), then reads pairs in random order and prints pairs/s as a Markdown table.
+default (250), then reads pairs in random order and prints pairs/s as a Markdown table, also of a second of CPU time,
+which on a busy machine says more.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
+from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import ClipScan
 from lapa.data.writer import DatasetWriter
@@ -35,6 +38,8 @@ class BenchConfig:
 
     videos: Path | None = None
     """Folder of videos to measure on; by default made-up video."""
+    data: tuple[str, ...] = ()
+    """Datasets as `--data` of `lapa latent train` takes them, measured as they are instead of encoding videos."""
     size: int = 256
     """Height and width of the images."""
     horizon: float = 0.6
@@ -53,12 +58,18 @@ def main(config: BenchConfig) -> None:
         f"\n{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, PyAV {av.__version__}, ", end=""
     )
     print(f"torch {torch.__version__}, {config.size} px, horizon {config.horizon:g} s\n")
-    print("| keyframes | images | workers | pairs/s |\n|---|---|---|---|")
-    for keyframes, images, workers, rate in rows:
-        print(f"| {keyframes} | {images} | {workers} | {rate:.0f} |")
+    print("| keyframes | images | workers | pairs/s | of a CPU second |\n|---|---|---|---|---|")
+    for keyframes, images, workers, (rate, cpu_rate) in rows:
+        # The CPU time of workers is not that of this process.
+        print(f"| {keyframes} | {images} | {workers} | {rate:.0f} | {'-' if workers else f'{cpu_rate:.0f}'} |")
 
 
-def measure(config: BenchConfig, folder: Path) -> list[tuple[str, str, int, float]]:
+def measure(config: BenchConfig, folder: Path) -> list[tuple[str, str, int, tuple[float, float]]]:
+    if config.data:
+        datasets = {spec: open_dataset(spec) for spec in config.data}
+        return [
+            (spec, "decoded on demand", 0, pairs_per_second(each, config, 0, 0.0)) for spec, each in datasets.items()
+        ]
     source = read_clips(config, folder)
     rows = []
     for keyframes, interval in (("every 2", 2), ("default (250)", 250)):
@@ -88,18 +99,18 @@ def encode(source: tuple[list[np.ndarray], float], root: Path, size: int, interv
     return writer.finish()
 
 
-def pairs_per_second(dataset: Dataset, config: BenchConfig, workers: int, cache_gib: float) -> float:
-    """Returns the rate of random pairs through a DataLoader, after a first batch that starts the workers."""
+def pairs_per_second(dataset: Dataset, config: BenchConfig, workers: int, cache_gib: float) -> tuple[float, float]:
+    """Returns random pairs of a second, and of a second of CPU time, after a first batch that starts the workers."""
     pairs_config = PairsConfig(size=config.size, horizon=config.horizon, cache_gib=cache_gib)
     pairs = FramePairs([dataset], pairs_config, split="all")
     sampler = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=10**7)
     loader = DataLoader(pairs, config.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate_pairs)
     batches = iter(loader)
     next(batches)
-    start, num_pairs = time.perf_counter(), 0
+    start, used, num_pairs = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - start < config.seconds:
         num_pairs += len(next(batches)["index"])
-    return num_pairs / (time.perf_counter() - start)
+    return num_pairs / (time.perf_counter() - start), num_pairs / (time.process_time() - used)
 
 
 if __name__ == "__main__":

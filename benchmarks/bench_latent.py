@@ -4,9 +4,11 @@
     python benchmarks/bench_latent.py --device cuda --sizes paper --batch-sizes 16 64 256 512 --preset None
 
 The pairs are made up and in memory, so this measures the model alone; bench_data.py measures reading. A training step
-is forward, backward and optimizer: Adam for the literal model, which is always fp32 and eager; lapa's fused AdamW for
-ours, which on a GPU is bf16 and compiled. Figures are medians. The bound is the arithmetic of our model (matrix
-products and convolutions) at the rate of a large fp32 matrix product, measured between the others, or at --peak-tflops.
+is forward, backward and optimizer: Adam for the literal model, which is always fp32 and eager; lapa's fused AdamW, or
+the preset's own, for ours, which on a GPU is bf16 and compiled. Figures are medians; CPU ms is what the process used of
+all cores for a batch, which on a busy machine says more than pairs/s; there the bound is a rate by CPU time too.
+--profile lists where the preset's step goes. The bound is the arithmetic of our model (matrix products and
+convolutions) at the rate of a large fp32 matrix product, measured between the others, or at --peak-tflops.
 On a CPU all models take turns; on a GPU only one is in memory at a time, so that its peak memory can be measured.
 """
 
@@ -16,6 +18,7 @@ import gc
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +28,7 @@ import torch
 import tyro
 from literal import LiteralModel
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lapa import presets
@@ -63,6 +67,7 @@ H100_BF16_TFLOPS = 989.0
 MATRIX = 2048
 PAIRS_TO_COUNT = 4
 WARM_UP = 2
+PROFILED, LISTED = 8, 16
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -89,6 +94,8 @@ class BenchConfig:
     """Compile our models with torch.compile. auto: on a GPU."""
     peak_tflops: float | None = None
     """The bound, instead of the measured one; by default 989 on a GPU, the H100's and H200's in bf16."""
+    profile: bool = False
+    """List the operations that take most of a training step of the preset, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +107,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Measured:
-    """Median seconds of a batch, and the peak of a GPU's memory in GiB."""
+    """Median seconds of a batch, by the clock and of all cores, and the peak of a GPU's memory in GiB."""
 
     seconds: float
+    cpu_seconds: float
     gib: float | None = None
 
 
@@ -128,9 +136,11 @@ def main(config: BenchConfig) -> None:
         report(title, config, chosen, sizes["clean"], config.batch_sizes or (GPU_BATCHES if on_gpu else (batch,)))
     if config.preset is not None:
         preset = presets.named("latent", config.preset)
-        alone = {"clean": partial(build_ours, preset.model, config, device)}
+        build = partial(build_ours, preset.model, config, device, preset.loop.optim)
         batches = config.batch_sizes or (preset.loop.batch_size,)
-        report(f"preset {config.preset}", config, alone, preset.model, batches)
+        report(f"preset {config.preset}", config, {"clean": build}, preset.model, batches)
+        if config.profile:
+            list_operations(build().uses["training"], preset.model.image_size, batches[0])
 
 
 def report(
@@ -150,17 +160,20 @@ def report(
     peak_tflops = config.peak_tflops or (H100_BF16_TFLOPS if device.type == "cuda" else rate / 1e12)
     a_pair = ", ".join(f"{count / 1e9:.3g} GFLOP a pair in {what}" for what, count in flops.items())
     print(f"\n{title}; {a_pair}; bound {peak_tflops:.3g} TFLOP/s\n")
-    print(f"| | batch | {' | '.join(f'{m}, pairs/s' for m in builders)} | against literal | of the bound | peak GiB |")
-    print("|" + "---|" * (len(builders) + 5))
+    rates = " | ".join(f"{model}, pairs/s" for model in builders)
+    print(f"| | batch | {rates} | against literal | of the bound | CPU ms | peak GiB |")
+    print("|" + "---|" * (len(builders) + 6))
     for what in ("training", "labelling"):
         for batch in batches:
             row = {model: results.get((model, batch, what)) for model in builders}
             cells = ["out of memory" if r is None else f"{batch / r.seconds:.3g}" for r in row.values()]
             best, literal = row[list(builders)[-1]], row.get("literal")
             ratio = f"{literal.seconds / best.seconds:.2f}x" if literal and best else "-"
-            share = f"{batch * flops[what] / best.seconds / peak_tflops / 1e12:.0%}" if best else "-"
+            busy = 0.0 if best is None else best.seconds if device.type == "cuda" else best.cpu_seconds
+            share = f"{batch * flops[what] / busy / peak_tflops / 1e12:.0%}" if best else "-"
+            used = f"{1000 * best.cpu_seconds:.0f}" if best else "-"
             memory = f"{best.gib:.1f}" if best and best.gib is not None else "-"
-            print(f"| {what} | {batch} | {' | '.join(cells)} | {ratio} | {share} | {memory} |")
+            print(f"| {what} | {batch} | {' | '.join(cells)} | {ratio} | {share} | {used} | {memory} |")
 
 
 def measure(
@@ -184,12 +197,13 @@ def measure(
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
             try:
-                seconds = alternate(works, config.repeats, device)
+                medians = alternate(works, config.repeats, device)
             except torch.OutOfMemoryError:
                 break
             gib = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None
-            rates.append(2 * MATRIX**3 / seconds.pop(("matrix", "product")))
-            results |= {(name, batch, use): Measured(median, gib) for (name, use), median in seconds.items()}
+            wall, used = medians.pop(("matrix", "product"))
+            rates.append(2 * MATRIX**3 / (wall if on_gpu else used))
+            results |= {(name, batch, use): Measured(*median, gib) for (name, use), median in medians.items()}
     return results, statistics.median(rates) if rates else 0.0
 
 
@@ -205,9 +219,11 @@ def build_literal(published: Mapping[str, int], device: torch.device) -> Contend
     return Contender({"training": train, "labelling": model.codes})
 
 
-def build_ours(size: LatentModelConfig, config: BenchConfig, device: torch.device) -> Contender:
+def build_ours(
+    size: LatentModelConfig, config: BenchConfig, device: torch.device, optim: OptimConfig | None = None
+) -> Contender:
     model = LatentActionModel(size).to(device)
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, optim or OptimConfig())
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=_precision(config, device) == "bf16")
     loss, codes = model.loss, model.codes
     if _compiled(config, device):
@@ -227,17 +243,45 @@ def build_ours(size: LatentModelConfig, config: BenchConfig, device: torch.devic
     return Contender({"training": train, "labelling": label})
 
 
-def alternate(works: Mapping[Key, Callable[[], object]], repeats: int, device: torch.device) -> dict[Key, float]:
-    """Returns the median seconds of each function, called in turn and synchronized with the device."""
-    seconds: dict[Key, list[float]] = {name: [] for name in works}
+def alternate(
+    works: Mapping[Key, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[Key, tuple[float, float]]:
+    """Returns the median seconds of each function, by the clock and of all cores, called in turn and synchronized."""
+    seconds: dict[Key, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(WARM_UP + repeats):
         for name, work in works.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times[WARM_UP:]) for name, times in seconds.items()}
+            seconds[name].append((time.perf_counter() - started, time.process_time() - used))
+    return {
+        name: (statistics.median(wall), statistics.median(cpu))
+        for name, times in seconds.items()
+        for wall, cpu in [zip(*times[WARM_UP:], strict=True)]
+    }
+
+
+def list_operations(train: Callable[[Tensor], object], image_size: int, batch: int) -> None:
+    """Prints the milliseconds of a training step by operation.
+
+    Of the calls of an operation on one shape, the lower quartile counts: other programs interrupt the others.
+    """
+    frames = torch.randint(0, 256, (batch, 2, 3, image_size, image_size), dtype=torch.uint8)
+    for _ in range(WARM_UP):
+        train(frames)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        for _ in range(PROFILED):
+            train(frames)
+    calls: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in found.events():
+        calls[event.name, str(event.input_shapes)].append(event.self_cpu_time_total)
+    totals: dict[str, float] = defaultdict(float)
+    for (name, _), times in calls.items():
+        totals[name] += sorted(times)[len(times) // 4] * len(times) / PROFILED / 1000
+    print(f"\n| of {sum(totals.values()):.0f} ms | ms |\n|---|---|")
+    for name in sorted(totals, key=lambda name: -totals[name])[:LISTED]:
+        print(f"| {name} | {totals[name]:.1f} |")
 
 
 def flops_of_a_pair(size: LatentModelConfig, device: torch.device) -> dict[str, float]:

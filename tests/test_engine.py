@@ -19,6 +19,7 @@ from torch import nn
 
 from lapa.cli import main
 from lapa.engine import loop as loop_module
+from lapa.engine import optim as optim_module
 from lapa.engine.batches import Draw, Scattered, StepSampler
 from lapa.engine.config import LoopConfig, OptimConfig
 from lapa.engine.curves import panels
@@ -298,6 +299,28 @@ def test_adamw_in_8_bits_without_torchao_says_how_to_get_it(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(ValueError, match=r"--optimizer adamw8bit needs torchao .* pip install"):
         build_optimizer(Slope(), OptimConfig(optimizer="adamw8bit"))
+
+
+def test_muon_of_many_matrices_updates_each_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(32, 32), (48, 16), (32, 32), (16, 48), (48, 16), (32, 32), (20, 20)]
+    # So that matrices of one shape are updated in two parts.
+    monkeypatch.setattr(optim_module, "TOGETHER", 2 * 32 * 32)
+    torch.manual_seed(0)
+    start, unused = [torch.randn(shape) for shape in shapes], torch.randn(20, 20)
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+    ends = []
+    for kind in (torch.optim.Muon, optim_module.Muon):
+        parameters = [nn.Parameter(each.clone()) for each in (*start, unused)]
+        optimizer = kind(parameters, lr=0.1, weight_decay=0.5)
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=False):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append([parameter.detach() for parameter in parameters])
+        assert torch.equal(ends[-1].pop(), unused)
+    for theirs, ours in zip(*ends, strict=True):
+        # The iteration is rounded to bf16, and products of many matrices may round otherwise than those of one.
+        assert (theirs - ours).abs().max() < 0.1 * 0.03
 
 
 def test_muon_learns_all_directions_of_a_matrix_equally_fast_and_resumes(tmp_path: Path) -> None:
