@@ -16,6 +16,7 @@ from lapa.demo.config import ARMS, DEMONSTRATION_SEED, RESULTS, ROLLOUT_SEED, SC
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json
 from lapa.locks import locks_output
+from lapa.sources.synthetic import DIRECTIONS
 from lapa.subcommand import Stage, run_stages
 
 
@@ -68,7 +69,8 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
 
     def episodes(title: str, folder: str, number: int, *, actions: bool) -> Stage:
         if made_up:
-            verb, options = "data synthetic", ["--episodes", "16", *(["--actions"] if actions else [])]
+            total = 16 if config.preset == "debug" else number * len(DIRECTIONS)
+            verb, options = "data synthetic", ["--episodes", str(total), *(["--actions"] if actions else [])]
         else:
             verb, options = "data metaworld", ["--tasks", config.tasks, "--episodes", str(number)]
             options += [] if actions else ["--no-actions"]
