@@ -124,6 +124,16 @@ def test_unreadable_json_is_named(tmp_path: Path) -> None:
         files.read_json(tmp_path / "b.json")
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400"])
+def test_a_number_that_could_not_be_written_again_is_not_read(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1.5, {"b": NUMBER}]}'.replace("NUMBER", number))
+    with pytest.raises(UserError, match=rf"a\.json: not valid JSON \({number} is no number of JSON\)"):
+        files.read_json(path)
+    path.write_text('{"a": [1.5, -2e-3, 1e-400, 7]}')
+    assert files.read_json(path) == {"a": [1.5, -0.002, 0.0, 7]}
+
+
 def test_claiming_an_output(tmp_path: Path) -> None:
     out, claim_output = tmp_path / "out", locks_output(files.claim_output)
     claim_output(out, complete=False)

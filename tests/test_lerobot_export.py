@@ -127,6 +127,14 @@ def test_a_policy_that_was_only_pretrained_is_refused(tmp_path):
         exported(pretrained, tmp_path)
 
 
+def test_a_damaged_run_of_a_policy_is_named_before_anything_is_written(tmp_path):
+    policy = acting_policy("tiny", "chunk", tmp_path)
+    policy.save_pretrained(tmp_path / "policy", run={"loop": {"optim": {"schedule": "x"}}})
+    with pytest.raises(UserError, match=r"/policy: the run of the policy: schedule: unknown value 'x'"):
+        export(ExportLeRobotConfig(tmp_path / "policy", tmp_path / "exported"))
+    assert not (tmp_path / "exported").exists()
+
+
 def test_an_output_is_not_overwritten(tmp_path):
     policy = acting_policy("tiny", "chunk", tmp_path)
     exported(policy, tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.spec import open_dataset
+from lapa.errors import UserError
 from lapa.sources import videos
 from lapa.sources.narrated import NarratedConfig, seconds
 from test_sources_videos import numbers, write_clip, write_times
@@ -126,6 +127,14 @@ def test_rows_that_are_wrong_are_named(folder: Path, row: str, wrong: str, capsy
     assert not (folder.parent / "dataset").exists()
     assert len(convert(folder, rows, skip_bad=True).lengths) == 1
     assert "skipped in all (--skip-bad): 1" in capsys.readouterr().err
+
+
+def test_where_all_rows_are_wrong_one_is_named(folder: Path, tmp_path: Path) -> None:
+    path = table(tmp_path / "wrong.csv", "video|start|stop|text", "a|-1|0.5|reach", "a|0|inf|reach")
+    with pytest.raises(UserError, match=r"wrong\.csv: line 2: '-1' is no time.*--skip-bad"):
+        convert(folder, path)
+    with pytest.raises(UserError, match=r"wrong\.csv: none of its rows can be used"):
+        convert(folder, path, skip_bad=True)
 
 
 def test_a_row_past_the_end_is_cut_there_and_counted(folder: Path, capsys: pytest.CaptureFixture) -> None:

@@ -333,8 +333,28 @@ def test_folders_that_cannot_act_are_named(root: Path) -> None:
         VideoModel.from_pretrained(root / "inverse")
     with pytest.raises(ValueError, match="no statistics of datasets; leave out --statistics-key rt1"):
         load_actor(root / "policy", statistics_key="rt1")
-    with pytest.raises(ValueError, match="--sampling-steps must be at least 1"):
-        unipi.run(UniPiConfig(root / "video", root / "inverse", root / "new", sampling_steps=0))
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="--sampling-steps must be from 1 to 1000"):
+            unipi.run(UniPiConfig(root / "video", root / "inverse", root / "new", sampling_steps=steps))
+    for guidance in (float("nan"), 1e300):
+        with pytest.raises(ValueError, match="--guidance must be from -100 to 100"):
+            unipi.run(UniPiConfig(root / "video", root / "inverse", root / "new", guidance=guidance))
+    assert not (root / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", 10**30), ("seed", -1), ("sampling_steps", 0), ("sampling_steps", 1 << 40)]
+)
+def test_a_plan_that_cannot_be_drawn_is_named_when_the_policy_is_loaded(
+    root: Path, tmp_path: Path, key: str, value: int
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(root / "policy", policy)
+    (policy / SUMS).unlink()
+    config = policy / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"policy/config\.json: (--)?{key.replace('_', '-')} must be from"):
+        load_actor(policy)
 
 
 def test_a_missing_library_is_named_with_its_install(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -302,22 +303,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, as_json(value))
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parses JSON. Raises ValueError or RecursionError, also for text that no file takes: half a surrogate pair."""
-    value = json.loads(text)
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+    """Parses JSON. Raises ValueError or RecursionError, also for text that no file takes: half a surrogate pair.
+
+    finite: also for NaN and numbers that no float holds (1e400), which Python reads and `write_json` refuses.
+    """
+    value = json.loads(text, parse_constant=_finite, parse_float=_finite) if finite else json.loads(text)
     if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
 
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:20]} is no number of JSON")
+    return value
+
+
 def read_json(path: Path) -> Any:
-    """Reads a JSON file. Raises UserError naming it where it is absent or not JSON."""
+    """Reads a JSON file. Raises UserError naming it where it is absent, not JSON, or holds NaN or infinity."""
     path = as_path(path)
     with reading(path):
         content = path.read_bytes()
     # Besides malformed JSON: numbers of thousands of digits are a ValueError, thousands of brackets a RecursionError.
     try:
-        value = parse_json(content)
+        value = parse_json(content, finite=True)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if content.count(b"[") + content.count(b"{") > DEEPEST and _deeper(value, DEEPEST):

@@ -172,7 +172,7 @@ class UniPiConfig:
     out: Path
     """Folder of the policy to write."""
     sampling_steps: int = 8
-    """Denoising steps of a plan."""
+    """Denoising steps of a plan, 1 to 1000."""
     guidance: float = 1.0
     """How far a plan follows the instruction: 1 as the video model learned it, above 1 beyond, 0 not at all."""
     overwrite: bool = False

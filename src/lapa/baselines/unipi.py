@@ -17,7 +17,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +28,21 @@ from jaxtyping import Float
 from lapa import config as configs
 from lapa.baselines.config import UniPiConfig
 from lapa.baselines.inverse import InverseDynamics, inverse_fingerprint
-from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, TOKENIZER, WEIGHTS, VideoModel
+from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, NOISE_LEVELS, TOKENIZER, WEIGHTS, VideoModel
 from lapa.checksums import verify, write_marker
 from lapa.console import finish, warn
 from lapa.data.dataset import ActionSpace
 from lapa.data.transforms import resize_and_crop
 from lapa.engine.distributed import pick_device
-from lapa.errors import UserError
+from lapa.errors import UserError, shown
 from lapa.files import claim_output, fingerprint, read_json
 from lapa.locks import LOCK, locks_output
 from lapa.policy.runtime import Actor
 from lapa.types import Observation
 
 VIDEO, INVERSE = "video", "inverse"
+# Beyond it a plan is noise: differences of two predictions are multiplied by it.
+MOST_GUIDANCE = 100.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,19 @@ class Acting:
     inverse_fingerprint: str
     kind: str = "unipi"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.sampling_steps <= NOISE_LEVELS:
+            raise UserError(f"--sampling-steps must be from 1 to {NOISE_LEVELS}, got {self.sampling_steps}")
+        if not abs(self.guidance) <= MOST_GUIDANCE:
+            raise UserError(f"--guidance must be from {-MOST_GUIDANCE:g} to {MOST_GUIDANCE:g}, got {self.guidance}")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed must be from 0 to 2^63 - 1, got {shown(self.seed)}")
+
 
 @locks_output
 def run(config: UniPiConfig) -> None:
     """`lapa baseline unipi`. Raises UserError where the two models do not fit together."""
-    if config.sampling_steps < 1:
-        raise UserError(f"--sampling-steps must be at least 1, got {config.sampling_steps}")
+    acting = Acting(config.sampling_steps, config.guidance, 0, "", "")
     video, inverse = VideoModel.from_pretrained(config.video), InverseDynamics.from_pretrained(config.inverse)
     require_fit(video, inverse, config.video, config.inverse)
     learned_from, camera = read_json(config.video / CONFIG)["camera"], inverse.recording.camera
@@ -74,8 +83,7 @@ def run(config: UniPiConfig) -> None:
     )
     for source, name in ((config.video, VIDEO), (config.inverse, INVERSE)):
         shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png", LOCK))
-    acting = Acting(config.sampling_steps, config.guidance, 0, **fingerprints(config.out))
-    write_marker(config.out, CONFIG, configs.to_dict(acting), ())
+    write_marker(config.out, CONFIG, configs.to_dict(replace(acting, **fingerprints(config.out))), ())
     finish("policy", config.out, [f"lapa evaluate {shlex.quote(str(config.out))} --env ENVIRONMENT --out RESULTS"])
 
 

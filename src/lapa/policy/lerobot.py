@@ -72,6 +72,7 @@ def export(config: ExportLeRobotConfig) -> None:
         )
     with errors_about(config.policy):
         policy = policy.under(config.statistics_key)
+        exported = lerobot_config(policy)
     finished = (config.out / CONFIG).exists()
     claim_output(config.out, complete=finished, overwrite=config.overwrite, resumable=False, inputs=[config.policy])
     write_parts(policy, config.out)
@@ -79,7 +80,7 @@ def export(config: ExportLeRobotConfig) -> None:
         save_model(nn.ModuleDict({ATTRIBUTE: policy.model}), str(temporary), metadata={"format": "pt"})
     for name, steps in processor_steps(features(policy)).items():
         write_json(config.out / f"{name}.json", {"name": name, "steps": steps})
-    write_json(config.out / CONFIG, lerobot_config(policy))
+    write_json(config.out / CONFIG, exported)
     command = f"lerobot-eval --policy.path={config.out} --env.type=ENVIRONMENT"
     finish("policy for LeRobot", config.out, [command])
 

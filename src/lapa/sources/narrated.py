@@ -84,6 +84,10 @@ class NarratedSource(Source):
         self.name = self.root.resolve().name
         table = Path(reading.narrations)
         rows, wrong = _read_rows(table)
+        fix = "correct the row, or give --skip-bad to leave such rows out"
+        if not rows:
+            stop_or_skip(wrong, fix, reading.skip_bad)
+            raise UserError(f"{table}: none of its rows can be used")
         videos = _find_named(self.root, names, rows, table)
         used = sorted(set(videos.values()), key=natural_order)
         headers, unreadable = read_headers(self.root, used)
@@ -95,7 +99,6 @@ class NarratedSource(Source):
         self.settings = {"folder": self.name, "narrations": table.name, **({"fps": reading.fps} if reading.fps else {})}
         found = [(videos[row.video], row) for row in rows if videos.get(row.video) in headers]
         self.items, past = self._find_items(found, headers, table)
-        fix = "correct the row, or give --skip-bad to leave such rows out"
         skipped += stop_or_skip([*wrong, *past], fix, reading.skip_bad)
         if skipped:
             warn(f"rows and videos skipped in all (--skip-bad): {skipped}")
