@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import platform
+import shutil
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from lapa.data.metadata import JOURNAL
 from lapa.data.source import Item
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
+from lapa.files import read_json
 from lapa.ray_cluster import RETRIES, RayConfig, cluster
 from lapa.sources.videos import VideosConfig
 from test_data_merge import files
@@ -82,11 +84,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
                 results[reference] = method(*pickle.loads(pickle.dumps(arguments)))
             except Killed:
                 results[reference] = ConnectionError()
+            except MemoryError as error:
+                results[reference] = error
             return reference
 
     def get(reference: object) -> Any:
         result = results.pop(reference)
-        if isinstance(result, ConnectionError):
+        if isinstance(result, ConnectionError | MemoryError):
             raise result
         return result
 
@@ -102,7 +106,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             remote=lambda **_: lambda actor: SimpleNamespace(remote=lambda *arguments: Handle(actor(*arguments))),
             wait=wait,
             get=get,
-            exceptions=SimpleNamespace(RayError=RuntimeError, RayActorError=ConnectionError),
+            exceptions=SimpleNamespace(
+                RayError=RuntimeError, RayActorError=ConnectionError, OutOfMemoryError=MemoryError
+            ),
             cluster_resources=lambda: {"CPU": 8.0},
         )
 
@@ -167,6 +173,24 @@ def test_errors_of_workers_stop_the_command_and_resume_goes_on(
     assert files(tmp_path / "out") == whole
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_a_shard_that_is_lost_before_it_is_added_is_made_again(
+    clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(actor: ShardActor, marker: Path, items: Sequence[Item]) -> None:
+        original(actor, marker, items)
+        if marker.stem == "000000002":
+            shutil.rmtree(marker.parent / read_json(marker)["folder"])
+
+    original = ShardActor._make
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardActor, "_make", lost)
+        with pytest.raises(ValueError, match=r"000000002\.json: lacks '2\.mp4'; --resume makes it again"):
+            run(options(clips, tmp_path / "out", engine="ray"))
+    run(options(clips, tmp_path / "out", engine="ray", resume=True))
+    assert files(tmp_path / "out") == whole
+
+
 def full_disk(path: Path) -> None:
     raise OSError("out: no space left")
 
@@ -188,18 +212,44 @@ def test_what_ray_needs(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         run(options(clips, tmp_path / "other", engine="ray"))
 
 
-def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed_out(*_: Any, **__: Any) -> None:
-        raise Exception("The current node timed out during startup.\nMore advice")
+VERSIONS = """Version mismatch: The cluster was started with:
+    Ray: 2.40.0
+    Python: 3.11.9
+This process on node 10.0.0.5 was started with:
+    Ray: 2.58.0
+    Python: 3.12.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "message"),
+    [
+        (
+            None,
+            Exception("The current node timed out during startup.\nMore advice"),
+            r"^Ray cannot start a cluster on this machine \(The current node timed out during startup\.\)$",
+        ),
+        (
+            "ray-head:6379",
+            RuntimeError(VERSIONS),
+            r"^--ray\.address ray-head:6379: runs Ray 2\.40\.0 and Python 3\.11\.9, here are 2\.58\.0 and 3\.12\.1; "
+            r"install the same on all machines \(pip install ray==2\.40\.0\)$",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, error: Exception, message: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
 
     ray, data = ModuleType("ray"), ModuleType("ray.data")
     context = SimpleNamespace(get_current=SimpleNamespace)
     vars(data).update(DataContext=context)
-    vars(ray).update(data=data, is_initialized=lambda: False, init=timed_out)
+    vars(ray).update(data=data, is_initialized=lambda: False, init=fails)
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.data", data)
-    message = r"cannot start a cluster.*\(The current node timed out during startup\.\)"
-    with pytest.raises(ValueError, match=message), cluster(RayConfig()):
+    with pytest.raises(ValueError, match=message), cluster(RayConfig(address=address)):
         pass
 
 
@@ -213,7 +263,8 @@ def test_a_shard_that_kills_its_worker_every_time_is_named(
         if marker.stem == "000000002" and len(kills) < most:
             kills.append(marker)
             (marker.parent / f"{convert_ray.PRIVATE}half").mkdir(exist_ok=True)
-            raise Killed
+            # The second time, by Ray, where a machine runs out of memory.
+            raise MemoryError if len(kills) == 2 else Killed
         original(actor, marker, items)
 
     original = ShardActor._make

@@ -154,12 +154,19 @@ def test_a_store_that_fails_is_asked_again_but_not_for_what_it_refuses(tmp_path:
     assert not CountedStore.failures
 
 
-def test_a_full_disk_reads_on_without_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_full_disk_reads_on_without_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, at_once: bool
+) -> None:
     path, content = an_object(tmp_path, 1000)
     cache = StoreCache(tmp_path / "cache", 1)
 
-    def full(descriptor: int, *_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(descriptor: int, written: bytes, offset: int) -> int:
+        if at_once:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(descriptor, written[:100], offset)
+
+    pwrite = os.pwrite
 
     monkeypatch.setattr(os, "pwrite", full)
     assert cache.open(path).read() == content

@@ -39,7 +39,7 @@ from test_sources_webdataset import write_shard
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_ray, "SHARD_ITEMS", 2)
-    monkeypatch.setattr(writer, "ITEMS_PER_PART", 2)
+    monkeypatch.setattr(writer, "LINES_PER_PART", 2)
     monkeypatch.setattr(stores, "PAUSE", 0.01)
     monkeypatch.setattr(stores, "STALE", 0.2)
 
@@ -201,6 +201,31 @@ def test_of_two_writers_the_second_stops(bucket: str) -> None:
             other.flush()
 
 
+def test_a_journal_with_a_gap_goes_on_before_it(bucket: str) -> None:
+    """As after an --overwrite that was killed while it removed the parts."""
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+
+    def opened() -> DatasetWriter:
+        return DatasetWriter(f"s3://{bucket}/out", fps=5, cameras={"front": (32, 32)}, resume=True)
+
+    for number in range(3):
+        one = opened()
+        one.add_episode({"front": images}, f"lift {number}", source=str(number))
+        one.flush()
+    fsspec.filesystem("s3").rm_file(f"{bucket}/out/{JOURNAL_PARTS}/{1:09d}.jsonl")
+    for number in range(3):
+        one = opened()
+        assert one.num_episodes == number
+        one.add_episode({"front": images}, f"lift {number}", source=str(number))
+        one.flush()
+    assert len(one.finish()) == 3
+
+
+def test_uploads_leave_a_connection_for_the_lock() -> None:
+    """On a slow line it would otherwise wait for them, and its owner be taken for dead."""
+    assert writer.REQUESTS < pytest.importorskip("botocore.httpsession").MAX_POOL_CONNECTIONS
+
+
 def test_the_owner_of_a_lock_does_not_remove_that_of_another(bucket: str) -> None:
     folder = as_path(f"s3://{bucket}/out")
     with stores.locked_store(folder, take_over=False):
@@ -229,7 +254,7 @@ def test_a_shard_that_changes_while_it_is_read_is_counted(
                 f"s3://{bucket}/in/1.tar",
             ).fs.pipe_file(f"{bucket}/in/1.tar", changed)
 
-    monkeypatch.setattr(writer, "ITEMS_PER_PART", 1)
+    monkeypatch.setattr(writer, "LINES_PER_PART", 1)
     given = {"size": 32, "workers": 1, "caption": "wait"}
     server.hooks.append(change)
     with pytest.raises(ValueError, match=r"in/1\.tar: .*(has changed|expired|changed)"):
@@ -269,7 +294,7 @@ def test_commands_that_are_killed_go_on(clips: Path, whole: dict[str, bytes], bu
     given = options(clips, f"s3://{bucket}/out")
     command = [sys.executable, "-m", "lapa", "data", "videos", str(clips), "--out", str(given.out), "--fps", "10"]
     command += ["--caption", "wait", "--size", "32", "--min-seconds", "0.5", "--skip-bad", "--workers", "1"]
-    code = "from lapa import cli, stores; from lapa.data import writer; stores.STALE = writer.ITEMS_PER_PART = 1; "
+    code = "from lapa import cli, stores; from lapa.data import writer; stores.STALE = writer.LINES_PER_PART = 1; "
     code += "cli.main()"
     command[1:3] = ["-c", code]
     store = fsspec.filesystem("s3")

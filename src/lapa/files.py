@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
@@ -471,7 +471,13 @@ def remove_folder(folder: Path) -> None:
     """Removes a folder, local or remote, with its contents."""
     if is_remote(folder):
         remote = cast(Any, folder)
-        retried(remote, lambda: remote.fs.rm(remote.path, recursive=True), "removed")
+
+        def remove() -> None:
+            # Also removed by an attempt whose answer was lost.
+            with suppress(FileNotFoundError):
+                remote.fs.rm(remote.path, recursive=True)
+
+        retried(remote, remove, "removed")
     else:
         shutil.rmtree(folder)
 

@@ -76,7 +76,8 @@ class StoreCache:
                 content = fetched(path, start, stop)
                 self._make_room(len(content))
                 os.ftruncate(part, 0)
-                os.pwrite(part, content, 0)
+                if os.pwrite(part, content, 0) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 file.with_suffix(".part").rename(file)
                 return file.open("rb", buffering=0)
         except OSError as error:
@@ -97,8 +98,8 @@ class StoreCache:
             used = int(os.pread(counter, 32, 0) or b"0") + size
             if used > self.limit:
                 used = self._delete_oldest(int(KEPT * self.limit) - size) + size
-            os.ftruncate(counter, 0)
-            os.pwrite(counter, str(used).encode(), 0)
+            # In one write: after a kill, or on a full disk, there is still a number.
+            os.pwrite(counter, b"%32d" % used, 0)
 
     def _delete_oldest(self, most: int) -> int:
         """Deletes blocks until they have at most `most` bytes; returns how many they have."""

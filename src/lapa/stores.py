@@ -32,7 +32,7 @@ CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "re
 # Seconds between two writes of a lock, and without one, after which its owner is taken for dead.
 BEAT, STALE = 10.0, 60.0
 
-# The folders whose locks this process holds, with the threads that took them.
+# The locks that this process holds, with the threads that took them.
 _held: set[tuple[str, int]] = set()
 
 
@@ -110,7 +110,8 @@ def locked_store(folder: StorePath, take_over: bool) -> Iterator[None]:
 
     take_over: that of an owner who is dead, after a time of watching it. Raises UserError naming the owner otherwise.
     """
-    path, owner, held = folder / LOCK, uuid.uuid4().hex, (str(folder), threading.get_ident())
+    path, owner = folder / LOCK, uuid.uuid4().hex
+    held = str(path), threading.get_ident()
     if held in _held:
         yield
         return

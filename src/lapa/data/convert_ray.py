@@ -29,7 +29,7 @@ import lapa
 from lapa.console import progress, say, warn
 from lapa.data.source import Item
 from lapa.data.writer import REQUESTS, DatasetWriter
-from lapa.errors import UserError
+from lapa.errors import UserError, shown
 from lapa.files import as_path, copy_file, find_files, is_remote, read_json, remove_folder, write_json
 from lapa.ray_cluster import RETRIES, RayConfig, cluster, killed_too_often, pool, ray_errors
 
@@ -122,6 +122,9 @@ def convert_with_ray(convert: Convert, items: Sequence[Item], writer: DatasetWri
                 for warning in note["warnings"]:
                     warn(warning)
                 writer.add_unfinished(folder / note["folder"])
+                if lacking := [item.key for item in shards[marker] if item.key not in writer.done_items]:
+                    marker.unlink()
+                    raise UserError(f"{marker}: lacks {shown(lacking[0])}; --resume makes it again")
                 num_done += len(shards[marker])
                 remove_folder(folder / note["folder"])
             bar.update(task, completed=num_done)
@@ -167,7 +170,7 @@ def _shards_made(ray: Any, start: Callable[[], Any], work: dict[str, Sequence[It
         actor, shard = running.pop(finished[0])
         try:
             result = ray.get(finished[0])
-        except ray.exceptions.RayActorError:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
             killed[shard] += 1
             if killed[shard] > RETRIES:
                 raise killed_too_often(Path(shard).stem or "its start", killed[shard]) from None

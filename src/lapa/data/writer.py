@@ -5,8 +5,8 @@ once its line does. A killed writer leaves whole episodes and perhaps an mp4 wit
 replaces. `finish` turns the journal into the tables of the layout; `meta/info.json` comes last and makes the dataset
 readable. Memory does not grow with the number of frames.
 
-On a store, where no file grows, videos are uploaded under their final names, and the lines of a few items then follow
-as one object of `meta/journal/`, made on condition that there is none: of two writers that number them alike one stops.
+On a store, where no file grows, some videos are uploaded under their final names, and their lines then follow as one
+object of `meta/journal/`, made on condition that there is none: of two writers that number them alike one stops.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
 # In meta/lapa.json: what the source held.
 SOURCE_FINGERPRINT = "source_fingerprint"
 FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-# Of a dataset on a store: requests at a time, and items whose lines are one object of the journal.
-REQUESTS, ITEMS_PER_PART = 16, 16
+# Of a dataset on a store: requests at a time, fewer than a client has connections (botocore 10), of which the lock
+# needs one within seconds; and lines that are one object of the journal.
+REQUESTS, LINES_PER_PART = 8, 32
 # Statistics need no more than a sample of the pixels.
 FRAME_STRIDE, PIXEL_STRIDE = 5, 4
 
@@ -123,7 +124,7 @@ class DatasetWriter:
         self._here = Path(self._outgoing.name) if self._outgoing else self.root
         self._threads = ThreadPoolExecutor(REQUESTS) if self._outgoing else None
         self._requests: list[Future[None]] = []
-        self._num_parts = self._num_sent = self._items_since = 0
+        self._num_parts = self._num_sent = self._lines_since = 0
         self._journal = Journal(self._here / JOURNAL)
         self._image_keys = [CAMERA_PREFIX + camera for camera in self.cameras]
         for camera, (height, width) in self.cameras.items():
@@ -211,9 +212,7 @@ class DatasetWriter:
         self._journal.append({"item": item, "notes": dict(notes)})
         self.done_items.add(item)
         self.notes.update(notes)
-        self._items_since += 1
-        if self._items_since >= ITEMS_PER_PART:
-            self.flush()
+        self._flush_where_many()
 
     def discard(self) -> None:
         """Removes the journal of a writer without episodes, as if nothing had been begun."""
@@ -317,6 +316,9 @@ class DatasetWriter:
                     break
                 file.write(part)
                 self._num_parts = number + 1
+        # Behind a part that is missing, what follows is of no use, and the new parts get these names.
+        for path in paths[self._num_parts :]:
+            path.unlink()
 
     def _part_path(self, number: int) -> Path:
         return self.root / JOURNAL_PARTS / f"{number:09d}.jsonl"
@@ -326,7 +328,7 @@ class DatasetWriter:
 
         Raises UserError where another writer has been first.
         """
-        requests, self._requests, self._items_since = self._requests, [], 0
+        requests, self._requests, self._lines_since = self._requests, [], 0
         try:
             for request in requests:
                 request.result()
@@ -410,7 +412,13 @@ class DatasetWriter:
         self._journal.append(record, sync=True)
         self.num_episodes += 1
         self.done_sources.add(record["source"])
+        self._flush_where_many()
         return self.num_episodes - 1
+
+    def _flush_where_many(self) -> None:
+        self._lines_since += 1
+        if self._lines_since >= LINES_PER_PART:
+            self.flush()
 
     def _name(self, source: str) -> str:
         return f"episode {source or self.num_episodes}"

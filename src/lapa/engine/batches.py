@@ -210,7 +210,7 @@ class ReadAhead:
         self._waiting: deque[tuple[Draw, Future[Any]]] = deque()
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
         """Returns `dataset[draw]`. Raises its errors."""
