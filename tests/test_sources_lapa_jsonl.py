@@ -143,15 +143,17 @@ def test_finetuning_rows_become_a_dataset(tmp_path: Path, form: str) -> None:
     assert (converted.actions(1) == dataset.actions(1)).all() and not (tmp_path / "out" / LABELS).exists()
 
 
-def test_labels_lie_beside_what_the_rows_become(tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", ["", "memory:/"])
+def test_labels_lie_beside_what_the_rows_become(tmp_path: Path, store: str) -> None:
+    out = f"{store}{tmp_path}/out"
     rows = [published(number, id=f"clip_{number // 3}_{number % 3}", vision=None) for number in range(6)]
     rows = [{**row, "fields": "[instruction],delta", "image": f"{row['id']}.png"} for row in rows]
     del rows[2]["delta"], rows[2]["fields"]
     write_images(tmp_path, rows)
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    run(LapaJsonlConfig(str(path), out=tmp_path / "out", size=16, workers=1, lam="laq"))
-    dataset = open_dataset(tmp_path / "out")
-    labels = Labels.open(tmp_path / "out" / LABELS, lam_fingerprint="laq", dataset_fingerprint=dataset.fingerprint)
+    run(LapaJsonlConfig(str(path), out=out, size=16, workers=1, lam="laq"))
+    dataset = open_dataset(out)
+    labels = Labels.open(as_path(out) / LABELS, lam_fingerprint="laq", dataset_fingerprint=dataset.fingerprint)
     assert [labels.codes(number)[0].tolist() for number in range(2)] == [[0, 1], [0, 1, 2]]
     assert labels.codes(1)[1].tolist() == [[(3 + step + place) % 8 for place in range(4)] for step in range(3)]
     assert (labels.manifest.latent_length, labels.manifest.codebook_size, labels.manifest.num_rows) == (4, 8, 5)

@@ -10,6 +10,8 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +177,11 @@ def test_one_command_at_a_time_writes(
         patch.setattr(stores, "who", lambda: "process 7 on moon (lapa data), started 2099-01-01")
         patch.setattr(stores, "BEAT", 0.01)
         patch.setattr(stores, "STALE", 60.0)
-        with stores.locked_store(as_path(out), take_over=False):
+        lock = stores.locked_store(as_path(out), take_over=False)
+        with ThreadPoolExecutor(1) as owner, ExitStack() as ending:
+            # The thread that holds a lock may take it again.
+            owner.submit(lock.__enter__).result()
+            ending.callback(lambda: owner.submit(lock.__exit__, None, None, None).result())
             with pytest.raises(ValueError, match=r"is being written by process 7 on moon .*2099.*over with --resume"):
                 run(options(clips, out, workers=1))
             with pytest.raises(

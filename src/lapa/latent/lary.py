@@ -12,10 +12,10 @@ Axes: B pairs or clips, T time, K steps of a chunk, A action dimensions, P token
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -115,8 +115,8 @@ def classification_figures(
     drawn = np.random.default_rng(seed).permutation(np.asarray(episodes))[:most]
     names_B = np.array([dataset.instruction(int(episode)) for episode in drawn])
     names, counts = np.unique(names_B[names_B != ""], return_counts=True)
-    several = names[np.argsort(-counts, kind="stable")][:MAX_TASKS]
-    several = [name for name in several if (names_B == name).sum() > 1]
+    frequent = names[np.argsort(-counts, kind="stable")][:MAX_TASKS]
+    several = [name for name in frequent if (names_B == name).sum() > 1]
     kept_B = np.isin(names_B, several)
     if len(several) < 2:
         return None
@@ -306,10 +306,10 @@ class Classifier(nn.Module):
             elif isinstance(module, nn.MultiheadAttention):
                 nn.init.zeros_(module.in_proj_bias)
         with torch.no_grad():
-            for number, block in enumerate(self.blocks, start=1):
+            for number, block in enumerate(cast(Iterable[nn.TransformerEncoderLayer], self.blocks), start=1):
                 for layer in (block.self_attn.out_proj, block.linear2):
                     layer.weight.div_(math.sqrt(2 * number))
-            self.mlp[2].weight.div_(math.sqrt(6))
+            cast(nn.Linear, self.mlp[2]).weight.div_(math.sqrt(6))
         self.to_classes = nn.Linear(width, num_classes)
 
     def forward(self, tokens_BTPD: Tensor) -> Tensor:

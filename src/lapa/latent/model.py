@@ -135,7 +135,7 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
         if config.targets != "pixels":
             assert tower is not None
             self.to_features = nn.Identity() if config.layout == "released" else nn.Linear(config.dim, tower.dim)
-            if config.predict == "change":
+            if config.predict == "change" and isinstance(self.to_features, nn.Linear):
                 nn.init.zeros_(self.to_features.weight)
                 nn.init.zeros_(self.to_features.bias)
         latents = config.latent_length * config.quant_dim

@@ -77,7 +77,8 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             super().send_receive_event_to_app()
             return
         self.frames = []
-        self.queue.put_nowait({"type": "websocket.receive", "refused": self._refused})  # type: ignore[typeddict-unknown-key]
+        event: Any = {"type": "websocket.receive", "refused": self._refused}
+        self.queue.put_nowait(event)
         self.read_paused = True
         self.transport.pause_reading()
 

@@ -185,7 +185,7 @@ def file_state(path: Path) -> list[Any]:
     Its name alone if it is missing.
     """
     try:
-        stat = path.stat()
+        stat: Any = path.stat()
     except OSError:
         return [str(path)]
     if is_remote(path):

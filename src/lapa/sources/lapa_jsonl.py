@@ -103,8 +103,8 @@ class LapaJsonlConfig(ConvertOptions, LapaJsonlReading):
 @locks_output
 def run(config: LapaJsonlConfig) -> None:
     """`lapa data lapa-jsonl`."""
-    source = config.open()
-    labels = config.out / LABELS
+    source, out = config.open(), as_path(config.out)
+    labels = out / LABELS
     if not source.coded:
         convert.run(config)
         if not source.latent_length:
@@ -117,7 +117,7 @@ def run(config: LapaJsonlConfig) -> None:
         if not source.latent_length:
             raise UserError(f"{config.file}: has codes of images, and no `delta` to label them with; give --images")
         say(f"{config.file}: has codes and no images; its labels are written, the rows are read in place")
-        claim_output(config.out, complete=False, overwrite=config.overwrite, resume=config.resume, inputs=[source.root])
+        claim_output(out, complete=False, overwrite=config.overwrite, resume=config.resume, inputs=[source.root])
         dataset, words = source.dataset(), ["--policy", "LWM_POLICY", "--data", _spec(config)]
     next_commands = [shlex.join(["lapa", "policy", "pretrain", *words, "--labels", str(labels), "--out", "POLICY"])]
     identity = {

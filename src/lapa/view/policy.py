@@ -53,7 +53,8 @@ def open_policy_pages(config: ViewConfig) -> PolicyPages:
         with errors_of(config.path):
             policy = load_policy(folder).to(config.device)
         actors = dict[str, Actor](policy.by_statistics() if policy.acts else {"": policy})
-    dataset, chosen = None, ()
+    dataset: Dataset | None = None
+    chosen: tuple[str, ...] = ()
     if config.data is not None:
         dataset = open_dataset(config.data)
     elif policy is not None:
