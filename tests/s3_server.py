@@ -94,7 +94,7 @@ def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     faults = Faults(app.DomainDispatcherApplication(app.create_backend_app))
     server = make_server("127.0.0.1", 0, faults, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     settings = {
         "AWS_ACCESS_KEY_ID": "test",
