@@ -227,6 +227,17 @@ def test_a_journal_with_a_gap_goes_on_before_it(bucket: str) -> None:
     assert len(one.finish()) == 3
 
 
+def test_episodes_that_a_killed_script_added_are_there(bucket: str) -> None:
+    """Also where it names no items, after which `lapa data` writes their lines."""
+    images = np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), np.uint8)
+    for given in ({}, {"resume": True}):
+        one = DatasetWriter(f"s3://{bucket}/out", fps=5, cameras={"front": (32, 32)}, **given)
+        assert one.num_episodes == 2 * bool(given)
+        for number in range(one.num_episodes, 3):
+            one.add_episode({"front": images}, f"lift {number}", source=str(number))
+    assert len(one.finish()) == 3
+
+
 def test_uploads_leave_a_connection_for_the_lock() -> None:
     """On a slow line it would otherwise wait for them, and its owner be taken for dead."""
     assert writer.REQUESTS < pytest.importorskip("botocore.httpsession").MAX_POOL_CONNECTIONS
