@@ -40,7 +40,7 @@ def failure(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 
 def test_help_names_every_command_in_the_order_of_the_flow() -> None:
     lines = lapa("--help").stdout
-    positions = [lines.index(f"  {verb.name} ") for verb in cli.VERBS]
+    positions = [lines.index(f"\n  {verb.name} ") for verb in cli.VERBS]
     assert positions == sorted(positions)
 
 

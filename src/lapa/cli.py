@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lapa import __version__
-from lapa.config import require_plausible
 from lapa.errors import UserError, out_of_memory, printable
 
 USAGE = """\
@@ -264,6 +263,8 @@ def _dispatch(arguments: list[str]) -> int:
             print("\n" + data_help(), end="")
         return 0
     config = parse(verb, arguments[len(verb.name.split()) :])
+    from lapa.config import require_plausible
+
     require_plausible(config)
     require_inputs(config)
     imported(verb.run)(config)
