@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lapa import cli
 from lapa.data import info
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels
@@ -460,3 +461,12 @@ def test_codes_are_not_augmented(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert item["images"]["image"].tolist() == [1 + place for place in range(CODES)]
     assert item["actions_KA"].tolist() == [[1, 1], [1, 1]] and item["instruction"] == "push 1"
     assert "nothing is augmented" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [(), ("--lam", "laq")])
+def test_the_name_of_a_latent_action_model_is_no_folder(tmp_path: Path, options: tuple[str, ...]) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(2)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["data", "lapa-jsonl", str(path), "--out", str(tmp_path / "out"), "--image-codes", "16", *options])
+    assert exit_.value.code == 0
+    assert (tmp_path / "out").is_dir()

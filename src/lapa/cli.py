@@ -347,11 +347,13 @@ def require_inputs(config: Any) -> None:
     """Raises UserError for the first dataset, file, folder or hub id of a config that does not exist.
 
     This is cheap: an input that exists on this machine is not opened, and one behind a URL is left to the command.
+    `NAMES` of a config are fields that are called like inputs, but only name something.
     """
+    names = getattr(config, "NAMES", ())
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for item in value if isinstance(value, tuple) else (value,):
-            if field.name in OUTPUTS or not isinstance(item, str | Path):
+            if field.name in (*OUTPUTS, *names) or not isinstance(item, str | Path):
                 continue
             opener = OPENERS.get(field.name)
             path = str(item)

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, overload
+from typing import Annotated, Any, ClassVar, overload
 
 import numpy as np
 import tyro
@@ -96,6 +96,7 @@ class LapaJsonlConfig(ConvertOptions, LapaJsonlReading):
     """Number of latent action codes, of which `delta` holds a few."""
     horizon: float = 0.6
     """Seconds that a latent action spans, as far as it is known; noted in the labels."""
+    NAMES: ClassVar[tuple[str, ...]] = ("lam",)
     lam: str = "released"
     """Name of the latent action model that made `delta`: policies refuse to mix labels of two."""
 
