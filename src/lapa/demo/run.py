@@ -88,7 +88,7 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
         episodes("videos without actions", "videos", config.videos, actions=False),
         episodes("a few demonstrations with actions", "demonstrations", config.demonstrations, actions=True),
         stage("latent action model", "latent train", "lam", "config.json", *latent, *videos),
-        stage("probe of the latent actions", "latent probe", "probe", "probe.json", lam, *robot, seed=None),
+        stage("probe of the latent actions", "latent probe", "probe", "probe.json", lam, *videos, seed=None),
         stage("latent action labels", "label", "labels", "manifest.json", "--lam", lam, *videos, seed=None),
         stage("pretraining on latent actions", "policy pretrain", "latent_policy", "config.json", *pretrain),
         stage("finetuning on the demonstrations", "policy finetune", "policy", "config.json", *finetune),
