@@ -95,6 +95,13 @@ def test_the_demo_ends_with_what_it_shows(finished: DemoConfig) -> None:
     assert len(frames) > 20 and frames.shape[2] > 3 * 256
 
 
+def test_a_damaged_table_is_named(finished: DemoConfig, tmp_path: Path) -> None:
+    shutil.copytree(finished.out, tmp_path / "out")
+    (tmp_path / "out" / "demo.json").write_text('{"seconds": [1]}')
+    with pytest.raises(ValueError, match=r"demo.json: seconds is .*; delete it"):
+        demo.run(replace(finished, out=tmp_path / "out", resume=True))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [

@@ -27,7 +27,7 @@ from lapa.drawing import Row, captioned, grid, heat_map, largest
 from lapa.errors import UserError
 from lapa.evaluation.episodes import VIDEO_FPS
 from lapa.evaluation.rollout import as_percent, played, read_results
-from lapa.files import atomic_path, read_json, write_json
+from lapa.files import atomic_path, read_object, write_json
 from lapa.latent.model import LatentActionModel
 from lapa.latent.show import decode_each, difference, pixels
 from lapa.study.results import Rollout
@@ -43,8 +43,8 @@ MOST_TASKS = 4
 def conclude(config: DemoConfig, world: str, seconds: Mapping[str, float]) -> None:
     """Prints the table and what it shows, draws the image and the movie, and writes demo.json last."""
     out, path = config.out, config.out / RESULTS
-    known = read_json(path) if path.exists() else {}
-    before = known.get("seconds", {}) if isinstance(known, dict) else {}
+    # Of an earlier call, whose stages were not run again.
+    before = read_object(path, "delete it", seconds=dict)["seconds"] if path.exists() else {}
     results = {name: read_results(out / "results" / who) for name, who in ARMS.items()}
     table = Table(f"success in {WORLDS[world]} (95% interval)", *results)
     for task in next(iter(results.values()))["tasks"]:
