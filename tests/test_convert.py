@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from lapa.data import convert, writer
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import convert_item, in_time, resample, resample_rows
 from lapa.data.dataset import ActionSpace, Control, Dataset
-from lapa.data.metadata import INFO, JOURNAL
+from lapa.data.left_out import EXAMPLES
+from lapa.data.metadata import EPISODES, INFO, JOURNAL, LEFT_OUT
 from lapa.data.source import Clip, Item, Source
 from lapa.data.spec import open_dataset
 from lapa.errors import UserError
@@ -98,15 +101,46 @@ def _image(kind: str, number: int, camera: str) -> np.ndarray:
     return shade(80 if kind == "still" else 10 * number)
 
 
+class Scenes(MadeUp):
+    """Items `KIND-SCENE`: `first` is a scene in which something moves, `copy` the same with noise, darker and
+    smaller, `longer` has more frames, `pan` is the scene seen by a camera that turns, `grey` shows almost nothing."""
+
+    def __init__(self, root: Path, names: Sequence[str], *_: Any):
+        super().__init__(root, names)
+        self.cameras = {"front": (96, 96)}
+
+    def read(self, item: Item) -> Clip:
+        kind, scene = item.key.split("-")[:2]
+        length = 24 if kind == "longer" else 12
+        frames = ((number / self.fps, self.image(kind, int(scene), number)) for number in range(length))
+        return Clip({"front": frames}, item.key)
+
+    def image(self, kind: str, scene: int, number: int) -> np.ndarray:
+        rng = np.random.default_rng(scene)
+        small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((192, 192))
+        wide = np.asarray(small).astype(int)
+        if kind == "grey":
+            wide[:] = 100 + scene
+        left = 6 * number if kind == "pan" else 0
+        image = wide[:96, left : left + 96].copy()
+        if kind != "pan":
+            image[40:60, 5 * number : 5 * number + 20] = 255 - image[40:60, 5 * number : 5 * number + 20]
+        if kind == "copy":
+            image = image * 0.9 + np.random.default_rng(number).normal(0, 3, image.shape)
+        image = image.clip(0, 255).astype(np.uint8)
+        return np.asarray(Image.fromarray(image).resize((72, 72))) if kind == "copy" else image
+
+
 @dataclass(frozen=True)
 class MadeUpConfig(ConvertOptions):
     root: Path
     names: tuple[str, ...]
     control: Control | None = None
     with_actions: bool = False
+    kind: type[MadeUp] = MadeUp
 
     def open(self) -> Source:
-        return MadeUp(self.root, self.names, self.control, self.with_actions)
+        return self.kind(self.root, self.names, self.control, self.with_actions)
 
 
 def converted(tmp_path: Path, names: Sequence[str], out: str = "out", **settings: Any) -> Dataset:
@@ -173,6 +207,83 @@ def test_frozen_videos_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [row[0] for row in summary(converted(tmp_path, names, "more", max_frozen=0.8))] == ["frozen-1", "move-1"]
 
 
+# Of the copies of scene 1, the second is like the first, too; grey images are too empty to be compared.
+SCENES = ("first-1", "copy-1", "first-2", "longer-1", "copy-1-again", "grey-1", "copy-2", "grey-1-again")
+DIFFERENT = ["first-1", "first-2", "longer-1", "grey-1", "grey-1-again"]
+FEW = {"kind": Scenes, "size": 64, "drop_duplicates": True}
+
+
+def test_the_first_of_episodes_that_look_the_same_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    whole = converted(tmp_path, SCENES, **FEW)
+    assert [row[0] for row in summary(whole)] == DIFFERENT
+    assert "left out, looks like an earlier episode: 3" in capsys.readouterr().err
+    page = (whole.root / LEFT_OUT).read_text()
+    assert page.count("like first-1<") == 2 and page.count("like first-2<") == 1
+    many = converted(tmp_path, SCENES, "many", workers=2, **FEW)
+    assert same(whole, many) and (many.root / LEFT_OUT).read_text() == page
+    every = converted(tmp_path, SCENES, "every", **{**FEW, "drop_duplicates": False})
+    assert len(every) == len(SCENES)
+
+
+@pytest.mark.parametrize("step", range(1, len(SCENES) + 1))
+def test_after_a_kill_the_same_duplicates_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, step: int
+) -> None:
+    closed = []
+
+    def closing(self: writer.DatasetWriter, *arguments: Any) -> None:
+        closed.append(arguments)
+        if len(closed) == step:
+            raise KeyboardInterrupt
+        original(self, *arguments)
+
+    original = writer.DatasetWriter.close_item
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer.DatasetWriter, "close_item", closing)
+        converted(tmp_path, SCENES, **FEW)
+    resumed = converted(tmp_path, SCENES, resume=True, **FEW)
+    assert [row[0] for row in summary(resumed)] == DIFFERENT
+    assert "left out, looks like an earlier episode: 3" in capsys.readouterr().err
+    assert (resumed.root / LEFT_OUT).read_text().count("<figure>") == len(SCENES)
+
+
+def test_films_of_a_camera_that_turns_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ("first-1", "pan-1", "pan-2", "grey-1")
+    settings = {"kind": Scenes, "size": 96}
+    kept = converted(tmp_path, names, max_camera_motion=0.8, **settings)
+    assert [row[0] for row in summary(kept)] == ["first-1", "grey-1"]
+    assert "left out, the camera moves: 2" in capsys.readouterr().err
+    (path,) = (kept.root / EPISODES).rglob("*.parquet")
+    assert all(0 <= share < 0.5 for share in pq.read_table(path)["camera_motion"].to_pylist())
+    assert (
+        "camera_motion"
+        not in pq.read_table(
+            next((converted(tmp_path, names, "all", **settings).root / EPISODES).rglob("*.parquet"))
+        ).column_names
+    )
+
+
+def test_the_page_has_counts_and_a_few_examples(tmp_path: Path) -> None:
+    names = (*(f"move-{number}" for number in range(10)), "still-<b>&", "bad-1", "tiny-1", "black-1")
+    dataset = converted(tmp_path, names, min_motion=0.01, min_side=20, skip_bad=True)
+    page = (dataset.root / LEFT_OUT).read_text()
+    for part in (
+        "10 episodes of 14 items",
+        f"Kept <small>(10; the first {EXAMPLES})",
+        "Nothing moves <small>(1)",
+        "still-&lt;b&gt;&amp;",
+        "1.2 s, motion 0.000",
+        "Images too small <small>(1)",
+        "16 x 16 pixels",
+        "Damaged <small>(1)",
+        "is damaged",
+        "No camera shows anything <small>(1)",
+    ):
+        assert part in page, part
+    assert page.count("<img") == EXAMPLES + 3 and "<b>" not in page and str(tmp_path) not in page
+    assert LEFT_OUT in (dataset.root / "SHA256SUMS").read_text()
+
+
 def test_black_bars_are_cropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = ("bars-1", "move-1")
     whole, cropped = converted(tmp_path, names), converted(tmp_path, names, "cropped", crop_bars=True)
@@ -219,7 +330,7 @@ def test_a_kill_at_any_point_loses_and_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, point: str, step: int
 ) -> None:
     whole = converted(tmp_path, NAMES, "whole", cut_shots=True)
-    counted = [line for line in capsys.readouterr().err.splitlines() if "left out" in line or "noted" in line]
+    counted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert counted == ["warning: left out, no camera shows anything: 1", "warning: noted: 1"]
     kind = writer.DatasetWriter
     calls = 0
@@ -433,7 +544,8 @@ def test_two_items_of_one_name_are_refused(tmp_path: Path) -> None:
         ({"limit": 0}, "--limit 0"),
         ({"min_seconds": -1}, "--min-seconds -1: cannot be below 0"),
         ({"min_motion": float("nan")}, "--min-motion nan"),
-        ({"max_frozen": 0.0}, "--max-frozen 0: is a share"),
+        ({"max_frozen": 0.0}, "--max-frozen 0: is a share of the frames"),
+        ({"max_camera_motion": 1.5}, "--max-camera-motion 1.5: is a share of the change"),
         ({"camera": ("frnt",)}, "unknown camera 'frnt'; did you mean 'front'"),
     ],
 )

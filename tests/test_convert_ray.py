@@ -28,6 +28,7 @@ from lapa.data.writer import DatasetWriter
 from lapa.files import read_json
 from lapa.ray_cluster import RETRIES, RayConfig, cluster
 from lapa.sources.videos import VideosConfig
+from test_convert import FEW, SCENES, converted
 from test_data_merge import files
 from test_sources_videos import write_clip
 
@@ -124,6 +125,28 @@ def test_shards_in_any_order_become_the_dataset_of_one_machine(
     assert len(open_dataset(tmp_path / "out")) == 7
     shown = capsys.readouterr().err
     assert "left out, too short: 1" in shown and "3x.mkv: damaged; " in shown
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("killed", [0, 1, 3, 5])
+def test_duplicates_in_other_shards_are_those_of_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, killed: int
+) -> None:
+    def dying(writer: DatasetWriter, record: dict[str, Any]) -> int:
+        if writer.root == tmp_path / "out" and writer.num_episodes + 1 == killed:
+            raise Killed
+        return original(writer, record)
+
+    whole = converted(tmp_path, SCENES, "whole", **FEW)
+    original = DatasetWriter._write_record
+    capsys.readouterr()
+    if killed:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(DatasetWriter, "_write_record", dying)
+            converted(tmp_path, SCENES, engine="ray", **{**FEW, "workers": 0})
+    converted(tmp_path, SCENES, engine="ray", resume=True, **{**FEW, "workers": 0})
+    assert "left out, looks like an earlier episode: 3" in capsys.readouterr().err
+    assert files(tmp_path / "out") == files(whole.root)
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lapa.data.motion import AROUND, MotionMeter, inside_bars, motion_energy, share_of_new, shot_numbers, thumbnails
+from lapa.data.motion import (
+    AROUND,
+    CameraMeter,
+    MotionMeter,
+    _shift,
+    inside_bars,
+    motion_energy,
+    moved_as_one,
+    share_of_new,
+    shot_numbers,
+    thumbnails,
+)
 from lapa.data.video import ClipScan, encode_clip
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -189,3 +200,36 @@ def test_real_films_repeat_nothing(name: str) -> None:
     if not paths:
         pytest.skip("the shared sample data are not here")
     assert all(share_of_new(frame_HWC for _, frame_HWC in ClipScan(path)) == 1.0 for path in paths)
+
+
+def test_what_a_moving_camera_explains_of_the_change() -> None:
+    for pixels, least in ((1, 0.6), (3, 0.85), (6, 0.9)):
+        assert least < camera_share(video(pan(1, 20, pixels))) <= 1, pixels
+    wide = scene(2, 160)
+    shaken = [wide[:, left : left + 96] for left in np.random.default_rng(0).integers(0, 12, 20)]
+    assert camera_share(video(shaken)) > 0.85
+    passing = [image.copy() for image in still(3, 20)]
+    for number, image in enumerate(passing):
+        image[20:44, 4 * number : 4 * number + 24] = 230
+    assert camera_share(video(passing, noise=1.0)) < 0.5
+    flashing = [image + 40 * (number % 2) for number, image in enumerate(still(4, 20))]
+    assert camera_share(video(flashing)) < 0.1
+    assert camera_share(video(still(1, 1))) == camera_share(np.zeros((5, 32, 32), np.uint8)) == 0
+    black_and_noise = np.stack([np.zeros((32, 32), np.uint8), video(still(1, 1))[0]])
+    assert camera_share(black_and_noise) < 0.3
+
+
+def camera_share(small_THW: np.ndarray) -> float:
+    meter = CameraMeter()
+    for small_HW in small_THW:
+        meter.add(small_HW)
+    return meter.share
+
+
+def test_a_shift_in_parts_of_a_pixel() -> None:
+    image = np.asarray(scene(6, 96)[:, :, None].repeat(3, axis=2).clip(0, 255), np.uint8)
+    one, other = (thumbnails([image[:, left : left + 64]])[0] for left in (5, 8))
+    change, left = moved_as_one(one, other)
+    # Three of 64 pixels are 1.5 of 32; the content moves to the left.
+    assert _shift(one.astype(np.float32), other.astype(np.float32)) == pytest.approx((0, -1.5), abs=0.13)
+    assert left < 0.1 * change

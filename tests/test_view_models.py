@@ -24,11 +24,12 @@ from browser import Browser, browser
 from lapa import LatentActionModel, Policy, UserError, cli
 from lapa.data.dataset import ActionSpace
 from lapa.data.lerobot import LeRobotDataset
+from lapa.data.transforms import to_page
 from lapa.latent.model import lam_fingerprint
 from lapa.latent.show import decode_each, pixels, roll_out
 from lapa.policy.runtime import Actor
 from lapa.view.config import ViewConfig
-from lapa.view.images import dataset_here, from_page, to_page
+from lapa.view.images import dataset_here, from_page
 from lapa.view.lam import LamPages
 from lapa.view.opening import open_pages
 from lapa.view.policy import PolicyPages

@@ -45,6 +45,12 @@ class ConvertOptions(Reading):
     max_frozen: float = 1.0
     """Leave out episodes of which more than this share of the frames, in all cameras, only repeat the frame before, as
     title cards and stalled streams do; 0.5 is a start for web video."""
+    max_camera_motion: float = 1.0
+    """Leave out episodes in which the camera's own motion explains more than this share of the change from frame to
+    frame, in all cameras: one shift of the whole image, not zoom or rotation; 0.8 is a start for web video."""
+    drop_duplicates: bool = False
+    """Leave out episodes that look like an earlier one of the dataset: of about the same length, with almost the same
+    images, whatever their size and compression; the first is kept."""
     crop_bars: bool = False
     """Crop black bars, on two opposite sides, before images are scaled."""
     limit: int | None = None

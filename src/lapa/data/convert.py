@@ -30,13 +30,15 @@ from lapa.console import finish, progress, say, warn
 from lapa.data.config import ConvertOptions
 from lapa.data.convert_ray import INCOMING, convert_with_ray, remove_incoming
 from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
-from lapa.data.metadata import INFO
-from lapa.data.motion import MotionMeter, inside_bars, share_of_new, shot_numbers, thumbnail
+from lapa.data.duplicates import image_bits, looks_of
+from lapa.data.left_out import IMAGE_SIDE
+from lapa.data.metadata import INFO, LEFT_OUT
+from lapa.data.motion import CameraMeter, MotionMeter, inside_bars, share_of_new, shot_numbers, thumbnail
 from lapa.data.source import Clip, Item, Source
-from lapa.data.transforms import resize_and_crop
+from lapa.data.transforms import at_most, resize_and_crop, to_page
 from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
-from lapa.data.writer import SOURCE_FINGERPRINT, DatasetWriter, PixelMoments
+from lapa.data.writer import CAMERA_MOTION, IMAGE, LOOKS, SOURCE_FINGERPRINT, TEXT, DatasetWriter, PixelMoments
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, claim_output, is_remote, reading
 from lapa.locks import locks_output
@@ -57,11 +59,12 @@ DAMAGED, KEPT = "left out, damaged", "damaged, the readable part is kept"
 LOST = "frames lost in what is damaged"
 NO_INSTRUCTION = "kept, without an instruction"
 BARS = "kept, black bars cropped"
-SMALL, SHORT, STATIC, FROZEN, BLANK = (
+SMALL, SHORT, STATIC, FROZEN, CAMERA, BLANK = (
     "left out, images too small",
     "left out, too short",
     "left out, nothing moves",
     "left out, most frames repeat the one before",
+    "left out, the camera moves",
     "left out, no camera shows anything",
 )
 
@@ -73,12 +76,13 @@ T = TypeVar("T")
 class ConvertedItem:
     """The result of an item.
 
-    episodes: arguments of `DatasetWriter.add_episode_files`; notes: to be counted; lost: frames, because of `damage`;
-    error: why there is no result.
+    episodes: arguments of `DatasetWriter.add_episode_files`; notes: to be counted; examples: of what is left out, as
+    `DatasetWriter.close_item` takes them; lost: frames, because of `damage`; error: why there is no result.
     """
 
     episodes: tuple[dict[str, Any], ...] = ()
     notes: Counter[str] = field(default_factory=Counter)
+    examples: tuple[dict[str, Any], ...] = ()
     lost: int = 0
     damage: str = ""
     error: str | None = None
@@ -131,6 +135,7 @@ def run(options: ConvertOptions) -> None:
         writer.discard()
         raise UserError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
     dataset = writer.finish()
+    say(f"what was kept and left out, with examples: {out / LEFT_OUT}")
     finish(f"dataset of {len(dataset)} episodes, {dataset.num_frames} frames at {fps:g} fps", out, next_commands)
 
 
@@ -180,16 +185,25 @@ def convert_item(
             if options.crop_bars:
                 timed, shape = _without_bars(timed)
                 bars |= shape != first[1].shape[:2]
-            small |= min(shape) < options.min_side
+            if min(shape) < options.min_side:
+                small, text = True, f"{shape[1]} x {shape[0]} pixels"
+                example = _example(SMALL, item.key, text, first[1])
             streams[camera] = resample(timed, fps)
         if small:
-            return ConvertedItem(notes=Counter((SMALL, *clip.notes)))
+            return ConvertedItem(notes=Counter((SMALL, *clip.notes)), examples=(example,))
         episodes, left_out = _encode(source, clip, item, streams, fps, options, target)
     except UserError as error:
         return ConvertedItem(error=str(error))
     bare = [NO_INSTRUCTION for episode in episodes if not episode["instruction"].strip()]
     cropped = [BARS] * (bars and bool(episodes))
-    return ConvertedItem(tuple(episodes), Counter((*left_out, *bare, *cropped, *clip.notes)), clip.lost, clip.damage)
+    notes = Counter((*(example["reason"] for example in left_out), *bare, *cropped, *clip.notes))
+    return ConvertedItem(tuple(episodes), notes, tuple(left_out), clip.lost, clip.damage)
+
+
+def _example(reason: str, source: str, text: str, image_HWC: np.ndarray | None) -> dict[str, Any]:
+    """Returns an example of what is kept or left out, for the page."""
+    image = None if image_HWC is None else to_page(at_most(image_HWC, IMAGE_SIDE), exact=False)
+    return {"reason": reason, "source": source, TEXT: text, IMAGE: image}
 
 
 def _without_bars(
@@ -266,8 +280,10 @@ def _check_options(options: ConvertOptions) -> None:
     for name in ("min_seconds", "min_side", "min_motion", "workers"):
         if not getattr(options, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: cannot be below 0")
-    if not 0 < options.max_frozen <= 1:
-        raise UserError(f"--max-frozen {options.max_frozen:g}: is a share of the frames, above 0 and up to 1")
+    for option, of in (("max_frozen", "frames"), ("max_camera_motion", "change")):
+        value = getattr(options, option)
+        if not 0 < value <= 1:
+            raise UserError(f"--{option.replace('_', '-')} {value:g}: is a share of the {of}, above 0 and up to 1")
 
 
 def _check_names(source: Source, items: Sequence[Item]) -> None:
@@ -296,14 +312,16 @@ def _choose_rate(source: Source, options: ConvertOptions) -> float:
 
 
 def _open_writer(
-    source: Source, items: Sequence[Item], cameras: list[str], fps: float, options: ConvertOptions
+    source: Source, items: Sequence[Item], cameras: list[str], fps: float, options: ConvertOptions, part: bool = False
 ) -> DatasetWriter:
     space = source.action_space if options.actions else None
     # A resumed run must have the same options, those that decide what of the source is in the dataset.
     names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "crop_bars", "limit")
     values = {name: getattr(options, name) for name in (*names, "size")}
-    if options.max_frozen < 1:
-        values["max_frozen"] = options.max_frozen
+    values["drop_duplicates"] = options.drop_duplicates
+    for name in ("max_frozen", "max_camera_motion"):
+        if getattr(options, name) < 1:
+            values[name] = getattr(options, name)
     filters = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
     return DatasetWriter(
         options.out,
@@ -321,6 +339,8 @@ def _open_writer(
             **filters,
         },
         resume=options.resume,
+        drop_duplicates=options.drop_duplicates and not part,
+        part=part,
     )
 
 
@@ -357,6 +377,7 @@ def _convert_all(
                 _add(source, items[number], converted, writer, options.skip_bad, tell)
                 bar.advance(task)
         writer.flush()
+    remove_incoming(writer.root)
 
 
 def _convert_apart(
@@ -365,7 +386,7 @@ def _convert_apart(
     """Converts items into a folder of their own, as a dataset that is not finished; returns the warnings."""
     warnings: list[str] = []
     options = replace(options, out=str(folder), workers=1, overwrite=False, resume=False)
-    writer = _open_writer(source, items, cameras, fps, options)
+    writer = _open_writer(source, items, cameras, fps, options, part=True)
     _convert_all(source, items, writer, cameras, fps, options, warnings.append)
     return warnings
 
@@ -379,12 +400,15 @@ def _add(
     tell: Callable[[str], None],
 ) -> None:
     """Adds an item's result to the dataset and its journal. Raises UserError where it is damaged, unless skip_bad."""
-    notes = Counter(converted.notes)
+    notes, examples = Counter(converted.notes), list(converted.examples)
     if converted.error is not None:
         if not skip_bad:
             raise UserError(f"{converted.error}; fix or replace it, or give --skip-bad to leave out damaged items")
         tell(f"left out: {converted.error}")
         notes[DAMAGED] += 1
+        # The page has no path of this machine.
+        text = converted.error.removeprefix(f"{source.file_of(item)}: ").replace(f"{source.root}/", "")
+        examples.append(_example(DAMAGED, item.key, text, None))
     if converted.lost:
         kept = sum(episode["length"] for episode in converted.episodes)
         damage = converted.damage or source.file_of(item)
@@ -392,16 +416,22 @@ def _add(
         notes.update({KEPT: 1, LOST: converted.lost})
     for episode in converted.episodes:
         # An item that a kill interrupted between two of its episodes is converted again.
-        if episode["source"] not in writer.done_sources:
+        if episode["source"] in writer.done_sources:
+            continue
+        if writer.is_duplicate({**episode, **episode["facts"]}):
+            for video in episode["files"].values():
+                video.unlink()
+        else:
             writer.add_episode_files(**episode)
-    writer.close_item(item.key, notes)
+    writer.close_item(item.key, notes, examples)
 
 
 @dataclass
 class _Shot:
     """A part of an item; `reason`: why it is left out.
 
-    motion: the greatest of all cameras; frozen: the share of frames that repeat the one before, the least of all.
+    motion: the greatest of all cameras; frozen: the share of frames that repeat the one before, and camera_motion: of
+    the change that the camera's own motion explains, the least of all. image, looks: of the first camera.
     """
 
     start: int
@@ -410,10 +440,13 @@ class _Shot:
     pixels: dict[str, _Pixels] = field(default_factory=dict)
     motion: float = 0.0
     frozen: float = 1.0
+    camera_motion: float = 1.0
+    image: np.ndarray | None = None
+    looks: str = ""
     reason: str | None = None
 
 
-# A frame with the number of its shot, and its thumbnail where motion is measured.
+# A frame with the number of its shot, and its thumbnail where it is measured.
 ShotFrame = tuple[int, np.ndarray | None, np.ndarray]
 
 
@@ -425,15 +458,15 @@ def _encode(
     fps: float,
     options: ConvertOptions,
     target: Path,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Writes the videos of each shot of the first camera, for all cameras. Also returns why shots are left out."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Writes the videos of each shot of the first camera, for all cameras. Also returns the shots that are left out."""
     where = source.file_of(item)
     first, *others = streams
     shots: list[_Shot] = []
     for _, frames in groupby(_by_shot(streams[first], options, options.cut_shots), key=lambda frame: frame[0]):
         start = shots[-1].stop if shots else 0
         shots.append(_Shot(start, start))
-        shots[-1].stop += _write(shots[-1], first, frames, _video(target, len(shots), first), fps)
+        shots[-1].stop += _write(shots[-1], first, frames, _video(target, len(shots), first), fps, options)
         if shots[-1].stop - start < options.min_seconds * fps - TIE:
             shots[-1].reason = SHORT
     total = shots[-1].stop
@@ -444,7 +477,7 @@ def _encode(
             begins = next(frames, None)
             found = int(begins is not None)
             if begins is not None and shot.reason is None:
-                found = _write(shot, camera, chain([begins], frames), _video(target, number, camera), fps)
+                found = _write(shot, camera, chain([begins], frames), _video(target, number, camera), fps, options)
             found += sum(1 for _ in frames)
             if found != length:
                 raise UserError(f"{where}: camera {camera} ends after {shot.start + found} of {total} frames")
@@ -454,29 +487,43 @@ def _encode(
     for name, values in rows.items():
         if len(values) != total:
             raise UserError(f"{where}: {name} has {len(values)} rows for {total} frames; they differ in length")
-    episodes = []
+    episodes, left_out = [], []
     for number, shot in enumerate(shots):
+        name = item.key if len(shots) == 1 else f"{item.key}#{number:04d}"
+        text = f"{(shot.stop - shot.start) / fps:.1f} s"
         if shot.reason is None and not any(pixels.any_content for pixels in shot.pixels.values()):
             shot.reason = BLANK
         elif shot.reason is None and shot.motion < options.min_motion:
-            shot.reason = STATIC
+            shot.reason, text = STATIC, f"{text}, motion {shot.motion:.3f}"
         elif shot.reason is None and shot.frozen > options.max_frozen:
-            shot.reason = FROZEN
+            shot.reason, text = FROZEN, f"{text}, {shot.frozen:.0%} of the frames repeat"
+        elif shot.reason is None and shot.camera_motion > options.max_camera_motion:
+            shot.reason = CAMERA
+        if options.max_camera_motion < 1 and shot.reason in (None, CAMERA):
+            text = f"{text}, camera motion {shot.camera_motion:.2f}"
+        example = _example(shot.reason or "", name, text, shot.image)
         if shot.reason is not None:
             for video in shot.videos.values():
                 video.unlink()
+            left_out.append(example)
             continue
+        facts = {IMAGE: example[IMAGE], TEXT: text}
+        if options.drop_duplicates:
+            facts[LOOKS] = shot.looks
+        if options.max_camera_motion < 1:
+            facts[CAMERA_MOTION] = round(shot.camera_motion, 4)
         episode = {
             "files": shot.videos,
             "length": shot.stop - shot.start,
             "instruction": clip.instruction,
             "pixel_stats": {camera: moments.to_dict() for camera, moments in shot.pixels.items()},
-            "source": item.key if len(shots) == 1 else f"{item.key}#{number:04d}",
+            "source": name,
+            "facts": facts,
         }
         for name, argument in ((ACTION, "actions"), (STATE, "states")):
             episode[argument] = rows[name][shot.start : shot.stop] if name in rows else None
         episodes.append(episode)
-    return episodes, [shot.reason for shot in shots if shot.reason is not None]
+    return episodes, left_out
 
 
 def _by_shot(frames: Iterable[np.ndarray], options: ConvertOptions, cut: bool) -> Iterator[ShotFrame]:
@@ -485,7 +532,8 @@ def _by_shot(frames: Iterable[np.ndarray], options: ConvertOptions, cut: bool) -
 
     def thumbnails() -> Iterator[Any]:
         for frame_HWC in frames:
-            measured = cut or options.min_motion > 0 or options.max_frozen < 1
+            bounds = options.min_motion > 0 or options.max_frozen < 1 or options.max_camera_motion < 1
+            measured = cut or bounds or options.drop_duplicates
             small_HW = thumbnail(frame_HWC) if measured else None
             waiting.append((small_HW, resize_and_crop(frame_HWC[None], options.size)[0]))
             yield small_HW
@@ -494,20 +542,33 @@ def _by_shot(frames: Iterable[np.ndarray], options: ConvertOptions, cut: bool) -
         yield shot, *waiting.popleft()
 
 
-def _write(shot: _Shot, camera: str, frames: Iterable[ShotFrame], video: Path, fps: float) -> int:
+def _write(
+    shot: _Shot, camera: str, frames: Iterable[ShotFrame], video: Path, fps: float, options: ConvertOptions
+) -> int:
     """Writes the video of a camera, and keeps its statistics and motion in the shot; returns the number of frames."""
-    meter, pixels = MotionMeter(max(1, round(fps / 2))), _Pixels()
+    meter, pixels, camera_meter = MotionMeter(max(1, round(fps / 2))), _Pixels(), CameraMeter()
+    is_first, bits = not shot.videos, []
 
     def images() -> Iterator[np.ndarray]:
-        for _, small_HW, frame_HWC in frames:
+        for number, (_, small_HW, frame_HWC) in enumerate(frames):
             if small_HW is not None:
                 meter.add(small_HW)
+                if options.max_camera_motion < 1:
+                    camera_meter.add(small_HW)
+                if is_first and options.drop_duplicates:
+                    bits.append(image_bits(small_HW))
+            # At the end, one of the later half: a film begins with titles.
+            if is_first and number & (number - 1) == 0:
+                shot.image = frame_HWC
             yield frame_HWC
 
     length = encode_clip(video, pixels.watch(images()), fps, KEYFRAME_INTERVAL)
     shot.videos[camera], shot.pixels[camera] = video, pixels
     shot.motion = max(shot.motion, meter.greatest)
     shot.frozen = min(shot.frozen, meter.frozen)
+    shot.camera_motion = min(shot.camera_motion, camera_meter.share)
+    if bits:
+        shot.looks = looks_of(bits)
     return length
 
 

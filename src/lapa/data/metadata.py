@@ -32,6 +32,8 @@ JOURNAL = "meta/journal.jsonl"
 JOURNAL_PARTS = "meta/journal"
 STATS = "meta/stats.json"
 EXTRA = "meta/lapa.json"
+# What a conversion has kept and left out, for a browser.
+LEFT_OUT = "meta/left_out.html"
 EPISODES = "meta/episodes"
 EPISODES_PATH = EPISODES + "/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"

@@ -3,6 +3,7 @@
     thumbnails_THW = thumbnails(frames_THWC)
     motion_energy(thumbnails_THW, horizon)       # [T - horizon], 0 where nothing moves
     list(shot_numbers(thumbnails_THW))           # [0, 0, ..., 0, 1, 1, ..., 1]
+    moved_as_one(one_HW, other_HW)               # the change, and what of it is left once the whole image is moved
     share_of_new(frames_THWC)                    # 0.1: each image is shown for ten frames
 
 Axes: T time, H W image, C channel, P pairs of frames one horizon apart.
@@ -35,6 +36,12 @@ CUT, QUIET_CUT = 0.08, 0.055
 TIMES_AROUND, AROUND = 2.2, 10
 # A flash is no cut: some frame within FLASH after it differs from one before by less than this part of the change.
 FLASH, UNDONE = 5, 0.5
+# Camera motion: a change of brightness, in steps, that is a sensor's noise; parts of a pixel of a shift; a window
+# that hides where an image's opposite edges meet; and the frequencies, in cycles a pixel, that count most.
+NOISE, FINE = 1.0, 16
+WINDOW = np.outer(np.hanning(SIDE + 2)[1:-1], np.hanning(SIDE + 2)[1:-1]).astype(np.float32)
+FREQUENCIES = np.fft.fftfreq(SIDE)
+LOW = np.exp(-(FREQUENCIES[:, None] ** 2 + FREQUENCIES**2) / (2 * 0.15**2))
 
 
 def thumbnail(frame_HWC: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "SIDE SIDE"]:
@@ -104,6 +111,73 @@ class MotionMeter:
         if self._greatest is None:
             return _change(self._recent[0], self._recent[-1]) if self._recent else 0.0
         return self._greatest
+
+
+class CameraMeter:
+    """How much of the change of frames that are added one by one the camera's own motion explains."""
+
+    def __init__(self) -> None:
+        self._before: np.ndarray | None = None
+        self._change = self._left = 0.0
+
+    def add(self, small_HW: UInt8[np.ndarray, "H W"]) -> None:
+        """Adds a frame's thumbnail."""
+        if self._before is not None:
+            change, left = moved_as_one(self._before, small_HW)
+            self._change, self._left = self._change + change, self._left + left
+        self._before = small_HW
+
+    @property
+    def share(self) -> float:
+        """Of the squared change of brightness between neighbouring frames, the part that one shift explains; 0 to 1."""
+        return 1 - self._left / self._change if self._change else 0.0
+
+
+def moved_as_one(one_HW: UInt8[np.ndarray, "H W"], other_HW: UInt8[np.ndarray, "H W"]) -> tuple[float, float]:
+    """Returns the mean squared change between two thumbnails, and what is left of it once one shift is undone.
+
+    The shift, in parts of a pixel, is that of phase correlation (Kuglin and Hines, 1975), its peak found on a grid of
+    1 / FINE pixels (Guizar-Sicairos et al., 2008). Both are of the pixels that both thumbnails show after the shift.
+    """
+    one_HW, other_HW = one_HW.astype(np.float32), other_HW.astype(np.float32)
+    change = float(np.square(one_HW - other_HW).mean())
+    if change < NOISE**2:
+        return 0.0, 0.0
+    # Most of the image stays as it is: what moves is a thing in front of it, or the image is too plain to know.
+    if np.median(np.abs(one_HW - other_HW)) < NOISE:
+        return change, change
+    down, right = _shift(one_HW, other_HW)
+    # Each is moved by half of the shift, so that interpolation blurs both alike.
+    moved = [_moved(small_HW, half * down, half * right) for small_HW, half in ((one_HW, 0.5), (other_HW, -0.5))]
+    edge_H, edge_W = (int(np.ceil(abs(shift) / 2)) for shift in (down, right))
+    inside = np.s_[edge_H : SIDE - edge_H, edge_W : SIDE - edge_W]
+    still = float(np.square((one_HW - other_HW)[inside]).mean())
+    return change, change * min(1.0, float(np.square((moved[0] - moved[1])[inside]).mean()) / max(still, NOISE**2))
+
+
+def _shift(one_HW: np.ndarray, other_HW: np.ndarray) -> tuple[float, float]:
+    """Returns by how many pixels, down and right, the content of the first is moved in the second."""
+    one, other = (np.fft.fft2((small_HW - small_HW.mean()) * WINDOW) for small_HW in (one_HW, other_HW))
+    cross = other * one.conj()
+    cross /= np.abs(cross) + 1e-6 * np.abs(cross).max() + 1e-12
+    # Fine details are noise mostly, and alias.
+    cross *= LOW
+    peak = np.unravel_index(np.fft.ifft2(cross).real.argmax(), cross.shape)
+    fine = np.arange(-FINE, FINE + 1) / FINE
+    places = [(place + SIDE // 2) % SIDE - SIDE // 2 + fine for place in map(int, peak)]
+    waves = [np.exp(2j * np.pi * np.outer(shifts, FREQUENCIES)) for shifts in places]
+    best = np.unravel_index((waves[0] @ cross @ waves[1].T).real.argmax(), (len(fine), len(fine)))
+    return float(places[0][best[0]]), float(places[1][best[1]])
+
+
+def _moved(small_HW: np.ndarray, down: float, right: float) -> np.ndarray:
+    """Returns the image with its content moved, by linear interpolation; its edges are repeated."""
+    for axis, shift in ((0, down), (1, right)):
+        places = np.clip(np.arange(SIDE) - shift, 0, SIDE - 1)
+        first = np.minimum(places.astype(int), SIDE - 2)
+        part = np.expand_dims((places - first).astype(np.float32), 1 - axis)
+        small_HW = small_HW.take(first, axis) * (1 - part) + small_HW.take(first + 1, axis) * part
+    return small_HW
 
 
 def share_of_new(frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> float:

@@ -5,6 +5,7 @@ Axes: T time, H W image, C channel.
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import warnings
@@ -141,6 +142,27 @@ def resize_and_crop(frames_THWC: UInt8[np.ndarray, "T H W 3"], size: int) -> UIn
         Image.fromarray(frame_HWC).resize((size, size), Image.Resampling.BICUBIC, box) for frame_HWC in frames_THWC
     ]
     return np.stack([np.asarray(image) for image in images])
+
+
+def to_page(image_HWC: np.ndarray, *, exact: bool = True) -> str:
+    """Returns an image as a data URL. exact: as PNG, which the page may send back; else as a smaller WebP."""
+    file = io.BytesIO()
+    image = Image.fromarray(image_HWC)
+    if exact:
+        image.save(file, "PNG", compress_level=3)
+    else:
+        image.save(file, "WEBP", quality=85)
+    kind = "png" if exact else "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def at_most(image_HWC: np.ndarray, side: int) -> np.ndarray:
+    """Returns an image whose longer side has at most this many pixels."""
+    height, width = image_HWC.shape[:2]
+    if max(height, width) <= side:
+        return image_HWC
+    size = tuple(max(1, round(each * side / max(height, width))) for each in (width, height))
+    return np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC))
 
 
 def augment(

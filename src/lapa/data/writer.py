@@ -14,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +30,8 @@ from jaxtyping import Float, UInt8
 from lapa.checksums import Journal, sha256, write_marker
 from lapa.config import differences
 from lapa.data.dataset import ACTION, ACTION_SPACE, CAMERA_PREFIX, STATE, ActionSpace, Control, require_finite
+from lapa.data.duplicates import Duplicates
+from lapa.data.left_out import EXAMPLES, KEPT_EPISODES, left_out_page
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.metadata import (
     CODEBASE_VERSION,
@@ -38,6 +41,7 @@ from lapa.data.metadata import (
     INFO,
     JOURNAL,
     JOURNAL_PARTS,
+    LEFT_OUT,
     STATS,
     TASKS,
     VIDEO_PATH,
@@ -55,6 +59,7 @@ from lapa.files import (
     remove_folder,
     remove_partial,
     write_json,
+    write_text,
 )
 from lapa.stores import content_of, create
 
@@ -64,6 +69,9 @@ ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
 EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
 # In meta/lapa.json: what the source held.
 SOURCE_FINGERPRINT = "source_fingerprint"
+# What an episode may have in the journal besides its content (`add_episode_files`), and which become columns.
+LOOKS, IMAGE, TEXT, CAMERA_MOTION = "looks", "image", "text", "camera_motion"
+DUPLICATE = "left out, looks like an earlier episode"
 FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 # Of a dataset on a store: requests at a time, fewer than a client has connections (botocore 10), of which the lock
 # needs one within seconds; and lines that are one object of the journal.
@@ -88,6 +96,8 @@ class DatasetWriter:
     resume: continue after the last whole episode of a writer with the same settings. `done_sources` are the sources of
         its episodes, `done_items` the items that are closed, and `notes` what was counted of them. Where `root` holds a
         finished dataset of these settings, `finished` is set, and `finish` opens it. `identity` is a hash of these.
+    drop_duplicates: `is_duplicate` and `add_unfinished` find episodes that look like an earlier one.
+    part: what is written is for the `add_unfinished` of another writer, which needs the examples of all episodes.
     Raises UserError where `root` was begun with other settings, or holds a finished dataset and is not to be resumed.
     """
 
@@ -105,6 +115,8 @@ class DatasetWriter:
         keyframe_interval: int = 2,
         extra_info: Mapping[str, Any] | None = None,
         resume: bool = False,
+        drop_duplicates: bool = False,
+        part: bool = False,
     ):
         self.root, self.fps, self.cameras = as_path(root), float(fps), dict(cameras)
         self.widths = {
@@ -119,6 +131,14 @@ class DatasetWriter:
         self.done_sources: set[str] = set()
         self.done_items: set[str] = set()
         self.notes: Counter[str] = Counter()
+        # For the page about what was left out; and of the item that is not closed yet.
+        self._examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._open_notes: Counter[str] = Counter()
+        self._open_examples: list[dict[str, Any]] = []
+        self._part = part
+        self._duplicates = Duplicates() if drop_duplicates else None
+        # Of the episodes in `_duplicates`.
+        self._sources: list[str] = []
         # What is on its way to a store; else the dataset's own folder.
         self._outgoing = tempfile.TemporaryDirectory(prefix="lapa-") if is_remote(self.root) else None
         self._here = Path(self._outgoing.name) if self._outgoing else self.root
@@ -173,14 +193,34 @@ class DatasetWriter:
         actions: Float[np.ndarray, "T A"] | None = None,
         states: Float[np.ndarray, "T S"] | None = None,
         source: str = "",
+        facts: Mapping[str, Any] | None = None,
     ) -> int:
         """Adds an episode from mp4 files (camera -> path, on the same file system), which are moved.
 
-        pixel_stats: camera -> PixelMoments.to_dict() of its frames. Otherwise as `add_episode`.
+        pixel_stats: camera -> PixelMoments.to_dict() of its frames. facts: what is known of it: its `looks`
+        (lapa.data.duplicates), `image` and `text` as an example of what is kept, and `camera_motion`, a column of the
+        episodes' table. Otherwise as `add_episode`.
         """
         rows = self._checked_rows({ACTION: actions, STATE: states}, source)
         self._common_length(dict.fromkeys(files, length), rows, source)
-        return self._add(files, length, rows, pixel_stats, instruction, source)
+        return self._add(files, length, rows, pixel_stats, instruction, source, facts or {})
+
+    def is_duplicate(self, episode: Mapping[str, Any]) -> bool:
+        """Returns whether an episode, by `looks` and `length`, is like an earlier one; it is then counted as left out.
+
+        Episodes are to be asked for, and added, in the order of the dataset; the first of those that are alike is kept.
+        """
+        if self._duplicates is None or LOOKS not in episode:
+            return False
+        first = self._duplicates.first(episode[LOOKS], episode["length"])
+        if first is None:
+            return False
+        self._open_notes[DUPLICATE] += 1
+        text = f"like {self._sources[first]}"
+        self._open_examples.append(
+            {"reason": DUPLICATE, "source": episode["source"], TEXT: text, IMAGE: episode.get(IMAGE)}
+        )
+        return True
 
     def add_unfinished(self, root: Path) -> None:
         """Adds, in order, what another writer has written in `root`, a folder, and not finished; its videos are moved.
@@ -194,22 +234,30 @@ class DatasetWriter:
         for record in lines:
             if "item" in record:
                 if record["item"] not in self.done_items:
-                    self.close_item(record["item"], record["notes"])
+                    self.close_item(record["item"], record["notes"], record.get("examples", ()))
+                self._open_notes.clear()
+                self._open_examples.clear()
                 continue
             name, number = partial(self._video_name, number=number), number + 1
-            if record["source"] in self.done_sources:
+            if record["source"] in self.done_sources or self.is_duplicate(record):
                 continue
             self._move({camera: root / name(camera) for camera in self.cameras})
             self._write_record(record)
         self.flush()
 
-    def close_item(self, item: str, notes: Mapping[str, int] | None = None) -> None:
+    def close_item(
+        self, item: str, notes: Mapping[str, int] | None = None, examples: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
         """Records that all episodes of `item` have been added or left out.
 
-        notes: counts to report; `notes` adds them up over all runs, and `done_items` has the items.
+        notes: counts to report; `notes` adds them up over all runs, and `done_items` has the items. examples: of what
+        was left out, each with its `reason`, one of the notes, `source`, `text` and `image`, a data URL or None.
         """
-        notes = notes or {}
-        self._journal.append({"item": item, "notes": dict(notes)})
+        notes = Counter(notes or {}) + self._open_notes
+        shown = [example for example in (*examples, *self._open_examples) if self._take_example(example)]
+        self._journal.append({"item": item, "notes": dict(notes), "examples": shown})
+        self._open_notes.clear()
+        self._open_examples.clear()
         self.done_items.add(item)
         self.notes.update(notes)
         self._flush_where_many()
@@ -258,6 +306,10 @@ class DatasetWriter:
         write_json(self.root / STATS, stats)
         write_json(self.root / EXTRA, self.extra_info)
         files = [TASKS, STATS, EXTRA, *tables.files]
+        if self.done_items:
+            page = left_out_page(self.extra_info, len(self.done_items), index + 1, self.notes, self._examples)
+            write_text(self.root / LEFT_OUT, page)
+            files.append(LEFT_OUT)
         write_marker(self.root, INFO, self._info(num_frames, len(tasks)), files, known=videos)
         self._remove_journal()
         self.finished = True
@@ -294,9 +346,10 @@ class DatasetWriter:
             elif "item" in record:
                 self.done_items.add(record["item"])
                 self.notes.update(record["notes"])
+                for example in record.get("examples", ()):
+                    self._take_example(example)
             else:
-                self.num_episodes += 1
-                self.done_sources.add(record["source"])
+                self._note_episode(record)
         # Half-written tables keep their suffix, and a reader that lists the folder would take them for whole ones.
         remove_partial(self.root)
         self._num_sent = self._journal.length
@@ -399,21 +452,41 @@ class DatasetWriter:
         pixel_stats: Mapping[str, dict[str, list[float]]],
         instruction: str,
         source: str,
+        facts: Mapping[str, Any] = MappingProxyType({}),
     ) -> int:
         stats = {CAMERA_PREFIX + camera: values for camera, values in pixel_stats.items()}
         stats |= {name: moments_of(values) for name, values in rows.items()}
         videos = {camera: sha256(path) for camera, path in files.items()}
         self._move(files)
         record = {"source": source, "instruction": instruction, "length": length, "stats": stats, "videos": videos}
-        return self._write_record({**record, **{name: values.tolist() for name, values in rows.items()}})
+        return self._write_record({**record, **{name: values.tolist() for name, values in rows.items()}, **facts})
 
     def _write_record(self, record: Mapping[str, Any]) -> int:
         """Writes the line of an episode whose videos are in their places, and returns its index."""
+        if not self._part and len(self._examples[KEPT_EPISODES]) >= EXAMPLES:
+            record = {name: value for name, value in record.items() if name not in (IMAGE, TEXT)}
         self._journal.append(record, sync=True)
-        self.num_episodes += 1
-        self.done_sources.add(record["source"])
+        self._note_episode(record)
         self._flush_where_many()
         return self.num_episodes - 1
+
+    def _note_episode(self, record: Mapping[str, Any]) -> None:
+        """Notes an episode that is in the journal."""
+        self.num_episodes += 1
+        self.done_sources.add(record["source"])
+        if self._duplicates is not None and LOOKS in record:
+            self._duplicates.add(record[LOOKS], record["length"])
+            self._sources.append(record["source"])
+        if IMAGE in record:
+            self._take_example({"reason": KEPT_EPISODES, **{name: record[name] for name in ("source", TEXT, IMAGE)}})
+
+    def _take_example(self, example: Mapping[str, Any]) -> bool:
+        """Keeps an example, unless there are enough of its reason."""
+        others = self._examples[example["reason"]]
+        if len(others) >= EXAMPLES:
+            return False
+        others.append(dict(example))
+        return True
 
     def _flush_where_many(self) -> None:
         self._lines_since += 1
@@ -480,6 +553,8 @@ class DatasetWriter:
             "dataset_to_index": first + length,
             "source": record["source"],
         }
+        if CAMERA_MOTION in record:
+            row[CAMERA_MOTION] = record[CAMERA_MOTION]
         for key in self._image_keys:
             row |= {f"videos/{key}/{name}": number for name, number in place(episode).items()}
             row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / self.fps}

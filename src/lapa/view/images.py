@@ -6,14 +6,12 @@ Axes: H W image, C channel.
 from __future__ import annotations
 
 import base64
-import io
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lapa.data.dataset import Dataset
 from lapa.data.lerobot import LeRobotDataset
@@ -27,18 +25,6 @@ DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,")
 SMALL, SIDE = 128, 384
 
 
-def to_page(image_HWC: np.ndarray, *, exact: bool = True) -> str:
-    """Returns an image as a data URL. exact: as PNG, which the page may send back; else as a smaller WebP."""
-    file = io.BytesIO()
-    image = Image.fromarray(image_HWC)
-    if exact:
-        image.save(file, "PNG", compress_level=3)
-    else:
-        image.save(file, "WEBP", quality=85)
-    kind = "png" if exact else "webp"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
 def from_page(given: Any, name: str = "image") -> np.ndarray:
     """Returns the image of a data URL, RGB [H, W, 3]. Raises UserError, which begins with `name`, where it is none."""
     if not isinstance(given, str) or not (match := DATA_URL.match(given)):
@@ -49,15 +35,6 @@ def from_page(given: Any, name: str = "image") -> np.ndarray:
     except ValueError:
         raise UserError(f"{name}: damaged on its way; choose it again") from None
     return decode_image(content, f"{name}: cannot be read")
-
-
-def at_most(image_HWC: np.ndarray, side: int) -> np.ndarray:
-    """Returns an image whose longer side has at most this many pixels."""
-    height, width = image_HWC.shape[:2]
-    if max(height, width) <= side:
-        return image_HWC
-    size = tuple(max(1, round(each * side / max(height, width))) for each in (width, height))
-    return np.asarray(Image.fromarray(image_HWC).resize(size, Image.Resampling.BICUBIC))
 
 
 def dataset_here(paths: Any, fingerprints: Any) -> Dataset | None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.spec import open_dataset
-from lapa.data.transforms import resize_and_crop
+from lapa.data.transforms import at_most, resize_and_crop, to_page
 from lapa.drawing import heat_map, largest
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
@@ -40,7 +40,7 @@ from lapa.latent.metrics import device_of
 from lapa.latent.model import DATASETS, LatentActionModel, horizon_for
 from lapa.latent.show import EachCode, decode_each, difference, in_bytes, pixels
 from lapa.view.config import ViewConfig
-from lapa.view.images import SMALL, at_most, dataset_here, from_page, places_of, to_page
+from lapa.view.images import SMALL, dataset_here, from_page, places_of
 from lapa.view.pages import Pages, UnknownNameError
 
 # Examples that the page offers, and those of an export. Frames of each after the first.

@@ -22,6 +22,7 @@ import torch
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
 from lapa.data.spec import open_dataset
+from lapa.data.transforms import at_most, to_page
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError, unknown
 from lapa.files import read_json
@@ -32,7 +33,7 @@ from lapa.policy.runtime import CONFIG, Actor, Policy, load_actors, load_policy,
 from lapa.policy.training import slot_cameras
 from lapa.types import Observation
 from lapa.view.config import ViewConfig
-from lapa.view.images import SIDE, SMALL, at_most, dataset_here, from_page, places_of, to_page
+from lapa.view.images import SIDE, SMALL, dataset_here, from_page, places_of
 from lapa.view.lam import Lam
 from lapa.view.pages import Pages, UnknownNameError
 

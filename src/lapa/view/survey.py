@@ -30,7 +30,8 @@ import numpy as np
 from lapa.checksums import Journal
 from lapa.console import warn
 from lapa.data.dataset import Dataset
-from lapa.data.motion import SIDE, motion_energy, shot_numbers, thumbnails
+from lapa.data.duplicates import DIFFERENT_BITS, looks_of
+from lapa.data.motion import motion_energy, shot_numbers, thumbnails
 from lapa.errors import UserError
 from lapa.locks import locked
 
@@ -43,9 +44,6 @@ MEASURED, MOST_BYTES = 600, 128 * 2**20
 # while another camera's change.
 STILL, SAME, MOVES = 0.008, 0.0005, 0.002
 FROZEN, FROZEN_SECONDS = 0.2, 0.5
-# Images of an episode that stand for it among duplicates, as bits: whether brightness rises by STEP from one of 8 x 8
-# squares to the next. So many bits differ at most after scaling to two thirds and JPEG of quality 40 (docs/log.md).
-LOOKS, SQUARES, STEP, DIFFERENT_BITS = 4, 8, 2, 9
 # Almost the same frames are looked for among so many episodes of one instruction and length.
 COMPARED = 1000
 # Rows that are sent at once.
@@ -231,7 +229,7 @@ def measure(dataset: Dataset, episode: int, cameras: Sequence[str]) -> dict[str,
         "frozen": frozen,
     }
     if small:
-        row |= {"frames": _hash(*small), "looks": _bits(small[0]).hex()}
+        row |= {"frames": _hash(*small), "looks": looks_of(small[0])}
     if dataset.action_dim is not None:
         actions_TA = dataset.actions(episode)
         row["mean"] = [float(f"{value:.3g}") for value in np.abs(actions_TA).mean(axis=0)]
@@ -270,14 +268,6 @@ def _is_frozen(energies: Sequence[np.ndarray], camera: int, seconds: float) -> b
         end - start >= least and moving_T[start:end].mean() > 0.5
         for start, end in zip(edges[::2], edges[1::2], strict=True)
     )
-
-
-def _bits(small_THW: np.ndarray) -> bytes:
-    """Whether brightness rises from each square to the one to its right, in a few images."""
-    chosen_THW = small_THW[np.linspace(0, len(small_THW) - 1, LOOKS).round().astype(int)]
-    width = SIDE // SQUARES
-    squares_THW = chosen_THW.reshape(LOOKS, SQUARES, width, SQUARES, width).mean(axis=(2, 4))
-    return np.packbits(np.diff(squares_THW, axis=2) > STEP).tobytes()
 
 
 def _hash(*arrays: np.ndarray) -> str:
