@@ -17,7 +17,7 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ def run(config: UniPiConfig) -> None:
     )
     for source, name in ((config.video, VIDEO), (config.inverse, INVERSE)):
         shutil.copytree(source, config.out / name, ignore=shutil.ignore_patterns("training", "*.png", LOCK))
-    write_marker(config.out, CONFIG, configs.to_dict(replace(acting, **fingerprints(config.out))), ())
+    write_marker(config.out, CONFIG, {**configs.to_dict(acting), **fingerprints(config.out)}, ())
     finish("policy", config.out, [f"lapa evaluate {shlex.quote(str(config.out))} --env ENVIRONMENT --out RESULTS"])
 
 
