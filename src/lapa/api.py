@@ -98,9 +98,7 @@ def _run(command: str, config: Any, options: Mapping[str, Any]) -> None:
         raise UserError("give a config or options, not both; dataclasses.replace changes a config")
     elif not isinstance(config, kind):
         raise UserError(f"expected a {kind.__name__}, got {type(config).__name__}; make one with lapa.configure")
-    cli.require_plausible(config)
-    cli.require_inputs(config)
-    cli.imported(verb.run)(config)
+    cli.carry_out(verb, config)
 
 
 def _verb(command: str) -> cli.Verb:

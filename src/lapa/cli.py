@@ -263,11 +263,7 @@ def _dispatch(arguments: list[str]) -> int:
             print("\n" + data_help(), end="")
         return 0
     config = parse(verb, arguments[len(verb.name.split()) :])
-    from lapa.config import require_plausible
-
-    require_plausible(config)
-    require_inputs(config)
-    imported(verb.run)(config)
+    carry_out(verb, config)
     return 0
 
 
@@ -341,6 +337,15 @@ MISSING = {
     "video": "no such folder; train a video model with `lapa baseline video`",
 }
 OUTPUTS = ("out", "sheet", "export", "rerun")
+
+
+def carry_out(verb: Verb, config: Any) -> None:
+    """Runs a command, after a look at its config."""
+    from lapa.config import require_plausible
+
+    require_plausible(config)
+    require_inputs(config)
+    imported(verb.run)(config)
 
 
 def require_inputs(config: Any) -> None:
