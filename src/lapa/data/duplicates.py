@@ -14,6 +14,7 @@ Axes: H W thumbnail, N hashes, W words, K bands.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -84,7 +85,8 @@ class Duplicates:
                 start = np.searchsorted(keys_KN[band], key)
                 stop = start + np.searchsorted(keys_KN[band, start:], key, "right")
                 found.append(numbers_KN[band, start:stop])
-        for numbers_N in (*([np.unique(np.concatenate(found))] if found else []), slice(self._num_sorted, self._num)):
+        chosen: list[Any] = [np.unique(np.concatenate(found))] if found else []
+        for numbers_N in (*chosen, slice(self._num_sorted, self._num)):
             lengths_N = self._lengths_N[numbers_N]
             alike_N = np.bitwise_count(self._words_NW[numbers_N] ^ words_W).sum(axis=1) <= DIFFERENT_BITS
             alike_N &= np.abs(lengths_N - length) <= LENGTHS * np.maximum(lengths_N, length)

@@ -229,7 +229,7 @@ def measure(dataset: Dataset, episode: int, cameras: Sequence[str]) -> dict[str,
         "frozen": frozen,
     }
     if small:
-        row |= {"frames": _hash(*small), "looks": looks_of(small[0])}
+        row |= {"frames": _hash(*small), "looks": looks_of(list(small[0]))}
     if dataset.action_dim is not None:
         actions_TA = dataset.actions(episode)
         row["mean"] = [float(f"{value:.3g}") for value in np.abs(actions_TA).mean(axis=0)]
