@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from browser import browser
 from lapa.data import convert, writer
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import convert_item, in_time, resample, resample_rows
@@ -282,6 +283,15 @@ def test_the_page_has_counts_and_a_few_examples(tmp_path: Path) -> None:
         assert part in page, part
     assert page.count("<img") == EXAMPLES + 3 and "<b>" not in page and str(tmp_path) not in page
     assert LEFT_OUT in (dataset.root / "SHA256SUMS").read_text()
+
+
+def test_a_browser_shows_the_page_without_any_other_file(tmp_path: Path) -> None:
+    with browser() as tab:
+        page = converted(tmp_path, ("move-1", "still-<b>&"), min_motion=0.01).root / LEFT_OUT
+        tab.open(page.as_uri())
+        assert tab.run("[...document.images].filter((image) => image.naturalWidth).length") == 2
+        assert "still-<b>&" in tab.text("body")
+        assert not tab.complaints and all(name == page.as_uri() or name.startswith("data:") for name in tab.requests)
 
 
 def test_black_bars_are_cropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
