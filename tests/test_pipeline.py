@@ -63,6 +63,12 @@ def test_artifacts_name_what_they_were_made_from(finished: DemoConfig) -> None:
     assert open_dataset(out / "demonstrations").action_dim == 2
 
 
+def test_each_stage_has_a_lock_which_a_killed_demo_leaves_to_it(tmp_path: Path) -> None:
+    stages = demo.stages(DemoConfig(out=tmp_path), "metaworld")
+    locks = {stage.lock for stage in stages}
+    assert None not in locks and len(locks) == len(stages)
+
+
 def test_a_second_run_does_nothing_again(finished: DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 

@@ -74,7 +74,12 @@ def test_a_failing_stage_stops_the_others(tmp_path: Path) -> None:
     outcomes: dict[str, bool] = {}
     with pytest.raises(ValueError, match=r"the stage 'broken' failed: see above, and .*broken.log"):
         run_stages(stages, lambda stage, seconds, failed: outcomes.update({stage.title: failed}), at_once=2)
-    assert outcomes == {"broken": True, "long": True}
+    assert outcomes == {"broken": True, "long": False}
+
+
+def test_a_stage_that_leaves_no_artifact_has_failed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the stage 'empty' failed"):
+        run_stages([Stage("empty", ["pass"], tmp_path / "x", tmp_path / "log")], ignore)
 
 
 def test_a_need_that_no_stage_writes_is_an_error(tmp_path: Path) -> None:
@@ -90,8 +95,23 @@ def test_a_stopped_run_stops_its_stages(tmp_path: Path) -> None:
     stages = [writer(tmp_path, name, seconds=60) for name in ("first", "second", "third")]
     with pytest.raises(KeyboardInterrupt):
         run_stages(stages, lambda stage, seconds, failed: outcomes.update({stage.title: failed}), at_once=2)
-    assert outcomes == {"first": True, "second": True}
+    assert outcomes == {"first": False, "second": False}
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stage_that_is_just_being_started_is_stopped_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def interrupted(words: list[str], **options: object) -> subprocess.Popen:
+        process = start(words, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    stage = writer(tmp_path, "one", seconds=20)
+    with pytest.raises(KeyboardInterrupt):
+        run_stages([stage], ignore)
+    assert not stage.artifact.exists()
 
 
 def test_a_stage_of_another_run_is_waited_for_and_not_made_twice(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

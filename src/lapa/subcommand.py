@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from lapa.console import NEXT, say
 from lapa.errors import UserError
@@ -40,7 +40,7 @@ class Stage:
     lock: Path | None = None
 
 
-# Called with a stage, its seconds, and whether it failed, when its command has ended.
+# Called with a stage, its seconds, and whether it failed, when its command has ended; one that is stopped has not.
 Ended = Callable[[Stage, float, bool], None]
 
 
@@ -49,15 +49,22 @@ def run_stages(stages: Sequence[Stage], ended: Ended, at_once: int = AT_ONCE) ->
 
     What a stage prints goes to its log and, line by line behind its title, to the console.
     Ctrl-C reaches the running stages too, and SIGTERM is passed on: they write checkpoints and exit, and then
-    KeyboardInterrupt is raised. Raises UserError where a stage fails, after the others have stopped in the same way.
+    KeyboardInterrupt is raised. Raises UserError where a stage fails or leaves no artifact, after the others have
+    stopped in the same way.
     """
     waiting, running = [stage for stage in stages if not stage.artifact.exists()], list[_Running]()
     contended: set[str] = set()
     failed: Stage | None = None
-    with _signals(running) as stopping, ExitStack() as if_interrupted:
+    passed_on = 0
+    with _signals() as stopping, ExitStack() as if_interrupted:
         # An error of `ended` leaves nothing running.
         if_interrupted.callback(_terminate, running)
         while running or (waiting and not stopping):
+            if news := stopping[passed_on:]:
+                passed_on += len(news)
+                say("stopping; the same command continues from here, with --resume where it has that option")
+                if signal.SIGTERM in news:
+                    _terminate(running)
             ready = [stage for stage in waiting if all(each.exists() for each in stage.needs)]
             if not ready and not running:
                 raise UserError(f"the stage {waiting[0].title!r} lacks what it needs: {waiting[0].needs}; run it again")
@@ -78,12 +85,12 @@ def run_stages(stages: Sequence[Stage], ended: Ended, at_once: int = AT_ONCE) ->
                 if (status := process.poll()) is None:
                     continue
                 running.remove(process)
-                ended(process.stage, process.seconds, status != 0)
+                fails = not stopping and (status != 0 or not process.stage.artifact.exists())
+                ended(process.stage, process.seconds, fails)
                 process.lock.close()
-                if status and not stopping:
+                if fails:
                     failed = process.stage
                     stopping.append(signal.SIGTERM)
-                    _terminate(running)
             time.sleep(PAUSE)
     if failed is not None:
         fix = f"see above, and {failed.log}; fix it and run the same command again"
@@ -154,17 +161,14 @@ def _take(stage: Stage) -> IO[str] | None:
 
 
 @contextmanager
-def _signals(running: list[_Running]) -> Iterator[list[int]]:
-    """Yields a list that is no longer empty once this program has been asked to stop."""
+def _signals() -> Iterator[list[int]]:
+    """Yields a list of the signals by which this program has been asked to stop.
+
+    They are only noted here: a handler may run while a stage is being started, or in the middle of a line's printing.
+    """
     asked: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        asked.append(number)
-        say("stopping; the same command continues from here, with --resume where it has that option")
-        if number == signal.SIGTERM:
-            _terminate(running)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
     try:
         yield asked
     finally:

@@ -3,7 +3,8 @@
     lapa demo --out runs/demo
 
 Each stage is a command of its own, shown as it begins; two that need nothing of each other run at once. An interrupted
-demo continues with --resume: finished artifacts are kept, and interrupted stages resume.
+demo continues with --resume: finished artifacts are kept, interrupted stages resume, and one that a killed demo left
+running is waited for.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
         command = [*verb.split(), *options, *seeded, "--out", str(out / folder), again]
         needs = [made[word] for word in options if word in made]
         made[str(out / folder)] = out / folder / last
-        return Stage(title, command, out / folder / last, out / "logs" / f"{folder.replace('/', '-')}.log", needs)
+        log = out / "logs" / f"{folder.replace('/', '-')}.log"
+        return Stage(title, command, out / folder / last, log, needs, log.with_suffix(".lock"))
 
     def episodes(title: str, folder: str, number: int, *, actions: bool) -> Stage:
         if made_up:
