@@ -132,6 +132,15 @@ class Scenes(MadeUp):
         return np.asarray(Image.fromarray(image).resize((72, 72))) if kind == "copy" else image
 
 
+class Silent(Scenes):
+    """Scenes without an instruction."""
+
+    def read(self, item: Item) -> Clip:
+        clip = super().read(item)
+        clip.instruction = ""
+        return clip
+
+
 @dataclass(frozen=True)
 class MadeUpConfig(ConvertOptions):
     root: Path
@@ -224,6 +233,11 @@ def test_the_first_of_episodes_that_look_the_same_is_kept(tmp_path: Path, capsys
     assert same(whole, many) and (many.root / LEFT_OUT).read_text() == page
     every = converted(tmp_path, SCENES, "every", **{**FEW, "drop_duplicates": False})
     assert len(every) == len(SCENES)
+
+
+def test_duplicates_do_not_count_as_kept_without_an_instruction(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    converted(tmp_path, SCENES, **{**FEW, "kind": Silent})
+    assert f"kept, without an instruction: {len(DIFFERENT)}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("step", range(1, len(SCENES) + 1))

@@ -192,3 +192,14 @@ def test_the_command_writes_the_figures_and_the_table(
     )
     # Of the 16 episodes that 128 pairs pay for, those whose instruction has another.
     assert 2 <= found["classification"]["num_clips"] <= 16
+
+
+def test_a_probe_that_cannot_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    LatentActionModel(DEBUG.model).save_pretrained(tmp_path / "lam")
+    write_synthetic_dataset(tmp_path / "videos", episodes=2, frames=8, size=SIZE, fps=10)
+    command = ("latent", "probe", tmp_path / "lam", "--data", tmp_path / "videos", "--out", tmp_path / "p")
+    assert lapa(*command, "--protocol", "lary-small") == 0
+    printed = capsys.readouterr().err
+    assert "no regression, which needs actions" in printed and "no classification, which needs two" in printed
+    assert read_json(tmp_path / "p" / "probe.json")["lary"] == {}

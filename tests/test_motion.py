@@ -138,6 +138,17 @@ def test_bars_are_black_on_two_sides_of_all_frames() -> None:
     assert inside_bars(np.zeros_like(frames)) == (slice(0, 64), slice(0, 96))
 
 
+def test_something_bright_on_black_has_no_bars() -> None:
+    whole, title = (slice(0, 64), slice(0, 96)), np.zeros((1, 64, 96, 3), np.uint8)
+    # Strokes of letters.
+    title[:, 26:38, 20:76:8] = title[:, 26, 20:76:3] = title[:, 37, 20:76:3] = 255
+    assert inside_bars(title) == whole
+    # A light in the middle of a scene that is faded in.
+    down_HW, right_HW = np.mgrid[-32:32, -48:48]
+    faded = (60 * np.exp(-(down_HW**2 + right_HW**2) / 200))[None, ..., None].repeat(3, axis=3).astype(np.uint8)
+    assert faded.max() > 2 * faded[:, 0].max() and inside_bars(faded) == whole
+
+
 def test_shots_are_told_a_few_frames_behind() -> None:
     taken = 0
 

@@ -27,7 +27,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lapa import cli
+from lapa import cli, web
 from lapa.data.dataset import ActionSpace
 from lapa.errors import UserError
 from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
@@ -611,6 +611,20 @@ def test_frames_of_a_refused_message_are_not_kept():
 
     kept, refused = asyncio.run(of_many_frames())
     assert kept <= 1 and "a message of more than 10 bytes" in str(refused)
+
+
+def test_of_a_body_that_declares_too_much_nothing_is_kept(monkeypatch):
+    def noting(request: Any, most: int) -> Any:
+        kept.append(most)
+        return read_body(request, most)
+
+    kept: list[int] = []
+    read_body = web.read_body
+    monkeypatch.setattr(web, "read_body", noting)
+    with running(Scripted(), max_image=64, max_message_mib=1) as url:
+        assert http(f"{url}/infer", b"x" * (2**20 + 1))[0] == 413
+        assert http(f"{url}/infer", b"x" * 1000)[0] == 400
+    assert kept == [0, 1000], "what is not taken from the bound of all messages is not held"
 
 
 def test_messages_of_all_clients_have_one_bound(monkeypatch):

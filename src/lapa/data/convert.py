@@ -38,7 +38,16 @@ from lapa.data.source import Clip, Item, Source
 from lapa.data.transforms import at_most, resize_and_crop, to_page
 from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
-from lapa.data.writer import CAMERA_MOTION, IMAGE, LOOKS, SOURCE_FINGERPRINT, TEXT, DatasetWriter, PixelMoments
+from lapa.data.writer import (
+    CAMERA_MOTION,
+    IMAGE,
+    LOOKS,
+    NO_INSTRUCTION,
+    SOURCE_FINGERPRINT,
+    TEXT,
+    DatasetWriter,
+    PixelMoments,
+)
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, claim_output, is_remote, reading
 from lapa.locks import locks_output
@@ -57,7 +66,6 @@ LONGEST_GAP = 60.0
 # Reasons to leave something out, and other counts, as the journal and the summary name them.
 DAMAGED, KEPT = "left out, damaged", "damaged, the readable part is kept"
 LOST = "frames lost in what is damaged"
-NO_INSTRUCTION = "kept, without an instruction"
 BARS = "kept, black bars cropped"
 SMALL, SHORT, STATIC, FROZEN, CAMERA, BLANK = (
     "left out, images too small",

@@ -27,8 +27,9 @@ SIDE = 32
 SAME, MOVES, REGULAR = 0.25, 0.3, 0.7
 # Two frames show the same image, encoded anew, where their thumbnails differ by less than this (RMS, of 1).
 FROZEN = 0.001
-# Values up to this one are black, in bars that have at least this part of the side.
-BLACK, BAR = 24, 0.02
+# Values up to this one are black, in bars that have at least this part of the side. Of the EDGE lines next to a bar one
+# is lit along at least the part LIT.
+BLACK, BAR, EDGE, LIT = 24, 0.02, 3, 0.5
 # A cut is a change, of the whole image or of its quieter half (which no moving arm or hand reaches), of at least this
 # share of the brightness range, and of several times the other changes within AROUND frames. The greatest of those may
 # be a cut itself; the second greatest stands for the video, repeated frames included.
@@ -70,15 +71,16 @@ def inside_bars(frames: Sequence[UInt8[np.ndarray, "H W 3"]]) -> tuple[slice, sl
     """Returns the rows and the columns of a video's frames that are between black bars, found in some of the frames.
 
     Bars are black in all of these frames and on two opposite sides; the narrower one counts for both. Whole images that
-    are black have none.
+    are black have none, nor have those with something bright on black: a title, a scene that is faded in.
     """
-    brightest_HW = np.max([frame_HWC.max(axis=2) for frame_HWC in frames], axis=0)
+    lit_HW = np.max([frame_HWC.max(axis=2) for frame_HWC in frames], axis=0) > BLACK
     kept = []
     for axis in (1, 0):
-        lit = np.flatnonzero(brightest_HW.max(axis=axis) > BLACK)
-        size = brightest_HW.shape[1 - axis]
+        shares = lit_HW.mean(axis=axis)
+        lit, size = np.flatnonzero(shares), len(shares)
         bar = min(int(lit[0]), size - 1 - int(lit[-1])) if len(lit) else 0
-        kept.append(slice(bar, size - bar) if bar >= BAR * size else slice(0, size))
+        is_bar = bar >= BAR * size and all(shares[lines].max() >= LIT for lines in (lit[:EDGE], lit[-EDGE:]))
+        kept.append(slice(bar, size - bar) if is_bar else slice(0, size))
     return kept[0], kept[1]
 
 

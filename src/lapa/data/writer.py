@@ -72,6 +72,7 @@ SOURCE_FINGERPRINT = "source_fingerprint"
 # What an episode may have in the journal besides its content (`add_episode_files`), and which become columns.
 LOOKS, IMAGE, TEXT, CAMERA_MOTION = "looks", "image", "text", "camera_motion"
 DUPLICATE = "left out, looks like an earlier episode"
+NO_INSTRUCTION = "kept, without an instruction"
 FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 # Of a dataset on a store: requests at a time, fewer than a client has connections (botocore 10), of which the lock
 # needs one within seconds; and lines that are one object of the journal.
@@ -216,6 +217,8 @@ class DatasetWriter:
         if first is None:
             return False
         self._open_notes[DUPLICATE] += 1
+        # It was counted as kept when its item was converted.
+        self._open_notes[NO_INSTRUCTION] -= not episode["instruction"].strip()
         text = f"like {self._sources[first]}"
         self._open_examples.append(
             {"reason": DUPLICATE, "source": episode["source"], TEXT: text, IMAGE: episode.get(IMAGE)}

@@ -210,10 +210,15 @@ def lary_figures(
             model, sample, encoded, chunks_BKA, sizes, delta=delta, seed=config.seed
         )
         figures["relative_error_over_frames"] = lary.relative_error_over_frames(figures)
+    else:
+        say(f"{config.protocol}: no regression, which needs actions, and pairs of two episodes")
     most = max(2, config.num_pairs // (lary.CLIP_FRAMES - 1))
     say(f"{config.protocol}: classification of at most {most} clips by their instruction")
     classes = lary.classification_figures(model, dataset, config.camera, episodes, sizes, most=most, seed=config.seed)
-    return figures if classes is None else {**figures, "classification": classes}
+    if classes is None:
+        say(f"{config.protocol}: no classification, which needs two instructions of two episodes each")
+        return figures
+    return {**figures, "classification": classes}
 
 
 @locks_output

@@ -275,7 +275,8 @@ class Server(web.Server):
             await _read(request, 0)
             raise
         try:
-            body, size = await _read(request, self._most)
+            # h11 lets no body exceed the length that it declares.
+            body, size = await _read(request, held)
             if size > self._most:
                 raise TooLarge(f"a body of {size} bytes; at most {self._most} (--max-message-mib)")
             yield body
