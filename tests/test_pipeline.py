@@ -101,11 +101,24 @@ def test_the_demo_ends_with_what_it_shows(finished: DemoConfig) -> None:
     assert len(frames) > 20 and frames.shape[2] > 3 * 256
 
 
-def test_a_damaged_table_is_named(finished: DemoConfig, tmp_path: Path) -> None:
-    shutil.copytree(finished.out, tmp_path / "out")
-    (tmp_path / "out" / "demo.json").write_text('{"seconds": [1]}')
-    with pytest.raises(ValueError, match=r"demo.json: seconds is .*; delete it"):
-        demo.run(replace(finished, out=tmp_path / "out", resume=True))
+def test_an_interrupted_demo_keeps_the_seconds_of_its_stages(
+    finished: DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(stages: Sequence[Stage], ended: Ended) -> None:
+        ended(stages[0], 2.5, False)
+        raise KeyboardInterrupt
+
+    assert set(read_json(finished.out / "demo.json")["seconds"].values()) == {1.0}
+    again = replace(finished, out=tmp_path / "out", resume=True)
+    shutil.copytree(finished.out, again.out)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo, "run_stages", stopped)
+        demo.run(again)
+    demo.run(again)
+    assert read_json(again.out / "demo.json")["seconds"]["videos without actions"] == 3.5
+    (again.out / "seconds.jsonl").write_text('{"title": 1}\n')
+    with pytest.raises(ValueError, match=r"seconds.jsonl: line 1 is no object with title, seconds"):
+        demo.run(again)
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ from lapa.drawing import Row, captioned, grid, heat_map, largest
 from lapa.errors import UserError
 from lapa.evaluation.episodes import VIDEO_FPS
 from lapa.evaluation.rollout import as_percent, played, read_results
-from lapa.files import atomic_path, read_object, write_json
+from lapa.files import atomic_path, read_json_lines, write_json
 from lapa.latent.model import LatentActionModel
 from lapa.latent.show import decode_each, difference, pixels
-from lapa.study.results import Rollout
+from lapa.study.results import SECONDS, Rollout
 from lapa.study.statistics import Estimate, estimate, shared
 
 # Images in a row of the image, and columns of the movie.
@@ -40,11 +40,9 @@ TRAINED = {"from scratch": "trained from scratch", "pretrained": "pretrained on 
 MOST_TASKS = 4
 
 
-def conclude(config: DemoConfig, world: str, seconds: Mapping[str, float]) -> None:
+def conclude(config: DemoConfig, world: str) -> None:
     """Prints the table and what it shows, draws the image and the movie, and writes demo.json last."""
     out, path = config.out, config.out / RESULTS
-    # Of an earlier call, whose stages were not run again.
-    before = read_object(path, "delete it", seconds=dict)["seconds"] if path.exists() else {}
     results = {name: read_results(out / "results" / who) for name, who in ARMS.items()}
     table = Table(f"success in {WORLDS[world]} (95% interval)", *results)
     for task in next(iter(results.values()))["tasks"]:
@@ -58,15 +56,17 @@ def conclude(config: DemoConfig, world: str, seconds: Mapping[str, float]) -> No
         "world": world,
         "results": results,
         "gain": configs.to_dict(gain),
-        "seconds": {**before, **seconds},
+        "seconds": seconds_of_stages(out),
     }
     with atomic_path(out / IMAGE) as temporary:
         draw_image(out, shown).save(temporary, "PNG")
+    drawn = [out / IMAGE]
     if recorded(out):
         encode_clip(out / MOVIE, movie_frames(out), VIDEO_FPS)
+        drawn.append(out / MOVIE)
     write_json(path, found)
     print_results(found, table, shown, as_json=config.json)
-    finish("the demo's image and movie", f"{out / IMAGE}, {out / MOVIE}")
+    finish("images and movies of the demo", ", ".join(map(str, drawn)))
     finish(
         "the demo's table",
         path,
@@ -75,6 +75,14 @@ def conclude(config: DemoConfig, world: str, seconds: Mapping[str, float]) -> No
             "lapa latent train --preset base --data DATASET --out LAM  # and on",
         ],
     )
+
+
+def seconds_of_stages(demo: Path) -> dict[str, float]:
+    """The seconds of each stage by its title, of all its attempts together."""
+    found: dict[str, float] = {}
+    for row in read_json_lines(demo / SECONDS, title=str, seconds=float):
+        found[row["title"]] = round(found.get(row["title"], 0.0) + row["seconds"], 1)
+    return found
 
 
 def _rate(result: Mapping[str, Any]) -> str:

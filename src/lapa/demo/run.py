@@ -18,6 +18,8 @@ from lapa.errors import UserError
 from lapa.files import claim_output, write_json
 from lapa.locks import locks_output
 from lapa.sources.synthetic import DIRECTIONS
+from lapa.study.progress import append_lines
+from lapa.study.results import SECONDS
 from lapa.subcommand import Stage, run_stages
 
 
@@ -33,9 +35,11 @@ def run(config: DemoConfig) -> None:
     write_json(out / SETTINGS, settings)
     from lapa.demo.conclusion import conclude
 
-    seconds: dict[str, float] = {}
-    run_stages(stages(config, world), lambda stage, took, failed: seconds.update({stage.title: took}))
-    conclude(config, world, seconds)
+    def ended(stage: Stage, seconds: float, failed: bool) -> None:
+        append_lines(out / SECONDS, [{"title": stage.title, "seconds": seconds}])
+
+    run_stages(stages(config, world), ended)
+    conclude(config, world)
 
 
 def world_of(config: DemoConfig) -> str:
