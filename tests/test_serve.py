@@ -587,19 +587,53 @@ def read_frame(stream: Any) -> bytes:
     return read_frame(stream) if first & 0x0F == 0xA else content
 
 
-def test_frames_of_a_refused_message_are_not_kept():
-    class Transport:
-        is_closing = staticmethod(lambda: False)
-        pause_reading = resume_reading = write = close = staticmethod(lambda *given: None)
-        get_extra_info = staticmethod(lambda name: None)
+class Transport:
+    is_closing = staticmethod(lambda: False)
+    pause_reading = resume_reading = write = close = staticmethod(lambda *given: None)
+    get_extra_info = staticmethod(lambda name: None)
 
+
+def connected(app: Any, state: ServerState, budget: Budget) -> BoundedWebSocket:
+    """A connection that asks for a websocket, without a socket; messages have at most 10 bytes."""
+    config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None)
+    config.load()
+    protocol = BoundedWebSocket(config=config, server_state=state, app_state={}, most=10, budget=budget)
+    protocol.connection_made(Transport())
+    protocol.data_received(UPGRADE)
+    return protocol
+
+
+def test_a_message_of_a_client_that_is_gone_is_held_until_it_is_answered():
+    async def held() -> list[int]:
+        received, answered, state, budget = asyncio.Event(), asyncio.Event(), ServerState(), Budget(2**20)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            await receive()
+            received.set()
+            await answered.wait()
+
+        protocol = connected(app, state, budget)
+        while not protocol.handshake_complete:
+            await asyncio.sleep(0)
+        protocol.data_received(frame_of(b"12345") + b"\x02\x83" + bytes(7))
+        await received.wait()
+        found = [budget.used]
+        protocol.connection_lost(None)
+        found.append(budget.used)
+        answered.set()
+        await asyncio.gather(*state.tasks)
+        return [*found, budget.used]
+
+    # Five bytes are answered, and three are of a message that never ends.
+    assert asyncio.run(held()) == [8, 5, 0]
+
+
+def test_frames_of_a_refused_message_are_not_kept():
     async def of_many_frames() -> tuple[int, Any]:
-        config = uvicorn.Config(Transport, ws="none", lifespan="off", log_config=None)
-        config.load()
         budget = Budget(2**20)
-        protocol = BoundedWebSocket(config=config, server_state=ServerState(), app_state={}, most=10, budget=budget)
-        protocol.connection_made(Transport())
-        protocol.data_received(UPGRADE)
+        protocol = connected(Transport, ServerState(), budget)
         await protocol.receive()
         protocol.handshake_complete = True
         part, empty = b"\x02\x8a" + bytes(14), b"\x00\x80" + bytes(4)

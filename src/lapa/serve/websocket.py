@@ -99,8 +99,16 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._release(self._held)
+        self._release(self._held - self._answered)
         super().connection_lost(exc)
+
+    async def run_asgi(self) -> None:
+        try:
+            await super().run_asgi()
+        finally:
+            # A client may be gone while its message is still answered.
+            self._release(self._answered)
+            self._answered = 0
 
     def _begun(self, header: bytes) -> bytes:
         """Begins a frame. Returns its header, or that of an empty frame where its content is not kept."""
