@@ -1,5 +1,6 @@
 """The whole flow in the made-up world: every stage's artifact feeds the next, and what is done is not done again."""
 
+import fcntl
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,6 +68,13 @@ def test_each_stage_has_a_lock_which_a_killed_demo_leaves_to_it(tmp_path: Path) 
     stages = demo.stages(DemoConfig(out=tmp_path), "metaworld")
     locks = {stage.lock for stage in stages}
     assert None not in locks and len(locks) == len(stages)
+    held = tmp_path / "logs" / "lam.lock"
+    held.parent.mkdir()
+    with held.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"lam: the stage 'latent action model' still runs"):
+            demo.run(DemoConfig(out=tmp_path, overwrite=True))
+    assert held.exists()
 
 
 def test_a_second_run_does_nothing_again(finished: DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,15 @@ def run_stages(stages: Sequence[Stage], ended: Ended, at_once: int = AT_ONCE) ->
         raise KeyboardInterrupt
 
 
+def require_idle(stages: Sequence[Stage]) -> None:
+    """Raises UserError where a stage is still running, as after its program was killed."""
+    for stage in stages:
+        if stage.lock is not None and stage.lock.exists():
+            if (lock := _take(stage)) is None:
+                raise UserError(f"{stage.artifact.parent}: the stage {stage.title!r} still runs; wait for its end")
+            lock.close()
+
+
 class _Running:
     """A stage's process, and how far its log has been shown."""
 

@@ -20,13 +20,16 @@ from lapa.locks import locks_output
 from lapa.sources.synthetic import DIRECTIONS
 from lapa.study.progress import append_lines
 from lapa.study.results import SECONDS
-from lapa.subcommand import Stage, run_stages
+from lapa.subcommand import Stage, require_idle, run_stages
 
 
 @locks_output
 def run(config: DemoConfig) -> None:
     """`lapa demo`. Raises UserError where a demo with other settings is at `out`, and where a stage fails."""
     out = config.out
+    if config.overwrite:
+        # Those of a killed demo would go on writing into what replaces it.
+        require_idle(stages(config, "metaworld"))
     claim_output(out, complete=(out / RESULTS).exists(), overwrite=config.overwrite, resume=config.resume)
     run_only = ("out", "overwrite", "resume", "json")
     settings = {name: value for name, value in configs.to_dict(config).items() if name not in run_only}
