@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -385,3 +387,28 @@ def test_the_times_of_a_files_frames_are_its_own(tmp_path: Path, suffix: str) ->
             container.mux(stream.encode(None))
         assert film_times(path, 10.0) == pytest.approx(np.array(numbers) / 10, abs=2e-3)
         assert film_times(path, 30.0) == pytest.approx(np.array(numbers) / 10, abs=2e-3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_does_not_wait_for_what_another_thread_has_open(tmp_path: Path) -> None:
+    """A forked process frees the open clips of the threads that it lacks."""
+    encode_clip(tmp_path / "clip.mp4", np.zeros((4, 360, 640, 3), np.uint8), fps=10)
+    opened, done = threading.Event(), threading.Event()
+
+    def read() -> None:
+        decode_clip(tmp_path / "clip.mp4", [2], 10.0)
+        opened.set()
+        done.wait()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert opened.wait(60)
+    context = multiprocessing.get_context("fork")
+    forked = context.Process(target=int)
+    forked.start()
+    forked.join(60)
+    done.set()
+    thread.join()
+    alive = forked.is_alive()
+    forked.kill()
+    assert not alive

@@ -357,16 +357,25 @@ def _version_here(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_ino or status.st_size
 
 
+# Converters of the process that this one was forked from.
+_inherited: list[VideoReformatter] = []
+
+
 class ToRgb:
     """Converts decoded frames of a stream to RGB: rotated by the display matrix (phones record sideways), and scaled in
     width to square pixels.
 
-    One for all frames of a clip: setting up a new one takes longer than decoding a frame.
+    One for all frames of a clip: setting up a new one takes longer than decoding a frame. A forked process frees what the
+    parent's other threads hold, and freeing a converter would wait for its threads, which are not there: it is kept.
     """
 
     def __init__(self, stream: VideoStream):
         self._pixel_width = _pixel_width(stream)
-        self._converter = VideoReformatter()
+        self._converter, self._process = VideoReformatter(), os.getpid()
+
+    def __del__(self) -> None:
+        if self._process != os.getpid():
+            _inherited.append(self._converter)
 
     def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
         width = round(frame.width * self._pixel_width)
