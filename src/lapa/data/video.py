@@ -365,8 +365,8 @@ class ToRgb:
     """Converts decoded frames of a stream to RGB: rotated by the display matrix (phones record sideways), and scaled in
     width to square pixels.
 
-    One for all frames of a clip: setting up a new one takes longer than decoding a frame. A forked process frees what the
-    parent's other threads hold, and freeing a converter would wait for its threads, which are not there: it is kept.
+    One for all frames of a clip: setting up a new one takes longer than decoding a frame. A forked process frees what
+    the parent's other threads hold. Freeing a converter would wait for its threads, which are not there: it is kept.
     """
 
     def __init__(self, stream: VideoStream):
