@@ -596,7 +596,7 @@ def test_a_model_trains_on_a_mixture_in_place_resumes_exactly_and_knows_its_hori
     probe.run(ProbeConfig(lam=config.out, data=specs(root, "")[1], out=tmp_path / "probe", num_pairs=8, device="cpu"))
     assert read_json(tmp_path / "probe" / "probe.json")["horizon_seconds"] == 0.2
     good = Verdict("good", ())
-    label, _ = training.suggestions(config.out, specs(root, "")[1], config.model, good, in_place=True)
+    (label,) = training.suggestions(config.out, specs(root, "")[1], config.model, good, in_place=True)
     words = shlex.split(label)
     assert words[words.index("--data") + 1] == specs(root, "")[1], "quoted, for a path with a space"
     assert words[-2:] == ["--out", "LABELS"], "labels of a source in place have no folder there"
