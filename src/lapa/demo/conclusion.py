@@ -195,7 +195,9 @@ def rollout_rows(demo: Path) -> list[Row]:
 
 def movie_frames(demo: Path) -> Iterator[np.ndarray]:
     """Yields frames uint8 [H, W, 3]: the first recorded goal of each task, the two policies in step."""
-    first = {name.rsplit("-", 1)[0]: name for name in reversed(recorded(demo))}
+    first: dict[str, str] = {}
+    for name in recorded(demo):
+        first.setdefault(name.rsplit("-", 1)[0], name)
     names = list(first.values())[:MOST_TASKS]
     clips = [
         [all_frames(demo / "results" / ARMS[arm] / "videos" / f"{name}.mp4") for name in names] for arm in COMPARED
