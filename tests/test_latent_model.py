@@ -290,7 +290,10 @@ def test_fingerprint_changes_with_weights_and_config_only(tmp_path):
         ({"codebook_size": 1}, "latent_length 4 and codebook_size 1 carry no information"),
         ({"inputs": "features"}, "need a vision tower: add --vision-tower"),
         ({"vision_tower": "some/model"}, "given but not used: add --inputs features"),
-        ({"targets": "both", "vision_tower": "some/model", "layout": "released"}, "reads pixels only"),
+        (
+            {"targets": "both", "vision_tower": "some/model", "layout": "released"},
+            "layout released with a vision tower has features in and out",
+        ),
     ],
 )
 def test_impossible_configs_are_refused(change, said):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def create(
 
 def renew(config: TinyConfig, vocabulary: Vocabulary, num_cameras: int) -> TinyBackbone:
     """New weights for an existing vocabulary. Raises UserError where they are more than the memory holds."""
-    return built(lambda: TinyBackbone(config, num_cameras=num_cameras, vocabulary_size=vocabulary.size))
+    return built(partial(TinyBackbone, config, num_cameras=num_cameras, vocabulary_size=vocabulary.size))
 
 
 def load(
@@ -121,7 +122,8 @@ def load(
 ) -> tuple[TinyBackbone, TinyProcessor]:
     """Reads the files of `save`. Raises UserError naming the file that is missing or does not fit."""
     if weights:
-        require_fit(lambda: renew(config, vocabulary, num_cameras), model.parent / CONFIG, model / WEIGHTS)
+        planned = partial(TinyBackbone, config, num_cameras=num_cameras, vocabulary_size=vocabulary.size)
+        require_fit(planned, model.parent / CONFIG, model / WEIGHTS)
     backbone = renew(config, vocabulary, num_cameras)
     if weights:
         load_weights(backbone, model / WEIGHTS)
