@@ -309,6 +309,7 @@ def test_a_resume_removes_what_killed_runs_left_half_written(tmp_path: Path) -> 
         "training/.metrics.4.partial.json",
         "videos/a/.x.y.9.partial.mp4",
         ".a.7.partial",
+        "model/.tmptSeHGx",
     ]
     kept = ["a.partial.json", ".a.partial.json", "videos/partial.mp4", "other/.lock", "other/inner/.x.1.partial.mp4"]
     for name in left + kept:

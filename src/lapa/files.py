@@ -37,8 +37,8 @@ FILE_SYSTEMS = {
     "hf": "huggingface_hub",
 }
 
-# The name of a file that is being written: of the final name, the process's id and the suffix.
-PARTIAL = re.compile(r"\..+\.\d+\.partial(\..+)?")
+# The name of a file that is being written: of the final name, the process's id and the suffix; or that of safetensors.
+PARTIAL = re.compile(r"\..+\.\d+\.partial(\..+)?|\.tmp[A-Za-z0-9]{6}")
 
 # A URL after pathlib, which makes `s3:/bucket` of `s3://bucket`.
 URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
