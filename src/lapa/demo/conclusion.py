@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -34,10 +34,11 @@ from lapa.study.results import SECONDS, Rollout
 from lapa.study.statistics import Estimate, estimate, shared
 
 # Images in a row of the image, and columns of the movie.
-ACROSS = 6
+ACROSS, MOST_TASKS = 6, 4
 COMPARED = ("from scratch", "pretrained")
 TRAINED = {"from scratch": "trained from scratch", "pretrained": "pretrained on videos"}
-MOST_TASKS = 4
+# The rollouts of both policies that are recorded: name -> arm -> success.
+Goals: TypeAlias = dict[str, dict[str, bool]]
 
 
 def conclude(config: DemoConfig, world: str) -> None:
@@ -58,11 +59,12 @@ def conclude(config: DemoConfig, world: str) -> None:
         "gain": configs.to_dict(gain),
         "seconds": seconds_of_stages(out),
     }
+    goals = recorded(out, results)
     with atomic_path(out / IMAGE) as temporary:
-        draw_image(out, shown).save(temporary, "PNG")
+        draw_image(out, goals, shown).save(temporary, "PNG")
     drawn = [out / IMAGE]
-    if recorded(out):
-        encode_clip(out / MOVIE, movie_frames(out), VIDEO_FPS)
+    if goals:
+        encode_clip(out / MOVIE, movie_frames(out, goals), VIDEO_FPS)
         drawn.append(out / MOVIE)
     write_json(path, found)
     print_results(found, table, shown, as_json=config.json)
@@ -125,13 +127,13 @@ def sentence(config: DemoConfig, gain: Estimate) -> str:
     return f"{what} {'pays' if gain.sign > 0 else 'hurts'}: {interval} {few}"
 
 
-def draw_image(demo: Path, note: str) -> Image.Image:
+def draw_image(demo: Path, goals: Goals, note: str) -> Image.Image:
     """Draws frames with codes, what the codes change, and a rollout of each policy."""
     dataset = LeRobotDataset(demo / "videos")
     labels = Labels.open(demo / "labels", dataset_fingerprint=dataset.fingerprint)
     model = LatentActionModel.from_pretrained(demo / "lam").eval()
     rows = video_rows(dataset, labels, model, len(dataset) - 1)
-    return grid([*rows, *rollout_rows(demo)], note=note)
+    return grid([*rows, *rollout_rows(demo, goals)], note=note)
 
 
 def video_rows(dataset: LeRobotDataset, labels: Labels, model: LatentActionModel, episode: int) -> list[Row]:
@@ -161,28 +163,29 @@ def video_rows(dataset: LeRobotDataset, labels: Labels, model: LatentActionModel
     ]
 
 
-def recorded(demo: Path) -> dict[str, dict[str, bool]]:
-    """The rollouts of both policies that are recorded and ended without an error: name -> arm -> success."""
-    found: dict[str, dict[str, bool]] = {}
+def recorded(demo: Path, results: Mapping[str, Mapping[str, Any]]) -> Goals:
+    """Returns the rollouts of both policies that are recorded and ended without an error."""
+    found: Goals = {}
     for arm in COMPARED:
-        folder = demo / "results" / ARMS[arm]
-        for row in played(read_results(folder)["episodes"]):
+        for row in played(results[arm]["episodes"]):
             name = f"{row['task']}-{row['episode']}"
-            if (folder / "videos" / f"{name}.mp4").exists():
+            if video_of(demo, arm, name).exists():
                 found.setdefault(name, {})[arm] = row["success"]
     return {name: outcomes for name, outcomes in found.items() if len(outcomes) == len(COMPARED)}
 
 
-def rollout_rows(demo: Path) -> list[Row]:
+def video_of(demo: Path, arm: str, name: str) -> Path:
+    return demo / "results" / ARMS[arm] / "videos" / f"{name}.mp4"
+
+
+def rollout_rows(demo: Path, goals: Goals) -> list[Row]:
     """Frames of a rollout of each policy, with one goal: the first whose outcomes differ, else the first of all."""
-    goals = recorded(demo)
     if not goals:
         return []
     name = next((name for name, outcomes in goals.items() if len({*outcomes.values()}) > 1), next(iter(goals)))
     rows = []
     for number, arm in enumerate(COMPARED, 3):
-        file, success = demo / "results" / ARMS[arm] / "videos" / f"{name}.mp4", goals[name][arm]
-        frames_THWC = all_frames(file)
+        frames_THWC, success = all_frames(video_of(demo, arm, name)), goals[name][arm]
         # The outcome is shown for a second after the end.
         places = np.linspace(0, max(0, len(frames_THWC) - 1 - VIDEO_FPS), ACROSS).round().astype(int)
         # Below the square image is its caption.
@@ -193,15 +196,13 @@ def rollout_rows(demo: Path) -> list[Row]:
     return rows
 
 
-def movie_frames(demo: Path) -> Iterator[np.ndarray]:
+def movie_frames(demo: Path, goals: Goals) -> Iterator[np.ndarray]:
     """Yields frames uint8 [H, W, 3]: the first recorded goal of each task, the two policies in step."""
     first: dict[str, str] = {}
-    for name in recorded(demo):
+    for name in goals:
         first.setdefault(name.rsplit("-", 1)[0], name)
     names = list(first.values())[:MOST_TASKS]
-    clips = [
-        [all_frames(demo / "results" / ARMS[arm] / "videos" / f"{name}.mp4") for name in names] for arm in COMPARED
-    ]
+    clips = [[all_frames(video_of(demo, arm, name)) for name in names] for arm in COMPARED]
     for index in range(max(len(clip) for row in clips for clip in row)):
         rows = [np.concatenate([clip[min(index, len(clip) - 1)] for clip in row], axis=1) for row in clips]
         titled = [captioned(row, [f"a policy {TRAINED[arm]}"]) for row, arm in zip(rows, COMPARED, strict=True)]
