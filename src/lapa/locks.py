@@ -112,7 +112,7 @@ def _taken(folder: Path, path: Path) -> int:
                 ) from None
             warn(f"{folder}: its file system has no locks ({error.strerror}); let no second command write there")
             return descriptor
-        if _is_at(descriptor, path):
+        if is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, who().encode(errors="replace"), 0)
             return descriptor
@@ -128,8 +128,8 @@ def _writer(descriptor: int) -> str:
     return "another process"
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`, which its last holder may have removed."""
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`; the last holder of its lock may have renamed or removed it."""
     try:
         there = path.lstat()
     except FileNotFoundError:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 
 from lapa.console import warn
 from lapa.errors import UserError
+from lapa.locks import is_at
 
 BLOCK = 4 << 20
 # Share of the bound that is left after blocks were deleted.
@@ -131,7 +132,7 @@ class StoreCache:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if _is_at(descriptor, path):
+                if is_at(descriptor, path):
                     yield descriptor
                     return
             finally:
@@ -230,14 +231,6 @@ def _persistent(request: Any) -> Any:
         except OSError:
             time.sleep(WAIT * 2**attempt)
     return request()
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an opened file is still the one at `path`; whoever held its lock may have renamed or deleted it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
 
 
 def _opened(file: Path, size: int) -> BinaryIO | None:
