@@ -148,8 +148,11 @@ def test_inputs_of_a_step_that_is_done_are_not_made_again() -> None:
 def test_arms_and_seeds_share_what_they_can() -> None:
     plans = [Plan(CPU, "in-domain", 2, seed) for seed in (0, 1)]
     first, second = plans
-    assert first.videos == second.videos
-    assert first.rollouts("scratch") != second.rollouts("scratch")
+    assert first.measured == second.measured
+    for step in ("videos", "labelled", "latent_action_model", "inverse_dynamics"):
+        assert getattr(first, step).key != getattr(second, step).key
+    seeds = [[word for word in plan.rollouts("scratch").words if isinstance(word, str)] for plan in plans]
+    assert [words[words.index("--seed") + 1] for words in seeds] == ["0", "1"]
     assert first.policy("vpt").key != first.policy("lapa").key
     assert first.inverse_dynamics.key in keys(first.policy("vpt")) & keys(first.policy("unipi"))
     assert first.latent_action_model.key == Plan(CPU, "in-domain", 5, 0).latent_action_model.key

@@ -20,11 +20,12 @@ class StudyConfig:
     out: Path
     """Folder of the study, shared by all arms, seeds and splits."""
     preset: str = "cpu"
-    """debug: a minute or two, measures nothing. cpu: two cores, hours. gpu: one GPU."""
+    """debug: a minute or two, measures nothing. small: the demo's tasks, two cores, minutes. cpu: six tasks, hours.
+    gpu: one GPU."""
     arm: tuple[Arm, ...] = ARMS
     """Arms to run, in this order."""
     seed: tuple[int, ...] = (0,)
-    """Seeds of labelled episodes and training; a study needs at least three."""
+    """Seeds of videos, labelled episodes, training and rollouts; a study needs at least three."""
     split: Split = "in-domain"
     """in-domain: videos of the same tasks. cross-task: of other tasks. cross-environment: another camera and look."""
     demonstrations: int = 2
@@ -131,6 +132,26 @@ PRESETS = {
         chunk=3,
         steps_per_call=3,
         max_steps=40,
+    ),
+    # The tasks and sizes of `lapa demo`.
+    "small": replace(
+        CPU,
+        world=replace(
+            CPU.world,
+            tasks="button-press-topdown,window-open,door-open",
+            other_tasks="button-press,window-close,door-close",
+        ),
+        horizon_seconds=0.2,
+        latent_steps=800,
+        inverse_steps=400,
+        video_steps=800,
+        pretrain_steps=700,
+        finetune_steps=500,
+        chunk=5,
+        steps_per_call=5,
+        max_steps=250,
+        head="bins",
+        policy=(),
     ),
     "cpu": CPU,
     "gpu": replace(

@@ -94,9 +94,9 @@ def order(*wanted: Step, unless: Callable[[Step], bool] = lambda step: False) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one seed on one split. Labelled episodes and all training depend on the seed.
+    """The steps of one seed on one split. All but the measured episodes depend on the seed.
 
-    Videos, measured episodes and evaluation goals are the same for all seeds.
+    The arms of one seed have the same videos, labelled episodes and evaluation goals.
     """
 
     sizes: StudySizes
@@ -124,7 +124,7 @@ class Plan:
             # UniPi executes the whole chunk of its planned frames.
             *(() if arm == "unipi" else ("--steps-per-call", str(sizes.steps_per_call))),
             *("--max-steps", str(sizes.max_steps)),
-            *("--seed", str(ROLLOUT_SEED)),
+            *("--seed", str(ROLLOUT_SEED + self.seed)),
             *("--videos", "1"),
         )
         return Step(f"rollouts {arm}", "evaluate", words, "results.json")
@@ -213,7 +213,7 @@ class Plan:
         camera = world.camera
         if self.split == "cross-environment":
             camera, look = world.other_camera, ("--look", str(world.other_look))
-        return self._episodes("videos", tasks, self.sizes.videos, VIDEO_SEED, camera, look)
+        return self._episodes("videos", tasks, self.sizes.videos, VIDEO_SEED + self.seed, camera, look)
 
     @cached_property
     def videos_without_actions(self) -> Step:

@@ -1,11 +1,11 @@
 """Success rates of a study's arms, differences, gap recovered and ranks, with paired bootstrap intervals.
 
 An arm's success rate is the mean over tasks of the mean over seeds of the mean over rollouts: each task has the same
-weight. All arms and seeds of a study play the same goals (task, episode). A draw of the bootstrap takes goals of each
-task with replacement, the same for every arm and seed: differences of goals cancel in differences of arms, and a goal
-that several seeds played counts once. Each draw adds the error of a mean over few trainings: Student's t with one
-degree of freedom fewer than seeds, times the standard error of the seeds' rates, the same draw for every arm. With one
-seed intervals cover goals alone. Tasks are not drawn: the intervals hold for these tasks.
+weight. All arms of a seed play the same goals, named by task and episode. A draw of the bootstrap takes episodes of
+each task with replacement, the same for every arm and seed: differences of goals cancel in differences of arms, and an
+episode that several seeds played counts once. Each draw adds the error of a mean over few trainings: Student's t with
+one degree of freedom fewer than seeds, times the standard error of the seeds' rates, the same draw for every arm. With
+one seed intervals cover goals alone. Tasks are not drawn: the intervals hold for these tasks.
 
 In 400 simulated studies (6 tasks, 50 goals; rates vary by 15 points between goals, by 0, 4 or 8 between seeds) the
 interval contained the true rate in 95%, 72%, 45% with 1 seed; 99%, 99%, 99% with 2; 99%, 97%, 95% with 3; 99%, 97%, 96%
