@@ -183,6 +183,7 @@ def test_recording_is_the_same_for_any_workers_and_after_a_kill(
     assert (whole.fps, len(whole.episodes), whole.action_dim) == (FPS, 2, 4)
     assert whole.action_space is not None and whole.action_space.control == "delta"
     assert not any(whole.action_space.binary)
+    assert "embodiment" not in whole.info
 
     add_episode = DatasetWriter.add_episode
 
@@ -208,7 +209,9 @@ def test_recording_is_the_same_for_any_workers_and_after_a_kill(
         np.testing.assert_array_equal(whole.frames(episode.index, None), resumed.frames(episode.index, None))
 
 
-def test_a_dataset_begun_before_there_were_looks_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_dataset_begun_before_there_were_looks_and_embodiments_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -219,8 +222,9 @@ def test_a_dataset_begun_before_there_were_looks_goes_on(monkeypatch: pytest.Mon
         metaworld.run(config)
     begun, journal = tmp_path / "data" / "meta/metaworld.json", tmp_path / "data" / JOURNAL
     settings, header = json.loads(begun.read_text()), json.loads(journal.read_text())
-    settings.pop("look", None)
-    header["extra_info"].pop("look", None)
+    for name in ("look", "embodiment"):
+        settings.pop(name, None)
+        header["extra_info"].pop(name, None)
     begun.write_text(json.dumps(settings))
     journal.write_text(json.dumps(header) + "\n")
     with pytest.raises(ValueError, match="look was None, is 3"):
@@ -235,12 +239,16 @@ def test_a_dataset_goes_on_in_its_own_look_only(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(metaworld, "METAWORLD", replace(METAWORLD, packages=(), check=dict))
     monkeypatch.setattr(recorder, "record_all", interrupted)
-    config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32, look=3)
+    config = MetaworldConfig(tmp_path / "data", tasks="push", episodes=1, size=32, look=3, embodiment="hand")
     for resume in (False, True):
         with pytest.raises(KeyboardInterrupt):
             metaworld.run(replace(config, resume=resume))
+    header = json.loads((tmp_path / "data" / JOURNAL).read_text().splitlines()[0])
+    assert (header["extra_info"]["look"], header["extra_info"]["embodiment"]) == (3, "hand")
     with pytest.raises(ValueError, match="look was 3, is None"):
         metaworld.run(replace(config, look=None, resume=True))
+    with pytest.raises(ValueError, match="embodiment was 'hand', is None"):
+        metaworld.run(replace(config, embodiment=None, resume=True))
 
 
 def test_failed_attempts_are_replaced_by_the_next_seeds() -> None:
@@ -273,6 +281,26 @@ def test_another_look_changes_the_pictures_and_nothing_of_what_moves(simulators:
             assert np.abs(pictures_THWC.astype(int) - before_THWC).mean() > 20
         seen.append(pictures_THWC)
     np.testing.assert_array_equal(play(1)[2], seen[1])
+
+
+@pytest.mark.parametrize("task", ["button-press-topdown", "window-open", "door-open"])
+def test_a_hand_is_seen_where_the_robot_was_and_moves_as_it_did(simulators: None, task: str) -> None:
+    robot, hand = (Simulator(task, size=64, embodiment=embodiment) for embodiment in (None, "hand"))
+    episodes = {simulator: record(simulator, 5) for simulator in (robot, hand)}
+    shown, other = episodes[robot], episodes[hand]
+    assert shown is not None and other is not None
+    np.testing.assert_array_equal(other.actions_TA, shown.actions_TA)
+    np.testing.assert_array_equal(other.states_TS, shown.states_TS)
+    before_THWC, after_THWC = (each.frames_THWC["corner4"].astype(int) for each in (shown, other))
+    # The arm is the only saturated red at the left; skin is bright, with red above green above blue.
+    for frames_THWC, pixels_of_arm in ((before_THWC, 50), (after_THWC, 0)):
+        left = frames_THWC[:, :, :20]
+        red = (left[..., 0] > 60) & (left[..., 1:].max(-1) < 0.4 * left[..., 0])
+        assert (red.sum((1, 2)) >= pixels_of_arm).all() and (pixels_of_arm or not red.any())
+    skin = (after_THWC[..., 0] > 150) & (np.diff(after_THWC, axis=-1).max(-1) < -15)
+    assert (skin.sum((1, 2)) >= 20).all()
+    robot.close()
+    hand.close()
 
 
 def test_looks_alternate_in_one_process_as_they_are_alone(simulators: None) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lapa.envs.config import RecordConfig
+
+Embodiment = Literal["hand"]
 
 
 @dataclass(frozen=True)
@@ -17,5 +20,7 @@ class MetaworldConfig(RecordConfig):
     """Camera views to record."""
     look: int | None = None
     """Other colours and textures, drawn from this number; by default Meta-World's own."""
+    embodiment: Embodiment | None = None
+    """hand: draw a hand that moves as the robot's gripper does, and no robot; by default the robot is seen."""
     max_steps: int = 250
     """An episode without success after this many steps is dropped."""

@@ -51,6 +51,8 @@ def _attempt(config: MetaworldConfig, task: str, episode: int) -> record.Demonst
     if _simulator is None or _simulator.task != task:
         if _simulator is not None:
             _simulator.close()
-        _simulator = Simulator(task, size=config.size, cameras=config.cameras, look=config.look)
+        _simulator = Simulator(
+            task, size=config.size, cameras=config.cameras, look=config.look, embodiment=config.embodiment
+        )
     seed = episode_seed(config.seed, "demonstration", task, episode)
     return play(_simulator, seed, noise=config.noise, max_steps=config.max_steps)

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from lapa.envs import EnvironmentKind, Task
+from lapa.envs.metaworld import Embodiment
+from lapa.envs.metaworld.hand import draw_hand, hide_robot
 from lapa.envs.metaworld.look import change_look
 from lapa.envs.opengl import check_rendering, choose_backend
 from lapa.errors import UserError, unknown
@@ -80,19 +82,28 @@ class Simulator:
 
     An action is float32 [4] (ACTION_NAMES, clipped to [-1, 1]; one unit moves the hand by 1 cm a step), the state
     float32 [4] (STATE_NAMES: metres, opening in [0, 1]), an image uint8 [size, size, 3].
-    look: draws other colours, textures and lights, and changes no motion; None: Meta-World's own.
+    look: draws other colours, textures and lights, and changes no motion; None: Meta-World's own. embodiment: what is
+    seen to act, which changes no motion; None: the robot.
     """
 
     def __init__(
-        self, task: str, *, size: int = 128, cameras: Sequence[str] = ("corner4",), look: int | None = None
+        self,
+        task: str,
+        *,
+        size: int = 128,
+        cameras: Sequence[str] = ("corner4",),
+        look: int | None = None,
+        embodiment: Embodiment | None = None,
     ) -> None:
         if task not in INSTRUCTIONS:
             raise unknown("Meta-World task", task, TASKS)
         check_cameras(cameras)
-        self.task, self.size, self.cameras, self.look = task, size, tuple(cameras), look
+        self.task, self.size, self.cameras, self.look, self.embodiment = task, size, tuple(cameras), look, embodiment
         self._environment = _make_environment(task, size)
         if look is not None:
             change_look(self._environment.model, look)
+        if embodiment is not None:
+            hide_robot(self._environment.model)
         self._expert: Any = None
         self._observation: np.ndarray | None = None
         self.instruction = ""
@@ -173,6 +184,8 @@ class _Renderer:
         view.fixedcamid = model.camera(camera).id
         every = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(model, data, mujoco.MjvOption(), None, view, every, self._live.scene)
+        if simulator.embodiment == "hand":
+            draw_hand(self._live.scene, data)
         image_HWC = self._live.render()
         return np.ascontiguousarray(image_HWC[::-1, ::-1]) if camera in UPSIDE_DOWN else image_HWC
 
