@@ -212,13 +212,16 @@ def test_inputs_come_first_and_each_step_once() -> None:
 
 
 def test_splits_differ_in_their_videos_alone() -> None:
-    inside, task, view = (Plan(CPU, split, 2, 0) for split in ("in-domain", "cross-task", "cross-environment"))
+    inside, task, view, body = (Plan(CPU, split, 2, 0) for split in SPLITS)
     assert "--look" in view.videos.words and CPU.world.other_camera in view.videos.words
     assert CPU.world.other_tasks in task.videos.words
-    assert inside.labelled == task.labelled == view.labelled
-    assert inside.policy("scratch") == task.policy("scratch") == view.policy("scratch")
+    assert set(body.videos.words) - set(inside.videos.words) == {"--embodiment", "hand"}
+    assert inside.labelled == task.labelled == view.labelled == body.labelled
+    assert len({plan.policy("scratch").key for plan in (inside, task, view, body)}) == 1
     with pytest.raises(ValueError, match="no other tasks"):
         Plan(sizes_of("debug"), "cross-task", 2, 0)
+    with pytest.raises(ValueError, match="no other embodiment"):
+        Plan(sizes_of("debug"), "cross-embodiment", 2, 0)
 
 
 def test_settings_are_kept_beside_the_results(study: Path) -> None:

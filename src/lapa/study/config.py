@@ -27,7 +27,8 @@ class StudyConfig:
     seed: tuple[int, ...] = (0,)
     """Seeds of videos, labelled episodes, training and rollouts; a study needs at least three."""
     split: Split = "in-domain"
-    """in-domain: videos of the same tasks. cross-task: of other tasks. cross-environment: another camera and look."""
+    """in-domain: videos of the same tasks. cross-task: of other tasks. cross-environment: another camera and look.
+    cross-embodiment: a hand, no robot."""
     demonstrations: int = 2
     """Labelled episodes of each task."""
 

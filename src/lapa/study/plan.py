@@ -112,6 +112,10 @@ class Plan:
             raise UserError("--split cross-task: this preset has no other tasks; choose another split or preset")
         if self.split == "cross-environment" and not world.other_camera:
             raise UserError("--split cross-environment: this preset has no other view; choose another split or preset")
+        if self.split == "cross-embodiment" and world.env != "metaworld":
+            raise UserError(
+                "--split cross-embodiment: this preset has no other embodiment; choose another split or preset"
+            )
 
     def rollouts(self, arm: Arm) -> Step:
         """Rollouts of the arm's policy in the simulator."""
@@ -209,11 +213,13 @@ class Plan:
         """The videos of the split, with the true actions that only the arm actionvla may use."""
         world = self.sizes.world
         tasks = world.other_tasks if self.split == "cross-task" else world.tasks
-        look: tuple[str, ...] = ()
+        shown: tuple[str, ...] = ()
         camera = world.camera
         if self.split == "cross-environment":
-            camera, look = world.other_camera, ("--look", str(world.other_look))
-        return self._episodes("videos", tasks, self.sizes.videos, VIDEO_SEED + self.seed, camera, look)
+            camera, shown = world.other_camera, ("--look", str(world.other_look))
+        elif self.split == "cross-embodiment":
+            shown = ("--embodiment", "hand")
+        return self._episodes("videos", tasks, self.sizes.videos, VIDEO_SEED + self.seed, camera, shown)
 
     @cached_property
     def videos_without_actions(self) -> Step:
@@ -243,14 +249,14 @@ class Plan:
         return Step(title, verb, words, "config.json")
 
     def _episodes(
-        self, title: str, tasks: str, number: int, seed: int, camera: str = "", look: tuple[str, ...] = ()
+        self, title: str, tasks: str, number: int, seed: int, camera: str = "", shown: tuple[str, ...] = ()
     ) -> Step:
         """Recorded episodes, `number` of each task."""
         world = self.sizes.world
         if world.env == "synthetic":
             words: tuple[str, ...] = ("--episodes", str(8 * number), "--actions")
         else:
-            words = ("--tasks", tasks, "--episodes", str(number), "--cameras", camera or world.camera, *look)
+            words = ("--tasks", tasks, "--episodes", str(number), "--cameras", camera or world.camera, *shown)
         return Step(title, f"data {world.env}", (*words, "--seed", str(seed)), "meta/info.json")
 
 

@@ -55,6 +55,7 @@ MEANINGS = (
     ("in-domain", "the videos show the tasks of the labelled episodes, in the same surroundings."),
     ("cross-task", "the videos show other tasks."),
     ("cross-environment", "the videos show the same tasks from another camera, in other colours and textures."),
+    ("cross-embodiment", "the videos show the same tasks done by a hand, and no robot."),
 )
 INTERVALS = (
     f"Intervals are 95% percentile intervals of {NUM_DRAWS} draws of the goals of each task, the same for every arm "

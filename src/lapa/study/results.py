@@ -22,7 +22,7 @@ from lapa.errors import UserError
 from lapa.files import find_files, read_json, write_json
 
 Arm = Literal["scratch", "captions", "vpt", "unipi", "lapa", "actionvla"]
-Split = Literal["in-domain", "cross-task", "cross-environment"]
+Split = Literal["in-domain", "cross-task", "cross-environment", "cross-embodiment"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
 SPLITS: tuple[Split, ...] = typing.get_args(Split)
 FOLDER = "results"
