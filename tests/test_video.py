@@ -19,7 +19,7 @@ from av.stream import Disposition
 from lapa.data import video
 from lapa.data.films import episode_frames
 from lapa.data.transforms import augment, resize_and_crop
-from lapa.data.video import ClipScan, decode_clip, encode_clip, exact_rate, film_times, probe
+from lapa.data.video import ClipScan, decode_clip, decode_times, encode_clip, exact_rate, film_times, probe
 from lapa.errors import UserError
 from lapa.sources.synthetic import moving_squares
 
@@ -373,7 +373,9 @@ def test_no_episode_is_placed_on_other_frames_than_its_own() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_the_times_of_a_files_frames_are_its_own(tmp_path: Path, suffix: str) -> None:
+def test_the_times_of_a_files_frames_are_its_own(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, open_video = list[Path](), video.open_video
+    monkeypatch.setattr(video, "open_video", lambda path: opened.append(path) or open_video(path))
     for name, numbers in (("steady", range(3, 15)), ("uneven", [0, 1, 2, 5, 6, 9])):
         path = tmp_path / f"{name}.{suffix}"
         with av.open(str(path), "w") as container:
@@ -385,8 +387,16 @@ def test_the_times_of_a_files_frames_are_its_own(tmp_path: Path, suffix: str) ->
                 frame.pts = number
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
+        scanned = [frame_HWC for _, frame_HWC in ClipScan(path)]
+        opened.clear()
+        for times in (1, 2):
+            # The header has no rate of 30: the times are those of packets.
+            assert film_times(path, 30.0) == pytest.approx(np.array(numbers) / 10, abs=2e-3)
+            found = decode_times(path, {number: number / 10 for number in numbers}, 0.04)
+            assert all((found[number] == frame).all() for number, frame in zip(numbers, scanned, strict=True))
+            # Times and then frames are read from one opening.
+            assert len(opened) == times
         assert film_times(path, 10.0) == pytest.approx(np.array(numbers) / 10, abs=2e-3)
-        assert film_times(path, 30.0) == pytest.approx(np.array(numbers) / 10, abs=2e-3)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -47,6 +47,9 @@ WIDEST_PIXEL = 8
 ROOM = 128 * 2**20
 # Seconds before a frame from which it is decoded, tried in turn.
 EARLIER = (0.0, 0.5, 5.0, 60.0)
+# From version 17 on, PyAV starts threads for each converter, which takes longer than converting a frame; and a forked
+# process that frees one would wait for threads that it does not have.
+ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
 
 @dataclass(frozen=True)
@@ -225,14 +228,14 @@ def film_times(path: Path, fps: float) -> Float[np.ndarray, "N"]:
 
     By the header, where that has a constant rate of `fps`. Raises UserError as `probe`.
     """
-    stream = open_clip(path).stream
+    clip = open_clip(path)
+    stream = clip.stream
     length, first = stream.duration, stream.start_time
     if stream.frames and length and first is not None and stream.time_base and stream.base_rate:
         drift = abs(float(length * stream.time_base) * fps - stream.frames)
         if drift < STEADY and abs(float(stream.base_rate) / fps - 1) < VARIES:
             return float(first * stream.time_base) + np.arange(stream.frames) / fps
-    with open_video(path) as container:
-        times_N = np.array(_packet_times(container, film_of(container), path))
+    times_N = np.array(clip.packet_times())
     if not len(times_N):
         raise UserError(f"{path}: has no frame; replace it or take it out")
     return times_N
@@ -279,9 +282,15 @@ class OpenClip:
     def __init__(self, path: Path):
         self.path = path
         self._open()
-        self.position: float | None = None
-        self.frames: Iterator[VideoFrame] = iter(())
         self.start: float | None = None
+
+    def packet_times(self) -> list[float]:
+        """Returns when each frame is shown, in order, without decoding. Raises UserError as `probe`."""
+        if self.moved:
+            self.container.close()
+            self._open()
+        self.moved = True
+        return _packet_times(self.container, self.stream, self.path)
 
     def first_time(self) -> float:
         """Returns the time of the first frame, in the file's own seconds. Raises EOFError where there is none."""
@@ -303,7 +312,7 @@ class OpenClip:
         except av.FFmpegError:
             self.container.close()
             self._open()
-        self.frames = self.container.decode(self.stream)
+        self.moved, self.frames = True, self.container.decode(self.stream)
 
     def frame_at(self, time: float, tolerance: float) -> VideoFrame | None:
         """Returns the frame within `tolerance` seconds of `time`, None where there is none."""
@@ -321,6 +330,9 @@ class OpenClip:
     def _open(self) -> None:
         self.container = open_video(self.path)
         self.stream = film_of(self.container)
+        self.moved = False
+        self.position: float | None = None
+        self.frames: Iterator[VideoFrame] = iter(())
         self.to_rgb = ToRgb(self.stream)
         # Threads that work on several frames at once would have to start again after every seek.
         self.stream.thread_type, self.stream.thread_count = "SLICE", 1
@@ -357,29 +369,20 @@ def _version_here(path: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_ino or status.st_size
 
 
-# Converters of the process that this one was forked from.
-_inherited: list[VideoReformatter] = []
-
-
 class ToRgb:
     """Converts decoded frames of a stream to RGB: rotated by the display matrix (phones record sideways), and scaled in
     width to square pixels.
 
-    One for all frames of a clip: setting up a new one takes longer than decoding a frame. A forked process frees what
-    the parent's other threads hold. Freeing a converter would wait for its threads, which are not there: it is kept.
+    One for all frames of a clip: setting up a new one takes longer than decoding a frame.
     """
 
     def __init__(self, stream: VideoStream):
         self._pixel_width = _pixel_width(stream)
-        self._converter, self._process = VideoReformatter(), os.getpid()
-
-    def __del__(self) -> None:
-        if self._process != os.getpid():
-            _inherited.append(self._converter)
+        self._converter = VideoReformatter()
 
     def __call__(self, frame: VideoFrame) -> UInt8[np.ndarray, "H W 3"]:
         width = round(frame.width * self._pixel_width)
-        frame_HWC = self._converter.reformat(frame, width=width, format="rgb24").to_ndarray()
+        frame_HWC = self._converter.reformat(frame, width=width, format="rgb24", **ONE_THREAD).to_ndarray()
         turns = round(frame.rotation / 90) % 4
         return np.ascontiguousarray(np.rot90(frame_HWC, turns)) if turns else frame_HWC
 
