@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -59,6 +60,36 @@ def test_stand_ins_are_found_by_imports_and_gone_afterwards(monkeypatch: pytest.
     assert oracle.action(FirstStep()).action is True and oracle.action(LaterStep()).action is False
     assert sys.modules["tensorflow"] is theirs
     assert not {name for name in set(sys.modules) - before if name.startswith("tf_agents")}
+
+
+@needs_simulator
+def test_the_faster_planner_finds_the_authors_plans() -> None:
+    """With the same random numbers: the same path, and as many numbers drawn."""
+    simulator._modules()  # finds the checkout
+    name = "language_table.environments.oracles.rrt_star"
+    fast = importlib.import_module(name)
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.loader is not None
+    authors = importlib.util.module_from_spec(spec)
+    with stand_ins():
+        spec.loader.exec_module(authors)
+    assert fast.RRTStar is not authors.RRTStar
+    found = []
+    for seed in range(6):
+        random = np.random.default_rng(seed)
+        places = random.uniform((0.15, -0.3), (0.6, 0.3), (10, 2)).tolist()
+        ranges = {"x_range": (0.15, 0.6), "y_range": (-0.35, 0.35), "obstacle_widths": [0.03] * 8}
+        sizes = {"delta": 0.015, "step_length": 0.05, "goal_sample_rate": 0.1, "search_radius": 0.5, "iter_max": 256}
+        plans = []
+        for module in (fast, authors):
+            np.random.seed(seed)  # noqa: NPY002
+            path = module.get_shortest_path_no_collisions(
+                places[0], places[1], obstacle_xy=places[2:], **ranges, **sizes
+            )
+            plans.append((*path, np.random.random()))  # noqa: NPY002
+        assert plans[0] == plans[1]
+        found.append(plans[0][1])
+    assert sum(found) >= 3, "most problems have a plan"
 
 
 def test_a_checkout_that_is_missing_or_of_another_commit_is_named(

@@ -32,6 +32,7 @@ from PIL import Image
 
 from lapa.console import warn
 from lapa.envs import ALL, EnvironmentKind, Task
+from lapa.envs.language_table.planner import speed_up
 from lapa.envs.language_table.stand_ins import FirstStep, LaterStep, stand_ins
 from lapa.errors import UserError
 from lapa.types import Observation
@@ -186,6 +187,7 @@ def _modules() -> SimpleNamespace:
         table = importlib.import_module(f"{root}.language_table")
         oracles = importlib.import_module(f"{root}.oracles.push_oracle_rrt_slowdown")
         blocks = importlib.import_module(f"{root}.blocks")
+        speed_up(importlib.import_module(f"{root}.oracles.rrt_star"))
         rewards = {name: importlib.import_module(f"{root}.rewards.{name}") for name, _ in FAMILIES.values()}
     blank = np.zeros((table.constants.IMAGE_HEIGHT, table.constants.IMAGE_WIDTH, 3), np.uint8)
 
