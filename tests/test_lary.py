@@ -93,6 +93,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_the_control_is_of_other_episodes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, few = list[Tensor](), replace(SMALL, epochs=1)
+    monkeypatch.setattr(lary, "_regress", lambda tokens, *_: read.append(tokens) or {"mse": 1.0})
+    sample, number_B = moving_disc(240), torch.arange(240.0)
+    latents_BLD = number_B[:, None, None]
+    encoded = LatentAction(None, latents_BLD, latents_BLD)
+    chunks_BKA = np.random.default_rng(0).normal(size=(240, STEPS, 1))
+    found = regression_figures(Directions(), sample, encoded, chunks_BKA, few)  # type: ignore[arg-type]
+    taken_B = read[list(found["absolute"]).index("shuffled") - 1].flatten().long()
+    assert (taken_B.sort().values == number_B).all()
+    assert (sample.episodes_B[taken_B] != sample.episodes_B).all()
+
+    monkeypatch.setattr(lary, "_classify", lambda tokens, *_: {"tokens": tokens})
+    for seed in range(5):
+        clips = classification_figures(Oracle(), open_dataset(data), None, range(16), few, most=16, seed=seed)  # type: ignore[arg-type]
+        own, taken = clips["quantized"]["tokens"].flatten(1), clips["shuffled"]["tokens"].flatten(1)
+        same = (taken[:, None] == own).all(-1)
+        assert same.any(0).all() and not same.diagonal().any()
+
+
 def test_the_classifier_reads_what_is_there_and_no_more() -> None:
     torch.manual_seed(0)
     labels_B = torch.arange(64) % 4

@@ -5,6 +5,7 @@
 https://github.com/meituan-longcat/LARYBench (commit 2092d20): each row of a CSV names `la_path`, an .npz with `tokens`
 (the latent before quantisation) and `indices` (its codes), and `action`, an .npy with the chunk of actions. As there,
 pairs begin at multiples of the horizon. Every file is written whole and the CSV last; files that are there are kept.
+Paths are absolute: of a relative one its code keeps the last part, and looks for it below folders of its own layout.
 """
 
 from __future__ import annotations

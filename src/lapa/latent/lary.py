@@ -3,7 +3,7 @@
     lapa latent probe LAM --data DATASET --protocol lary              # a GPU; lary-small: narrow networks, for a CPU
 
 Nie et al. 2026, https://arxiv.org/abs/2604.11689; networks and training as in its code (commit 2092d20), with the
-dataset's own split by episode. Controls show leakage: other pairs' latent actions, one frame alone, and the raw
+dataset's own split by episode. Controls show leakage: latent actions of other episodes, one frame alone, and the raw
 features of both frames, which know the whole state. docs/metrics.md explains the figures.
 
 Axes: B pairs or clips, T time, K steps of a chunk, A action dimensions, P tokens, D width, F features, Y targets.
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
-from lapa.latent.metrics import BATCH, MAX_TASKS, Sample, device_of, encode, hold_out
+from lapa.latent.metrics import BATCH, MAX_TASKS, Sample, device_of, encode, hold_out, other_episodes
 from lapa.latent.model import LatentAction, LatentActionModel
 from lapa.latent.quantizers import NSVQ
 
@@ -75,7 +75,8 @@ def regression_figures(
     never changes. `mean` is the error of always the mean action of the training episodes.
     """
     test_B = hold_out(sample.episodes_B, seed)
-    inputs = _inputs(model, sample.frames_BTCHW, encoded, seed)
+    inputs = _inputs(model, sample.frames_BTCHW, encoded)
+    inputs["shuffled"] = inputs["quantized"][other_episodes(sample.episodes_B, seed)]
     found: dict[str, Any] = {"num_held_out_episodes": len(np.unique(sample.episodes_B[test_B]))}
     for mode in ("absolute", "relative"):
         targets_BKA = chunks_BKA.astype(np.float64)
@@ -128,10 +129,10 @@ def classification_figures(
     pairs = torch.stack([frames_BTCHW[:, :-1], frames_BTCHW[:, 1:]], dim=2).flatten(0, 1)
     inputs = {
         name: rearrange(tokens, "(b t) p d -> b t p d", b=len(drawn))
-        for name, tokens in _inputs(model, pairs, encode(model, pairs), seed).items()
+        for name, tokens in _inputs(model, pairs, encode(model, pairs)).items()
         if name in ("published", "quantized", "continuous", "raw_features")
     }
-    inputs["shuffled"] = inputs["quantized"][np.random.default_rng(seed).permutation(len(drawn))]
+    inputs["shuffled"] = inputs["quantized"][other_episodes(drawn, seed)]
     first_BPD = _raw(model, frames_BTCHW[:, 0])
     inputs["first_frame"] = repeat(first_BPD, "b p d -> b t p d", t=CLIP_FRAMES - 1)
     labels_B = torch.from_numpy(np.searchsorted(sorted(several), names_B))
@@ -190,17 +191,15 @@ def _clip(model: LatentActionModel, dataset: Dataset, episode: int, camera: str 
     return torch.from_numpy(resize_and_crop(frames_THWC, model.config.image_size).copy()).permute(0, 3, 1, 2)
 
 
-def _inputs(model: LatentActionModel, frames_BTCHW: Tensor, encoded: LatentAction, seed: int) -> dict[str, Tensor]:
-    """What is probed, as tokens [B, P, D]: the latent action in its forms, and the controls."""
+def _inputs(model: LatentActionModel, frames_BTCHW: Tensor, encoded: LatentAction) -> dict[str, Tensor]:
+    """What is probed, as tokens [B, P, D]: the latent action in its forms, and what frames alone show."""
     first, second = (_raw(model, frames_BTCHW[:, time]) for time in (0, 1))
-    mixed = torch.from_numpy(np.random.default_rng(seed).permutation(len(first)))
     published = {}
     if isinstance(getattr(model, "quantizer", None), NSVQ):
         published["published"] = _with_noise(model, encoded.z_BLD)
     return published | {
         "quantized": encoded.quantized_BLD.float(),
         "continuous": encoded.z_BLD.float(),
-        "shuffled": encoded.quantized_BLD.float()[mixed],
         "first_frame": first,
         "second_frame": second,
         "raw_features": torch.cat([first, second], dim=1),

@@ -73,6 +73,25 @@ class Row:
         return "-" if value is None or not over else format(value / over, self.digits)
 
 
+# What is read beside the quantised latent action, and what its figure tells.
+BESIDE = {
+    "published": "with the noise of training",
+    "continuous": "before quantisation",
+    "pixel_difference": "yardstick",
+    "raw_features": "of all frames: know the whole state",
+    "first_frame": "what the scene alone predicts",
+    "second_frame": "what leaks with a frame",
+    "shuffled": "of another pair: as if nothing was known",
+    "mean": "the scale",
+}
+
+
+def _group(name: str, path: str, reading: str) -> tuple[Row, ...]:
+    """A figure from the quantised latent action and, below it, those from what is read beside. path: {} for which."""
+    others = (Row(f"  {kind.replace('_', ' ')}", path.format(kind), how) for kind, how in BESIDE.items())
+    return (Row(f"{name}, quantised", path.format("quantized"), reading), *others)
+
+
 ROWS = (
     Row("reconstruction (MSE)", "reconstruction.mse", "of the second frame", digits=".5f"),
     Row("  / copying the first frame", "reconstruction.mse", "below 1: predicts change", "reconstruction.mse_copy"),
@@ -97,52 +116,19 @@ ROWS = (
     Row("  by chance", "transfer.same_code_chance", "the code of another pair"),
     Row("  same action read again (R2)", "transfer.action_r2", "1: the probe reads the same"),
     Row("  donor's share of the result", "transfer.donor_share", "near 1: carries the frame, not the motion"),
-    Row("action R2, linear, quantised", "action.linear.quantized.r2", "on test episodes; 0: mean action"),
-    Row("  continuous", "action.linear.continuous.r2", "before quantisation"),
-    Row("  pixel difference", "action.linear.pixel_difference.r2", "yardstick"),
-    Row("action R2, MLP, quantised", "action.mlp.quantized.r2", ""),
-    Row("  continuous", "action.mlp.continuous.r2", ""),
-    Row("  pixel difference", "action.mlp.pixel_difference.r2", "yardstick"),
-    Row("  first frame", "action.mlp.first_frame.r2", "what the scene alone predicts"),
-    Row("  shuffled", "action.mlp.shuffled.r2", "of another pair: 0 or less"),
+    *_group("action R2, linear", "action.linear.{}.r2", "on test episodes; 0: mean action"),
+    *_group("action R2, MLP", "action.mlp.{}.r2", "on test episodes; 0: mean action"),
     Row("LP-MSE", "action.lp_mse", "unit variance; 1: mean action"),
     Row("action known from a code", "information.known", "share of its information; 0: chance"),
     Row("action known from all codes", "information.known_joint", "unsure where most are rare"),
-    *(
-        row
-        for name, where in (("grid", "of optical flow in 4 x 4 cells"), ("whole", "of optical flow, mean of the image"))
-        for row in (
-            Row(f"motion R2, {name}, MLP, quantised", f"motion.{name}.mlp.quantized.r2", where),
-            Row("  continuous", f"motion.{name}.mlp.continuous.r2", "before quantisation"),
-            Row("  pixel difference", f"motion.{name}.mlp.pixel_difference.r2", "yardstick"),
-            Row("  first frame", f"motion.{name}.mlp.first_frame.r2", "what the scene alone predicts"),
-            Row("  shuffled", f"motion.{name}.mlp.shuffled.r2", "of another pair: 0 or less"),
-        )
-    ),
-    Row("instruction, linear, quantised", "task.quantized", "accuracy on test episodes"),
-    Row("  first frame", "task.first_frame", "what the scene alone predicts"),
+    *_group("motion R2, grid, MLP", "motion.grid.mlp.{}.r2", "of optical flow in 4 x 4 cells"),
+    *_group("motion R2, whole, MLP", "motion.whole.mlp.{}.r2", "of optical flow, mean of the image"),
+    *_group("instruction, linear", "task.{}", "accuracy on test episodes"),
     Row("  by chance", "task.chance", "the most frequent one"),
-    *(
-        row
-        for mode, reading in (("absolute", "LARYBench, standardised actions"), ("relative", "last minus first action"))
-        for row in (
-            Row(f"LARY MSE, {mode}, quantised", f"lary.regression.{mode}.quantized.mse", reading),
-            Row("  as published", f"lary.regression.{mode}.published.mse", "with the noise of training"),
-            Row("  continuous", f"lary.regression.{mode}.continuous.mse", "before quantisation"),
-            Row("  raw features of both frames", f"lary.regression.{mode}.raw_features.mse", "know the whole state"),
-            Row("  first frame", f"lary.regression.{mode}.first_frame.mse", "what the scene alone predicts"),
-            Row("  second frame", f"lary.regression.{mode}.second_frame.mse", "what leaks with a frame"),
-            Row("  shuffled", f"lary.regression.{mode}.shuffled.mse", "of another pair: the mean's or more"),
-            Row("  mean action", f"lary.regression.{mode}.mean.mse", "the scale"),
-        )
-    ),
+    *_group("LARY MSE, absolute", "lary.regression.absolute.{}.mse", "LARYBench, standardised actions"),
+    *_group("LARY MSE, relative", "lary.regression.relative.{}.mse", "last minus first action"),
     Row("  / best without latent action", "lary.relative_error_over_frames", "1: no more than one frame knows"),
-    Row("LARY accuracy, quantised", "lary.classification.quantized.accuracy", "the instruction, of clips"),
-    Row("  as published", "lary.classification.published.accuracy", "with the noise of training"),
-    Row("  continuous", "lary.classification.continuous.accuracy", "before quantisation"),
-    Row("  raw features", "lary.classification.raw_features.accuracy", "of all frames"),
-    Row("  first frame", "lary.classification.first_frame.accuracy", "what the scene alone predicts"),
-    Row("  shuffled", "lary.classification.shuffled.accuracy", "of another clip"),
+    *_group("LARY accuracy", "lary.classification.{}.accuracy", "the instruction, of clips"),
     Row("  by chance", "lary.classification.chance", "the most frequent one"),
     Row("offset of z", "consistency.offset_share", "near 1: ignore the next three"),
     Row("S-PCFC", "consistency.s_pcfc", "low: past and future differ"),
