@@ -254,6 +254,22 @@ def test_a_seed_is_an_episode_whatever_came_before(environment: LanguageTableEnv
 
 
 @needs_simulator
+def test_another_look_changes_the_images_and_nothing_of_what_moves() -> None:
+    seen: dict[int | None, tuple[np.ndarray, np.ndarray]] = {}
+    for look in (None, 1, 2):
+        environment = LanguageTableEnvironment("separate", 64, (CAMERA,), look)
+        environment.reset(3)
+        for _ in range(3):
+            environment.step(environment.expert_action())
+        observation = environment.observe()
+        assert observation.state is not None
+        seen[look] = observation.images[CAMERA].astype(int), np.asarray(observation.state)
+        environment.close()
+    np.testing.assert_array_equal(seen[None][1], seen[1][1])
+    assert all(np.abs(seen[one][0] - seen[other][0]).mean() > 20 for one, other in ((None, 1), (None, 2), (1, 2)))
+
+
+@needs_simulator
 def test_the_oracle_solves_an_episode_in_a_worker(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config = EvaluateConfig("expert", tmp_path / "out", env="language_table", tasks="separate", episodes=1, videos=0)
     report = evaluate(replace(config, workers=1))
@@ -269,6 +285,7 @@ def test_mistakes_of_a_recording_are_named_before_any_work(tmp_path: Path, monke
         ({"episodes": 0}, "--episodes"),
         ({"size": 65}, "--size must be even"),
         ({"workers": 0}, "--workers"),
+        ({"look": -1}, "--look"),
     ):
         with pytest.raises(UserError, match=message):
             recorder.run(replace(config, **change))

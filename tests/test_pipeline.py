@@ -18,18 +18,23 @@ from lapa.demo.config import DemoConfig
 from lapa.files import read_json
 from lapa.latent.model import lam_fingerprint
 from lapa.study.statistics import Estimate
-from lapa.subcommand import Ended, Stage
+from lapa.subcommand import Stage, append_lines
 from vlms import make_vlm
 
 
-def in_this_process(stages: Sequence[Stage], ended: Ended) -> None:
+def record(stage: Stage, seconds: float) -> None:
+    assert stage.spent is not None
+    append_lines(stage.spent, [{**stage.note(), "seconds": seconds, "cpu_seconds": 2.0, "failed": False}])
+
+
+def in_this_process(stages: Sequence[Stage]) -> None:
     """Runs the stages that are not done in the order in which they are given."""
     for stage in (each for each in stages if not each.artifact.exists()):
         assert all(need.exists() for need in stage.needs), stage
         with pytest.raises(SystemExit) as exit_:
             cli.main(list(stage.command))
         assert exit_.value.code == 0, stage.command
-        ended(stage, 1.0, False)
+        record(stage, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +85,7 @@ def test_each_stage_has_a_lock_which_a_killed_demo_leaves_to_it(tmp_path: Path) 
 def test_a_second_run_does_nothing_again(finished: DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
-    def note(stages: Sequence[Stage], ended: Ended) -> None:
+    def note(stages: Sequence[Stage]) -> None:
         ran.extend(stage.title for stage in stages if not stage.artifact.exists())
 
     monkeypatch.setattr(demo, "run_stages", note)
@@ -92,6 +97,19 @@ def test_a_second_run_does_nothing_again(finished: DemoConfig, tmp_path: Path, m
     with pytest.raises(ValueError, match="labels"):
         demo.run(replace(resumed, out=tmp_path / "out"))
     assert ran == ["latent action labels"]
+
+
+@pytest.mark.parametrize("change", [{"tasks": "push"}, {"videos": 3}])
+def test_the_preset_debug_refuses_what_it_would_ignore(tmp_path: Path, change: dict) -> None:
+    with pytest.raises(ValueError, match=f"leave out --{next(iter(change))}"):
+        demo.run(DemoConfig(**{"out": tmp_path / "out", "preset": "debug", **change}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_preset_debug_has_as_many_labelled_episodes_as_asked_for(tmp_path: Path) -> None:
+    stages = demo.stages(DemoConfig(out=tmp_path, preset="debug", demonstrations=3), "synthetic")
+    counts = [stage.command[stage.command.index("--episodes") + 1] for stage in stages[:2]]
+    assert counts == ["16", "24"]
 
 
 def test_other_settings_do_not_mix(finished: DemoConfig) -> None:
@@ -112,8 +130,8 @@ def test_the_demo_ends_with_what_it_shows(finished: DemoConfig) -> None:
 def test_an_interrupted_demo_keeps_the_seconds_of_its_stages(
     finished: DemoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stopped(stages: Sequence[Stage], ended: Ended) -> None:
-        ended(stages[0], 2.5, False)
+    def stopped(stages: Sequence[Stage]) -> None:
+        record(stages[0], 2.5)
         raise KeyboardInterrupt
 
     assert set(read_json(finished.out / "demo.json")["seconds"].values()) == {1.0}

@@ -1,10 +1,12 @@
 """The study: its steps are shared, made once and resumed; all arms run in the made-up world and are reported."""
 
+import fcntl
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from lapa.study import run as study_run
 from lapa.study.config import PRESETS, StudyConfig, sizes_of
 from lapa.study.plan import Plan, Step, order, steps_of
 from lapa.study.results import ARMS, SPLITS, load_result, load_results
-from lapa.subcommand import AT_ONCE, Ended, Stage
+from lapa.subcommand import AT_ONCE, Ended, Stage, append_lines
 
 CPU = sizes_of("cpu")
 
@@ -29,7 +31,9 @@ def in_this_process(stages: Sequence[Stage], ended: Ended) -> None:
         with pytest.raises(SystemExit) as exit_:
             cli.main(list(stage.command))
         assert exit_.value.code == 0, stage.command
-        ended(stage, 1.0, False)
+        assert stage.spent is not None
+        append_lines(stage.spent, [{**stage.note(), "seconds": 1.0, "cpu_seconds": 2.0, "failed": False}])
+        ended(stage)
 
 
 def keys(*steps: Step) -> set[str]:
@@ -53,7 +57,8 @@ def test_all_arms_run_and_are_reported(study: Path) -> None:
     for result in results:
         assert len(result.rollouts) == 8
         assert result.figures["action_error"] > 0
-        assert result.strip is not None and result.curves and result.seconds
+        assert result.strip is not None and result.curves
+        assert result.seconds.keys() == result.cpu_seconds.keys() and set(result.cpu_seconds.values()) == {2.0}
     by_arm = {result.arm: result for result in results}
     assert 0 <= by_arm["lapa"].figures["token_accuracy"] <= 1
     assert {"lam_linear_r2", "lam_codes_used"} <= set(by_arm["lapa"].figures)
@@ -61,14 +66,18 @@ def test_all_arms_run_and_are_reported(study: Path) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["study", "report", str(study)])
     assert exit_.value.code == 0
-    assert "actionvla" in (study / "report" / "table.md").read_text()
+    text = (study / "report" / "table.md").read_text()
+    assert all(f"| in-domain, 1 | {arm} |" in text for arm in ARMS)
+    assert "- in-domain, 1" not in text.split("## Missing")[1]
 
 
 def test_where_no_first_rollout_was_recorded_there_is_no_strip(tmp_path: Path) -> None:
     assert study_run.rollout_strip(tmp_path) is None
 
 
-def test_episodes_that_ended_in_an_error_are_no_rollouts(study: Path, tmp_path: Path) -> None:
+def test_episodes_that_ended_in_an_error_are_no_rollouts(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     again = tmp_path / "study"
     shutil.copytree(study, again)
     plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
@@ -80,12 +89,44 @@ def test_episodes_that_ended_in_an_error_are_no_rollouts(study: Path, tmp_path: 
     before = load_result(study / "results" / "in-domain-1-scratch-0.json")
     result = study_run.collect(again, plan, "scratch", "debug")
     assert result.rollouts == before.rollouts[1:] and (result.errors, before.errors) == (1, 0)
+    assert (
+        "1 of 8 rollouts ended in an error, most often 'the simulator died'; they are left out"
+        in capsys.readouterr().err
+    )
+    for episode in report["episodes"][1:3]:
+        episode["error"] = "the simulator died"
+    write_json(folder / "results.json", report)
+    with pytest.raises(ValueError, match=r"rollouts-scratch-.*: 3 of 8 rollouts ended .* delete this folder and run"):
+        study_run.collect(again, plan, "scratch", "debug")
+
+
+def test_a_result_waits_for_the_run_that_makes_one_of_its_steps(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That run records the step's seconds when the step has ended, a moment after its artifact is there."""
+    again = tmp_path / "study"
+    shutil.copytree(study, again)
+    result = again / "results" / "in-domain-1-scratch-0.json"
+    result.unlink()
+    monkeypatch.setattr(study_run, "run_stages", lambda stages, ended: None)
+    monkeypatch.setattr(study_run, "finish", lambda *_: None)
+    config = StudyConfig(out=again, preset="debug", arm=("scratch",), demonstrations=1)
+    with Plan(sizes_of("debug"), "in-domain", 1, 0).labelled.lock(again).open("w") as others:
+        fcntl.flock(others, fcntl.LOCK_EX)
+        study_run.run(config)
+        assert not result.exists()
+    study_run.run(config)
+    assert result.exists()
 
 
 def test_the_control_has_the_codes_of_other_frames(study: Path) -> None:
     plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
     own, shuffled = (Labels.open(step.folder(study)) for step in (plan.labels, plan.shuffled_labels))
     assert own.episodes == shuffled.episodes
+    model = f"{own.manifest.lam_fingerprint}-shuffled"
+    assert shuffled.manifest.lam_fingerprint == model
+    policy = read_json(plan.pretrained("captions").folder(study) / "config.json")
+    assert policy["lam_fingerprint"] == model
     pairs = [(own.codes(episode), shuffled.codes(episode)) for episode in own.episodes]
     assert all((frames_T == others_T).all() for (frames_T, _), (others_T, _) in pairs)
     before, after = (np.concatenate([pair[which][1] for pair in pairs]) for which in (0, 1))
@@ -168,10 +209,8 @@ def test_a_step_is_another_where_anything_that_it_depends_on_is() -> None:
 
 def plans(preset: str) -> list[Plan]:
     """Of every split that the preset has."""
-    sizes = sizes_of(preset)
-    splits = [split for split in SPLITS if split == "in-domain" or (preset != "debug")]
-    splits = [split for split in splits if split != "cross-task" or sizes.world.other_tasks]
-    return [Plan(sizes, split, 2, 0) for split in splits]
+    lacking = {"debug": SPLITS[1:], "language-table": SPLITS[3:], "language-table-gpu": SPLITS[3:]}.get(preset, ())
+    return [Plan(sizes_of(preset), split, 2, 0) for split in SPLITS if split not in lacking]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -222,6 +261,45 @@ def test_splits_differ_in_their_videos_alone() -> None:
         Plan(sizes_of("debug"), "cross-task", 2, 0)
     with pytest.raises(ValueError, match="no other embodiment"):
         Plan(sizes_of("debug"), "cross-embodiment", 2, 0)
+
+
+def test_the_papers_splits_of_language_table() -> None:
+    sizes = sizes_of("language-table")
+    inside, task, view = (Plan(sizes, split, 20, 0) for split in SPLITS[:3])
+    assert inside.videos.verb == "data language-table" and inside.videos.words[:2] == ("--families", "all")
+    assert task.videos == inside.videos and task.labelled.words[:2] == ("--families", "separate")
+    assert "--look" in view.videos.words and view.labelled == inside.labelled
+    assert "--camera" not in view.pseudo_labelled.words
+    own = replace(sizes, world=replace(sizes.world, clips="rlds:real"))
+    real = Plan(own, "cross-environment", 20, 0)
+    assert real.videos_without_actions.words == ("rlds:real",)
+    assert "rlds:real" in real.pretrained("actionvla").words
+    assert Plan(own, "in-domain", 20, 0).videos == inside.videos
+
+
+def test_rollouts_in_language_table_are_heard_where_their_blocks_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [SimpleNamespace(instruction="push the red moon to the blue cube")]
+    monkeypatch.setattr(study_run, "open_dataset", lambda path: SimpleNamespace(episodes=told))
+    asked = ["move the red moon towards the blue cube", "push the blue cube to the red moon", "push the red star"]
+    rows = [
+        {"task": "block2block", "episode": n, "seed": n, "success": True, "steps": 9, "instruction": instruction}
+        for n, instruction in enumerate(asked)
+    ]
+    plan = Plan(sizes_of("language-table"), "in-domain", 20, 0)
+    assert [rollout.heard for rollout in study_run._rollouts(tmp_path, plan, rows)] == [True, False, False]
+
+
+def test_clips_of_ones_own_make_another_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their path is in the study's settings, with which its page finds the steps again."""
+    monkeypatch.setattr(study_run, "run_stages", lambda stages, ended: None)
+    monkeypatch.setattr(study_run, "finish", lambda *_: None)
+    config = StudyConfig(out=tmp_path / "s", preset="small", arm=("scratch",), split="cross-environment", clips="CLIPS")
+    study_run.run(config)
+    assert read_json(config.out / "study.json")["sizes"]["world"]["clips"] == "CLIPS"
+    with pytest.raises(ValueError, match="another study"):
+        study_run.run(replace(config, clips=None))
 
 
 def test_settings_are_kept_beside_the_results(study: Path) -> None:

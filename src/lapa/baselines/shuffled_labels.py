@@ -4,7 +4,7 @@
     lapa policy pretrain --data VIDEOS --labels SHUFFLED --out LATENT_POLICY
 
 A policy that is pretrained on them sees the same images, instructions and codes, each code as often, but no code
-describes the change after its image.
+describes the change after its image. The model's fingerprint, which labels and policies keep, gets `-shuffled`.
 """
 
 from __future__ import annotations
@@ -38,5 +38,6 @@ def run(config: ShuffleLabelsConfig) -> None:
         for (episode, (frames_T, _)), codes_TL in zip(episodes.items(), parts, strict=True)
     }
     write_shard(shard_path(config.out, min(shuffled), max(shuffled)), shuffled)
-    write_manifest(config.out, replace(labels.manifest, embeddings=False))
+    model = f"{labels.manifest.lam_fingerprint}-shuffled"
+    write_manifest(config.out, replace(labels.manifest, embeddings=False, lam_fingerprint=model))
     finish(f"shuffled labels of {labels.manifest.num_rows} frames", config.out)

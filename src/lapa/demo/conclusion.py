@@ -30,7 +30,7 @@ from lapa.evaluation.rollout import as_percent, played, read_results
 from lapa.files import atomic_path, read_json_lines, write_json
 from lapa.latent.model import LatentActionModel
 from lapa.latent.show import decode_each, difference, pixels
-from lapa.study.results import SECONDS, Rollout
+from lapa.study.results import SECONDS, Rollout, require_played
 from lapa.study.statistics import Estimate, estimate, shared
 
 # Images in a row of the image, and columns of the movie.
@@ -45,6 +45,8 @@ def conclude(config: DemoConfig, world: str) -> None:
     """Prints the table and what it shows, draws the image and the movie, and writes demo.json last."""
     out, path = config.out, config.out / RESULTS
     results = {name: read_results(out / "results" / who) for name, who in ARMS.items()}
+    for name, who in ARMS.items():
+        require_played(results[name]["episodes"], out / "results" / who)
     table = Table(f"success in {WORLDS[world]} (95% interval)", *results)
     for task in next(iter(results.values()))["tasks"]:
         table.add_row(task, *(_rate(result["tasks"][task]) for result in results.values()))

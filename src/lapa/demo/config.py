@@ -15,6 +15,8 @@ DEMONSTRATION_SEED, ROLLOUT_SEED = 1000, 2000
 SCRATCH = "policy_from_scratch"
 # Columns of the table -> folders of the policies.
 ARMS = {"random actions": "random", "from scratch": SCRATCH, "pretrained": "policy"}
+# Of each task, with the preset debug.
+DEBUG_VIDEOS = 2
 WORLDS = {"metaworld": "Meta-World", "synthetic": "a made-up world of moving squares"}
 
 

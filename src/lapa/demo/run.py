@@ -9,16 +9,26 @@ running is waited for.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from lapa import config as configs
 from lapa.console import warn
-from lapa.demo.config import ARMS, DEMONSTRATION_SEED, RESULTS, ROLLOUT_SEED, SCRATCH, SETTINGS, WORLDS, DemoConfig
+from lapa.demo.config import (
+    ARMS,
+    DEBUG_VIDEOS,
+    DEMONSTRATION_SEED,
+    RESULTS,
+    ROLLOUT_SEED,
+    SCRATCH,
+    SETTINGS,
+    WORLDS,
+    DemoConfig,
+)
 from lapa.errors import UserError
 from lapa.files import claim_output, write_json
 from lapa.locks import locks_output
 from lapa.sources.synthetic import DIRECTIONS
-from lapa.study.progress import append_lines
 from lapa.study.results import SECONDS
 from lapa.subcommand import Stage, require_idle, run_stages
 
@@ -27,6 +37,10 @@ from lapa.subcommand import Stage, require_idle, run_stages
 def run(config: DemoConfig) -> None:
     """`lapa demo`. Raises UserError where a demo with other settings is at `out`, and where a stage fails."""
     out = config.out
+    if config.preset == "debug":
+        for name in ("tasks", "videos"):
+            if getattr(config, name) != getattr(DemoConfig, name):
+                raise UserError(f"--preset debug: has made-up tasks, {DEBUG_VIDEOS} videos of each; leave out --{name}")
     if config.overwrite:
         # Those of a killed demo would go on writing into what replaces it.
         require_idle(stages(config, "metaworld"))
@@ -38,10 +52,7 @@ def run(config: DemoConfig) -> None:
     write_json(out / SETTINGS, settings)
     from lapa.demo.conclusion import conclude
 
-    def ended(stage: Stage, seconds: float, failed: bool) -> None:
-        append_lines(out / SECONDS, [{"title": stage.title, "seconds": seconds}])
-
-    run_stages(stages(config, world), ended)
+    run_stages(stages(config, world))
     conclude(config, world)
 
 
@@ -64,6 +75,7 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
     out, preset, made_up = config.out, ("--preset", config.preset), world == "synthetic"
     videos, robot, lam = ("--data", str(out / "videos")), ("--data", str(out / "demonstrations")), str(out / "lam")
 
+    num_videos = DEBUG_VIDEOS if config.preset == "debug" else config.videos
     # Folder -> the file that is written last into it.
     made: dict[str, Path] = {}
 
@@ -74,12 +86,13 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
         needs = [made[word] for word in options if word in made]
         made[str(out / folder)] = out / folder / last
         log = out / "logs" / f"{folder.replace('/', '-')}.log"
-        return Stage(title, command, out / folder / last, log, needs, log.with_suffix(".lock"))
+        lock, note = log.with_suffix(".lock"), partial(dict, title=title)
+        return Stage(title, command, out / folder / last, log, needs, lock, out / SECONDS, note)
 
     def episodes(title: str, folder: str, number: int, *, actions: bool) -> Stage:
         if made_up:
-            total = 16 if config.preset == "debug" else number * len(DIRECTIONS)
-            verb, options = "data synthetic", ["--episodes", str(total), *(["--actions"] if actions else [])]
+            total = str(number * len(DIRECTIONS))
+            verb, options = "data synthetic", ["--episodes", total, *(["--actions"] if actions else [])]
         else:
             verb, options = "data metaworld", ["--tasks", config.tasks, "--episodes", str(number)]
             options += [] if actions else ["--no-actions"]
@@ -94,7 +107,7 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
     pretrain = (*preset, "--backbone", config.policy, *videos, "--labels", str(out / "labels"))
     rollouts = ("--env", world, "--tasks", "all" if made_up else config.tasks, "--episodes", str(config.rollouts))
     plan = [
-        episodes("videos without actions", "videos", config.videos, actions=False),
+        episodes("videos without actions", "videos", num_videos, actions=False),
         episodes("a few demonstrations with actions", "demonstrations", config.demonstrations, actions=True),
         stage("latent action model", "latent train", "lam", "config.json", *latent, *videos),
         stage("probe of the latent actions", "latent probe", "probe", "probe.json", lam, *videos, seed=None),

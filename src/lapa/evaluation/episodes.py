@@ -85,7 +85,7 @@ class TaskEpisodes:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How one episode ended. frames: its recorded images, HWC uint8; instruction: its own, where it is recorded.
+    """How one episode ended. frames: its recorded images, HWC uint8; instruction: its own, where it was observed.
 
     error: why it could not be played to its end, twice; then it is neither a success nor a failure.
     """
@@ -225,6 +225,7 @@ class _Episode:
         self._recorded = number < settings.num_recorded
         self._frames: list[np.ndarray] = []
         self._observation: Observation | None = None
+        self._instruction = ""
         environment.reset(self.seed, number)
 
     @property
@@ -234,6 +235,7 @@ class _Episode:
     def observe(self) -> Observation:
         if self._observation is None:
             self._observation = self.environment.observe()
+            self._instruction = self._observation.instruction
         return self._observation
 
     def execute(self, actions_KA: np.ndarray) -> None:
@@ -255,13 +257,11 @@ class _Episode:
                 self._step(rng.uniform(self._kind.action_low, self._kind.action_high))
 
     def result(self) -> EpisodeResult:
-        instruction = ""
         if self._recorded:
             self._record()
-            instruction = self.observe().instruction
-        frames = tuple(self._frames)
+        frames, told = tuple(self._frames), self._instruction
         return EpisodeResult(
-            self.task, self.number, self.seed, self.success, self.steps, frames=frames, instruction=instruction
+            self.task, self.number, self.seed, self.success, self.steps, frames=frames, instruction=told
         )
 
     def _step(self, action: np.ndarray) -> None:

@@ -338,8 +338,8 @@ def _video(config: EvaluateConfig, result: EpisodeResult) -> Path:
 
 
 def _row(result: EpisodeResult) -> dict[str, Any]:
-    values = {name: value for name, value in vars(result).items() if name not in ("frames", "instruction")}
-    return {name: value for name, value in values.items() if name != "error" or value}
+    values = {name: value for name, value in vars(result).items() if name != "frames"}
+    return {name: value for name, value in values.items() if name not in ("error", "instruction") or value}
 
 
 def _check(config: EvaluateConfig, kind: EnvironmentKind, tasks: Collection[Task]) -> None:

@@ -21,7 +21,7 @@ class StudyConfig:
     """Folder of the study, shared by all arms, seeds and splits."""
     preset: str = "cpu"
     """debug: a minute or two, measures nothing. small: the demo's tasks, two cores, minutes. cpu: six tasks, hours.
-    gpu: one GPU."""
+    gpu: one GPU. language-table, language-table-gpu: the paper's simulator, whose checkout $LANGUAGE_TABLE names."""
     arm: tuple[Arm, ...] = ARMS
     """Arms to run, in this order."""
     seed: tuple[int, ...] = (0,)
@@ -31,6 +31,9 @@ class StudyConfig:
     cross-embodiment: a hand, no robot."""
     demonstrations: int = 2
     """Labelled episodes of each task."""
+    clips: str | None = None
+    """Dataset of videos, such as real ones, for the split cross-environment in place of another rendering:
+    [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,19 @@ class ReportConfig(ReportOptions):
 class World:
     """Where episodes are recorded and rolled out.
 
-    tasks: those with labelled episodes, on which arms are evaluated. other_tasks: those of the videos of the split
-    cross-task. camera: the robot's; other_camera, other_look: those of the videos of the split cross-environment.
+    tasks: those with labelled episodes, on which arms are evaluated. In the split cross-task the videos are of
+    other_tasks, or the labelled episodes of labelled_tasks alone. camera: the robot's; other_camera, other_look: those
+    of the videos of the split cross-environment; clips: a dataset in place of these.
     """
 
-    env: Literal["metaworld", "synthetic"]
+    env: Literal["metaworld", "language_table", "synthetic"]
     tasks: str
     other_tasks: str = ""
     camera: str = ""
     other_camera: str = ""
     other_look: int = 0
+    labelled_tasks: str | None = None
+    clips: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,26 @@ CPU = StudySizes(
     max_steps=150,
     head="chunk",
     policy=("--layers", "2"),
+)
+# The paper's simulator. The paper has 181,000 videos, 1,000 labelled episodes (7,000 of one family in the split
+# cross-task) and 50 rollouts of each of the five families.
+LANGUAGE_TABLE = replace(
+    CPU,
+    world=World(env="language_table", tasks="all", labelled_tasks="separate", other_look=1),
+    videos=100,
+    rollouts=20,
+    horizon_seconds=0.5,
+    latent_steps=3000,
+    inverse_steps=1000,
+    video_steps=2000,
+    pretrain_steps=10_000,
+    finetune_steps=3000,
+    chunk=5,
+    steps_per_call=5,
+    max_steps=200,
+    head="bins",
+    # Blocks are a few pixels wide.
+    policy=("--image-size", "128"),
 )
 PRESETS = {
     # A minute or two: checks that everything works, and measures nothing.
@@ -174,6 +200,20 @@ PRESETS = {
         max_steps=250,
         head="bins",
         # The presets of pretraining and finetuning differ in both.
+        policy=("--batch-size", "128", "--augment"),
+    ),
+    "language-table": LANGUAGE_TABLE,
+    "language-table-gpu": replace(
+        LANGUAGE_TABLE,
+        stage="base",
+        videos=2000,
+        measured=10,
+        rollouts=50,
+        latent_steps=20_000,
+        inverse_steps=5_000,
+        video_steps=20_000,
+        pretrain_steps=20_000,
+        finetune_steps=2_000,
         policy=("--batch-size", "128", "--augment"),
     ),
 }

@@ -108,9 +108,9 @@ class Plan:
         if self.demonstrations < 1:
             raise UserError(f"--demonstrations must be at least 1, got {self.demonstrations}")
         world = self.sizes.world
-        if self.split == "cross-task" and not world.other_tasks:
+        if self.split == "cross-task" and not (world.other_tasks or world.labelled_tasks):
             raise UserError("--split cross-task: this preset has no other tasks; choose another split or preset")
-        if self.split == "cross-environment" and not world.other_camera:
+        if self.split == "cross-environment" and not (world.other_look or world.clips):
             raise UserError("--split cross-environment: this preset has no other view; choose another split or preset")
         if self.split == "cross-embodiment" and world.env != "metaworld":
             raise UserError(
@@ -199,7 +199,7 @@ class Plan:
     @cached_property
     def pseudo_labelled(self) -> Step:
         words: Words = ("--inverse", self.inverse_dynamics, "--data", self.videos_without_actions)
-        if self.split == "cross-environment":
+        if self.split == "cross-environment" and self.sizes.world.other_camera:
             words += ("--camera", self.sizes.world.other_camera)
         return Step("pseudo-labelled videos", "baseline pseudo-label", words, "meta/info.json")
 
@@ -209,10 +209,12 @@ class Plan:
         return self._train("video model", "baseline video", words, self.sizes.video_steps)
 
     @cached_property
-    def videos(self) -> Step:
-        """The videos of the split, with the true actions that only the arm actionvla may use."""
+    def videos(self) -> Step | str:
+        """The videos of the split, or the user's own, with the true actions that only the arm actionvla may use."""
         world = self.sizes.world
-        tasks = world.other_tasks if self.split == "cross-task" else world.tasks
+        if self.split == "cross-environment" and world.clips:
+            return world.clips
+        tasks = (world.other_tasks or world.tasks) if self.split == "cross-task" else world.tasks
         shown: tuple[str, ...] = ()
         camera = world.camera
         if self.split == "cross-environment":
@@ -228,8 +230,9 @@ class Plan:
     @cached_property
     def labelled(self) -> Step:
         """The few labelled episodes."""
-        seed = DEMONSTRATION_SEED + self.seed
-        return self._episodes("labelled episodes", self.sizes.world.tasks, self.demonstrations, seed)
+        world, seed = self.sizes.world, DEMONSTRATION_SEED + self.seed
+        tasks = (world.labelled_tasks or world.tasks) if self.split == "cross-task" else world.tasks
+        return self._episodes("labelled episodes", tasks, self.demonstrations, seed)
 
     @cached_property
     def measured(self) -> Step:
@@ -255,9 +258,12 @@ class Plan:
         world = self.sizes.world
         if world.env == "synthetic":
             words: tuple[str, ...] = ("--episodes", str(8 * number), "--actions")
+        elif world.env == "language_table":
+            words = ("--families", tasks, "--episodes", str(number), *shown)
         else:
             words = ("--tasks", tasks, "--episodes", str(number), "--cameras", camera or world.camera, *shown)
-        return Step(title, f"data {world.env}", (*words, "--seed", str(seed)), "meta/info.json")
+        verb = f"data {world.env.replace('_', '-')}"
+        return Step(title, verb, (*words, "--seed", str(seed)), "meta/info.json")
 
 
 def steps_of(plan: Plan, arm: Arm) -> dict[str, Step]:

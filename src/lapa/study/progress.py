@@ -6,19 +6,17 @@ for run, state in progress([Path("runs/study")]).items():
 
 from __future__ import annotations
 
-import fcntl
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lapa import config as configs
 from lapa.errors import UserError
 from lapa.files import read_json, read_json_lines
 from lapa.study.config import StudySizes
-from lapa.study.plan import Plan, Step, order, steps_of
+from lapa.study.plan import Plan, order, steps_of
 from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, RunKey, load_results
+from lapa.subcommand import append_lines, is_running
 
 # The runs that `lapa study run` was asked for.
 WANTED = "runs.jsonl"
@@ -56,14 +54,6 @@ def note_wanted(study: Path, runs: Sequence[RunKey]) -> None:
     """Notes that these runs were asked for."""
     known = wanted(study)
     append_lines(study / WANTED, [configs.to_dict(run) for run in runs if run not in known])
-
-
-def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Adds lines of JSON behind the last whole line, also where several runs write into one study at once."""
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(path.read_bytes().rfind(b"\n") + 1)
-        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def wanted(study: Path) -> list[RunKey]:
@@ -123,21 +113,10 @@ def _state(study: Path, plan: Plan, arm: Arm, failed: dict[str, bool]) -> State:
     left = [step for step in steps if not step.done(study)]
     counts = (len(steps) - len(left), len(steps))
     for kind, those in (
-        ("running", (step for step in left if _is_locked(study, step))),
+        ("running", (step for step in left if is_running(step.lock(study)))),
         ("failed", (step for step in left if failed.get(step.key))),
         ("stopped", (step for step in left if step.key in failed)),
     ):
         if (at := next(those, None)) is not None:
             return State(kind, at.title, *counts)
     return State("waiting", left[0].title if left else "its result", *counts)
-
-
-def _is_locked(study: Path, step: Step) -> bool:
-    try:
-        with step.lock(study).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True

@@ -3,9 +3,10 @@
     lapa study report runs/study
     lapa study report slice1 slice2 slice3 --out runs/report        # results of several machines, as one study
 
-Reads the results that `lapa study run` wrote to STUDY/results, and nothing else. Writes table.md, report.json and PNGs;
-`lapa view STUDY` shows them on a page, with images of rollouts. The intervals: lapa.study.statistics. The meaning of
-each figure: docs/metrics.md. The paper is LAPA (Ye et al., https://arxiv.org/abs/2410.11758).
+Reads the results that `lapa study run` wrote to STUDY/results, and nothing else. Writes table.md, which is short,
+report.json and PNGs; `lapa view STUDY` shows them on a page, with all tables and images of rollouts. The intervals:
+lapa.study.statistics. The meaning of each figure: docs/metrics.md. The paper is LAPA (Ye et al.,
+https://arxiv.org/abs/2410.11758).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ QUESTION = (
     "finetuning budget, goals in the simulator and (except unipi) network. They differ in their use of the videos:"
 )
 # Of the arms, then of the splits.
-MEANINGS = (
+MEANINGS: tuple[tuple[str, str], ...] = (
     ("scratch", "trained on the labelled episodes alone."),
     (
         "captions",
@@ -57,18 +58,38 @@ MEANINGS = (
     ("cross-environment", "the videos show the same tasks from another camera, in other colours and textures."),
     ("cross-embodiment", "the videos show the same tasks done by a hand, and no robot."),
 )
-INTERVALS = (
-    f"Intervals are 95% percentile intervals of {NUM_DRAWS} draws of the goals of each task, the same for every arm "
-    f"(differences are paired), each with {TRAININGS} draws of the error of a mean over few trainings, by Student's t "
-    "over the seeds. With one seed they cover goals alone and hold for that training only. "
-    f"Under {LEAST_GOALS} goals a task there is no interval. The success rate is the mean over tasks of the mean over "
-    "seeds. Gap recovered is (arm - scratch) / (actionvla - scratch): 0 is no better than without video, 1 is as good "
-    "as with true actions. Mean rank: 1 is the best arm, over the tasks and seeds that all arms played."
+SEEDS = (
+    "A seed has its own videos, labelled episodes, trainings (latent action model, inverse dynamics, video model, "
+    "policies) and goals of rollouts, which its arms share. Episodes for action errors and probes are the same for all."
 )
-WHY_WORDING = (
-    "Videos come with captions in every phrasing of a task, the few labelled episodes contain only some. On goals in a "
-    "wording that scratch was not trained on (unheard), an arm with video may win by the captions alone; on heard "
-    "goals scratch knows the words too."
+INTERVALS = (
+    f"Success is the mean over tasks of the mean over seeds. Intervals are 95% percentile intervals of {NUM_DRAWS} "
+    f"draws of the goals of each task, the same for every arm (differences are paired), each with {TRAININGS} draws of "
+    "the error of a mean over few trainings, by Student's t over the seeds. With one seed they cover goals alone and "
+    f"hold for that training only; under {LEAST_GOALS} goals a task there is none. Gap recovered is (arm - scratch) / "
+    "(actionvla - scratch): 0 is no better than without video, 1 is as good as with true actions."
+)
+HEARD = (
+    " Heard goals have a wording that the labelled episodes contain (in Language Table: name the same blocks as one of "
+    "them): on others an arm with video may win by the captions alone."
+)
+# Of the stages of an arm, those of its training; what is left is recording, rollouts and measures.
+FINETUNING = ("finetuning", "video model finetuning")
+FROM_VIDEO = (
+    "latent action model", "labels", "shuffled labels", "inverse dynamics", "pseudo-labelled videos", "video model",
+    "pretraining", "planner",
+)  # fmt: skip
+# Success on seen / unseen instructions in Language Table, %, 250 rollouts a cell.
+PAPER = Table(
+    "The paper's own numbers, Language Table: success, %, seen / unseen",
+    ("arm", "in-domain (181k videos, 1k labelled)", "cross-task (7k)", "cross-environment (442k real videos, 1k)"),
+    (
+        ("scratch", "15.6 / 15.2", "27.2 / 22.4", "15.6 / 15.2"),
+        ("vpt", "44.0 / 32.8", "72.0 / 60.8", "18.0 / 18.4"),
+        ("unipi", "22.0 / 13.2", "20.8 / 16.0", "13.6 / 12.0"),
+        ("lapa", "62.0 / 49.6", "73.2 / 54.8", "33.6 / 29.6"),
+        ("actionvla", "77.0 / 58.8", "77.0 / 58.8", "64.8 / 54.0"),
+    ),
 )
 
 
@@ -94,11 +115,11 @@ def run(config: ReportConfig) -> None:
     claim_output(
         out, complete=(out / REPORT).exists(), overwrite=config.overwrite, resumable=False, inputs=config.studies
     )
-    blocks = content(found, draw(found, out))
+    draw(found, out)
     notes = cautions(found.results)
     verdict = verdict_of(found.groups, notes)
     figures = {**as_json(found), "verdict": verdict.as_json()}
-    write_text(out / MARKDOWN, markdown(TITLE, blocks))
+    write_text(out / MARKDOWN, markdown(TITLE, summary(found)))
     write_json(out / REPORT, figures)
     tables = map(rich_table, map(short_table, found.groups))
     lines = [*comparisons(found.groups), str(verdict)]
@@ -139,29 +160,116 @@ def findings(results: Sequence[ArmResult]) -> Findings:
     return Findings(tuple(results), groups, by_wording(results, heard=True), by_wording(results, heard=False))
 
 
-def content(found: Findings, drawn: Mapping[str, Path]) -> list[Block]:
-    """The report for a reader who does not know the paper. drawn: caption -> file of each plot."""
-    lines = cautions(found.results)
-    blocks: list[Block] = [Bullets(tuple(("", line) for line in lines), highlighted=True)] if lines else []
+def summary(found: Findings) -> list[Block]:
+    """The report for a reader who does not know the paper: the main table, what it shows, and what is missing."""
+    notes, lacking = cautions(found.results), missing(found.results)
+    shown = {run.arm for run in found.results} | {run.split for run in found.results}
+    blocks: list[Block] = [Bullets(tuple(("", line) for line in notes), highlighted=True)] if notes else []
     blocks += [
         Paragraph(QUESTION),
-        Bullets(MEANINGS),
+        Bullets(tuple(each for each in MEANINGS if each[0] in shown)),
         Heading("Results"),
-        Bullets(tuple(("", line) for line in comparisons(found.groups)), highlighted=True),
-        main_table(found.groups),
-        Paragraph(INTERVALS),
+        Bullets(tuple(("", line) for line in (*comparisons(found.groups), *savings(found))), highlighted=True),
+        main_table(found.groups, found.heard),
+        Paragraph(f"{SEEDS} {INTERVALS}{HEARD if found.heard else ''}"),
     ]
-    if found.heard or found.unheard:
-        blocks += [wording_table(found.heard, found.unheard), Paragraph(WHY_WORDING)]
-    blocks += [Figure(path, caption) for caption, path in drawn.items()]
-    blocks += [*_images_of_runs(found), Heading("Tables"), *map(task_table, detailed_groups(found.groups))]
+    if (cost := cpu_table(found.results)).rows:
+        blocks.append(cost)
+    if found.results[0].sizes.get("world", {}).get("env") == "language_table":
+        blocks.append(PAPER)
+    if lacking:
+        blocks += [Heading("Missing"), Bullets(tuple(("", line) for line in lacking))]
+    return blocks
+
+
+def content(found: Findings, drawn: Mapping[str, Path]) -> list[Block]:
+    """The summary, plots, images of runs and all tables. drawn: caption -> file of each plot."""
+    blocks = [*summary(found), *(Figure(path, caption) for caption, path in drawn.items()), *_images_of_runs(found)]
     title = "Seconds of each stage, mean over runs; a stage that several runs share counts in each"
     tables = (
+        wording_table(found.heard, found.unheard),
+        *map(task_table, detailed_groups(found.groups)),
         means_table("Figures of the runs, mean over each arm", found.results, lambda run: run.figures, digits=3),
         means_table(title, found.results, _seconds, digits=0),
         settings_table(found.results),
     )
-    return [*blocks, *(table for table in tables if table.rows)]
+    return [*blocks, Heading("Tables"), *(table for table in tables if table.rows)]
+
+
+def missing(results: Sequence[ArmResult]) -> list[str]:
+    """What of split, arm and seed has no result, among the seeds that have one."""
+    seeds = sorted({run.seed for run in results})
+    lines = []
+    for split in SPLITS:
+        numbers = sorted({run.demonstrations for run in results if run.split == split})
+        if not numbers:
+            lines.append(f"{split}: no arm")
+        for number in numbers:
+            done = {(run.arm, run.seed) for run in results if (run.split, run.demonstrations) == (split, number)}
+            lacking = {arm: [seed for seed in seeds if (arm, seed) not in done] for arm in ARMS}
+            named = [
+                arm if len(own) == len(seeds) else f"{arm} (seed {', '.join(map(str, own))})"
+                for arm, own in lacking.items()
+                if own
+            ]
+            if named:
+                lines.append(f"{split}, {number}: {', '.join(named)}")
+    return lines
+
+
+def savings(found: Findings) -> list[str]:
+    """What lapa saves over actionvla and over vpt, as far as the results show it."""
+    cost = {arm: _training(stages) for arm, stages in _cpu_seconds(found.results).items()}
+    videos = found.results[0].sizes.get("videos")
+
+    def computed(other: Arm) -> str:
+        known = "lapa" in cost and other in cost
+        return f" (CPU seconds of training: lapa {cost['lapa']:.0f}, {other} {cost[other]:.0f})" if known else ""
+
+    lines = []
+    cells = {f"{group.split}, {group.demonstrations}": group.cells for group in found.groups if "lapa" in group.cells}
+    known = {name: own["lapa"] for name, own in cells.items() if "actionvla" in own and "scratch" in own}
+    gaps = [f"{name}: {gap_text(lapa.gap)}" for name, lapa in known.items() if lapa.versus["scratch"].sign > 0]
+    if gaps:
+        labels = f"the actions of {videos} videos a task{computed('actionvla')}"
+        lines.append(f"what lapa saves over actionvla is labels: {labels}; gap recovered in {'; '.join(gaps)}")
+    against = {name: own["lapa"].versus["vpt"] for name, own in cells.items() if "vpt" in own["lapa"].versus}
+    above = [name for name, difference in against.items() if difference.sign > 0]
+    rest = [name for name, difference in against.items() if difference.sign <= 0 and difference.low is not None]
+    if above or rest:
+        saved = "compute, no labels" if cost.get("lapa", 0.0) < cost.get("vpt", 0.0) else "nothing"
+        where = [f"above it in {'; '.join(above)}"] * bool(above) + [f"not above it in {'; '.join(rest)}"] * bool(rest)
+        gained = ", so what it gains is robustness" if above and rest and "in-domain" not in " ".join(above) else ""
+        lines.append(f"over vpt lapa saves {saved}{computed('vpt')}; it is {' and '.join(where)}{gained}")
+    return lines
+
+
+def _cpu_seconds(results: Sequence[ArmResult]) -> dict[Arm, dict[str, float]]:
+    """The CPU seconds of each stage of an arm, mean over the runs that have them."""
+    found: dict[Arm, dict[str, float]] = {}
+    for arm in ARMS:
+        runs = [run for run in results if run.arm == arm and run.cpu_seconds.keys() >= run.seconds.keys() > set()]
+        for run in runs:
+            for title, seconds in run.cpu_seconds.items():
+                stages = found.setdefault(arm, {})
+                stages[run.stage_of(title)] = stages.get(run.stage_of(title), 0.0) + seconds / len(runs)
+    return found
+
+
+def _training(stages: Mapping[str, float]) -> float:
+    return sum(seconds for stage, seconds in stages.items() if stage in (*FROM_VIDEO, *FINETUNING))
+
+
+def cpu_table(results: Sequence[ArmResult]) -> Table:
+    """The CPU seconds of each arm; without those whose stages were not all timed so."""
+    rows = []
+    for arm, stages in _cpu_seconds(results).items():
+        finetuning = sum(seconds for stage, seconds in stages.items() if stage in FINETUNING)
+        parts = (_training(stages) - finetuning, finetuning, sum(stages.values()) - _training(stages))
+        rows.append((arm, *(f"{part:.0f}" for part in (*parts, sum(parts)))))
+    title = "CPU seconds of each arm, mean over its runs; a stage that several arms share counts in each"
+    header = ("arm", "learning from video", "finetuning", "recording, rollouts, measures", "all")
+    return Table(title, header, tuple(rows))
 
 
 def detailed_groups(groups: Sequence[Group]) -> list[Group]:
@@ -187,9 +295,9 @@ def draw(found: Findings, out: Path) -> dict[str, Path]:
     if len(found.groups) > len(detailed):
         text = "Success against the number of labelled episodes, with 95% intervals."
         drawings.append(("demonstrations", text, plots.success_by_demonstrations(found.groups)))
-    for group in detailed:
+    for group in detailed[:1]:
         text = f"Learning curves, a line each run: {group.name}. Losses of different arms are not comparable."
-        drawings.append((f"curves-{group.split}", text, plots.learning_curves(_runs_of(group, found))))
+        drawings.append(("curves", text, plots.learning_curves(_runs_of(group, found))))
     drawings = [drawing for drawing in drawings if drawing[2] is not None]
     for name, _, figure in drawings:
         plots.save(figure, out / f"{name}.png")
@@ -226,6 +334,8 @@ def as_json(found: Findings) -> dict[str, Any]:
         "sizes": found.results[0].sizes,
         "cautions": cautions(found.results),
         "comparisons": comparisons(found.groups),
+        "savings": savings(found),
+        "missing": missing(found.results),
         "groups": [dataclasses.asdict(group) for group in found.groups],
         "heard": [dataclasses.asdict(group) for group in found.heard],
         "unheard": [dataclasses.asdict(group) for group in found.unheard],
@@ -236,6 +346,7 @@ def as_json(found: Findings) -> dict[str, Any]:
                 "num_rollouts": len(result.rollouts),
                 "figures": result.figures,
                 "seconds": result.seconds,
+                "cpu_seconds": result.cpu_seconds,
                 "provenance": result.provenance,
             }
             for result in found.results
@@ -279,24 +390,28 @@ def comparison(arm: Arm, other: Arm, difference: Estimate) -> str:
     )
 
 
-def main_table(groups: Sequence[Group]) -> Table:
-    """Success, difference to scratch, gap recovered and rank of each arm."""
-    rows = [
-        (
-            f"{group.split}, {group.demonstrations}",
-            arm,
-            _percent(cell.success),
-            str(len(cell.seeds)),
-            str(cell.num_rollouts),
-            _difference(cell.versus.get("scratch")),
-            gap_text(cell.gap),
-            "-" if cell.mean_rank is None else f"{cell.mean_rank:.2f}",
-        )
-        for group in groups
-        for arm, cell in group.cells.items()
-    ]
+def main_table(groups: Sequence[Group], heard: Sequence[Group] = ()) -> Table:
+    """Success, difference to scratch, on heard goals too where there are some, and gap recovered of each arm."""
+    on_heard = {group.name: group.cells for group in heard}
+    rows = []
+    for group in groups:
+        for arm, cell in group.cells.items():
+            own = on_heard.get(group.name, {}).get(arm)
+            differences = [cell, own] if heard else [cell]
+            rows.append(
+                (
+                    f"{group.split}, {group.demonstrations}",
+                    arm,
+                    _percent(cell.success),
+                    str(len(cell.seeds)),
+                    str(cell.num_rollouts),
+                    *(_difference(each.versus.get("scratch") if each else None) for each in differences),
+                    gap_text(cell.gap),
+                )
+            )
     header = ("split, labelled episodes a task", "arm", "success, %", "seeds", "rollouts", "minus scratch, points")
-    return Table("Success of each arm, with 95% intervals", (*header, "gap recovered", "mean rank"), tuple(rows))
+    words = ("the same on heard goals",) if heard else ()
+    return Table("Success of each arm, with 95% intervals", (*header, *words, "gap recovered"), tuple(rows))
 
 
 def short_table(group: Group) -> Table:

@@ -10,7 +10,8 @@ Results of several machines are merged by giving `report` all their folders, or 
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lapa import config as configs
+from lapa.console import warn
 from lapa.errors import UserError
 from lapa.files import find_files, read_json, write_json
 
@@ -28,6 +30,8 @@ SPLITS: tuple[Split, ...] = typing.get_args(Split)
 FOLDER = "results"
 # The settings of the study, and the seconds and the code version of each step.
 SETTINGS, SECONDS = "study.json", "seconds.jsonl"
+# The largest share of rollouts that may end in an error.
+MOST_ERRORS = 0.2
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class ArmResult:
 
     preset, sizes: the same in all results of one study. demonstrations: labelled episodes a task. errors: evaluation
     episodes that ended in an error, which are no rollouts. figures: measures that may explain the success rate, by name
-    (docs/metrics.md), such as token_accuracy, action_error, lam_linear_r2. seconds: of each stage. provenance: the
-    command, versions and hardware.
+    (docs/metrics.md), such as token_accuracy, action_error, lam_linear_r2. seconds, cpu_seconds: of each stage, all its
+    attempts together. provenance: the command, versions and hardware.
     """
 
     arm: Arm
@@ -97,6 +101,7 @@ class ArmResult:
     figures: dict[str, float] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     folder: Path = Path()
     """The folder that it was read from; not saved."""
@@ -140,6 +145,18 @@ class ArmResult:
         del values["folder"]
         write_json(path, values)
         return path
+
+
+def require_played(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Warns of rollouts that ended in an error. Raises UserError where they are too many of those in the folder."""
+    errors = [str(row["error"]) for row in rows if row.get("error")]
+    if not errors:
+        return
+    ((most, _),) = Counter(errors).most_common(1)
+    note = f"{folder}: {len(errors)} of {len(rows)} rollouts ended in an error, most often {most!r}"
+    if len(errors) > MOST_ERRORS * len(rows):
+        raise UserError(f"{note}; fix the cause, delete this folder and run the same command again")
+    warn(f"{note}; they are left out")
 
 
 def load_result(path: Path) -> ArmResult:

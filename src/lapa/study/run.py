@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from lapa.console import finish, say
 from lapa.data.spec import open_dataset
 from lapa.data.video import decode_clip, probe
 from lapa.drawing import Row, grid
+from lapa.envs import kind_of
+from lapa.envs.language_table import named_blocks
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.errors import UserError
 from lapa.evaluation.episodes import VIDEO_FPS
@@ -36,9 +39,9 @@ from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, rea
 from lapa.policy.open_loop import action_figures
 from lapa.study.config import SECONDS_OF_CPU, StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
-from lapa.study.progress import append_lines, note_wanted
-from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout, RunKey
-from lapa.subcommand import AT_ONCE, Stage, run_stages
+from lapa.study.progress import note_wanted
+from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout, RunKey, require_played
+from lapa.subcommand import AT_ONCE, Stage, is_running, run_stages
 
 # The figures of a result: the JSON file of a step -> name of the figure -> where it is in that file.
 FIGURES = {
@@ -71,6 +74,8 @@ CURVE_POINTS = 100
 def run(config: StudyConfig) -> None:
     """`lapa study run`. Raises UserError on bad input, where a step fails, and where `out` is of another study."""
     sizes = sizes_of(config.preset)
+    if config.clips is not None:
+        sizes = replace(sizes, world=replace(sizes.world, clips=config.clips))
     plans = [Plan(sizes, config.split, config.demonstrations, seed) for seed in config.seed]
     _require_installed(config, sizes)
     _require_same_study(config.out, config.preset, sizes)
@@ -78,20 +83,14 @@ def run(config: StudyConfig) -> None:
     note_wanted(config.out, [RunKey(arm, plan.split, plan.demonstrations, plan.seed) for plan, arm in runs])
     wanted = [step for plan, arm in runs for step in steps_of(plan, arm).values()]
     steps = list(order(*wanted, unless=lambda step: step.done(config.out)))
-    stages = {step.key: _stage(config.out, step) for step in steps}
-    keys = {stage.artifact: key for key, stage in stages.items()}
     without_result = list(runs)
 
-    def ended(stage: Stage, seconds: float, failed: bool) -> None:
-        code = fingerprint(*sorted(Path(lapa.__file__).parent.rglob("*.py")))
-        row = {"key": keys[stage.artifact], "seconds": seconds, "code": code, "failed": failed}
-        append_lines(config.out / SECONDS, [row])
-        conclude()
-
     def conclude() -> None:
-        """Writes the results of the arms whose steps are all done."""
+        """Writes the results of the arms whose steps are all done, and recorded by the runs that made them."""
         for plan, arm in list(without_result):
-            if all(step.done(config.out) for step in steps_of(plan, arm).values()):
+            last = steps_of(plan, arm).values()
+            recorded = not any(is_running(step.lock(config.out)) for step in order(*last))
+            if recorded and all(step.done(config.out) for step in last):
                 without_result.remove((plan, arm))
                 result = collect(config.out, plan, arm, config.preset)
                 won = sum(rollout.success for rollout in result.rollouts)
@@ -100,7 +99,7 @@ def run(config: StudyConfig) -> None:
     conclude()
     if steps:
         say(_expected(config, list(order(*wanted)), steps))
-    run_stages(list(stages.values()), ended)
+    run_stages([_stage(config.out, step) for step in steps], lambda stage: conclude())
     conclude()
     finish("results", config.out / FOLDER, [f"lapa study report {config.out}", f"lapa view {config.out}"])
 
@@ -110,6 +109,8 @@ def _require_installed(config: StudyConfig, sizes: StudySizes) -> None:
     needed += ["diffusers"] if "unipi" in config.arm else []
     if lacking := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UserError(f'the study needs {", ".join(lacking)}; install it: pip install "lapa-vla[study]"')
+    if sizes.world.env == "language_table":
+        kind_of(sizes.world.env).check_machine()
 
 
 def _require_same_study(out: Path, preset: str, sizes: StudySizes) -> None:
@@ -148,7 +149,12 @@ def _stage(study: Path, step: Step) -> Stage:
     folder = step.folder(study)
     needs = [needed.folder(study) / needed.artifact for needed in step.inputs]
     log = study / LOGS / f"{folder.name}.log"
-    return Stage(step.title, step.command(study), folder / step.artifact, log, needs, step.lock(study))
+
+    def note() -> dict[str, str]:
+        return {"key": step.key, "code": fingerprint(*sorted(Path(lapa.__file__).parent.rglob("*.py")))}
+
+    artifact = folder / step.artifact
+    return Stage(step.title, step.command(study), artifact, log, needs, step.lock(study), study / SECONDS, note)
 
 
 def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
@@ -157,10 +163,10 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     every = list(order(*steps.values()))
     titles = {step.key: step.title for step in every}
     spent = [row for row in read_json_lines(study / SECONDS, key=str, code=str, seconds=float) if row["key"] in titles]
-    seconds = {title: [row["seconds"] for row in spent if row["key"] == key] for key, title in titles.items()}
     stages = json.dumps(stage_presets(plan.sizes), sort_keys=True)
     verify(steps["rollouts"].folder(study), AGAIN)
     rollouts = read_results(steps["rollouts"].folder(study))
+    require_played(rollouts["episodes"], steps["rollouts"].folder(study))
     episodes = played(rollouts["episodes"])
     result = ArmResult(
         arm=arm,
@@ -173,7 +179,8 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         errors=len(rollouts["episodes"]) - len(episodes),
         figures=_figures(study, plan, arm, steps),
         curves=tuple(_curves(study, every)),
-        seconds={title: round(sum(each), 1) for title, each in seconds.items() if each},
+        seconds=_sums(spent, "seconds", titles),
+        cpu_seconds=_sums(spent, "cpu_seconds", titles),
         provenance={
             "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.split} "
             f"--demonstrations {plan.demonstrations} --out STUDY",
@@ -196,6 +203,12 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     return result
 
 
+def _sums(rows: Sequence[Mapping[str, Any]], name: str, titles: Mapping[str, str]) -> dict[str, float]:
+    """The sum of a number over the attempts of each step, by its title; without steps of which an attempt lacks it."""
+    found = {title: [row.get(name) for row in rows if row["key"] == key] for key, title in titles.items()}
+    return {title: round(sum(each), 1) for title, each in found.items() if each and None not in each}
+
+
 def rollout_strip(videos: Path) -> Image.Image | None:
     """Draws one row for each task: its first rollout at equal distances in time, without the end that stands still.
 
@@ -211,11 +224,21 @@ def rollout_strip(videos: Path) -> Image.Image | None:
 
 
 def _rollouts(study: Path, plan: Plan, episodes: Sequence[Mapping[str, Any]]) -> tuple[Rollout, ...]:
-    """Returns the rollouts, with whether the labelled episodes contain the instruction where tasks have several."""
+    """Returns the rollouts, with whether the labelled episodes contain the instruction where tasks have several.
+
+    In Language Table, whether they name the same blocks: hardly any of its instructions comes twice.
+    """
     heard: list[bool | None] = [None] * len(episodes)
-    if plan.sizes.world.env == "metaworld":
-        known = {episode.instruction for episode in open_dataset(plan.labelled.folder(study)).episodes}
-        heard = [draw_instruction(each["task"], each["seed"]) in known for each in episodes]
+    env = plan.sizes.world.env
+    if env != "synthetic":
+        asked = [
+            each["instruction"] if env == "language_table" else draw_instruction(each["task"], each["seed"])
+            for each in episodes
+        ]
+        told = [episode.instruction for episode in open_dataset(plan.labelled.folder(study)).episodes]
+        meant = named_blocks if env == "language_table" else str
+        known = {meant(instruction) for instruction in told}
+        heard = [meant(instruction) in known for instruction in asked]
     return tuple(
         Rollout(each["task"], each["episode"], each["success"], each["steps"], known_wording)
         for each, known_wording in zip(episodes, heard, strict=True)
@@ -239,13 +262,13 @@ def _figures(study: Path, plan: Plan, arm: Arm, steps: dict[str, Step]) -> dict[
 def _inverse_r2(study: Path, plan: Plan) -> float | None:
     """Share of the variance of the videos' true actions that the pseudo-actions explain, mean over varying dimensions.
 
-    None where the inverse dynamics model left out an episode as too short.
+    None where the videos have no actions, and where the inverse dynamics model left out an episode as too short.
     """
-    pseudo, true = (open_dataset(step.folder(study)) for step in (plan.pseudo_labelled, plan.videos))
-    if pseudo.lengths.tolist() != true.lengths.tolist():
+    videos = plan.videos if isinstance(plan.videos, str) else str(plan.videos.folder(study))
+    pseudo, true = open_dataset(plan.pseudo_labelled.folder(study)), open_dataset(videos)
+    if true.action_space is None or pseudo.lengths.tolist() != true.lengths.tolist():
         return None
     pseudo_N1A, true_N1A = (dataset.all_actions()[:, None] for dataset in (pseudo, true))
-    assert true.action_space is not None, "videos are recorded with actions"
     counted_N1 = np.ones(true_N1A.shape[:2], bool)
     return action_figures(pseudo_N1A, true_N1A, counted_N1, true_N1A.mean((0, 1)), true.action_space)["r2"]
 

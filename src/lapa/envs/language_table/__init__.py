@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lapa.envs.config import RecordConfig
+
+BLOCK = re.compile(r"\b(red|green|blue|yellow|moon|cube|star|pentagon)\b")
+
+
+def named_blocks(instruction: str) -> tuple[str, ...]:
+    """Returns the colours and shapes that an instruction names, in its order."""
+    return tuple(BLOCK.findall(instruction))
 
 
 @dataclass(frozen=True)
@@ -13,3 +21,5 @@ class LanguageTableConfig(RecordConfig):
 
     families: str = "all"
     """Families of tasks separated by commas, or all; `lapa envs language_table` lists them."""
+    look: int | None = None
+    """Another camera and other colours of all but the blocks, drawn from this number; by default the authors' own."""

@@ -30,7 +30,7 @@ FRAMES_AFTER_SUCCESS = 1
 def run(config: LanguageTableConfig) -> None:
     """Records the dataset at `config.out`. Raises UserError on a user's mistake, before any work is done."""
     families = tuple(LANGUAGE_TABLE.parse_tasks(config.families))
-    require_at_least(config, episodes=1, noise=0, workers=1)
+    require_at_least(config, episodes=1, look=0, noise=0, workers=1)
     robot = "language-table-xarm"
     recording = record.Recording("language-table", LANGUAGE_TABLE, _attempt, (CAMERA,), robot, horizon_seconds=0.5)
     record.record_dataset(config, families, recording)
@@ -39,7 +39,7 @@ def run(config: LanguageTableConfig) -> None:
 def _attempt(config: LanguageTableConfig, family: str, episode: int) -> record.Demonstration | None:
     """Runs in a worker process."""
     seed = episode_seed(config.seed, "demonstration", family, episode)
-    with closing(LanguageTableEnvironment(family, config.size, (CAMERA,))) as environment:
+    with closing(LanguageTableEnvironment(family, config.size, (CAMERA,), config.look)) as environment:
         return record.record(
             environment, seed, episode, FRAMES_AFTER_SUCCESS, MAX_STEPS, config.noise, motion=2, most=LONGEST_MOVE
         )

@@ -32,6 +32,7 @@ from PIL import Image
 
 from lapa.console import warn
 from lapa.envs import ALL, EnvironmentKind, Task
+from lapa.envs.language_table.look import change_look
 from lapa.envs.language_table.planner import speed_up
 from lapa.envs.language_table.stand_ins import FirstStep, LaterStep, stand_ins
 from lapa.errors import UserError
@@ -88,10 +89,11 @@ class LanguageTableEnvironment:
     """One family of tasks, an `Environment`. Each episode has a simulator of its own.
 
     An action is [2] (metres that the stick's target moves, clipped to 0.1), the state float32 [2] (metres).
+    look: draws another camera and other colours, and changes no motion; None: the authors' own.
     """
 
-    def __init__(self, task: str, size: int, cameras: Sequence[str]) -> None:
-        self._task, self._size, self._cameras = task, size, tuple(cameras)
+    def __init__(self, task: str, size: int, cameras: Sequence[str], look: int | None = None) -> None:
+        self._task, self._size, self._cameras, self._look = task, size, tuple(cameras), look
         self._simulator: Any = None
 
     def reset(self, seed: int, episode: int = 0) -> None:
@@ -100,6 +102,8 @@ class LanguageTableEnvironment:
         self._numbers = np.random.RandomState(seed % 2**32).get_state()
         with self._own_numbers(), _silence():
             self._simulator = _make(self._task, seed % 2**32)
+            if self._look is not None:
+                change_look(self._simulator, self._look)
             self._oracle, planned = _oracle(self._simulator), False
             while not planned:
                 self._observation = self._simulator.reset()
