@@ -14,7 +14,7 @@ install_import_hook(["lapa.types"], "beartype.beartype")
 @pytest.fixture
 def edited_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Datasets may be edited after they were written, as if they were of a program that writes no checksums."""
-    monkeypatch.setattr("lapa.data.lerobot.read_sums", lambda root: {})
+    monkeypatch.setattr("lapa.data.lerobot.each_sum", lambda root: ())
 
 
 @pytest.fixture(scope="session")

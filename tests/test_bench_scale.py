@@ -1,4 +1,4 @@
-"""The table of docs/scale.md: computed from the results in the repository, and by hand."""
+"""The tables of docs/scale.md: computed from the results in the repository, and by hand."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import bench_scale
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results/scale_2-core-cpu_2026-11-29.md"
+RESULTS = ROOT / "benchmarks/results/scale_2-core-cpu_2026-11-30.md"
 
 
-def test_the_table_of_the_documentation_is_that_of_the_results() -> None:
-    assert bench_scale.table(bench_scale.Table(RESULTS)) in (ROOT / "docs/scale.md").read_text()
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    text = (ROOT / "docs/scale.md").read_text()
+    assert bench_scale.table(bench_scale.Table(RESULTS)) in text
+    for made in (bench_scale.memory_table, bench_scale.ray_table, bench_scale.store_table):
+        assert made(RESULTS) in text
 
 
 def test_the_table_by_hand(tmp_path: Path) -> None:
-    names = ["convert_cpu_s_per_video_s", "bytes_per_video_s"]
-    names += ["journal_cpu_s_per_episode", "tables_cpu_s_per_episode"]
-    rows = zip(names, (2.0, 50_000, 0.001, 0.001), strict=True)
-    (tmp_path / "results.md").write_text(
-        "| figure | value |\n|---|---|\n" + "".join(f"| {n} | {v} |\n" for n, v in rows)
-    )
+    figures = {"convert_cpu_s_per_video_s": 2.0, "bytes_per_video_s": 50_000, "plan_1000_cpu_s": 1.0}
+    # Of half of the clips.
+    figures |= {"journal_1000_cpu_s": 0.5, "tables_1000_cpu_s": 0.5}
+    rows = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
+    (tmp_path / "results.md").write_text(f"| figure | value |\n|---|---|\n{rows}")
     config = bench_scale.Table(tmp_path / "results.md", base=(1e9, 1e9, 1000), gpu_flops=1e15)
     text = bench_scale.table(config)
     first = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines()}
@@ -34,6 +36,23 @@ def test_the_table_by_hand(tmp_path: Path) -> None:
     assert float(first["write the metadata, CPU hours of one process"]) == pytest.approx(0.2)
 
 
+def test_slopes_by_hand(tmp_path: Path) -> None:
+    figures: dict[str, float] = {}
+    for part in ("plan", "journal", "tables", "merge", "open"):
+        for clips in (1000, 3000):
+            figures |= {f"{part}_{clips}_cpu_s": clips / 1000, f"{part}_{clips}_peak_mib": 100 + clips / 1000}
+    for clips in (1000, 3000):
+        figures |= {f"workers_{clips}_{name}_mib": 7 for name in ("rss", "uss_after_few", "uss_after_all")}
+    rows = "".join(f"| {name} | {value} |\n" for name, value in figures.items())
+    (tmp_path / "results.md").write_text(f"| figure | value |\n|---|---|\n{rows}")
+    lines = bench_scale.memory_table(tmp_path / "results.md").splitlines()
+    assert lines[0] == "| part | 1,000 clips | 3,000 clips | each clip more |"
+    # A millisecond and a thousandth of a MiB for each clip, and twice as much where it was half of them.
+    assert lines[2].endswith("| 100 MiB, 1.0 CPU s | 100 MiB, 3.0 CPU s | 1,000 B, 1,000 µs |")
+    assert lines[3].endswith("| 2,100 B, 2,000 µs |")
+    assert lines[-1].endswith("| 7.0 MiB | 7.0 MiB | |")
+
+
 def test_two_digits_are_kept() -> None:
     assert [bench_scale.rounded(number) for number in (0, 0.01234, 1.26, 12.6, 126.0, 1.26e6)] == [
         "0", "0.012", "1.3", "13", "130", "1,300,000",
@@ -41,8 +60,13 @@ def test_two_digits_are_kept() -> None:
 
 
 @pytest.mark.slow
-def test_a_small_measurement_has_all_figures(tmp_path: Path) -> None:
-    config = bench_scale.Measure(tmp_path / "out.md", clips=2, seconds=3.0, files=3, pairs=32, episodes=20)
-    bench_scale.measure(config)
-    assert bench_scale.read_figures(tmp_path / "out.md").keys() >= bench_scale.read_figures(RESULTS).keys()
-    assert re.search(r"\| storage, TB \| [\d.,]+ \|", bench_scale.table(bench_scale.Table(tmp_path / "out.md")))
+def test_small_runs_have_all_figures(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    out = tmp_path / "out.md"
+    bench_scale.simulate(bench_scale.Simulate(out, clips=(400, 800), frames=20, samples=512))
+    bench_scale.measure(bench_scale.Measure(out, clips=2, seconds=3.0, files=3, pairs=32))
+    names = {re.sub(r"_\d+_(?!ms)", "_N_", name) for name in bench_scale.read_figures(RESULTS)}
+    assert {re.sub(r"_\d+_(?!ms)", "_N_", name) for name in bench_scale.read_figures(out)} >= names
+    assert re.search(r"\| storage, TB \| [\d.,]+ \|", bench_scale.table(bench_scale.Table(out)))
+    for made in (bench_scale.memory_table, bench_scale.ray_table, bench_scale.store_table):
+        assert made(out).startswith("| ")

@@ -60,7 +60,7 @@ class MadeUp(Source):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "bad":
             raise UserError(f"{self.file_of(item)}: is damaged")
-        length = {"short": 4, "cuts": 18}.get(kind, 12)
+        length = {"short": 4, "cuts": 18, "titled": 60}.get(kind, 12)
         clip = Clip({}, f"show {kind}", notes=("noted",) if kind == "noted" else ())
         if self.action_space is not None:
             steps = np.arange(length, dtype=np.float32)
@@ -90,9 +90,13 @@ def _image(kind: str, number: int, camera: str) -> np.ndarray:
         return np.zeros((SIDE, SIDE, 3), np.uint8)
     if kind == "frozen" and number > 3:
         return shade(40)
-    if kind == "bars":
+    if kind == "titled" and number < 20:
+        image = np.zeros((SIDE, 2 * SIDE, 3), np.uint8)
+        image[10:14, 8:20:2] = 255
+        return image
+    if kind in ("bars", "titled"):
         image = np.full((SIDE, 2 * SIDE, 3), 5, np.uint8)
-        image[4:-4] = shade(60 + 10 * number, 2 * SIDE)[4 : SIDE - 4]
+        image[4:-4] = shade(60 + 10 * (number % 12), 2 * SIDE)[4 : SIDE - 4]
         return image
     if kind == "tiny":
         return shade(10 * number, 16)
@@ -262,6 +266,16 @@ def test_after_a_kill_the_same_duplicates_are_left_out(
     assert (resumed.root / LEFT_OUT).read_text().count("<figure>") == len(SCENES)
 
 
+def test_episodes_of_text_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ("first-1", "grey-1")
+    kept = converted(tmp_path, names, max_text=0.5, kind=Scenes, size=96)
+    assert [row[0] for row in summary(kept)] == ["first-1"]
+    assert "left out, most frames are text: 1" in capsys.readouterr().err
+    page = (kept.root / LEFT_OUT).read_text()
+    assert "Most frames are text <small>(1)" in page and "1.2 s, 100% of the frames are text" in page
+    assert kept.extra["max_text"] == 0.5
+
+
 def test_films_of_a_camera_that_turns_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = ("first-1", "pan-1", "pan-2", "grey-1")
     settings = {"kind": Scenes, "size": 96}
@@ -309,6 +323,9 @@ def test_a_browser_shows_the_page_without_any_other_file(tmp_path: Path) -> None
 
 
 def test_black_bars_are_cropped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    titled = converted(tmp_path, ("titled-1",), "titled", crop_bars=True)
+    assert titled.frames(0)[30:, :1].mean() > 50
+    assert "kept, black bars cropped: 1" in capsys.readouterr().err
     names = ("bars-1", "move-1")
     whole, cropped = converted(tmp_path, names), converted(tmp_path, names, "cropped", crop_bars=True)
     assert "kept, black bars cropped: 1" in capsys.readouterr().err
@@ -569,6 +586,7 @@ def test_two_items_of_one_name_are_refused(tmp_path: Path) -> None:
         ({"min_seconds": -1}, "--min-seconds -1: cannot be below 0"),
         ({"min_motion": float("nan")}, "--min-motion nan"),
         ({"max_frozen": 0.0}, "--max-frozen 0: is a share of the frames"),
+        ({"max_text": 1.5}, "--max-text 1.5: is a share of the frames"),
         ({"max_camera_motion": 1.5}, "--max-camera-motion 1.5: is a share of the change"),
         ({"camera": ("frnt",)}, "unknown camera 'frnt'; did you mean 'front'"),
     ],

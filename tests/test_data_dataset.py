@@ -23,8 +23,11 @@ from lapa.data.info import run as run_info
 from lapa.data.info import summary
 from lapa.data.metadata import EXTRA, INFO, JOURNAL
 from lapa.data.spec import open_dataset
+from lapa.data.statistics import Moments, moments_by_episode, moments_of
+from lapa.data.tables import Texts
 from lapa.data.video import encode_clip
-from lapa.data.writer import DatasetWriter, Moments
+from lapa.data.writer import DatasetWriter
+from lapa.engine.batches import _copied
 from lapa.errors import UserError
 from lapa.sources.synthetic import CAMERA, SyntheticConfig, write_synthetic_dataset
 from lapa.sources.synthetic import run as run_synthetic
@@ -132,6 +135,27 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
     assert values["std"] == pytest.approx(rows.std(axis=0))
     assert values["max"] == pytest.approx(rows.max(axis=0))
     assert values["count"] == [50]
+
+
+def test_statistics_by_episode_are_those_of_each() -> None:
+    rng, lengths = np.random.default_rng(0), np.array([3, 1, 7])
+    parts = [rng.normal(5, 2, length) for length in lengths]
+    found = moments_by_episode(np.concatenate(parts), lengths)
+    for number, part in enumerate(parts):
+        for name, values in moments_of(part[:, None]).items():
+            assert found[name][number] == pytest.approx(values, abs=1e-12)
+    merged = Moments()
+    merged.merge(found)
+    for name, values in moments_of(np.concatenate(parts)[:, None]).items():
+        assert merged.to_dict()[name] == pytest.approx(values)
+
+
+def test_a_million_texts_are_no_objects_and_are_shared() -> None:
+    texts = Texts(pa.chunked_array([["a", "b"], ["c"]]))
+    assert (len(texts), texts[1], texts[-1], list(texts)) == (3, "b", "c", ["a", "b", "c"])
+    assert texts[np.array([2, 0])] == ("c", "a") and texts != ("a", "b")
+    assert pickle.loads(pickle.dumps(texts)) == texts
+    assert _copied({"texts": texts})["texts"] is texts
 
 
 def test_episodes_that_share_files_are_read_as_lerobot_writes_them(square: Dataset, tmp_path: Path) -> None:

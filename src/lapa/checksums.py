@@ -7,6 +7,7 @@ made by earlier versions, are not checked.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ SHA256_LENGTH = 64
 # The end of a journal's line; the checksum is of all before it, and of the lines before.
 CRC_ENDING = re.compile(rb', "crc": "([0-9a-f]{8})"\}\n')
 CRC_LENGTH = len(', "crc": "00000000"}\n')
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def sha256(path: Path) -> str:
@@ -44,35 +47,46 @@ def sums_of(folder: Path, files: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, threads.map(lambda name: sha256(folder / name), names), strict=True))
 
 
-def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Writes the folder's SHA256SUMS: the SHA-256 of each file, by its name below the folder."""
-    write_text(as_path(folder) / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+def write_sums(folder: Path, sums: Iterable[tuple[str, str]]) -> None:
+    """Writes the folder's SHA256SUMS: of each file its name below the folder, and its SHA-256."""
+    with atomic_path(as_path(folder) / SUMS) as temporary, temporary.open("wb") as file:
+        file.writelines(f"{digest}  {name}\n".encode() for name, digest in sums)
+
+
+def each_sum(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yields what `write_sums` wrote, nothing without a file. Raises UserError naming the file where it is damaged."""
+    path = as_path(folder) / SUMS
+    if not path.exists():
+        return
+    line = b""
+    with reading(path), open_binary(path) as file:
+        for line in file:
+            text = line.decode(errors="replace")
+            if not (name := text[SHA256_LENGTH + 2 :].removesuffix("\n")) or not text.endswith("\n"):
+                break
+            yield name, text[:SHA256_LENGTH]
+        else:
+            if line:
+                return
+    raise UserError(f"{path}: damaged; delete it, and its folder is no longer checked")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Reads what `write_sums` wrote, {} without a file. Raises UserError naming the file where it is damaged."""
-    path = as_path(folder) / SUMS
-    if not path.exists():
-        return {}
-    with reading(path):
-        *lines, rest = path.read_bytes().decode(errors="replace").split("\n")
-    sums = {line[SHA256_LENGTH + 2 :]: line[:SHA256_LENGTH] for line in lines}
-    if rest or not sums or not all(map(len, sums)):
-        raise UserError(f"{path}: damaged; delete it, and its folder is no longer checked")
-    return sums
+    """Returns what `write_sums` wrote, {} without a file. Raises UserError as `each_sum`."""
+    return dict(each_sum(folder))
 
 
 def write_marker(
-    folder: Path, marker: str, value: Any, files: Iterable[str], known: Mapping[str, str] | None = None
+    folder: Path, marker: str, value: Any, files: Iterable[str], known: Iterable[tuple[str, str]] = ()
 ) -> None:
     """Writes the JSON file that marks an artifact as complete, after the checksums of its files.
 
-    marker: its name below the folder; files: the other files of the artifact, named alike; known: those whose
-    checksums are known.
+    marker: its name below the folder; files: the other files of the artifact, named alike; known: further
+    files, with their checksums.
     """
     text = as_json(value)
-    sums = {marker: hashlib.sha256(text.encode()).hexdigest(), **sums_of(folder, files), **(known or {})}
-    write_sums(folder, sums)
+    sums = {marker: hashlib.sha256(text.encode()).hexdigest(), **sums_of(folder, files)}
+    write_sums(folder, chain(sums.items(), known))
     write_text(folder / marker, text)
 
 
@@ -148,10 +162,11 @@ class Journal:
         """Adds a line, or, where that fails (disk full), leaves the file as it was. sync: wait until it is on disk."""
         line, crc = sealed_line(value, self._crc)
         try:
-            with self.path.open("ab") as file:
-                file.truncate(self.length)
-                file.write(line)
-                file.flush()
+            with self.path.open("ab", buffering=0) as file:
+                if file.tell() != self.length:
+                    file.truncate(self.length)
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 if sync:
                     os.fsync(file.fileno())
         except OSError:
@@ -162,7 +177,7 @@ class Journal:
 
 def sealed_line(value: Mapping[str, Any], before: int = 0) -> tuple[bytes, int]:
     """An object as a line of JSON with a CRC, and the CRC. before: that of the line before it."""
-    body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()[:-1]
+    body = ENCODER.encode(value).encode()[:-1]
     crc = zlib.crc32(body, before)
     return body + b', "crc": "%08x"}\n' % crc, crc
 

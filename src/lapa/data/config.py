@@ -45,6 +45,9 @@ class ConvertOptions(Reading):
     max_frozen: float = 1.0
     """Leave out episodes of which more than this share of the frames, in all cameras, only repeat the frame before, as
     title cards and stalled streams do; 0.5 is a start for web video."""
+    max_text: float = 1.0
+    """Leave out episodes of which more than this share of the frames, in all cameras, are mostly of one flat colour, as
+    title cards, end cards and slides are; 0.5 is a start for web video. Not for rendered scenes on a plain ground."""
     max_camera_motion: float = 1.0
     """Leave out episodes in which the camera's own motion explains more than this share of the change from frame to
     frame, in all cameras: one shift of the whole image, not zoom or rotation; 0.8 is a start for web video."""
@@ -52,7 +55,7 @@ class ConvertOptions(Reading):
     """Leave out episodes that look like an earlier one of the dataset: of about the same length, with almost the same
     images, whatever their size and compression; the first is kept."""
     crop_bars: bool = False
-    """Crop black bars, on two opposite sides, before images are scaled."""
+    """Crop black bars, on two opposite sides, before images are scaled; each item is decoded twice."""
     limit: int | None = None
     """Number of items to read (files, records); by default all."""
     skip_bad: bool = False

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lapa.console import finish, progress, say, warn
+from lapa.data.cards import CardMeter
 from lapa.data.config import ConvertOptions
 from lapa.data.convert_ray import INCOMING, convert_with_ray, remove_incoming
 from lapa.data.dataset import ACTION, STATE, ActionSpace, require_finite
@@ -35,6 +36,7 @@ from lapa.data.left_out import IMAGE_SIDE
 from lapa.data.metadata import INFO, LEFT_OUT
 from lapa.data.motion import CameraMeter, MotionMeter, inside_bars, share_of_new, shot_numbers, thumbnail
 from lapa.data.source import Clip, Item, Source
+from lapa.data.statistics import PixelMoments
 from lapa.data.transforms import at_most, resize_and_crop, to_page
 from lapa.data.video import encode_clip
 from lapa.data.workers import Workers
@@ -46,7 +48,6 @@ from lapa.data.writer import (
     SOURCE_FINGERPRINT,
     TEXT,
     DatasetWriter,
-    PixelMoments,
 )
 from lapa.errors import UserError, unknown
 from lapa.files import as_path, claim_output, is_remote, reading
@@ -54,7 +55,7 @@ from lapa.locks import locks_output
 from lapa.ray_cluster import check_ray
 
 KEYFRAME_INTERVAL = 2
-# First frames of an item in which black bars are looked for.
+# Frames of an item, spread over all, in which black bars are looked for; up to twice as many.
 BAR_FRAMES = 8
 # Images a frame that are too few, and what is looked at for these.
 SLOWER = 0.7
@@ -67,11 +68,12 @@ LONGEST_GAP = 60.0
 DAMAGED, KEPT = "left out, damaged", "damaged, the readable part is kept"
 LOST = "frames lost in what is damaged"
 BARS = "kept, black bars cropped"
-SMALL, SHORT, STATIC, FROZEN, CAMERA, BLANK = (
+SMALL, SHORT, STATIC, FROZEN, CARDS, CAMERA, BLANK = (
     "left out, images too small",
     "left out, too short",
     "left out, nothing moves",
     "left out, most frames repeat the one before",
+    "left out, most frames are text",
     "left out, the camera moves",
     "left out, no camera shows anything",
 )
@@ -127,16 +129,15 @@ def run(options: ConvertOptions) -> None:
         finish("dataset, already complete", out, next_commands)
         return
     report_repeated((_first_frames(source, item, cameras[0]) for item in sample(items)), source.fps, fps)
-    todo = [item for item in items if item.key not in writer.done_items]
-    if len(todo) < len(items):
-        say(f"resuming: {len(items) - len(todo)} of {len(items)} items are done")
+    if writer.num_items:
+        say(f"resuming: {writer.num_items} of {len(items)} items are done")
     # Workers receive their items one by one.
     light = copy.copy(source)
     light.items = ()
     if options.engine == "ray":
         convert_with_ray(partial(_convert_apart, light, cameras, fps, options), items, writer, options.ray)
     else:
-        _convert_all(light, todo, writer, cameras, fps, options)
+        _convert_all(light, items[writer.num_items :], writer, cameras, fps, options)
     for note, count in sorted(writer.notes.items()):
         warn(f"{note}: {count}")
     if not writer.num_episodes:
@@ -191,7 +192,8 @@ def convert_item(
                 raise UserError(f"{where}: none of its frames can be decoded; replace it or take it out")
             shape, timed = first[1].shape[:2], chain([first], timed)
             if options.crop_bars:
-                timed, shape = _without_bars(timed)
+                place = inside_bars(_spread(image for _, image in source.read(item).frames[camera]))
+                shape, timed = first[1][place].shape[:2], _cropped(timed, place, first[1].shape)
                 bars |= shape != first[1].shape[:2]
             if min(shape) < options.min_side:
                 small, text = True, f"{shape[1]} x {shape[0]} pixels"
@@ -214,19 +216,24 @@ def _example(reason: str, source: str, text: str, image_HWC: np.ndarray | None) 
     return {"reason": reason, "source": source, TEXT: text, IMAGE: image}
 
 
-def _without_bars(
-    timed_frames: Iterator[tuple[float, np.ndarray]],
-) -> tuple[Iterator[tuple[float, np.ndarray]], tuple[int, ...]]:
-    """Returns frames (seconds, image) without black bars, and the height and width of the first."""
-    head = list(islice(timed_frames, BAR_FRAMES))
-    first_HWC = head[0][1]
-    place = inside_bars([frame_HWC for _, frame_HWC in head if frame_HWC.shape == first_HWC.shape])
-    # A film may change its size.
-    cropped = (
-        (seconds, frame_HWC[place] if frame_HWC.shape == first_HWC.shape else frame_HWC)
-        for seconds, frame_HWC in chain(head, timed_frames)
-    )
-    return cropped, first_HWC[place].shape[:2]
+def _spread(frames: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Returns some images, spread over all, of the shape of the first; a film may change its size."""
+    kept: list[np.ndarray] = []
+    every = 1
+    for number, frame_HWC in enumerate(frames):
+        if number % every == 0 and (not kept or frame_HWC.shape == kept[0].shape):
+            kept.append(frame_HWC)
+            if len(kept) > 2 * BAR_FRAMES:
+                kept, every = kept[::2], 2 * every
+    return kept
+
+
+def _cropped(
+    timed_frames: Iterable[tuple[float, np.ndarray]], place: tuple[slice, slice], shape: tuple[int, ...]
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yields the frames (seconds, image), those of this shape cropped."""
+    for seconds, frame_HWC in timed_frames:
+        yield seconds, frame_HWC[place] if frame_HWC.shape == shape else frame_HWC
 
 
 def in_time(timed_frames: Iterable[tuple[float, np.ndarray]], where: str) -> Iterator[tuple[float, np.ndarray]]:
@@ -288,14 +295,17 @@ def _check_options(options: ConvertOptions) -> None:
     for name in ("min_seconds", "min_side", "min_motion", "workers"):
         if not getattr(options, name) >= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: cannot be below 0")
-    for option, of in (("max_frozen", "frames"), ("max_camera_motion", "change")):
+    for option, of in (("max_frozen", "frames"), ("max_text", "frames"), ("max_camera_motion", "change")):
         value = getattr(options, option)
         if not 0 < value <= 1:
             raise UserError(f"--{option.replace('_', '-')} {value:g}: is a share of the {of}, above 0 and up to 1")
 
 
 def _check_names(source: Source, items: Sequence[Item]) -> None:
-    """Raises UserError where two items share a name, by which the journal knows what is done."""
+    """Raises UserError where two items share a name, which the dataset notes as its episodes' source."""
+    # The names of millions of items take gigabytes in a set, their hashes do not.
+    if len(np.unique(np.fromiter((hash(item.key) for item in items), np.int64, len(items)))) == len(items):
+        return
     seen: set[str] = set()
     for item in items:
         if item.key in seen:
@@ -327,7 +337,7 @@ def _open_writer(
     names = ("camera", "actions", "rate", "cut_shots", "min_seconds", "min_side", "min_motion", "crop_bars", "limit")
     values = {name: getattr(options, name) for name in (*names, "size")}
     values["drop_duplicates"] = options.drop_duplicates
-    for name in ("max_frozen", "max_camera_motion"):
+    for name in ("max_frozen", "max_text", "max_camera_motion"):
         if getattr(options, name) < 1:
             values[name] = getattr(options, name)
     filters = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value}
@@ -438,8 +448,9 @@ def _add(
 class _Shot:
     """A part of an item; `reason`: why it is left out.
 
-    motion: the greatest of all cameras; frozen: the share of frames that repeat the one before, and camera_motion: of
-    the change that the camera's own motion explains, the least of all. image, looks: of the first camera.
+    motion: the greatest of all cameras; frozen: the share of frames that repeat the one before, cards: of frames of
+    text, and camera_motion: of the change that the camera's own motion explains, the least of all. image, looks: of the
+    first camera.
     """
 
     start: int
@@ -448,6 +459,7 @@ class _Shot:
     pixels: dict[str, _Pixels] = field(default_factory=dict)
     motion: float = 0.0
     frozen: float = 1.0
+    cards: float = 1.0
     camera_motion: float = 1.0
     image: np.ndarray | None = None
     looks: str = ""
@@ -505,6 +517,8 @@ def _encode(
             shot.reason, text = STATIC, f"{text}, motion {shot.motion:.3f}"
         elif shot.reason is None and shot.frozen > options.max_frozen:
             shot.reason, text = FROZEN, f"{text}, {shot.frozen:.0%} of the frames repeat"
+        elif shot.reason is None and shot.cards > options.max_text:
+            shot.reason, text = CARDS, f"{text}, {shot.cards:.0%} of the frames are text"
         elif shot.reason is None and shot.camera_motion > options.max_camera_motion:
             shot.reason = CAMERA
         if options.max_camera_motion < 1 and shot.reason in (None, CAMERA):
@@ -554,7 +568,7 @@ def _write(
     shot: _Shot, camera: str, frames: Iterable[ShotFrame], video: Path, fps: float, options: ConvertOptions
 ) -> int:
     """Writes the video of a camera, and keeps its statistics and motion in the shot; returns the number of frames."""
-    meter, pixels, camera_meter = MotionMeter(max(1, round(fps / 2))), _Pixels(), CameraMeter()
+    meter, pixels, camera_meter, cards = MotionMeter(max(1, round(fps / 2))), _Pixels(), CameraMeter(), CardMeter()
     is_first, bits = not shot.videos, []
 
     def images() -> Iterator[np.ndarray]:
@@ -565,6 +579,8 @@ def _write(
                     camera_meter.add(small_HW)
                 if is_first and options.drop_duplicates:
                     bits.append(image_bits(small_HW))
+            if options.max_text < 1:
+                cards.add(frame_HWC)
             # At the end, one of the later half: a film begins with titles.
             if is_first and number & (number - 1) == 0:
                 shot.image = frame_HWC
@@ -574,6 +590,7 @@ def _write(
     shot.videos[camera], shot.pixels[camera] = video, pixels
     shot.motion = max(shot.motion, meter.greatest)
     shot.frozen = min(shot.frozen, meter.frozen)
+    shot.cards = min(shot.cards, cards.share)
     shot.camera_motion = min(shot.camera_motion, camera_meter.share)
     if bits:
         shot.looks = looks_of(bits)

@@ -104,30 +104,37 @@ class ShardActor:
 def convert_with_ray(convert: Convert, items: Sequence[Item], writer: DatasetWriter, config: RayConfig) -> None:
     """Converts items and adds their episodes to the dataset. Raises UserError where no worker can go on."""
     folder = writer.root / SHARDS / writer.identity
-    shards = {
-        folder / f"{start:09d}.json": items[start : start + SHARD_ITEMS] for start in range(0, len(items), SHARD_ITEMS)
-    }
-    waiting = deque(path for path, its in shards.items() if any(item.key not in writer.done_items for item in its))
-    num_done = len(items) - sum(len(shards[path]) for path in waiting)
-    made = _made_before(writer.root, folder, waiting)
-    missing = [path for path in waiting if path not in made]
+
+    def marker_of(start: int) -> Path:
+        return folder / f"{start:09d}.json"
+
+    def shard_of(start: int) -> Sequence[Item]:
+        return items[start : start + SHARD_ITEMS]
+
+    # Shards by the number of their first item; some items of the first one may be done.
+    starts = range(0, len(items), SHARD_ITEMS)
+    waiting = deque(start for start in starts if start + len(shard_of(start)) > writer.num_items)
+    made = _made_before(writer.root, folder)
+    missing = [start for start in waiting if start not in made]
     with progress() as bar:
         task = bar.add_task("converting", total=len(items), note="")
 
         def add_ready() -> None:
-            nonlocal num_done
             while waiting and waiting[0] in made:
-                marker = waiting.popleft()
+                start = waiting.popleft()
+                marker, shard = marker_of(start), shard_of(start)
                 note = read_json(marker)
                 for warning in note["warnings"]:
                     warn(warning)
-                writer.add_unfinished(folder / note["folder"])
-                if lacking := [item.key for item in shards[marker] if item.key not in writer.done_items]:
+                writer.add_unfinished(folder / note["folder"], start)
+                if writer.num_items < start + len(shard):
                     marker.unlink()
-                    raise UserError(f"{marker}: lacks {shown(lacking[0])}; --resume makes it again")
-                num_done += len(shards[marker])
+                    raise UserError(
+                        f"{marker}: lacks {shown(shard[writer.num_items - start].key)}; --resume makes it again"
+                    )
+                made.remove(start)
                 remove_folder(folder / note["folder"])
-            bar.update(task, completed=num_done)
+            bar.update(task, completed=writer.num_items)
 
         add_ready()
         if missing:
@@ -135,35 +142,43 @@ def convert_with_ray(convert: Convert, items: Sequence[Item], writer: DatasetWri
                 size, cpus, _ = pool(config, "cpu", ray.cluster_resources(), len(missing))
                 say(f"{size} workers of Ray, each with {cpus:g} CPU cores")
                 actor = ray.remote(num_cpus=cpus)(ShardActor)
-                there = {str(path if is_remote(path) else path.absolute()): path for path in missing}
-                work = {name: shards[path] for name, path in there.items()}
                 arguments = convert, str(Path.cwd()), versions()
-                for name in _shards_made(ray, lambda: actor.remote(*arguments), work, size):
-                    made.add(there[name])
+
+                def make(worker: Any, start: int) -> Any:
+                    marker = marker_of(start)
+                    name = str(marker if is_remote(marker) else marker.absolute())
+                    return worker.make.remote(name, shard_of(start))
+
+                for start in _shards_made(ray, lambda: actor.remote(*arguments), make, missing, size):
+                    made.add(start)
                     add_ready()
     remove_incoming(writer.root)
 
 
-def _shards_made(ray: Any, start: Callable[[], Any], work: dict[str, Sequence[Item]], size: int) -> Iterator[str]:
-    """Yields the names of shards as they are made, by `size` workers. Raises UserError where no worker can go on.
+def _shards_made(
+    ray: Any, start: Callable[[], Any], make: Callable[[Any, int], Any], shards: Iterable[int], size: int
+) -> Iterator[int]:
+    """Yields the numbers of shards as they are made, by `size` workers. Raises UserError where no worker can go on.
 
+    start: returns a worker; make: has it make a shard, and returns the reference to what it will return.
     A worker that is killed is started again, and its shard made again; one that cannot write what the others write, or
     cannot write at all, gets no further shard.
     """
-    waiting = deque(work)
-    killed: Counter[str] = Counter()
+    waiting = deque(shards)
+    # By shard; None: a worker's start.
+    killed: Counter[int | None] = Counter()
     idle: list[Any] = []
     # By the reference to what they are to return; those that are starting have no shard yet.
-    running: dict[Any, tuple[Any, str]] = {}
+    running: dict[Any, tuple[Any, int | None]] = {}
 
     def begin() -> None:
         actor = start()
-        running[actor.check.remote()] = actor, ""
+        running[actor.check.remote()] = actor, None
 
     for _ in range(size):
         begin()
     reason = ""
-    while waiting or any(shard for _, shard in running.values()):
+    while waiting or any(shard is not None for _, shard in running.values()):
         if not running:
             raise UserError(f"no worker is left: {reason}; what is finished is kept, continue with --resume")
         finished, _ = ray.wait(list(running), num_returns=1)
@@ -173,9 +188,9 @@ def _shards_made(ray: Any, start: Callable[[], Any], work: dict[str, Sequence[It
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
             killed[shard] += 1
             if killed[shard] > RETRIES:
-                raise killed_too_often(Path(shard).stem or "its start", killed[shard]) from None
+                raise killed_too_often("its start" if shard is None else f"{shard:09d}", killed[shard]) from None
             begin()
-            waiting.extendleft([shard] if shard else [])
+            waiting.extendleft([] if shard is None else [shard])
         else:
             del killed[shard]
             if result.get("error"):
@@ -184,30 +199,30 @@ def _shards_made(ray: Any, start: Callable[[], Any], work: dict[str, Sequence[It
             if unfit:
                 reason = unfit
                 warn(f"a worker of Ray is left out, and others do its work: {unfit}")
-                waiting.extendleft([shard] if shard else [])
+                waiting.extendleft([] if shard is None else [shard])
             else:
                 idle.append(actor)
-                if shard:
+                if shard is not None:
                     yield shard
         while idle and waiting:
             actor, shard = idle.pop(), waiting.popleft()
-            running[actor.make.remote(shard, work[shard])] = actor, shard
+            running[make(actor, shard)] = actor, shard
 
 
-def _made_before(root: Path, folder: Path, waiting: Iterable[Path]) -> set[Path]:
-    """Returns the markers of `waiting` that are there; removes what else earlier runs have left in the dataset."""
+def _made_before(root: Path, folder: Path) -> set[int]:
+    """Returns the shards whose markers are there; removes what else earlier runs have left in the dataset."""
     if is_remote(root):
         cast(Any, root).fs.invalidate_cache()
     else:
         folder.mkdir(parents=True, exist_ok=True)
-    markers = set(waiting) & set(find_files(folder, MARKERS))
+    markers = [path for path in find_files(folder, MARKERS) if path.stem.isdecimal()]
     with ThreadPoolExecutor(REQUESTS) as threads:
         kept = {folder, *(folder / note["folder"] for note in threads.map(read_json, markers))}
     for path in [*find_files(root / SHARDS, "*"), *find_files(folder, f"{PRIVATE}*")]:
         if path not in kept:
             remove_folder(path)
     remove_incoming(root, but=SHARDS)
-    return markers
+    return {int(marker.stem) for marker in markers}
 
 
 def remove_incoming(root: Path, but: str = "") -> None:

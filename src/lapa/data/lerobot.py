@@ -31,10 +31,10 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
-from lapa.checksums import SUMS, read_sums, sha256, verify
+from lapa.checksums import SUMS, each_sum, sha256, verify
 from lapa.console import warn
 from lapa.data.dataset import ACTION, ACTION_SPACE, STATE, Dataset, all_image_keys, image_keys
 from lapa.data.films import episode_frames
@@ -122,12 +122,11 @@ class LeRobotDataset(Dataset, Pushed):
         self.version = str(self.info["codebase_version"])
         self.legacy = self.version in LEGACY_VERSIONS
         # Videos are many and large: `lapa data check` compares theirs.
-        self._sums = {name: digest for name, digest in read_sums(root).items() if not name.startswith("videos/")}
+        self._sums = {name: digest for name, digest in each_sum(root) if not name.startswith("videos/")}
         opened = {name for name in self._sums if name in (INFO, TASKS) or name.startswith(EPISODES)}
         verify(root, AGAIN, {name: self._sums[name] for name in opened})
-        self._task_of = read_tasks(root, self.legacy)
-        self.tasks = tuple(self._task_of.values())
-        self._columns = read_episodes(root, self.legacy, video_keys(self.info["features"]), self._task_of)
+        self.tasks = read_tasks(root, self.legacy)
+        self._columns = read_episodes(root, self.legacy, video_keys(self.info["features"]), self.tasks)
         tasks = root / (LEGACY_TASKS if self.legacy else TASKS)
         if not self._columns["num_tasks"].all() and not tasks.exists():
             raise UserError(f"{tasks}: no such file, and not all episodes name their tasks; {AGAIN}")
@@ -249,6 +248,20 @@ class LeRobotDataset(Dataset, Pushed):
         """Returns the parquet file that holds an episode's rows."""
         return self.root / self._file("data", int(self._entries[episode_index]))
 
+    def file_numbers(self, kind: str) -> Int[np.ndarray, "E"]:
+        """Returns a number for each episode's file (`data`, `videos/KEY`), from 0 in the order of their first episodes.
+
+        Raises UserError where the metadata lacks one. Of v3.0.
+        """
+        for flaws in (self._columns[name] for name in ("flaw", f"{kind}/flaw") if name in self._columns):
+            if (bad := np.flatnonzero(flaws[self._entries] != "")).size:
+                raise UserError(self._flaw_of(kind, int(self._entries[bad[0]])))
+        chunks, files = (
+            np.unique(self._columns[f"{kind}/{name}"][self._entries], return_inverse=True)[1] for name in PLACE
+        )
+        _, firsts, numbers_E = np.unique(chunks * len(self) + files, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(firsts))[numbers_E]
+
     def rows(self, episode_index: int) -> slice:
         """Returns an episode's rows in its data file, which is checked once. Raises UserError where it is damaged."""
         entry = int(self._entries[episode_index])
@@ -341,7 +354,7 @@ class LeRobotDataset(Dataset, Pushed):
             return {"task_index": integers(read_parquet(path, ["task_index"]), "task_index", path, empty=-1)}
 
         column = _recent(self._tables, (path, "task_index"), OPEN_TABLES, read)["task_index"]
-        return self._task_of.get(int(column[span.start]), "")
+        return self.tasks.get(int(column[span.start]))
 
     def _file(self, kind: str, entry: int) -> str:
         """Returns the file of a row of the metadata. kind: `data`, or `videos/KEY`."""

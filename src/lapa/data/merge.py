@@ -15,16 +15,15 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lapa import config as configs
-from lapa.checksums import read_sums, sealed_line, sums_of, write_marker
+from lapa.checksums import each_sum, read_sums, sealed_line, sha256, write_marker
 from lapa.config import differences
 from lapa.console import finish, progress, say, warn
 from lapa.data.config import MergeConfig
@@ -45,27 +44,25 @@ from lapa.data.labels import (
 from lapa.data.lerobot import LeRobotDataset, require_folder
 from lapa.data.metadata import (
     DATA_PATH,
-    EPISODES,
     EXTRA,
     INFO,
     JOURNAL,
+    SPAN,
     STATS,
     TASKS,
     VIDEO_PATH,
     episode_files,
-    read_tasks,
 )
-from lapa.data.replace_actions import Totals, claim_rewrite, link_videos
+from lapa.data.replace_actions import claim_rewrite, link_videos, report_links
 from lapa.data.spec import open_dataset
+from lapa.data.statistics import STATISTICS
 from lapa.data.tables import as_numpy, integers, matrix, parsing, read_parquet, schema_of
-from lapa.data.writer import CHUNK_SIZE, EPISODES_PER_GROUP, Tables, moments_of, place, write_parquet, write_tasks
+from lapa.data.writer import CHUNK_SIZE, DIGEST, RENUMBERED, Tables, place, with_columns, write_parquet, write_tasks
 from lapa.errors import UserError
 from lapa.files import as_path, find_files, inside, write_json
 from lapa.locks import locks_output
 
 MERGE = "lapa data merge"
-# Columns that are written anew; statistics of these are, too.
-RENUMBERED = ("episode_index", "index", "task_index")
 # What labels must share to be merged.
 OF_LABELS = (
     *("lam_fingerprint", "camera", "horizon_seconds", "horizon_frames", "latent_length", "codebook_size"),
@@ -98,60 +95,43 @@ def merge(datasets: Sequence[LeRobotDataset], out: Path, extra: Mapping[str, Any
     """Writes the episodes of all datasets, which are alike, into `out`. extra: for meta/lapa.json."""
     first = datasets[0]
     features = _features(first)
-    tasks: dict[str, int] = {}
-    totals = Totals([*image_keys(features), *(name for name in features if name not in image_keys(features))])
-    columns = _columns_of_episodes(datasets)
-    tables, videos, stored = Tables(out), _Videos(out), dict[str, tuple[pa.DataType, Path]]()
-    num_episodes = num_frames = 0
+    images = image_keys(features)
+    tables = Tables(out, [*images, *(name for name in features if name not in images)])
+    texts = pa.chunked_array([dataset.tasks.array for dataset in datasets], pa.large_string())
+    tasks = texts.combine_chunks().dictionary_encode()
+    numbers_of_tasks = np.split(as_numpy(tasks.indices), np.cumsum([len(dataset.tasks) for dataset in datasets])[:-1])
+    schema, stored = _schema_of_episodes(datasets), dict[str, tuple[pa.DataType, Path]]()
+    videos = _Videos(out, [dataset.root for dataset in datasets])
     with progress() as bar:
         task = bar.add_task("merging episodes", total=sum(map(len, datasets)), note="")
-        for dataset in datasets:
-            for text in dataset.tasks:
-                tasks.setdefault(text, len(tasks))
-            task_of = {number: tasks[text] for number, text in read_tasks(dataset.root, legacy=False).items()}
-            episodes = zip(_episode_rows(dataset, columns), _frames(dataset, features, stored), strict=True)
-            for episode, (noted, frames) in enumerate(episodes):
-                length = len(frames)
-                there = f"{dataset.data_path(episode)}: episode {dataset.numbers[episode]}"
-                renumbered = {
-                    "episode_index": np.full(length, num_episodes),
-                    "index": num_frames + np.arange(length),
-                    "task_index": _new_tasks(integers(frames, "task_index", dataset.root), task_of, there),
-                }
-                for name, values in renumbered.items():
-                    frames = frames.set_column(frames.column_names.index(name), name, pa.array(values, pa.int64()))
-                row = _renumbered(dict.fromkeys(columns) | noted, renumbered, num_episodes, num_frames)
-                for camera in dataset.cameras:
-                    chunk = videos.place(dataset, episode, camera)
-                    kind = f"videos/{dataset.camera_key(camera)}"
-                    row |= {f"{kind}/{name}": number for name, number in chunk.items()}
-                    if dataset.num_left_out:
-                        # Without the others, an episode can no longer be found by counting frames.
-                        span = dataset.span_in_video(episode, camera)
-                        row |= {f"{kind}/from_timestamp": span[0], f"{kind}/to_timestamp": span[1]}
-                totals.add(row)
-                tables.add(frames, row)
-                num_episodes, num_frames = num_episodes + 1, num_frames + length
-                bar.advance(task)
+        for dataset, new_tasks in zip(datasets, numbers_of_tasks, strict=True):
+            videos.begin(dataset)
+            rows = _Rows(_episode_rows(dataset, schema))
+            for path, episodes, frames in _frames(dataset, features, stored):
+                numbers_N = integers(frames, "task_index", dataset.root)
+                frames = with_columns(frames, {"task_index": _new_tasks(numbers_N, dataset, new_tasks, episodes, path)})
+                columns = {"length": pa.array(dataset.lengths[episodes]), **videos.link(episodes)}
+                tables.add(frames, with_columns(rows.take(episodes.stop - episodes.start), columns))
+                bar.advance(task, episodes.stop - episodes.start)
     tables.close()
-    sums = videos.link([dataset.root for dataset in datasets])
-    write_tasks(out / TASKS, list(tasks))
-    write_json(out / STATS, totals.to_dict())
+    videos.report()
+    write_tasks(out / TASKS, tasks.dictionary)
+    write_json(out / STATS, tables.totals.to_dict())
     write_json(out / EXTRA, dict(extra))
     info = {
         **first.info,
-        "total_episodes": num_episodes,
-        "total_frames": num_frames,
-        "total_tasks": len(tasks),
+        "total_episodes": tables.num_episodes,
+        "total_frames": tables.num_frames,
+        "total_tasks": len(tasks.dictionary),
         "chunks_size": CHUNK_SIZE,
-        "splits": {"train": f"0:{num_episodes}"},
+        "splits": {"train": f"0:{tables.num_episodes}"},
         "data_path": DATA_PATH,
         "video_path": VIDEO_PATH,
         "features": features,
     }
     if any(dataset.info.get("robot_type") != first.info.get("robot_type") for dataset in datasets):
         info["robot_type"] = None
-    write_marker(out, INFO, info, [TASKS, STATS, EXTRA, *tables.files], known=sums)
+    write_marker(out, INFO, info, [TASKS, STATS, EXTRA, *tables.files], known=videos.sums())
     (out / JOURNAL).unlink(missing_ok=True)
 
 
@@ -214,35 +194,74 @@ def _merged_manifest(manifests: Sequence[Manifest], starts: Sequence[int], finge
 class _Videos:
     """The video files of the merged dataset: each file of the datasets once, numbered for each camera."""
 
-    def __init__(self, out: Path):
-        self.out = out
-        self._targets: dict[Path, Path] = {}
-        self._places: dict[Path, dict[str, int]] = {}
-        self._num_of: dict[str, int] = {}
-        self._sums: dict[str, str] = {}
-        self._sums_of: dict[Path, dict[str, str]] = {}
+    def __init__(self, out: Path, roots: Sequence[Path]):
+        self._out, self._roots = out, roots
+        self._num_linked = self._num_copied = 0
+        # By camera: the checksums that the files were written with, one after another; of what has none, zeros.
+        self._digests: dict[str, bytearray] = {}
 
-    def place(self, dataset: LeRobotDataset, episode: int, camera: str) -> dict[str, int]:
-        """Returns chunk and number of the file that an episode's video will be in."""
-        path, key = dataset.video_path(episode, camera), dataset.camera_key(camera)
-        if path not in self._places:
-            number = self._num_of.get(key, 0)
-            self._num_of[key] = number + 1
-            self._places[path] = place(number)
-            name = VIDEO_PATH.format(video_key=key, **self._places[path])
-            self._targets[path] = inside(self.out, name, written=True)
-            if dataset.root not in self._sums_of:
-                self._sums_of[dataset.root] = read_sums(dataset.root)
-            self._sums[name] = self._sums_of[dataset.root].get(path.relative_to(dataset.root).as_posix(), "")
-        return self._places[path]
+    def begin(self, dataset: LeRobotDataset) -> None:
+        """Goes on with the next dataset."""
+        self._dataset = dataset
+        self._listed, self._passed = each_sum(dataset.root), dict[str, str]()
+        # The number of each episode's file, and those episodes that are the first of theirs.
+        self._files: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for camera in dataset.cameras:
+            key = dataset.camera_key(camera)
+            numbers_E = dataset.file_numbers(f"videos/{key}")
+            firsts = np.flatnonzero(np.diff(np.maximum.accumulate(numbers_E), prepend=-1))
+            before = len(self._digests.setdefault(key, bytearray())) // DIGEST
+            self._files[camera] = before + numbers_E, firsts
 
-    def link(self, roots: Sequence[Path]) -> dict[str, str]:
-        """Links or copies the files, which are those of datasets in `roots`; returns their checksums by name.
+    def link(self, episodes: slice) -> dict[str, pa.Array]:
+        """Links or copies the files that these episodes are the first to need; returns columns of their metadata."""
+        dataset, columns = self._dataset, dict[str, pa.Array]()
+        for camera, (numbers_E, firsts) in self._files.items():
+            key = dataset.camera_key(camera)
+            for name, values in place(numbers_E[episodes]).items():
+                columns[f"videos/{key}/{name}"] = pa.array(values)
+            if dataset.num_left_out:
+                # Without the others, an episode can no longer be found by counting frames.
+                spans_E2 = np.array([dataset.span_in_video(its, camera) for its in range(len(dataset))[episodes]])
+                columns |= {f"videos/{key}/{name}": pa.array(spans_E2[:, at]) for at, name in enumerate(SPAN)}
+            new = firsts[slice(*np.searchsorted(firsts, (episodes.start, episodes.stop)))].tolist()
+            if not new:
+                continue
+            # No link may lead out of the folder.
+            inside(self._out, self._name(key, int(numbers_E[new[0]])), written=True)
+            pairs = (
+                (dataset.video_path(episode, camera), self._out / self._name(key, int(numbers_E[episode])))
+                for episode in new
+            )
+            linked, copied = link_videos(pairs, self._roots)
+            self._num_linked, self._num_copied = self._num_linked + linked, self._num_copied + copied
+            for episode in new:
+                self._digests[key] += self._digest(dataset.video_path(episode, camera))
+        return columns
 
-        These are those they were written with, where known.
-        """
-        link_videos(self._targets, roots)
-        return self._sums | sums_of(self.out, [name for name, digest in self._sums.items() if not digest])
+    def report(self) -> None:
+        report_links(self._num_linked, self._num_copied)
+
+    def sums(self) -> Iterator[tuple[str, str]]:
+        """Yields name and checksum of each file."""
+        for key, digests in self._digests.items():
+            for number in range(len(digests) // DIGEST):
+                name, digest = self._name(key, number), digests[DIGEST * number : DIGEST * (number + 1)]
+                yield name, digest.hex() if any(digest) else sha256(self._out / name)
+
+    def _name(self, key: str, number: int) -> str:
+        return VIDEO_PATH.format(video_key=key, **place(number))
+
+    def _digest(self, path: Path) -> bytes:
+        """Returns the checksum of a file of the dataset, by its list: mostly the next one there."""
+        name = path.relative_to(self._dataset.root).as_posix()
+        while name not in self._passed and (listed := next(self._listed, None)):
+            if listed[0].startswith("videos/"):
+                self._passed[listed[0]] = listed[1]
+        try:
+            return bytes.fromhex(self._passed.pop(name, "")).rjust(DIGEST, b"\0")
+        except ValueError:
+            return bytes(DIGEST)
 
 
 def _require_alike(datasets: Sequence[LeRobotDataset]) -> None:
@@ -278,45 +297,86 @@ def _features(dataset: LeRobotDataset) -> dict[str, Any]:
     }
 
 
-def _columns_of_episodes(datasets: Sequence[LeRobotDataset]) -> list[str]:
+def _schema_of_episodes(datasets: Sequence[LeRobotDataset]) -> pa.Schema:
     """Returns the columns of the metadata of episodes that are kept. Raises UserError where types do not fit."""
     schema = pa.schema([])
     for path in (path for dataset in datasets for path in episode_files(dataset.root)):
         with parsing(path):
-            schema = pa.unify_schemas([schema, schema_of(path)], promote_options="permissive")
+            schema = pa.unify_schemas([schema, _plain_schema(schema_of(path))], promote_options="permissive")
     kept = tuple(f"videos/{datasets[0].camera_key(camera)}/" for camera in datasets[0].cameras)
-    return [name for name in schema.names if not name.startswith("videos/") or name.startswith(kept)]
+    # Of columns that are written anew, there are no other statistics.
+    gone = tuple(f"stats/{name}/" for name in RENUMBERED)
+    return pa.schema(
+        field
+        for field in schema
+        if (not field.name.startswith("videos/") or field.name.startswith(kept))
+        and (not field.name.startswith(gone) or field.name.rpartition("/")[2] in STATISTICS)
+    )
 
 
-def _episode_rows(dataset: LeRobotDataset, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields the row of each episode of `dataset` in the metadata, in their order; None where a file lacks a column."""
-    files = [read_parquet(path) for path in episode_files(dataset.root)]
-    with parsing(dataset.root / EPISODES):
-        chosen = [file.select([name for name in columns if name in file.column_names]) for file in files]
-        table = pa.concat_tables(chosen, promote_options="permissive")
-        table = table.filter(pc.is_in(table["episode_index"], pa.array(dataset.numbers, table["episode_index"].type)))
-        batches = table.sort_by("episode_index").to_batches(max_chunksize=EPISODES_PER_GROUP)
-    for batch in batches:
-        with parsing(dataset.root / EPISODES):
-            rows = batch.to_pylist()
-        yield from rows
+def _episode_rows(dataset: LeRobotDataset, schema: pa.Schema) -> Iterator[pa.Table]:
+    """Yields the metadata of the episodes of `dataset`, in their order; null where a file lacks a column."""
+    spans = []
+    for path in episode_files(dataset.root):
+        numbers_N = integers(read_parquet(path, ["episode_index"]), "episode_index", path)
+        if len(numbers_N):
+            spans.append((int(numbers_N.min()), int(numbers_N.max()), path))
+    end, together = -1, list[Path]()
+    # Files are mostly in order; those that are not are sorted together.
+    for first, last, path in sorted(spans):
+        if first > end and together:
+            yield _sorted_rows(dataset, together, schema)
+            together = []
+        together, end = [*together, path], max(end, last)
+    yield _sorted_rows(dataset, together, schema)
+
+
+def _sorted_rows(dataset: LeRobotDataset, paths: Sequence[Path], schema: pa.Schema) -> pa.Table:
+    parts = []
+    for path in paths:
+        with parsing(path):
+            table = read_parquet(path).replace_schema_metadata(None)
+            present = [field for field in schema if field.name in table.column_names]
+            table = table.select([field.name for field in present]).cast(pa.schema(present))
+            lacking = [field for field in schema if field.name not in table.column_names]
+            table = with_columns(table, {field.name: pa.nulls(len(table), field.type) for field in lacking})
+            numbers_N = integers(table, "episode_index", path)
+            places = np.searchsorted(dataset.numbers, numbers_N).clip(max=len(dataset) - 1)
+            parts.append(table.filter(pa.array(dataset.numbers[places] == numbers_N)).select(schema.names))
+    return pa.concat_tables(parts).sort_by("episode_index")
+
+
+class _Rows:
+    """Rows of tables that follow one another, taken some at a time."""
+
+    def __init__(self, tables: Iterator[pa.Table]):
+        self._tables = tables
+        self._left: list[pa.Table] = []
+
+    def take(self, num: int) -> pa.Table:
+        while sum(map(len, self._left)) < num:
+            self._left.append(next(self._tables))
+        table = pa.concat_tables(self._left)
+        self._left = [table[num:]]
+        return table[:num]
 
 
 def _frames(
     dataset: LeRobotDataset, features: Mapping[str, Any], stored: dict[str, tuple[pa.DataType, Path]]
-) -> Iterator[pa.Table]:
-    """Yields the rows of each episode in the data files, in the order of the episodes.
+) -> Iterator[tuple[Path, slice, pa.Table]]:
+    """Yields data files, the episodes that are there, as far as they follow one another, and the rows of these.
 
     stored: how the first file of all stores each feature, and that file.
     Raises UserError where a file stores one otherwise, and for an action or state that is not there.
     """
     wanted = [name for name, feature in features.items() if feature["dtype"] != "video"]
     numbers = {name: dataset.action_dim if name == ACTION else dataset.state_dim for name in (ACTION, STATE)}
-    for path, episodes in groupby(range(len(dataset)), key=dataset.data_path):
+    starts = np.flatnonzero(np.diff(dataset.file_numbers("data"), prepend=-1)).tolist()
+    for start, stop in pairwise([*starts, len(dataset)]):
+        path, episodes = dataset.data_path(start), range(start, stop)
         # LeRobot's notes there describe columns that may be gone.
         table = read_parquet(path, wanted).replace_schema_metadata(None)
-        # What is read from parquet has another name for the numbers of a list than what is made, and files keep it.
-        table = table.cast(pa.schema([field.with_type(_plain(field.type)) for field in table.schema]))
+        table = table.cast(_plain_schema(table.schema))
         for field in table.schema:
             kind, first = stored.setdefault(field.name, (field.type, path))
             if field.type != kind:
@@ -324,41 +384,53 @@ def _frames(
                     f"{path}: {field.name} is stored as {field.type}, in {first} as {kind}; write one dataset again "
                     "with `lapa data lerobot`"
                 )
+        firsts_E, lengths_E = np.array([dataset.rows(its).start for its in episodes]), dataset.lengths[start:stop]
+        before_E = np.cumsum(lengths_E) - lengths_E
+        if (firsts_E == firsts_E[0] + before_E).all():
+            table = table[int(firsts_E[0]) : int(firsts_E[0] + lengths_E.sum())]
+        else:
+            table = table.take(pa.array(np.arange(lengths_E.sum()) + np.repeat(firsts_E - before_E, lengths_E)))
         table = table.select(list(stored))
-        for episode in episodes:
-            frames = table[dataset.rows(episode)]
-            for name in numbers.keys() & stored.keys():
-                matrix(frames[name], numbers[name] or 0, f"{path}: {name} of episode {dataset.numbers[episode]}")
-            yield frames
+        for name in numbers.keys() & stored.keys():
+            _require_matrix(table[name], numbers[name] or 0, lengths_E, f"{path}: {name}", dataset.numbers[start:stop])
+        yield path, slice(start, stop), table
+
+
+def _require_matrix(
+    column: pa.ChunkedArray, width: int, lengths_E: np.ndarray, source: str, numbers_E: np.ndarray
+) -> None:
+    """Raises UserError where the rows of episodes are not of this width, with the episode."""
+    try:
+        matrix(column, width, source)
+    except UserError:
+        for start, length, number in zip(np.cumsum(lengths_E) - lengths_E, lengths_E, numbers_E, strict=True):
+            matrix(column[int(start) : int(start + length)], width, f"{source} of episode {number}")
+        raise
+
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    """Returns the types with the name that made lists give their values: read ones have another, and files keep it."""
+    return pa.schema([field.with_type(_plain(field.type)) for field in schema])
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(kind.value_type, kind.list_size) if pa.types.is_fixed_size_list(kind) else kind
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain(kind.value_type), kind.list_size)
+    return pa.list_(_plain(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
-def _new_tasks(numbers_N: np.ndarray, task_of: Mapping[int, int], there: str) -> np.ndarray:
-    """Returns the numbers of tasks in the merged dataset."""
-    for number in np.unique(numbers_N).tolist():
-        if number not in task_of:
-            raise UserError(f"{there}: has the task {number}, which is not in {TASKS}; write the dataset again")
-    return np.array([task_of[number] for number in numbers_N.tolist()], np.int64)
-
-
-def _renumbered(
-    row: dict[str, Any], columns: Mapping[str, np.ndarray], episode: int, first_frame: int
-) -> dict[str, Any]:
-    """Returns the row of an episode in the metadata under its new number, with the statistics of the new columns."""
-    length = len(columns["index"])
-    stats = {
-        f"stats/{name}/{key}": value
-        for name, values in columns.items()
-        for key, value in moments_of(values[:, None]).items()
-    }
-    new = {
-        "episode_index": episode,
-        "dataset_from_index": first_frame,
-        "dataset_to_index": first_frame + length,
-        **stats,
-    }
-    gone = tuple(f"stats/{name}/" for name in RENUMBERED)
-    return {name: value for name, value in row.items() if name in new or not name.startswith(gone)} | new
+def _new_tasks(
+    numbers_N: np.ndarray, dataset: LeRobotDataset, new_tasks: np.ndarray, episodes: slice, path: Path
+) -> pa.Array:
+    """Returns the numbers of tasks in the merged dataset, for the rows of these episodes."""
+    known = dataset.tasks.numbers_N
+    places_N = np.searchsorted(known, numbers_N).clip(max=max(0, len(known) - 1))
+    wrong_N = known[places_N] != numbers_N if len(known) else np.ones(len(numbers_N), bool)
+    if wrong_N.any():
+        row = int(wrong_N.argmax())
+        episode = episodes.start + int(np.searchsorted(np.cumsum(dataset.lengths[episodes]), row, side="right"))
+        raise UserError(
+            f"{path}: episode {dataset.numbers[episode]}: has the task {numbers_N[row]}, which is not in {TASKS}; "
+            "write the dataset again"
+        )
+    return pa.array(new_tasks[places_N].astype(np.int64))

@@ -9,16 +9,31 @@ import json
 import math
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from lapa.data.dataset import all_image_keys, image_keys
-from lapa.data.tables import AGAIN, column_names, floats, integers, parsing, read_json_rows, read_parquet
+from lapa.data.tables import (
+    AGAIN,
+    LISTS,
+    Texts,
+    as_numpy,
+    column_names,
+    floats,
+    integers,
+    is_text,
+    parsing,
+    read_json_rows,
+    read_parquet,
+    texts_of,
+)
 from lapa.errors import UserError, shown
 from lapa.files import errors_about, find_files, inside, is_remote, read_json, reading
 
@@ -86,27 +101,41 @@ def read_info(root: Path) -> dict[str, Any]:
     return info
 
 
-def read_tasks(root: Path, legacy: bool) -> dict[int, str]:
-    """Reads the instruction of each task_index, in order; none where the file is missing."""
+class Tasks(Texts):
+    """Instructions, ordered by their numbers (task_index); numbers_N: these."""
+
+    __slots__ = ("numbers_N",)
+
+    def __init__(self, numbers_N: Int[np.ndarray, "N"], texts: pa.ChunkedArray | Sequence[str]):
+        # Of two with one number, the later one.
+        self.numbers_N, last_N = np.unique(numbers_N[::-1], return_index=True)
+        super().__init__(Texts(texts).array.take(pa.array(len(numbers_N) - 1 - last_N)))
+
+    def get(self, number: int) -> str:
+        """Returns the instruction of a number, "" where there is none."""
+        place = int(np.searchsorted(self.numbers_N, number))
+        known = place < len(self) and self.numbers_N[place] == number
+        return str(self[place]) if known else ""
+
+
+def read_tasks(root: Path, legacy: bool) -> Tasks:
+    """Reads the instructions; none where the file is missing."""
     if not (root / (LEGACY_TASKS if legacy else TASKS)).exists():
-        return {}
+        return Tasks(np.zeros(0, np.int64), [])
     if legacy:
         rows = read_json_rows(root / LEGACY_TASKS, {"task_index": int, "task": str})
-        return dict(sorted((row["task_index"], row["task"]) for row in rows))
+        return Tasks(np.array([row["task_index"] for row in rows], np.int64), [row["task"] for row in rows])
     path = root / TASKS
     table = read_parquet(path)
     # pandas gives an index without a name this one.
     names = [name for name in ("task", "__index_level_0__") if name in table.column_names]
     if not names or "task_index" not in table.column_names:
         raise UserError(f"{path}: needs the columns task and task_index; {AGAIN}")
-    pairs = zip(integers(table, "task_index", path).tolist(), table[names[0]].to_pylist(), strict=True)
-    return dict(sorted((number, str(task or "")) for number, task in pairs))
+    return Tasks(integers(table, "task_index", path), texts_of(table[names[0]]))
 
 
-def read_episodes(
-    root: Path, legacy: bool, video_keys: Sequence[str], tasks: Mapping[int, str]
-) -> dict[str, np.ndarray]:
-    """Reads the metadata of all episodes, in order, as columns.
+def read_episodes(root: Path, legacy: bool, video_keys: Sequence[str], tasks: Tasks) -> dict[str, Any]:
+    """Reads the metadata of all episodes, in order, as columns: arrays, and `Texts`.
 
     episode_index, length, instruction (the first of its tasks), num_tasks, source (what it was made from, where that is
     noted), flaw (what is wrong with these, "" where nothing is), and for v3.0 its location: data/chunk_index,
@@ -115,13 +144,7 @@ def read_episodes(
     """
     path = root / (LEGACY_EPISODES if legacy else EPISODES)
     with parsing(path):
-        columns = _legacy_episodes(path) if legacy else _episodes(root, video_keys)
-        # Many episodes share their texts, which are looked at once.
-        texts_of = cache(partial(_texts_of, known=tasks))
-        listed = ((its,) if isinstance(its, str) else tuple(its) for its in columns.pop("tasks"))
-        texts = [texts_of(its) for its in listed]
-        columns["num_tasks"] = np.array([len(its) for its in texts], np.int64)
-        columns["instruction"] = np.array([its[0] if its else "" for its in texts], object)
+        columns = _legacy_episodes(path, tasks) if legacy else _episodes(root, video_keys, tasks)
     if not len(columns["length"]):
         raise UserError(f"{root}: holds no episode; write it again")
     numbers = columns["episode_index"]
@@ -177,9 +200,40 @@ def find_episodes(
     return np.array(firsts), flaws
 
 
-def _texts_of(tasks: tuple[Any, ...], known: Mapping[int, str]) -> list[str]:
+def _instructions(column: pa.ChunkedArray, tasks: Tasks) -> tuple[pa.ChunkedArray, Int[np.ndarray, "E"]]:
+    """Returns the first text of each episode, "" without one, and how many it has.
+
+    column: their `tasks`: texts, or lists of texts or of numbers of tasks.
+    """
+    if is_text(column.type):
+        texts = texts_of(column)
+        return texts, 1 - as_numpy(_is_blank(texts).cast(pa.int64()))
+    if not (any(is_kind(column.type) for is_kind in LISTS) and is_text(column.type.value_type)):
+        # Many episodes share their texts, which are looked at once.
+        named = cache(partial(_texts_of, tasks=tasks))
+        listed = ((its,) if isinstance(its, str) else tuple(its or ()) for its in column.to_pylist())
+        found = [named(its) for its in listed]
+        firsts = pa.array([its[0] if its else "" for its in found], pa.large_string())
+        return pa.chunked_array([firsts]), np.array([len(its) for its in found], np.int64)
+    flat = column.combine_chunks()
+    owners, texts = pc.list_parent_indices(flat), texts_of(pa.chunked_array([pc.list_flatten(flat)]))
+    places_N = np.flatnonzero(as_numpy(_is_blank(texts).cast(pa.uint8())) == 0)
+    owners_N = as_numpy(owners)[places_N]
+    counts_E = np.bincount(owners_N, minlength=len(column))
+    firsts_E = np.full(len(column), -1)
+    # Of several values that are put in one place, the last one stays.
+    firsts_E[owners_N[::-1]] = places_N[::-1]
+    places = pa.array(firsts_E, mask=firsts_E < 0)
+    return texts.take(places).fill_null(""), counts_E
+
+
+def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.equal(pc.utf8_trim_whitespace(texts), "")
+
+
+def _texts_of(listed: tuple[Any, ...], tasks: Tasks) -> list[str]:
     """Returns the instructions in an episode's `tasks`, texts or numbers of tasks; without empty ones."""
-    texts = [known.get(task, "") if type(task) is int else str(task or "") for task in tasks]
+    texts = [tasks.get(task) if type(task) is int else str(task or "") for task in listed]
     return [text for text in texts if text.strip()]
 
 
@@ -277,14 +331,22 @@ def _is_template(template: Any, fields: Sequence[str]) -> bool:
     )
 
 
-def _episodes(root: Path, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
-    parts = [_episode_rows(path, video_keys) for path in episode_files(root)]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _episodes(root: Path, video_keys: Sequence[str], tasks: Tasks) -> dict[str, Any]:
+    parts = [_episode_rows(path, video_keys, tasks) for path in episode_files(root)]
+    columns = {name: _joined([part.pop(name) for part in parts]) for name in list(parts[0])}
     order = np.argsort(columns["episode_index"], kind="stable")
+    if (np.diff(order) == 1).all():
+        return columns
     return {name: values[order] for name, values in columns.items()}
 
 
-def _episode_rows(path: Path, video_keys: Sequence[str]) -> dict[str, np.ndarray]:
+def _joined(parts: list[Any]) -> Any:
+    if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts)
+    return Texts(pa.chunked_array([chunk for part in parts for chunk in part.chunks]))
+
+
+def _episode_rows(path: Path, video_keys: Sequence[str], tasks: Tasks) -> dict[str, Any]:
     """Reads a file of episodes.
 
     What is empty, or no number of its kind, is a flaw of that episode alone, and what is lacking of a camera, of that
@@ -317,9 +379,10 @@ def _episode_rows(path: Path, video_keys: Sequence[str]) -> dict[str, np.ndarray
             values = np.where(fits, values, least)
             columns[name] = values if name.endswith(SPAN) else values.astype(np.int64)
         columns[f"{kind}/flaw" if kind else "flaw"] = flaws
-    for name, empty in (("source", ""), ("tasks", [])):
-        values = table[name].to_pylist() if name in present else [empty] * len(table)
-        columns[name] = np.fromiter((value or empty for value in values), object, len(table))
+    empty = pa.chunked_array([pa.array([""] * len(table), pa.large_string())])
+    columns["source"] = texts_of(table["source"]) if "source" in present else empty
+    listed = table["tasks"] if "tasks" in present else empty
+    columns["instruction"], columns["num_tasks"] = _instructions(listed, tasks)
     return columns
 
 
@@ -328,7 +391,7 @@ def _episode_flaw(path: Path, episode: int, column: str, found: object) -> str:
     return f"{path}: {column} of episode {episode} is {what}; correct it or leave the episode out"
 
 
-def _legacy_episodes(path: Path) -> dict[str, Any]:
+def _legacy_episodes(path: Path, tasks: Tasks) -> dict[str, Any]:
     rows = read_json_rows(path, {"episode_index": int})
     rows.sort(key=lambda row: row["episode_index"])
     fits = [type(row.get("length")) is int and 1 <= row["length"] <= MOST_FRAMES for row in rows]
@@ -336,10 +399,13 @@ def _legacy_episodes(path: Path) -> dict[str, Any]:
         "" if fit else _episode_flaw(path, row["episode_index"], "length", row.get("length"))
         for row, fit in zip(rows, fits, strict=True)
     ]
+    listed = ((its,) if isinstance(its := row.get("tasks") or (), str) else tuple(its) for row in rows)
+    texts = [_texts_of(its, tasks) for its in listed]
     return {
+        "num_tasks": np.array([len(its) for its in texts], np.int64),
+        "instruction": Texts([its[0] if its else "" for its in texts]),
         "episode_index": np.array([row["episode_index"] for row in rows], np.int64),
         "length": np.array([row["length"] if fit else 1 for row, fit in zip(rows, fits, strict=True)], np.int64),
         "flaw": np.array(flaws, object),
-        "source": np.array([str(row.get("source") or "") for row in rows], object),
-        "tasks": [row.get("tasks") or [] for row in rows],
+        "source": Texts([str(row.get("source") or "") for row in rows]),
     }

@@ -15,7 +15,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -33,9 +33,10 @@ from lapa.data.dataset import ACTION, STATE, ActionSpace, image_keys, require_fi
 from lapa.data.lerobot import LeRobotDataset, require_folder
 from lapa.data.metadata import EXTRA, INFO, JOURNAL, STATS, TASKS, episode_files
 from lapa.data.spec import open_dataset
+from lapa.data.statistics import Totals, moments_of
 from lapa.data.tables import parsing, read_parquet
 from lapa.data.video import probe
-from lapa.data.writer import FRAME_COLUMNS, REQUESTS, Moments, feature_column, moments_of, write_parquet
+from lapa.data.writer import FRAME_COLUMNS, REQUESTS, feature_column, write_parquet
 from lapa.errors import UserError
 from lapa.files import (
     atomic_path,
@@ -51,9 +52,6 @@ from lapa.files import (
 from lapa.locks import locks_output
 
 NO_ACTIONS = "lapa data hide-actions"
-STATISTICS = ("min", "max", "mean", "std", "count")
-# The square of a larger number may be infinite.
-LARGEST = 1e150
 # The columns that are written anew.
 CHANGED = (ACTION, "episode_index", "index")
 
@@ -135,7 +133,7 @@ def rewrite_actions(
             kind, span = f"videos/{dataset.camera_key(camera)}", dataset.span_in_video(episode, camera)
             change |= {f"{kind}/from_timestamp": span[0], f"{kind}/to_timestamp": span[1]}
     paths = {dataset.video_path(episode, camera) for episode in rows for camera in dataset.cameras}
-    link_videos({path: targets[path] for path in sorted(paths)}, [dataset.root])
+    report_links(*link_videos(((path, targets[path]) for path in sorted(paths)), [dataset.root]))
     videos = {path.relative_to(dataset.root).as_posix() for path in paths}
     changes = {int(dataset.numbers[episode]): change for episode, change in rows.items()}
     totals = _write_episodes(dataset, targets, changes, list(features))
@@ -150,7 +148,7 @@ def rewrite_actions(
     names = {path.relative_to(out).as_posix() for path in targets.values() if path.exists()} - {INFO, JOURNAL}
     # Videos are the same files, whose checksums are those that they were written with.
     known = {name: digest for name, digest in read_sums(dataset.root).items() if name in names and name in videos}
-    write_marker(out, INFO, info, names - set(known), known)
+    write_marker(out, INFO, info, names - set(known), known.items())
     (out / JOURNAL).unlink(missing_ok=True)
     return LeRobotDataset(out)
 
@@ -255,62 +253,26 @@ def _write_episodes(
         for row in known:
             new = changes[int(row["episode_index"])]
             rows.append({name: value for name, value in row.items() if name in new or not name.startswith(gone)} | new)
-            totals.add(rows[-1])
         if rows:
-            write_parquet(targets[path], pa.Table.from_pylist(rows))
+            written = pa.Table.from_pylist(rows)
+            totals.add(written)
+            write_parquet(targets[path], written)
     return totals.to_dict()
 
 
-class Totals:
-    """Statistics of features of a dataset, merged from those of its episodes; of features that all episodes have."""
-
-    def __init__(self, features: Sequence[str]):
-        self._moments = {name: Moments() for name in features}
-        self._shapes: dict[str, Any] = {}
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """Adds an episode, by its row in the metadata."""
-        for name in list(self._moments):
-            values = _statistics(row, name)
-            if values is None or self._shapes.setdefault(name, values["mean"].shape) != values["mean"].shape:
-                del self._moments[name]
-            else:
-                self._moments[name].merge({key: value.ravel().tolist() for key, value in values.items()})
-
-    def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns what meta/stats.json holds."""
-        return {
-            name: {
-                key: value if key == "count" else np.reshape(value, self._shapes[name]).tolist()
-                for key, value in moments.to_dict().items()
-            }
-            for name, moments in self._moments.items()
-            if moments.count
-        }
-
-
-def _statistics(row: Mapping[str, Any], feature: str) -> dict[str, np.ndarray] | None:
-    """Returns an episode's statistics of a feature, None where one is missing or they are no numbers that fit."""
-    try:
-        values = {key: np.array(row[f"stats/{feature}/{key}"], np.float64) for key in STATISTICS}
-    except (KeyError, OverflowError, TypeError, ValueError):
-        return None
-    shapes = {value.shape for key, value in values.items() if key != "count"}
-    small = all((np.abs(value) < LARGEST).all() for value in values.values())
-    count = values["count"]
-    return values if small and len(shapes) == 1 and count.size == 1 and count.min() >= 1 else None
-
-
-def link_videos(targets: Mapping[Path, Path], roots: Sequence[Path]) -> None:
+def link_videos(pairs: Iterable[tuple[Path, Path]], roots: Sequence[Path]) -> tuple[int, int]:
     """Links video files to their places in a new dataset, or copies them: on stores, or where the file system cannot.
 
-    roots: the folders of the datasets that they are of.
+    pairs: each file and its place; roots: the folders of the datasets that they are of.
+    Returns how many files were linked, and how many copied.
     """
     folders = [root.resolve() for root in roots if not is_remote(root)]
-    remote = [pair for pair in targets.items() if any(map(is_remote, pair))]
-    with ThreadPoolExecutor(REQUESTS) as threads:
-        num_copied = len(list(threads.map(lambda pair: copy_file(*pair), remote)))
-    for path, target in (pair for pair in targets.items() if not any(map(is_remote, pair))):
+    num_linked = num_copied = 0
+    remote: list[tuple[Path, Path]] = []
+    for path, target in pairs:
+        if is_remote(path) or is_remote(target):
+            remote.append((path, target))
+            continue
         source = Path(os.path.realpath(path))
         if not any(source.is_relative_to(folder) for folder in folders):
             # A link of the hub's cache, or to any file: what is no video is not taken along.
@@ -320,6 +282,7 @@ def link_videos(targets: Mapping[Path, Path], roots: Sequence[Path]) -> None:
         try:
             os.link(source, temporary)
             temporary.replace(target)
+            num_linked += 1
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write the dataset again") from None
         except OSError:
@@ -328,4 +291,10 @@ def link_videos(targets: Mapping[Path, Path], roots: Sequence[Path]) -> None:
         finally:
             # Also after success: a link that replaces one to the same file stays.
             temporary.unlink(missing_ok=True)
-    say(f"videos: {len(targets) - num_copied} files linked, {num_copied} copied")
+    with ThreadPoolExecutor(REQUESTS) as threads:
+        num_copied += len(list(threads.map(lambda pair: copy_file(*pair), remote)))
+    return num_linked, num_copied
+
+
+def report_links(num_linked: int, num_copied: int) -> None:
+    say(f"videos: {num_linked} files linked, {num_copied} copied")

@@ -29,7 +29,7 @@ from lapa.types import Plain
 class Item(Plain):
     """The origin of one episode (or, cut into shots, of several).
 
-    key: its name within the source, which never changes: resumed conversions and the dataset's `source` column use it.
+    key: its name within the source, which never changes: the dataset's `source` column has it.
     place: plain values by which the source finds it.
     instruction, length (frames): where they are known without reading it; else "" and None.
     """

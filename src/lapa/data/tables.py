@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from lapa.errors import UserError
 from lapa.files import open_for_arrow, parse_json, reading, why_unreadable
+from lapa.types import Plain
 
 AGAIN = "write the dataset again"
 # Bytes that columns of a file may take in memory: so many in any case, and so many times the size of the file. Repeated
@@ -79,6 +80,44 @@ def read_json_rows(path: Path, keys: Mapping[str, type]) -> list[dict[str, Any]]
             raise UserError(f"{path}: line {number} lacks {', '.join(lacking)}; {AGAIN}")
         rows.append(row)
     return rows
+
+
+class Texts(Plain, Sequence[str]):
+    """Texts in one piece of memory, without an object of Python's for each.
+
+    So the processes that a training forks share it: an object would be copied where it is looked at, with the page of
+    memory around it, since its references are counted.
+    """
+
+    __slots__ = ("array",)
+
+    def __init__(self, texts: pa.Array | pa.ChunkedArray | Sequence[str]):
+        if not isinstance(texts, pa.Array | pa.ChunkedArray):
+            texts = pa.array(texts, pa.large_string())
+        self.array = texts.cast(pa.large_string())
+        if isinstance(self.array, pa.ChunkedArray):
+            self.array = self.array.combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns one text, or those of an array of indices."""
+        return Texts(self.array.take(pa.array(index))) if isinstance(index, np.ndarray) else self.array[index].as_py()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+
+def texts_of(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns a column as texts, "" for what is empty."""
+    if is_text(column.type):
+        return column.cast(pa.large_string()).fill_null("")
+    return pa.chunked_array([pa.array([str(value or "") for value in column.to_pylist()], pa.large_string())])
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -42,10 +42,13 @@ from lapa.data.metadata import (
     JOURNAL,
     JOURNAL_PARTS,
     LEFT_OUT,
+    SPAN,
     STATS,
     TASKS,
     VIDEO_PATH,
 )
+from lapa.data.statistics import PixelMoments, Totals, moments_by_episode, moments_of
+from lapa.data.tables import as_numpy
 from lapa.data.video import encode_clip, probe
 from lapa.errors import UserError, shown
 from lapa.files import (
@@ -66,7 +69,9 @@ from lapa.stores import content_of, create
 MAX_NAME = 200  # Bytes of a camera's name, which is part of folders' names.
 CHUNK_SIZE = 1000  # Files per chunk folder, LeRobot's default.
 ROWS_PER_FILE = 500_000  # Of a data parquet: some tens of MB.
-EPISODES_PER_GROUP = 1000  # Rows of metadata held in memory at once.
+EPISODES_PER_GROUP = 1000  # Episodes whose rows are made at once.
+EPISODES_PER_FILE = 10_000
+TASKS_AT_ONCE = 1 << 20
 # In meta/lapa.json: what the source held.
 SOURCE_FINGERPRINT = "source_fingerprint"
 # What an episode may have in the journal besides its content (`add_episode_files`), and which become columns.
@@ -77,8 +82,10 @@ FRAME_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_ind
 # Of a dataset on a store: requests at a time, fewer than a client has connections (botocore 10), of which the lock
 # needs one within seconds; and lines that are one object of the journal.
 REQUESTS, LINES_PER_PART = 8, 32
-# Statistics need no more than a sample of the pixels.
-FRAME_STRIDE, PIXEL_STRIDE = 5, 4
+# Bytes of a SHA-256.
+DIGEST = 32
+# Columns that depend on the episodes before, in the data files and with their statistics.
+RENUMBERED = ("episode_index", "index", "task_index")
 
 
 class DatasetWriter:
@@ -94,9 +101,10 @@ class DatasetWriter:
         `delta` or `absolute` (lapa.data.dataset).
     robot_type: for meta/info.json. keyframe_interval: frames between two keyframes of the videos.
     extra_info: how the dataset is made, noted in meta/lapa.json (`Dataset.extra`).
-    resume: continue after the last whole episode of a writer with the same settings. `done_sources` are the sources of
-        its episodes, `done_items` the items that are closed, and `notes` what was counted of them. Where `root` holds a
-        finished dataset of these settings, `finished` is set, and `finish` opens it. `identity` is a hash of these.
+    resume: continue after the last whole episode of a writer with the same settings. `num_items` is how many items are
+        closed, `notes` what was counted of them, and `done_sources` are the sources of the episodes since then. Where
+        `root` holds a finished dataset of these settings, `finished` is set, and `finish` opens it. `identity` is a
+        hash of these.
     drop_duplicates: `is_duplicate` and `add_unfinished` find episodes that look like an earlier one.
     part: what is written is for the `add_unfinished` of another writer, which needs the examples of all episodes.
     Raises UserError where `root` was begun with other settings, or holds a finished dataset and is not to be resumed.
@@ -127,10 +135,9 @@ class DatasetWriter:
         self.robot_type, self.keyframe_interval = robot_type, keyframe_interval
         declared = {} if action_names is None else ActionSpace.named(action_names, binary_actions, control).declared()
         self.extra_info = {**(extra_info or {}), **declared}
-        self.num_episodes = 0
+        self.num_episodes = self.num_items = 0
         self.finished = False
         self.done_sources: set[str] = set()
-        self.done_items: set[str] = set()
         self.notes: Counter[str] = Counter()
         # For the page about what was left out; and of the item that is not closed yet.
         self._examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -138,8 +145,6 @@ class DatasetWriter:
         self._open_examples: list[dict[str, Any]] = []
         self._part = part
         self._duplicates = Duplicates() if drop_duplicates else None
-        # Of the episodes in `_duplicates`.
-        self._sources: list[str] = []
         # What is on its way to a store; else the dataset's own folder.
         self._outgoing = tempfile.TemporaryDirectory(prefix="lapa-") if is_remote(self.root) else None
         self._here = Path(self._outgoing.name) if self._outgoing else self.root
@@ -219,33 +224,36 @@ class DatasetWriter:
         self._open_notes[DUPLICATE] += 1
         # It was counted as kept when its item was converted.
         self._open_notes[NO_INSTRUCTION] -= not episode["instruction"].strip()
-        text = f"like {self._sources[first]}"
-        self._open_examples.append(
-            {"reason": DUPLICATE, "source": episode["source"], TEXT: text, IMAGE: episode.get(IMAGE)}
-        )
+        if max(len(self._examples[DUPLICATE]), len(self._open_examples)) < EXAMPLES:
+            lines = (record for record in Journal(self._journal.path) if LOOKS in record)
+            text = f"like {next(islice(lines, first, None))['source']}"
+            self._open_examples.append(
+                {"reason": DUPLICATE, "source": episode["source"], TEXT: text, IMAGE: episode.get(IMAGE)}
+            )
         return True
 
-    def add_unfinished(self, root: Path) -> None:
+    def add_unfinished(self, root: Path, first: int) -> None:
         """Adds, in order, what another writer has written in `root`, a folder, and not finished; its videos are moved.
 
-        `root` may be on the store of this dataset; videos are copied there then, and lines are written as one part.
-        Where this was interrupted, it goes on: sources and items that are there are left out.
+        first: the number of its first item here. `root` may be on the store of this dataset; videos are copied there
+        then, and lines are written as one part. Where this was interrupted, it goes on: what is there is left out.
         """
         lines = iter(Journal(root / JOURNAL))
         next(lines, None)
-        number = 0
+        item, number = first, 0
+        episodes: list[Mapping[str, Any]] = []
         for record in lines:
-            if "item" in record:
-                if record["item"] not in self.done_items:
-                    self.close_item(record["item"], record["notes"], record.get("examples", ()))
-                self._open_notes.clear()
-                self._open_examples.clear()
+            if "item" not in record:
+                episodes.append(record)
                 continue
-            name, number = partial(self._video_name, number=number), number + 1
-            if record["source"] in self.done_sources or self.is_duplicate(record):
-                continue
-            self._move({camera: root / name(camera) for camera in self.cameras})
-            self._write_record(record)
+            if item == self.num_items:
+                for at, episode in enumerate(episodes, number):
+                    if episode["source"] not in self.done_sources and not self.is_duplicate(episode):
+                        self._move({camera: root / self._video_name(camera, at) for camera in self.cameras})
+                        self._write_record(episode)
+                self.close_item(record["item"], record["notes"], record.get("examples", ()))
+            item, number = item + 1, number + len(episodes)
+            episodes = []
         self.flush()
 
     def close_item(
@@ -253,16 +261,16 @@ class DatasetWriter:
     ) -> None:
         """Records that all episodes of `item` have been added or left out.
 
-        notes: counts to report; `notes` adds them up over all runs, and `done_items` has the items. examples: of what
-        was left out, each with its `reason`, one of the notes, `source`, `text` and `image`, a data URL or None.
+        notes: counts to report; `notes` adds them up over all runs. Items are closed in one order, by which a resumed
+        conversion knows what is done. examples: of what was left out, each with its `reason`, one of the notes,
+        `source`, `text` and `image`, a data URL or None.
         """
         notes = Counter(notes or {}) + self._open_notes
         shown = [example for example in (*examples, *self._open_examples) if self._take_example(example)]
         self._journal.append({"item": item, "notes": dict(notes), "examples": shown})
         self._open_notes.clear()
         self._open_examples.clear()
-        self.done_items.add(item)
-        self.notes.update(notes)
+        self._note_item(notes)
         self._flush_where_many()
 
     def discard(self) -> None:
@@ -285,35 +293,29 @@ class DatasetWriter:
             raise UserError(f"{self.root}: no episode was written; there is nothing to finish")
         tasks: dict[str, int] = {}
         self.flush()
-        totals = {name: Moments() for name in (*self._image_keys, *self.widths, *FRAME_COLUMNS)}
-        tables = Tables(self.root)
-        num_frames = index = 0
-        videos: dict[str, str] = {}
-        for index, record in enumerate(self._records()):
-            for camera, digest in record["videos"].items():
-                videos[self._video_name(camera, index)] = digest
-            task = tasks.setdefault(record["instruction"], len(tasks))
-            steps, ones = np.arange(record["length"]), np.ones(record["length"], np.int64)
-            values = (steps / self.fps, steps, index * ones, num_frames + steps, task * ones)
-            columns = dict(zip(FRAME_COLUMNS, values, strict=True))
-            stats = {**record["stats"], **{name: moments_of(values[:, None]) for name, values in columns.items()}}
-            for name, values in stats.items():
-                totals[name].merge(values)
-            tables.add(self._frame_table(record, columns), self._episode_row(record, index, num_frames, stats))
-            num_frames += record["length"]
-        if index + 1 != self.num_episodes:
+        tables = Tables(self.root, [*self._image_keys, *self.widths, *FRAME_COLUMNS])
+        digests = bytearray()
+        records = self._records()
+        while some := list(islice(records, EPISODES_PER_GROUP)):
+            for record in some:
+                for camera in self.cameras:
+                    digests += bytes.fromhex(record["videos"][camera])
+            numbers = [tasks.setdefault(record["instruction"], len(tasks)) for record in some]
+            tables.add(*self._tables_of(some, np.array(numbers), tables.num_episodes))
+        if tables.num_episodes != self.num_episodes:
             raise UserError(f"{self._journal.path}: has lost an episode; --overwrite to start anew")
         tables.close()
         write_tasks(self.root / TASKS, list(tasks))
-        stats = {name: self._shaped(moments.to_dict(), name) for name, moments in totals.items()}
-        write_json(self.root / STATS, stats)
+        write_json(self.root / STATS, tables.totals.to_dict())
         write_json(self.root / EXTRA, self.extra_info)
         files = [TASKS, STATS, EXTRA, *tables.files]
-        if self.done_items:
-            page = left_out_page(self.extra_info, len(self.done_items), index + 1, self.notes, self._examples)
+        if self.num_items:
+            page = left_out_page(self.extra_info, self.num_items, self.num_episodes, self.notes, self._examples)
             write_text(self.root / LEFT_OUT, page)
             files.append(LEFT_OUT)
-        write_marker(self.root, INFO, self._info(num_frames, len(tasks)), files, known=videos)
+        names = (self._video_name(camera, index) for index in range(self.num_episodes) for camera in self.cameras)
+        videos = ((name, digests[DIGEST * at : DIGEST * (at + 1)].hex()) for at, name in enumerate(names))
+        write_marker(self.root, INFO, self._info(tables.num_frames, len(tasks)), files, known=videos)
         self._remove_journal()
         self.finished = True
         return LeRobotDataset(self.root)
@@ -347,8 +349,7 @@ class DatasetWriter:
             if number == 0:
                 self._require_same(settings, record)
             elif "item" in record:
-                self.done_items.add(record["item"])
-                self.notes.update(record["notes"])
+                self._note_item(record["notes"])
                 for example in record.get("examples", ()):
                     self._take_example(example)
             else:
@@ -473,13 +474,18 @@ class DatasetWriter:
         self._flush_where_many()
         return self.num_episodes - 1
 
+    def _note_item(self, notes: Mapping[str, int]) -> None:
+        """Notes an item that is closed in the journal, of whose episodes none will come again."""
+        self.num_items += 1
+        self.done_sources.clear()
+        self.notes.update(notes)
+
     def _note_episode(self, record: Mapping[str, Any]) -> None:
         """Notes an episode that is in the journal."""
         self.num_episodes += 1
         self.done_sources.add(record["source"])
         if self._duplicates is not None and LOOKS in record:
             self._duplicates.add(record[LOOKS], record["length"])
-            self._sources.append(record["source"])
         if IMAGE in record:
             self._take_example({"reason": KEPT_EPISODES, **{name: record[name] for name in ("source", TEXT, IMAGE)}})
 
@@ -535,41 +541,47 @@ class DatasetWriter:
             raise UserError(f"{self._name(source)}: lengths differ: {counts}; all need one row a frame")
         return next(iter(counts.values()))
 
-    def _frame_table(self, record: dict[str, Any], columns: Mapping[str, np.ndarray]) -> pa.Table:
-        arrays: dict[str, pa.Array] = {
-            name: feature_column(np.asarray(record[name], dtype=np.float32).reshape(-1, width))
-            for name, width in self.widths.items()
-        }
-        for name, values in columns.items():
-            arrays[name] = pa.array(values.astype(np.float32 if name == "timestamp" else np.int64))
-        return pa.table(arrays)
+    def _tables_of(
+        self, records: Sequence[Mapping[str, Any]], tasks_E: np.ndarray, first: int
+    ) -> tuple[pa.Table, pa.Table]:
+        """Returns the rows of the frames of some episodes, and of their metadata, as `Tables.add` takes them.
 
-    def _episode_row(
-        self, record: dict[str, Any], episode: int, first: int, stats: Mapping[str, dict[str, list[float]]]
-    ) -> dict[str, Any]:
-        length = record["length"]
-        row: dict[str, Any] = {
-            "episode_index": episode,
-            "tasks": [record["instruction"]],
-            "length": length,
-            "dataset_from_index": first,
-            "dataset_to_index": first + length,
-            "source": record["source"],
+        tasks_E: the numbers of their instructions; first: the number of the first of them.
+        """
+        lengths_E = np.array([record["length"] for record in records])
+        steps_N = np.arange(lengths_E.sum()) - np.repeat(np.cumsum(lengths_E) - lengths_E, lengths_E)
+        times_N = steps_N / self.fps
+        frames: dict[str, pa.Array] = {}
+        for name, width in self.widths.items():
+            rows = [np.array(record[name], np.float32).reshape(-1, width) for record in records]
+            frames[name] = feature_column(np.concatenate(rows))
+        frames |= {name: pa.array(np.zeros_like(steps_N)) for name in FRAME_COLUMNS}
+        frames |= {"timestamp": pa.array(times_N.astype(np.float32)), "frame_index": pa.array(steps_N)}
+        frames["task_index"] = pa.array(np.repeat(tasks_E, lengths_E))
+        numbers_E = np.arange(first, first + len(records))
+        columns: dict[str, Any] = {
+            "episode_index": numbers_E,
+            "tasks": [[record["instruction"]] for record in records],
+            "length": lengths_E,
+            "dataset_from_index": np.zeros_like(lengths_E),
+            "dataset_to_index": np.zeros_like(lengths_E),
+            "source": [record["source"] for record in records],
         }
-        if CAMERA_MOTION in record:
-            row[CAMERA_MOTION] = record[CAMERA_MOTION]
+        if any(CAMERA_MOTION in record for record in records):
+            columns[CAMERA_MOTION] = [record.get(CAMERA_MOTION) for record in records]
         for key in self._image_keys:
-            row |= {f"videos/{key}/{name}": number for name, number in place(episode).items()}
-            row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / self.fps}
-        for name, values in stats.items():
-            row |= {f"stats/{name}/{statistic}": value for statistic, value in self._shaped(values, name).items()}
-        return row
-
-    def _shaped(self, values: dict[str, list[float]], feature: str) -> dict[str, Any]:
-        """Returns statistics in LeRobot's shapes: those of images are [3, 1, 1], to broadcast over C H W."""
-        if feature not in self._image_keys:
-            return values
-        return {name: value if name == "count" else [[[item]] for item in value] for name, value in values.items()}
+            columns |= {f"videos/{key}/{name}": its for name, its in place(numbers_E).items()}
+            columns |= {f"videos/{key}/{SPAN[0]}": 0.0 * lengths_E, f"videos/{key}/{SPAN[1]}": lengths_E / self.fps}
+        for name, statistics in records[0]["stats"].items():
+            for key in statistics:
+                values = np.array([record["stats"][name][key] for record in records])
+                # LeRobot's are [3, 1, 1] of images, to broadcast over C H W.
+                is_image = name in self._image_keys and key != "count"
+                columns[f"stats/{name}/{key}"] = list_column(values[..., None, None] if is_image else values)
+        for name, values in (("timestamp", times_N), ("frame_index", steps_N)):
+            for key, value in moments_by_episode(values, lengths_E).items():
+                columns[f"stats/{name}/{key}"] = list_column(value)
+        return pa.table(frames), pa.table(columns)
 
     def _info(self, num_frames: int, num_tasks: int) -> dict[str, Any]:
         fps = int(self.fps) if self.fps.is_integer() else self.fps
@@ -613,68 +625,9 @@ class DatasetWriter:
         }
 
 
-class Moments:
-    """Running minimum, maximum, mean and deviation of rows [N, D] that arrive in parts, merged exactly.
-
-    LeRobotDataset keeps them for each episode and for the whole. Chan et al., 1979, "Updating Formulae and a Pairwise
-    Algorithm for Computing Sample Variances".
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.minimum = self.maximum = self.mean = self.squares = np.zeros(0)
-
-    def add(self, rows_ND: Float[np.ndarray, "N D"]) -> None:
-        """Adds rows."""
-        rows = np.asarray(rows_ND, dtype=np.float64)
-        if len(rows):
-            mean = rows.mean(axis=0)
-            self._merge(len(rows), rows.min(axis=0), rows.max(axis=0), mean, ((rows - mean) ** 2).sum(axis=0))
-
-    def merge(self, values: dict[str, list[float]]) -> None:
-        """Adds the rows of another one, given its `to_dict`."""
-        count = int(values["count"][0])
-        low, high, mean, deviation = (np.array(values[name]) for name in ("min", "max", "mean", "std"))
-        self._merge(count, low, high, mean, deviation**2 * count)
-
-    def to_dict(self) -> dict[str, list[float]]:
-        """Returns the statistics under LeRobot's names, each a list of D numbers (count: one)."""
-        deviation = np.sqrt(self.squares / max(self.count, 1))
-        values = {"min": self.minimum, "max": self.maximum, "mean": self.mean, "std": deviation}
-        return {**{name: array.tolist() for name, array in values.items()}, "count": [self.count]}
-
-    def _merge(self, count: int, low: np.ndarray, high: np.ndarray, mean: np.ndarray, squares: np.ndarray) -> None:
-        if not self.count:
-            self.count, self.minimum, self.maximum, self.mean, self.squares = count, low, high, mean, squares
-            return
-        total, gap = self.count + count, mean - self.mean
-        self.minimum, self.maximum = np.minimum(self.minimum, low), np.maximum(self.maximum, high)
-        self.squares = self.squares + squares + gap**2 * (self.count * count / total)
-        self.mean = self.mean + gap * (count / total)
-        self.count = total
-
-
-class PixelMoments(Moments):
-    """Statistics of each colour channel, in [0, 1], of a stream of frames."""
-
-    def watch(self, frames: Iterable[UInt8[np.ndarray, "H W 3"]]) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
-        """Yields the frames, adding every few of them."""
-        for number, frame_HWC in enumerate(frames):
-            if number % FRAME_STRIDE == 0:
-                self.add(frame_HWC[::PIXEL_STRIDE, ::PIXEL_STRIDE].reshape(-1, 3) / 255.0)
-            yield frame_HWC
-
-
-def place(number: int) -> dict[str, int]:
-    """Returns chunk and number in it of a file, under LeRobot's names."""
+def place(number: Any) -> dict[str, Any]:
+    """Returns chunk and number in it of a file, or of an array of files, under LeRobot's names."""
     return {"chunk_index": number // CHUNK_SIZE, "file_index": number % CHUNK_SIZE}
-
-
-def moments_of(rows_ND: Float[np.ndarray, "N D"]) -> dict[str, list[float]]:
-    """Returns the statistics of rows."""
-    moments = Moments()
-    moments.add(rows_ND)
-    return moments.to_dict()
 
 
 def feature_column(rows_ND: np.ndarray) -> pa.Array:
@@ -683,59 +636,107 @@ def feature_column(rows_ND: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, width) if width > 1 else flat
 
 
+def list_column(values: np.ndarray) -> pa.Array:
+    """Returns an array [N, ...] as a column of lists (of lists) of numbers."""
+    column = pa.array(values.reshape(-1))
+    for size in reversed(values.shape[1:]):
+        column = pa.ListArray.from_arrays(pa.array(np.arange(0, len(column) + 1, size, dtype=np.int32)), column)
+    return column
+
+
 class Tables:
-    """The data files and the episodes files, filled in step, each closed when it is full."""
+    """The data files and the episodes files, filled in step, each closed when it is full.
 
-    def __init__(self, root: Path):
+    num_episodes, num_frames: how many were added; totals: their statistics, of these features; files: names of the
+    files that are written.
+    """
+
+    def __init__(self, root: Path, features: Iterable[str]):
         self.root = root
-        # A table of a few rows takes as much memory as one of a thousand, so they are merged now and then.
-        self.small: list[pa.Table] = []
-        self.frames: list[pa.Table] = []
-        self.rows: list[dict[str, Any]] = []
-        self.num_rows = self.data_file = self.episode_file = 0
+        self.num_episodes = self.num_frames = 0
+        self.totals = Totals(features)
         self.files: list[str] = []
+        self._frames: list[pa.Table] = []
+        self._episodes: list[pa.Table] = []
+        self._num_rows = self._data_file = self._episode_file = 0
 
-    def add(self, frames: pa.Table, row: dict[str, Any]) -> None:
-        """Adds an episode: its frames, and its row of metadata."""
-        if self.num_rows and self.num_rows + len(frames) > ROWS_PER_FILE:
-            self._write_frames()
-        if len(self.rows) >= EPISODES_PER_GROUP:
-            self._write_episodes()
-        self.small.append(frames)
-        if len(self.small) >= EPISODES_PER_GROUP:
-            self._merge()
-        for folder, number in (("data", self.data_file), ("meta/episodes", self.episode_file)):
-            row |= {f"{folder}/{name}": value for name, value in place(number).items()}
-        self.rows.append(row)
-        self.num_rows += len(frames)
+    def add(self, frames: pa.Table, episodes: pa.Table) -> None:
+        """Adds episodes: the rows of their frames, one episode after another, and their rows of metadata.
+
+        What depends on the episodes before is written here: RENUMBERED and their statistics, dataset_from_index,
+        dataset_to_index, and the files that the rows are in. Columns that are there keep their places.
+        """
+        lengths_E = as_numpy(episodes["length"])
+        episode = row = 0
+        while episode < len(lengths_E):
+            waiting = sum(map(len, self._episodes))
+            if waiting >= EPISODES_PER_FILE:
+                self._write_episodes()
+                continue
+            ends = np.cumsum(lengths_E[episode : episode + EPISODES_PER_FILE - waiting])
+            fit = int(np.searchsorted(ends, ROWS_PER_FILE - self._num_rows, side="right"))
+            if not fit and self._num_rows:
+                self._write_frames()
+                continue
+            fit = max(1, fit)
+            num_rows = int(ends[fit - 1])
+            self._place(frames[row : row + num_rows], episodes[episode : episode + fit])
+            episode, row = episode + fit, row + num_rows
 
     def close(self) -> None:
         """Writes the rest."""
         self._write_frames()
         self._write_episodes()
 
-    def _merge(self) -> None:
-        if self.small:
-            self.frames.append(pa.concat_tables(self.small).combine_chunks())
-            self.small = []
+    def _place(self, frames: pa.Table, episodes: pa.Table) -> None:
+        lengths_E = as_numpy(episodes["length"]).astype(np.int64)
+        numbers_E = self.num_episodes + np.arange(len(lengths_E))
+        ends_E = self.num_frames + np.cumsum(lengths_E)
+        new = {"episode_index": np.repeat(numbers_E, lengths_E), "index": self.num_frames + np.arange(len(frames))}
+        frames = with_columns(frames, {name: pa.array(values) for name, values in new.items()})
+        columns = {
+            "episode_index": pa.array(numbers_E),
+            "dataset_from_index": pa.array(ends_E - lengths_E),
+            "dataset_to_index": pa.array(ends_E),
+        }
+        for name in RENUMBERED:
+            for key, values in moments_by_episode(as_numpy(frames[name]), lengths_E).items():
+                columns[f"stats/{name}/{key}"] = list_column(values)
+        for folder, number in (("data", self._data_file), ("meta/episodes", self._episode_file)):
+            columns |= {f"{folder}/{name}": pa.array(np.full(len(episodes), at)) for name, at in place(number).items()}
+        self._frames.append(frames)
+        self._episodes.append(with_columns(episodes, columns))
+        self._num_rows += len(frames)
+        self.num_episodes, self.num_frames = self.num_episodes + len(episodes), self.num_frames + len(frames)
 
     def _write_frames(self) -> None:
-        self._merge()
-        self._write(DATA_PATH.format(**place(self.data_file)), pa.concat_tables(self.frames))
-        self.frames, self.num_rows = [], 0
-        self.data_file += 1
+        self._write(DATA_PATH.format(**place(self._data_file)), pa.concat_tables(self._frames).combine_chunks())
+        self._frames, self._num_rows = [], 0
+        self._data_file += 1
 
     def _write_episodes(self) -> None:
-        self._write(EPISODES_PATH.format(**place(self.episode_file)), pa.Table.from_pylist(self.rows))
-        self.rows = []
-        self.episode_file += 1
+        table = pa.concat_tables(self._episodes).combine_chunks()
+        self.totals.add(table)
+        self._write(EPISODES_PATH.format(**place(self._episode_file)), table)
+        self._episodes = []
+        self._episode_file += 1
 
     def _write(self, name: str, table: pa.Table) -> None:
         write_parquet(self.root / name, table)
         self.files.append(name)
 
 
-def write_tasks(path: Path, tasks: list[str]) -> None:
+def with_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    """Returns the table with these columns, in the place of those of the same name, or else at the end."""
+    for name, column in columns.items():
+        if name in table.column_names:
+            table = table.set_column(table.column_names.index(name), name, column)
+        else:
+            table = table.append_column(name, column)
+    return table
+
+
+def write_tasks(path: Path, tasks: Sequence[str] | pa.Array) -> None:
     """Writes a table that pandas reads with the instructions as its index, as LeRobot's own reader expects."""
     text = {"pandas_type": "unicode", "numpy_type": "object", "metadata": None}
     number = {"pandas_type": "int64", "numpy_type": "int64", "metadata": None}
@@ -749,7 +750,9 @@ def write_tasks(path: Path, tasks: list[str]) -> None:
         "creator": {"library": "pyarrow", "version": pa.__version__},
         "pandas_version": "2.2.0",
     }
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
+    # A piece of text columns holds two gigabytes at most.
+    parts = [pa.array(tasks[at : at + TASKS_AT_ONCE], pa.string()) for at in range(0, len(tasks), TASKS_AT_ONCE)]
+    table = pa.table({"task_index": pa.array(np.arange(len(tasks))), "task": pa.chunked_array(parts, pa.string())})
     write_parquet(path, table.replace_schema_metadata({"pandas": json.dumps(pandas)}))
 
 

@@ -126,7 +126,7 @@ def save_sharded(path: Path, run: RunState, step: int, random_states: list[dict[
     known = {name: digest for each in _gathered(sums) for name, digest in each.items()}
     if dist.get_rank() == 0:
         state = {"step": step, "run_config": lasting(run.run_config), "random": random_states}
-        write_marker(written, STATE, state, (), known)
+        write_marker(written, STATE, state, (), known.items())
         write_json(path, {"folder": written.name})
         _remove_others(path.parent, written.name)
     dist.barrier()
