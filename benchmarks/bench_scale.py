@@ -578,27 +578,25 @@ def memory_table(results: Path) -> str:
 
 
 def store_table(results: Path) -> str:
-    """Returns the table of pairs a second as Markdown."""
+    """Returns the table of pairs a second as Markdown, with shares of the local disk's rate where that is known."""
     its = read_figures(results)
-    lines = [
-        "| wait | local disk | one by one | read ahead | of the disk | `--store-cache`, cold | warm | of the disk |"
-    ]
-    lines.append("|---|" + "---:|" * 7)
+    names = {"disk": "local disk", "one_by_one": "one by one", "ahead": "read ahead"}
+    names |= {"cache_cold": "`--store-cache`, cold", "cache_warm": "warm"}
+    names = {name: title for name, title in names.items() if f"store_0ms_{name}_pairs_per_s" in its}
+    lines = ["| wait | " + " | ".join(names.values()) + " |", "|---|" + "---:|" * len(names)]
     for wait in (0, 20, 100):
-        disk, one, ahead, cold, warm = (
-            its[f"store_{wait}ms_{name}_pairs_per_s"]
-            for name in ("disk", "one_by_one", "ahead", "cache_cold", "cache_warm")
-        )
-        rates = [rounded(disk), rounded(one), rounded(ahead), f"{ahead / disk:.0%}"]
-        lines.append(
-            f"| {wait} ms | " + " | ".join([*rates, rounded(cold), rounded(warm), f"{warm / disk:.0%}"]) + " |"
-        )
+        rates = {name: its[f"store_{wait}ms_{name}_pairs_per_s"] for name in names}
+        shares = {name: f" ({rate / rates['disk']:.0%})" for name, rate in rates.items() if "disk" in rates}
+        cells = (rounded(rate) + shares.get(name, "") for name, rate in rates.items())
+        lines.append(f"| {wait} ms | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def ray_table(results: Path) -> str:
-    """Returns the table of Ray against local as Markdown."""
+    """Returns the table of Ray against local as Markdown; "" where that was not measured."""
     its = read_figures(results)
+    if "label_ray_wall_s" not in its:
+        return ""
     lines = ["| two workers | local | Ray | local / Ray |", "|---|---:|---:|---:|"]
     for stage in ("convert", "label"):
         local, ray = its[f"{stage}_local_wall_s"], its[f"{stage}_ray_wall_s"]

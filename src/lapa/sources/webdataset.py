@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -194,22 +195,25 @@ class WebDatasetSource(VideoFilesSource):
             return cast(dict[str, Any], found)
 
         listed, problems = scan_files(members, shards)
-        items: dict[str, Item] = {}
+        num_shards, items = len(listed), list[Item]()
         notes: Counter[str] = Counter()
-        for shard, found in listed.items():
+        for shard in list(listed):
+            # What is listed of a shard takes as much memory as its items, and is not kept.
+            found, seen = listed.pop(shard), set[str]()
             notes.update(found["notes"])
             problems += [found["problem"]] * bool(found["problem"])
-            for key, *place, text in found["videos"]:
-                item = Item(f"{shard}:{key}", (shard, *place), text or self._caption)
-                if items.setdefault(item.key, item) is not item:
+            for key, kind, *place, text in found["videos"]:
+                if key in seen:
                     problems.append(f"{self.root / shard}: {shown(key)} comes twice, with other files in between")
-                else:
-                    notes[NO_CAPTION] += not item.instruction
+                    continue
+                seen.add(key)
+                items.append(Item(f"{shard}:{key}", (shard, sys.intern(kind), *place), text or self._caption))
+                notes[NO_CAPTION] += not items[-1].instruction
         stop_or_skip(problems, FIX, self.skip_bad)
         for note in sorted(note for note, count in notes.items() if count):
             warn(f"{note}: {notes[note]}")
-        say(f"{len(items)} videos in {len(listed)} shards")
-        return list(items.values()), states
+        say(f"{len(items)} videos in {num_shards} shards")
+        return items, states
 
     def _sampled_headers(self) -> list[Any]:
         """Returns the headers of some videos. Raises UserError where none of them can be read."""
