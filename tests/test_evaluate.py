@@ -96,7 +96,8 @@ def test_baselines_meet_the_same_episodes(tmp_path: Path) -> None:
 def test_a_video_ends_with_its_outcome_below_the_frame(tmp_path: Path, policy: str, colour: str) -> None:
     settings = {"env": "synthetic", "tasks": "up", "episodes": 1, "videos": 1, "max_steps": 30}
     report = evaluate(EvaluateConfig(policy, tmp_path / "out", **settings))
-    assert set(report["episodes"][0]) == {"task", "episode", "seed", "success", "steps"}
+    assert set(report["episodes"][0]) == {"task", "episode", "seed", "success", "steps", "instruction"}
+    assert report["episodes"][0]["instruction"] == "move up"
     path = tmp_path / "out" / "videos" / "up-0.mp4"
     video = probe(path)
     shown = decode_clip(path, [0, (video.num_frames or 1) - 1], video.fps)

@@ -270,10 +270,10 @@ def test_the_papers_splits_of_language_table() -> None:
     assert task.videos == inside.videos and task.labelled.words[:2] == ("--families", "separate")
     assert "--look" in view.videos.words and view.labelled == inside.labelled
     assert "--camera" not in view.pseudo_labelled.words
-    own = replace(sizes, world=replace(sizes.world, clips="rlds:real"))
+    own = replace(sizes, world=replace(sizes.world, clips="REAL"))
     real = Plan(own, "cross-environment", 20, 0)
-    assert real.videos_without_actions.words == ("rlds:real",)
-    assert "rlds:real" in real.pretrained("actionvla").words
+    assert real.videos_without_actions.words == ("REAL",)
+    assert "REAL" in real.pretrained("actionvla").words
     assert Plan(own, "in-domain", 20, 0).videos == inside.videos
 
 
@@ -295,9 +295,11 @@ def test_clips_of_ones_own_make_another_study(tmp_path: Path, monkeypatch: pytes
     """Their path is in the study's settings, with which its page finds the steps again."""
     monkeypatch.setattr(study_run, "run_stages", lambda stages, ended: None)
     monkeypatch.setattr(study_run, "finish", lambda *_: None)
-    config = StudyConfig(out=tmp_path / "s", preset="small", arm=("scratch",), split="cross-environment", clips="CLIPS")
+    config = StudyConfig(
+        out=tmp_path / "s", preset="small", arm=("scratch",), split="cross-environment", clips=tmp_path / "clips"
+    )
     study_run.run(config)
-    assert read_json(config.out / "study.json")["sizes"]["world"]["clips"] == "CLIPS"
+    assert read_json(config.out / "study.json")["sizes"]["world"]["clips"] == str(tmp_path / "clips")
     with pytest.raises(ValueError, match="another study"):
         study_run.run(replace(config, clips=None))
 

@@ -31,9 +31,9 @@ class StudyConfig:
     cross-embodiment: a hand, no robot."""
     demonstrations: int = 2
     """Labelled episodes of each task."""
-    clips: str | None = None
-    """Dataset of videos, such as real ones, for the split cross-environment in place of another rendering:
-    [NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]; see `lapa data --help`."""
+    clips: Path | None = None
+    """Folder of a dataset whose videos, such as real ones, the split cross-environment has in place of another
+    rendering."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def run(config: StudyConfig) -> None:
     """`lapa study run`. Raises UserError on bad input, where a step fails, and where `out` is of another study."""
     sizes = sizes_of(config.preset)
     if config.clips is not None:
-        sizes = replace(sizes, world=replace(sizes.world, clips=config.clips))
+        sizes = replace(sizes, world=replace(sizes.world, clips=str(config.clips.resolve())))
     plans = [Plan(sizes, config.split, config.demonstrations, seed) for seed in config.seed]
     _require_installed(config, sizes)
     _require_same_study(config.out, config.preset, sizes)
