@@ -145,7 +145,8 @@ class _Running:
     """A stage's process, and how far its log has been shown."""
 
     def __init__(self, stage: Stage, lock: IO[bytes], threads: int | None) -> None:
-        self.stage, self._lock, self._note, self._status = stage, lock, stage.note(), None
+        self.stage, self._lock, self._note = stage, lock, stage.note()
+        self._status: int | None = None
         self._begun, self._seconds, self._cpu_seconds = time.monotonic(), 0.0, 0.0
         say(f"{stage.title}: $ lapa {' '.join(stage.command)}")
         stage.log.parent.mkdir(parents=True, exist_ok=True)

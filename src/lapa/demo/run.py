@@ -9,6 +9,7 @@ running is waited for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -86,8 +87,8 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
         needs = [made[word] for word in options if word in made]
         made[str(out / folder)] = out / folder / last
         log = out / "logs" / f"{folder.replace('/', '-')}.log"
-        lock, note = log.with_suffix(".lock"), partial(dict, title=title)
-        return Stage(title, command, out / folder / last, log, needs, lock, out / SECONDS, note)
+        note: Callable[[], dict[str, str]] = partial(dict, title=title)
+        return Stage(title, command, out / folder / last, log, needs, log.with_suffix(".lock"), out / SECONDS, note)
 
     def episodes(title: str, folder: str, number: int, *, actions: bool) -> Stage:
         if made_up:

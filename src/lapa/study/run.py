@@ -205,8 +205,9 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
 
 def _sums(rows: Sequence[Mapping[str, Any]], name: str, titles: Mapping[str, str]) -> dict[str, float]:
     """The sum of a number over the attempts of each step, by its title; without steps of which an attempt lacks it."""
-    found = {title: [row.get(name) for row in rows if row["key"] == key] for key, title in titles.items()}
-    return {title: round(sum(each), 1) for title, each in found.items() if each and None not in each}
+    found = {title: [row for row in rows if row["key"] == key] for key, title in titles.items()}
+    whole = {title: own for title, own in found.items() if own and all(name in row for row in own)}
+    return {title: round(sum(row[name] for row in own), 1) for title, own in whole.items()}
 
 
 def rollout_strip(videos: Path) -> Image.Image | None:
