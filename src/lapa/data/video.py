@@ -277,7 +277,13 @@ def film_of(container: InputContainer) -> VideoStream:
 
 
 class OpenClip:
-    """A container that stays open for random access."""
+    """A container that stays open for random access.
+
+    frames: those from the last seek on. moved: whether there was one.
+    """
+
+    frames: Iterator[VideoFrame]
+    moved: bool
 
     def __init__(self, path: Path):
         self.path = path
@@ -332,7 +338,7 @@ class OpenClip:
         self.stream = film_of(self.container)
         self.moved = False
         self.position: float | None = None
-        self.frames: Iterator[VideoFrame] = iter(())
+        self.frames = iter(())
         self.to_rgb = ToRgb(self.stream)
         # Threads that work on several frames at once would have to start again after every seek.
         self.stream.thread_type, self.stream.thread_count = "SLICE", 1

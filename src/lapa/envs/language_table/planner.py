@@ -21,7 +21,7 @@ SLACK = 1 + 1e-9
 def speed_up(rrt_star: ModuleType) -> None:
     """Replaces the module's planner and its test for collisions."""
 
-    class Planner(rrt_star.RRTStar):  # type: ignore[name-defined, misc]
+    class Planner(rrt_star.RRTStar):  # type: ignore[name-defined]
         """Holds the nodes' positions as an array, too."""
 
         def __init__(self, *options: Any) -> None:
