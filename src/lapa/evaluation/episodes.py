@@ -259,9 +259,9 @@ class _Episode:
     def result(self) -> EpisodeResult:
         if self._recorded:
             self._record()
-        frames, told = tuple(self._frames), self._instruction
+        frames, instruction = tuple(self._frames), self._instruction
         return EpisodeResult(
-            self.task, self.number, self.seed, self.success, self.steps, frames=frames, instruction=told
+            self.task, self.number, self.seed, self.success, self.steps, frames=frames, instruction=instruction
         )
 
     def _step(self, action: np.ndarray) -> None:

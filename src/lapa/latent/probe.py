@@ -73,8 +73,8 @@ class Row:
         return "-" if value is None or not over else format(value / over, self.digits)
 
 
-# What is read beside the quantised latent action, and what its figure tells.
-BESIDE = {
+# Other inputs of the same regressions, and how their figures are read.
+OTHERS = {
     "published": "with the noise of training",
     "continuous": "before quantisation",
     "pixel_difference": "yardstick",
@@ -87,8 +87,8 @@ BESIDE = {
 
 
 def _group(name: str, path: str, reading: str) -> tuple[Row, ...]:
-    """A figure from the quantised latent action and, below it, those from what is read beside. path: {} for which."""
-    others = (Row(f"  {kind.replace('_', ' ')}", path.format(kind), how) for kind, how in BESIDE.items())
+    """The figure from the quantised latent action and, below it, those from OTHERS. path: with {} for the input."""
+    others = (Row(f"  {kind.replace('_', ' ')}", path.format(kind), how) for kind, how in OTHERS.items())
     return (Row(f"{name}, quantised", path.format("quantized"), reading), *others)
 
 

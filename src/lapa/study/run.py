@@ -236,9 +236,9 @@ def _rollouts(study: Path, plan: Plan, episodes: Sequence[Mapping[str, Any]]) ->
             each["instruction"] if env == "language_table" else draw_instruction(each["task"], each["seed"])
             for each in episodes
         ]
-        told = [episode.instruction for episode in open_dataset(plan.labelled.folder(study)).episodes]
+        labelled = [episode.instruction for episode in open_dataset(plan.labelled.folder(study)).episodes]
         meant = named_blocks if env == "language_table" else str
-        known = {meant(instruction) for instruction in told}
+        known = {meant(instruction) for instruction in labelled}
         heard = [meant(instruction) in known for instruction in asked]
     return tuple(
         Rollout(each["task"], each["episode"], each["success"], each["steps"], known_wording)
