@@ -126,7 +126,7 @@ def test_the_control_has_the_codes_of_other_frames(study: Path) -> None:
     model = f"{own.manifest.lam_fingerprint}-shuffled"
     assert shuffled.manifest.lam_fingerprint == model
     policy = read_json(plan.pretrained("captions").folder(study) / "config.json")
-    assert policy["lam_fingerprint"] == model
+    assert policy["policy"]["lam_fingerprint"] == model
     pairs = [(own.codes(episode), shuffled.codes(episode)) for episode in own.episodes]
     assert all((frames_T == others_T).all() for (frames_T, _), (others_T, _) in pairs)
     before, after = (np.concatenate([pair[which][1] for pair in pairs]) for which in (0, 1))

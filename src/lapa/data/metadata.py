@@ -124,7 +124,8 @@ def read_tasks(root: Path, legacy: bool) -> Tasks:
         return Tasks(np.zeros(0, np.int64), [])
     if legacy:
         rows = read_json_rows(root / LEGACY_TASKS, {"task_index": int, "task": str})
-        return Tasks(np.array([row["task_index"] for row in rows], np.int64), [row["task"] for row in rows])
+        with parsing(root / LEGACY_TASKS):
+            return Tasks(np.array([row["task_index"] for row in rows], np.int64), [row["task"] for row in rows])
     path = root / TASKS
     table = read_parquet(path)
     # pandas gives an index without a name this one.
