@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import sys
 import tempfile
 import threading
@@ -30,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +47,8 @@ from lapa.files import write_text
 HOURS = (1_000, 100_000, 1_000_000)
 # Floating point operations of one forward and backward pass for each parameter and token; of the forward pass.
 TRAINED, LABELLED = 6, 2
+# Made-up statistics of a clip's pixels.
+PIXEL_STATS = {name: [0.1234567890123456] * 3 for name in ("min", "max", "mean", "std")} | {"count": [192]}
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,9 @@ class Measure:
     """Clips to convert and label: Ray's workers take 16 at once."""
     seconds: float = 6.0
     """Length of a clip."""
-    files: int = 200
-    """Small videos to read pairs from."""
-    pairs: int = 128
+    files: int = 600
+    """Copies of a converted clip to read pairs from."""
+    pairs: int = 512
     """Pairs to read for each figure."""
 
 
@@ -112,6 +116,8 @@ class SlowServer(BaseHTTPRequestHandler):
     root = Path()
     latency = 0.0
     protocol_version = "HTTP/1.1"
+    # Else an answer waits 40 ms for the client to confirm its headers.
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         time.sleep(self.latency)
@@ -177,17 +183,25 @@ class LoopbackStore(AbstractFileSystem):
 
 
 @contextlib.contextmanager
-def served(root: Path) -> Iterator[None]:
-    SlowServer.root = root
-    server = ThreadingHTTPServer(("127.0.0.1", 0), SlowServer)
-    server.daemon_threads = True
-    LoopbackStore.port = server.server_address[1]
+def served(root: Path, latency: float) -> Iterator[None]:
+    """Serves a folder from a process of its own: threads of this one would share Python's lock with its readers."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(root, latency, sending), daemon=True)
+    server.start()
+    LoopbackStore.port = receiving.recv()
     fsspec.register_implementation("loopback", LoopbackStore, clobber=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield
     finally:
-        server.shutdown()
+        server.terminate()
+        server.join()
+
+
+def serve(root: Path, latency: float, port: Connection) -> None:
+    SlowServer.root, SlowServer.latency = root, latency
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SlowServer)
+    port.send(server.server_address[1])
+    server.serve_forever()
 
 
 def cpu_seconds() -> float:
@@ -296,13 +310,12 @@ def without_files() -> Iterator[None]:
 def write_journal(root: Path, first: int, last: int, frames: int) -> None:
     from lapa.data import writer
 
-    stats = {name: [0.1234567890123456] * 3 for name in ("min", "max", "mean", "std")} | {"count": [192]}
     with without_files():
         its = writer.DatasetWriter(root, fps=10, cameras={"video": (256, 256)})
         for number in range(first, last):
             source = f"{number // 1000:05d}.tar:{number:09d}"
             its.add_episode_files(
-                {"video": Path("no.mp4")}, frames, caption(number), pixel_stats={"video": stats}, source=source
+                {"video": Path("no.mp4")}, frames, caption(number), pixel_stats={"video": PIXEL_STATS}, source=source
             )
             its.close_item(source)
 
@@ -459,20 +472,23 @@ def measure_ray(folder: Path, config: Measure) -> None:
 
 
 def measure_store(folder: Path, config: Measure) -> None:
-    """Pairs a second of many small files, so that most pairs are in a file that was not read before."""
+    """Pairs a second of many files, so that most pairs are in a file that was not read before."""
+    from lapa.data.spec import open_dataset
     from lapa.data.writer import DatasetWriter
     from lapa.store_cache import use_store_cache
 
-    writer = DatasetWriter(folder / "small", fps=10, cameras={"video": (64, 64)})
-    frames_THWC = np.ascontiguousarray(drifting(12)[:, :64, :64])
+    converted = open_dataset(str(folder / "ds"))
+    video, num_frames = sorted((folder / "ds/videos").rglob("*.mp4"))[0], int(converted.lengths[0])
+    writer = DatasetWriter(folder / "many", fps=converted.fps, cameras={"video": (256, 256)})
     for _ in range(config.files):
-        writer.add_episode({"video": frames_THWC}, "x")
+        shutil.copy(video, folder / "copy.mp4")
+        writer.add_episode_files({"video": folder / "copy.mp4"}, num_frames, "x", pixel_stats={"video": PIXEL_STATS})
     local = str(writer.finish().root)
     pairs_per_second(local, 16)
-    with served(folder):
-        for latency in (0, 20, 100):
-            SlowServer.latency, data = latency / 1000, "loopback:///small"
-            use_store_cache(None, 1)
+    data = "loopback:///many"
+    for latency in (0, 20, 100):
+        use_store_cache(None, 1)
+        with served(folder, latency / 1000):
             # The disk before and after: the machine's load changes meanwhile.
             disk = [pairs_per_second(local, config.pairs)]
             one = pairs_per_second(data, 32, ahead=False)

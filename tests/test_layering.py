@@ -10,7 +10,6 @@ import lapa
 PACKAGE = Path(lapa.__file__).parent
 RANKS = {
     **dict.fromkeys(["types", "errors", "config", "files", "locks", "checksums", "console", "verdicts", "drawing"], 0),
-    **dict.fromkeys(["types", "errors", "config", "files", "locks", "checksums", "console", "verdicts", "drawing"], 0),
     **dict.fromkeys(["hub", "on_import", "web", "ray_cluster", "store_cache", "stores"], 0),
     **dict.fromkeys(["nn", "engine", "data"], 1),
     **dict.fromkeys(["sources", "latent", "policy"], 2),

@@ -19,7 +19,8 @@ from lapa.files import read_json, write_json
 from lapa.study import run as study_run
 from lapa.study.config import PRESETS, StudyConfig, sizes_of
 from lapa.study.plan import Plan, Step, order, steps_of
-from lapa.study.results import ARMS, SPLITS, load_result, load_results
+from lapa.study.progress import wanted
+from lapa.study.results import ARMS, SPLITS, Setting, load_result, load_results
 from lapa.subcommand import AT_ONCE, Ended, Stage, append_lines
 
 CPU = sizes_of("cpu")
@@ -67,8 +68,8 @@ def test_all_arms_run_and_are_reported(study: Path) -> None:
         cli.main(["study", "report", str(study)])
     assert exit_.value.code == 0
     text = (study / "report" / "table.md").read_text()
-    assert all(f"| in-domain, 1 | {arm} |" in text for arm in ARMS)
-    assert "- in-domain, 1" not in text.split("## Missing")[1]
+    assert all(f"| in-domain, 3, 1 | {arm} |" in text for arm in ARMS)
+    assert "- in-domain" not in text.split("## Missing")[1]
 
 
 def test_where_no_first_rollout_was_recorded_there_is_no_strip(tmp_path: Path) -> None:
@@ -80,13 +81,13 @@ def test_episodes_that_ended_in_an_error_are_no_rollouts(
 ) -> None:
     again = tmp_path / "study"
     shutil.copytree(study, again)
-    plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
+    plan = Plan(sizes_of("debug"), Setting("in-domain", 3, 1), 0)
     folder = plan.rollouts("scratch").folder(again)
     (folder / "SHA256SUMS").unlink()
     report = read_json(folder / "results.json")
     report["episodes"][0]["error"] = "the simulator died"
     write_json(folder / "results.json", report)
-    before = load_result(study / "results" / "in-domain-1-scratch-0.json")
+    before = load_result(study / "results" / "in-domain-3-1-scratch-0.json")
     result = study_run.collect(again, plan, "scratch", "debug")
     assert result.rollouts == before.rollouts[1:] and (result.errors, before.errors) == (1, 0)
     assert (
@@ -106,12 +107,12 @@ def test_a_result_waits_for_the_run_that_makes_one_of_its_steps(
     """That run records the step's seconds when the step has ended, a moment after its artifact is there."""
     again = tmp_path / "study"
     shutil.copytree(study, again)
-    result = again / "results" / "in-domain-1-scratch-0.json"
+    result = again / "results" / "in-domain-3-1-scratch-0.json"
     result.unlink()
     monkeypatch.setattr(study_run, "run_stages", lambda stages, ended: None)
     monkeypatch.setattr(study_run, "finish", lambda *_: None)
     config = StudyConfig(out=again, preset="debug", arm=("scratch",), demonstrations=1)
-    with Plan(sizes_of("debug"), "in-domain", 1, 0).labelled.lock(again).open("w") as others:
+    with Plan(sizes_of("debug"), Setting("in-domain", 3, 1), 0).labelled.lock(again).open("w") as others:
         fcntl.flock(others, fcntl.LOCK_EX)
         study_run.run(config)
         assert not result.exists()
@@ -120,7 +121,7 @@ def test_a_result_waits_for_the_run_that_makes_one_of_its_steps(
 
 
 def test_the_control_has_the_codes_of_other_frames(study: Path) -> None:
-    plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
+    plan = Plan(sizes_of("debug"), Setting("in-domain", 3, 1), 0)
     own, shuffled = (Labels.open(step.folder(study)) for step in (plan.labels, plan.shuffled_labels))
     assert own.episodes == shuffled.episodes
     model = f"{own.manifest.lam_fingerprint}-shuffled"
@@ -135,7 +136,7 @@ def test_the_control_has_the_codes_of_other_frames(study: Path) -> None:
 
 
 def test_only_actionvla_pretrains_on_actions(study: Path) -> None:
-    plan = Plan(sizes_of("debug"), "in-domain", 1, 0)
+    plan = Plan(sizes_of("debug"), Setting("in-domain", 3, 1), 0)
     assert open_dataset(plan.videos.folder(study)).action_dim == 2
     assert open_dataset(plan.videos_without_actions.folder(study)).action_dim is None
     for arm in ARMS:
@@ -149,10 +150,10 @@ def test_what_is_done_is_not_done_again(study: Path, tmp_path: Path, monkeypatch
     ran: list[str] = []
     monkeypatch.setattr(study_run, "run_stages", lambda stages, ended: ran.extend(stage.title for stage in stages))
     config = StudyConfig(out=again, preset="debug", demonstrations=1)
-    before = (again / "results" / "in-domain-1-lapa-0.json").read_bytes()
+    before = (again / "results" / "in-domain-3-1-lapa-0.json").read_bytes()
     study_run.run(config)
     assert ran == []
-    assert (again / "results" / "in-domain-1-lapa-0.json").read_bytes() == before
+    assert (again / "results" / "in-domain-3-1-lapa-0.json").read_bytes() == before
     with pytest.raises(ValueError, match="another study"):
         study_run.run(replace(config, preset="cpu"))
 
@@ -174,20 +175,20 @@ def test_a_study_in_slices_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         study_run.run(config)
     assert not (tmp_path / "s" / "results").exists()
     study_run.run(config)
-    assert load_result(tmp_path / "s" / "results" / "in-domain-2-scratch-0.json").arm == "scratch"
+    assert load_result(tmp_path / "s" / "results" / "in-domain-3-2-scratch-0.json").arm == "scratch"
     assert ran.count("labelled episodes") == 1
 
 
 def test_inputs_of_a_step_that_is_done_are_not_made_again() -> None:
     """As where a study's models were copied to another machine without its datasets."""
-    plan = Plan(CPU, "in-domain", 2, 0)
+    plan = Plan(CPU, Setting("in-domain", 30, 2), 0)
     done = {plan.policy("lapa").key, plan.measured.key}
     left = {step.title for step in order(plan.rollouts("lapa"), unless=lambda step: step.key in done)}
     assert left == {"rollouts lapa"}
 
 
 def test_arms_and_seeds_share_what_they_can() -> None:
-    plans = [Plan(CPU, "in-domain", 2, seed) for seed in (0, 1)]
+    plans = [Plan(CPU, Setting("in-domain", 30, 2), seed) for seed in (0, 1)]
     first, second = plans
     assert first.measured == second.measured
     for step in ("videos", "labelled", "latent_action_model", "inverse_dynamics"):
@@ -196,13 +197,13 @@ def test_arms_and_seeds_share_what_they_can() -> None:
     assert [words[words.index("--seed") + 1] for words in seeds] == ["0", "1"]
     assert first.policy("vpt").key != first.policy("lapa").key
     assert first.inverse_dynamics.key in keys(first.policy("vpt")) & keys(first.policy("unipi"))
-    assert first.latent_action_model.key == Plan(CPU, "in-domain", 5, 0).latent_action_model.key
-    assert first.inverse_dynamics.key != Plan(CPU, "in-domain", 5, 0).inverse_dynamics.key
+    assert first.latent_action_model.key == Plan(CPU, Setting("in-domain", 30, 5), 0).latent_action_model.key
+    assert first.inverse_dynamics.key != Plan(CPU, Setting("in-domain", 30, 5), 0).inverse_dynamics.key
 
 
 def test_a_step_is_another_where_anything_that_it_depends_on_is() -> None:
-    more = Plan(replace(CPU, videos=CPU.videos + 1), "in-domain", 2, 0)
-    plan = Plan(CPU, "in-domain", 2, 0)
+    more = Plan(CPU, Setting("in-domain", 31, 2), 0)
+    plan = Plan(CPU, Setting("in-domain", 30, 2), 0)
     assert plan.policy("lapa").key != more.policy("lapa").key
     assert plan.policy("scratch").key == more.policy("scratch").key
 
@@ -210,7 +211,7 @@ def test_a_step_is_another_where_anything_that_it_depends_on_is() -> None:
 def plans(preset: str) -> list[Plan]:
     """Of every split that the preset has."""
     lacking = {"debug": SPLITS[1:], "language-table": SPLITS[3:], "language-table-gpu": SPLITS[3:]}.get(preset, ())
-    return [Plan(sizes_of(preset), split, 2, 0) for split in SPLITS if split not in lacking]
+    return [Plan(sizes_of(preset), Setting(split, 30, 2), 0) for split in SPLITS if split not in lacking]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -243,7 +244,7 @@ def test_arms_are_pretrained_and_finetuned_alike(preset: str, tmp_path: Path) ->
 
 
 def test_inputs_come_first_and_each_step_once() -> None:
-    plan = Plan(CPU, "cross-task", 2, 0)
+    plan = Plan(CPU, Setting("cross-task", 30, 2), 0)
     steps = list(order(plan.rollouts("lapa"), plan.probe))
     assert len({step.key for step in steps}) == len(steps)
     for place, step in enumerate(steps):
@@ -251,30 +252,30 @@ def test_inputs_come_first_and_each_step_once() -> None:
 
 
 def test_splits_differ_in_their_videos_alone() -> None:
-    inside, task, view, body = (Plan(CPU, split, 2, 0) for split in SPLITS)
+    inside, task, view, body = (Plan(CPU, Setting(split, 30, 2), 0) for split in SPLITS)
     assert "--look" in view.videos.words and CPU.world.other_camera in view.videos.words
     assert CPU.world.other_tasks in task.videos.words
     assert set(body.videos.words) - set(inside.videos.words) == {"--embodiment", "hand"}
     assert inside.labelled == task.labelled == view.labelled == body.labelled
     assert len({plan.policy("scratch").key for plan in (inside, task, view, body)}) == 1
     with pytest.raises(ValueError, match="no other tasks"):
-        Plan(sizes_of("debug"), "cross-task", 2, 0)
+        Plan(sizes_of("debug"), Setting("cross-task", 30, 2), 0)
     with pytest.raises(ValueError, match="no other embodiment"):
-        Plan(sizes_of("debug"), "cross-embodiment", 2, 0)
+        Plan(sizes_of("debug"), Setting("cross-embodiment", 30, 2), 0)
 
 
 def test_the_papers_splits_of_language_table() -> None:
     sizes = sizes_of("language-table")
-    inside, task, view = (Plan(sizes, split, 20, 0) for split in SPLITS[:3])
+    inside, task, view = (Plan(sizes, Setting(split, 30, 20), 0) for split in SPLITS[:3])
     assert inside.videos.verb == "data language-table" and inside.videos.words[:2] == ("--families", "all")
     assert task.videos == inside.videos and task.labelled.words[:2] == ("--families", "separate")
     assert "--look" in view.videos.words and view.labelled == inside.labelled
     assert "--camera" not in view.pseudo_labelled.words
     own = replace(sizes, world=replace(sizes.world, clips="REAL"))
-    real = Plan(own, "cross-environment", 20, 0)
+    real = Plan(own, Setting("cross-environment", 30, 20), 0)
     assert real.videos_without_actions.words == ("REAL",)
     assert "REAL" in real.pretrained("actionvla").words
-    assert Plan(own, "in-domain", 20, 0).videos == inside.videos
+    assert Plan(own, Setting("in-domain", 30, 20), 0).videos == inside.videos
 
 
 def test_rollouts_in_language_table_are_heard_where_their_blocks_are_named(
@@ -287,7 +288,7 @@ def test_rollouts_in_language_table_are_heard_where_their_blocks_are_named(
         {"task": "block2block", "episode": n, "seed": n, "success": True, "steps": 9, "instruction": instruction}
         for n, instruction in enumerate(asked)
     ]
-    plan = Plan(sizes_of("language-table"), "in-domain", 20, 0)
+    plan = Plan(sizes_of("language-table"), Setting("in-domain", 30, 20), 0)
     assert [rollout.heard for rollout in study_run._rollouts(tmp_path, plan, rows)] == [True, False, False]
 
 
@@ -302,6 +303,23 @@ def test_clips_of_ones_own_make_another_study(tmp_path: Path, monkeypatch: pytes
     assert read_json(config.out / "study.json")["sizes"]["world"]["clips"] == str(tmp_path / "clips")
     with pytest.raises(ValueError, match="another study"):
         study_run.run(replace(config, clips=None))
+    with pytest.raises(ValueError, match="--videos: those of --clips are all used"):
+        study_run.run(replace(config, videos=10))
+
+
+def test_the_number_of_videos_is_of_a_run_not_of_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Step] = []
+    monkeypatch.setattr(study_run, "run_stages", lambda stages, ended: None)
+    monkeypatch.setattr(study_run, "finish", lambda *_: None)
+    monkeypatch.setattr(study_run, "_stage", lambda study, step: asked.append(step))
+    config = StudyConfig(out=tmp_path / "s", preset="small", arm=("scratch", "lapa"))
+    study_run.run(config)
+    study_run.run(replace(config, videos=10))
+    assert {run.setting.videos for run in wanted(config.out)} == {30, 10}
+    assert {step.words[3] for step in asked if step.title == "videos"} == {"30", "10"}
+    assert len({step.key for step in asked if step.title == "finetuning scratch"}) == 1
+    with pytest.raises(ValueError, match="--videos must be at least 1, got 0"):
+        study_run.run(replace(config, videos=0))
 
 
 def test_settings_are_kept_beside_the_results(study: Path) -> None:
@@ -309,7 +327,7 @@ def test_settings_are_kept_beside_the_results(study: Path) -> None:
 
 
 def test_the_time_is_estimated_from_steps_of_the_same_kind(tmp_path: Path) -> None:
-    plan = Plan(CPU, "in-domain", 2, 0)
+    plan = Plan(CPU, Setting("in-domain", 30, 2), 0)
     every = list(order(*steps_of(plan, "scratch").values()))
     config = StudyConfig(out=tmp_path, preset="cpu")
     # Labelled and measured episodes, finetuning, rollouts and the action error: 30 + 90 + 170 + 228 + 27 seconds.
@@ -319,7 +337,9 @@ def test_the_time_is_estimated_from_steps_of_the_same_kind(tmp_path: Path) -> No
     (done.folder(tmp_path) / done.artifact).parent.mkdir(parents=True)
     (done.folder(tmp_path) / done.artifact).write_text("{}")
     (tmp_path / "seconds.jsonl").write_text(json.dumps({"key": done.key, "seconds": 6000.0}) + "\n")
-    again = next(step for step in order(Plan(CPU, "in-domain", 5, 0).rollouts("scratch")) if step.kind == done.kind)
+    again = next(
+        step for step in order(Plan(CPU, Setting("in-domain", 30, 5), 0).rollouts("scratch")) if step.kind == done.kind
+    )
     assert f"about {round(6000 / AT_ONCE / 60)} minutes" in study_run._expected(config, every, [again])
     unknown = study_run._expected(StudyConfig(out=tmp_path, preset="gpu"), every, left)
     assert "(of which 4 were never timed)" in unknown

@@ -26,7 +26,7 @@ from lapa.study.report import (
     savings,
     settings_table,
 )
-from lapa.study.results import ARMS, Arm, ArmResult, Curve, Rollout, load_results
+from lapa.study.results import ARMS, Arm, ArmResult, Curve, Rollout, Setting, load_results
 from lapa.study.statistics import Estimate, Gap, compare
 
 # The report draws with it.
@@ -43,6 +43,10 @@ SUCCESSES: dict[Arm, tuple[int, int]] = {
 }
 
 
+IN_DOMAIN = Setting("in-domain", 30, 2)
+NAME = "in-domain, 30 videos and 2 labelled episodes a task"
+
+
 def made_up(arm: Arm, seed: int = 0, successes: tuple[int, ...] = (), **rest: object) -> ArmResult:
     successes = successes or SUCCESSES[arm]
     rollouts = tuple(
@@ -53,8 +57,7 @@ def made_up(arm: Arm, seed: int = 0, successes: tuple[int, ...] = (), **rest: ob
     rows = ({"step": 1, "seconds": 0.1, "loss": 3.0}, {"step": 2, "seconds": 0.2, "loss": 2.0})
     held_out = ({"step": 2, "seconds": 0.3, "eval/held_out_action_error": 0.1},)
     values: dict[str, object] = {
-        "split": "in-domain",
-        "demonstrations": 2,
+        "setting": IN_DOMAIN,
         "preset": "made-up",
         "sizes": {"world": {"env": "metaworld"}, "rollouts": 20},
         "figures": {"token_accuracy": sum(successes) / 40 + 0.02 * seed},
@@ -86,19 +89,20 @@ def whole_study(study: Path, seeds: int = 1) -> Path:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study = whole_study(tmp_path_factory.mktemp("study"), seeds=2)
-    for split, demonstrations in (("cross-task", 2), ("in-domain", 5)):
+    for setting in (Setting("cross-task", 30, 2), Setting("in-domain", 30, 5), Setting("in-domain", 100, 2)):
         for arm in ("scratch", "lapa"):
-            made_up(arm, split=split, demonstrations=demonstrations).save(study)  # type: ignore[arg-type]
+            made_up(arm, setting=setting).save(study)
     run(ReportConfig((study,)))
     return study / "report"
 
 
 def test_the_table_holds_what_a_hand_count_gives(report: Path) -> None:
     groups = json.loads((report / "report.json").read_text())["groups"]
-    assert [(group["split"], group["demonstrations"]) for group in groups] == [
-        ("in-domain", 2),
-        ("in-domain", 5),
-        ("cross-task", 2),
+    assert [tuple(group["setting"].values()) for group in groups] == [
+        ("in-domain", 30, 2),
+        ("in-domain", 30, 5),
+        ("in-domain", 100, 2),
+        ("cross-task", 30, 2),
     ]
     cells = groups[0]["cells"]
     assert {arm: cell["success"]["value"] for arm, cell in cells.items()} == pytest.approx(
@@ -115,7 +119,7 @@ def test_the_table_holds_what_a_hand_count_gives(report: Path) -> None:
 
 def test_the_markdown_holds_the_same_table(report: Path) -> None:
     lines = (report / "table.md").read_text().splitlines()
-    row = next(line for line in lines if line.startswith("| in-domain, 2 | lapa "))
+    row = next(line for line in lines if line.startswith("| in-domain, 30, 2 | lapa "))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2].startswith("65.0 [") and cells[3:5] == ["2", "80"]
     assert all(cell.startswith("+50.0 [") for cell in cells[5:7]) and cells[7].startswith("0.71 [")
@@ -127,8 +131,8 @@ def test_long_tables_are_on_the_page_alone(report: Path) -> None:
     found = findings(load_results([report.parent]))
     lines = markdown("Study", content(found, {})).splitlines()
     assert "## Tables" in lines and not any("Each row is a task" in line for line in lines), "no captions of images"
-    # Of two runs of vpt one has 14 / 40, the other two hundredths more; of four runs of lapa three have 26 / 40.
-    assert "| token_accuracy | 0.155 | 0.060 | 0.360 | 0.110 | 0.655 | 0.860 |" in lines
+    # Of two runs of vpt one has 14 / 40, the other two hundredths more; of five runs of lapa four have 26 / 40.
+    assert "| token_accuracy | 0.154 | 0.060 | 0.360 | 0.110 | 0.654 | 0.860 |" in lines
     (stage,) = [line for line in lines if line.startswith("| finetuning |")]
     # Runs of vpt take 60 and 64 seconds; scratch and lapa have two more runs, of 60.
     assert stage == "| finetuning | 61 | 62 | 62 | 62 | 61 | 62 |"
@@ -150,9 +154,11 @@ def test_cpu_seconds_are_split_by_what_they_are_spent_on(report: Path) -> None:
 
 def test_what_has_no_result_is_named(report: Path) -> None:
     lines = (report / "table.md").read_text().split("## Missing\n\n")[1].splitlines()
+    lacking = "videos and 2 labelled episodes a task: scratch (seed 1), captions, vpt, unipi, lapa (seed 1), actionvla"
     assert lines == [
-        "- in-domain, 5: scratch (seed 1), captions, vpt, unipi, lapa (seed 1), actionvla",
-        "- cross-task, 2: scratch (seed 1), captions, vpt, unipi, lapa (seed 1), actionvla",
+        f"- in-domain, 30 {lacking.replace('2', '5')}",
+        f"- in-domain, 100 {lacking}",
+        f"- cross-task, 30 {lacking}",
         "- cross-environment: no arm",
         "- cross-embodiment: no arm",
     ]
@@ -160,20 +166,18 @@ def test_what_has_no_result_is_named(report: Path) -> None:
 
 def test_what_lapa_saves_follows_the_results() -> None:
     arms: tuple[Arm, ...] = ("scratch", "vpt", "lapa", "actionvla")
-    above = [made_up(arm, sizes={"videos": 30}) for arm in arms]
+    above = [made_up(arm) for arm in arms]
     labels, vpt = savings(findings(above))
-    assert labels.startswith("what lapa saves over actionvla is labels: the actions of 30 videos a task (CPU")
-    assert "lapa 120, actionvla 120" in labels and "gap recovered in in-domain, 2: 0.71 [" in labels
-    assert (
-        vpt
-        == "over vpt lapa saves nothing (CPU seconds of training: lapa 120, vpt 120); it is above it in in-domain, 2"
-    )
+    assert labels.startswith("what lapa saves over actionvla is labels: the actions of the videos (CPU")
+    assert "lapa 120, actionvla 120" in labels and f"gap recovered in {NAME}: 0.71 [" in labels
+    assert vpt == f"over vpt lapa saves nothing (CPU seconds of training: lapa 120, vpt 120); it is above it in {NAME}"
     same = [made_up(arm, successes=SUCCESSES["vpt"]) for arm in arms]
     (vpt,) = savings(findings(same))
-    assert vpt.endswith("it is not above it in in-domain, 2")
-    away = [made_up(arm, split="cross-environment") for arm in arms]
+    assert vpt.endswith("it is not above it in " + NAME)
+    away = [made_up(arm, setting=Setting("cross-environment", 30, 2)) for arm in arms]
+    other = NAME.replace("in-domain", "cross-environment")
     assert savings(findings([*same, *away]))[1].endswith(
-        "it is above it in cross-environment, 2 and not above it in in-domain, 2, so what it gains is robustness"
+        f"it is above it in {other} and not above it in {NAME}, so what it gains is robustness"
     )
     cheap = [
         made_up(arm, cpu_seconds={f"finetuning {arm}": 60.0 if arm == "lapa" else 90.0, "videos": 1.0}) for arm in arms
@@ -188,6 +192,7 @@ def test_the_plots_are_written(report: Path) -> None:
         "demonstrations.png",
         "success.png",
         "tasks.png",
+        "videos.png",
     ]
 
 
@@ -195,7 +200,7 @@ def test_the_report_explains_each_arm(report: Path) -> None:
     text = (report / "table.md").read_text()
     for arm in ARMS:
         assert f"**{arm}**" in text
-    assert "| in-domain, 5 | scratch |" in text
+    assert "| in-domain, 30, 5 | scratch |" in text
     assert "A seed has its own videos" in text
 
 
@@ -238,7 +243,7 @@ def test_machines_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_a_study_without_rollouts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lapa study run"):
         run(ReportConfig((tmp_path,)))
-    ArmResult("lapa", "in-domain", 2, 0, "made-up", {}, ()).save(tmp_path)
+    ArmResult("lapa", IN_DOMAIN, 0, "made-up", {}, ()).save(tmp_path)
     with pytest.raises(ValueError, match="no result has a rollout"):
         run(ReportConfig((tmp_path,)))
 
@@ -265,7 +270,7 @@ def spoilt(**changes: object) -> object:
 def test_a_damaged_result_is_named(tmp_path: Path, spoil: Callable[[object], object], complaint: str) -> None:
     path = made_up("scratch").save(tmp_path)
     path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
-    with pytest.raises(UserError, match=rf"in-domain-2-scratch-0\.json: {complaint}"):
+    with pytest.raises(UserError, match=rf"in-domain-30-2-scratch-0\.json: {complaint}"):
         load_results([tmp_path])
 
 
@@ -279,7 +284,7 @@ def test_a_number_that_no_float_holds_is_named(tmp_path: Path) -> None:
 def test_a_run_without_rollouts_is_left_out(tmp_path: Path) -> None:
     made_up("scratch").save(tmp_path)
     values = made_up("lapa")
-    ArmResult("lapa", "in-domain", 2, 0, values.preset, values.sizes, ()).save(tmp_path)
+    ArmResult("lapa", IN_DOMAIN, 0, values.preset, values.sizes, ()).save(tmp_path)
     found = findings(load_results([tmp_path]))
     assert list(found.groups[0].cells) == ["scratch"]
 
@@ -328,7 +333,9 @@ def test_a_comparison_goes_by_the_seeds_that_two_arms_share() -> None:
     runs = [made_up(arm, seed) for arm in ("scratch", "lapa") for seed in (0, 1, 2)]  # type: ignore[arg-type]
     groups = compare([*runs, made_up("actionvla", 1), made_up("vpt", 0), made_up("vpt", 2)])
     vpt, versus_scratch, versus_vpt, actionvla = comparisons(groups)
-    assert versus_scratch.startswith("in-domain, 2 labelled episodes a task: lapa is 50.0 points above scratch (")
+    assert versus_scratch.startswith(
+        "in-domain, 30 videos and 2 labelled episodes a task: lapa is 50.0 points above scratch ("
+    )
     assert versus_scratch.endswith("3 seeds)")
     assert "lapa is 30.0 points above vpt" in versus_vpt and versus_vpt.endswith("2 seeds)")
     assert "vpt is" in vpt and vpt.endswith("2 seeds)")
@@ -338,7 +345,7 @@ def test_a_comparison_goes_by_the_seeds_that_two_arms_share() -> None:
 def test_heard_goals_have_a_table(report: Path) -> None:
     lines = markdown("Study", content(findings(load_results([report.parent])), {})).splitlines()
     header = next(n for n, line in enumerate(lines) if "success on heard goals" in line)
-    (row,) = [line for line in lines[header:] if line.startswith("| in-domain, 2 | lapa ")]
+    (row,) = [line for line in lines[header:] if line.startswith("| in-domain, 30, 2 | lapa ")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # Of 14 and 12 first episodes 7 and 6 of ten even ones succeed, and as many odd ones; of scratch 1 and 2 of ten.
     assert [cell.split(" ")[0] for cell in cells[2:]] == ["65.0", "65.0", "+50.0"]
@@ -349,7 +356,7 @@ def test_heard_goals_have_a_table(report: Path) -> None:
 def test_without_a_word_on_wording_there_is_no_table_of_it(tmp_path: Path) -> None:
     rollouts = tuple(Rollout("push", episode, True, 9) for episode in range(20))
     for arm in ("scratch", "lapa"):
-        ArmResult(arm, "in-domain", 2, 0, "made-up", {}, rollouts).save(tmp_path)  # type: ignore[arg-type]
+        ArmResult(arm, IN_DOMAIN, 0, "made-up", {}, rollouts).save(tmp_path)  # type: ignore[arg-type]
     run(ReportConfig((tmp_path,)))
     assert "wording" not in (tmp_path / "report" / "table.md").read_text()
 
@@ -375,13 +382,18 @@ def test_runs_of_different_code_are_told_apart(tmp_path: Path) -> None:
 def test_few_goals_give_bars_without_intervals() -> None:
     rollouts = tuple(Rollout("push", episode, episode < 2, 9) for episode in range(4))
     groups = compare(
-        [ArmResult(arm, "in-domain", n, 0, "x", {}, rollouts) for arm in ("scratch", "lapa") for n in (2, 5)]
+        [
+            ArmResult(arm, Setting("in-domain", 30, n), 0, "x", {}, rollouts)
+            for arm in ("scratch", "lapa")
+            for n in (2, 5)
+        ]
     )  # type: ignore[arg-type]
     assert main_table(groups).rows[1][2] == "50.0 (too few rollouts, under 10 goals a task)"
     assert "too few rollouts" in comparisons(groups)[0]
     figure = plots.success_by_split(groups)
     assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([50.0, 50.0])  # type: ignore[attr-defined]
-    plots.success_by_demonstrations(groups)
+    assert plots.success_by("demonstrations", groups) is not None
+    assert plots.success_by("videos", groups) is None
 
 
 def test_arms_that_share_no_seed_with_scratch_are_not_compared() -> None:
@@ -392,9 +404,9 @@ def test_arms_that_share_no_seed_with_scratch_are_not_compared() -> None:
 
 
 def test_details_are_shown_of_the_number_of_episodes_that_splits_share() -> None:
-    keys = [("in-domain", 1), ("in-domain", 2), ("cross-task", 2)]
-    runs = [made_up(arm, split=split, demonstrations=n) for split, n in keys for arm in ("scratch", "lapa")]  # type: ignore[arg-type]
-    assert [(group.split, group.demonstrations) for group in detailed_groups(compare(runs))] == keys[1:]
+    settings = [Setting("in-domain", 30, 1), Setting("in-domain", 30, 2), Setting("cross-task", 30, 2)]
+    runs = [made_up(arm, setting=setting) for setting in settings for arm in ("scratch", "lapa")]
+    assert [group.setting for group in detailed_groups(compare(runs))] == settings[1:]
 
 
 def test_the_gap_is_marked_where_it_may_be_chance() -> None:

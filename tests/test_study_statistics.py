@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from lapa.study.results import Arm, ArmResult, Rollout
+from lapa.study.results import Arm, ArmResult, Rollout, Setting
 from lapa.study.statistics import (
     SharedRollouts,
     bootstrap,
@@ -18,6 +18,8 @@ from lapa.study.statistics import (
     success_rates,
 )
 
+IN_DOMAIN = Setting("in-domain", 30, 2)
+
 
 def run_of(arm: Arm, seed: int, outcomes: dict[str, Sequence[bool | int]], **rest: object) -> ArmResult:
     rollouts = [
@@ -25,7 +27,7 @@ def run_of(arm: Arm, seed: int, outcomes: dict[str, Sequence[bool | int]], **res
         for task, row in outcomes.items()
         for episode, success in enumerate(row)
     ]
-    values = {"split": "in-domain", "demonstrations": 2, "preset": "cpu", "sizes": {}, **rest}
+    values = {"setting": IN_DOMAIN, "preset": "cpu", "sizes": {}, **rest}
     return ArmResult(arm=arm, seed=seed, rollouts=tuple(rollouts), **values)  # type: ignore[arg-type]
 
 
@@ -130,7 +132,7 @@ def test_goals_are_told_apart_by_whether_their_wording_was_heard() -> None:
                 for goal in range(20)
                 for heard in [(goal + seed) % 2]
             ]
-            runs.append(ArmResult(arm, "in-domain", 2, seed, "cpu", {}, tuple(rollouts)))  # type: ignore[arg-type]
+            runs.append(ArmResult(arm, IN_DOMAIN, seed, "cpu", {}, tuple(rollouts)))  # type: ignore[arg-type]
     runs.append(run_of("vpt", 0, {"push": [1] * 20}))  # no word on wording
     (heard,), (unheard,) = by_wording(runs, heard=True), by_wording(runs, heard=False)
     assert list(heard.cells) == list(unheard.cells) == ["scratch", "lapa"]

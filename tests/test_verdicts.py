@@ -20,6 +20,7 @@ from lapa.latent.train import suggestions, summary, verdict_of
 from lapa.policy.training import verdict_of as verdict_of_policy
 from lapa.presets import FINETUNE, LATENT
 from lapa.study.report import verdict_of as verdict_of_study
+from lapa.study.results import Setting
 from lapa.study.statistics import Cell, Estimate, Group
 from lapa.verdicts import THRESHOLDS, Level, Verdict, judge, of_latent_actions, of_policy, suggested
 
@@ -152,7 +153,7 @@ def group(*, low: float, high: float, num_seeds: int = 3, demonstrations: int = 
     difference = Estimate((low + high) / 2, low, high, num_seeds)
     seeds = tuple(range(num_seeds))
     lapa = Cell("lapa", seeds, 900, Estimate(0.4, 0.3, 0.5, num_seeds), {}, {"scratch": difference}, None, None)
-    return Group("in-domain", demonstrations, {"lapa": lapa})
+    return Group(Setting("in-domain", 30, demonstrations), {"lapa": lapa})
 
 
 def test_a_study() -> None:
@@ -166,7 +167,7 @@ def test_a_study() -> None:
     assert verdict_of_study([]).level == "doubtful"
     careful = verdict_of_study([group(low=0.07, high=0.42)], ["preset debug: these numbers measure nothing"])
     assert careful.level == "doubtful" and careful.reasons[0].startswith("preset debug")
-    lacking = verdict_of_study([group(low=0.07, high=0.42), Group("cross-task", 2, {})])
+    lacking = verdict_of_study([group(low=0.07, high=0.42), Group(Setting("cross-task", 30, 2), {})])
     assert lacking.level == "doubtful" and "lack of lapa or scratch: cross-task" in str(lacking)
 
 

@@ -27,7 +27,7 @@ from lapa.files import write_json
 from lapa.study.config import PRESETS
 from lapa.study.plan import Plan, order, steps_of
 from lapa.study.progress import note_wanted, progress, wanted
-from lapa.study.results import ArmResult, Rollout, RunKey
+from lapa.study.results import ArmResult, Rollout, RunKey, Setting
 from lapa.view.config import ViewConfig
 from lapa.view.opening import kind_at, open_pages
 from lapa.view.pages import Pages
@@ -270,11 +270,14 @@ def test_an_export_leaves_the_results_as_they_are(
     assert not any(str(results) in text or str(tmp_path) in text for text in texts)
 
 
+IN_DOMAIN = Setting("in-domain", 3, 2)
+
+
 def saved(study: Path, arm: str, successes: int, seed: int = 0) -> None:
     """The result of a run with 12 rollouts of a task, of which so many succeed."""
     rollouts = tuple(Rollout("push", episode, episode < successes, 30) for episode in range(12))
     sizes = {"world": {"env": "synthetic"}}
-    result = ArmResult(arm, "in-domain", 2, seed, "debug", sizes, rollouts)  # type: ignore[arg-type]
+    result = ArmResult(arm, IN_DOMAIN, seed, "debug", sizes, rollouts)  # type: ignore[arg-type]
     Image.new("RGB", (8, 4), (255, 0, 0)).save(result.save(study).with_suffix(".png"))
 
 
@@ -288,8 +291,8 @@ def study(tmp_path: Path) -> Path:
         saved(folder, "scratch", 3, seed)
         saved(folder, "lapa", 9, seed)
     write_json(folder / "study.json", {"preset": "debug", "sizes": to_dict(PRESETS["debug"]), "stages": {}})
-    note_wanted(folder, [RunKey("actionvla", "in-domain", 2, seed) for seed in (0, 1)])
-    plan = Plan(PRESETS["debug"], "in-domain", 2, 0)
+    note_wanted(folder, [RunKey("actionvla", IN_DOMAIN, seed) for seed in (0, 1)])
+    plan = Plan(PRESETS["debug"], IN_DOMAIN, 0)
     (plan.rollouts("lapa").folder(folder) / "videos").mkdir(parents=True)
     (plan.rollouts("lapa").folder(folder) / "videos" / "push-0.mp4").write_bytes(b"video")
     first, second, *_ = order(*steps_of(plan, "actionvla").values())
@@ -326,7 +329,7 @@ def test_of_several_folders_the_furthest_state_of_a_run_is_shown(study: Path, tm
     other = tmp_path / "other"
     other.mkdir()
     shutil.copy(study / "study.json", other)
-    note_wanted(other, [RunKey("scratch", "in-domain", 2, 0), RunKey("actionvla", "in-domain", 2, 0)])
+    note_wanted(other, [RunKey("scratch", IN_DOMAIN, 0), RunKey("actionvla", IN_DOMAIN, 0)])
     about = opened(study).json("about")
     for folders in ((study, other), (other, study)):
         both = opened(*folders).json("about")
@@ -341,10 +344,10 @@ def test_results_of_a_study_are_read_when_the_page_is_loaded(study: Path) -> Non
 
 
 def test_errors_of_a_study_are_a_caution(study: Path) -> None:
-    path = study / "results" / "in-domain-2-lapa-0.json"
+    path = study / "results" / "in-domain-3-2-lapa-0.json"
     write_json(path, {**json.loads(path.read_text()), "errors": 3})
     cautions = opened(study).json("about")["cautions"]
-    assert "in-domain-2-lapa-0: 3 episodes ended in an error and are left out" in cautions
+    assert "in-domain-3-2-lapa-0: 3 episodes ended in an error and are left out" in cautions
 
 
 def test_a_study_without_a_result_shows_its_runs(study: Path) -> None:
@@ -373,7 +376,7 @@ def test_the_report_of_a_study_is_on_its_page(study: Path) -> None:
 
 
 def test_runs_are_noted_once(tmp_path: Path) -> None:
-    run = RunKey("lapa", "cross-task", 5, 3)
+    run = RunKey("lapa", Setting("cross-task", 3, 5), 3)
     for _ in range(2):
         note_wanted(tmp_path, [run])
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
@@ -383,7 +386,7 @@ def test_runs_are_noted_once(tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_kill_cut_short_does_not_damage_the_list_of_runs(tmp_path: Path) -> None:
-    first, second = (RunKey("lapa", "cross-task", 5, seed) for seed in (0, 1))
+    first, second = (RunKey("lapa", Setting("cross-task", 3, 5), seed) for seed in (0, 1))
     note_wanted(tmp_path, [first])
     with (tmp_path / "runs.jsonl").open("a") as file:
         file.write('{"arm": "la')

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lapa.config import ReportOptions
+from lapa.study.config import sizes_of
 
 SETTINGS, RESULTS, IMAGE, MOVIE = "settings.json", "demo.json", "demo.png", "demo.mp4"
 # Seeds of the stages are far apart, so that no labelled episode or rollout repeats a video.
@@ -15,6 +16,8 @@ DEMONSTRATION_SEED, ROLLOUT_SEED = 1000, 2000
 SCRATCH = "policy_from_scratch"
 # Columns of the table -> folders of the policies.
 ARMS = {"random actions": "random", "from scratch": SCRATCH, "pretrained": "policy"}
+# The tasks and sizes that the demo and the study have in common.
+SMALL = sizes_of("small")
 # Of each task, with the preset debug.
 DEBUG_VIDEOS = 2
 WORLDS = {"metaworld": "Meta-World", "synthetic": "a made-up world of moving squares"}
@@ -30,13 +33,13 @@ class DemoConfig(ReportOptions):
     """tiny: Meta-World, minutes on two cores. debug: a made-up world, a minute, learns little."""
     policy: str = "tiny"
     """Backbone of the policy: tiny, or hf: and the folder or hub id of an image-text model of transformers."""
-    tasks: str = "button-press-topdown,window-open,door-open"
+    tasks: str = SMALL.world.tasks
     """Meta-World tasks, separated by commas."""
-    videos: int = 30
+    videos: int = SMALL.videos
     """Action-free videos of each task."""
     demonstrations: int = 2
     """Episodes with actions of each task."""
-    rollouts: int = 50
+    rollouts: int = SMALL.rollouts
     """Rollouts of each task and policy."""
     seed: int = 0
     """Seed of all stages."""

@@ -23,6 +23,7 @@ from lapa.demo.config import (
     ROLLOUT_SEED,
     SCRATCH,
     SETTINGS,
+    SMALL,
     WORLDS,
     DemoConfig,
 )
@@ -102,9 +103,9 @@ def stages(config: DemoConfig, world: str) -> list[Stage]:
 
     # With so few demonstrations none is left for validation.
     finetune = (*preset, "--policy", str(out / "latent_policy"), *robot, "--held-out", "0")
-    horizon = () if made_up else ("--horizon-seconds", "0.2")
+    horizon = () if made_up else ("--horizon-seconds", str(SMALL.horizon_seconds))
     # Half the preset's steps: more of them hardly lower the error on these videos (docs/log.md).
-    latent = (*preset, *horizon, *(("--steps", "800") if config.preset == "tiny" else ()))
+    latent = (*preset, *horizon, *(("--steps", str(SMALL.latent_steps)) if config.preset == "tiny" else ()))
     pretrain = (*preset, "--backbone", config.policy, *videos, "--labels", str(out / "labels"))
     rollouts = ("--env", world, "--tasks", "all" if made_up else config.tasks, "--episodes", str(config.rollouts))
     plan = [

@@ -29,6 +29,8 @@ class StudyConfig:
     split: Split = "in-domain"
     """in-domain: videos of the same tasks. cross-task: of other tasks. cross-environment: another camera and look.
     cross-embodiment: a hand, no robot."""
+    videos: int | None = None
+    """Videos of each task; as many as the preset has by default."""
     demonstrations: int = 2
     """Labelled episodes of each task."""
     clips: Path | None = None
@@ -74,8 +76,9 @@ class StudySizes:
     Policies of all arms but UniPi are alike; UniPi's video model takes the policy's place and has the same number of
     samples in pretraining and finetuning. What an arm needs besides (latent action model, inverse dynamics, video
     model) has steps and batches of its own.
-    videos, measured, rollouts: episodes of each task. measured: recorded episodes that no arm learns from, for action
-    errors and probes. stage: the preset of the stages' own commands. policy: further options of every policy.
+    videos, measured, rollouts: episodes of each task. videos: where the command does not say. measured: recorded
+    episodes that no arm learns from, for action errors and probes. stage: the preset of the stages' own commands.
+    policy: further options of every policy.
     """
 
     world: World

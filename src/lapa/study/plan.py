@@ -3,7 +3,7 @@
 An option of a step may be another step, which stands for its folder. A step that several arms or seeds need is the same
 step and runs once; a step with other options or inputs is another step, in another folder.
 
-    plan = Plan(sizes_of("cpu"), "in-domain", demonstrations=2, seed=0)
+    plan = Plan(sizes_of("cpu"), Setting("in-domain", videos=30, demonstrations=2), seed=0)
     for step in order(plan.rollouts("lapa")):
         print(step.command(Path("STUDY")))
 """
@@ -22,7 +22,7 @@ from lapa import presets
 from lapa.config import to_dict
 from lapa.errors import UserError
 from lapa.study.config import StudySizes
-from lapa.study.results import ARMS, Arm, Split
+from lapa.study.results import ARMS, Arm, Setting
 
 Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
@@ -94,25 +94,25 @@ def order(*wanted: Step, unless: Callable[[Step], bool] = lambda step: False) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of one seed on one split. All but the measured episodes depend on the seed.
+    """The steps of one seed in one setting. All but the measured episodes depend on the seed.
 
     The arms of one seed have the same videos, labelled episodes and evaluation goals.
     """
 
     sizes: StudySizes
-    split: Split
-    demonstrations: int
+    setting: Setting
     seed: int
 
     def __post_init__(self) -> None:
-        if self.demonstrations < 1:
-            raise UserError(f"--demonstrations must be at least 1, got {self.demonstrations}")
+        for name in ("videos", "demonstrations"):
+            if (number := getattr(self.setting, name)) < 1:
+                raise UserError(f"--{name} must be at least 1, got {number}")
         world = self.sizes.world
-        if self.split == "cross-task" and not (world.other_tasks or world.labelled_tasks):
+        if self.setting.split == "cross-task" and not (world.other_tasks or world.labelled_tasks):
             raise UserError("--split cross-task: this preset has no other tasks; choose another split or preset")
-        if self.split == "cross-environment" and not (world.other_look or world.clips):
+        if self.setting.split == "cross-environment" and not (world.other_look or world.clips):
             raise UserError("--split cross-environment: this preset has no other view; choose another split or preset")
-        if self.split == "cross-embodiment" and world.env != "metaworld":
+        if self.setting.split == "cross-embodiment" and world.env != "metaworld":
             raise UserError(
                 "--split cross-embodiment: this preset has no other embodiment; choose another split or preset"
             )
@@ -199,7 +199,7 @@ class Plan:
     @cached_property
     def pseudo_labelled(self) -> Step:
         words: Words = ("--inverse", self.inverse_dynamics, "--data", self.videos_without_actions)
-        if self.split == "cross-environment" and self.sizes.world.other_camera:
+        if self.setting.split == "cross-environment" and self.sizes.world.other_camera:
             words += ("--camera", self.sizes.world.other_camera)
         return Step("pseudo-labelled videos", "baseline pseudo-label", words, "meta/info.json")
 
@@ -212,16 +212,16 @@ class Plan:
     def videos(self) -> Step | str:
         """The videos of the split, or the user's own, with the true actions that only the arm actionvla may use."""
         world = self.sizes.world
-        if self.split == "cross-environment" and world.clips:
+        if self.setting.split == "cross-environment" and world.clips:
             return world.clips
-        tasks = (world.other_tasks or world.tasks) if self.split == "cross-task" else world.tasks
+        tasks = (world.other_tasks or world.tasks) if self.setting.split == "cross-task" else world.tasks
         shown: tuple[str, ...] = ()
         camera = world.camera
-        if self.split == "cross-environment":
+        if self.setting.split == "cross-environment":
             camera, shown = world.other_camera, ("--look", str(world.other_look))
-        elif self.split == "cross-embodiment":
+        elif self.setting.split == "cross-embodiment":
             shown = ("--embodiment", "hand")
-        return self._episodes("videos", tasks, self.sizes.videos, VIDEO_SEED + self.seed, camera, shown)
+        return self._episodes("videos", tasks, self.setting.videos, VIDEO_SEED + self.seed, camera, shown)
 
     @cached_property
     def videos_without_actions(self) -> Step:
@@ -231,8 +231,8 @@ class Plan:
     def labelled(self) -> Step:
         """The few labelled episodes."""
         world, seed = self.sizes.world, DEMONSTRATION_SEED + self.seed
-        tasks = (world.labelled_tasks or world.tasks) if self.split == "cross-task" else world.tasks
-        return self._episodes("labelled episodes", tasks, self.demonstrations, seed)
+        tasks = (world.labelled_tasks or world.tasks) if self.setting.split == "cross-task" else world.tasks
+        return self._episodes("labelled episodes", tasks, self.setting.demonstrations, seed)
 
     @cached_property
     def measured(self) -> Step:

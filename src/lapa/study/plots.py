@@ -29,6 +29,8 @@ MARKERS = dict(zip(ARMS, "oPsvD^", strict=True))
 # Validation metrics that are shown first, of those that the curves have.
 HELD_OUT = ("eval/held_out_token_accuracy", "eval/held_out_action_error", "eval/held_out_loss")
 MAX_HELD_OUT = 2
+# The numbers of a setting -> what they count.
+NUMBERS = {"videos": "video", "demonstrations": "labelled episode"}
 LEGEND_WIDTH = 5.4  # inches
 
 
@@ -39,23 +41,23 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def success_by_split(groups: Sequence[Group]) -> Figure:
-    """Bars with their intervals: one row for each number of labelled episodes, splits side by side."""
-    numbers = sorted({group.demonstrations for group in groups})
+    """Bars with their intervals: a row for each number of videos and labelled episodes, splits side by side."""
+    numbers = sorted({group.setting.numbers for group in groups})
     splits, arms = _splits_of(groups), _arms_of(groups)
     figure, axes = _panels(len(numbers), 1, 1.0 + 0.42 * len(splits) * (len(arms) + 1), 2.8, arms)
     width = 0.84 / len(arms)
     for group in groups:
-        axis = axes[numbers.index(group.demonstrations)][0]
+        axis = axes[numbers.index(group.setting.numbers)][0]
         for arm, cell in group.cells.items():
-            middle = splits.index(group.split) + (arms.index(arm) - (len(arms) - 1) / 2) * width
+            middle = splits.index(group.setting.split) + (arms.index(arm) - (len(arms) - 1) / 2) * width
             low, high = _ends(cell.success)
             axis.bar(middle, 100 * cell.success.value, 0.92 * width, color=COLOURS[arm])
             axis.vlines(middle, 100 * low, 100 * high, color="black", linewidth=1.2)
             axis.text(middle, 100 * high + 1.5, f"{100 * cell.success.value:.0f}", ha="center", va="bottom", fontsize=7)
-    for (axis,), number in zip(axes, numbers, strict=True):
+    for (axis,), (videos, demonstrations) in zip(axes, numbers, strict=True):
         axis.set(xticks=range(len(splits)), xticklabels=splits, xlim=(-0.55, len(splits) - 0.45))
         axis.set(ylim=(0, 110), yticks=range(0, 101, 20), ylabel="success, %")
-        axis.set_title(f"{number} labelled episode{'s' if number > 1 else ''} a task", fontsize=9)
+        axis.set_title(f"{videos} videos, labelled episodes: {demonstrations} a task", fontsize=9)
     return figure
 
 
@@ -77,28 +79,38 @@ def success_by_task(groups: Sequence[Group]) -> Figure:
         axis.grid(visible=False)
         axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
         axis.set_yticks(range(len(tasks) + 1), [*tasks, "all"] if axis is axes[0][0] else [])
-        axis.set_title(f"{group.split}, {group.demonstrations} a task", fontsize=9)
+        videos, demonstrations = group.setting.numbers
+        axis.set_title(f"{group.setting.split}\n{videos} videos, labelled: {demonstrations} a task", fontsize=9)
     return figure
 
 
-def success_by_demonstrations(groups: Sequence[Group]) -> Figure:
-    """One panel for each split with several numbers of labelled episodes: a line for each arm, its interval a band."""
-    by_split = {split: [group for group in groups if group.split == split] for split in _splits_of(groups)}
-    by_split = {split: own for split, own in by_split.items() if len(own) > 1}
-    figure, axes = _panels(1, len(by_split), 3.4, 3.2, _arms_of(groups))
-    for axis, (split, own) in zip(axes[0], by_split.items(), strict=True):
+def success_by(name: str, groups: Sequence[Group]) -> Figure | None:
+    """Success against a number of NUMBERS: a line for each arm, its interval a band.
+
+    A panel for each split and other number with several values; None without one.
+    """
+    panels: dict[str, list[Group]] = {}
+    for group in groups:
+        (other,) = (each for each in NUMBERS if each != name)
+        fixed = f"{group.setting.split}, {NUMBERS[other]}s: {getattr(group.setting, other)}"
+        panels.setdefault(fixed, []).append(group)
+    panels = {fixed: own for fixed, own in panels.items() if len(own) > 1}
+    if not panels:
+        return None
+    figure, axes = _panels(1, len(panels), 3.4, 3.2, _arms_of(groups))
+    for axis, (fixed, own) in zip(axes[0], panels.items(), strict=True):
         for arm in _arms_of(own):
-            cells = [(group.demonstrations, group.cells[arm].success) for group in own if arm in group.cells]
+            cells = [(getattr(group.setting, name), group.cells[arm].success) for group in own if arm in group.cells]
             numbers = [number for number, _ in cells]
             low, high = 100 * np.array([_ends(success) for _, success in cells]).T
             axis.fill_between(numbers, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
             rates = [100 * success.value for _, success in cells]
             axis.plot(numbers, rates, color=COLOURS[arm], marker=MARKERS[arm], markersize=4)
-        numbers = sorted({group.demonstrations for group in own})
-        axis.set(xscale="log", ylim=(-2, 102), xlabel="labelled episodes a task", ylabel="success, %")
+        numbers = [getattr(group.setting, name) for group in own]
+        axis.set(xscale="log", ylim=(-2, 102), xlabel=f"{NUMBERS[name]}s a task", ylabel="success, %")
         axis.set_xticks(numbers, [str(number) for number in numbers])
         axis.set_xticks([], minor=True)
-        axis.set_title(split, fontsize=9)
+        axis.set_title(fixed, fontsize=9)
     return figure
 
 
@@ -153,7 +165,7 @@ def _arms_of(groups: Sequence[Group]) -> list[Arm]:
 
 
 def _splits_of(groups: Sequence[Group]) -> list[Split]:
-    return [split for split in SPLITS if any(split == group.split for group in groups)]
+    return [split for split in SPLITS if any(split == group.setting.split for group in groups)]
 
 
 def _panels(

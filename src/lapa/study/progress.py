@@ -59,7 +59,7 @@ def note_wanted(study: Path, runs: Sequence[RunKey]) -> None:
 def wanted(study: Path) -> list[RunKey]:
     """The runs that were asked for, and those with a result, in the order of a report."""
     path = study / WANTED
-    rows = read_json_lines(path, arm=str, split=str, demonstrations=int, seed=int)
+    rows = read_json_lines(path, arm=str, setting=dict, seed=int)
     found = {configs.from_dict(RunKey, row, source=str(path)) for row in rows}
     if any((study / FOLDER).glob("*.json")):
         found |= {result.key for result in load_results([study])}
@@ -103,7 +103,7 @@ def _progress(study: Path) -> dict[RunKey, State]:
         elif sizes is None:
             states[run] = State("unknown")
         else:
-            states[run] = _state(study, Plan(sizes, run.split, run.demonstrations, run.seed), run.arm, failed)
+            states[run] = _state(study, Plan(sizes, run.setting, run.seed), run.arm, failed)
     return states
 
 

@@ -32,6 +32,8 @@ from lapa.verdicts import LEAST_SEEDS, LEVELS, Level, Verdict
 
 MARKDOWN, REPORT = "table.md", "report.json"
 TITLE = "Does latent pretraining pay?"
+# What `Setting.short` says.
+SETTING = "split, videos and labelled episodes a task"
 MAX_VALUES = 4  # of one setting that are shown
 
 QUESTION = (
@@ -163,7 +165,7 @@ def findings(results: Sequence[ArmResult]) -> Findings:
 def summary(found: Findings) -> list[Block]:
     """The report for a reader who does not know the paper: the main table, what it shows, and what is missing."""
     notes, lacking = cautions(found.results), missing(found.results)
-    shown = {run.arm for run in found.results} | {run.split for run in found.results}
+    shown = {run.arm for run in found.results} | {run.setting.split for run in found.results}
     blocks: list[Block] = [Bullets(tuple(("", line) for line in notes), highlighted=True)] if notes else []
     blocks += [
         Paragraph(QUESTION),
@@ -201,11 +203,11 @@ def missing(results: Sequence[ArmResult]) -> list[str]:
     seeds = sorted({run.seed for run in results})
     lines = []
     for split in SPLITS:
-        numbers = sorted({run.demonstrations for run in results if run.split == split})
-        if not numbers:
+        settings = sorted({run.setting for run in results if run.setting.split == split}, key=lambda each: each.place)
+        if not settings:
             lines.append(f"{split}: no arm")
-        for number in numbers:
-            done = {(run.arm, run.seed) for run in results if (run.split, run.demonstrations) == (split, number)}
+        for setting in settings:
+            done = {(run.arm, run.seed) for run in results if run.setting == setting}
             lacking = {arm: [seed for seed in seeds if (arm, seed) not in done] for arm in ARMS}
             named = [
                 arm if len(own) == len(seeds) else f"{arm} (seed {', '.join(map(str, own))})"
@@ -213,25 +215,24 @@ def missing(results: Sequence[ArmResult]) -> list[str]:
                 if own
             ]
             if named:
-                lines.append(f"{split}, {number}: {', '.join(named)}")
+                lines.append(f"{setting.name}: {', '.join(named)}")
     return lines
 
 
 def savings(found: Findings) -> list[str]:
     """What lapa saves over actionvla and over vpt, as far as the results show it."""
     cost = {arm: _training(stages) for arm, stages in _cpu_seconds(found.results).items()}
-    videos = found.results[0].sizes.get("videos")
 
     def computed(other: Arm) -> str:
         known = "lapa" in cost and other in cost
         return f" (CPU seconds of training: lapa {cost['lapa']:.0f}, {other} {cost[other]:.0f})" if known else ""
 
     lines = []
-    cells = {f"{group.split}, {group.demonstrations}": group.cells for group in found.groups if "lapa" in group.cells}
+    cells = {group.name: group.cells for group in found.groups if "lapa" in group.cells}
     known = {name: own["lapa"] for name, own in cells.items() if "actionvla" in own and "scratch" in own}
     gaps = [f"{name}: {gap_text(lapa.gap)}" for name, lapa in known.items() if lapa.versus["scratch"].sign > 0]
     if gaps:
-        labels = f"the actions of {videos} videos a task{computed('actionvla')}"
+        labels = f"the actions of the videos{computed('actionvla')}"
         lines.append(f"what lapa saves over actionvla is labels: {labels}; gap recovered in {'; '.join(gaps)}")
     against = {name: own["lapa"].versus["vpt"] for name, own in cells.items() if "vpt" in own["lapa"].versus}
     above = [name for name, difference in against.items() if difference.sign > 0]
@@ -275,12 +276,16 @@ def cpu_table(results: Sequence[ArmResult]) -> Table:
 def detailed_groups(groups: Sequence[Group]) -> list[Group]:
     """Returns one group a split, to be shown in detail: the one with most arms.
 
-    Of several, the one whose number of labelled episodes most groups share, then the one with fewest.
+    Of several, the one whose numbers of videos and labelled episodes most groups share, then the one with fewest.
     """
-    numbers = [group.demonstrations for group in groups]
+    numbers = [group.setting.numbers for group in groups]
+
+    def order(group: Group) -> tuple[Any, ...]:
+        return -len(group.cells), -numbers.count(group.setting.numbers), group.setting.numbers
+
     best: dict[str, Group] = {}
-    for group in sorted(groups, key=lambda g: (-len(g.cells), -numbers.count(g.demonstrations), g.demonstrations)):
-        best.setdefault(group.split, group)
+    for group in sorted(groups, key=order):
+        best.setdefault(group.setting.split, group)
     return [best[split] for split in SPLITS if split in best]
 
 
@@ -292,9 +297,8 @@ def draw(found: Findings, out: Path) -> dict[str, Path]:
         ("success", text, plots.success_by_split(found.groups)),
         ("tasks", "Success by task, %.", plots.success_by_task(detailed)),
     ]
-    if len(found.groups) > len(detailed):
-        text = "Success against the number of labelled episodes, with 95% intervals."
-        drawings.append(("demonstrations", text, plots.success_by_demonstrations(found.groups)))
+    for name, what in plots.NUMBERS.items():
+        drawings.append((name, f"Success against the number of {what}s.", plots.success_by(name, found.groups)))
     for group in detailed[:1]:
         text = f"Learning curves, a line each run: {group.name}. Losses of different arms are not comparable."
         drawings.append(("curves", text, plots.learning_curves(_runs_of(group, found))))
@@ -305,8 +309,7 @@ def draw(found: Findings, out: Path) -> dict[str, Path]:
 
 
 def _runs_of(group: Group, found: Findings) -> list[ArmResult]:
-    key = (group.split, group.demonstrations)
-    return [result for result in found.results if (result.split, result.demonstrations) == key]
+    return [result for result in found.results if result.setting == group.setting]
 
 
 def _images_of_runs(found: Findings) -> list[Block]:
@@ -400,7 +403,7 @@ def main_table(groups: Sequence[Group], heard: Sequence[Group] = ()) -> Table:
             differences = [cell, own] if heard else [cell]
             rows.append(
                 (
-                    f"{group.split}, {group.demonstrations}",
+                    group.setting.short,
                     arm,
                     _percent(cell.success),
                     str(len(cell.seeds)),
@@ -409,7 +412,7 @@ def main_table(groups: Sequence[Group], heard: Sequence[Group] = ()) -> Table:
                     gap_text(cell.gap),
                 )
             )
-    header = ("split, labelled episodes a task", "arm", "success, %", "seeds", "rollouts", "minus scratch, points")
+    header = (SETTING, "arm", "success, %", "seeds", "rollouts", "minus scratch, points")
     words = ("the same on heard goals",) if heard else ()
     return Table("Success of each arm, with 95% intervals", (*header, *words, "gap recovered"), tuple(rows))
 
@@ -425,14 +428,14 @@ def short_table(group: Group) -> Table:
 
 def wording_table(heard: Sequence[Group], unheard: Sequence[Group]) -> Table:
     """Success on the goals whose wording the labelled episodes contain, and on the others."""
-    both = [{f"{each.split}, {each.demonstrations}": each.cells for each in groups} for groups in (heard, unheard)]
+    both = [{each.setting.short: each.cells for each in groups} for groups in (heard, unheard)]
     rows = []
     for name in dict.fromkeys([*both[0], *both[1]]):
         own, other = (found.get(name, {}) for found in both)
         for arm in (arm for arm in ARMS if arm in own or arm in other):
             rates = [_percent(cells[arm].success) if arm in cells else "-" for cells in (own, other)]
             rows.append((name, arm, *rates, _difference(own[arm].versus.get("scratch") if arm in own else None)))
-    header = ("split, labelled episodes a task", "arm", "success on heard goals, %", "success on unheard goals, %")
+    header = (SETTING, "arm", "success on heard goals, %", "success on unheard goals, %")
     return Table("By wording", (*header, "minus scratch on heard goals, points"), tuple(rows))
 
 

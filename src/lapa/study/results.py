@@ -1,14 +1,15 @@
 """The result of one arm of a study under one seed: a small JSON file. `lapa study report` reads nothing else.
 
-    STUDY/results/in-domain-2-lapa-0.json      split, labelled episodes a task, arm, seed
-    STUDY/results/in-domain-2-lapa-0.png       images of its rollouts
-    STUDY/results/in-domain-2-lapa-0-codes.png what the codes of its latent action model do (arm lapa)
+    STUDY/results/in-domain-30-2-lapa-0.json      split, videos and labelled episodes a task, arm, seed
+    STUDY/results/in-domain-30-2-lapa-0.png       images of its rollouts
+    STUDY/results/in-domain-30-2-lapa-0-codes.png what the codes of its latent action model do (arm lapa)
 
 Results of several machines are merged by giving `report` all their folders, or by copying the files into one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -61,39 +62,63 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What arms are compared on. videos, demonstrations: videos and labelled episodes of each task."""
+
+    split: Split
+    videos: int
+    demonstrations: int
+
+    @property
+    def name(self) -> str:
+        labelled = f"{self.demonstrations} labelled episode{'s' if self.demonstrations > 1 else ''}"
+        return f"{self.split}, {self.videos} videos and {labelled} a task"
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        return self.videos, self.demonstrations
+
+    @property
+    def short(self) -> str:
+        """The name in a table that says what the numbers are."""
+        return f"{self.split}, {self.videos}, {self.demonstrations}"
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Orders settings by split, videos and labelled episodes."""
+        return SPLITS.index(self.split), self.videos, self.demonstrations
+
+
+@dataclass(frozen=True)
 class RunKey:
-    """Names one arm under one seed, on one split with one number of labelled episodes a task."""
+    """Names one arm in one setting under one seed."""
 
     arm: Arm
-    split: Split
-    demonstrations: int
+    setting: Setting
     seed: int
 
     @property
     def name(self) -> str:
         """The stem of its files' names."""
-        return f"{self.split}-{self.demonstrations}-{self.arm}-{self.seed}"
+        split, videos, demonstrations = dataclasses.astuple(self.setting)
+        return f"{split}-{videos}-{demonstrations}-{self.arm}-{self.seed}"
 
     @property
-    def place(self) -> tuple[int, int, int, int]:
-        """Orders runs by split, labelled episodes, arm and seed."""
-        return SPLITS.index(self.split), self.demonstrations, ARMS.index(self.arm), self.seed
+    def place(self) -> tuple[tuple[int, int, int], int, int]:
+        """Orders runs by setting, arm and seed."""
+        return self.setting.place, ARMS.index(self.arm), self.seed
 
 
 @dataclass(frozen=True)
-class ArmResult:
-    """One arm under one seed.
+class ArmResult(RunKey):
+    """The result of a run.
 
-    preset, sizes: the same in all results of one study. demonstrations: labelled episodes a task. errors: evaluation
-    episodes that ended in an error, which are no rollouts. figures: measures that may explain the success rate, by name
-    (docs/metrics.md), such as token_accuracy, action_error, lam_linear_r2. seconds, cpu_seconds: of each stage, all its
-    attempts together. provenance: the command, versions and hardware.
+    preset, sizes: the same in all results of one study. errors: evaluation episodes that ended in an error, which are
+    no rollouts. figures: measures that may explain the success rate, by name (docs/metrics.md), such as token_accuracy,
+    action_error, lam_linear_r2. seconds, cpu_seconds: of each stage, all its attempts together. provenance: the
+    command, versions and hardware.
     """
 
-    arm: Arm
-    split: Split
-    demonstrations: int
-    seed: int
     preset: str
     sizes: dict[str, Any]
     rollouts: tuple[Rollout, ...]
@@ -108,12 +133,7 @@ class ArmResult:
 
     @property
     def key(self) -> RunKey:
-        return RunKey(self.arm, self.split, self.demonstrations, self.seed)
-
-    @property
-    def name(self) -> str:
-        """The stem of its files' names."""
-        return self.key.name
+        return RunKey(self.arm, self.setting, self.seed)
 
     @property
     def strip(self) -> Path | None:
@@ -172,7 +192,7 @@ def load_result(path: Path) -> ArmResult:
 
 
 def load_results(studies: Sequence[Path]) -> list[ArmResult]:
-    """The results of one study in several folders, ordered by split, labelled episodes, arm and seed.
+    """The results of one study in several folders, ordered by setting, arm and seed.
 
     Raises UserError where there is none, where presets or sizes differ, and where two folders disagree on a result.
     """
@@ -192,4 +212,4 @@ def load_results(studies: Sequence[Path]) -> list[ArmResult]:
             same = found.setdefault(result.name, result)
             if same.rollouts != result.rollouts:
                 raise UserError(f"{path}: differs from {same.folder / path.name}; leave one of them out")
-    return sorted(found.values(), key=lambda result: result.key.place)
+    return sorted(found.values(), key=lambda result: result.place)

@@ -40,7 +40,18 @@ from lapa.policy.open_loop import action_figures
 from lapa.study.config import SECONDS_OF_CPU, StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
 from lapa.study.progress import note_wanted
-from lapa.study.results import FOLDER, SECONDS, SETTINGS, Arm, ArmResult, Curve, Rollout, RunKey, require_played
+from lapa.study.results import (
+    FOLDER,
+    SECONDS,
+    SETTINGS,
+    Arm,
+    ArmResult,
+    Curve,
+    Rollout,
+    RunKey,
+    Setting,
+    require_played,
+)
 from lapa.subcommand import AT_ONCE, Stage, is_running, run_stages
 
 # The figures of a result: the JSON file of a step -> name of the figure -> where it is in that file.
@@ -76,11 +87,15 @@ def run(config: StudyConfig) -> None:
     sizes = sizes_of(config.preset)
     if config.clips is not None:
         sizes = replace(sizes, world=replace(sizes.world, clips=str(config.clips.resolve())))
-    plans = [Plan(sizes, config.split, config.demonstrations, seed) for seed in config.seed]
+    if config.clips is not None and config.videos is not None:
+        raise UserError("--videos: those of --clips are all used; leave it out")
+    videos = sizes.videos if config.videos is None else config.videos
+    setting = Setting(config.split, videos, config.demonstrations)
+    plans = [Plan(sizes, setting, seed) for seed in config.seed]
     _require_installed(config, sizes)
     _require_same_study(config.out, config.preset, sizes)
     runs = [(plan, arm) for plan in plans for arm in config.arm]
-    note_wanted(config.out, [RunKey(arm, plan.split, plan.demonstrations, plan.seed) for plan, arm in runs])
+    note_wanted(config.out, [RunKey(arm, setting, plan.seed) for plan, arm in runs])
     wanted = [step for plan, arm in runs for step in steps_of(plan, arm).values()]
     steps = list(order(*wanted, unless=lambda step: step.done(config.out)))
     without_result = list(runs)
@@ -170,8 +185,7 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     episodes = played(rollouts["episodes"])
     result = ArmResult(
         arm=arm,
-        split=plan.split,
-        demonstrations=plan.demonstrations,
+        setting=plan.setting,
         seed=plan.seed,
         preset=preset,
         sizes={**configs.to_dict(plan.sizes), "stage_presets": hashlib.sha256(stages.encode()).hexdigest()[:8]},
@@ -182,8 +196,8 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         seconds=_sums(spent, "seconds", titles),
         cpu_seconds=_sums(spent, "cpu_seconds", titles),
         provenance={
-            "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.split} "
-            f"--demonstrations {plan.demonstrations} --out STUDY",
+            "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.setting.split} "
+            f"--videos {plan.setting.videos} --demonstrations {plan.setting.demonstrations} --out STUDY",
             "code": ", ".join(sorted({row["code"] for row in spent})),
             **{name: rollouts[name] for name in PROVENANCE if name in rollouts},
         },

@@ -30,7 +30,7 @@ import numpy as np
 from einops import rearrange
 from scipy.stats import rankdata
 
-from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Rollout, Split
+from lapa.study.results import ARMS, Arm, ArmResult, Rollout, Setting
 
 NUM_DRAWS = 2000  # of goals
 TRAININGS = 8  # drawn for each of them: the tails of Student's t are long, and cost less than goals
@@ -67,7 +67,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm on one split with one number of labelled episodes.
+    """One arm in one setting.
 
     versus: this arm minus another, paired, on the goals that both played: scratch, and for lapa captions and vpt, too.
     mean_rank: 1 is best; mean over tasks and seeds that all arms of the group played, ties averaged.
@@ -85,15 +85,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """The arms that are compared with each other: one split, one number of labelled episodes a task."""
+    """The arms that are compared with each other."""
 
-    split: Split
-    demonstrations: int
+    setting: Setting
     cells: dict[Arm, Cell]
 
     @property
     def name(self) -> str:
-        return f"{self.split}, {self.demonstrations} labelled episode{'s' if self.demonstrations > 1 else ''} a task"
+        return self.setting.name
 
 
 class Played(Protocol):
@@ -116,19 +115,18 @@ class SharedRollouts:
 
 
 def compare(results: Sequence[ArmResult]) -> tuple[Group, ...]:
-    """Compares the arms of every split and number of labelled episodes, in the order of SPLITS and ARMS.
+    """Compares the arms of every setting, in the order of `Setting.place` and ARMS.
 
     Runs without rollouts are left out.
     """
     groups = []
     results = [run for run in results if run.rollouts]
-    for position, demonstrations in sorted({(SPLITS.index(run.split), run.demonstrations) for run in results}):
-        split = SPLITS[position]
-        own = [run for run in results if (run.split, run.demonstrations) == (split, demonstrations)]
+    for setting in sorted({run.setting for run in results}, key=lambda setting: setting.place):
+        own = [run for run in results if run.setting == setting]
         runs = {arm: found for arm in ARMS if (found := [run for run in own if run.arm == arm])}
         ranks = mean_ranks(shared(*runs.values()))
         cells = {arm: _cell(arm, runs, ranks[n] if ranks else None) for n, arm in enumerate(runs)}
-        groups.append(Group(split, demonstrations, cells))
+        groups.append(Group(setting, cells))
     return tuple(groups)
 
 

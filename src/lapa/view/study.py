@@ -1,6 +1,6 @@
 """The page of a study: the page of results with its arms, its report, and how far its runs are.
 
-about, group-G      as of results; a group is one split with one number of labelled episodes
+about, group-G      as of results; a group is one setting
 report              the blocks of `lapa study report`
 V.mp4, F.png        videos of rollouts, and figures of the report
 """
@@ -73,7 +73,7 @@ class StudyPages(RolloutPages):
         sizes = sizes_in(study)
         if sizes is None:
             return Run(result.arm, result.seed, result.rollouts)
-        plan = Plan(sizes, result.split, result.demonstrations, result.seed)
+        plan = Plan(sizes, result.setting, result.seed)
         return Run(result.arm, result.seed, result.rollouts, videos_of(plan.rollouts(result.arm).folder(study)))
 
     def _about(self) -> dict[str, Any]:
@@ -130,4 +130,4 @@ def open_study_pages(config: ViewConfig) -> StudyPages:
 
 
 def _is_of(result: ArmResult, group: Any) -> bool:
-    return (result.split, result.demonstrations) == (group.split, group.demonstrations) and bool(result.rollouts)
+    return result.setting == group.setting and bool(result.rollouts)

@@ -60,8 +60,8 @@ function showSuccess() {
   }
 }
 function showRuns() {
-  table($("runs-table"), ["split", "labelled episodes a task", "arm", "seed", "state"],
-    about.runs.map(run => [run.split, run.demonstrations, run.arm, run.seed, run.text]));
+  table($("runs-table"), ["split", "videos a task", "labelled episodes a task", "arm", "seed", "state"],
+    about.runs.map(run => [...Object.values(run.setting), run.arm, run.seed, run.text]));
   about.runs.forEach((run, place) => $("runs-table").tBodies[0].rows[place].lastChild.classList.add(run.kind));
 }
 async function showReport() {
