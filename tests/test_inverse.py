@@ -176,9 +176,10 @@ def test_an_oracles_pseudo_labels_are_the_truth(root: Path, window: int, monkeyp
 def test_episodes_too_short_for_a_pair_are_left_out_and_counted(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    writer = DatasetWriter(tmp_path / "videos", fps=10, cameras={"front": (32, 32)})
+    # The only camera of a dataset is read, whatever its name.
+    writer = DatasetWriter(tmp_path / "videos", fps=10, cameras={"video": (32, 32)})
     for number, length in enumerate((3, 4, 2, 9)):
-        writer.add_episode({"front": np.zeros((length, 32, 32, 3), np.uint8)}, f"task {number}")
+        writer.add_episode({"video": np.zeros((length, 32, 32, 3), np.uint8)}, f"task {number}")
     writer.finish()
     config = PseudoLabelConfig(inverse=trained, data=tmp_path / "videos", out=tmp_path / "out", device="cpu")
     pseudo_label.run(config)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,10 @@ def made_up(arm: Arm, seed: int = 0, successes: tuple[int, ...] = (), **rest: ob
         "setting": IN_DOMAIN,
         "preset": "made-up",
         "sizes": {"world": {"env": "metaworld"}, "rollouts": 20},
-        "figures": {"token_accuracy": sum(successes) / 40 + 0.02 * seed},
+        "figures": {
+            "action_r2": sum(successes) / 40 + 0.02 * seed,
+            **({"token_accuracy": 0.25} if arm == "lapa" else {}),
+        },
         "curves": (Curve(f"policy {arm}", (*rows, *held_out)),),
         "seconds": {f"finetuning {arm}": 60.0 + 4 * seed, "videos": 10.0},
         "cpu_seconds": {f"finetuning {arm}": 120.0 + 8 * seed, "videos": 20.0},
@@ -123,7 +127,8 @@ def test_the_markdown_holds_the_same_table(report: Path) -> None:
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2].startswith("65.0 [") and cells[3:5] == ["2", "80"]
     assert all(cell.startswith("+50.0 [") for cell in cells[5:7]) and cells[7].startswith("0.71 [")
-    assert len(lines) < 70, "short"
+    assert "| in-domain, 30, 2 | - | - | - | 0.25 |" in lines
+    assert len(lines) < 75, "short"
 
 
 def test_long_tables_are_on_the_page_alone(report: Path) -> None:
@@ -131,10 +136,10 @@ def test_long_tables_are_on_the_page_alone(report: Path) -> None:
     found = findings(load_results([report.parent]))
     lines = markdown("Study", content(found, {})).splitlines()
     assert "## Tables" in lines and not any("Each row is a task" in line for line in lines), "no captions of images"
-    # Of two runs of vpt one has 14 / 40, the other two hundredths more; of five runs of lapa four have 26 / 40.
-    assert "| token_accuracy | 0.154 | 0.060 | 0.360 | 0.110 | 0.654 | 0.860 |" in lines
+    # Of two runs of vpt one has 14 / 40, the other two hundredths more.
+    assert "| action_r2 | 0.160 | 0.060 | 0.360 | 0.110 | 0.660 | 0.860 |" in lines
     (stage,) = [line for line in lines if line.startswith("| finetuning |")]
-    # Runs of vpt take 60 and 64 seconds; scratch and lapa have two more runs, of 60.
+    # Runs of vpt take 60 and 64 seconds; scratch and lapa have three more runs, of 60.
     assert stage == "| finetuning | 61 | 62 | 62 | 62 | 61 | 62 |"
     assert "| all of a run | 71 | 72 | 72 | 72 | 71 | 72 |" in lines
     assert any("and 8 others" in line for line in lines)  # of twelve commands four are shown
@@ -183,6 +188,10 @@ def test_what_lapa_saves_follows_the_results() -> None:
         made_up(arm, cpu_seconds={f"finetuning {arm}": 60.0 if arm == "lapa" else 90.0, "videos": 1.0}) for arm in arms
     ]
     assert "over vpt lapa saves compute, no labels (" in savings(findings(cheap))[1]
+    untimed = [replace(run, cpu_seconds={}) if run.arm == "lapa" else run for run in cheap]
+    assert savings(findings(untimed))[1].startswith("over vpt lapa saves no labels; it is above it in")
+    elsewhere = [*cheap, made_up("lapa", setting=Setting("cross-task", 30, 2), cpu_seconds={"finetuning lapa": 9e9})]
+    assert savings(findings(elsewhere))[1] == savings(findings(cheap))[1], "costs are compared where both arms are"
     assert savings(findings([made_up("lapa"), made_up("scratch")])) == []
 
 

@@ -167,6 +167,12 @@ def test_a_study() -> None:
     assert verdict_of_study([]).level == "doubtful"
     careful = verdict_of_study([group(low=0.07, high=0.42)], ["preset debug: these numbers measure nothing"])
     assert careful.level == "doubtful" and careful.reasons[0].startswith("preset debug")
+    paired = group(low=0.07, high=0.42)
+    lapa = paired.cells["lapa"]
+    for low, level in ((0.1, "good"), (-0.1, "doubtful")):
+        versus = {**lapa.versus, "captions": Estimate(0.2, low, 0.3, 3)}
+        controlled = verdict_of_study([replace(paired, cells={"lapa": replace(lapa, versus=versus)})])
+        assert controlled.level == level and ("lapa and captions" in str(controlled)) == (level == "doubtful")
     lacking = verdict_of_study([group(low=0.07, high=0.42), Group(Setting("cross-task", 30, 2), {})])
     assert lacking.level == "doubtful" and "lack of lapa or scratch: cross-task" in str(lacking)
 

@@ -138,7 +138,7 @@ class PseudoLabelConfig:
     out: Path
     """Folder of the dataset to write."""
     camera: str | None = None
-    """Camera to label from, by default the one that the model learned from."""
+    """Camera to label from; by default the only one of the dataset, or else the one that the model learned from."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False

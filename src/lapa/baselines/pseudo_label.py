@@ -48,7 +48,8 @@ def run(config: PseudoLabelConfig) -> None:
     """`lapa baseline pseudo-label`. Raises UserError on bad input, or where no episode is long enough for a pair."""
     next_commands = [f"lapa policy finetune --from-scratch --data {shlex.quote(str(config.out))} --out POLICY"]
     model, dataset = InverseDynamics.from_pretrained(config.inverse), require_folder(open_dataset(config.data))
-    camera = config.camera or model.recording.camera
+    only = dataset.cameras[0] if len(dataset.cameras) == 1 else None
+    camera = config.camera or only or model.recording.camera
     if camera not in dataset.cameras:
         raise UserError(
             f"{dataset.root}: has no camera {camera!r}, which {config.inverse} learned from; "

@@ -222,14 +222,15 @@ PRESETS = {
 }
 
 
-# Seconds of a step of the preset `cpu`, one thread: means over the runs of
-# benchmarks/results/study_2-core-cpu_2026-11-23.md.
-SECONDS_OF_CPU = {
-    "videos": 228, "videos without actions": 2, "shuffled labels": 2, "planner": 12,
-    "labelled episodes": 30, "measured episodes": 90, "latent action model": 514, "labels": 61,
-    "labels of measured episodes": 30, "probe": 140, "token accuracy": 24, "inverse dynamics": 120,
-    "pseudo-labelled videos": 59, "video model": 1124, "video model finetuning": 257, "pretraining": 319,
-    "finetuning": 170, "rollouts": 228, "action error": 27,
+# Seconds of a step, one thread: means over the runs of benchmarks/results/study_2-core-cpu_2026-11-23.md.
+SECONDS_OF = {
+    "cpu": {
+        "videos": 228, "videos without actions": 2, "shuffled labels": 2, "planner": 12,
+        "labelled episodes": 30, "measured episodes": 90, "latent action model": 514, "labels": 61,
+        "labels of measured episodes": 30, "probe": 140, "token accuracy": 24, "inverse dynamics": 120,
+        "pseudo-labelled videos": 59, "video model": 1124, "video model finetuning": 257, "pretraining": 319,
+        "finetuning": 170, "rollouts": 228, "action error": 27,
+    },
 }  # fmt: skip
 
 

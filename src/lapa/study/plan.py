@@ -198,9 +198,7 @@ class Plan:
 
     @cached_property
     def pseudo_labelled(self) -> Step:
-        words: Words = ("--inverse", self.inverse_dynamics, "--data", self.videos_without_actions)
-        if self.setting.split == "cross-environment" and self.sizes.world.other_camera:
-            words += ("--camera", self.sizes.world.other_camera)
+        words = ("--inverse", self.inverse_dynamics, "--data", self.videos_without_actions)
         return Step("pseudo-labelled videos", "baseline pseudo-label", words, "meta/info.json")
 
     @cached_property

@@ -75,6 +75,13 @@ HEARD = (
     " Heard goals have a wording that the labelled episodes contain (in Language Table: name the same blocks as one of "
     "them): on others an arm with video may win by the captions alone."
 )
+# Figures that the main text shows.
+FIGURES = {
+    "inverse_r2": "inverse dynamics: R2 on the videos",
+    "lam_mlp_r2": "codes: R2 of the action",
+    "lam_error_of_copying": "codes: error over copying",
+    "token_accuracy": "codes predicted by the policy",
+}
 # Of the stages of an arm, those of its training; what is left is recording, rollouts and measures.
 FINETUNING = ("finetuning", "video model finetuning")
 FROM_VIDEO = (
@@ -134,7 +141,8 @@ def run(config: ReportConfig) -> None:
 def verdict_of(groups: Sequence[Group], cautions: Sequence[str] = ()) -> Verdict:
     """Whether latent pretraining pays: good where LAPA is above scratch in every group, of LEAST_SEEDS seeds or more.
 
-    Bad where it is below scratch in one, doubtful otherwise, as with cautions and where a group lacks one of the two.
+    Bad where it is below scratch in one, doubtful otherwise, as with cautions, where a group lacks one of the two, and
+    where it is not above the control.
     """
     differences = {group.name: group.cells["lapa"].versus.get("scratch") for group in groups if "lapa" in group.cells}
     known = {name: difference for name, difference in differences.items() if difference is not None}
@@ -149,7 +157,13 @@ def verdict_of(groups: Sequence[Group], cautions: Sequence[str] = ()) -> Verdict
     few = min(each.num_seeds for each in known.values()) < LEAST_SEEDS
     verdict = Verdict(worst, (*reasons, *([f"fewer than {LEAST_SEEDS} seeds"] if few else [])))
     skipped = [f"not judged for lack of lapa or scratch: {group.name}" for group in groups if group.name not in known]
-    for reason in reversed([*cautions, *skipped]):
+    controls = {group.name: group.cells["lapa"].versus.get("captions") for group in groups if "lapa" in group.cells}
+    unproven = [
+        f"{name}: {comparison('lapa', 'captions', difference)}"
+        for name, difference in controls.items()
+        if difference is not None and difference.sign < 1
+    ]
+    for reason in reversed([*cautions, *skipped, *unproven]):
         verdict = verdict.at_best_doubtful(reason)
     return verdict
 
@@ -175,6 +189,8 @@ def summary(found: Findings) -> list[Block]:
         main_table(found.groups, found.heard),
         Paragraph(f"{SEEDS} {INTERVALS}{HEARD if found.heard else ''}"),
     ]
+    if (why := figures_table(found.results)).rows:
+        blocks.append(why)
     if (cost := cpu_table(found.results)).rows:
         blocks.append(cost)
     if found.results[0].sizes.get("world", {}).get("env") == "language_table":
@@ -191,8 +207,12 @@ def content(found: Findings, drawn: Mapping[str, Path]) -> list[Block]:
     tables = (
         wording_table(found.heard, found.unheard),
         *map(task_table, detailed_groups(found.groups)),
-        means_table("Figures of the runs, mean over each arm", found.results, lambda run: run.figures, digits=3),
-        means_table(title, found.results, _seconds, digits=0),
+        *(
+            means_table(f"Figures of the runs, mean over each arm: {group.name}", runs, lambda run: run.figures, 3)
+            for group in found.groups
+            for runs in [_runs_of(group, found)]
+        ),
+        means_table(title, found.results, _seconds, 0),
         settings_table(found.results),
     )
     return [*blocks, Heading("Tables"), *(table for table in tables if table.rows)]
@@ -221,35 +241,34 @@ def missing(results: Sequence[ArmResult]) -> list[str]:
 
 def savings(found: Findings) -> list[str]:
     """What lapa saves over actionvla and over vpt, as far as the results show it."""
-    cost = {arm: _training(stages) for arm, stages in _cpu_seconds(found.results).items()}
 
-    def computed(other: Arm) -> str:
-        known = "lapa" in cost and other in cost
-        return f" (CPU seconds of training: lapa {cost['lapa']:.0f}, {other} {cost[other]:.0f})" if known else ""
+    def computed(cost: Mapping[Arm, float]) -> str:
+        return f" (CPU seconds of training: {', '.join(f'{arm} {cost[arm]:.0f}' for arm in cost)})" if cost else ""
 
     lines = []
     cells = {group.name: group.cells for group in found.groups if "lapa" in group.cells}
     known = {name: own["lapa"] for name, own in cells.items() if "actionvla" in own and "scratch" in own}
     gaps = [f"{name}: {gap_text(lapa.gap)}" for name, lapa in known.items() if lapa.versus["scratch"].sign > 0]
     if gaps:
-        labels = f"the actions of the videos{computed('actionvla')}"
+        labels = f"the actions of the videos{computed(_cost_of(found.results, 'lapa', 'actionvla'))}"
         lines.append(f"what lapa saves over actionvla is labels: {labels}; gap recovered in {'; '.join(gaps)}")
     against = {name: own["lapa"].versus["vpt"] for name, own in cells.items() if "vpt" in own["lapa"].versus}
     above = [name for name, difference in against.items() if difference.sign > 0]
     rest = [name for name, difference in against.items() if difference.sign <= 0 and difference.low is not None]
     if above or rest:
-        saved = "compute, no labels" if cost.get("lapa", 0.0) < cost.get("vpt", 0.0) else "nothing"
+        cost = _cost_of(found.results, "lapa", "vpt")
+        saved = "compute, no labels" if cost and cost["lapa"] < cost["vpt"] else "nothing" if cost else "no labels"
         where = [f"above it in {'; '.join(above)}"] * bool(above) + [f"not above it in {'; '.join(rest)}"] * bool(rest)
         gained = ", so what it gains is robustness" if above and rest and "in-domain" not in " ".join(above) else ""
-        lines.append(f"over vpt lapa saves {saved}{computed('vpt')}; it is {' and '.join(where)}{gained}")
+        lines.append(f"over vpt lapa saves {saved}{computed(cost)}; it is {' and '.join(where)}{gained}")
     return lines
 
 
 def _cpu_seconds(results: Sequence[ArmResult]) -> dict[Arm, dict[str, float]]:
-    """The CPU seconds of each stage of an arm, mean over the runs that have them."""
+    """The CPU seconds of each stage of an arm, mean over the runs that have those of all their stages."""
     found: dict[Arm, dict[str, float]] = {}
     for arm in ARMS:
-        runs = [run for run in results if run.arm == arm and run.cpu_seconds.keys() >= run.seconds.keys() > set()]
+        runs = [run for run in results if run.arm == arm and _is_timed(run)]
         for run in runs:
             for title, seconds in run.cpu_seconds.items():
                 stages = found.setdefault(arm, {})
@@ -257,8 +276,32 @@ def _cpu_seconds(results: Sequence[ArmResult]) -> dict[Arm, dict[str, float]]:
     return found
 
 
+def _cost_of(results: Sequence[ArmResult], *arms: Arm) -> dict[Arm, float]:
+    """CPU seconds of training, mean over the settings and seeds in which all arms were timed; empty without one."""
+    timed = {arm: {(run.setting, run.seed) for run in results if run.arm == arm and _is_timed(run)} for arm in arms}
+    shared = set.intersection(*timed.values())
+    stages = _cpu_seconds([run for run in results if (run.setting, run.seed) in shared])
+    return {arm: _training(stages[arm]) for arm in arms if shared}
+
+
+def _is_timed(run: ArmResult) -> bool:
+    return run.cpu_seconds.keys() >= run.seconds.keys() > set()
+
+
 def _training(stages: Mapping[str, float]) -> float:
     return sum(seconds for stage, seconds in stages.items() if stage in (*FROM_VIDEO, *FINETUNING))
+
+
+def figures_table(results: Sequence[ArmResult]) -> Table:
+    """What may explain success in each setting: what inverse dynamics and codes know; means over seeds."""
+    rows = []
+    for setting in sorted({run.setting for run in results}, key=lambda setting: setting.place):
+        own = [run.figures for run in results if run.setting == setting]
+        known = [[figures[name] for figures in own if name in figures] for name in FIGURES]
+        if any(known):
+            rows.append((setting.short, *(f"{sum(each) / len(each):.2f}" if each else "-" for each in known)))
+    title = "What may explain it (docs/metrics.md), mean over seeds"
+    return Table(title, (SETTING, *FIGURES.values()), tuple(rows))
 
 
 def cpu_table(results: Sequence[ArmResult]) -> Table:

@@ -37,7 +37,7 @@ from lapa.evaluation.episodes import VIDEO_FPS
 from lapa.evaluation.rollout import played, read_results
 from lapa.files import atomic_path, fingerprint, read_json, read_json_lines, read_object, write_json
 from lapa.policy.open_loop import action_figures
-from lapa.study.config import SECONDS_OF_CPU, StudyConfig, StudySizes, sizes_of
+from lapa.study.config import SECONDS_OF, StudyConfig, StudySizes, sizes_of
 from lapa.study.plan import Plan, Step, order, stage_presets, steps_of
 from lapa.study.progress import note_wanted
 from lapa.study.results import (
@@ -87,7 +87,7 @@ def run(config: StudyConfig) -> None:
     sizes = sizes_of(config.preset)
     if config.clips is not None:
         sizes = replace(sizes, world=replace(sizes.world, clips=str(config.clips.resolve())))
-    if config.clips is not None and config.videos is not None:
+    if config.clips is not None and config.videos is not None and config.split == "cross-environment":
         raise UserError("--videos: those of --clips are all used; leave it out")
     videos = sizes.videos if config.videos is None else config.videos
     setting = Setting(config.split, videos, config.demonstrations)
@@ -153,9 +153,11 @@ def _expected(config: StudyConfig, every: Sequence[Step], left: Sequence[Step]) 
     for row in read_json_lines(config.out / SECONDS, key=str, seconds=float):
         spent[row["key"]] = spent.get(row["key"], 0.0) + row["seconds"]
     known = {step.kind: spent[step.key] for step in every if step.key in spent and step.done(config.out)}
-    known = {**(SECONDS_OF_CPU if config.preset == "cpu" else {}), **known}
+    known = {**SECONDS_OF.get(config.preset, {}), **known}
     minutes = sum(known.get(step.kind, 0.0) for step in left) / AT_ONCE / 60
     unknown = sum(step.kind not in known for step in left)
+    if unknown == len(left):
+        return f"{len(left)} steps, {AT_ONCE} at once; none of their kind was timed yet, so how long is not known"
     note = f" (of which {unknown} were never timed)" if unknown else ""
     return f"{len(left)} steps{note}, {AT_ONCE} at once: about {max(1, round(minutes))} minutes on idle cores"
 
