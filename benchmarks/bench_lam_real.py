@@ -9,9 +9,10 @@ measured on them; it leaves OUT/VARIANT_SEED_STEPS/measured.json, and is neither
 `lapa-vla[motion]`.
 
 Figures (docs/metrics.md): error over copying and shuffled over own error, of all and of moving pixels; joint
-perplexity; same code: how often a code returns from another scene; motion: R2 of an MLP from the codes to optical
-flow, minus what the first frame alone predicts; verb: nats of the instruction's first word in the best position's code,
-minus those of permuted words; CPU seconds of the training process.
+perplexity; same code / chance: how often a code returns from another scene, over how often by chance; motion: R2 of an
+MLP from the codes to optical flow, minus the first frame's where that is above 0; verb: nats of the instruction's first
+word in the best position's code (the more positions, the higher by chance), minus those of permuted words; CPU seconds
+of the training process.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Config:
     """Train variants of the preset tiny on videos and compare what they learn."""
 
     videos: tuple[Path, ...]
-    """Folders of videos, with captions.json where there are captions."""
+    """Folders of videos, with captions.json where there are captions, or of RLDS."""
     out: Path
     """Folder of the datasets and runs."""
     variants: tuple[str, ...] = (PRESET,)
@@ -142,9 +143,9 @@ def main(config: Config) -> None:
 
 
 def converted(folder: Path, out: Path) -> Path:
-    """The dataset of a folder of videos, at the preset's image size."""
-    dataset = out / "data" / folder.name
-    command = [sys.executable, "-m", "lapa", "data", "videos", str(folder), "--size", "64", "--resume"]
+    """The dataset of a folder of videos or of RLDS, at the preset's image size."""
+    dataset, source = out / "data" / folder.name, "rlds" if (folder / "dataset_info.json").exists() else "videos"
+    command = [sys.executable, "-m", "lapa", "data", source, str(folder), "--size", "64", "--resume"]
     if subprocess.run([*command, "--out", str(dataset)]).returncode:
         raise SystemExit(1)
     return dataset
@@ -163,9 +164,10 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "error / copying": _over("mse", "mse_copy"),
     "moving pixels": _over("moving_mse", "moving_mse_copy"),
     "shuffled / own": _over("mse_shuffled", "mse"),
+    "moving: shuffled / own": _over("moving_mse_shuffled", "moving_mse"),
     "joint perplexity": lambda row: row["usage"]["joint_perplexity"],
     "codes used": lambda row: row["usage"]["codes_used"],
-    "same code": lambda row: row["transfer"]["same_code"],
+    "same code / chance": lambda row: row["transfer"]["same_code"] / row["transfer"]["same_code_chance"],
     "motion, cells": lambda row: _motion(row, "grid"),
     "motion, image": lambda row: _motion(row, "whole"),
     "verb, nats": lambda row: max(each["nats"] - each["permuted"] for each in row["verb"]),

@@ -260,14 +260,14 @@ def regression_figures(
 
     From the codes (one-hot), the quantised latent action and the continuous one. For comparison, from the difference
     of the two frames and from the first frame, both at 8x8 pixels (what the scene alone predicts), from the quantised
-    latent actions of other pairs (shuffled), and from nothing (mean). lp_mse (CoMo,
+    latent actions of other episodes (shuffled), and from nothing (mean). lp_mse (CoMo,
     https://arxiv.org/abs/2505.17006): the linear probe's error from the continuous latent action, targets brought to
     unit variance.
     """
     targets_BA, episodes_B = targets_BA.astype(np.float64), sample.episodes_B
     test_B = hold_out(episodes_B, seed)
     features = features_of(sample, encoded, codebook_size)
-    features["shuffled"] = np.random.default_rng(seed).permutation(features["quantized"])
+    features["shuffled"] = features["quantized"][other_episodes(episodes_B, seed)]
     mean_BA = np.broadcast_to(targets_BA[~test_B].mean(0), targets_BA.shape)
     linear = {
         name: scores(ridge(values, targets_BA, test_B, episodes_B), targets_BA, test_B)
