@@ -95,7 +95,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             raise result
         return result
 
-    def wait(references: list[object], num_returns: int) -> tuple[list[object], list[object]]:
+    def wait(references: list[object], num_returns: int, timeout: float | None = None) -> tuple[list[object], list]:
         return [next((one for one in references if one in checks), references[-1])], []
 
     results: dict[object, Any] = {}
@@ -185,6 +185,58 @@ def test_a_command_that_is_killed_loses_and_doubles_nothing(
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("place", range(2, 7))
+def test_what_was_added_is_not_looked_at_again(
+    clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    """Also where the command is killed between the shard's two removals."""
+    calls = []
+
+    def dying(path: Path) -> None:
+        if path.name.startswith(convert_ray.PRIVATE) or path.suffix == ".json":
+            calls.append(path)
+            if len(calls) == place:
+                raise Killed
+        remove(path)
+
+    def read(path: Path) -> Any:
+        markers.append(path.name)
+        return read_json(path)
+
+    remove, markers = convert_ray.remove, list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_ray, "remove", dying)
+        with pytest.raises(Killed):
+            run(options(clips, tmp_path / "out", engine="ray"))
+    monkeypatch.setattr(convert_ray, "read_json", read)
+    run(options(clips, tmp_path / "out", engine="ray", resume=True))
+    added = {f"{2 * shard:09d}.json" for shard in range((place + 1) // 2)}
+    assert markers and not added & set(markers)
+    assert files(tmp_path / "out") == whole
+
+
+def test_workers_get_work_before_what_is_made_is_added() -> None:
+    class Worker:
+        check = SimpleNamespace(remote=object)
+
+    given: list[int] = []
+
+    def make(worker: Worker, shard: int) -> object:
+        given.append(shard)
+        return object()
+
+    ray = SimpleNamespace(
+        wait=lambda references, **_: (references, []),
+        get=lambda _: {},
+        exceptions=SimpleNamespace(RayActorError=ConnectionError, OutOfMemoryError=MemoryError),
+    )
+    shards = convert_ray._shards_made(ray, Worker, make, range(5), 2)
+    made = [next(shards)]
+    assert given == [0, 1, 2, 3]
+    assert sorted([*made, *shards]) == given == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_errors_of_workers_stop_the_command_and_resume_goes_on(
     clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +261,24 @@ def test_a_shard_that_is_lost_before_it_is_added_is_made_again(
     with monkeypatch.context() as patch:
         patch.setattr(ShardActor, "_make", lost)
         with pytest.raises(ValueError, match=r"000000002\.json: lacks '2\.mp4'; --resume makes it again"):
+            run(options(clips, tmp_path / "out", engine="ray"))
+    run(options(clips, tmp_path / "out", engine="ray", resume=True))
+    assert files(tmp_path / "out") == whole
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_shard_that_lacks_a_video_is_made_again(
+    clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(actor: ShardActor, marker: Path, items: Sequence[Item]) -> None:
+        original(actor, marker, items)
+        if marker.stem == "000000002":
+            next((marker.parent / read_json(marker)["folder"]).rglob("file-001.mp4")).unlink()
+
+    original = ShardActor._make
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardActor, "_make", lost)
+        with pytest.raises(ValueError, match=r"000000002\.json: lacks .*file-001\.mp4'; --resume makes it again"):
             run(options(clips, tmp_path / "out", engine="ray"))
     run(options(clips, tmp_path / "out", engine="ray", resume=True))
     assert files(tmp_path / "out") == whole
@@ -301,7 +371,7 @@ def test_a_shard_that_kills_its_worker_every_time_is_named(
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("fault", ["full disk", "no AV1", "another version"])
+@pytest.mark.parametrize("fault", ["full disk", "no AV1", "another version", "no source"])
 def test_work_of_a_worker_that_cannot_do_it_goes_to_others(
     clips: Path,
     whole: dict[str, bytes],
@@ -321,6 +391,14 @@ def test_work_of_a_worker_that_cannot_do_it_goes_to_others(
             if fault == "no AV1" and self.number in (2, 3):
                 self.expected = self.expected | {"codec libdav1d": "missing"}
 
+        def check(self) -> dict[str, str]:
+            there = clips.with_name("away") if fault == "no source" and self.number == 2 else clips
+            clips.rename(there)
+            try:
+                return super().check()
+            finally:
+                there.rename(clips)
+
         def _make(self, marker: Path, items: Sequence[Item]) -> None:
             if fault == "full disk" and self.number == 2:
                 raise OSError(28, "No space left on device", "/tmp/x.mp4")
@@ -330,7 +408,11 @@ def test_work_of_a_worker_that_cannot_do_it_goes_to_others(
     run(options(clips, tmp_path / "out", engine="ray"))
     assert files(tmp_path / "out") == whole
     shown = " ".join(capsys.readouterr().err.split())
-    reason = {"full disk": "No space left on device", "no AV1": "codec libdav1d there (here missing)"}
+    reason = {
+        "full disk": "No space left on device",
+        "no AV1": "codec libdav1d there (here missing)",
+        "no source": "cannot read what can be read here",
+    }
     assert f"others do its work: {platform.node()}" in shown
     assert reason.get(fault, f"PyAV {av.__version__} (here 1.0); install the same on all machines") in shown
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,11 +23,13 @@ from lapa import stores
 from lapa.data import convert_ray, writer
 from lapa.data.config import MergeConfig
 from lapa.data.convert import run
+from lapa.data.convert_ray import ShardActor
 from lapa.data.merge import run as merge
 from lapa.data.metadata import JOURNAL_PARTS
+from lapa.data.source import Item
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
-from lapa.files import as_path
+from lapa.files import as_path, read_json
 from lapa.locks import LOCK
 from lapa.ray_cluster import RayConfig
 from lapa.sources.webdataset import WebDatasetConfig
@@ -115,6 +117,29 @@ def test_a_killed_command_loses_and_doubles_nothing_on_a_store(
     # What a killed process leaves, and an exception does not.
     fsspec.filesystem("s3").pipe_file(f"{bucket}/out/{LOCK}", b'{"owner": "gone", "writer": "process 1 on moon"}')
     run(options(clips, out, engine=then, resume=True, workers=int(then == "local")))
+    assert objects(f"{bucket}/out") == whole
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_shard_that_lacks_a_video_is_made_again(
+    clips: Path,  # noqa: F811
+    whole: dict[str, bytes],  # noqa: F811
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(actor: ShardActor, marker: Any, items: Sequence[Item]) -> None:
+        original(actor, marker, items)
+        if marker.stem == "000000002":
+            store = fsspec.filesystem("s3")
+            folder = (marker.parent / read_json(marker)["folder"]).path
+            store.rm_file(next(name for name in store.find(folder) if name.endswith("file-001.mp4")))
+
+    original, out = ShardActor._make, f"s3://{bucket}/out"
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardActor, "_make", lost)
+        with pytest.raises(ValueError, match=r"000000002\.json: lacks .*file-001\.mp4'; --resume makes it again"):
+            run(options(clips, out, engine="ray"))
+    run(options(clips, out, engine="ray", resume=True))
     assert objects(f"{bucket}/out") == whole
 
 

@@ -8,6 +8,7 @@ Datasets and labels may be wherever fsspec reaches: `as_path("s3://bucket/datase
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -244,13 +245,22 @@ def _make_folder(folder: Any) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copies a file, local or remote, as a whole or not at all; inside a store without passing through this machine.
 
-    Raises UserError naming what a store refuses, or does not do in some attempts.
+    Raises UserError naming what a store refuses, or does not do in some attempts; FileNotFoundError without a source.
     """
     one, other = cast(Any, source), cast(Any, target)
+
+    def copy_inside() -> None:
+        try:
+            other.fs.cp_file(one.path, other.path)
+        except FileNotFoundError:
+            if one.fs.exists(one.path):
+                raise
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(source)) from None
+
     if is_remote(target):
         _make_folder(other.parent)
     if is_remote(source) and is_remote(target) and one.fs == other.fs:
-        retried(target, lambda: other.fs.cp_file(one.path, other.path))
+        retried(target, copy_inside)
     elif is_remote(target) and not is_remote(source):
         retried(target, lambda: other.fs.put_file(str(source), other.path))
     else:
@@ -449,10 +459,7 @@ def _remove(out: Path, contents: Sequence[Path]) -> None:
             with locked(lock.parent):
                 pass
     for path in contents:
-        if path.is_dir() and not (isinstance(path, Path) and path.is_symlink()):
-            remove_folder(path)
-        else:
-            path.unlink()
+        remove(path)
 
 
 def remove_partial(folder: Path) -> None:
@@ -467,10 +474,10 @@ def remove_partial(folder: Path) -> None:
             (Path(parent) / name).unlink(missing_ok=True)
 
 
-def remove_folder(folder: Path) -> None:
-    """Removes a folder, local or remote, with its contents."""
-    if is_remote(folder):
-        remote = cast(Any, folder)
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with its contents, local or remote; nothing where there is none."""
+    if is_remote(path):
+        remote = cast(Any, path)
 
         def remove() -> None:
             # Also removed by an attempt whose answer was lost.
@@ -478,8 +485,10 @@ def remove_folder(folder: Path) -> None:
                 remote.fs.rm(remote.path, recursive=True)
 
         retried(remote, remove, "removed")
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        shutil.rmtree(folder)
+        path.unlink(missing_ok=True)
 
 
 def fingerprint(*paths: Path) -> str:

@@ -135,7 +135,9 @@ def run(options: ConvertOptions) -> None:
     light = copy.copy(source)
     light.items = ()
     if options.engine == "ray":
-        convert_with_ray(partial(_convert_apart, light, cameras, fps, options), items, writer, options.ray)
+        readable = [item for item in sample(items) if not _unreadable(light, cameras, [item])]
+        look = partial(_unreadable, light, cameras, readable)
+        convert_with_ray(partial(_convert_apart, light, cameras, fps, options), look, items, writer, options.ray)
     else:
         _convert_all(light, items[writer.num_items :], writer, cameras, fps, options)
     for note, count in sorted(writer.notes.items()):
@@ -175,6 +177,19 @@ def _first_frames(source: Source, item: Item, camera: str) -> Iterator[np.ndarra
     """Yields the first frames of an item, at the rate of the source, as far as they can be read."""
     with suppress(UserError):
         yield from islice(resample(source.read(item).frames[camera], source.fps), SAMPLED_FRAMES)
+
+
+def _unreadable(source: Source, cameras: list[str], items: Iterable[Item]) -> str:
+    """Returns why one of the items cannot be read, as far as its first frames; "" where all can."""
+    try:
+        for item in items:
+            frames = source.read(item).frames
+            for camera in cameras:
+                if next(iter(frames[camera]), None) is None:
+                    return f"{source.file_of(item)}: none of its frames can be decoded"
+    except (UserError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def convert_item(

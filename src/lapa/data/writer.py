@@ -59,7 +59,7 @@ from lapa.files import (
     find_files,
     inside,
     is_remote,
-    remove_folder,
+    remove,
     remove_partial,
     write_json,
     write_text,
@@ -408,7 +408,7 @@ class DatasetWriter:
     def _remove_journal(self) -> None:
         self._journal.path.unlink(missing_ok=True)
         if is_remote(self.root) and find_files(self.root, JOURNAL_PARTS):
-            remove_folder(self.root / JOURNAL_PARTS)
+            remove(self.root / JOURNAL_PARTS)
 
     def _move(self, files: Mapping[str, Path]) -> None:
         """Moves the videos of the next episode to their places; of one that an earlier run moved, none is there."""
