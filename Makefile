@@ -48,7 +48,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Meta-World renders through EGL. Installed where nobody need be asked; `lapa demo` names the command otherwise.
 egl:
-	@ls /usr/lib/*/libEGL.so.1 >/dev/null 2>&1 || ! command -v apt-get >/dev/null || \
+	@! command -v apt-get >/dev/null || dpkg -s $(EGL) >/dev/null 2>&1 || \
 	  { as=; [ "$$(id -u)" = 0 ] || as='sudo -n'; \
 	    $$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends $(EGL); } || \
 	  echo 'EGL could not be installed: apt-get install $(EGL)' >&2

@@ -1,6 +1,7 @@
 """`make` on a machine whose Python is too old says so, before it makes anything; the oldest versions are tested."""
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,24 @@ def test_an_old_python_is_named_with_what_is_needed(tmp_path: Path, target: str)
     assert "lapa needs Python 3.11 or newer" in done.stderr
     assert "is 3.9. Run: make PYTHON=python3.11" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("installed", [["libegl1"], ["libegl1", "libegl-mesa0", "libgl1-mesa-dri", "libgl1"]])
+def test_rendering_is_installed_where_one_of_its_packages_lacks(tmp_path: Path, installed: list[str]) -> None:
+    asked = tmp_path / "asked"
+    programs = {
+        "dpkg": f'shift; for name; do case " {" ".join(installed)} " in *" $name "*) ;; *) exit 1 ;; esac; done',
+        "apt-get": f'echo "$@" >> {asked}',
+        "id": "echo 0",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["make", "-f", str(ROOT / "Makefile"), "egl"], cwd=tmp_path, env=environment, check=True)
+    assert asked.exists() == (len(installed) == 1)
+    assert not asked.exists() or "libgl1-mesa-dri" in asked.read_text()
 
 
 def test_the_tested_floors_are_those_of_pyproject() -> None:
