@@ -400,7 +400,7 @@ def test_few_goals_give_bars_without_intervals() -> None:
     assert main_table(groups).rows[1][2] == "50.0 (too few rollouts, under 10 goals a task)"
     assert "too few rollouts" in comparisons(groups)[0]
     figure = plots.success_by_split(groups)
-    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([50.0, 50.0])  # type: ignore[attr-defined]
+    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([50.0] * 4)  # type: ignore[attr-defined]
     assert plots.success_by("demonstrations", groups) is not None
     assert plots.success_by("videos", groups) is None
 

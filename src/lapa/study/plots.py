@@ -16,7 +16,7 @@ import numpy as np
 
 from lapa.drawing import BLUE, GREEN, GREY, ORANGE, PINK, SKY
 from lapa.files import atomic_path
-from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, Curve, Split
+from lapa.study.results import ARMS, Arm, ArmResult, Curve
 from lapa.study.statistics import Estimate, Group
 
 if TYPE_CHECKING:
@@ -41,23 +41,19 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def success_by_split(groups: Sequence[Group]) -> Figure:
-    """Bars with their intervals: a row for each number of videos and labelled episodes, splits side by side."""
-    numbers = sorted({group.setting.numbers for group in groups})
-    splits, arms = _splits_of(groups), _arms_of(groups)
-    figure, axes = _panels(len(numbers), 1, 1.0 + 0.42 * len(splits) * (len(arms) + 1), 2.8, arms)
+    """Bars with their intervals, the groups side by side."""
+    arms = _arms_of(groups)
+    figure, [[axis]] = _panels(1, 1, 1.0 + 0.42 * len(groups) * (len(arms) + 1), 2.8, arms)
     width = 0.84 / len(arms)
-    for group in groups:
-        axis = axes[numbers.index(group.setting.numbers)][0]
+    for place, group in enumerate(groups):
         for arm, cell in group.cells.items():
-            middle = splits.index(group.setting.split) + (arms.index(arm) - (len(arms) - 1) / 2) * width
+            middle = place + (arms.index(arm) - (len(arms) - 1) / 2) * width
             low, high = _ends(cell.success)
             axis.bar(middle, 100 * cell.success.value, 0.92 * width, color=COLOURS[arm])
             axis.vlines(middle, 100 * low, 100 * high, color="black", linewidth=1.2)
             axis.text(middle, 100 * high + 1.5, f"{100 * cell.success.value:.0f}", ha="center", va="bottom", fontsize=7)
-    for (axis,), (videos, demonstrations) in zip(axes, numbers, strict=True):
-        axis.set(xticks=range(len(splits)), xticklabels=splits, xlim=(-0.55, len(splits) - 0.45))
-        axis.set(ylim=(0, 110), yticks=range(0, 101, 20), ylabel="success, %")
-        axis.set_title(f"{videos} videos, labelled episodes: {demonstrations} a task", fontsize=9)
+    axis.set_xticks(range(len(groups)), [_title(group) for group in groups])
+    axis.set(xlim=(-0.55, len(groups) - 0.45), ylim=(0, 110), yticks=range(0, 101, 20), ylabel="success, %")
     return figure
 
 
@@ -79,8 +75,7 @@ def success_by_task(groups: Sequence[Group]) -> Figure:
         axis.grid(visible=False)
         axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right")
         axis.set_yticks(range(len(tasks) + 1), [*tasks, "all"] if axis is axes[0][0] else [])
-        videos, demonstrations = group.setting.numbers
-        axis.set_title(f"{group.setting.split}\n{videos} videos, labelled: {demonstrations} a task", fontsize=9)
+        axis.set_title(_title(group), fontsize=9)
     return figure
 
 
@@ -164,8 +159,9 @@ def _arms_of(groups: Sequence[Group]) -> list[Arm]:
     return [arm for arm in ARMS if any(arm in group.cells for group in groups)]
 
 
-def _splits_of(groups: Sequence[Group]) -> list[Split]:
-    return [split for split in SPLITS if any(split == group.setting.split for group in groups)]
+def _title(group: Group) -> str:
+    videos, demonstrations = group.setting.numbers
+    return f"{group.setting.split}\n{videos} videos, labelled: {demonstrations} a task"
 
 
 def _panels(

@@ -335,9 +335,9 @@ def detailed_groups(groups: Sequence[Group]) -> list[Group]:
 def draw(found: Findings, out: Path) -> dict[str, Path]:
     """Writes the plots that the results allow; returns caption -> file."""
     detailed = detailed_groups(found.groups)
-    text = "Success by arm and split; the black lines are 95% intervals."
+    text = "Success of each arm; the black lines are 95% intervals."
     drawings: list[tuple[str, str, Any]] = [
-        ("success", text, plots.success_by_split(found.groups)),
+        ("success", text, plots.success_by_split(detailed)),
         ("tasks", "Success by task, %.", plots.success_by_task(detailed)),
     ]
     for name, what in plots.NUMBERS.items():
