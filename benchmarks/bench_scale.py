@@ -346,22 +346,28 @@ def train_workers(root: Path, samples: int) -> dict[str, float]:
     """Returns the memory of two workers of a training's loader, in MiB: resident, and not shared with the training."""
     import psutil
 
-    from lapa.data.lerobot import LeRobotDataset
+    from lapa.data import lerobot
     from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
+    from lapa.data.writer import CHUNK_SIZE
     from lapa.engine.batches import StepSampler, batch_loader
 
-    def images(self: Any, episode: int, frames: Any, camera: str) -> np.ndarray:
-        # What a policy reads of an episode, too.
-        self.video_path(episode, camera), self[episode]
-        return np.zeros((len(frames), 64, 64, 3), np.uint8)
+    dataset = lerobot.LeRobotDataset(root)
+
+    def decoded(path: Path, times: Any, tolerance: float) -> dict[int, np.ndarray]:
+        # What a policy reads of an episode, too; each has a file.
+        chunk, file = (int(name.rpartition("-")[2]) for name in (path.parent.name, path.stem))
+        dataset[chunk * CHUNK_SIZE + file]
+        return dict.fromkeys(times, np.zeros((64, 64, 3), np.uint8))
 
     # As it is by default on Linux, but not in a process that was spawned.
     multiprocessing.set_start_method("fork", force=True)
+    # All but the videos is there.
     with (
-        mock.patch.object(LeRobotDataset, "_images", images),
-        mock.patch.object(LeRobotDataset, "require_files", lambda *_: None),
+        mock.patch.object(lerobot, "film_times", lambda path, fps: np.arange(dataset.lengths[0]) / fps),
+        mock.patch.object(lerobot, "decode_times", decoded),
+        mock.patch.object(lerobot.LeRobotDataset, "require_files", lambda *_: None),
     ):
-        pairs = FramePairs([LeRobotDataset(root)], PairsConfig(size=64, cache_gib=0.0), "all")
+        pairs = FramePairs([dataset], PairsConfig(size=64, cache_gib=0.0), "all")
         order = StepSampler(len(pairs), 16, seed=0, first_step=0, last_step=2 * samples // 16)
         batches = iter(batch_loader(pairs, collate_pairs, order, workers=2, pin_memory=False))
         figures = {}

@@ -603,6 +603,22 @@ def test_episodes_of_one_file_are_found_though_their_times_drift(robot: Dataset,
     same_images(robot, open_dataset(root))
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_episodes_of_a_file_are_found_as_a_look_at_all_finds_them(robot: Dataset, in_order: bool) -> None:
+    dataset, random = open_dataset(robot.root), np.random.default_rng(0)
+    kind = f"videos/{FRONT}"
+    names = [f"{kind}/chunk_index", f"{kind}/file_index"]
+    chunks, files = (random.integers(0, most, 200) for most in (3, 9))
+    if in_order:
+        chunks, files = np.stack([chunks, files])[:, np.lexsort((files, chunks))]
+    dataset._columns |= dict(zip(names, (chunks, files), strict=True))
+    dataset._files[kind] = dataset._sorted_files(kind)
+    for entry in range(200):
+        literal = np.flatnonzero((chunks == chunks[entry]) & (files == files[entry]))
+        assert dataset._entries_in(kind, entry).tolist() == literal.tolist()
+    assert (dataset._files[kind][1] is chunks) == in_order, "nothing is copied where nothing has to be"
+
+
 def same_images(one: Dataset, other: Dataset) -> None:
     """Images of neighbouring frames differ by far more than those of one frame that is encoded twice."""
     for episode, camera in itertools.product(range(len(one)), one.cameras):

@@ -512,6 +512,7 @@ def test_equal_weights_by_frames_keep_the_order_of_one_pool(root: Path) -> None:
 def test_pairs_of_a_mixture_are_drawn_alike_by_any_number_of_workers(root: Path) -> None:
     datasets = [open_dataset(spec) for spec in specs(root)]
     pairs = FramePairs(datasets, PairsConfig(size=32, horizon=0.3, held_out=0.0, mix_by="equal", min_motion=0.005))
+    assert [pairs.index_of(*pairs.location(index)) for index in range(len(pairs))] == list(range(len(pairs)))
     batches = []
     for workers in (0, 2):
         sampler = StepSampler(len(pairs), 10, seed=0, first_step=3, last_step=7, groups=pairs.groups)

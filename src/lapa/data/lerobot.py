@@ -144,6 +144,7 @@ class LeRobotDataset(Dataset, Pushed):
         self.numbers, self.num_tasks = self._columns["episode_index"], self._columns["num_tasks"]
         # The row of each episode in the metadata, all of which is needed to find an episode in a shared file.
         self._entries = np.arange(len(self))
+        self._files = {} if self.legacy else {kind: self._sorted_files(kind) for kind in self._kinds()}
         self._tables: OrderedDict[Any, dict[str, np.ndarray | pa.ChunkedArray]] = OrderedDict()
         self._films: OrderedDict[Any, _Film] = OrderedDict()
         # Of data files with images: the first row of each row group, and the last few row groups.
@@ -378,8 +379,26 @@ class LeRobotDataset(Dataset, Pushed):
         """Returns the rows of the metadata that share one's file (`data`, `videos/KEY`)."""
         if self.legacy:
             return np.array([entry])
-        chunks, files = (self._columns[f"{kind}/{name}"] for name in PLACE)
-        return np.flatnonzero((chunks == chunks[entry]) & (files == files[entry]))
+        rows_E, chunks_E, files_E = self._files[kind]
+        chunk, file = (self._columns[f"{kind}/{name}"][entry] for name in PLACE)
+        start, stop = (int(np.searchsorted(chunks_E, chunk, side)) for side in ("left", "right"))
+        first, last = (start + int(np.searchsorted(files_E[start:stop], file, side)) for side in ("left", "right"))
+        return np.arange(first, last) if rows_E is None else rows_E[first:last]
+
+    def _kinds(self) -> list[str]:
+        return ["data", *(f"videos/{key}" for key in video_keys(self.info["features"]))]
+
+    def _sorted_files(self, kind: str) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """Returns the rows of the metadata in the order of their files, None where that is their own, and these files.
+
+        The columns of metadata in order are not copied. Made before workers are forked, which share it.
+        """
+        chunks_E, files_E = (self._columns[f"{kind}/{name}"] for name in PLACE)
+        is_next_E = (np.diff(chunks_E) > 0) | ((np.diff(chunks_E) == 0) & (np.diff(files_E) >= 0))
+        if is_next_E.all():
+            return None, chunks_E, files_E
+        rows_E = np.lexsort((files_E, chunks_E))
+        return rows_E, chunks_E[rows_E], files_E[rows_E]
 
     def _leave_out_depth(self) -> None:
         """Takes depth maps out of the cameras, and reports them. Raises UserError where no camera is left."""

@@ -115,8 +115,8 @@ class FramePairs(TrainingDataset):
         self._cameras = [camera for (camera,) in cameras]
         self._frames = FrameStore(datasets, cameras, episodes, config.size, config.cache_gib)
         self.in_memory, self.remote = self._frames.in_memory, self._frames.remote
-        # The first frames of an episode's pairs, where some are left out.
-        self._moving: dict[tuple[int, int], np.ndarray] = {}
+        # The first frame of each pair, where some are left out.
+        self._moving: np.ndarray | None = None
         self.num_still = (0,) * len(datasets)
         if config.min_motion and split == "train":
             self._leave_out_still()
@@ -151,14 +151,15 @@ class FramePairs(TrainingDataset):
     def location(self, index: int) -> tuple[int, int, int]:
         """(number of the dataset, episode, first frame) of a pair."""
         number, episode, position = self._index.locate(index)
-        moving = self._moving.get((number, episode))
-        return number, episode, position if moving is None else int(moving[position])
+        return number, episode, position if self._moving is None else int(self._moving[index])
 
     def index_of(self, number: int, episode: int, frame: int) -> int:
         """Returns the index of the pair at this location, which must exist."""
-        moving = self._moving.get((number, episode))
-        position = frame if moving is None else int(np.flatnonzero(moving == frame)[0])
-        return self._index.index_of(number, episode, position)
+        if self._moving is None:
+            return self._index.index_of(number, episode, frame)
+        first, length = self._index.index_of(number, episode, 0), int(self.datasets[number].lengths[episode])
+        # Pairs of the next episodes may follow there, and come later.
+        return first + int(np.flatnonzero(self._moving[first : first + length] == frame)[0])
 
     def actions_between(self, index: int) -> Float[np.ndarray, "h A"]:
         """Returns the robot's actions from the first frame up to, not including, the second."""
@@ -198,20 +199,28 @@ class FramePairs(TrainingDataset):
 
     def _leave_out_still(self) -> None:
         """Drops pairs below `min_motion`, and prints how many. Raises UserError where none of a dataset is left."""
-        places = list(zip(self._index.datasets.tolist(), self._index.episodes.tolist(), strict=True))
-        energies = dict(zip(places, in_threads(self._motion, places, "measuring motion"), strict=True))
-        self._moving = {
-            place: np.flatnonzero(energy_P >= self.config.min_motion).astype(np.int32)
-            for place, energy_P in energies.items()
-        }
+        index = self._index
+        starts_E = np.concatenate([[0], index.ends[:-1]])
+        # In arrays of all pairs, whose memory does not grow by objects for each episode.
+        energies_P = np.zeros(len(index), np.float32)
+
+        def measure(row: int) -> None:
+            place = int(index.datasets[row]), int(index.episodes[row])
+            energies_P[starts_E[row] : index.ends[row]] = self._motion(place)
+
+        in_threads(measure, range(len(starts_E)), "measuring motion")
+        moves_P = energies_P >= self.config.min_motion
+        counts_E = np.add.reduceat(moves_P, starts_E, dtype=np.int64)
+        self._moving = (np.flatnonzero(moves_P) - np.repeat(starts_E, counts_E)).astype(np.int32)
         episodes, counts, num_still = [], [], []
         for number, dataset in enumerate(self.datasets):
-            episodes.append(self._index.of_dataset(number))
-            counts.append(np.array([len(self._moving[number, int(e)]) for e in episodes[-1]], np.int64))
-            total = self._index.num_items(number)
+            of_dataset_E = index.datasets == number
+            episodes.append(index.episodes[of_dataset_E])
+            counts.append(counts_E[of_dataset_E])
+            total = index.num_items(number)
             still = total - int(counts[-1].sum())
             if total and still == total:
-                most = max(float(energies[number, int(episode)].max()) for episode in episodes[-1])
+                most = energies_P[starts_E[of_dataset_E][0] : index.ends[of_dataset_E][-1]].max()
                 raise UserError(
                     f"{dataset.root}: none of its {total} pairs changes by --min-motion {self.config.min_motion:g}, "
                     f"{most:.4f} at most; lower it, or leave the dataset out"

@@ -35,6 +35,8 @@ from lapa.files import is_remote
 GIB = 2**30
 # Images of an episode decoded at once where they are not cached.
 STRETCH = 256
+# Jobs that wait for threads.
+AT_ONCE = 1024
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -222,9 +224,11 @@ def in_threads(function: Callable[[Job], Result], jobs: Sequence[Job], descripti
     results = []
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
         task = bar.add_task(description, total=len(jobs), note="")
-        for result in pool.map(function, jobs):
-            results.append(result)
-            bar.advance(task)
+        # Few at a time: what is queued takes memory.
+        for start in range(0, len(jobs), AT_ONCE):
+            for result in pool.map(function, jobs[start : start + AT_ONCE]):
+                results.append(result)
+                bar.advance(task)
     return results
 
 
