@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from lapa.data import convert, writer
 from lapa.data.config import ConvertOptions
 from lapa.data.convert import convert_item, in_time, resample, resample_rows
 from lapa.data.dataset import ActionSpace, Control, Dataset
+from lapa.data.duplicates import DIFFERENT_BITS
 from lapa.data.left_out import EXAMPLES
 from lapa.data.metadata import EPISODES, INFO, JOURNAL, LEFT_OUT
 from lapa.data.source import Clip, Item, Source
@@ -232,7 +234,9 @@ def test_the_first_of_episodes_that_look_the_same_is_kept(tmp_path: Path, capsys
     assert [row[0] for row in summary(whole)] == DIFFERENT
     assert "left out, looks like an earlier episode: 3" in capsys.readouterr().err
     page = (whole.root / LEFT_OUT).read_text()
-    assert page.count("like first-1<") == 2 and page.count("like first-2<") == 1
+    texts = re.findall(r"like (first-.), (\d+) of 224 bits differ<", page)
+    assert sorted(first for first, _ in texts) == ["first-1", "first-1", "first-2"]
+    assert all(int(bits) <= DIFFERENT_BITS for _, bits in texts)
     many = converted(tmp_path, SCENES, "many", workers=2, **FEW)
     assert same(whole, many) and (many.root / LEFT_OUT).read_text() == page
     every = converted(tmp_path, SCENES, "every", **{**FEW, "drop_duplicates": False})
@@ -313,6 +317,12 @@ def test_the_page_has_counts_and_a_few_examples(tmp_path: Path) -> None:
     assert LEFT_OUT in (dataset.root / "SHA256SUMS").read_text()
 
 
+def listed(dataset: Dataset) -> dict[str, int]:
+    """What the page shows as found while listing."""
+    table = (dataset.root / LEFT_OUT).read_text().partition("Found while listing")[2].partition("<h2>")[0]
+    return {name: int(count) for name, count in re.findall(r'<th>(.*?)</th><td class="number">(\d+)', table)}
+
+
 def test_a_browser_shows_the_page_without_any_other_file(tmp_path: Path) -> None:
     with browser() as tab:
         page = converted(tmp_path, ("move-1", "still-<b>&"), min_motion=0.01).root / LEFT_OUT
@@ -331,6 +341,8 @@ def test_black_bars_are_cropped(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert "kept, black bars cropped: 1" in capsys.readouterr().err
     assert whole.frames(0)[:, :1].mean() < 20
     assert cropped.frames(0)[:, :1].mean() > 50
+    page = (cropped.root / LEFT_OUT).read_text()
+    assert page.count(f"s, cropped to {2 * SIDE} x {SIDE - 8} of {2 * SIDE} x {SIDE} pixels") == 1
     assert np.array_equal(whole.frames(1), cropped.frames(1))
     with pytest.raises(ValueError, match="none of its 2 items became an episode"):
         converted(tmp_path, names, "small", crop_bars=True, min_side=SIDE + 1)
@@ -347,6 +359,9 @@ def test_an_item_of_which_one_camera_shows_nothing_is_kept(tmp_path: Path, capsy
 
 def test_shots_become_episodes_of_all_cameras(tmp_path: Path) -> None:
     dataset = converted(tmp_path, ("cuts-1", "move-1"), cut_shots=True, with_actions=True, control="delta")
+    page = (dataset.root / LEFT_OUT).read_text()
+    assert 'items that are cut into shots</th><td class="number">1<' in page
+    assert 'shots of these</th><td class="number">3<' in page
     assert [row[:2] for row in summary(dataset)] == [
         ("cuts-1#0000", 6),
         ("cuts-1#0001", 6),

@@ -20,6 +20,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.transforms import as_image, decode_image, read_image
 from lapa.errors import UserError
 from lapa.sources.frames import FramesConfig
+from test_convert import listed
 
 # What Pillow warns of in damaged metadata and in sizes.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(EXIF|Tag data|Image size)")
@@ -83,6 +84,7 @@ def test_gaps_are_reported_and_cut(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [e.source for e in dataset.episodes] == ["holes#1-3", "holes#6-7", "holes#20-20", "whole"]
     assert [shown(dataset, episode) for episode in range(3)] == [[1, 2, 3], [6, 7], [20]]
     assert "clips with gaps in their numbers, cut there: 1; missing images: 14" in capsys.readouterr().err
+    assert listed(dataset) == {"clips with gaps in their numbers, cut there": 1, "images missing in these": 14}
     here = open_dataset(f"frames:{folder},caption=wait")
     assert [shown(here, episode) for episode in range(3)] == [[1, 2, 3], [6, 7], [20]]
 

@@ -14,6 +14,7 @@ from lapa.data.spec import open_dataset
 from lapa.errors import UserError
 from lapa.sources import videos
 from lapa.sources.narrated import NarratedConfig, seconds
+from test_convert import listed
 from test_sources_videos import numbers, write_clip, write_times
 
 
@@ -125,7 +126,8 @@ def test_rows_that_are_wrong_are_named(folder: Path, row: str, wrong: str, capsy
     with pytest.raises(ValueError, match=rf"rows\.csv: line 3: .*{wrong}.*--skip-bad"):
         convert(folder, rows)
     assert not (folder.parent / "dataset").exists()
-    assert len(convert(folder, rows, skip_bad=True).lengths) == 1
+    dataset = convert(folder, rows, skip_bad=True)
+    assert len(dataset) == 1 and listed(dataset) == {"rows that are wrong, left out": 1}
     assert "skipped in all (--skip-bad): 1" in capsys.readouterr().err
 
 
@@ -142,6 +144,7 @@ def test_a_row_past_the_end_is_cut_there_and_counted(folder: Path, capsys: pytes
     dataset = convert(folder, rows)
     assert numbers(dataset.frames(0)) == [25, 26, 27, 28, 29]
     assert "go on past the end of their video, cut there: 1 of 1" in capsys.readouterr().err
+    assert listed(dataset) == {"rows that go on past the end of their video, cut there": 1}
 
 
 def test_missing_videos_are_counted_and_ambiguous_ones_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -153,7 +156,8 @@ def test_missing_videos_are_counted_and_ambiguous_ones_named(folder: Path, capsy
         "P09_02|0|1|c",
         "P09_01|2|3|d",
     )
-    assert len(convert(folder, rows).lengths) == 1
+    dataset = convert(folder, rows)
+    assert len(dataset) == 1 and listed(dataset) == {"rows whose video is missing": 3}
     assert "videos missing: 2 of the 3" in capsys.readouterr().err
     write_clip(folder / "P03" / "P01_01.mkv")
     with pytest.raises(ValueError, match=r"P01_01 may be P01/P01_01\.MP4 or P03/P01_01\.mkv; write the folder"):

@@ -34,6 +34,7 @@ from lapa.sources.rlds import tfrecord
 from lapa.sources.rlds.source import RldsConfig, RldsReading
 from lapa.sources.rlds.table import KNOWN, POSE, columns
 from lapa.sources.rlds.tfrecord import masked_crc, parse_example
+from test_convert import listed
 from tfds_files import (
     FEATURES,
     STEPS,
@@ -228,7 +229,7 @@ def test_a_file_that_ends_early(tmp_path: Path, capsys: pytest.CaptureFixture, w
     with pytest.raises(ValueError, match=message.get(where, f"{found} records found, dataset_info.json expects 3")):
         convert(folder)
     dataset = convert(folder, skip_bad=True, overwrite=True)
-    assert len(dataset.episodes) == 2 + found
+    assert len(dataset.episodes) == 2 + found and listed(dataset) == {"records damaged or missing in others": 3 - found}
     assert f"episodes skipped: {3 - found}" in capsys.readouterr().err
     assert len(opened(folder, skip_bad=True).episodes) == 2 + found
 
@@ -239,7 +240,8 @@ def test_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(ValueError, match="00000-of-00002: missing; 1 of 2 shards are, with 2 episodes"):
         convert(folder)
     assert not (tmp_path / "dataset").exists()
-    assert len(convert(folder, skip_bad=True).episodes) == 3
+    dataset = convert(folder, skip_bad=True)
+    assert len(dataset) == 3 and listed(dataset) == {"shards missing": 1}
     assert "episodes skipped: 2" in capsys.readouterr().err
     assert len(opened(folder, skip_bad=True).episodes) == 3
 

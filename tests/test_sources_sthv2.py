@@ -11,6 +11,7 @@ from lapa.data.convert import run
 from lapa.data.dataset import Dataset
 from lapa.data.spec import open_dataset
 from lapa.sources.sthv2 import Sthv2Config
+from test_convert import listed
 from test_sources_videos import write_clip
 
 LABELS = [
@@ -69,7 +70,8 @@ def test_the_test_split_has_no_text(root: Path, capsys: pytest.CaptureFixture) -
 
 def test_missing_videos_are_counted(root: Path, capsys: pytest.CaptureFixture) -> None:
     (root / "9.webm").unlink()
-    assert len(convert(root).lengths) == 2
+    dataset = convert(root)
+    assert len(dataset) == 2 and listed(dataset) == {"videos missing that the labels name": 1}
     assert "videos missing: 1 of the 3 that" in capsys.readouterr().err
     for path in root.glob("*.webm"):
         path.rename(path.with_stem(f"x{path.stem}"))

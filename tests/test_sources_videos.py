@@ -35,6 +35,7 @@ from lapa.data.workers import AHEAD, Workers
 from lapa.sources import videos
 from lapa.sources.captions import read_captions
 from lapa.sources.videos import VideosConfig
+from test_convert import listed
 
 SHARED = Path(os.environ.get("LAPA_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -138,6 +139,7 @@ def test_of_several_captions_the_first_counts_and_an_empty_one_is_none(
     dataset = convert(folder, captions=tmp_path / "c.jsonl", caption="other")
     assert [episode.instruction for episode in dataset.episodes] == ["push\u2028on", "lift", "other"]
     assert "further captions of a video that has one, not used: 1" in capsys.readouterr().err
+    assert listed(dataset) == {"further captions of a video, not used": 1}
 
 
 def test_a_caption_for_a_missing_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -145,8 +147,10 @@ def test_a_caption_for_a_missing_file(folder: Path, tmp_path: Path, capsys: pyte
     with pytest.raises(ValueError, match=r"c\.json: has a caption for gone\.mp4.*--skip-bad"):
         convert(folder, captions=tmp_path / "c.json")
     assert not (tmp_path / "dataset").exists()
-    convert(folder, captions=tmp_path / "c.json", skip_bad=True)
-    assert "entries skipped in all (--skip-bad): 1" in capsys.readouterr().err
+    (tmp_path / "c.json").write_text(json.dumps({"gone.mp4": "push", "clip2.mp4": "lift"}))
+    dataset = convert(folder, captions=tmp_path / "c.json", caption=None, skip_bad=True)
+    assert listed(dataset) == {"captions without a video": 1, "videos without a caption, left out": 2}
+    assert "entries skipped in all (--skip-bad): 3" in capsys.readouterr().err
 
 
 def test_a_video_without_caption(folder: Path, tmp_path: Path) -> None:
@@ -545,7 +549,8 @@ def test_empty_files_are_named(folder: Path, capsys: pytest.CaptureFixture) -> N
     with pytest.raises(ValueError, match=r"empty\.mp4: .*empty, zero bytes.*--skip-bad"):
         convert(folder)
     assert not (folder.parent / "dataset").exists()
-    assert len(convert(folder, skip_bad=True).lengths) == 3
+    dataset = convert(folder, skip_bad=True)
+    assert len(dataset) == 3 and listed(dataset) == {"videos that cannot be read, left out": 1}
     assert len(in_place(folder, skip_bad="true").lengths) == 3
     assert "skipped in all (--skip-bad): 1" in capsys.readouterr().err
 

@@ -22,6 +22,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.sources import webdataset
 from lapa.sources.webdataset import WebDatasetConfig, expanded, find_shards, list_videos
+from test_convert import listed
 from test_sources_videos import write_clip
 
 
@@ -235,6 +236,22 @@ def test_missing_shards(shards: Path) -> None:
         find_shards(str(shards.parent / "cache"))
     with pytest.raises(ValueError, match=r"none\.tar: no such file; name a folder with \.tar"):
         open_dataset(f"webdataset:{shards}/none.tar")
+
+
+def test_the_page_has_what_was_found_while_listing(shards: Path, tmp_path: Path, clip: Callable) -> None:
+    write_shard(shards / "clips-02.tar", {"a.mp4": clip(), "b.txt": b"no video", "a.webm": clip(9)})
+    write_shard(shards / "clips-03.tar", {"a.mp4": clip(), "a.webm": clip()})
+    path = shards / "clips-00.tar"
+    path.write_bytes(broken(path.read_bytes())["damaged header"][0])
+    dataset = convert(f"{shards}/clips-{{00..05}}.tar", tmp_path / "out", skip_bad=True)
+    assert listed(dataset) == {
+        "shards that are missing or cannot be read": 2,
+        "shards that are damaged, read up to there": 1,
+        "samples without a video": 2,
+        "samples whose name comes twice in their shard, left out": 1,
+        "further videos of a sample, not read": 1,
+        "videos without a caption (--caption TEXT gives them one)": 2,
+    }
 
 
 def test_a_key_that_comes_twice(tmp_path: Path, clip: Callable, capsys: pytest.CaptureFixture) -> None:

@@ -68,6 +68,7 @@ LONGEST_GAP = 60.0
 DAMAGED, KEPT = "left out, damaged", "damaged, the readable part is kept"
 LOST = "frames lost in what is damaged"
 BARS = "kept, black bars cropped"
+CUT, SHOTS = "items that are cut into shots", "shots of these"
 SMALL, SHORT, STATIC, FROZEN, CARDS, CAMERA, BLANK = (
     "left out, images too small",
     "left out, too short",
@@ -141,11 +142,11 @@ def run(options: ConvertOptions) -> None:
     else:
         _convert_all(light, items[writer.num_items :], writer, cameras, fps, options)
     for note, count in sorted(writer.notes.items()):
-        warn(f"{note}: {count}")
+        (say if note in (CUT, SHOTS) else warn)(f"{note}: {count}")
     if not writer.num_episodes:
         writer.discard()
         raise UserError(f"{source.root}: none of its {len(items)} items became an episode; nothing was written")
-    dataset = writer.finish()
+    dataset = writer.finish(source.notes)
     say(f"what was kept and left out, with examples: {out / LEFT_OUT}")
     finish(f"dataset of {len(dataset)} episodes, {dataset.num_frames} frames at {fps:g} fps", out, next_commands)
 
@@ -199,7 +200,7 @@ def convert_item(
     where = source.file_of(item)
     try:
         clip = source.read(item)
-        streams, small, bars = {}, False, False
+        streams, small, bars = {}, False, ""
         for camera in cameras:
             timed = in_time(clip.frames[camera], where)
             first = next(timed, None)
@@ -208,8 +209,9 @@ def convert_item(
             shape, timed = first[1].shape[:2], chain([first], timed)
             if options.crop_bars:
                 place = inside_bars(_spread(image for _, image in source.read(item).frames[camera]))
-                shape, timed = first[1][place].shape[:2], _cropped(timed, place, first[1].shape)
-                bars |= shape != first[1].shape[:2]
+                whole, shape, timed = shape, first[1][place].shape[:2], _cropped(timed, place, first[1].shape)
+                if shape != whole:
+                    bars = bars or f", cropped to {shape[1]} x {shape[0]} of {whole[1]} x {whole[0]} pixels"
             if min(shape) < options.min_side:
                 small, text = True, f"{shape[1]} x {shape[0]} pixels"
                 example = _example(SMALL, item.key, text, first[1])
@@ -220,8 +222,12 @@ def convert_item(
     except UserError as error:
         return ConvertedItem(error=str(error))
     bare = [NO_INSTRUCTION for episode in episodes if not episode["instruction"].strip()]
-    cropped = [BARS] * (bars and bool(episodes))
+    cropped = [BARS] * bool(bars and episodes)
     notes = Counter((*(example["reason"] for example in left_out), *bare, *cropped, *clip.notes))
+    if (num_shots := len(episodes) + len(left_out)) > 1:
+        notes.update({CUT: 1, SHOTS: num_shots})
+    for example in (*left_out, *(episode["facts"] for episode in episodes)):
+        example[TEXT] += bars
     return ConvertedItem(tuple(episodes), notes, tuple(left_out), clip.lost, clip.damage)
 
 

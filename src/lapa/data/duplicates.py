@@ -74,6 +74,10 @@ class Duplicates:
         if self._num - self._num_sorted == RECENT:
             self._sort()
 
+    def num_different(self, number: int, looks: str) -> int:
+        """Returns how many bits differ between an episode, by its number, and another one."""
+        return int(np.bitwise_count(self._words_NW[number] ^ _words(looks)).sum())
+
     def first(self, looks: str, length: int) -> int | None:
         """Returns the number of the first episode that is like this one, None where there is none."""
         words_W = _words(looks)

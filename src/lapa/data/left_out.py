@@ -56,14 +56,16 @@ def left_out_page(
     num_episodes: int,
     notes: Mapping[str, int],
     examples: Mapping[str, Sequence[Mapping[str, Any]]],
+    listed: Mapping[str, int],
 ) -> str:
     """Returns the page, HTML.
 
     settings: how the dataset is made, with the filters; notes: counts by reason; examples: by reason, each with
-    `source`, `text` and `image`, a data URL or None.
+    `source`, `text` and `image`, a data URL or None; listed: counts of what was found while listing the source.
     """
     left_out = {reason: count for reason, count in sorted(notes.items()) if reason.startswith(LEFT_OUT_PREFIX)}
     others = {note: count for note, count in sorted(notes.items()) if note not in left_out}
+    found = {note: count for note, count in sorted(listed.items()) if count}
     body = [
         f"<p>{num_episodes:,} episodes of {num_items:,} items. Items that are damaged or too small are left out as a "
         "whole, and otherwise episodes are; an episode is counted under the first reason that applies.</p>",
@@ -74,6 +76,7 @@ def left_out_page(
             for reason, count in left_out.items()
         ),
         *(["<h2>Other counts</h2>", _table(others)] if others else []),
+        *(["<h2>Found while listing the source</h2>", _table(found)] if found else []),
         "<h2>Settings</h2>",
         _table({name: _setting(value) for name, value in settings.items() if name != "made_by"}),
     ]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -75,6 +76,7 @@ class Source(ABC):
     action_space, state_names: None without.
     settings: the options that the content depends on, as plain JSON values: noted in a converted dataset.
     inputs: files that are read besides the root, such as a table of captions.
+    notes: counts of what was found while listing and is no item, or not all of one; for the page (lapa.data.left_out).
     """
 
     kind: str
@@ -86,6 +88,7 @@ class Source(ABC):
     state_names: tuple[str, ...] | None = None
     settings: Mapping[str, Any]
     inputs: Sequence[Path] = ()
+    notes: Mapping[str, int] = MappingProxyType({})
     items: Sequence[Item]
 
     @abstractmethod

@@ -30,7 +30,7 @@ from jaxtyping import Float, UInt8
 from lapa.checksums import Journal, sha256, write_marker
 from lapa.config import differences
 from lapa.data.dataset import ACTION, ACTION_SPACE, CAMERA_PREFIX, STATE, ActionSpace, Control, require_finite
-from lapa.data.duplicates import Duplicates
+from lapa.data.duplicates import BITS, Duplicates
 from lapa.data.left_out import EXAMPLES, KEPT_EPISODES, left_out_page
 from lapa.data.lerobot import LeRobotDataset
 from lapa.data.metadata import (
@@ -226,7 +226,8 @@ class DatasetWriter:
         self._open_notes[NO_INSTRUCTION] -= not episode["instruction"].strip()
         if max(len(self._examples[DUPLICATE]), len(self._open_examples)) < EXAMPLES:
             lines = (record for record in Journal(self._journal.path) if LOOKS in record)
-            text = f"like {next(islice(lines, first, None))['source']}"
+            bits = self._duplicates.num_different(first, episode[LOOKS])
+            text = f"like {next(islice(lines, first, None))['source']}, {bits} of {BITS} bits differ"
             self._open_examples.append(
                 {"reason": DUPLICATE, "source": episode["source"], TEXT: text, IMAGE: episode.get(IMAGE)}
             )
@@ -285,8 +286,11 @@ class DatasetWriter:
     def _video_name(self, camera: str, number: int) -> str:
         return VIDEO_PATH.format(video_key=CAMERA_PREFIX + camera, **place(number))
 
-    def finish(self) -> LeRobotDataset:
-        """Writes the tables, meta/info.json last, and opens the dataset. Raises UserError without an episode."""
+    def finish(self, listed: Mapping[str, int] = MappingProxyType({})) -> LeRobotDataset:
+        """Writes the tables, meta/info.json last, and opens the dataset. Raises UserError without an episode.
+
+        listed: counts of what was found while listing the source, for the page about what was left out.
+        """
         if self.finished:
             return LeRobotDataset(self.root)
         if not self.num_episodes:
@@ -310,8 +314,8 @@ class DatasetWriter:
         write_json(self.root / EXTRA, self.extra_info)
         files = [TASKS, STATS, EXTRA, *tables.files]
         if self.num_items:
-            page = left_out_page(self.extra_info, self.num_items, self.num_episodes, self.notes, self._examples)
-            write_text(self.root / LEFT_OUT, page)
+            counts = self.num_items, self.num_episodes, self.notes
+            write_text(self.root / LEFT_OUT, left_out_page(self.extra_info, *counts, self._examples, listed))
             files.append(LEFT_OUT)
         names = (self._video_name(camera, index) for index in range(self.num_episodes) for camera in self.cameras)
         videos = ((name, digests[DIGEST * at : DIGEST * (at + 1)].hex()) for at, name in enumerate(names))

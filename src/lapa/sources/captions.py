@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,12 @@ class CaptionedReading(Reading):
         values = {"folder": folder, "captions": captions, "caption": self._text, **others}
         return {name: value for name, value in values.items() if value}
 
-    def find_captions(self, names: Sequence[str], what: str) -> tuple[dict[str, str], int]:
+    def find_captions(self, names: Sequence[str], what: str, notes: Counter[str]) -> tuple[dict[str, str], int]:
         """Returns the text of each clip that has one, and how many problems were skipped.
 
         names: the clips, which a caption may name with their folders or, where that is unique, without; what: what a
-        clip is called in messages. Of several captions of a clip the first counts, and an empty one is none.
+        clip is called in messages. Of several captions of a clip the first counts, and an empty one is none. What is
+        skipped is also added to `notes`.
         Raises UserError for clips without caption and captions without clip, unless `skip_bad`.
         """
         path, inside = self.captions_file, self._captions_inside()
@@ -83,9 +85,11 @@ class CaptionedReading(Reading):
         if again:
             warn(f"{path}: further captions of a {what} that has one, not used: {again}")
         skipped = stop_or_skip(missing, f"add the {what}, or remove the entry, or give --skip-bad", self.skip_bad)
+        notes.update({f"further captions of a {what}, not used": again, f"captions without a {what}": skipped})
         bare = [f"{self.folder}/{name}: has no caption in {path}" for name in names if name not in found]
         fix = "add one, or give --caption TEXT for those without, or --skip-bad to leave them out"
-        return found, skipped + stop_or_skip(bare, fix, self.skip_bad)
+        num_bare = notes[f"{what}s without a caption, left out"] = stop_or_skip(bare, fix, self.skip_bad)
+        return found, skipped + num_bare
 
     @property
     def _text(self) -> str | None:

@@ -11,6 +11,7 @@ Axes: T time, H W image, C channel.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,7 +72,8 @@ class FramesSource(Source):
         # Where numbers are missing, a new episode begins.
         self.settings = reading.settings(self.name, gaps="cut")
         folders = _list_folders(self.root, reading.inputs)
-        instructions, skipped = reading.find_captions(list(folders), "clip")
+        self.notes = notes = Counter[str]()
+        instructions, skipped = reading.find_captions(list(folders), "clip", notes)
         self.items = items = []
         problems, with_gaps, missing = [], 0, 0
         for folder, clip in folders.items():
@@ -84,7 +86,10 @@ class FramesSource(Source):
             for first, length, numbers in clip.parts:
                 key = f"{folder}#{numbers}" if len(clip.parts) > 1 else folder
                 items.append(Item(key, (folder, first, length), instructions[folder], length))
-        skipped += stop_or_skip(problems, "--skip-bad leaves such clips out", reading.skip_bad)
+        bad = stop_or_skip(problems, "--skip-bad leaves such clips out", reading.skip_bad)
+        notes.update({"clips whose numbers come twice, left out": bad})
+        notes.update({"clips with gaps in their numbers, cut there": with_gaps, "images missing in these": missing})
+        skipped += bad
         if skipped:
             warn(f"entries skipped in all (--skip-bad): {skipped}")
         if with_gaps:

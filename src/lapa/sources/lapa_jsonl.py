@@ -208,7 +208,8 @@ class LapaJsonlSource(Source):
         found = cached(self.kind, key, lambda: scan_rows(self.root, options))
         for problem in found["problems"][:10]:
             warn(f"left out: {problem}")
-        for note, count in {**found["notes"], "left out, malformed rows": len(found["problems"])}.items():
+        self.notes = {**found["notes"], "left out, malformed rows": len(found["problems"])}
+        for note, count in self.notes.items():
             if count:
                 warn(f"{self.name}: {note}: {count}")
         if not found["episodes"]:

@@ -13,6 +13,7 @@ Axes: T time, H W image, C channel.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
@@ -30,7 +31,15 @@ from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.video import VideoInfo
 from lapa.errors import UserError
 from lapa.sources.folder_scan import find_videos, natural_order, require_rate, short_names, stop_or_skip
-from lapa.sources.videos import CAMERA, common_format, count_frames, frames_at, frames_in_order, read_headers
+from lapa.sources.videos import (
+    CAMERA,
+    UNREADABLE,
+    common_format,
+    count_frames,
+    frames_at,
+    frames_in_order,
+    read_headers,
+)
 
 COLUMNS = {
     "video": ("video", "video_id", "video_uid", "video_name", "file"),
@@ -83,23 +92,30 @@ class NarratedSource(Source):
         self.root, names = find_videos(reading.folder)
         self.name = self.root.resolve().name
         table = Path(reading.narrations)
+        self.notes = notes = Counter[str]()
         rows, wrong = _read_rows(table)
         fix = "correct the row, or give --skip-bad to leave such rows out"
         if not rows:
             stop_or_skip(wrong, fix, reading.skip_bad)
             raise UserError(f"{table}: none of its rows can be used")
         videos = _find_named(self.root, names, rows, table)
+        notes["rows whose video is missing"] = sum(row.video not in videos for row in rows)
         used = sorted(set(videos.values()), key=natural_order)
         headers, unreadable = read_headers(self.root, used)
         skipped = stop_or_skip(unreadable, "--skip-bad leaves such videos out, with their rows", reading.skip_bad)
+        notes[UNREADABLE] = skipped
         if not headers:
             raise UserError(f"{self.root}: no video of it can be used")
         self.fps, size = common_format(headers.values(), reading.fps)
         self.cameras, self.inputs = {CAMERA: size}, (table,)
         self.settings = {"folder": self.name, "narrations": table.name, **({"fps": reading.fps} if reading.fps else {})}
         found = [(videos[row.video], row) for row in rows if videos.get(row.video) in headers]
-        self.items, past = self._find_items(found, headers, table)
-        skipped += stop_or_skip([*wrong, *past], fix, reading.skip_bad)
+        self.items, past, num_cut = self._find_items(found, headers, table)
+        notes["rows that go on past the end of their video, cut there"] = num_cut
+        if num_cut:
+            warn(f"rows that go on past the end of their video, cut there: {num_cut} of {len(found)}")
+        notes["rows that are wrong, left out"] = stop_or_skip([*wrong, *past], fix, reading.skip_bad)
+        skipped += notes["rows that are wrong, left out"]
         if skipped:
             warn(f"rows and videos skipped in all (--skip-bad): {skipped}")
         if not self.items:
@@ -122,10 +138,10 @@ class NarratedSource(Source):
 
     def _find_items(
         self, rows: Sequence[tuple[str, _Row]], headers: Mapping[str, VideoInfo], table: Path
-    ) -> tuple[list[Item], list[str]]:
+    ) -> tuple[list[Item], list[str], int]:
         """Items by video and start, so that each video is read in order, and the problems of rows that start too late.
 
-        Rows that go on past the end of their video are cut there, and counted.
+        Rows that go on past the end of their video are cut there; how many is returned, too.
         """
         lengths = {
             name: count_frames(self.root / name, info, info.fps) if info.num_frames is None else info.num_frames
@@ -143,9 +159,7 @@ class NarratedSource(Source):
             length = max(1, ceil((min(row.stop, duration) - row.start) * self.fps - TIE * self.fps))
             key = f"{name}@{row.start:.3f}-{row.stop:.3f} line {row.line}"
             items.append(Item(key, (name, row.start), row.text, length))
-        if num_cut:
-            warn(f"rows that go on past the end of their video, cut there: {num_cut} of {len(rows)}")
-        return items, problems
+        return items, problems, num_cut
 
 
 def seconds(text: str) -> float:

@@ -74,9 +74,11 @@ class Sthv2Source(VideoFilesSource):
             raise UserError(
                 f"{self.root}: holds none of the {len(texts)} videos that {labels} names; give their folder"
             )
-        if len(self.items) < len(texts):
-            warn(f"videos missing: {len(texts) - len(self.items)} of the {len(texts)} that {labels} names")
-        if num_bare := sum(not item.instruction for item in self.items):
+        if num_missing := len(texts) - len(self.items):
+            warn(f"videos missing: {num_missing} of the {len(texts)} that {labels} names")
+        num_bare = sum(not item.instruction for item in self.items)
+        self.notes = {"videos missing that the labels name": num_missing, "videos without label": num_bare}
+        if num_bare:
             warn(f"videos without label: {num_bare} of {len(self.items)}; --caption TEXT gives them one")
         self.name, self.fps, self.skip_bad, self.inputs = "sthv2", reading.fps, reading.skip_bad, (labels,)
         self.cameras = {CAMERA: self._first_size()}

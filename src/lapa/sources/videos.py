@@ -32,6 +32,7 @@ from lapa.sources.captions import CaptionedReading
 from lapa.sources.folder_scan import cached, file_state, find_videos, require_rate, scan_files, stop_or_skip
 
 CAMERA = "video"
+UNREADABLE = "videos that cannot be read, left out"
 # Number of files; scanning fewer headers takes less than a second or two.
 WORTH_CACHING = 500
 NO_FRAME = np.zeros(0, np.uint8)
@@ -124,9 +125,11 @@ class VideosSource(VideoFilesSource):
         require_rate(reading.fps)
         require_rate(reading.true_fps, "--true-fps")
         self.root, names = find_videos(reading.folder, reading.inputs)
-        instructions, skipped = reading.find_captions(names, "video")
+        self.notes = notes = Counter[str]()
+        instructions, skipped = reading.find_captions(names, "video", notes)
         headers, unreadable = read_headers(self.root, [name for name in names if name in instructions])
-        skipped += stop_or_skip(unreadable, "--skip-bad leaves such files out", reading.skip_bad)
+        notes[UNREADABLE] = stop_or_skip(unreadable, "--skip-bad leaves such files out", reading.skip_bad)
+        skipped += notes[UNREADABLE]
         if skipped:
             warn(f"entries skipped in all (--skip-bad): {skipped}")
         if not headers:

@@ -73,6 +73,9 @@ OTHER_VIDEOS = "further videos of a sample, not read"
 NO_FILES = "links, devices, sparse files and names of more than 1000 characters, not read"
 HIDDEN = "hidden files (names that begin with a dot), not read"
 NO_VIDEO = "samples without a video"
+MISSING = "shards that are missing or cannot be read"
+DAMAGED = "shards that are damaged, read up to there"
+TWICE = "samples whose name comes twice in their shard, left out"
 NO_CAPTION = "videos without a caption (--caption TEXT gives them one)"
 
 
@@ -196,15 +199,17 @@ class WebDatasetSource(VideoFilesSource):
 
         listed, problems = scan_files(members, shards)
         num_shards, items = len(listed), list[Item]()
-        notes: Counter[str] = Counter()
+        self.notes = notes = Counter[str]({MISSING: len(problems)})
         for shard in list(listed):
             # What is listed of a shard takes as much memory as its items, and is not kept.
             found, seen = listed.pop(shard), set[str]()
             notes.update(found["notes"])
             problems += [found["problem"]] * bool(found["problem"])
+            notes[DAMAGED] += bool(found["problem"])
             for key, kind, *place, text in found["videos"]:
                 if key in seen:
                     problems.append(f"{self.root / shard}: {shown(key)} comes twice, with other files in between")
+                    notes[TWICE] += 1
                     continue
                 seen.add(key)
                 items.append(Item(f"{shard}:{key}", (shard, sys.intern(kind), *place), text or self._caption))

@@ -257,8 +257,11 @@ class RldsSource(Source):
         self.action_space, self.state_names = layout.action_space, tuple(_names(layout.states)) or None
         if limit is not None and not reading.skip_bad:
             shards = first_shards(shards, limit)
-        shards = present_shards(shards, reading.skip_bad)
+        expected, shards = shards, present_shards(shards, reading.skip_bad)
         self.items = find_items(shards, reading.skip_bad)
+        # Of shards whose records are not counted anywhere, what is damaged is only shown.
+        num_lost = max(0, sum(num or 0 for num in shards.values()) - len(self.items))
+        self.notes = {"shards missing": len(expected) - len(shards), "records damaged or missing in others": num_lost}
         self._files = [self.root / INFO_FILE, self.root / FEATURES_FILE, *shards]
         self._token = uuid.uuid4().hex
         self.cameras = dict(layout.sizes)
