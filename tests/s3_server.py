@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,12 +29,14 @@ class Faults:
 
     faults: [expression of requests such as `PUT /bucket/name`, what happens to them, how often]. slow: seconds of a
     slow answer. cut before, cut after: the connection ends before, or after, the request has been carried out; half:
-    amid its answer. seen: all requests. hooks: called with each request before it is carried out.
+    amid its answer. seen: all requests; sent: bytes of the answers to each kind of them. hooks: called with each
+    request before it is carried out.
     """
 
     app: Any
     faults: list[tuple[str, Fault, int]] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
     hooks: list[Callable[[str], None]] = field(default_factory=list)
     slow: float = 0.2
     lock: Any = field(default_factory=threading.Lock)
@@ -60,6 +63,7 @@ class Faults:
         # A condition holds until its object is made, which moto does not see to by itself.
         with self.carried_out:
             answer = b"".join(self.app(environ, start))
+            self.sent[request] += len(answer)
         if fault == "cut after":
             return self._cut(environ)
         if fault == "half":

@@ -20,11 +20,11 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 
-from lapa import store_cache
+from lapa import store_cache, stores
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs
 from lapa.data.spec import open_dataset
 from lapa.engine.batches import AHEAD, Draw, ReadAhead, StepSampler, batch_loader
-from lapa.errors import UserError
+from lapa.errors import StoreError, UserError
 from lapa.files import open_binary
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.store_cache import BLOCK, StoreCache, use_store_cache
@@ -63,7 +63,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fsspec.register_implementation("counted", CountedStore, clobber=True)
     CountedStore.requests.clear()
     store_cache._versions.clear()
-    monkeypatch.setattr(store_cache, "WAIT", 0.001)
+    monkeypatch.setattr(stores, "PAUSE", 0.001)
     yield
     use_store_cache(None, 1)
 
@@ -133,7 +133,7 @@ def test_an_object_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
     path, content = an_object(tmp_path, 1000)
     file = StoreCache(tmp_path / "cache", 1).open(path)
     (tmp_path / "object").write_bytes(content[:10])
-    with pytest.raises(OSError, match="10 bytes in place of 1000"):
+    with pytest.raises(StoreError, match=r"object: could not be read in 4 attempts \(10 bytes in place"):
         file.read()
 
 
@@ -145,11 +145,11 @@ def test_a_store_that_fails_is_asked_again_but_not_for_what_it_refuses(tmp_path:
     assert CountedStore.requests["read"] == 4
     other, _ = an_object(tmp_path, 1001, "other")
     CountedStore.failures = [PermissionError("403")]
-    with pytest.raises(PermissionError):
+    with pytest.raises(StoreError, match=r"other: no permission, it could not be read \(403\)"):
         cache.open(other).read()
     assert CountedStore.requests["read"] == 5
-    CountedStore.failures = [OSError("500")] * store_cache.ATTEMPTS
-    with pytest.raises(OSError, match="500"):
+    CountedStore.failures = [OSError("500")] * stores.ATTEMPTS
+    with pytest.raises(StoreError, match=r"other: could not be read in 4 attempts \(500\)"):
         cache.open(other).read()
     assert not CountedStore.failures
 

@@ -39,6 +39,10 @@ class UserError(ValueError):
         super().__init__(printable(message))
 
 
+class StoreError(UserError):
+    """A store that fails or refuses: what is in it may be whole, so the command stops and nothing counts as damaged."""
+
+
 def printable(text: object) -> str:
     """Returns a text as one line for a terminal, a log or an image: whatever a file holds cannot control these.
 

@@ -22,10 +22,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
-from lapa.errors import UserError, shown
+from lapa.errors import StoreError, UserError, shown
 from lapa.locks import LOCK, hold_to_the_end, locked
 from lapa.store_cache import store_cache
-from lapa.stores import is_of_store, locked_store, retried
+from lapa.stores import ANSWERS, READ_AHEAD, is_of_store, locked_store, opened, retried
 
 # Protocols of fsspec and the pip packages that implement them.
 FILE_SYSTEMS = {
@@ -112,19 +112,21 @@ def _resolved(path: Path) -> Path:
 
 @contextmanager
 def reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turns an error of a file or store inside (no such file, no permission, no network) into a UserError."""
+    """Turns an error of a file inside (no such file, no permission) into a UserError, of a store into a StoreError."""
     ending = f"; {remedy}" if remedy else ""
     try:
         yield
     except PermissionError as error:
         access = "log in to the store, or ask its owner" if is_remote(path) else "change its permissions"
-        raise UserError(f"{path}: no permission to read it ({_first_line(error)}); {access}") from None
+        kind = StoreError if is_remote(path) else UserError
+        raise kind(f"{path}: no permission to read it ({_first_line(error)}); {access}") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{ending}") from None
     except Exception as error:
         if not is_of_store(error):
             raise
-        raise UserError(f"{path}: cannot be read ({_first_line(error)}){ending}") from None
+        kind = StoreError if is_remote(path) and not isinstance(error, ANSWERS) else UserError
+        raise kind(f"{path}: cannot be read ({_first_line(error)}){ending}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -156,16 +158,22 @@ def _listed(folder: Path, follow: bool) -> list[tuple[str, bool]]:
                     return [(entry.name, entry.is_dir(follow_symlinks=follow)) for entry in entries]
             remote = cast(Any, folder)
             own = remote.path.strip("/")
-            found = [(entry["name"].strip("/"), entry["type"]) for entry in remote.fs.ls(remote.path, detail=True)]
+            listed = retried(folder, lambda: remote.fs.ls(remote.path, detail=True), "listed", ANSWERS)
+            found = [(entry["name"].strip("/"), entry["type"]) for entry in listed]
             return [(path.rpartition("/")[2], kind == "directory") for path, kind in found if path != own]
         except (FileNotFoundError, NotADirectoryError):
             return []
 
 
-def open_binary(path: Path) -> BinaryIO:
-    """Opens a file, local or remote, for reading bytes; a remote one through the cache of `use_store_cache`, if any."""
-    cache = store_cache() if is_in_store(path) else None
-    return cast(BinaryIO, path.open("rb")) if cache is None else cache.open(path)
+def open_binary(path: Path, read_ahead: int = READ_AHEAD) -> BinaryIO:
+    """Opens a file, local or remote, for reading bytes; a remote one through the cache of `use_store_cache`, if any.
+
+    read_ahead: bytes of a store that are fetched beyond those that are read.
+    """
+    if not is_in_store(path):
+        return cast(BinaryIO, path.open("rb"))
+    cache = store_cache()
+    return opened(path, read_ahead) if cache is None else cache.open(path)
 
 
 @contextmanager
@@ -294,7 +302,7 @@ def errors_about(path: Path | str | None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -334,7 +342,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file. Raises UserError naming it where it is absent, not JSON, or holds NaN or infinity."""
     path = as_path(path)
     with reading(path):
-        content = path.read_bytes()
+        content = retried(path, path.read_bytes, "read", ANSWERS) if is_remote(path) else path.read_bytes()
     # Besides malformed JSON: numbers of thousands of digits are a ValueError, thousands of brackets a RecursionError.
     try:
         value = parse_json(content, finite=True)

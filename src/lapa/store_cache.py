@@ -24,14 +24,13 @@ from typing import Any, BinaryIO, cast
 from lapa.console import warn
 from lapa.errors import UserError
 from lapa.locks import is_at
+from lapa.stores import ANSWERS, retried
 
 BLOCK = 4 << 20
 # Share of the bound that is left after blocks were deleted.
 KEPT = 0.9
 # Seconds for which what a store has answered about an object is taken to hold; objects of which that is remembered.
 FRESH, REMEMBERED = 60.0, 1 << 16
-# Times that a read is tried, and seconds before the second one; each later wait is twice as long.
-ATTEMPTS, WAIT = 5, 0.5
 # Seconds after which a file that is being written was left by a killed process.
 LEFT = 3600.0
 # What stores name of an object that changes with its content.
@@ -194,11 +193,16 @@ def store_cache() -> StoreCache | None:
     return _used
 
 
-def version_of(path: Any) -> tuple[int, str]:
-    """Returns the size and the version of an object of a store, which is asked once a minute. Raises OSError."""
+def version_of(path: Any, anew: bool = False) -> tuple[int, str]:
+    """Returns the size and the version of an object of a store, which is asked once a minute, or `anew`.
+
+    Raises OSError where there is no such object, and StoreError.
+    """
     known = _versions.get(str(path))
-    if known is None or known[0] < time.monotonic() - FRESH:
-        info = _persistent(lambda: path.fs.info(path.path))
+    if anew or known is None or known[0] < time.monotonic() - FRESH:
+        # Clients would answer from a listing, however old.
+        path.fs.invalidate_cache(path.path)
+        info = retried(path, lambda: path.fs.info(path.path), "read", ANSWERS)
         if info["type"] == "directory":
             raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
         version = ";".join(f"{name}={info[name]}" for name in VERSION if info.get(name) is not None)
@@ -209,7 +213,7 @@ def version_of(path: Any) -> tuple[int, str]:
 
 
 def fetched(path: Any, start: int, stop: int) -> bytes:
-    """Returns bytes of an object of a store. Raises OSError where it does not answer, or has changed its length."""
+    """Returns bytes of an object of a store. Raises StoreError where it does not answer, or has changed its length."""
 
     def fetch() -> bytes:
         content = path.fs.cat_file(path.path, start=start, end=stop)
@@ -218,19 +222,7 @@ def fetched(path: Any, start: int, stop: int) -> bytes:
             raise OSError(f"{len(content)} bytes in place of {stop - start}: it was cut off, or has changed")
         return cast(bytes, content)
 
-    return cast(bytes, _persistent(fetch))
-
-
-def _persistent(request: Any) -> Any:
-    """Returns the result of a request to a store, which is tried several times where it fails."""
-    for attempt in range(ATTEMPTS - 1):
-        try:
-            return request()
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
-            raise
-        except OSError:
-            time.sleep(WAIT * 2**attempt)
-    return request()
+    return retried(path, fetch, "read")
 
 
 def _opened(file: Path, size: int) -> BinaryIO | None:

@@ -8,16 +8,17 @@ https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 from lapa.console import say
-from lapa.errors import UserError
+from lapa.errors import StoreError, UserError
 from lapa.locks import LOCK, who
 
 # A path on a store, of universal-pathlib.
@@ -27,6 +28,10 @@ Result = TypeVar("Result")
 # Attempts at a request, each of which the store's client may repeat by itself, and seconds before the second one, twice
 # as many before each further one.
 ATTEMPTS, PAUSE = 4, 1.0
+# What a store answers of an object, rather than fails to.
+ANSWERS = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# Bytes that are fetched beyond those that are read: the clients' own choice is up to 50 MiB, ten clips of a shard.
+READ_AHEAD = 1 << 20
 # Packages whose errors, besides OSError, are those of a connection or a store.
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "requests", "httpx", "urllib3")
 # Seconds between two writes of a lock, and without one, after which its owner is taken for dead.
@@ -41,17 +46,23 @@ def is_of_store(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in CLIENTS
 
 
-def retried(path: StorePath, request: Callable[[], Result], done: str = "written") -> Result:
+def retried(
+    path: StorePath,
+    request: Callable[[], Result],
+    done: str = "written",
+    passed: tuple[type[Exception], ...] = (FileExistsError,),
+) -> Result:
     """Returns the result of a request, which is repeated where the store or the connection fails.
 
-    done: the verb for messages. Raises UserError naming the object and the fix; FileExistsError as it is.
+    done: the verb for messages. Raises UserError naming the object and the fix, StoreError where the store fails or
+    refuses; what is in `passed` as it is.
     """
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(PAUSE * 2 ** (attempt - 1))
         try:
             return request()
-        except FileExistsError:
+        except passed:
             raise
         except Exception as error:
             # A file on this machine has a name in the error, an object has none.
@@ -59,17 +70,59 @@ def retried(path: StorePath, request: Callable[[], Result], done: str = "written
                 raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-                fix = "log in to the store, or ask its owner"
-                raise UserError(f"{path}: no permission, it could not be {done} ({reason}); {fix}") from None
+                fix = "log in to the store, or ask its owner; what has begun goes on with --resume"
+                raise StoreError(f"{path}: no permission, it could not be {done} ({reason}); {fix}") from None
             if isinstance(error, FileNotFoundError):
                 fix = "make the bucket, or correct the name"
                 raise UserError(
                     f"{path}: could not be {done}, it or its bucket does not exist ({reason}); {fix}"
                 ) from None
-    raise UserError(
+    raise StoreError(
         f"{path}: could not be {done} in {ATTEMPTS} attempts ({reason}); check the connection and the store, then "
         "run the command again with --resume"
     )
+
+
+def opened(path: StorePath, read_ahead: int = READ_AHEAD) -> BinaryIO:
+    """Opens an object for reading; each request is `retried`. Raises what is in `ANSWERS` as it is."""
+    file = retried(path, lambda: path.open("rb", block_size=read_ahead), "read", ANSWERS)
+    return cast(BinaryIO, io.BufferedReader(_Object(path, file)))
+
+
+class _Object(io.RawIOBase):
+    """An object that is open for reading. Raises UserError where it is replaced meanwhile."""
+
+    def __init__(self, path: StorePath, file: BinaryIO):
+        self._path, self._file = path, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        position = self._file.tell()
+        content = retried(self._path, lambda: self._read(position, len(buffer)), "read")
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _read(self, position: int, size: int) -> bytes:
+        try:
+            self._file.seek(position)
+            return self._file.read(size)
+        except OSError as error:
+            # Of s3fs.
+            if type(error).__name__ == "FileExpired":
+                raise UserError(f"{self._path}: has changed while it was read; run the command again") from None
+            raise
 
 
 def content_of(path: StorePath) -> bytes | None:

@@ -19,7 +19,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.tables import AGAIN
 from lapa.data.video import count_frames
 from lapa.data.workers import Workers
-from lapa.errors import UserError
+from lapa.errors import StoreError, UserError
 
 # Frames of an episode that are in memory at once.
 WINDOW = 64
@@ -37,6 +37,8 @@ def run(config: CheckConfig) -> None:
     def check(read: Callable[[], None]) -> str:
         try:
             read()
+        except StoreError:
+            raise
         except UserError as error:
             return str(error)
         return ""

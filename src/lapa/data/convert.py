@@ -49,7 +49,7 @@ from lapa.data.writer import (
     TEXT,
     DatasetWriter,
 )
-from lapa.errors import UserError, unknown
+from lapa.errors import StoreError, UserError, unknown
 from lapa.files import as_path, claim_output, is_remote, reading
 from lapa.locks import locks_output
 from lapa.ray_cluster import check_ray
@@ -196,7 +196,10 @@ def _unreadable(source: Source, cameras: list[str], items: Iterable[Item]) -> st
 def convert_item(
     source: Source, cameras: list[str], fps: float, options: ConvertOptions, item: Item, target: Path
 ) -> ConvertedItem:
-    """Reads an item once, and writes the videos of its episodes; their names begin with that of `target`."""
+    """Reads an item once, and writes the videos of its episodes; their names begin with that of `target`.
+
+    Raises StoreError, which is no damage of the item.
+    """
     where = source.file_of(item)
     try:
         clip = source.read(item)
@@ -219,6 +222,8 @@ def convert_item(
         if small:
             return ConvertedItem(notes=Counter((SMALL, *clip.notes)), examples=(example,))
         episodes, left_out = _encode(source, clip, item, streams, fps, options, target)
+    except StoreError:
+        raise
     except UserError as error:
         return ConvertedItem(error=str(error))
     bare = [NO_INSTRUCTION for episode in episodes if not episode["instruction"].strip()]

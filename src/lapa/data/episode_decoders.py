@@ -25,7 +25,7 @@ from lapa.data.dataset import Dataset
 from lapa.data.motion import motion_energy, thumbnails
 from lapa.data.transforms import resize_and_crop
 from lapa.data.workers import Workers
-from lapa.errors import UserError
+from lapa.errors import StoreError, UserError
 from lapa.files import is_remote
 
 # New frames of a window.
@@ -161,6 +161,8 @@ def _decode(
             last = min(first + at_once, stop)
             frames_THWC = dataset.frames(episode, range(first, last), camera)
             room[first - start : last - start] = resize_and_crop(frames_THWC, shape[2])
+    except StoreError:
+        raise
     except UserError as error:
         return None, str(error)
     return thumbnails(room[: stop - start]) if motion else None, None

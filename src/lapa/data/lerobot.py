@@ -70,7 +70,7 @@ from lapa.data.tables import (
 )
 from lapa.data.transforms import IMAGE_FORMATS, decode_image
 from lapa.data.video import decode_times, film_times
-from lapa.errors import UserError, unknown
+from lapa.errors import StoreError, UserError, unknown
 from lapa.files import (
     find_files,
     fingerprint,
@@ -442,6 +442,8 @@ class LeRobotDataset(Dataset, Pushed):
                 for camera in self.cameras:
                     if self.camera_feature(camera)["dtype"] == "video":
                         self._film(episode, camera)
+            except StoreError:
+                raise
             except UserError as error:
                 problems[episode] = str(error)
         if not problems:

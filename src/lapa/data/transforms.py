@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lapa.errors import UserError
+from lapa.errors import StoreError, UserError
 from lapa.files import is_remote, open_binary, reading
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -70,6 +70,8 @@ def decode_image(encoded: bytes | BinaryIO, failure: str, remedy: str = "") -> U
         problem = "empty, zero bytes" if file.seek(0, io.SEEK_END) == 0 else f"no image in {', '.join(IMAGE_FORMATS)}"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = TOO_LARGE
+    except StoreError:
+        raise
     except UNDECODABLE as error:
         problem = str(error)
     raise UserError(f"{failure} ({problem}){remedy}")

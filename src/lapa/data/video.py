@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -357,8 +358,7 @@ def open_clip(path: Path) -> OpenClip:
     """Returns the clip, opened or still open in this thread. Raises UserError where it is not a video."""
     clips = _open_clips.of_this_process()
     with reading(path, "write or download the dataset again"):
-        # Distinguishes a file from one that replaced it under the same name.
-        version = version_of(path) if is_in_store(path) else _version_here(path)
+        version = _version(path)
     if path in clips and clips[path][0] == version:
         clips.move_to_end(path)
         return clips[path][1]
@@ -370,7 +370,12 @@ def open_clip(path: Path) -> OpenClip:
     return clips[path][1]
 
 
-def _version_here(path: Path) -> tuple[int, int]:
+def _version(path: Any) -> tuple[Any, ...]:
+    """Returns what distinguishes a file from one that replaced it under the same name; a part of a file has its own."""
+    if is_in_store(path):
+        return version_of(path)
+    if is_remote(path):
+        return tuple(path.version())
     status = path.stat()
     return status.st_mtime_ns, status.st_ino or status.st_size
 

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from lapa import __version__
 from lapa.console import progress, say, warn
 from lapa.data.metadata import INFO, JOURNAL
-from lapa.errors import UserError
-from lapa.files import as_path, atomic_path, is_remote
+from lapa.errors import StoreError, UserError
+from lapa.files import as_path, atomic_path, is_remote, reading
+from lapa.store_cache import version_of
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv",
@@ -116,12 +117,19 @@ def short_names(names: Sequence[str], without_suffix: bool = False) -> tuple[dic
     return unique, {short: " or ".join(found) for short, found in candidates.items() if len(found) > 1}
 
 
-def scan_files(read: Callable[[str], Found], names: Sequence[str]) -> tuple[dict[str, Found], list[str]]:
-    """Returns `read` of each file, and the messages of those for which it raises UserError. Runs in threads."""
+def scan_files(
+    read: Callable[[str], Found], names: Sequence[str], threads: int = THREADS
+) -> tuple[dict[str, Found], list[str]]:
+    """Returns `read` of each file, and the messages of those for which it raises UserError. Runs in threads.
+
+    Raises StoreError: it is no matter of one file.
+    """
 
     def attempt(name: str) -> Found | UserError:
         try:
             return read(name)
+        except StoreError:
+            raise
         except UserError as error:
             return error
 
@@ -129,7 +137,7 @@ def scan_files(read: Callable[[str], Found], names: Sequence[str]) -> tuple[dict
     problems: list[str] = []
     if not names:
         return found, problems
-    with progress() as bar, ThreadPoolExecutor(THREADS) as pool:
+    with progress() as bar, ThreadPoolExecutor(threads) as pool:
         task = bar.add_task("scanning", total=len(names), note="")
         # Few at a time: what is queued takes memory, and delays Ctrl-C.
         for start in range(0, len(names), AT_ONCE):
@@ -179,18 +187,16 @@ def cached(kind: str, key: Any, make: Callable[[], Any]) -> Any:
     return value
 
 
-def file_state(path: Path) -> list[Any]:
-    """Returns a file's name, size and time of change, or tag on a store, for the key of `cached`.
+def file_state(path: Path, anew: bool = True) -> list[Any]:
+    """Returns a file's name, size and time of change, on a store its version, for the key of `cached`.
 
-    Its name alone if it is missing.
+    anew: also ask a store that has answered within a minute. Raises UserError where there is no such file.
     """
-    try:
-        stat: Any = path.stat()
-    except OSError:
-        return [str(path)]
-    if is_remote(path):
-        return [str(path), stat.st_size, stat.as_info().get("ETag") or getattr(stat, "st_mtime", None)]
-    return [str(path.absolute()), stat.st_size, stat.st_mtime]
+    with reading(path):
+        if is_remote(path):
+            return [str(path), *version_of(path, anew)]
+        status = path.stat()
+    return [str(path.absolute()), status.st_size, status.st_mtime]
 
 
 def _raise_unlistable(error: OSError) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -180,9 +181,14 @@ def read_headers(root: Path, names: Sequence[str]) -> tuple[dict[str, VideoInfo]
 
     if len(names) < WORTH_CACHING:
         return scan_files(header, names)
-    state = [file_state(root / name) for name in names]
+    states = {}
+    for name in names:
+        with suppress(UserError):
+            states[name] = file_state(root / name)
     kept = cached(
-        "video-headers", state, lambda: {n: astuple(info) for n, info in scan_files(header, names)[0].items()}
+        "video-headers",
+        list(states.values()),
+        lambda: {name: astuple(info) for name, info in scan_files(header, list(states))[0].items()},
     )
     # Errors are not cached: a missing permission is no change of the file.
     retried, problems = scan_files(header, [name for name in names if name not in kept])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import re
+import stat
 import sys
 import tarfile
 import threading
@@ -36,10 +37,11 @@ from lapa.data.config import ConvertOptions
 from lapa.data.source import Item, Reading, Source
 from lapa.data.tables import check_memory, parsing, read_row_group, require_in_proportion
 from lapa.data.video import probe
-from lapa.errors import UserError, shown
+from lapa.errors import StoreError, UserError, shown
 from lapa.files import as_path, find_files, is_remote, open_binary, open_for_arrow, parse_json, reading, why_unreadable
 from lapa.sources.captions import TEXT_COLUMNS
 from lapa.sources.folder_scan import (
+    THREADS,
     VIDEO_SUFFIXES,
     cached,
     file_state,
@@ -50,6 +52,8 @@ from lapa.sources.folder_scan import (
     whole_characters,
 )
 from lapa.sources.videos import CAMERA, VideoFilesSource, common_format, count_frames
+from lapa.store_cache import store_cache
+from lapa.stores import ANSWERS, READ_AHEAD, opened, retried
 
 # Members that describe the shard.
 OF_SHARD = re.compile(r"__[^/]*__($|/)")
@@ -62,10 +66,12 @@ MOST_BYTES = 1 << 20
 LONGEST_NAME = 1000
 # Of a row of parquet in memory, without its video: a file may hold millions of rows that are empty.
 ROW_BYTES = 256
-# Bytes of a store that are fetched at once to read a header: fewer than a video has.
+# Bytes of a store that are fetched beyond a header: fewer than a video has.
 BLOCK = 1 << 16
 # Videos, spread over all, whose headers are looked at for the rate and the size of all.
 SAMPLED = 64
+# Of a row group of parquet in memory: each thread that reads in place holds one.
+LARGEST_GROUP = 64 << 20
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 FIX = "download it again, or leave out what is damaged: --skip-bad, or skip_bad=true with --data"
 # What is counted.
@@ -121,17 +127,19 @@ class Member:
     def __str__(self) -> str:
         return f"{self.shard}: {self.name}"
 
-    def stat(self) -> Any:
-        """Returns the status of the shard."""
-        return self.shard.stat()
+    def version(self, anew: bool = False) -> tuple[Any, ...]:
+        """Returns the state of the shard now; anew: also where a store has answered within a minute."""
+        return tuple(file_state(self.shard, anew))
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Opens the video. Raises UserError where the shard is another one than when its videos were listed."""
-        if tuple(file_state(self.shard)) != self.state:
+        # The cache of stores holds what it has asked for within a minute.
+        if self.version(anew=store_cache() is None) != self.state:
             raise UserError(f"{self.shard}: has changed since its members were listed; run the command again")
         if self.shard.suffix == ".parquet":
             return io.BytesIO(_video_in_row(self))
-        return cast(BinaryIO, io.BufferedReader(_Part(open_binary(self.shard), *self.place)))
+        file = open_binary(self.shard, max(1, min(self.place[1], READ_AHEAD)))
+        return cast(BinaryIO, io.BufferedReader(_Part(file, *self.place)))
 
 
 class WebDatasetSource(VideoFilesSource):
@@ -145,7 +153,10 @@ class WebDatasetSource(VideoFilesSource):
         self.skip_bad = reading.skip_bad
         self._caption = whole_characters(reading.caption or "")
         self.name = self.root.name or self.kind
-        self.items, self._states = self._list(shards, reading.caption_key)
+        self._states: dict[str, tuple[Any, ...]] = {}
+        # Bytes of the largest row group of parquet, and its shard.
+        self._largest = 0, ""
+        self.items = self._list(shards, reading.caption_key)
         if not self.items:
             raise UserError(f"{reading.shards}: none of its {len(shards)} shards holds a video that can be read")
         self.fps, size = common_format(self._sampled_headers(), reading.fps)
@@ -160,7 +171,16 @@ class WebDatasetSource(VideoFilesSource):
         return cast(Path, Member(self.root / shard, name, kind, (place[0], place[1]), self._states[shard]))
 
     def measured(self) -> Sequence[Item]:
-        """Returns all items with their lengths, from the headers of the videos; what is found is cached by shard."""
+        """Returns all items with their lengths, from the headers of the videos; what is found is cached by shard.
+
+        Raises UserError where a thread that reads a video would hold more than LARGEST_GROUP bytes of others.
+        """
+        if self._largest[0] > LARGEST_GROUP:
+            size, shard = self._largest
+            raise UserError(
+                f"{self.root / shard}: has a row group of {size >> 20} MiB, which each thread that reads a video of it "
+                "would hold; convert it (`lapa data webdataset`), or write it with fewer rows in a group"
+            )
         by_shard = {shard: list(items) for shard, items in groupby(self.items, key=lambda item: item.place[0])}
         measured: dict[str, int] = {}
         problems: list[str] = []
@@ -185,16 +205,18 @@ class WebDatasetSource(VideoFilesSource):
             try:
                 path = self.path_of(item)
                 yield item, count_frames(path, probe(path), self.fps)
+            except StoreError:
+                raise
             except UserError as error:
                 problems.append(str(error))
 
-    def _list(self, shards: Sequence[str], caption_key: str | None) -> tuple[list[Item], dict[str, tuple[Any, ...]]]:
-        """Returns the videos of all shards, and the state of each shard."""
-        states = {shard: tuple(file_state(self.root / shard)) for shard in shards}
+    def _list(self, shards: Sequence[str], caption_key: str | None) -> list[Item]:
+        """Returns the videos of all shards; notes the state of each shard, and the largest row group."""
 
         def members(shard: str) -> dict[str, Any]:
-            key = [states[shard], caption_key]
-            found = cached("webdataset", key, lambda: list_videos(self.root / shard, caption_key))
+            self._states[shard] = tuple(file_state(self.root / shard))
+            key = [self._states[shard], caption_key]
+            found = cached("shards", key, lambda: list_videos(self.root / shard, caption_key))
             return cast(dict[str, Any], found)
 
         listed, problems = scan_files(members, shards)
@@ -204,6 +226,7 @@ class WebDatasetSource(VideoFilesSource):
             # What is listed of a shard takes as much memory as its items, and is not kept.
             found, seen = listed.pop(shard), set[str]()
             notes.update(found["notes"])
+            self._largest = max(self._largest, (found["group"], shard))
             problems += [found["problem"]] * bool(found["problem"])
             notes[DAMAGED] += bool(found["problem"])
             for key, kind, *place, text in found["videos"]:
@@ -218,13 +241,14 @@ class WebDatasetSource(VideoFilesSource):
         for note in sorted(note for note, count in notes.items() if count):
             warn(f"{note}: {notes[note]}")
         say(f"{len(items)} videos in {num_shards} shards")
-        return items, states
+        return items
 
     def _sampled_headers(self) -> list[Any]:
         """Returns the headers of some videos. Raises UserError where none of them can be read."""
         places = np.linspace(0, len(self.items) - 1, min(SAMPLED, len(self.items))).round().astype(int).tolist()
         by_key = {self.items[place].key: self.items[place] for place in places}
-        headers, problems = scan_files(lambda key: probe(self.path_of(by_key[key])), list(by_key))
+        threads = 1 if self._largest[0] > LARGEST_GROUP else THREADS
+        headers, problems = scan_files(lambda key: probe(self.path_of(by_key[key])), list(by_key), threads)
         if not headers:
             raise UserError(problems[0])
         return list(headers.values())
@@ -235,16 +259,17 @@ def find_shards(shards: str) -> tuple[Path, list[str]]:
 
     Raises UserError for a folder without any, and for a file, not of a pattern, that is not there.
     """
-    path = as_path(shards)
-    if path.is_dir():
+    path, is_folder = as_path(shards), False
+    # A store is not asked for a pattern: it may let its shards be read, and nothing be listed.
+    names = [shards] if not is_remote(path) and path.exists() else expanded(shards)
+    if names == [shards]:
+        with reading(path, "name a folder with .tar or .parquet files, one of them, or a pattern ('{000..127}.tar')"):
+            is_folder = stat.S_ISDIR(retried(path, path.stat, "read", ANSWERS).st_mode)
+    if is_folder:
         found = [file.relative_to(path).as_posix() for file in find_files(path, "**/*") if file.suffix in SUFFIXES]
         if not found:
             raise UserError(f"{shards}: holds no .tar and no .parquet file; name the folder of the shards")
         return path, sorted(found, key=natural_order)
-    names = [shards] if path.is_file() else expanded(shards)
-    if names == [shards]:
-        with reading(path, "name a folder with .tar or .parquet files, one of them, or a pattern ('{000..127}.tar')"):
-            path.stat()
     folder = (shards if names == [shards] else shards.partition("{")[0]).rpartition("/")[0]
     start = f"{folder}/" if folder or shards.startswith("/") else ""
     return as_path(start or "."), [name.removeprefix(start) for name in names]
@@ -273,17 +298,21 @@ def list_videos(shard: Path, caption_key: str | None = None) -> dict[str, Any]:
 
     videos: of each sample with one [key, kind, two numbers, text], as of `Member`; notes: counts of what
     is not read; problem: where the shard is damaged, what is wrong there, "" for nothing. What is in front of the
-    damage is found. Raises UserError where the shard is missing, or may not be read.
+    damage is found. group: bytes of the largest row group in memory. Raises UserError where the shard is missing, or
+    may not be read.
     """
     notes: Counter[str] = Counter()
     if shard.suffix == ".parquet":
-        return {"videos": list(_rows(shard, caption_key, notes)), "notes": notes, "problem": ""}
+        rows, group = _rows(shard, caption_key, notes)
+        return {"videos": rows, "notes": notes, "problem": "", "group": group}
     videos: list[list[Any]] = []
     problems: list[str] = []
 
     def members(file: BinaryIO) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
         try:
             yield from _members(file, notes)
+        except StoreError:
+            raise
         except UserError as error:
             problems.append(f"{shard}: {why_unreadable(shard) or error}")
 
@@ -294,7 +323,7 @@ def list_videos(shard: Path, caption_key: str | None = None) -> dict[str, Any]:
                 notes[NO_VIDEO] += 1
             else:
                 videos.append([whole_characters(key), *video, text])
-    return {"videos": videos, "notes": notes, "problem": "".join(problems)}
+    return {"videos": videos, "notes": notes, "problem": "".join(problems), "group": 0}
 
 
 def _read_sample(
@@ -341,16 +370,18 @@ def _first_text(values: Any, keys: Sequence[str]) -> str:
     return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
 
 
-def _rows(shard: Path, caption_key: str | None, notes: Counter[str]) -> Iterator[list[Any]]:
-    """Yields [number of the row, column of the video, row group, row in it, text]. Raises UserError.
+def _rows(shard: Path, caption_key: str | None, notes: Counter[str]) -> tuple[list[list[Any]], int]:
+    """Returns a list [number of the row, column of the video, row group, row in it, text] for each row, and the bytes
+    of the largest row group. Raises UserError.
 
     notes: counts of what is not read.
     """
+    rows = list[list[Any]]()
     keys = (caption_key,) if caption_key else ("txt", *TEXT_COLUMNS)
     with parsing(shard), open_for_arrow(shard) as file:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         require_in_proportion(parquet.metadata.num_rows * ROW_BYTES, file)
-        column, number = _video_column(parquet.schema_arrow, shard), 0
+        column = _video_column(parquet.schema_arrow, shard)
         # A .json may be a structure, as `datasets` makes of one.
         texts = [name for name in (*keys, "json") if name in parquet.schema_arrow.names]
         for group in range(parquet.num_row_groups):
@@ -361,8 +392,9 @@ def _rows(shard: Path, caption_key: str | None, notes: Counter[str]) -> Iterator
                 if len(text.encode()) > MOST_BYTES:
                     notes[_too_long("parquet")] += 1
                     text = ""
-                yield [str(number), column, group, row, text]
-                number += 1
+                rows.append([str(len(rows)), column, group, row, text])
+        sizes = [parquet.metadata.row_group(group).total_byte_size for group in range(parquet.num_row_groups)]
+    return rows, max(sizes, default=0)
 
 
 def _video_column(schema: pa.Schema, shard: Path) -> str:
@@ -446,9 +478,7 @@ def _members(file: BinaryIO, notes: Counter[str]) -> Iterator[tuple[str, str, ta
 
 def _open_for_headers(shard: Path) -> BinaryIO:
     """Opens a shard such that of a store no more is fetched than the headers, more or less."""
-    if is_remote(shard):
-        return cast(BinaryIO, cast(Any, shard).open("rb", block_size=BLOCK))
-    return open_binary(shard)
+    return opened(shard, BLOCK) if is_remote(shard) else open_binary(shard)
 
 
 def _numbers(first: str, last: str) -> Sequence[str]:

@@ -34,7 +34,7 @@ from lapa.data.convert import BLANK
 from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.transforms import decode_image
-from lapa.errors import UserError, shown, unknown
+from lapa.errors import StoreError, UserError, shown, unknown
 from lapa.files import as_path, errors_about, inside, read_json
 from lapa.files import reading as reading_folder
 from lapa.sources.folder_scan import cached, file_state, whole_characters
@@ -300,6 +300,8 @@ class RldsSource(Source):
         try:
             episode = self._episode(item)
             return np.stack([episode.image(camera, int(step)) for step in frame_indices])
+        except StoreError:
+            raise
         except UserError as error:
             raise UserError(f"{error}; {FIX_EPISODE}") from None
 
@@ -328,6 +330,8 @@ class RldsSource(Source):
                     episode = self._episode(item)
                     episode.numbers()
                     instruction, its_notes, blank = self._examine(episode)
+                except StoreError:
+                    raise
                 except UserError as error:
                     if not self.reading.skip_bad:
                         raise UserError(f"{error}; {FIX}") from None
@@ -360,6 +364,8 @@ class RldsSource(Source):
         (shard, offset, length), where, keys = item.place, self.file_of(item), self._layout.keys
         try:
             values = parse_example(read_record(self.root / shard, offset, length), keys)
+        except StoreError:
+            raise
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if lacking := [key for key in keys if key not in values]:
