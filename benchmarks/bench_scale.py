@@ -271,7 +271,7 @@ def plan(num: int) -> None:
             [f"{number:09d}", "mp4", 1024 * (number - first), 1000, caption(number)]
             for number in range(first, min(first + 1000, num))
         ]
-        return {"videos": videos, "notes": {}, "problem": ""}
+        return {"videos": videos, "notes": {}, "problem": "", "group": 0}
 
     shards = [f"{number:05d}.tar" for number in range(-(-num // 1000))]
     header = SimpleNamespace(fps=10.0, height=256, width=256)
