@@ -222,8 +222,15 @@ PRESETS = {
 }
 
 
-# Seconds of a step, one thread: means over the runs of benchmarks/results/study_2-core-cpu_2026-11-23.md.
+# Seconds of a step, one thread: means over the runs of benchmarks/results/study_2-core-cpu_2026-11-23.md and
+# study_small_splits_2-core-cpu_2026-11-30.md.
 SECONDS_OF = {
+    "small": {
+        "videos": 57, "videos without actions": 1, "shuffled labels": 1, "labelled episodes": 9,
+        "measured episodes": 16, "latent action model": 133, "labels": 16, "labels of measured episodes": 6,
+        "probe": 23, "token accuracy": 6, "inverse dynamics": 19, "pseudo-labelled videos": 9, "pretraining": 84,
+        "finetuning": 73, "rollouts": 76, "action error": 6,
+    },
     "cpu": {
         "videos": 228, "videos without actions": 2, "shuffled labels": 2, "planner": 12,
         "labelled episodes": 30, "measured episodes": 90, "latent action model": 514, "labels": 61,
