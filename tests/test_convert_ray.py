@@ -249,36 +249,24 @@ def test_errors_of_workers_stop_the_command_and_resume_goes_on(
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("what", ["its folder", "a video"])
 def test_a_shard_that_is_lost_before_it_is_added_is_made_again(
-    clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def lost(actor: ShardActor, marker: Path, items: Sequence[Item]) -> None:
         original(actor, marker, items)
         if marker.stem == "000000002":
-            shutil.rmtree(marker.parent / read_json(marker)["folder"])
+            folder = marker.parent / read_json(marker)["folder"]
+            if what == "a video":
+                next(folder.rglob("file-001.mp4")).unlink()
+            else:
+                shutil.rmtree(folder)
 
     original = ShardActor._make
+    named = r".*file-001\.mp4'" if what == "a video" else r"'2\.mp4'"
     with monkeypatch.context() as patch:
         patch.setattr(ShardActor, "_make", lost)
-        with pytest.raises(ValueError, match=r"000000002\.json: lacks '2\.mp4'; --resume makes it again"):
-            run(options(clips, tmp_path / "out", engine="ray"))
-    run(options(clips, tmp_path / "out", engine="ray", resume=True))
-    assert files(tmp_path / "out") == whole
-
-
-@pytest.mark.usefixtures("stand_in")
-def test_a_shard_that_lacks_a_video_is_made_again(
-    clips: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lost(actor: ShardActor, marker: Path, items: Sequence[Item]) -> None:
-        original(actor, marker, items)
-        if marker.stem == "000000002":
-            next((marker.parent / read_json(marker)["folder"]).rglob("file-001.mp4")).unlink()
-
-    original = ShardActor._make
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardActor, "_make", lost)
-        with pytest.raises(ValueError, match=r"000000002\.json: lacks .*file-001\.mp4'; --resume makes it again"):
+        with pytest.raises(ValueError, match=rf"000000002\.json: lacks {named}; --resume makes it again"):
             run(options(clips, tmp_path / "out", engine="ray"))
     run(options(clips, tmp_path / "out", engine="ray", resume=True))
     assert files(tmp_path / "out") == whole
