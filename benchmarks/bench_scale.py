@@ -593,9 +593,9 @@ def memory_table(results: Path) -> str:
         ("uss_after_few_mib", "of these its own, after few samples"),
         ("uss_after_all_mib", "of these its own, after many samples"),
     ):
-        lines.append(
-            f"| {name} | " + " | ".join(f"{rounded(its[f'workers_{n}_{figure}'])} MiB" for n in sizes) + " | |"
-        )
+        known = [its.get(f"workers_{n}_{figure}") for n in sizes]
+        cells = ["not measured" if each is None else f"{rounded(each)} MiB" for each in known]
+        lines.append(f"| {name} | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 
