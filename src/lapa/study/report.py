@@ -26,7 +26,7 @@ from lapa.locks import locks_output
 from lapa.study import plots
 from lapa.study.blocks import Block, Bullets, Figure, Heading, Paragraph, Table, markdown, rich_table
 from lapa.study.config import ReportConfig
-from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results
+from lapa.study.results import ARMS, SPLITS, Arm, ArmResult, load_results, settings_of
 from lapa.study.statistics import LEAST_GOALS, NUM_DRAWS, TOO_FEW, TRAININGS, Estimate, Gap, Group, by_wording, compare
 from lapa.verdicts import LEAST_SEEDS, LEVELS, Level, Verdict
 
@@ -223,7 +223,7 @@ def missing(results: Sequence[ArmResult]) -> list[str]:
     seeds = sorted({run.seed for run in results})
     lines = []
     for split in SPLITS:
-        settings = sorted({run.setting for run in results if run.setting.split == split}, key=lambda each: each.place)
+        settings = [setting for setting in settings_of(results) if setting.split == split]
         if not settings:
             lines.append(f"{split}: no arm")
         for setting in settings:
@@ -295,7 +295,7 @@ def _training(stages: Mapping[str, float]) -> float:
 def figures_table(results: Sequence[ArmResult]) -> Table:
     """What may explain success in each setting: what inverse dynamics and codes know; means over seeds."""
     rows = []
-    for setting in sorted({run.setting for run in results}, key=lambda setting: setting.place):
+    for setting in settings_of(results):
         own = [run.figures for run in results if run.setting == setting]
         known = [[figures[name] for figures in own if name in figures] for name in FIGURES]
         if any(known):

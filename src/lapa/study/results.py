@@ -167,6 +167,11 @@ class ArmResult(RunKey):
         return path
 
 
+def settings_of(results: Sequence[ArmResult]) -> list[Setting]:
+    """Returns the settings of the results, each once, in order."""
+    return sorted({result.setting for result in results}, key=lambda setting: setting.place)
+
+
 def require_played(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Warns of rollouts that ended in an error. Raises UserError where they are too many of those in the folder."""
     errors = [str(row["error"]) for row in rows if row.get("error")]

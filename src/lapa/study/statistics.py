@@ -30,7 +30,7 @@ import numpy as np
 from einops import rearrange
 from scipy.stats import rankdata
 
-from lapa.study.results import ARMS, Arm, ArmResult, Rollout, Setting
+from lapa.study.results import ARMS, Arm, ArmResult, Rollout, Setting, settings_of
 
 NUM_DRAWS = 2000  # of goals
 TRAININGS = 8  # drawn for each of them: the tails of Student's t are long, and cost less than goals
@@ -121,7 +121,7 @@ def compare(results: Sequence[ArmResult]) -> tuple[Group, ...]:
     """
     groups = []
     results = [run for run in results if run.rollouts]
-    for setting in sorted({run.setting for run in results}, key=lambda setting: setting.place):
+    for setting in settings_of(results):
         own = [run for run in results if run.setting == setting]
         runs = {arm: found for arm in ARMS if (found := [run for run in own if run.arm == arm])}
         ranks = mean_ranks(shared(*runs.values()))
