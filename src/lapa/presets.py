@@ -108,7 +108,7 @@ LATENT = _presets(
         "tiny": {
             "model": LatentModelConfig(
                 image_size=64, patch_size=8, dim=64, spatial_depth=2, temporal_depth=2, heads=4, dim_head=16,
-                quant_dim=16, error="relative", **STEADY,
+                latent_length=16, quant_dim=16, error="relative", **STEADY,
             ),
             "loop": LoopConfig(
                 steps=1600, batch_size=32, optim=OptimConfig(lr=1e-3, warmup_steps=100, optimizer="muon"), log_every=20,
@@ -118,7 +118,7 @@ LATENT = _presets(
         "base": {
             "model": LatentModelConfig(
                 image_size=128, patch_size=16, dim=384, spatial_depth=4, temporal_depth=4, heads=6,
-                error="relative", **STEADY,
+                latent_length=16, error="relative", **STEADY,
             ),
             "loop": LoopConfig(
                 steps=50_000, batch_size=256, optim=OptimConfig(lr=3e-4, warmup_steps=1000, optimizer="muon"),
