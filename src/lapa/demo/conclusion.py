@@ -6,7 +6,6 @@ latent action model, and rollouts of its policies.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +149,8 @@ def video_rows(dataset: LeRobotDataset, labels: Labels, model: LatentActionModel
     before_NCHW = torch.from_numpy(small[:-1].transpose(0, 3, 1, 2).copy())
     predicted = pixels(decode_each(model, before_NCHW, torch.from_numpy(codes_TL[rows])))
     changes = difference(predicted, small[:-1])
-    # In groups of four digits: a codebook of the demo has eight codes.
-    codes = [" ".join(textwrap.wrap("".join(map(str, codes_L)), 4)) for codes_L in codes_TL[rows].tolist()]
+    # A digit each: the demo's codebook has eight codes.
+    codes = ["".join(map(str, codes_L)) for codes_L in codes_TL[rows].tolist()]
     captions = [f"{frame / dataset.fps:.1f} s: {code}" for frame, code in zip(shown[:-1], codes, strict=True)]
     captions.append(f"{shown[-1] / dataset.fps:.1f} s")
     blank, most = np.full_like(small[0], 255), largest(changes)
