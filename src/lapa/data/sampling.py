@@ -36,7 +36,7 @@ GIB = 2**30
 # Images of an episode decoded at once where they are not cached.
 STRETCH = 256
 # Jobs that wait for threads.
-AT_ONCE = 1024
+AT_ONCE = 512
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -219,12 +219,17 @@ class FrameStore:
         return resize_and_crop(self.datasets[dataset].frames(episode, frame_indices, camera), self.size)
 
 
-def in_threads(function: Callable[[Job], Result], jobs: Sequence[Job], description: str) -> list[Result]:
-    """Returns the results in order, with progress. PyAV and Pillow release the interpreter lock while they work."""
+def in_threads(
+    function: Callable[[Job], Result], jobs: Sequence[Job], description: str, threads: int | None = None
+) -> list[Result]:
+    """Returns the results in order, with progress. PyAV and Pillow release the interpreter lock while they work.
+
+    threads: by default as many as the machine has CPUs.
+    """
     results = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress() as bar:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, progress() as bar:
         task = bar.add_task(description, total=len(jobs), note="")
-        # Few at a time: what is queued takes memory.
+        # Few at a time: what is queued takes memory, and delays Ctrl-C.
         for start in range(0, len(jobs), AT_ONCE):
             for result in pool.map(function, jobs[start : start + AT_ONCE]):
                 results.append(result)

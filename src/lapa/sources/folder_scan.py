@@ -11,14 +11,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lapa import __version__
-from lapa.console import progress, say, warn
+from lapa.console import say, warn
 from lapa.data.metadata import INFO, JOURNAL
+from lapa.data.sampling import in_threads
 from lapa.errors import StoreError, UserError
 from lapa.files import as_path, atomic_path, is_remote, reading
 from lapa.store_cache import version_of
@@ -28,7 +28,7 @@ VIDEO_SUFFIXES = (
 )  # fmt: skip
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # Reading a header waits for the disk or the network most of the time.
-THREADS, AT_ONCE = 16, 512
+THREADS = 16
 
 Found = TypeVar("Found")
 
@@ -133,22 +133,11 @@ def scan_files(
         except UserError as error:
             return error
 
-    found: dict[str, Found] = {}
-    problems: list[str] = []
     if not names:
-        return found, problems
-    with progress() as bar, ThreadPoolExecutor(threads) as pool:
-        task = bar.add_task("scanning", total=len(names), note="")
-        # Few at a time: what is queued takes memory, and delays Ctrl-C.
-        for start in range(0, len(names), AT_ONCE):
-            some = names[start : start + AT_ONCE]
-            for name, result in zip(some, pool.map(attempt, some), strict=True):
-                bar.advance(task)
-                if isinstance(result, UserError):
-                    problems.append(str(result))
-                else:
-                    found[name] = result
-    return found, problems
+        return {}, []
+    results = dict(zip(names, in_threads(attempt, names, "scanning", threads), strict=True))
+    found = {name: result for name, result in results.items() if not isinstance(result, UserError)}
+    return found, [str(result) for result in results.values() if isinstance(result, UserError)]
 
 
 def stop_or_skip(problems: Sequence[str], fix: str, skip_bad: bool) -> int:
