@@ -34,7 +34,7 @@ CONFIGS = {
     "paper": PAPER,
     "released": replace(PAPER, layout="released"),
     "tiny": TINY,
-    "augmented": replace(TINY, augment="data"),
+    "augmented": replace(TINY, augment=True),
     "standard nsvq": replace(PAPER, standardize_z=True, latent_length=1, codebook_size=64),
     "many codes": replace(TINY, latent_length=12, codebook_size=30),
     "vq": replace(TINY, quantizer="vq"),
@@ -169,24 +169,28 @@ def test_true_actions_supervise_where_they_are_known_and_only_there():
     assert "action" not in model.loss(frames()).parts
 
 
-def test_augmentation_of_the_data_and_of_the_encoders_view(monkeypatch):
+def test_training_sees_augmented_pairs(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr("lapa.latent.model.augment_pairs", lambda frames: 255 - frames)
-    models = {name: LatentActionModel(replace(TINY, augment=name, predict="frame")) for name in ("off", "data", "view")}
-    for model in models.values():
-        model.load_state_dict(models["off"].state_dict())
-    plain, turned = frames(), 255 - frames()
+    models = {on: LatentActionModel(replace(TINY, augment=on, predict="frame")) for on in (False, True)}
+    first = models[False].state_dict()
 
-    def loss(name, pairs, training):
-        models[name].load_state_dict(models["off"].state_dict())
-        return models[name].train(training).loss(pairs).loss.detach()
+    def loss(on, pairs, training):
+        models[on].load_state_dict(first)
+        return models[on].train(training).loss(pairs).loss.detach()
 
-    assert loss("data", plain, training=True) == loss("off", turned, training=True)
-    view = loss("view", plain, training=True)
-    assert view != loss("off", plain, training=True)
-    assert view != loss("off", turned, training=True)
-    for name in models:
-        assert loss(name, plain, training=False) == loss("off", plain, training=False)
+    assert loss(True, frames(), training=True) == loss(False, 255 - frames(), training=True)
+    assert loss(True, frames(), training=False) == loss(False, frames(), training=False)
+
+
+@pytest.mark.parametrize(("saved", "read"), [("off", False), ("data", True), ("view", True)])
+def test_models_of_earlier_versions_say_how_they_were_augmented(tmp_path, saved, read):
+    LatentActionModel(TINY).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["augment"] = saved
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "SHA256SUMS").unlink()
+    assert LatentActionModel.from_pretrained(tmp_path).config.augment is read
 
 
 @pytest.fixture(scope="module")

@@ -101,9 +101,9 @@ def test_collapse_is_warned_of_once_and_with_what_to_try(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     "options",
     [
-        {"quantizer": "vq", "augment": "view"},
+        {"quantizer": "vq", "augment": True},
         {"quantizer": "nsvq"},
-        {"quantizer": "continuous", "augment": "data"},
+        {"quantizer": "continuous"},
     ],
     ids=["vq", "nsvq", "continuous"],
 )

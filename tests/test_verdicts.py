@@ -64,7 +64,7 @@ def test_a_latent_action_model(changes: dict[str, float], level: str, why: str) 
     verdict = verdict_of({"reconstruction": figures, "usage": figures}, LATENT["tiny"].model)
     assert verdict.level == level
     assert str(verdict).startswith(f"verdict: {level}: ") and why in str(verdict)
-    assert ("try --augment data, more videos" in str(verdict)) == (level != "good")
+    assert ("try --augment, more videos" in str(verdict)) == (level != "good")
     assert f"error {figures['mse']:.5f}" in summary(figures)
 
 

@@ -1,8 +1,4 @@
-"""The same random crop and colour change on both frames of a pair, so that a latent cannot carry appearance.
-
-If the encoder reads the augmented pair and the decoder predicts the plain one (--augment view), the look of the scene
-(position, brightness, tint) is of no use to the decoder, and only motion is worth encoding. One of the changes by
-which LAOM improves latent actions under distractors, ICML 2025, https://arxiv.org/abs/2502.00379.
+"""The same random crop and colour change on both frames of a pair: more to learn from, where videos are few.
 
     seen_BTCHW = augment_pairs(frames_BTCHW, AugmentConfig(crop=0.2))
 

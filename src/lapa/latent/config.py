@@ -64,9 +64,8 @@ class LatentModelConfig:
     """Target of the decoder: pixels, or the frozen features of vision_tower."""
     vision_tower: str | None = None
     """Hub id or local folder of a vision model of transformers (DINOv2, DINOv3, SigLIP)."""
-    augment: Literal["off", "data", "view"] = "off"
-    """One random crop and colour change for both frames. data: of all that the model reads; view: of the encoder's
-    input only."""
+    augment: bool = False
+    """Train on random crops and colours, the same for both frames of a pair."""
     action_dim: Annotated[int, tyro.conf.Suppress] = 0
     """Dimensions of the true actions that supervise the latent; set from the datasets by --action-share."""
     layout: Annotated[Literal["clean", "released"], tyro.conf.Suppress] = "clean"

@@ -188,17 +188,12 @@ class LatentActionModel(TrainableModel, SavedToPush, nn.Module):
         each loss that is added, unweighted.
         """
         config, bias = self.config, self.position_bias()
-        augmented = config.augment != "off" and self.training
+        augmented = config.augment and self.training
         seen = self._view(augment_pairs(frames_BTCHW) if augmented else frames_BTCHW)
         tokens = self._tokens(seen)
-        # With augment=view only the encoder's input is augmented; the decoder starts from the frames as they are.
-        apart = config.augment == "view" and self.training
-        plain = self._view(frames_BTCHW) if apart else seen
-        start = self._tokens(plain.frame(0)) if apart else tokens[:, :1]
-        z_BLD = self._latents(tokens, bias)
-        action = self.quantizer(z_BLD, noise)
-        predicted = self._predict(plain.frame(0), start.detach(), action.quantized_BLD, bias)
-        loss, parts = self._reconstruction_loss(predicted, plain)
+        action = self.quantizer(self._latents(tokens, bias), noise)
+        predicted = self._predict(seen.frame(0), tokens[:, :1].detach(), action.quantized_BLD, bias)
+        loss, parts = self._reconstruction_loss(predicted, seen)
         added = {} if action.loss is None else {"quantizer": (1.0, action.loss)}
         if config.action_dim and actions_BA is not None:
             scaled_BA = (actions_BA - self.action_mean_A) / self.action_std_A.clamp(min=SMALLEST_STD)
@@ -503,4 +498,7 @@ def _read_config(folder: Path) -> LatentModelConfig:
     model = values["model"]
     if isinstance(model, dict):
         model = {name: value for name, value in model.items() if name not in RETIRED}
+        if isinstance(model.get("augment"), str):
+            # In earlier versions: off, data (as today's True), or view, of the encoder's input alone.
+            model["augment"] = model["augment"] != "off"
     return configs.from_dict(LatentModelConfig, model, str(folder / CONFIG))

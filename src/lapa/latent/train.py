@@ -196,7 +196,7 @@ def untried(model: LatentModelConfig) -> list[str]:
         "--no-patch-norm": not model.patch_norm,
         "--predict change": model.predict == "change",
         "--action-input attend_and_add": model.action_input == "attend_and_add",
-        "--augment data": model.augment != "off",
+        "--augment": model.augment,
     }
     return [option for option, tried in given.items() if not tried]
 
