@@ -56,7 +56,7 @@ egl:
 demo: setup egl
 	$(BIN)/lapa demo --out runs/demo --resume
 
-study: setup
+study: setup egl
 	$(BIN)/lapa study run --preset cpu --out runs/study
 	$(BIN)/lapa study report runs/study --overwrite
 

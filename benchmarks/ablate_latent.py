@@ -66,16 +66,10 @@ VARIANTS = {
     "frame": Variant({"predict": "frame"}),
     "attend": Variant({"action_input": "attend"}),
     "raw-z": Variant({"standardize_z": False}),
-    "no-initialisation": Variant(initialise=False),
     "augment": Variant({"augment": True}),
     "nsvq": Variant(NSVQ),
     "nsvq-no-revival": Variant(NSVQ, revive=False),
-    "nsvq-no-initialisation": Variant(NSVQ, initialise=False),
-    "nsvq-raw-z": Variant({**NSVQ, "standardize_z": False}),
-    "vq": Variant({"quantizer": "vq"}),
-    "vq-raw-z": Variant({"quantizer": "vq", "standardize_z": False}),
     "continuous": Variant({"quantizer": "continuous"}),
-    "published-clean": Variant(PUBLISHED),
     "published": Variant(
         {**PUBLISHED, "layout": "released"}, {"lr": 1e-4, "clip": 0.5}, initialise=False, revive=False
     ),

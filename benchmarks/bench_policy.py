@@ -73,7 +73,7 @@ INSTRUCTIONS = ("open the drawer", "press the button from above", "push the puck
 TAGS = ("<vision>", "</vision>", "<delta>", "</delta>", "<action>", "</action>")
 HEADS = ("bins", "chunk", "flow")
 CAMERA = "camera"
-LATENT_LENGTH, CODEBOOK, BINS, TEXT_ROWS = 4, 8, 256, 32000
+LATENT_LENGTH, CODEBOOK, BINS, TEXT_ROWS = 16, 8, 256, 32000
 H100_BF16_TFLOPS = 989.0
 # Sides of the matrices for the matrix product, and for the product with a vector, which must not fit into a cache.
 MATRICES = {"cpu": (1024, 4096), "cuda": (8192, 16384)}

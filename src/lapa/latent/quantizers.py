@@ -5,7 +5,7 @@ VQ: van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, with moving aver
 FSQ: Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, from vector-quantize-pytorch.
 Continuous: a Gaussian pulled to the unit normal with a small weight, as a beta-VAE, https://openreview.net/forum?id=Sy2fzU9gl.
 
-    lapa latent train --quantizer fsq --latent-length 4 --codebook-size 8 --data DATASET --out LAM
+    lapa latent train --quantizer fsq --latent-length 16 --codebook-size 8 --data DATASET --out LAM
 
 Axes: B batch, L latent action length, D width, K codebook size, R rows (B times L).
 """
