@@ -223,13 +223,13 @@ PRESETS = {
 
 
 # Seconds of a step, one thread: means over the runs of benchmarks/results/study_2-core-cpu_2026-11-23.md and
-# study_small_splits_2-core-cpu_2026-11-30.md.
+# study_small_2-core-cpu_2026-12-01.md; those of language-table by arithmetic from single times (docs/log.md).
 SECONDS_OF = {
     "small": {
-        "videos": 57, "videos without actions": 1, "shuffled labels": 1, "labelled episodes": 9,
-        "measured episodes": 16, "latent action model": 133, "labels": 16, "labels of measured episodes": 6,
-        "probe": 23, "token accuracy": 6, "inverse dynamics": 19, "pseudo-labelled videos": 9, "pretraining": 84,
-        "finetuning": 73, "rollouts": 76, "action error": 6,
+        "videos": 44, "videos without actions": 1, "shuffled labels": 1, "labelled episodes": 8,
+        "measured episodes": 12, "latent action model": 134, "labels": 15, "labels of measured episodes": 5,
+        "probe": 23, "token accuracy": 6, "inverse dynamics": 23, "pseudo-labelled videos": 8, "pretraining": 93,
+        "finetuning": 74, "rollouts": 70, "action error": 7,
     },
     "cpu": {
         "videos": 228, "videos without actions": 2, "shuffled labels": 2, "planner": 12,
@@ -237,6 +237,9 @@ SECONDS_OF = {
         "labels of measured episodes": 30, "probe": 140, "token accuracy": 24, "inverse dynamics": 120,
         "pseudo-labelled videos": 59, "video model": 1124, "video model finetuning": 257, "pretraining": 319,
         "finetuning": 170, "rollouts": 228, "action error": 27,
+    },
+    "language-table": {
+        "videos": 1500, "latent action model": 1290, "pretraining": 4500, "finetuning": 1080, "rollouts": 600,
     },
 }  # fmt: skip
 
