@@ -10,8 +10,9 @@ measured on them; it leaves OUT/VARIANT_SEED_STEPS/measured.json, and is neither
 
 Figures (docs/metrics.md): error over copying and shuffled over own error, of all and of moving pixels; joint
 perplexity; same code / chance: how often a code returns from another scene, over how often by chance; motion: R2 of an
-MLP from the codes to optical flow, minus the first frame's where that is above 0; verb: nats of the instruction's first
-word in the best position's code, minus those after words are permuted; CPU seconds of the training process.
+MLP from the codes to optical flow, minus the first frame's where that is above 0 (a second table has these R2, linear
+too, and those of the pixel difference and of shuffled codes); verb: nats of the instruction's first word in the best
+position's code, minus those after words are permuted; CPU seconds of the training process.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ def main(config: Config) -> None:
         list(pool.map(Run.train, runs))
     for run in runs:
         run.measure()
-    print(table([read_json(run.place / "measured.json") for run in runs]))
+    rows = [read_json(run.place / "measured.json") for run in runs]
+    print(f"{table(rows)}\n\nR2 of optical flow, by what it is read from:\n\n{motion_table(rows)}")
 
 
 def converted(folder: Path, out: Path) -> Path:
@@ -181,6 +183,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         own = [row for row in rows if row["variant"] == variant]
         cells = " | ".join(_cell([_value(column, row) for row in own]) for column in COLUMNS.values())
         lines.append(f"| {variant} | {len(own)} | {cells} |")
+    return "\n".join(lines)
+
+
+def motion_table(rows: list[dict[str, Any]]) -> str:
+    """R2 of the flow in 4 x 4 cells and of the image's mean, from the latent and from what it is compared with."""
+    probes = {f"{kind}, {probe}": (kind, probe) for kind in ("grid", "whole") for probe in ("linear", "mlp")}
+    lines = [f"| variant | from | {' | '.join(probes)} |", "|---" * (len(probes) + 2) + "|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = [row["motion"] for row in rows if row["variant"] == variant]
+        for read in ("quantized", "continuous", "pixel_difference", "first_frame", "shuffled"):
+            cells = [
+                _cell([each[kind][probe].get(read, {}).get("r2") for each in own]) for kind, probe in probes.values()
+            ]
+            lines.append(f"| {variant} | {read.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

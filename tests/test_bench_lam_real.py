@@ -17,6 +17,18 @@ def test_a_code_that_is_the_verb_knows_it_and_a_code_of_the_scene_does_not() -> 
     assert scene["nats"] == pytest.approx(0.0, abs=1e-9) and scene["permuted"] > 0.01
 
 
+def test_the_table_of_motion_has_each_input_and_probe() -> None:
+    probes = {
+        "linear": {"quantized": {"r2": 0.3}, "first_frame": {"r2": 0.1}},
+        "mlp": {"quantized": {"r2": 0.4}, "first_frame": {"r2": -0.2}},
+    }
+    lines = bench.motion_table([{"variant": "preset", "motion": {"grid": probes, "whole": probes}}]).splitlines()
+    assert lines[0] == "| variant | from | grid, linear | grid, mlp | whole, linear | whole, mlp |"
+    assert lines[2] == "| preset | quantized | 0.30 | 0.40 | 0.30 | 0.40 |"
+    assert lines[3] == "| preset | continuous | - | - | - | - |"
+    assert lines[5] == "| preset | first frame | 0.100 | -0.200 | 0.100 | -0.200 |"
+
+
 def test_the_table_has_a_row_for_each_variant_with_least_and_greatest() -> None:
     def row(variant: str, seed: int, mse: float) -> dict:
         errors = {"mse": mse, "mse_copy": 1.0, "mse_shuffled": 1.5 * mse}
