@@ -75,6 +75,14 @@ def test_the_figure_of_the_verdict_tells_them_apart(figures: dict[str, dict[str,
     assert value is not None and judge({"relative_error_over_frames": value}).level == level
 
 
+def test_the_figure_is_not_given_where_the_first_frame_tells_most_of_the_action() -> None:
+    errors = {"mean": 0.8, "first_frame": 0.05, "second_frame": 0.06, "quantized": 0.1}
+    scripted = {name: {"mse": mse} for name, mse in errors.items()}
+    assert lary.relative_error_over_frames({"regression": {"relative": scripted}}) is None
+    driven = scripted | {"first_frame": {"mse": 0.7}, "second_frame": {"mse": 0.7}}
+    assert lary.relative_error_over_frames({"regression": {"relative": driven}}) == pytest.approx(0.1 / 0.7)
+
+
 def test_moves_are_summed_and_targets_that_never_change_are_left_out() -> None:
     sample, model = moving_disc(48), Directions()
     encoded = model.encode(sample.frames_BTCHW)

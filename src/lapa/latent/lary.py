@@ -40,6 +40,8 @@ SSIM_SIDE, SSIM_WINDOW, STRETCH = 224, 7, 256
 # Of the five probes that are trained at once: learning rate and weight decay.
 PROBES = ((5e-3, 0.01), (3e-3, 0.1), (1e-3, 0.4), (3e-4, 0.8), (1e-4, 0.01))
 TIMES = 128
+# Below this share of the error of always the mean action, the first frame tells most of it.
+MOST_IS_TOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -380,10 +382,11 @@ def _seeded(device: torch.device) -> Iterator[None]:
 def relative_error_over_frames(figures: Mapping[str, Any]) -> float | None:
     """Of what is quantised, the error in relative mode over that of the best guess without a latent action.
 
-    That is: from one of the two frames alone, or always the mean. None where it is not measured.
+    That is: from one of the two frames alone, or always the mean. None where it is not measured, and where the first
+    frame tells most of the action, as a scripted robot's does: codes then need not know more than it.
     """
     relative = figures.get("regression", {}).get("relative")
-    if relative is None:
+    if relative is None or relative["first_frame"]["mse"] < MOST_IS_TOLD * relative["mean"]["mse"]:
         return None
     without = min(relative[name]["mse"] for name in ("mean", "first_frame", "second_frame"))
     return relative["quantized"]["mse"] / without if without > 0 else None
