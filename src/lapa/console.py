@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -28,6 +29,10 @@ NEXT = "  next: "
 LINE_SECONDS = 30.0
 # Of the last steps, over which the speed is taken.
 SPEED_SECONDS = 300.0
+# Jobs that wait for threads.
+AT_ONCE = 512
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def is_main_process() -> bool:
@@ -90,6 +95,24 @@ def progress() -> Progress:
         speed_estimate_period=SPEED_SECONDS,
         disable=not is_main_process(),
     )
+
+
+def in_threads(
+    function: Callable[[Job], Result], jobs: Sequence[Job], description: str, threads: int | None = None
+) -> list[Result]:
+    """Returns the results in order, with progress. PyAV and Pillow release the interpreter lock while they work.
+
+    threads: by default as many as the machine has CPUs.
+    """
+    results = []
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, progress() as bar:
+        task = bar.add_task(description, total=len(jobs), note="")
+        # Few at a time: what is queued takes memory, and delays Ctrl-C.
+        for start in range(0, len(jobs), AT_ONCE):
+            for result in pool.map(function, jobs[start : start + AT_ONCE]):
+                results.append(result)
+                bar.advance(task)
+    return results
 
 
 class TimesColumn(ProgressColumn):

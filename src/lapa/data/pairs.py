@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lapa.console import say, warn
+from lapa.console import in_threads, say, warn
 from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.motion import motion_energy, thumbnails
@@ -29,7 +29,6 @@ from lapa.data.sampling import (
     ItemIndex,
     Mixture,
     choose_cameras,
-    in_threads,
     parse_key,
     split_items,
 )

@@ -15,17 +15,15 @@ Axes: T time, H W image, C channel.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from rich.table import Table
 
-from lapa.console import console, progress, say, warn
+from lapa.console import console, in_threads, say, warn
 from lapa.data.config import MixBy
 from lapa.data.dataset import Dataset
 from lapa.data.transforms import resize_and_crop
@@ -35,10 +33,6 @@ from lapa.files import is_remote
 GIB = 2**30
 # Images of an episode decoded at once where they are not cached.
 STRETCH = 256
-# Jobs that wait for threads.
-AT_ONCE = 512
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) -> np.ndarray:
@@ -217,24 +211,6 @@ class FrameStore:
     def _decode(self, place: tuple[int, str, int], frame_indices: Sequence[int] | None = None) -> np.ndarray:
         dataset, camera, episode = place
         return resize_and_crop(self.datasets[dataset].frames(episode, frame_indices, camera), self.size)
-
-
-def in_threads(
-    function: Callable[[Job], Result], jobs: Sequence[Job], description: str, threads: int | None = None
-) -> list[Result]:
-    """Returns the results in order, with progress. PyAV and Pillow release the interpreter lock while they work.
-
-    threads: by default as many as the machine has CPUs.
-    """
-    results = []
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, progress() as bar:
-        task = bar.add_task(description, total=len(jobs), note="")
-        # Few at a time: what is queued takes memory, and delays Ctrl-C.
-        for start in range(0, len(jobs), AT_ONCE):
-            for result in pool.map(function, jobs[start : start + AT_ONCE]):
-                results.append(result)
-                bar.advance(task)
-    return results
 
 
 @dataclass(frozen=True)

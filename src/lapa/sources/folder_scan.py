@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lapa import __version__
-from lapa.console import say, warn
+from lapa.console import in_threads, say, warn
 from lapa.data.metadata import INFO, JOURNAL
-from lapa.data.sampling import in_threads
 from lapa.errors import StoreError, UserError
 from lapa.files import as_path, atomic_path, is_remote, reading
 from lapa.store_cache import version_of
