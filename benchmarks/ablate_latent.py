@@ -59,7 +59,10 @@ class Variant:
 
 
 NSVQ = {"quantizer": "nsvq"}
-PUBLISHED = {**NSVQ, "patch_norm": True, "standardize_z": False, "predict": "frame", "action_input": "attend"}
+PUBLISHED = {
+    **NSVQ, "latent_length": 4, "patch_norm": True, "standardize_z": False, "predict": "frame", "error": "plain",
+    "action_input": "attend", "layout": "released",
+}  # fmt: skip
 VARIANTS = {
     "default": Variant(),
     "patch-norm": Variant({"patch_norm": True}),
@@ -70,9 +73,7 @@ VARIANTS = {
     "nsvq": Variant(NSVQ),
     "nsvq-no-revival": Variant(NSVQ, revive=False),
     "continuous": Variant({"quantizer": "continuous"}),
-    "published": Variant(
-        {**PUBLISHED, "layout": "released"}, {"lr": 1e-4, "clip": 0.5}, initialise=False, revive=False
-    ),
+    "published": Variant(PUBLISHED, {"optimizer": "adamw", "lr": 1e-4, "clip": 0.5}, initialise=False, revive=False),
 }
 
 

@@ -54,7 +54,7 @@ class Config:
     out: Path
     """Folder of the datasets and runs."""
     variants: tuple[str, ...] = (PRESET,)
-    """Options of `lapa latent train`, such as latent-length=16,codebook-size=64; preset for none."""
+    """Options of `lapa latent train`, such as latent-length=4,codebook-size=64; preset for none."""
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 1600
     jobs: int = 2
