@@ -97,7 +97,7 @@ VERBS = (
     Verb("data metaworld", "lapa.envs.metaworld:MetaworldConfig", "lapa.envs.metaworld.record:run",
          "demonstrations rendered in Meta-World -> a dataset"),
     Verb("data language-table", "lapa.envs.language_table:LanguageTableConfig", "lapa.envs.language_table.record:run",
-         "demonstrations of Language Table's oracle -> a dataset"),
+         "demonstrations rendered in Language Table -> a dataset"),
     Verb("data synthetic", "lapa.sources.synthetic:SyntheticConfig", "lapa.sources.synthetic:run",
          "made-up videos of a moving square -> a dataset, for trying things out"),
     Verb("data hide-actions", "lapa.data.config:HideActionsConfig", "lapa.data.replace_actions:run",

@@ -17,7 +17,7 @@ def named_blocks(instruction: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LanguageTableConfig(RecordConfig):
-    """Demonstrations by Language Table's own oracle."""
+    """Demonstrations of an expert in Language Table, which pushes by what the image shows."""
 
     families: str = "all"
     """Families of tasks separated by commas, or all; `lapa envs language_table` lists them."""

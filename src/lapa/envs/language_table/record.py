@@ -1,4 +1,4 @@
-"""Demonstrations of Language Table's oracle, written as a dataset; only successful episodes are kept.
+"""Demonstrations of Language Table's expert, written as a dataset; only successful episodes are kept.
 
     lapa data language-table --families all --episodes 50 --no-actions --out data/videos
     lapa data language-table --families separate,block2block --episodes 20 --seed 1 --out data/robot

@@ -1,4 +1,4 @@
-"""Language Table: a stick pushes blocks on a table by an instruction, with the authors' own oracle.
+"""Language Table: a stick pushes blocks on a table by an instruction.
 
 Language Table: Lynch et al., RA-L 2023, arXiv 2210.06407; https://github.com/google-research/language-table.
 
@@ -33,8 +33,8 @@ from PIL import Image
 from lapa.console import warn
 from lapa.envs import ALL, EnvironmentKind, Task
 from lapa.envs.language_table.look import change_look
-from lapa.envs.language_table.planner import speed_up
-from lapa.envs.language_table.stand_ins import FirstStep, LaterStep, stand_ins
+from lapa.envs.language_table.pusher import push
+from lapa.envs.language_table.stand_ins import stand_ins
 from lapa.errors import UserError
 from lapa.types import Observation
 
@@ -104,11 +104,10 @@ class LanguageTableEnvironment:
             self._simulator = _make(self._task, seed % 2**32)
             if self._look is not None:
                 change_look(self._simulator, self._look)
-            self._oracle, planned = _oracle(self._simulator), False
+            oracle, planned = _oracle(self._simulator), False
             while not planned:
                 self._observation = self._simulator.reset()
-                planned = self._oracle.get_plan(self._simulator.compute_state())
-        self._time: FirstStep | LaterStep = FirstStep()
+                planned = oracle.get_plan(self._simulator.compute_state())
 
     def observe(self) -> Observation:
         image = Image.fromarray(self._simulator.image())
@@ -121,12 +120,14 @@ class LanguageTableEnvironment:
         with self._own_numbers():
             move = np.clip(action, -LONGEST_MOVE, LONGEST_MOVE)
             self._observation, _, solved, _ = self._simulator.step(move)
-        self._time = LaterStep()
         return bool(solved)
 
     def expert_action(self) -> Float[np.ndarray, "2"]:
-        with self._own_numbers():
-            return self._oracle.action(self._time).action
+        state = self._simulator.compute_state()
+        stick_2 = state["effector_target_translation"][:2]
+        to_block_2 = state["effector_target_to_start_block_translation"][:2]
+        to_goal_2 = state["effector_target_to_task_target_translation"][:2]
+        return push(stick_2, stick_2 + to_block_2, stick_2 + to_goal_2)
 
     def close(self) -> None:
         if self._simulator is not None:
@@ -179,7 +180,7 @@ def _silence() -> Iterator[None]:
 
 
 def _oracle(simulator: Any) -> Any:
-    return _modules().oracle(simulator, use_ee_planner=True)
+    return _modules().oracle(simulator, use_ee_planner=False)
 
 
 @cache
@@ -191,21 +192,17 @@ def _modules() -> SimpleNamespace:
         table = importlib.import_module(f"{root}.language_table")
         oracles = importlib.import_module(f"{root}.oracles.push_oracle_rrt_slowdown")
         blocks = importlib.import_module(f"{root}.blocks")
-        speed_up(importlib.import_module(f"{root}.oracles.rrt_star"))
         rewards = {name: importlib.import_module(f"{root}.rewards.{name}") for name, _ in FAMILIES.values()}
     blank = np.zeros((table.constants.IMAGE_HEIGHT, table.constants.IMAGE_WIDTH, 3), np.uint8)
 
     class Simulator(table.LanguageTable):  # type: ignore[name-defined]
-        """Renders when it is asked for an image, not at every step. The oracle asks it for the rest."""
+        """Renders when it is asked for an image, not at every step. The oracle asks for the specs."""
 
         def _render_camera(self, image_size: object, return_seg_mask: bool = False) -> np.ndarray:
             return blank
 
         def image(self) -> UInt8[np.ndarray, "H W 3"]:
             return super()._render_camera(self._image_size)
-
-        def get_control_frequency(self) -> float:
-            return FPS
 
         def time_step_spec(self) -> None:
             return None

@@ -9,39 +9,15 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 
 class PyPolicy:
-    """The base class of the oracle, which calls its `_action`."""
+    """The base class of the oracle."""
 
     def __init__(self, *_: object) -> None:
         pass
-
-    def action(self, time_step: object, policy_state: tuple = ()) -> Any:
-        """Returns the oracle's `PolicyStep`."""
-        return self._action(time_step, policy_state)  # type: ignore[attr-defined]
-
-
-class PolicyStep(SimpleNamespace):
-    """An action: `action`."""
-
-
-class FirstStep:
-    """The first time step of an episode, at which the oracle forgets its plan."""
-
-    def is_first(self) -> bool:
-        """Returns whether an episode starts."""
-        return True
-
-
-class LaterStep:
-    """Any time step after the first."""
-
-    def is_first(self) -> bool:
-        """Returns whether an episode starts."""
-        return False
 
 
 def _modules() -> dict[str, ModuleType]:
@@ -49,7 +25,7 @@ def _modules() -> dict[str, ModuleType]:
     contents: dict[str, dict[str, Any]] = {
         **{name: {} for name in names},
         "tf_agents.policies.py_policy": {"PyPolicy": PyPolicy},
-        "tf_agents.trajectories.policy_step": {"PolicyStep": PolicyStep},
+        "tf_agents.trajectories.policy_step": {},
         "tf_agents.trajectories.time_step": {},
         # It draws plans for debugging, with matplotlib and imageio.
         "language_table.environments.oracles.plot": {},
