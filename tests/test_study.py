@@ -265,9 +265,10 @@ def test_splits_differ_in_their_videos_alone() -> None:
 
 
 def test_the_papers_splits_of_language_table() -> None:
-    sizes = sizes_of("language-table")
+    sizes = sizes_of("language-table-gpu")
     inside, task, view = (Plan(sizes, Setting(split, 30, 20), 0) for split in SPLITS[:3])
     assert inside.videos.verb == "data language-table" and inside.videos.words[:2] == ("--families", "all")
+    assert all("--noise" in step.words for step in (inside.videos, inside.labelled, inside.measured))
     assert task.videos == inside.videos and task.labelled.words[:2] == ("--families", "separate")
     assert "--look" in view.videos.words and view.labelled == inside.labelled
     own = replace(sizes, world=replace(sizes.world, clips="REAL"))
@@ -289,6 +290,25 @@ def test_rollouts_in_language_table_are_heard_where_their_blocks_are_named(
     ]
     plan = Plan(sizes_of("language-table"), Setting("in-domain", 30, 20), 0)
     assert [rollout.heard for rollout in study_run._rollouts(tmp_path, plan, rows)] == [True, False, False]
+
+
+def test_what_pseudo_actions_explain_as_they_are_and_up_to_a_linear_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(CPU, Setting("in-domain", 30, 2), 0)
+    true_NA = np.random.default_rng(0).standard_normal((40, 2)).astype(np.float32)
+    told = {plan.videos.folder(tmp_path): true_NA, plan.pseudo_labelled.folder(tmp_path): 1 - 2 * true_NA[:, ::-1]}
+    space = SimpleNamespace(names=("x", "y"), binary=(False, False))
+    lengths = [np.array([10, 10, 10, 10])]
+
+    def opened(path: Path | str) -> SimpleNamespace:
+        return SimpleNamespace(action_space=space, lengths=lengths[0], all_actions=lambda: told[Path(path)])
+
+    monkeypatch.setattr(study_run, "open_dataset", opened)
+    found = study_run._inverse_figures(tmp_path, plan)
+    assert found["inverse_r2"] < -1 and found["inverse_linear_r2"] == pytest.approx(1)
+    lengths[0] = np.array([40])
+    assert set(study_run._inverse_figures(tmp_path, plan)) == {"inverse_r2"}
 
 
 def test_clips_of_ones_own_make_another_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

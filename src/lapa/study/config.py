@@ -125,23 +125,27 @@ CPU = StudySizes(
     head="chunk",
     policy=("--layers", "2"),
 )
-# The paper's simulator. The paper has 181,000 videos, 1,000 labelled episodes (7,000 of one family in the split
-# cross-task) and 50 rollouts of each of the five families.
+# The paper's simulator at a size of two cores: one family of tasks, and four blocks in place of eight.
 LANGUAGE_TABLE = replace(
     CPU,
-    world=World(env="language_table", tasks="all", labelled_tasks="separate", other_look=1),
-    videos=100,
-    rollouts=20,
-    horizon_seconds=0.5,
-    latent_steps=3000,
-    inverse_steps=1000,
-    video_steps=2000,
-    pretrain_steps=10_000,
-    finetune_steps=3000,
-    chunk=5,
-    steps_per_call=5,
+    world=World(
+        env="language_table",
+        tasks="block2absolute_4block",
+        other_tasks="block2block_4block,block2relative_4block",
+        other_look=1,
+    ),
+    videos=600,
+    measured=30,
+    rollouts=100,
+    horizon_seconds=0.3,
+    latent_steps=1500,
+    inverse_steps=600,
+    video_steps=1500,
+    pretrain_steps=3000,
+    finetune_steps=1000,
+    chunk=3,
+    steps_per_call=3,
     max_steps=200,
-    head="bins",
     # Blocks are a few pixels wide.
     policy=("--image-size", "128"),
 )
@@ -206,8 +210,11 @@ PRESETS = {
         policy=("--batch-size", "128", "--augment"),
     ),
     "language-table": LANGUAGE_TABLE,
+    # The paper has 181,000 videos, 1,000 labelled episodes (7,000 of one family in the split cross-task) and 50
+    # rollouts of each of the five families.
     "language-table-gpu": replace(
         LANGUAGE_TABLE,
+        world=World(env="language_table", tasks="all", labelled_tasks="separate", other_look=1),
         stage="base",
         videos=2000,
         measured=10,
@@ -217,6 +224,7 @@ PRESETS = {
         video_steps=20_000,
         pretrain_steps=20_000,
         finetune_steps=2_000,
+        head="bins",
         policy=("--batch-size", "128", "--augment"),
     ),
 }
@@ -239,7 +247,7 @@ SECONDS_OF = {
         "finetuning": 170, "rollouts": 228, "action error": 27,
     },
     "language-table": {
-        "videos": 1500, "latent action model": 1290, "pretraining": 4500, "finetuning": 1080, "rollouts": 600,
+        "videos": 1040, "latent action model": 250, "pretraining": 840, "finetuning": 280, "rollouts": 990,
     },
 }  # fmt: skip
 

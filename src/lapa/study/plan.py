@@ -28,6 +28,8 @@ Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
 # Seeds of recorded episodes are far apart for different purposes; evaluation has seeds of its own kind.
 VIDEO_SEED, DEMONSTRATION_SEED, MEASURED_SEED, ROLLOUT_SEED = 0, 1000, 5000, 0
+# Metres, a fifth of a step of the expert: its episodes also show how it corrects itself.
+LANGUAGE_TABLE_NOISE = "0.004"
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ class Plan:
         if world.env == "synthetic":
             words: tuple[str, ...] = ("--episodes", str(8 * number), "--actions")
         elif world.env == "language_table":
-            words = ("--families", tasks, "--episodes", str(number), *shown)
+            words = ("--families", tasks, "--episodes", str(number), *shown, "--noise", LANGUAGE_TABLE_NOISE)
         else:
             words = ("--tasks", tasks, "--episodes", str(number), "--cameras", camera or world.camera, *shown)
         verb = f"data {world.env.replace('_', '-')}"

@@ -78,6 +78,7 @@ HEARD = (
 # Figures that the main text shows.
 FIGURES = {
     "inverse_r2": "inverse dynamics: R2 on the videos",
+    "inverse_linear_r2": "after a linear map",
     "lam_mlp_r2": "codes: R2 of the action",
     "lam_error_of_copying": "codes: error over copying",
     "token_accuracy": "codes predicted by the policy",

@@ -269,25 +269,37 @@ def _figures(study: Path, plan: Plan, arm: Arm, steps: dict[str, Step]) -> dict[
             values = read_object(steps[which].folder(study) / steps[which].artifact, AGAIN)
             found |= {name: _figure(values, path) for name, path in names.items()}
     if arm == "vpt":
-        found["inverse_r2"] = _inverse_r2(study, plan)
+        found |= _inverse_figures(study, plan)
     if arm == "unipi":
         metrics = read_object(plan.video_model.folder(study) / "metrics.json", AGAIN)
         found["video_error_of_copying"] = _figure(metrics, "held_out_mse/held_out_mse_copy")
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _inverse_r2(study: Path, plan: Plan) -> float | None:
+def _inverse_figures(study: Path, plan: Plan) -> dict[str, float | None]:
     """Share of the variance of the videos' true actions that the pseudo-actions explain, mean over varying dimensions.
 
-    None where the videos have no actions, and where the inverse dynamics model left out an episode as too short.
+    As they are, and on every second video after a linear map fitted on the others, as finetuning can learn it. Empty
+    where the videos have no actions, and where the inverse dynamics model left out an episode as too short.
     """
     videos = plan.videos if isinstance(plan.videos, str) else str(plan.videos.folder(study))
     pseudo, true = open_dataset(plan.pseudo_labelled.folder(study)), open_dataset(videos)
-    if true.action_space is None or pseudo.lengths.tolist() != true.lengths.tolist():
-        return None
-    pseudo_N1A, true_N1A = (dataset.all_actions()[:, None] for dataset in (pseudo, true))
-    counted_N1 = np.ones(true_N1A.shape[:2], bool)
-    return action_figures(pseudo_N1A, true_N1A, counted_N1, true_N1A.mean((0, 1)), true.action_space)["r2"]
+    space = true.action_space
+    if space is None or pseudo.lengths.tolist() != true.lengths.tolist():
+        return {}
+
+    def r2(predicted_NA: np.ndarray, true_NA: np.ndarray) -> float | None:
+        counted_N1 = np.ones((len(true_NA), 1), bool)
+        return action_figures(predicted_NA[:, None], true_NA[:, None], counted_N1, true_NA.mean(0), space)["r2"]
+
+    pseudo_NA, true_NA = (dataset.all_actions().astype(np.float64) for dataset in (pseudo, true))
+    figures = {"inverse_r2": r2(pseudo_NA, true_NA)}
+    fitted_N = np.repeat(np.arange(len(true.lengths)) % 2 == 0, true.lengths)
+    if not fitted_N.all():
+        with_one_NB = np.column_stack([pseudo_NA, np.ones(len(pseudo_NA))])
+        map_BA = np.linalg.lstsq(with_one_NB[fitted_N], true_NA[fitted_N], rcond=None)[0]
+        figures["inverse_linear_r2"] = r2(with_one_NB[~fitted_N] @ map_BA, true_NA[~fitted_N])
+    return figures
 
 
 def _figure(values: dict[str, Any], path: str) -> float | None:

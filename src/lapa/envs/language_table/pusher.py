@@ -1,7 +1,7 @@
 """The expert: walks behind the block and pushes it straight to the goal.
 
 What it does depends on where stick, block and goal are now, and on nothing before, so that a policy can learn it from
-one image. The authors' oracle follows plans that no image shows (RRT*), in four times as many steps.
+one image. The authors' oracle follows plans that no image shows (RRT*), in two to four times as many steps.
 """
 
 from __future__ import annotations

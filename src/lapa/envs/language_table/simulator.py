@@ -51,6 +51,8 @@ FAMILIES = {
     "block2blockrelative": ("block2block_relative_location", "BlockToBlockRelativeLocationReward"),
     "separate": ("separate_blocks", "SeparateBlocksReward"),
 }
+# At the end of a task's name: with the authors' four blocks, one of each colour and shape, in place of eight.
+FOUR_BLOCKS = "_4block"
 MAX_STEPS = 200
 # As the published datasets name it.
 CAMERA = "rgb"
@@ -82,7 +84,7 @@ def check_checkout() -> dict[str, str]:
     if commit and commit != COMMIT:
         fix = f"results may differ from those of others; git -C {folder} checkout {COMMIT}"
         warn(f"{folder}: is at another commit than the tested one: {fix}")
-    return {"protocol": "BLOCK_8, initial states that the oracle can plan", "checkout": commit[:12] or "no git"}
+    return {"protocol": "initial states that the oracle can plan", "checkout": commit[:12] or "no git"}
 
 
 class LanguageTableEnvironment:
@@ -147,11 +149,12 @@ class LanguageTableEnvironment:
 
 
 def _make(task: str, seed: int) -> Any:
-    """Returns the simulator of a family."""
+    """Returns the simulator of a task."""
     modules = _modules()
-    name, reward = FAMILIES[task]
+    name, reward = FAMILIES[task.removesuffix(FOUR_BLOCKS)]
+    variants = modules.blocks.LanguageTableBlockVariants
     return modules.simulator(
-        block_mode=modules.blocks.LanguageTableBlockVariants.BLOCK_8,
+        block_mode=variants.BLOCK_4 if task.endswith(FOUR_BLOCKS) else variants.BLOCK_8,
         reward_factory=getattr(modules.rewards[name], reward),
         control_frequency=FPS,
         seed=seed,
@@ -217,7 +220,10 @@ def _modules() -> SimpleNamespace:
 LANGUAGE_TABLE = EnvironmentKind(
     title="Language Table",
     make=LanguageTableEnvironment,
-    suites=lambda: {ALL: [Task(family, MAX_STEPS, expert=True) for family in FAMILIES]},
+    suites=lambda: {
+        ALL: [Task(family, MAX_STEPS, expert=True) for family in FAMILIES],
+        "4blocks": [Task(family + FOUR_BLOCKS, MAX_STEPS, expert=True) for family in FAMILIES],
+    },
     known_cameras=(CAMERA,),
     cameras=(CAMERA,),
     size=128,
