@@ -307,6 +307,10 @@ def test_what_pseudo_actions_explain_as_they_are_and_up_to_a_linear_map(
     monkeypatch.setattr(study_run, "open_dataset", opened)
     found = study_run._inverse_figures(tmp_path, plan)
     assert found["inverse_r2"] < -1 and found["inverse_linear_r2"] == pytest.approx(1)
+    # Every second video is measured, and has another map.
+    told[plan.pseudo_labelled.folder(tmp_path)][10:20] *= -1
+    told[plan.pseudo_labelled.folder(tmp_path)][30:] *= -1
+    assert study_run._inverse_figures(tmp_path, plan)["inverse_linear_r2"] < 0
     lengths[0] = np.array([40])
     assert set(study_run._inverse_figures(tmp_path, plan)) == {"inverse_r2"}
 

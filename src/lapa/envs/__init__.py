@@ -43,7 +43,7 @@ ENVIRONMENTS = {
 ENTRY_POINTS = "lapa.environments"
 # Episodes for training and for evaluation never share a seed, whatever seed the user gives to either.
 PURPOSES = {"demonstration": 0, "evaluation": 1}
-# The suite of all tasks, in every environment.
+# The suite of all tasks, or of the usual ones, in every environment.
 ALL = "all"
 
 

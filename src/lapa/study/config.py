@@ -21,7 +21,8 @@ class StudyConfig:
     """Folder of the study, shared by all arms, seeds and splits."""
     preset: str = "cpu"
     """debug: a minute or two, measures nothing. small: the demo's tasks, two cores, minutes. cpu: six tasks, hours.
-    gpu: one GPU. language-table, language-table-gpu: the paper's simulator, whose checkout $LANGUAGE_TABLE names."""
+    gpu: one GPU. language-table: one family of tasks of the paper's simulator, with four blocks, on two cores.
+    language-table-gpu: its five families. Both need a checkout, which $LANGUAGE_TABLE names."""
     arm: tuple[Arm, ...] = ARMS
     """Arms to run, in this order."""
     seed: tuple[int, ...] = (0,)
@@ -131,7 +132,7 @@ LANGUAGE_TABLE = replace(
     world=World(
         env="language_table",
         tasks="block2absolute_4block",
-        other_tasks="block2block_4block,block2relative_4block",
+        other_tasks="block2block_4block",
         other_look=1,
     ),
     videos=600,

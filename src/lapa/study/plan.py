@@ -28,7 +28,7 @@ Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
 # Seeds of recorded episodes are far apart for different purposes; evaluation has seeds of its own kind.
 VIDEO_SEED, DEMONSTRATION_SEED, MEASURED_SEED, ROLLOUT_SEED = 0, 1000, 5000, 0
-# Metres, a fifth of a step of the expert: its episodes also show how it corrects itself.
+# Metres, a fifth of a push of the expert: its episodes also show how it corrects itself.
 LANGUAGE_TABLE_NOISE = "0.004"
 
 

@@ -78,7 +78,7 @@ HEARD = (
 # Figures that the main text shows.
 FIGURES = {
     "inverse_r2": "inverse dynamics: R2 on the videos",
-    "inverse_linear_r2": "after a linear map",
+    "inverse_linear_r2": "inverse dynamics: R2 after a linear map",
     "lam_mlp_r2": "codes: R2 of the action",
     "lam_error_of_copying": "codes: error over copying",
     "token_accuracy": "codes predicted by the policy",
@@ -194,7 +194,8 @@ def summary(found: Findings) -> list[Block]:
         blocks.append(why)
     if (cost := cpu_table(found.results)).rows:
         blocks.append(cost)
-    if found.results[0].sizes.get("world", {}).get("env") == "language_table":
+    world = found.results[0].sizes.get("world", {})
+    if (world.get("env"), world.get("tasks")) == ("language_table", "all"):
         blocks.append(PAPER)
     if lacking:
         blocks += [Heading("Missing"), Bullets(tuple(("", line) for line in lacking))]

@@ -17,9 +17,10 @@ def named_blocks(instruction: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LanguageTableConfig(RecordConfig):
-    """Demonstrations of an expert in Language Table, which pushes by what the image shows."""
+    """Demonstrations of an expert in Language Table, which walks behind a block and pushes it to its goal."""
 
     families: str = "all"
-    """Families of tasks separated by commas, or all; `lapa envs language_table` lists them."""
+    """Families of tasks separated by commas, all, or 4blocks (the same with four blocks in place of eight); `lapa envs
+    language_table` lists them."""
     look: int | None = None
     """Another camera and other colours of all but the blocks, drawn from this number; by default the authors' own."""

@@ -32,7 +32,7 @@ def run(config: LanguageTableConfig) -> None:
     families = tuple(LANGUAGE_TABLE.parse_tasks(config.families))
     require_at_least(config, episodes=1, look=0, noise=0, workers=1)
     robot = "language-table-xarm"
-    recording = record.Recording("language-table", LANGUAGE_TABLE, _attempt, (CAMERA,), robot, horizon_seconds=0.5)
+    recording = record.Recording("language-table", LANGUAGE_TABLE, _attempt, (CAMERA,), robot, horizon_seconds=0.3)
     record.record_dataset(config, families, recording)
 
 

@@ -7,8 +7,9 @@ Language Table: Lynch et al., RA-L 2023, arXiv 2210.06407; https://github.com/go
     lapa evaluate POLICY --env language_table --tasks all --episodes 50 --out RESULTS
     lapa evaluate expert --env language_table --tasks separate --episodes 5 --out RESULTS
 
-Episodes are those of the authors' evaluation: eight blocks, 200 steps, positions drawn until their oracle finds a plan,
-instructions drawn from templates. Their reset leaves something behind, so each episode has a new simulator.
+Episodes are those of the authors' evaluation: eight blocks (four in the suite `4blocks`), 200 steps, positions drawn
+until their oracle finds a plan, instructions drawn from templates. Their reset leaves something behind, so each episode
+has a new simulator.
 """
 
 from __future__ import annotations
@@ -100,9 +101,7 @@ class LanguageTableEnvironment:
 
     def reset(self, seed: int, episode: int = 0) -> None:
         self.close()
-        # The simulator and its planner draw from NumPy's global numbers too.
-        self._numbers = np.random.RandomState(seed % 2**32).get_state()
-        with self._own_numbers(), _silence():
+        with _numbers(seed % 2**32), _silence():
             self._simulator = _make(self._task, seed % 2**32)
             if self._look is not None:
                 change_look(self._simulator, self._look)
@@ -119,9 +118,7 @@ class LanguageTableEnvironment:
         return Observation(images, instruction, self._observation["effector_translation"].astype(np.float32))
 
     def step(self, action: Float[np.ndarray, "2"]) -> bool:
-        with self._own_numbers():
-            move = np.clip(action, -LONGEST_MOVE, LONGEST_MOVE)
-            self._observation, _, solved, _ = self._simulator.step(move)
+        self._observation, _, solved, _ = self._simulator.step(np.clip(action, -LONGEST_MOVE, LONGEST_MOVE))
         return bool(solved)
 
     def expert_action(self) -> Float[np.ndarray, "2"]:
@@ -129,23 +126,12 @@ class LanguageTableEnvironment:
         stick_2 = state["effector_target_translation"][:2]
         to_block_2 = state["effector_target_to_start_block_translation"][:2]
         to_goal_2 = state["effector_target_to_task_target_translation"][:2]
-        return push(stick_2, stick_2 + to_block_2, stick_2 + to_goal_2)
+        return push(stick_2, stick_2 + to_block_2, stick_2 + to_goal_2, self._simulator.bounds_22)
 
     def close(self) -> None:
         if self._simulator is not None:
             self._simulator.pybullet_client.disconnect()
             self._simulator = None
-
-    @contextmanager
-    def _own_numbers(self) -> Iterator[None]:
-        """NumPy's global random numbers are this episode's, whatever others in this process draw."""
-        others = np.random.get_state()  # noqa: NPY002
-        np.random.set_state(self._numbers)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            self._numbers = np.random.get_state()  # noqa: NPY002
-            np.random.set_state(others)  # noqa: NPY002
 
 
 def _make(task: str, seed: int) -> Any:
@@ -159,6 +145,17 @@ def _make(task: str, seed: int) -> Any:
         control_frequency=FPS,
         seed=seed,
     )
+
+
+@contextmanager
+def _numbers(seed: int) -> Iterator[None]:
+    """NumPy's global random numbers, from which instructions and plans are drawn too, are those of the seed."""
+    others = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(others)  # noqa: NPY002
 
 
 @contextmanager
@@ -183,7 +180,7 @@ def _silence() -> Iterator[None]:
 
 
 def _oracle(simulator: Any) -> Any:
-    return _modules().oracle(simulator, use_ee_planner=False)
+    return _modules().oracle(simulator, use_ee_planner=True)
 
 
 @cache
@@ -199,7 +196,12 @@ def _modules() -> SimpleNamespace:
     blank = np.zeros((table.constants.IMAGE_HEIGHT, table.constants.IMAGE_WIDTH, 3), np.uint8)
 
     class Simulator(table.LanguageTable):  # type: ignore[name-defined]
-        """Renders when it is asked for an image, not at every step. The oracle asks for the specs."""
+        """Renders when it is asked for an image, not at every step. The oracle asks for the specs.
+
+        bounds_22: the lowest and the highest position of the stick, in metres.
+        """
+
+        bounds_22 = table.constants.WORKSPACE_BOUNDS
 
         def _render_camera(self, image_size: object, return_seg_mask: bool = False) -> np.ndarray:
             return blank
