@@ -16,8 +16,8 @@ LONGEST_STEP = 0.03
 AROUND = 0.06
 TOO_CLOSE = 0.045
 # It pushes from NEAREST to FURTHEST behind the block's centre, at most BESIDE to the side. Nearer than TOUCHING
-# it may be SLIP further, so that it does not turn back at once.
-NEAREST, FURTHEST, TOUCHING, BESIDE, SLIP = 0.01, 0.075, 0.045, 0.012, 0.006
+# it may be MARGIN further, so that it does not turn back at once.
+NEAREST, FURTHEST, TOUCHING, BESIDE, MARGIN = 0.01, 0.075, 0.045, 0.012, 0.006
 PUSH, LONGEST_PUSH = 0.02, 0.025
 
 
@@ -27,23 +27,17 @@ def push(
     goal_2: Float[np.ndarray, "2"],
     bounds_22: Float[np.ndarray, "2 2"],
 ) -> Float[np.ndarray, "2"]:
-    """Returns the stick's next movement, from three positions on the table, and its own lowest and highest; metres."""
-    return np.clip(stick_2 + _move(stick_2, block_2, goal_2, bounds_22), *bounds_22) - stick_2
+    """Returns the stick's next movement, from three positions on the table, and its own lowest and highest; metres.
 
-
-def _move(
-    stick_2: Float[np.ndarray, "2"],
-    block_2: Float[np.ndarray, "2"],
-    goal_2: Float[np.ndarray, "2"],
-    bounds_22: Float[np.ndarray, "2 2"],
-) -> Float[np.ndarray, "2"]:
+    The movement may lead out of these bounds.
+    """
     ahead_2 = _unit(goal_2 - block_2)
     stick_from_block_2 = stick_2 - block_2
     along = float(stick_from_block_2 @ ahead_2)
     beside_2 = stick_from_block_2 - along * ahead_2
     to_start_2 = np.clip(block_2 - AROUND * ahead_2, *bounds_22) - stick_2
     length = float(np.linalg.norm(to_start_2))
-    lane = BESIDE + SLIP if along > -TOUCHING else BESIDE
+    lane = BESIDE + MARGIN if along > -TOUCHING else BESIDE
     if (-FURTHEST < along < -NEAREST and np.linalg.norm(beside_2) < lane) or length < 0.005:
         return _at_most(PUSH * ahead_2 - 1.2 * beside_2, LONGEST_PUSH)
     nearest_2 = to_start_2 * np.clip(-stick_from_block_2 @ to_start_2 / max(length, 1e-9) ** 2, 0, 1)

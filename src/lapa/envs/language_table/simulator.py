@@ -126,7 +126,9 @@ class LanguageTableEnvironment:
         stick_2 = state["effector_target_translation"][:2]
         to_block_2 = state["effector_target_to_start_block_translation"][:2]
         to_goal_2 = state["effector_target_to_task_target_translation"][:2]
-        return push(stick_2, stick_2 + to_block_2, stick_2 + to_goal_2, self._simulator.bounds_22)
+        bounds_22 = self._simulator.bounds_22
+        move_2 = push(stick_2, stick_2 + to_block_2, stick_2 + to_goal_2, bounds_22)
+        return np.clip(stick_2 + move_2, *bounds_22) - stick_2
 
     def close(self) -> None:
         if self._simulator is not None:
