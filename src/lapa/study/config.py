@@ -129,18 +129,12 @@ CPU = StudySizes(
 # The paper's simulator at a size of two cores: one family of tasks, and four blocks in place of eight.
 LANGUAGE_TABLE = replace(
     CPU,
-    world=World(
-        env="language_table",
-        tasks="block2absolute_4block",
-        other_tasks="block2block_4block",
-        other_look=1,
-    ),
+    world=World("language_table", tasks="block2absolute_4block", other_tasks="block2block_4block", other_look=1),
     videos=600,
     measured=30,
     rollouts=100,
     horizon_seconds=0.3,
     latent_steps=1500,
-    inverse_steps=600,
     video_steps=1500,
     pretrain_steps=3000,
     finetune_steps=1000,

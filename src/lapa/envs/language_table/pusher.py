@@ -15,9 +15,10 @@ LONGEST_STEP = 0.03
 # The stick walks around the block at this distance from its centre; a straight way nearer than TOO_CLOSE touches it.
 AROUND = 0.06
 TOO_CLOSE = 0.045
-# It pushes from NEAREST to FURTHEST behind the block's centre, at most BESIDE to the side. Nearer than TOUCHING
-# it may be MARGIN further, so that it does not turn back at once.
-NEAREST, FURTHEST, TOUCHING, BESIDE, MARGIN = 0.01, 0.075, 0.045, 0.012, 0.006
+# It pushes from a lane behind the block: between these distances from its centre, and at most LANE to the side. In
+# contact the lane is wider, so that the stick does not turn back at once.
+NEAREST, FURTHEST, CONTACT = 0.01, 0.075, 0.045
+LANE, LANE_IN_CONTACT = 0.012, 0.018
 PUSH, LONGEST_PUSH = 0.02, 0.025
 
 
@@ -37,7 +38,7 @@ def push(
     beside_2 = stick_from_block_2 - along * ahead_2
     to_start_2 = np.clip(block_2 - AROUND * ahead_2, *bounds_22) - stick_2
     length = float(np.linalg.norm(to_start_2))
-    lane = BESIDE + MARGIN if along > -TOUCHING else BESIDE
+    lane = LANE_IN_CONTACT if along > -CONTACT else LANE
     if (-FURTHEST < along < -NEAREST and np.linalg.norm(beside_2) < lane) or length < 0.005:
         return _at_most(PUSH * ahead_2 - 1.2 * beside_2, LONGEST_PUSH)
     nearest_2 = to_start_2 * np.clip(-stick_from_block_2 @ to_start_2 / max(length, 1e-9) ** 2, 0, 1)

@@ -10,30 +10,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 
 class PyPolicy:
-    """The base class of the oracle."""
+    """The base class of the oracle, of which only the plans are used."""
 
     def __init__(self, *_: object) -> None:
         pass
 
 
 def _modules() -> dict[str, ModuleType]:
-    names = ("tensorflow", "tf_agents", "tf_agents.policies", "tf_agents.trajectories")
-    contents: dict[str, dict[str, Any]] = {
-        **{name: {} for name in names},
-        "tf_agents.policies.py_policy": {"PyPolicy": PyPolicy},
-        "tf_agents.trajectories.policy_step": {},
-        "tf_agents.trajectories.time_step": {},
+    names = (
+        "tensorflow", "tf_agents", "tf_agents.policies", "tf_agents.policies.py_policy", "tf_agents.trajectories",
+        "tf_agents.trajectories.policy_step", "tf_agents.trajectories.time_step",
         # It draws plans for debugging, with matplotlib and imageio.
-        "language_table.environments.oracles.plot": {},
-    }
-    made = {"gym": importlib.import_module("gymnasium")}
-    for name, attributes in contents.items():
-        made[name] = ModuleType(name)
-        vars(made[name]).update(attributes)
+        "language_table.environments.oracles.plot",
+    )  # fmt: skip
+    made = {"gym": importlib.import_module("gymnasium"), **{name: ModuleType(name) for name in names}}
+    vars(made["tf_agents.policies.py_policy"])["PyPolicy"] = PyPolicy
     return made
 
 
