@@ -243,9 +243,11 @@ def test_a_seed_is_an_episode_whatever_came_before(environment: LanguageTableEnv
 
 
 @needs_simulator
-@pytest.mark.parametrize(("task", "blocks"), [("block2block", 8), ("block2block_4block", 4)])
-def test_the_suite_of_four_blocks_has_four_on_the_table(task: str, blocks: int) -> None:
-    assert task in LANGUAGE_TABLE.parse_tasks("all,4blocks")
+@pytest.mark.parametrize(
+    ("task", "blocks"), [("block2block", 8), ("block2block_4block", 4), ("block2absolute_1block", 1)]
+)
+def test_the_suites_of_fewer_blocks_have_fewer_on_the_table(task: str, blocks: int) -> None:
+    assert task in LANGUAGE_TABLE.parse_tasks("all,4blocks,1block")
     environment = LanguageTableEnvironment(task, 64, (CAMERA,))
     environment.reset(0)
     state = environment._simulator.compute_state()

@@ -278,18 +278,33 @@ def test_the_papers_splits_of_language_table() -> None:
     assert Plan(own, Setting("in-domain", 30, 20), 0).videos == inside.videos
 
 
-def test_rollouts_in_language_table_are_heard_where_their_blocks_are_named(
+def test_pretraining_and_finetuning_have_options_of_their_own() -> None:
+    plan = Plan(sizes_of("language-table"), Setting("in-domain", 30, 20), 0)
+    for arm in ("lapa", "captions", "vpt", "actionvla"):
+        assert "4e-4" in plan.pretrained(arm).words and "2e-4" not in plan.pretrained(arm).words
+        assert "2e-4" in plan.policy(arm).words and "4e-4" not in plan.policy(arm).words
+    assert "2e-4" in plan.policy("scratch").words
+
+
+def test_rollouts_in_language_table_are_heard_where_their_blocks_and_places_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = [SimpleNamespace(instruction="push the red moon to the blue cube")]
-    monkeypatch.setattr(study_run, "open_dataset", lambda path: SimpleNamespace(episodes=told))
-    asked = ["move the red moon towards the blue cube", "push the blue cube to the red moon", "push the red star"]
+    told = ["push the red moon to the blue cube", "move the green star to the upper left corner"]
+    episodes = [SimpleNamespace(instruction=instruction) for instruction in told]
+    monkeypatch.setattr(study_run, "open_dataset", lambda path: SimpleNamespace(episodes=episodes))
+    asked = {
+        "move the red moon towards the blue cube": True,
+        "push the blue cube to the red moon": False,
+        "slide the green star to the top left of the board": True,
+        "slide the green star to the top right of the board": False,
+        "push the red star": False,
+    }
     rows = [
         {"task": "block2block", "episode": n, "seed": n, "success": True, "steps": 9, "instruction": instruction}
         for n, instruction in enumerate(asked)
     ]
     plan = Plan(sizes_of("language-table"), Setting("in-domain", 30, 20), 0)
-    assert [rollout.heard for rollout in study_run._rollouts(tmp_path, plan, rows)] == [True, False, False]
+    assert [rollout.heard for rollout in study_run._rollouts(tmp_path, plan, rows)] == list(asked.values())
 
 
 def test_what_pseudo_actions_explain_as_they_are_and_up_to_a_linear_map(

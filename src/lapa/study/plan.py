@@ -157,7 +157,7 @@ class Plan:
             joined = ("--video", video, "--inverse", self.inverse_dynamics)
             return Step("planner unipi", "baseline unipi", joined, "config.json", "--overwrite")
         start = ("--from-scratch",) if arm == "scratch" else ("--policy", self.pretrained(arm))
-        words = (*start, "--data", self.labelled, "--held-out", "0", *self._acting)
+        words = (*start, "--data", self.labelled, "--held-out", "0", *self._acting, *self.sizes.finetuning)
         return self._train(f"finetuning {arm}", "policy finetune", words, self.sizes.finetune_steps)
 
     def pretrained(self, arm: Arm) -> Step:
@@ -166,11 +166,13 @@ class Plan:
         if arm in ("lapa", "captions"):
             labels = self.labels if arm == "lapa" else self.shuffled_labels
             words = ("--data", self.videos_without_actions, "--labels", labels, *self.sizes.policy)
+            words = (*words, *self.sizes.pretraining)
             return self._train(f"pretraining {arm}", "policy pretrain", words, self.sizes.pretrain_steps)
         assert arm in ("vpt", "actionvla"), f"the arm {arm} has no pretrained policy"
         data = self.videos if arm == "actionvla" else self.pseudo_labelled
         # Pseudo-actions have a narrower range than the robot's actions.
         words = ("--from-scratch", "--data", data, "--statistics", self.labelled, *self._acting)
+        words = (*words, *self.sizes.pretraining)
         return self._train(f"pretraining {arm}", "policy finetune", words, self.sizes.pretrain_steps)
 
     @cached_property

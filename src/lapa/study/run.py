@@ -30,7 +30,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.video import decode_clip, probe
 from lapa.drawing import Row, grid
 from lapa.envs import kind_of
-from lapa.envs.language_table import named_blocks
+from lapa.envs.language_table import named_goal
 from lapa.envs.metaworld.simulator import draw_instruction
 from lapa.errors import UserError
 from lapa.evaluation.episodes import VIDEO_FPS
@@ -243,7 +243,7 @@ def rollout_strip(videos: Path) -> Image.Image | None:
 def _rollouts(study: Path, plan: Plan, episodes: Sequence[Mapping[str, Any]]) -> tuple[Rollout, ...]:
     """Returns the rollouts, with whether the labelled episodes contain the instruction where tasks have several.
 
-    In Language Table, whether they name the same blocks: hardly any of its instructions comes twice.
+    In Language Table, whether they name the same blocks and places: hardly any of its instructions comes twice.
     """
     heard: list[bool | None] = [None] * len(episodes)
     env = plan.sizes.world.env
@@ -253,7 +253,7 @@ def _rollouts(study: Path, plan: Plan, episodes: Sequence[Mapping[str, Any]]) ->
             for each in episodes
         ]
         labelled = [episode.instruction for episode in open_dataset(plan.labelled.folder(study)).episodes]
-        meant = named_blocks if env == "language_table" else str
+        meant = named_goal if env == "language_table" else str
         known = {meant(instruction) for instruction in labelled}
         heard = [meant(instruction) in known for instruction in asked]
     return tuple(

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 
 from lapa.envs.config import RecordConfig
 
-BLOCK = re.compile(r"\b(red|green|blue|yellow|moon|cube|star|pentagon)\b")
+# Words of a goal: colours, shapes, and places and directions, of which some have several words.
+NAMES = re.compile(
+    r"\b(red|green|blue|yellow|moon|cube|star|pentagon|left|right|center|middle"
+    r"|top|upper|above|up|upwards|base|bottom|lower|below|down|downwards)\b"
+)
+SAME = {
+    **dict.fromkeys(("upper", "above", "up", "upwards", "base"), "top"),
+    **dict.fromkeys(("lower", "below", "down", "downwards"), "bottom"),
+    "middle": "center",
+}
 
 
-def named_blocks(instruction: str) -> tuple[str, ...]:
-    """Returns the colours and shapes that an instruction names, in its order."""
-    return tuple(BLOCK.findall(instruction))
+def named_goal(instruction: str) -> tuple[str, ...]:
+    """Returns the colours, shapes, places and directions that an instruction names, in its order."""
+    return tuple(SAME.get(name, name) for name in NAMES.findall(instruction))
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class LanguageTableConfig(RecordConfig):
     """Demonstrations of an expert in Language Table, which walks behind a block and pushes it to its goal."""
 
     families: str = "all"
-    """Families of tasks separated by commas, all, or 4blocks (the same with four blocks in place of eight); `lapa envs
-    language_table` lists them."""
+    """Families of tasks separated by commas, all, 4blocks (the same with four blocks in place of eight) or 1block;
+    `lapa envs language_table` lists them."""
     look: int | None = None
     """Another camera and other colours of all but the blocks, drawn from this number; by default the authors' own."""

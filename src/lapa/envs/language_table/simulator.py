@@ -7,9 +7,9 @@ Language Table: Lynch et al., RA-L 2023, arXiv 2210.06407; https://github.com/go
     lapa evaluate POLICY --env language_table --tasks all --episodes 50 --out RESULTS
     lapa evaluate expert --env language_table --tasks separate --episodes 5 --out RESULTS
 
-Episodes are those of the authors' evaluation: eight blocks (four in the suite `4blocks`), 200 steps, positions drawn
-until their oracle finds a plan, instructions drawn from templates. Their reset leaves something behind, so each episode
-has a new simulator.
+Episodes are those of the authors' evaluation: eight blocks (four in the suite `4blocks`, one in `1block`), 200 steps,
+positions drawn until their oracle finds a plan, instructions drawn from templates. Their reset leaves something behind,
+so each episode has a new simulator.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ FAMILIES = {
     "block2blockrelative": ("block2block_relative_location", "BlockToBlockRelativeLocationReward"),
     "separate": ("separate_blocks", "SeparateBlocksReward"),
 }
-# At the end of a task's name: with the authors' four blocks, one of each colour and shape, in place of eight.
-FOUR_BLOCKS = "_4block"
+# After a task's family -> what the authors call its blocks: four, one of each colour and shape, or a green star.
+FEWER_BLOCKS = {"4block": "BLOCK_4", "1block": "BLOCK_1"}
 MAX_STEPS = 200
 # As the published datasets name it.
 CAMERA = "rgb"
@@ -139,10 +139,10 @@ class LanguageTableEnvironment:
 def _make(task: str, seed: int) -> Any:
     """Returns the simulator of a task."""
     modules = _modules()
-    name, reward = FAMILIES[task.removesuffix(FOUR_BLOCKS)]
-    variants = modules.blocks.LanguageTableBlockVariants
+    family, _, fewer = task.partition("_")
+    name, reward = FAMILIES[family]
     return modules.simulator(
-        block_mode=variants.BLOCK_4 if task.endswith(FOUR_BLOCKS) else variants.BLOCK_8,
+        block_mode=modules.blocks.LanguageTableBlockVariants[FEWER_BLOCKS.get(fewer, "BLOCK_8")],
         reward_factory=getattr(modules.rewards[name], reward),
         control_frequency=FPS,
         seed=seed,
@@ -226,7 +226,8 @@ LANGUAGE_TABLE = EnvironmentKind(
     make=LanguageTableEnvironment,
     suites=lambda: {
         ALL: [Task(family, MAX_STEPS, expert=True) for family in FAMILIES],
-        "4blocks": [Task(family + FOUR_BLOCKS, MAX_STEPS, expert=True) for family in FAMILIES],
+        "4blocks": [Task(f"{family}_4block", MAX_STEPS, expert=True) for family in FAMILIES],
+        "1block": [Task(f"{family}_1block", MAX_STEPS, expert=True) for family in ("block2absolute", "block2relative")],
     },
     known_cameras=(CAMERA,),
     cameras=(CAMERA,),
