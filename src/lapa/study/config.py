@@ -233,8 +233,8 @@ PRESETS = {
 }
 
 
-# Seconds of a step, one thread: means over the runs of benchmarks/results/study_2-core-cpu_2026-11-23.md and
-# study_small_2-core-cpu_2026-12-01.md; those of language-table by arithmetic from single times (docs/log.md).
+# Seconds of a step, one thread: means over the runs of study_2-core-cpu_2026-11-23.md (cpu), and study_small_ and
+# study_language-table_2-core-cpu_2026-12-01.md, in benchmarks/results.
 SECONDS_OF = {
     "small": {
         "videos": 44, "videos without actions": 1, "shuffled labels": 1, "labelled episodes": 8,
@@ -250,7 +250,9 @@ SECONDS_OF = {
         "finetuning": 170, "rollouts": 228, "action error": 27,
     },
     "language-table": {
-        "videos": 1040, "latent action model": 250, "pretraining": 840, "finetuning": 280, "rollouts": 990,
+        "videos": 950, "videos without actions": 1, "labelled episodes": 160, "measured episodes": 70,
+        "latent action model": 275, "labels": 26, "labels of measured episodes": 4, "probe": 14, "token accuracy": 6,
+        "pretraining": 500, "finetuning": 142, "rollouts": 140, "action error": 7,
     },
 }  # fmt: skip
 
