@@ -124,11 +124,15 @@ def test_every_option_trains_and_resumes_exactly(data: Path, tmp_path: Path, opt
 
 
 def test_training_finds_the_direction_of_motion_and_the_probe_proves_it(tmp_path: Path) -> None:
-    """About a minute: the preset debug, a little longer than usual, and the two commands a user would give."""
+    """About a minute: the preset debug, longer than usual, and the two commands a user would give.
+
+    Seeds 0 to 3 are at 0.72 and more of directions and 1.37 and more of shuffled over own error; after 500 steps they
+    differ so much that rounding, which is another on each kind of CPU, decided.
+    """
     write_synthetic_dataset(tmp_path / "squares", episodes=256, frames=16, size=32, fps=10, actions=True)
     write_synthetic_dataset(tmp_path / "others", episodes=64, frames=16, size=32, fps=10, actions=True, seed=1)
     lam, data = str(tmp_path / "lam"), str(tmp_path / "squares")
-    train = ["latent", "train", "--preset", "debug", "--data", data, "--out", lam, "--steps", "500"]
+    train = ["latent", "train", "--preset", "debug", "--data", data, "--out", lam, "--steps", "800"]
     for command in (
         [*train, "--batch-size", "32"],
         ["latent", "probe", lam, "--data", str(tmp_path / "others"), "--num-pairs", "600"],
