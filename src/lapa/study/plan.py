@@ -165,15 +165,15 @@ class Plan:
         words: Words
         if arm in ("lapa", "captions"):
             labels = self.labels if arm == "lapa" else self.shuffled_labels
-            words = ("--data", self.videos_without_actions, "--labels", labels, *self.sizes.policy)
-            words = (*words, *self.sizes.pretraining)
-            return self._train(f"pretraining {arm}", "policy pretrain", words, self.sizes.pretrain_steps)
-        assert arm in ("vpt", "actionvla"), f"the arm {arm} has no pretrained policy"
-        data = self.videos if arm == "actionvla" else self.pseudo_labelled
-        # Pseudo-actions have a narrower range than the robot's actions.
-        words = ("--from-scratch", "--data", data, "--statistics", self.labelled, *self._acting)
+            verb, words = "pretrain", ("--data", self.videos_without_actions, "--labels", labels, *self.sizes.policy)
+        else:
+            assert arm in ("vpt", "actionvla"), f"the arm {arm} has no pretrained policy"
+            data = self.videos if arm == "actionvla" else self.pseudo_labelled
+            # Pseudo-actions have a narrower range than the robot's actions.
+            statistics = ("--statistics", self.labelled)
+            verb, words = "finetune", ("--from-scratch", "--data", data, *statistics, *self._acting)
         words = (*words, *self.sizes.pretraining)
-        return self._train(f"pretraining {arm}", "policy finetune", words, self.sizes.pretrain_steps)
+        return self._train(f"pretraining {arm}", f"policy {verb}", words, self.sizes.pretrain_steps)
 
     @cached_property
     def latent_action_model(self) -> Step:
