@@ -7,21 +7,18 @@ from dataclasses import dataclass
 
 from lapa.envs.config import RecordConfig
 
-# Words of a goal: colours, shapes, and places and directions, of which some have several words.
-NAMES = re.compile(
-    r"\b(red|green|blue|yellow|moon|cube|star|pentagon|left|right|center|middle"
-    r"|top|upper|above|up|upwards|base|bottom|lower|below|down|downwards)\b"
-)
-SAME = {
-    **dict.fromkeys(("upper", "above", "up", "upwards", "base"), "top"),
-    **dict.fromkeys(("lower", "below", "down", "downwards"), "bottom"),
-    "middle": "center",
+# Word of a goal -> what it means: colours, shapes, and places and directions, of which some have several words.
+MEANINGS = {
+    **{word: word for word in ["red", "green", "blue", "yellow", "moon", "cube", "star", "pentagon", "left", "right"]},
+    **dict.fromkeys(("top", "upper", "above", "up", "upwards", "base"), "top"),
+    **dict.fromkeys(("bottom", "lower", "below", "down", "downwards"), "bottom"),
+    **dict.fromkeys(("center", "middle"), "center"),
 }
 
 
 def named_goal(instruction: str) -> tuple[str, ...]:
     """Returns the colours, shapes, places and directions that an instruction names, in its order."""
-    return tuple(SAME.get(name, name) for name in NAMES.findall(instruction))
+    return tuple(MEANINGS[word] for word in re.findall(r"\w+", instruction) if word in MEANINGS)
 
 
 @dataclass(frozen=True)
