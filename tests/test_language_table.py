@@ -252,8 +252,9 @@ def test_the_suites_of_fewer_blocks_have_fewer_on_the_table(task: str, blocks: i
     environment.reset(0)
     state = environment._simulator.compute_state()
     places = [at for name, at in state.items() if name.startswith("block_") and name.endswith("_translation")]
-    # The others are kept far away.
     assert sum(at[0] < 1 for at in places) == blocks
+    # Of the others one is kept for the constructor, and the heap of eight for the published tasks.
+    assert len(environment._simulator._block_ids) == {8: 16, 4: 4, 1: 2}[blocks]
     environment.close()
 
 
