@@ -234,7 +234,8 @@ PRESETS = {
 
 
 # Seconds of a step, one thread: means over the runs of study_2-core-cpu_2026-11-23.md (cpu), and study_small_ and
-# study_language-table_2-core-cpu_2026-12-01.md, in benchmarks/results.
+# study_language-table_2-core-cpu_2026-12-01.md, in benchmarks/results. Recording Language Table takes half of what it
+# took there (docs/log.md).
 SECONDS_OF = {
     "small": {
         "videos": 44, "videos without actions": 1, "shuffled labels": 1, "labelled episodes": 8,
@@ -250,7 +251,7 @@ SECONDS_OF = {
         "finetuning": 170, "rollouts": 228, "action error": 27,
     },
     "language-table": {
-        "videos": 950, "videos without actions": 1, "labelled episodes": 160, "measured episodes": 70,
+        "videos": 475, "videos without actions": 1, "labelled episodes": 80, "measured episodes": 35,
         "latent action model": 275, "labels": 26, "labels of measured episodes": 4, "probe": 14, "token accuracy": 6,
         "pretraining": 500, "finetuning": 142, "rollouts": 140, "action error": 7,
     },
