@@ -183,6 +183,9 @@ def test_an_episode_begins_where_the_oracle_can_plan_and_renders_only_when_asked
     environment.reset(2**62 + 5, 0)
     assert made[0].moves[-1] == "disconnected" and made[1].drawn == drawn
     environment.close()
+    demonstration = LanguageTableEnvironment("separate", 32, ("rgb",), planned=False)
+    demonstration.reset(0)
+    assert made[2].resets == 1
 
 
 @pytest.fixture
