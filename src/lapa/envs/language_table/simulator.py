@@ -9,7 +9,7 @@ Language Table: Lynch et al., RA-L 2023, arXiv 2210.06407; https://github.com/go
 
 Episodes are those of the authors' evaluation: eight blocks (four in the suite `4blocks`, one in `1block`), 200 steps,
 positions drawn until their oracle finds a plan, instructions drawn from templates. Their reset leaves something behind,
-so each episode has a new simulator. Blocks that a task does not have lie in a heap beside the table; the suites of
+so each episode has a new simulator. Blocks that a task does not have lie in a heap next to the table; the suites of
 fewer blocks leave it out, which halves the time of an episode and moves where a push ends a little.
 """
 
