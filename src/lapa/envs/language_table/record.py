@@ -39,7 +39,7 @@ def run(config: LanguageTableConfig) -> None:
 def _attempt(config: LanguageTableConfig, family: str, episode: int) -> record.Demonstration | None:
     """Runs in a worker process."""
     seed = episode_seed(config.seed, "demonstration", family, episode)
-    # That the expert succeeds is what is asked of a demonstration, not that the authors' oracle finds a plan.
+    # Only what the expert solves is kept, so the authors' oracle, which is slow, need not find a plan first.
     with closing(LanguageTableEnvironment(family, config.size, (CAMERA,), config.look, planned=False)) as environment:
         return record.record(
             environment, seed, episode, FRAMES_AFTER_SUCCESS, MAX_STEPS, config.noise, motion=2, most=LONGEST_MOVE
