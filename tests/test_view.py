@@ -568,13 +568,18 @@ def test_an_export_is_opened_from_the_disk(
     assert not tab.complaints and all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
 
 
-@pytest.mark.parametrize("view", ["episode-1", "code-0-3", "statistics"])
-def test_the_page_is_as_wide_as_a_phone(tab: Browser, labels: Path, view: str) -> None:
+@pytest.mark.parametrize(
+    ("view", "loaded"),
+    [
+        ("episode-1", "document.querySelectorAll('.strip').length === 3"),
+        ("code-0-3", "document.querySelectorAll('#code-nearest .z i').length === 2"),
+        ("statistics", "document.querySelector('#figures tr') !== null"),
+    ],
+)
+def test_the_page_is_as_wide_as_a_phone(tab: Browser, labels: Path, view: str, loaded: str) -> None:
     with running(labels) as url:
         tab.open(f"{url}/#{view}")
-        tab.until(
-            "document.querySelectorAll('.item').length > 0 || document.querySelector('#figures tr, #usage button')"
-        )
+        tab.until(loaded)
         for width in (320, 390, 768):
             tab.resize(width, 800)
             tab.until(f"document.documentElement.scrollWidth <= {width}")
