@@ -40,6 +40,7 @@ def test_text_fits_its_width(text: str) -> None:
     lines = wrapped(text, 150)
     assert len(lines) <= 2
     assert all(font(TEXT).getlength(line) <= 150 for line in lines)
+    assert lines[0].startswith(text[:4]) and text.startswith(lines[0].removesuffix("..."))
 
 
 def test_text_is_one_line_without_control_characters() -> None:

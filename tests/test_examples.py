@@ -42,13 +42,15 @@ def test_own_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 class RecordingRobot:
-    """A made-up robot that counts its periods, and keeps what it did."""
+    """A made-up robot that keeps what it did, and after how many actions it was asked what it sees."""
 
     def __init__(self) -> None:
+        self.asked: list[int] = []
         self.acted: list[float] = []
         self.events: list[str] = []
 
     def observe(self) -> dict[str, Any]:
+        self.asked.append(len(self.acted))
         return {"front": np.zeros((8, 8, 3), np.uint8)}
 
     def act(self, action_A: np.ndarray) -> None:
@@ -99,6 +101,7 @@ def test_robot_loop_asks_before_a_chunk_ends_and_skips_what_has_passed(capsys: p
     assert statistics.acted == len(robot.acted) and statistics.acted + statistics.held + statistics.missed >= 30
     assert robot.events[-1] == "stop"
     assert "periods began late by" in capsys.readouterr().out
+    assert robot.asked[1] < 8
     # The first chunk is executed until the second one arrives, which begins at the period in which it was asked for.
     first, later = [a for a in robot.acted if a < 100], [a for a in robot.acted if a >= 100]
     assert first == sorted(first)

@@ -80,8 +80,10 @@ def test_an_episode_depends_on_its_seed_and_is_solved_once(monkeypatch: pytest.M
     while not environment.step(np.array([7.0])):
         steps += 1
     assert steps == int(np.ceil((1 - first.state[0]) / 0.25))
+    environment.reset(2**40 + 4, 0)
+    assert environment.observe().state != first.state
     environment.reset(2**40 + 3, 0)
-    assert environment.observe().instruction == first.instruction
+    assert environment.observe().state == first.state
     # Over, and not solved by what follows.
     for _ in range(4):
         assert not environment.step(np.array([-1.0]))

@@ -112,7 +112,17 @@ def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
     np.testing.assert_array_equal(after.predict(pairs(3)), before.predict(pairs(3)))
     assert (after.config, after.recording) == (before.config, before.recording)
     assert after.recording == Recording(3, 10.0, "front", SPACE) and after.horizon_frames == 3 and not after.training
-    assert inverse_fingerprint(tmp_path) == inverse_fingerprint(tmp_path)
+
+
+def test_the_fingerprint_is_of_weights_and_config_not_of_the_folder(tmp_path: Path) -> None:
+    before = model()
+    for name in ("one", "other"):
+        before.save_pretrained(tmp_path / name, run={"seed": 0}, metrics={"action_error": 1.0})
+    with torch.no_grad():
+        next(before.parameters()).add_(1)
+    before.save_pretrained(tmp_path / "trained", run={"seed": 0}, metrics={"action_error": 1.0})
+    one, other, trained = (inverse_fingerprint(tmp_path / name) for name in ("one", "other", "trained"))
+    assert one == other != trained
 
 
 def test_predictions_are_in_the_robots_units_and_switches_are_exact() -> None:

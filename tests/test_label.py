@@ -144,10 +144,14 @@ def test_short_episodes_are_skipped_and_counted(lam: Path, tmp_path: Path) -> No
 def test_long_episodes_are_read_in_windows(
     data: Path, lam: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(LabelConfig(lam=lam, data=data, out=tmp_path / "whole"))
+    run(LabelConfig(lam=lam, data=data, out=tmp_path / "whole", embeddings=True))
     monkeypatch.setattr("lapa.data.episode_decoders.WINDOW", 4)
-    run(LabelConfig(lam=lam, data=data, out=tmp_path / "windows"))
+    run(LabelConfig(lam=lam, data=data, out=tmp_path / "windows", embeddings=True))
     assert rows(tmp_path / "windows") == rows(tmp_path / "whole")
+    whole, windows = (Labels.open(tmp_path / name) for name in ("whole", "windows"))
+    for episode in range(6):
+        assert len(whole.embeddings(episode)) > 0
+        np.testing.assert_allclose(windows.embeddings(episode), whole.embeddings(episode), atol=1e-5)
 
 
 def test_all_episodes_too_short_is_an_error(data: Path, tmp_path: Path) -> None:

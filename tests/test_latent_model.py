@@ -51,6 +51,8 @@ def model(request) -> LatentActionModel:
     torch.manual_seed(0)
     model = LatentActionModel(CONFIGS[request.param])
     model.initialise(frames(32, seed=1))
+    # As training would: until then a model that predicts the change gives back the first frame, whatever the codes.
+    torch.nn.init.normal_(model.to_pixels.project.weight, std=0.1)
     return model
 
 
@@ -120,6 +122,7 @@ def test_saved_and_loaded_is_the_same_model(model, tmp_path):
     assert again.horizon == model.config.horizon_seconds
     assert not again.training
     assert torch.equal(reconstruct(again, frames()), reconstruct(model, frames()))
+    assert torch.equal(again.codes(frames()), model.codes(frames()))
     assert json.loads((tmp_path / "config.json").read_text())["pairs"] == {"horizon": 0.6}
 
 
@@ -259,7 +262,7 @@ def test_order_of_codes_matters():
     model = LatentActionModel(PAPER).eval()
     ahead, back = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[3, 2, 1, 0]])
     first = frames(1)[:, 0]
-    assert (model.decode(first, ahead) - model.decode(first, back)).abs().max() > 1e-6
+    assert (model.decode(first, ahead) - model.decode(first, back)).abs().max() > 1e-3
 
 
 def test_clean_and_released_layouts_have_as_many_parameters():
@@ -374,6 +377,7 @@ def test_models_saved_with_values_that_are_no_options_any_more_load(tmp_path):
         feature_weight=0.2, kl_weight=0.3,
     )  # fmt: skip
     model = LatentActionModel(saved).eval()
+    model.initialise(frames(32, seed=1))
     model.save_pretrained(tmp_path)
     again = LatentActionModel.from_pretrained(tmp_path)
     assert again.config == saved
@@ -386,14 +390,16 @@ def test_models_saved_with_values_that_are_no_options_any_more_load(tmp_path):
 def test_codes_takes_images_in_any_form_and_resizes_them(name):
     torch.manual_seed(0)
     model, size = LatentActionModel(CONFIGS[name]).eval(), 32
+    model.initialise(frames(32, seed=1))
     images_BTHWC = np.random.default_rng(0).integers(0, 256, (3, 2, 48, 40, 3), np.uint8)
     small = [[resize_and_crop(image[None], size)[0] for image in pair] for pair in images_BTHWC]
     expected = model.encode(torch.from_numpy(np.array(small)).permute(0, 1, 4, 2, 3)).codes_BL
+    assert len(expected.unique(dim=0)) == 3
     first = images_BTHWC.transpose(0, 1, 4, 2, 3)
     images = [[Image.fromarray(image) for image in pair] for pair in images_BTHWC]
     tensor = torch.from_numpy(images_BTHWC)
-    for frames in (images_BTHWC, first, tensor, torch.from_numpy(first.copy()), tensor / 255, images):
-        assert torch.equal(model.codes(frames), expected)
+    for given in (images_BTHWC, first, tensor, torch.from_numpy(first.copy()), tensor / 255, images):
+        assert torch.equal(model.codes(given), expected)
     assert torch.equal(model.codes([(a, b) for a, b in first]), expected)
     for pair in (images_BTHWC[0], torch.from_numpy(first[0].copy()), images[0], tuple(images_BTHWC[0])):
         assert torch.equal(model.codes(pair), expected[:1])

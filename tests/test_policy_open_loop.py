@@ -22,7 +22,7 @@ from lapa.policy.backbones import create_backbone
 from lapa.policy.config import MeasureConfig, TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.open_loop import _labelled_places, action_figures, code_figures, measure_actions
-from lapa.policy.runtime import Policy
+from lapa.policy.runtime import Policy, load_policy
 from lapa.policy.training import trained_episodes, trainings_of
 from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.types import Observation
@@ -273,7 +273,14 @@ def test_a_pretrained_policy_is_measured_on_labels(
     true_NL = np.concatenate([opened.codes(episode)[1] for episode in (0, 2, 3, 4)])
     most = [np.bincount(column).max() / 20 for column in true_NL.T]
     assert written["most_frequent_token_per_position"] == pytest.approx(most)
-    assert len(written["token_accuracy_per_position"]) == 4 and 0 <= written["token_accuracy"] <= 1
+    policy, right = load_policy(policies / "pretrained"), []
+    for episode in (0, 2, 3, 4):
+        for frame, true_L in zip(*opened.codes(episode), strict=True):
+            seen = {square.cameras[0]: square.frames(episode, [frame])[0]}
+            said_L = policy.predict_codes([Observation(seen, square.episodes[episode].instruction)])[0]
+            right.append(said_L == true_L)
+    assert written["token_accuracy_per_position"] == pytest.approx(np.mean(right, axis=0))
+    assert written["token_accuracy"] == pytest.approx(np.mean(right))
     both = replace(config, policy=policies / "acting", out=tmp_path / "both", samples=4)
     measure.run(both)
     written = json.loads((tmp_path / "both" / "measure.json").read_text())

@@ -31,7 +31,6 @@ from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.runtime import Policy, load_policy
 from vlms import IMAGE_SIZE, make_vlm
 
-SENTINEL = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\n"
 KERNEL = "stranger/kernel"
 RNG = np.random.default_rng(0)
 
@@ -57,7 +56,10 @@ def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def booby_trapped(folder: Path, *, model_type: str | None = None) -> Path:
     """The folder, with a module of its own for every class that could be asked for, and a kernel of the hub."""
-    (folder / "evil.py").write_text(SENTINEL)
+    # transformers runs a copy, so where `ran` is cannot be told from the module's own place.
+    (folder / "evil.py").write_text(
+        f"import pathlib\npathlib.Path({str(folder / 'ran')!r}).touch()\nclass Evil: pass\n"
+    )
     names = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoTokenizer", "AutoImageProcessor")
     auto_map = dict.fromkeys((*names, "AutoProcessor", "AutoModelForCausalLM"), "evil.Evil")
     kernels = {"attn_implementation": KERNEL, "_attn_implementation": KERNEL, "experts_implementation": KERNEL}

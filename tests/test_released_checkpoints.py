@@ -273,7 +273,7 @@ def test_names_and_shapes_are_known_without_reading_a_tensor(tmp_path, monkeypat
         require_shapes("a test", shapes, {name: shape for name, shape in shapes.items() if name != "step"})
 
 
-def test_a_large_tensor_is_indexed_without_being_read(tmp_path):
+def test_a_large_tensor_is_indexed_without_being_read(tmp_path, monkeypatch):
     """One of 1 GiB, a hole in the file: opening takes memory for its header, reading for one row."""
     rows, data = 2**14, 2**30
     described = b"\x93" + msgpack.packb((rows, rows)) + msgpack.packb("float32") + b"\xc6" + data.to_bytes(4, "big")
@@ -281,13 +281,21 @@ def test_a_large_tensor_is_indexed_without_being_read(tmp_path):
     with (tmp_path / "params").open("wb") as file:
         file.write(b"\x92" + msgpack.packb(("a",)) + b"\xc6" + (len(extension) + data).to_bytes(4, "big") + extension)
         file.truncate(file.tell() + data)
+    lengths, read_into = [], checkpoints._read_into
+
+    def noted(file, pieces, start, raw):
+        lengths.append(len(raw))
+        read_into(file, pieces, start, raw)
+
+    monkeypatch.setattr(checkpoints, "_read_into", noted)
     tracemalloc.start()
     try:
         stored = open_checkpoint(tmp_path / "params")
-        assert stored.shapes == {"a": (rows, rows)} and not stored.read("a", rows - 1).any()
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+    assert stored.shapes == {"a": (rows, rows)} and not stored.read("a", rows - 1).any()
+    assert lengths == [4 * rows]
 
 
 def test_a_pickle_that_has_one_text_built_again_and_again_is_refused(tmp_path: Path) -> None:

@@ -181,10 +181,11 @@ def test_errors_are_shown_as_their_line(tab: Browser, policy: Policy, images: di
         tab.until("document.getElementById('error').textContent.includes('notes.png is not an image')")
         # Without an image nothing is sent.
         tab.run("document.getElementById('send').click()")
-        assert not any(request.endswith("/infer") for request in tab.requests)
+        assert not tab.run("document.getElementById('form').checkValidity()")
         for at, file in enumerate(images.values()):
             tab.choose_files(f"#image-{at}", [file])
         tab.until("document.querySelectorAll('.drop img:not([hidden])').length === 2")
+        assert not any(request.endswith("/infer") for request in tab.requests)
         tab.run("document.getElementById('instruction').value = 'open the drawer, please'")
         tab.run("document.getElementById('send').click()")
         tab.until("document.getElementById('error').textContent.includes('instruction')")
@@ -192,10 +193,16 @@ def test_errors_are_shown_as_their_line(tab: Browser, policy: Policy, images: di
     tab.until("document.getElementById('state').textContent.includes('does not answer')")
 
 
-def test_the_page_fits_a_narrow_window(tab: Browser, policy: Policy) -> None:
+def test_the_page_fits_a_narrow_window(tab: Browser, policy: Policy, images: dict[str, Path]) -> None:
     with running(policy) as address:
         tab.open(f"{address}/")
         tab.until("!document.getElementById('content').hidden")
+        for at, file in enumerate(images.values()):
+            tab.choose_files(f"#image-{at}", [file])
+        tab.run("document.getElementById('send').click()")
+        tab.run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+        tab.until("!document.getElementById('result').hidden && !document.getElementById('last').hidden")
+        tab.until("document.querySelector('#latency-chart svg') && document.getElementById('curl').textContent")
         for width in (320, 768, 1600):
             tab.resize(width, 800)
             tab.until(f"document.documentElement.scrollWidth <= {width}")

@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from braceexpand import braceexpand
+from webdataset import WebDataset
 
 from lapa.data.convert import run
 from lapa.data.dataset import Dataset
@@ -125,7 +127,6 @@ def test_patterns_are_expanded_as_by_the_shell() -> None:
     for far in ("{0..999999999}", "{0..9999}{0..9999}"):
         with pytest.raises(ValueError, match="more than 1000000 shards"):
             expanded(far)
-    braceexpand = pytest.importorskip("braceexpand").braceexpand
     for pattern in ("x{000..012}.tar", "{9..11}-{a,b}", "s/{0..2}/{00..01}.tar"):
         assert expanded(pattern) == list(braceexpand(pattern))
 
@@ -159,10 +160,8 @@ def test_samples_are_grouped_as_by_webdataset(tmp_path: Path, clip: Callable[...
     for _, ending, first, size, _ in found["videos"]:
         content = members[{"seg.mp4": "a.b/7.seg.MP4", "webm": "8.webm", "mp4": "10.mp4"}[ending]]
         assert shard.read_bytes()[first : first + size] == content
-    wds = pytest.importorskip("webdataset")
-    theirs = [
-        sample for sample in wds.WebDataset(str(shard), shardshuffle=False) if {"webm", "mp4", "seg.mp4"} & set(sample)
-    ]
+    read = WebDataset(str(shard), shardshuffle=False)
+    theirs = [sample for sample in read if {"webm", "mp4", "seg.mp4"} & set(sample)]
     assert [sample["__key__"] for sample in theirs] == [key for key, *_ in found["videos"]]
 
 

@@ -573,7 +573,7 @@ def test_an_export_is_opened_from_the_disk(
     [
         ("episode-1", "document.querySelectorAll('.strip').length === 3"),
         ("code-0-3", "document.querySelectorAll('#code-nearest .z i').length === 2"),
-        ("statistics", "document.querySelector('#figures tr') !== null"),
+        ("statistics", "document.querySelectorAll('#numbers table').length === 2"),
     ],
 )
 def test_the_page_is_as_wide_as_a_phone(tab: Browser, labels: Path, view: str, loaded: str) -> None:

@@ -453,7 +453,11 @@ def test_a_person_reads_a_study_on_a_phone(tab: Browser, study: Path) -> None:
     with running(study) as url:
         for view, ready in (
             ("runs", "document.querySelectorAll('#runs-table tbody tr').length === 6"),
-            ("report", "document.querySelectorAll('#report img').length > 3"),
+            (
+                "report",
+                "document.querySelectorAll('#report img').length > 3 && [...document.querySelectorAll('#report"
+                " img')].every(image => { image.loading = 'eager'; return image.naturalWidth; })",
+            ),
             ("success-0", "document.querySelectorAll('#rates tbody tr').length === 2"),
         ):
             tab.open(f"{url}/#{view}")

@@ -28,9 +28,9 @@ from lapa import __version__
 from lapa.errors import UserError, out_of_memory, printable
 
 USAGE = """\
-lapa {version}: from videos without action labels to a robot policy (arXiv 2410.11758)
+lapa {version}: from videos without actions to a robot policy (arXiv 2410.11758)
 
-usage: lapa COMMAND [OPTIONS]          lapa help COMMAND shows a command's options
+usage: lapa COMMAND [OPTIONS]        lapa help COMMAND shows a command's options
 
 {commands}
 start with: lapa demo
