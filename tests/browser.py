@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,22 @@ class Browser:
         self.page.emulate_media(color_scheme="dark" if dark else "light")
         self.page.wait_for_timeout(300)
         self.page.screenshot(path=file, full_page=whole)
+
+    def hold(self, name: str) -> None:
+        """Data of this name reach the page only after `release`."""
+        self.run(
+            f"""(() => {{
+                const quick = load;
+                window.heldName = {json.dumps(name)};
+                window.held = new Promise(done => {{ window.goOn = done; }});
+                window.load = name => name === heldName ? held.then(() => quick(name)) : quick(name);
+            }})()"""
+        )
+
+    def release(self) -> None:
+        """Lets the page have what was held, and waits until it had the time to show it."""
+        self.run("goOn()")
+        self.run("load(heldName).then(() => new Promise(done => { setTimeout(done, 100); }))")
 
     def resize(self, width: int, height: int) -> None:
         self.page.set_viewport_size({"width": width, "height": height})

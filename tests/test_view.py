@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -41,7 +42,7 @@ from lapa.view.config import ViewConfig
 from lapa.view.dataset import DatasetPages
 from lapa.view.opening import kind_at, open_pages
 from lapa.view.recording import record
-from lapa.view.server import running
+from lapa.view.server import _announce, running
 from lapa.view.survey import Readers, Survey, measure
 
 HTML = "<img src=x onerror='window.bad=1'>"
@@ -566,6 +567,65 @@ def test_an_export_is_opened_from_the_disk(
     shown(tab, 7)
     assert f"4 of 4 episodes (the dataset has {EPISODES})" in tab.text("#count")
     assert not tab.complaints and all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
+
+
+def test_a_fault_of_the_program_is_shown_in_the_terminal(
+    labels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(DatasetPages, "_statistics", lambda self: 1 / 0)
+    with running(labels) as url:
+        status, body = get(f"{url}/data/statistics.json")
+    assert status == 500 and body.decode().strip() == (
+        "error: ZeroDivisionError in lapa view; its terminal has the traceback"
+    )
+    assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
+def test_the_hint_to_export_has_the_options_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ViewConfig("lam", data="squares", compare=("other",))
+    for exportable in (True, False):
+        _announce(SimpleNamespace(pages=SimpleNamespace(summary="", exportable=exportable), url="u"), config)
+        said = capsys.readouterr().err
+        assert ("lapa view lam --data squares --compare other --export FOLDER" in said) == exportable
+
+
+def test_a_code_that_is_pressed_twice_is_shown_once(tab: Browser, labels: Path) -> None:
+    with running(labels) as url:
+        tab.open(f"{url}/#codes-0")
+        tab.until("document.querySelectorAll('#usage button').length > 0")
+        tab.hold("code-0-3")
+        for _ in range(2):
+            tab.run("document.querySelectorAll('#usage button')[3].click()")
+            tab.until("document.getElementById('code-count').textContent === 'loading'")
+        tab.release()
+        assert tab.run("document.querySelectorAll('#clips video').length") == 3
+        assert tab.run("document.querySelectorAll('#code-nearest video').length") == 1
+    assert not tab.complaints
+
+
+def test_an_episode_that_could_not_be_loaded_is_loaded_when_pressed_again(
+    tab: Browser, dataset: LeRobotDataset
+) -> None:
+    with running(dataset.root) as url:
+        tab.open(f"{url}/")
+        shown(tab)
+        tab.run("window.quick = load; window.load = () => Promise.reject(new Error('the cable is out')); null")
+        tab.run("go('episode-3')")
+        tab.until("document.getElementById('error').textContent === 'the cable is out'")
+        tab.run("window.load = quick; null")
+        tab.run("go('episode-3')")
+        shown(tab, 3)
+
+
+def test_statistics_are_of_all_episodes_once_these_are_listed(
+    tab: Browser, dataset: LeRobotDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view_dataset, "PAGE", 5)
+    with running(dataset.root) as url:
+        tab.open(f"{url}/#statistics")
+        counts = "[...document.querySelectorAll('#instructions td + td')].map(cell => Number(cell.textContent))"
+        tab.until(f"{counts}.reduce((one, other) => one + other, 0) === {EPISODES}")
+    assert not tab.complaints
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from PIL import Image
 pytest.importorskip("starlette", reason="needs lapa-vla[serve]")
 pytest.importorskip("websockets", reason="needs lapa-vla[serve]")
 
+import lapa
 from acting_policies import CAMERAS, CHUNK, INSTRUCTION, acting_policy
 from browser import Browser, browser
 from lapa import LatentActionModel, Policy, UserError, cli
@@ -300,6 +301,50 @@ def test_an_export_has_what_each_code_does(tab: Browser, tmp_path: Path, capsys:
     assert not tab.complaints and all(address.startswith(("file:", "data:", "blob:")) for address in tab.requests)
 
 
+def test_models_of_an_export_stay_in_step(tab: Browser, tmp_path: Path) -> None:
+    options = ["--data", str(DATASET), "--compare", str(LAM), "--export", str(tmp_path / "page"), "--limit", "1"]
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["view", str(LAM), *options])
+    assert exit.value.code == 0
+    tab.open((tmp_path / "page" / "index.html").as_uri())
+    presses(tab, 1)
+    tab.until("models.every(model => model.each)")
+    # Neither the video nor the export has this code after the first step, so both begin again.
+    tab.run("document.querySelector('#code-0-1-6').click()")
+    tab.until("models[0].action.codes[1] === 6 && models[0].film.length === 2")
+    first = "models[1].film.length === 2 && models[1].film[1].image === models[1].clip.replay[0].image"
+    assert tab.run(first), "the other model has taken the first step of the video, not the second"
+    assert not tab.complaints
+
+
+def test_a_step_that_is_gone_is_not_gone_back_to(tab: Browser) -> None:
+    with running(LAM, data=str(DATASET)) as url:
+        tab.open(f"{url}/")
+        presses(tab, 1)
+        tab.run("document.getElementById('again').click()")
+        presses(tab, 2)
+        tab.run("document.getElementById('reset').click(); document.querySelectorAll('.film button')[2].click()")
+        presses(tab, 0)
+        tab.run("document.getElementById('again').click()")
+        presses(tab, 1)
+    assert not tab.complaints
+
+
+def test_a_continuous_model_next_to_one_with_codes_needs_a_later_image(tab: Browser, tmp_path: Path) -> None:
+    config = replace(LatentActionModel.from_pretrained(LAM).config, quantizer="continuous", standardize_z=False)
+    LatentActionModel(config).save_pretrained(tmp_path / "continuous")
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    with running(LAM, compare=(str(tmp_path / "continuous"),)) as url:
+        tab.open(f"{url}/")
+        tab.until("document.querySelectorAll('.drop').length === 2")
+        tab.drop("#drops label:nth-child(1)", tmp_path / "photo.png")
+        presses(tab, 0)
+        tab.run("document.querySelector('#code-0-1-6').click()")
+        tab.until(
+            "document.getElementById('error').textContent.includes('no latent action to apply; give a later image')"
+        )
+
+
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of the frozen LAM, and of untrained policies that know its fingerprint: `bins`, `chunk` and `latent`."""
@@ -458,6 +503,22 @@ def test_a_person_asks_a_policy(tab: Browser, policies: Path, tmp_path: Path) ->
             tab.resize(width, 800)
             tab.until(f"document.documentElement.scrollWidth <= {width}")
     assert not tab.complaints
+
+
+def test_an_example_is_predicted_with_the_statistics_of_its_dataset(
+    tab: Browser, policies: Path, tmp_path: Path
+) -> None:
+    writer = lapa.DatasetWriter(
+        tmp_path / "two", fps=10, cameras=dict.fromkeys(CAMERAS, (48, 64)), action_names=["x", "y", "grip"],
+        binary_actions=["grip"], state_names=["a", "b"],
+    )  # fmt: skip
+    frames = dict.fromkeys(CAMERAS, np.stack([PHOTO] * 6))
+    writer.add_episode(frames, INSTRUCTION, actions=np.zeros((6, 3)), states=np.zeros((6, 2)))
+    writer.finish()
+    with running(policies / "chunk", data=str(tmp_path / "two")) as url:
+        tab.open(f"{url}/")
+        tab.until("document.querySelectorAll('#curves figure').length === 3")
+        assert tab.run("document.getElementById('statistics').value") == "two"
 
 
 def test_an_export_has_predictions(tab: Browser, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

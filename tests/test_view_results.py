@@ -430,6 +430,39 @@ def test_a_person_compares_rollouts(tab: Browser, results: Path) -> None:
     assert not tab.complaints
 
 
+def test_a_group_that_comes_late_is_not_shown_under_another_ones_name(
+    tab: Browser, results: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(results / "random", tmp_path / "random")
+    (tmp_path / "random" / SUMS).unlink()
+    for name in ("results.json", "config.json"):
+        path = tmp_path / "random" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 1}))
+    with running(results / "expert", compare=(str(tmp_path / "random"),)) as url:
+        tab.open(f"{url}/")
+        tab.until("document.querySelectorAll('#rates tbody tr').length === 3")
+        tab.hold("group-1")
+        for number in (1, 0):
+            tab.run(f"$('group').value = '{number}'; $('group').onchange()")
+            tab.until(f"location.hash === '#success-{number}' && group === {number}")
+        tab.release()
+        assert tab.text("#rates th + th") == "expert" and "100%" in tab.text("#rates")
+    assert not tab.complaints
+
+
+def test_a_pressed_rollout_is_shown_though_the_filters_leave_it_out(tab: Browser, results: Path) -> None:
+    with running(results / "expert") as url:
+        tab.open(f"{url}/#rollouts-0")
+        videos_ready(tab, 4)
+        for name, value in (("task", "left"), ("outcome", "0-0")):
+            tab.run(f"$('{name}').value = '{value}'; $('{name}').onchange()")
+        tab.until("document.querySelectorAll('#gallery video').length === 0")
+        tab.run("document.querySelectorAll('#glance button.faint')[1].click()")
+        tab.until("document.querySelectorAll('#gallery video').length > 0")
+        assert tab.text("#gallery h3") == "left, episode 1"
+    assert not tab.complaints
+
+
 def test_a_video_that_no_browser_plays_is_named(tab: Browser, results: Path, tmp_path: Path) -> None:
     shutil.copytree(results / "expert", tmp_path / "torn")
     (tmp_path / "torn" / "videos" / "left-1.mp4").write_bytes(bytes(1000))

@@ -153,6 +153,10 @@ class LamPages(Pages):
         return f"{names}; example images: {source}"
 
     @property
+    def exportable(self) -> bool:
+        return self.dataset is not None
+
+    @property
     def inputs(self) -> list[str | Path]:
         folders: list[str | Path] = [path for path in self._folders if Path(path).is_dir()]
         return folders if self.dataset is None else [*folders, self.dataset.root]

@@ -93,6 +93,11 @@ class Pages(ABC):
         return ()
 
     @property
+    def exportable(self) -> bool:
+        """Whether an export would show anything."""
+        return True
+
+    @property
     def left_out(self) -> str:
         """What an export leaves out, as one line; empty where it has everything."""
         return ""

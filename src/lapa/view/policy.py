@@ -171,6 +171,10 @@ class PolicyPages(Pages):
         return f"cameras {', '.join(self._first.cameras)}{lam}; example observations: {source}"
 
     @property
+    def exportable(self) -> bool:
+        return self.dataset is not None
+
+    @property
     def inputs(self) -> list[str | Path]:
         return self._folders if self.dataset is None else [*self._folders, self.dataset.root]
 

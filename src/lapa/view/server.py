@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import shlex
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +147,18 @@ class Server(web.Server):
             return web.line("error: there is no such thing", 404)
         except UserError as error:
             return web.line(f"error: {error}", 422)
+        except Exception as error:
+            console.print("".join(traceback.format_exception(error)), soft_wrap=True, markup=False, highlight=False)
+            return web.line(f"error: {type(error).__name__} in lapa view; its terminal has the traceback", 500)
 
 
 def _announce(server: Server, config: ViewConfig) -> None:
     say(f"{config.path}: {server.pages.summary}")
     console.print(Text.assemble("open ", (server.url, "bold"), " in a browser; Ctrl-C ends"), soft_wrap=True)
-    data = [] if config.data is None else ["--data", config.data]
-    say(f"to send it to others: {shlex.join(['lapa', 'view', config.path, *data, '--export', 'FOLDER'])}")
+    if server.pages.exportable:
+        options = [
+            *([] if config.data is None else ["--data", config.data]),
+            *(["--compare", *config.compare] if config.compare else []),
+            *([] if config.lam is None else ["--lam", config.lam]),
+        ]
+        say(f"to send it to others: {shlex.join(['lapa', 'view', config.path, *options, '--export', 'FOLDER'])}")

@@ -68,14 +68,14 @@ function drawMatrix(names) {
 }
 async function showCode(code) {
   drawCodes(code);
-  const wanted = `code-${position}-${code}`;
+  const wanted = `code-${position}-${code}`, isShown = latest("code");
   $("code").hidden = code === null;
   dropClips();
   if (code === null) return;
   $("code-title").textContent = `${positionName(position)}, code ${about.labels.codes[position][code]}`;
   $("code-count").textContent = "loading";
   const data = await load(wanted);
-  if (location.hash.slice(1) !== wanted) return;
+  if (!isShown() || location.hash.slice(1) !== wanted) return;
   $("code-count").textContent = `${data.rows.toLocaleString("en")} frames in ${data.episodes.toLocaleString("en")}`
     + ` episodes; each clip shows ${few.format(about.labels.seconds)} s from such a frame`;
   let shown = 0;

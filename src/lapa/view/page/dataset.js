@@ -86,6 +86,8 @@ guarded(async () => {
     filter();
     if (page === 0) route();
   }
+  // Opened before all rows were here.
+  if (about.pages > 1 && !$("statistics").hidden) await showStatistics();
   if (about.images && (exported || !about.elsewhere)) await survey();
   else if (about.images) offerSurvey();
 })();

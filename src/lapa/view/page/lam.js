@@ -38,31 +38,39 @@ async function working(work) {
 }
 // Applies an action of each model, so that all are at the same step.
 async function take(actions) {
-  const made = [];
+  if (actions.some(action => !action)) throw new Error("there is no latent action to apply; give a later image");
+  let films = models.map(model => model.film), made = [];
   await working(async () => {
-    for (const [number, action] of actions.entries()) made.push(await predicted(models[number], action));
+    made = await allPredicted(films, actions);
+    // Where an export lacks the next step of one model, all begin again with the image.
+    if (made.includes(null)) {
+      films = films.map(film => film.slice(0, 1));
+      made = await allPredicted(films, actions);
+    }
   });
   models.forEach((model, number) => {
-    if (made[number].anew) model.film.length = 1;
-    model.film.push({ ...made[number], action: actions[number] });
+    model.film = [...films[number], { ...made[number], action: actions[number] }];
     model.action = actions[number];
     if (!exported) model.each = null;
   });
-  // All models have as many steps as the one that has fewest.
-  const fewest = Math.min(...models.map(model => model.film.length));
-  for (const model of models) model.film.splice(1, model.film.length - fewest);
   show();
 }
-async function predicted(model, action) {
-  const film = model.film.slice(1).map(each => written(each.action)), wanted = written(action);
-  if (!exported) return ask("step", { model: model.number, image: model.film.at(-1).image, ...action });
-  const video = model.clip.replay.map((each, step) => written(ofVideo(model, step)));
-  if (wanted === video[film.length] && film.every((each, step) => each === video[step])) return model.clip.replay[film.length];
+async function allPredicted(films, actions) {
+  const made = [];
+  for (const [number, action] of actions.entries()) made.push(await predicted(models[number], films[number], action));
+  return made;
+}
+// What a model predicts after a film; null where an export has the action only from the image on.
+async function predicted(model, film, action) {
+  if (!exported) return ask("step", { model: model.number, image: film.at(-1).image, ...action });
+  const taken = film.slice(1).map(each => written(each.action)), wanted = written(action), step = taken.length;
+  const video = model.clip.replay.map((each, place) => written(ofVideo(model, place)));
+  if (wanted === video[step] && taken.every((each, place) => each === video[place])) return model.clip.replay[step];
   const place = model.each?.actions.findIndex(codes => codes.join("-") === wanted) ?? -1;
   if (place < 0) throw new Error(`this page has only some latent actions, and ${wanted} is none of them`);
-  const anew = !film.every(each => each === wanted), step = anew ? 0 : film.length;
+  if (!taken.every(each => each === wanted)) return null;
   if (step >= model.each.steps.length) throw new Error(`this page applies a code ${model.each.steps.length} times at most`);
-  return { ...model.each.steps[step][place], anew };
+  return model.each.steps[step][place];
 }
 function press(model, position, code) {
   const { codebook } = model.about;
@@ -75,12 +83,11 @@ function press(model, position, code) {
     return take(models.map(each => each === model ? { codes } : each.action));
   });
 }
-const again = () => queued(() => {
-  if (models.some(model => !model.action)) throw new Error("there is no latent action to apply; give a later image");
-  return take(models.map(model => model.action));
-});
+const again = () => queued(() => take(models.map(model => model.action)));
 const undo = () => queued(() => back(Math.max(0, steps() - 1)));
-function back(step) {
+function back(to) {
+  // Fewer may be left by now.
+  const step = Math.min(to, steps());
   for (const model of models) {
     model.film.length = step + 1;
     model.action = model.film[step].action ?? ofVideo(model, 0) ?? model.action;

@@ -56,6 +56,14 @@ function asScript(name) {
     document.head.append(make("script", { src: `data/${name}.js`, onerror: () => failed(new Error(`no ${name}`)) }));
   });
 }
+// Of several that are loading, only the one that was asked for last may be shown: `const isShown = latest("episode")`, and
+// after each `await`: `if (!isShown()) return`.
+const turnOf = new Map();
+function latest(kind) {
+  const turn = (turnOf.get(kind) ?? 0) + 1;
+  turnOf.set(kind, turn);
+  return () => turnOf.get(kind) === turn;
+}
 function complain(error) {
   $("error").textContent = error.message;
   $("error").hidden = false;

@@ -5,8 +5,13 @@ async function show(index, at = 0) {
   chosen = asked = index;
   draw();
   stop();
-  const data = await load(`episode-${index}`);
-  if (index !== asked) return;
+  const isShown = latest("episode");
+  const data = await load(`episode-${index}`).catch(error => {
+    // The same may be asked for again.
+    if (isShown()) asked = -1;
+    throw error;
+  });
+  if (!isShown()) return;
   $("error").hidden = true;
   episode = data;
   updates = [];
@@ -26,7 +31,7 @@ async function show(index, at = 0) {
   lanes(data);
   curves(data);
   seek(Math.min(at, data.length - 1));
-  if (about.images) motion(index).catch(complain);
+  if (about.images) motion(index, isShown).catch(complain);
 }
 function update() {
   $("player").style.setProperty("--at", episode.length > 1 ? frame / (episode.length - 1) : 0);
@@ -116,9 +121,9 @@ function lanes(data) {
   });
   $("now").replaceChildren(...chips);
 }
-async function motion(index) {
+async function motion(index, isShown) {
   const data = await load(`motion-${index}`);
-  if (index !== asked) return;
+  if (!isShown()) return;
   const graph = $("timeline").querySelector("svg"), last = Math.max(1, episode.length - 1);
   const all = data.frames.map((at, place) => Math.max(0, ...data.cameras.map(energies => energies[place])));
   const top = Math.max(0.02, ...all);

@@ -104,6 +104,7 @@ const chooseExample = number => queued(async () => {
   for (const camera of about.cameras) zones[camera].show(images[camera]);
   $("instruction").value = example.instruction;
   [...$("state").querySelectorAll("input")].forEach((field, place) => { field.value = example.state[place]; });
+  if (about.statistics.includes(about.dataset)) $("statistics").value = about.dataset;
   truth = example;
   if (exported) show(example.predicted);
   else await predict();

@@ -17,6 +17,7 @@ const route = guarded(async () => {
   $("which").hidden = about.groups.length < 2 || !["success", "rollouts"].includes(view);
   // The report has its own.
   $("cautions").hidden = !about.cautions?.length || view === "report";
+  const isShown = latest("view");
   if (view !== "rollouts") stop();
   if (view === "report") return showReport();
   if (view === "runs") return showRuns();
@@ -24,6 +25,7 @@ const route = guarded(async () => {
   if (one !== undefined) group = Math.min(Number(one), about.groups.length - 1);
   $("group").value = group;
   const wanted = await load(`group-${group}`);
+  if (!isShown()) return;
   if (changed || data !== wanted) {
     data = wanted;
     offer();

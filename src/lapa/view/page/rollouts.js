@@ -34,6 +34,7 @@ function fits(row) {
   return data.success[arm][row] === Boolean(success);
 }
 function choose(row = null) {
+  if (row !== null && row < data.task.length && !fits(row)) for (const id of ["task", "outcome", "seed"]) $(id).value = "";
   rows = [...data.task.keys()].filter(each => fits(each) && data.video.some(videos => videos[each]));
   first = Math.max(0, rows.indexOf(row));
   glance();
