@@ -105,15 +105,19 @@ def weights(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9}, {"accumulate": 2}, {"workers": 1}], ids=str)
 def test_two_steps_and_a_resume_equal_four(tmp_path: Path, changes: dict) -> None:
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return {"norm": float(weights(model).norm())}
+
     loop = replace(LOOP, **changes)
-    whole, result = run(tmp_path / "whole", loop)
+    whole, result = run(tmp_path / "whole", loop, evaluate=evaluate)
     assert result.finished
-    _, stopped = run(tmp_path / "parts", replace(loop, stop_after=2))
+    _, stopped = run(tmp_path / "parts", replace(loop, stop_after=2), evaluate=evaluate)
     assert (stopped.finished, stopped.step) == (False, 2)
-    resumed, _ = run(tmp_path / "parts", loop, resume=True)
+    resumed, _ = run(tmp_path / "parts", loop, resume=True, evaluate=evaluate)
     assert torch.equal(weights(whole), weights(resumed))
-    kept = [[(row["step"], row.get("loss")) for row in log(tmp_path / name)] for name in ("whole", "parts")]
-    assert kept[0] == kept[1]
+    names = ("step", "loss", "eval/norm")
+    kept = [[tuple(map(row.get, names)) for row in log(tmp_path / name)] for name in ("whole", "parts")]
+    assert kept[0] == kept[1] and {row[0] for row in kept[0] if row[2] is not None} == {2, 4}
 
 
 def test_a_small_model_is_trained_by_one_thread_and_resumes_with_as_many(
@@ -224,6 +228,30 @@ def test_bf16_weights_train_and_resume_and_are_warned_of(tmp_path: Path, capsys:
     run(tmp_path / "parts", replace(loop, stop_after=2))
     resumed, _ = run(tmp_path / "parts", loop, resume=True)
     assert torch.equal(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_every": 0}, "--eval-every must be at least 1, got 0"),
+        ({"log_every": 0}, "--log-every must be at least 1"),
+        ({"save_every_steps": 0}, "--save-every-steps must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"accumulate": 0}, "--accumulate must be at least 1"),
+        ({"stop_after": 0}, "--stop-after must be at least 1"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"workers": -1}, "--workers must be at least 0"),
+        ({"ema_decay": 2.0}, "--ema-decay must be from 0 to below 1, got 2.0"),
+    ],
+)
+def test_values_that_cannot_be_trained_with_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        LoopConfig(**options)
+
+
+def test_clipping_to_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="--clip must be above 0, got 0"):
+        OptimConfig(clip=0)
 
 
 def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
@@ -416,9 +444,10 @@ def test_schedule() -> None:
     assert learning_rate(replace(config, schedule="constant"), 99, 100) == 1.0
 
 
-def test_unknown_device() -> None:
-    with pytest.raises(ValueError, match="unknown device 'gpu'"):
-        pick_device("gpu")
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", "cpu:0:0", ""])
+def test_unknown_device(name: str) -> None:
+    with pytest.raises(UserError, match=f"unknown device '{name}'"):
+        pick_device(name)
 
 
 SCRIPT = """

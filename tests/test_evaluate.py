@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
+from lapa.checksums import write_marker
 from lapa.data.video import decode_clip, probe
 from lapa.drawing import BAD, GOOD, INK
 from lapa.envs import ENVIRONMENTS, EnvironmentKind, Task, episode_seed, kind_of, make
@@ -302,6 +303,23 @@ def test_an_ensemble_is_resumed_under_its_own_settings(tmp_path: Path, monkeypat
         evaluate(replace(config, ensemble=None, resume=True))
     assert evaluate(replace(config, resume=True))["episodes"] == whole["episodes"]
     (tmp_path / "policy" / "model" / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ValueError, match="policy_fingerprint was"):
+        evaluate(replace(config, resume=True))
+
+
+def test_a_policy_is_told_by_the_files_that_it_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, policy = of_robot(Robot(state_dim=2), tmp_path, monkeypatch), tmp_path / "policy"
+    (policy / "tokenizer.json").write_text("{}")
+    write_marker(policy, "config.json", {}, ["tokenizer.json", "model/model.safetensors"])
+    evaluate(config)
+    # An export of the policy into its own folder.
+    (policy / "lerobot").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (policy / "lerobot" / name).write_bytes(b"of another kind")
+    (config.out / "results.json").unlink()
+    evaluate(replace(config, resume=True))
+    (config.out / "results.json").unlink()
+    (policy / "tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match="policy_fingerprint was"):
         evaluate(replace(config, resume=True))
 

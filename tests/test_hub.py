@@ -117,7 +117,7 @@ def require_sums(files) -> None:
 def test_a_lam_comes_back_the_same(hub, root, capsys):
     push(root / "lam", "ann/lam", *LICENSE)
     assert f"{hub.url}/ann/lam" in (said := capsys.readouterr().err)
-    assert "next: lapa label --lam ann/lam --data DATASET" in said
+    assert "next: lapa latent probe ann/lam --data DATASET" in said
     files = hub.repos["model", "ann/lam"].files()
     assert set(files) == {
         *("config.json", "model.safetensors", "metrics.json", "probe_squares/probe.json", SUMS, "README.md")
@@ -359,6 +359,23 @@ def test_a_dry_run_shows_files_and_card(hub, root, capsys):
     said = capsys.readouterr().err
     assert "model/model.safetensors" in said and "license: cc-by-4.0" in said and "nothing was pushed" in said
     assert not hub.requests
+
+
+def test_a_card_promises_what_the_model_can_do_and_says_what_its_figures_are_of(hub, root, tmp_path):
+    shutil.copytree(root / "lam", tmp_path / "lam")
+    (tmp_path / "lam" / SUMS).unlink()
+    config = json.loads((tmp_path / "lam" / "config.json").read_text())
+    config["model"] |= {"quantizer": "continuous", "latent_length": 2, "quant_dim": 8}
+    (tmp_path / "lam" / "config.json").write_text(json.dumps(config))
+    figures = {"mse": 0.25, "num_held_out_episodes": 0, "peak_memory_gib": 3.5}
+    (tmp_path / "lam" / "metrics.json").write_text(json.dumps(figures))
+    push(tmp_path / "lam", "ann/lam", *LICENSE)
+    metadata, text = card(hub.repos["model", "ann/lam"].files())
+    assert "to 2 vectors of 8 numbers" in text and "lapa latent probe ann/lam" in text
+    assert "codes" not in text and "lapa label" not in text
+    assert "On the training episodes" in text and "peak_memory_gib" not in text
+    (results,) = metadata["model-index"][0]["results"]
+    assert "training episodes" in results["dataset"]["name"]
 
 
 def test_a_card_of_the_folder_keeps_its_text(hub, root, tmp_path):

@@ -22,6 +22,7 @@ from lapa.data.metadata import EXTRA
 from lapa.data.spec import open_dataset
 from lapa.data.writer import DatasetWriter
 from lapa.engine.config import LoopConfig, OptimConfig
+from lapa.errors import UserError
 from lapa.files import read_json, write_json
 from lapa.nn.config import tower_grid
 from lapa.nn.vision import residual_tower
@@ -103,6 +104,23 @@ def test_training_resumes_bitwise(root: Path, tmp_path: Path) -> None:
     inverse.run(train_config(root, tmp_path / "parts", loop=loop(4), resume=True))
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_cameras_of_other_names_are_learned_from_unless_one_is_named(root: Path, tmp_path: Path) -> None:
+    robot = open_dataset(root / "robot")
+    names = robot.action_space.names
+    writer = DatasetWriter(
+        tmp_path / "wrist", fps=10, cameras={"wrist": (32, 32)}, action_names=names, control=robot.action_space.control
+    )
+    for episode in range(4):
+        frames = {"wrist": robot.frames(episode, np.arange(8))}
+        writer.add_episode(frames, "move", actions=robot.actions(episode))
+    writer.finish()
+    config = train_config(root, tmp_path / "out", data=(root / "robot", tmp_path / "wrist"))
+    inverse.run(config)
+    assert InverseDynamics.from_pretrained(tmp_path / "out").recording.camera == "front"
+    with pytest.raises(UserError, match="unknown camera 'front'"):
+        inverse.run(replace(config, out=tmp_path / "no", camera="front"))
 
 
 def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lapa.latent.model import LatentActionModel
 from lapa.latent.quantizers import EMA_DECAY
 from lapa.presets import LATENT
 from lapa.sources.synthetic import write_synthetic_dataset
+from lapa.verdicts import Verdict
 from torchrun import torchrun
 
 DEBUG = LATENT["debug"]
@@ -44,6 +45,21 @@ def test_a_run_stopped_and_resumed_gives_the_same_model(data: Path, tmp_path: Pa
     model = LatentActionModel.from_pretrained(tmp_path / "parts")
     assert model.horizon == DEBUG.model.horizon_seconds
     assert read_json(tmp_path / "parts" / "metrics.json")["mse_copy"] > 0
+
+
+def test_figures_of_training_episodes_are_named_so_and_are_no_proof(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "judge", lambda figures: Verdict("good", ()))
+    train(data, tmp_path / "kept")
+    said = capsys.readouterr().out
+    assert "validation split: error" in said and "verdict: good" in said
+    assert read_json(tmp_path / "kept" / "metrics.json")["num_held_out_episodes"] == 2
+    config = replace(DEBUG, data=(data,), out=tmp_path / "none", loop=replace(DEBUG.loop, steps=2), held_out=0.0)
+    for again in (config, replace(config, resume=True)):
+        training.run(again)
+        said = capsys.readouterr().out
+        assert "training episodes: error" in said and "verdict: doubtful: no episode was kept from training" in said
 
 
 def test_finished_output_is_not_overwritten(data: Path, tmp_path: Path) -> None:

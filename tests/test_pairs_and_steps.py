@@ -21,7 +21,15 @@ from lapa import config as configs
 from lapa.data.dataset import Dataset
 from lapa.data.labels import MANIFEST, EpisodeLabels, Labels, Manifest, shard_path, write_shard
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
-from lapa.data.sampling import ItemIndex, Mixture, require_names, require_plain, split_episodes
+from lapa.data.sampling import (
+    ItemIndex,
+    Mixture,
+    episodes_of_split,
+    episodes_of_training,
+    require_names,
+    require_plain,
+    split_episodes,
+)
 from lapa.data.spec import open_dataset
 from lapa.data.steps import EpisodeSteps
 from lapa.data.transforms import augment
@@ -103,8 +111,19 @@ def test_split_episodes() -> None:
     assert list(split_episodes(1, 0.1, 0, "held_out")) == []
     assert len(split_episodes(2, 0.1, 0, "held_out")) == 1
     assert len(split_episodes(50, 0.0, 0, "held_out")) == 0
+    assert len(split_episodes(2, 0.8, 0, "train")) == len(split_episodes(3, 0.99, 0, "train")) == 1
     with pytest.raises(ValueError, match="it is 'train'"):
         split_episodes(5, 0.1, 0, "test")
+
+
+def test_a_dataset_that_is_listed_twice_has_one_split(tmp_path: Path) -> None:
+    twice = [write_synthetic_dataset(tmp_path / "d", episodes=10, frames=8)] * 2
+    training, held_out = (episodes_of_split(twice, split, 0.3, 5) for split in ("train", "held_out"))
+    assert len(held_out[0]) == 3 and held_out[0].tolist() == held_out[1].tolist()
+    assert not set(held_out[0]) & set(training[1])
+    recorded = {"dataset_fingerprints": [twice[0].fingerprint] * 2, "held_out": 0.3, "seed": 5}
+    assert episodes_of_training(recorded, twice[0].fingerprint, 10).tolist() == training[0].tolist()
+    assert not len(episodes_of_training(recorded, "f" * 16, 10))
 
 
 def test_a_single_episode_is_trained_and_evaluated_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

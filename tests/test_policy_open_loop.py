@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from lapa.data.sampling import split_episodes
 from lapa.errors import UserError
 from lapa.policy import open_loop as measure
 from lapa.policy.actions import ActionBins, KeyedSpace, Statistics
-from lapa.policy.backbones import create_backbone
+from lapa.policy.backbones import create_backbone, tiny
 from lapa.policy.config import MeasureConfig, TinyConfig
 from lapa.policy.model import LatentPolicy, PolicyConfig
 from lapa.policy.open_loop import _labelled_places, action_figures, code_figures, measure_actions
+from lapa.policy.prompts import Prompts
 from lapa.policy.runtime import Policy, load_policy
 from lapa.policy.training import trained_episodes, trainings_of
 from lapa.sources.synthetic import write_synthetic_dataset
@@ -288,6 +290,31 @@ def test_a_pretrained_policy_is_measured_on_labels(
     measure.run(replace(both, labels=None, out=tmp_path / "alone"))
     alone = json.loads((tmp_path / "alone" / "measure.json").read_text())
     assert alone["action_error"] == written["action_error"], "the policy is loaded otherwise, and acts the same"
+
+
+def test_a_pretrained_policy_is_measured_under_the_prompt_of_the_dataset(
+    square: Dataset, labels: Path, policies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load_policy(policies / "pretrained")
+    policy.model.config = replace(policy.config, prompts=Prompts(by_dataset=((square.name, "do: {instruction}"),)))
+    policy.save_pretrained(tmp_path / "policy", run={})
+    prompts, padded = [], tiny.left_padded
+    monkeypatch.setattr(tiny, "left_padded", lambda tokenizer, given: prompts.extend(given) or padded(tokenizer, given))
+    measure.run(MeasureConfig(tmp_path / "policy", square.root, tmp_path / "out", labels=labels, device="cpu"))
+    assert len(prompts) == 20 and all(prompt.startswith("do: move ") for prompt in prompts)
+
+
+def test_a_policy_with_actions_is_measured_on_labels_of_videos(labels: Path, policies: Path, tmp_path: Path) -> None:
+    videos = write_synthetic_dataset(tmp_path / "d", episodes=5, frames=8, size=32)
+    shutil.copytree(labels, tmp_path / "labels")
+    manifest = json.loads((labels / MANIFEST).read_text())
+    (tmp_path / "labels" / MANIFEST).write_text(json.dumps({**manifest, "dataset_fingerprint": videos.fingerprint}))
+    config = MeasureConfig(policies / "acting", videos.root, tmp_path / "out", device="cpu")
+    measure.run(replace(config, labels=tmp_path / "labels"))
+    written = json.loads((tmp_path / "out" / "measure.json").read_text())
+    assert written["num_labels"] == 20 and "action_error" not in written
+    with pytest.raises(UserError, match="has no actions to compare with"):
+        measure.run(replace(config, out=tmp_path / "without"))
 
 
 def test_a_mistake_does_not_cost_the_figures_that_were_to_be_replaced(

@@ -47,6 +47,12 @@ def test_mlp_finds_a_product_and_is_the_same_for_a_seed() -> None:
     np.testing.assert_array_equal(predicted, mlp(features, targets, test_B, groups_B))
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_two_pairs_are_few_and_no_error(dims: int) -> None:
+    predicted = mlp(np.eye(2), np.ones((2, dims)), np.array([False, True]), np.arange(2))
+    assert predicted.shape == (2, dims)
+
+
 def test_scores_of_the_mean_are_zero_and_one() -> None:
     targets = np.stack([np.arange(10.0), np.ones(10)], axis=1)
     test_B = np.arange(10) % 2 == 0

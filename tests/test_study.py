@@ -1,6 +1,7 @@
 """The study: its steps are shared, made once and resumed; all arms run in the made-up world and are reported."""
 
 import fcntl
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lapa import cli
+from lapa import cli, presets
 from lapa.config import to_dict
 from lapa.data.labels import Labels
 from lapa.data.spec import open_dataset
-from lapa.files import read_json, write_json
+from lapa.errors import UserError
+from lapa.files import read_json, read_json_lines, write_json
+from lapa.sources.synthetic import write_synthetic_dataset
 from lapa.study import run as study_run
 from lapa.study.config import PRESETS, StudyConfig, sizes_of
 from lapa.study.plan import Plan, Step, order, steps_of
@@ -264,6 +267,27 @@ def test_splits_differ_in_their_videos_alone() -> None:
         Plan(sizes_of("debug"), Setting("cross-embodiment", 30, 2), 0)
 
 
+def test_seeds_of_recordings_never_meet() -> None:
+    with pytest.raises(UserError, match="--seed must be from 0 to 999, got 4000"):
+        Plan(CPU, Setting("in-domain", 30, 2), 4000)
+    last = Plan(CPU, Setting("in-domain", 30, 2), 999)
+    assert len({last.videos, last.labelled, last.measured}) == 3
+
+
+def test_the_video_model_has_as_many_samples_as_the_policies() -> None:
+    def samples(step: Step, stage: str) -> int:
+        words = [word for word in step.words if isinstance(word, str)]
+        given = dict(itertools.pairwise(words))
+        batch = given.get("--batch-size") or presets.named(stage, given["--preset"]).loop.batch_size
+        return int(given["--steps"]) * int(batch)
+
+    for preset in PRESETS:
+        plan = Plan(sizes_of(preset), Setting("in-domain", 30, 2), 0)
+        assert samples(plan.video_model, "video") == samples(plan.pretrained("lapa"), "pretrain")
+        (finetuning,) = [step for step in plan.policy("unipi").inputs if step.title == "video model finetuning"]
+        assert samples(finetuning, "video") == samples(plan.policy("lapa"), "finetune")
+
+
 def test_the_papers_splits_of_language_table() -> None:
     sizes = sizes_of("language-table-gpu")
     inside, task, view = (Plan(sizes, Setting(split, 30, 20), 0) for split in SPLITS[:3])
@@ -317,7 +341,10 @@ def test_what_pseudo_actions_explain_as_they_are_and_up_to_a_linear_map(
     lengths = [np.array([10, 10, 10, 10])]
 
     def opened(path: Path | str) -> SimpleNamespace:
-        return SimpleNamespace(action_space=space, lengths=lengths[0], all_actions=lambda: told[Path(path)])
+        actions_NA = told[Path(path)]
+        return SimpleNamespace(
+            action_space=space, action_dim=actions_NA.shape[1], lengths=lengths[0], all_actions=lambda: actions_NA
+        )
 
     monkeypatch.setattr(study_run, "open_dataset", opened)
     found = study_run._inverse_figures(tmp_path, plan)
@@ -328,6 +355,9 @@ def test_what_pseudo_actions_explain_as_they_are_and_up_to_a_linear_map(
     assert study_run._inverse_figures(tmp_path, plan)["inverse_linear_r2"] < 0
     lengths[0] = np.array([40])
     assert set(study_run._inverse_figures(tmp_path, plan)) == {"inverse_r2"}
+    # Clips of another robot.
+    told[plan.videos.folder(tmp_path)] = np.zeros((40, 7), np.float32)
+    assert study_run._inverse_figures(tmp_path, plan) == {}
 
 
 def test_clips_of_ones_own_make_another_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,8 +367,11 @@ def test_clips_of_ones_own_make_another_study(tmp_path: Path, monkeypatch: pytes
     config = StudyConfig(
         out=tmp_path / "s", preset="small", arm=("scratch",), split="cross-environment", clips=tmp_path / "clips"
     )
+    write_synthetic_dataset(tmp_path / "clips", episodes=3, frames=4, size=32)
     study_run.run(config)
     assert read_json(config.out / "study.json")["sizes"]["world"]["clips"] == str(tmp_path / "clips")
+    (noted,) = read_json_lines(config.out / "runs.jsonl")
+    assert noted["setting"]["videos"] == 3
     with pytest.raises(ValueError, match="another study"):
         study_run.run(replace(config, clips=None))
     with pytest.raises(ValueError, match="--videos: those of --clips are all used"):

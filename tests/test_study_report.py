@@ -193,6 +193,7 @@ def test_what_lapa_saves_follows_the_results() -> None:
     elsewhere = [*cheap, made_up("lapa", setting=Setting("cross-task", 30, 2), cpu_seconds={"finetuning lapa": 9e9})]
     assert savings(findings(elsewhere))[1] == savings(findings(cheap))[1], "costs are compared where both arms are"
     assert savings(findings([made_up("lapa"), made_up("scratch")])) == []
+    assert savings(findings([made_up("lapa"), made_up("scratch", seed=1), made_up("actionvla")])) == []
 
 
 def test_the_plots_are_written(report: Path) -> None:
@@ -384,6 +385,9 @@ def test_the_preset_debug_is_marked_first(tmp_path: Path, capsys: pytest.Capture
 def test_runs_of_different_code_are_told_apart(tmp_path: Path) -> None:
     runs = [made_up("scratch"), made_up("lapa"), made_up("vpt", provenance={"code": "f00d"})]
     (caution,) = cautions(runs)
+    assert "2 versions of the code" in caution
+    # All steps of each were begun with one version and ended with another.
+    (caution,) = cautions([made_up(arm, provenance={"code": "c0de, f00d"}) for arm in ("scratch", "lapa")])
     assert "2 versions of the code" in caution
     assert ("code", "c0de; f00d") in settings_table(runs).rows
 

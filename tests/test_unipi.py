@@ -301,6 +301,16 @@ def test_models_that_do_not_fit_together_are_refused(
     assert not (tmp_path / "policy").exists()
 
 
+@pytest.mark.parametrize("inside", ["video/policy", "inverse/a/b"])
+def test_a_policy_inside_of_what_is_copied_into_it_is_refused(root: Path, tmp_path: Path, inside: str) -> None:
+    shutil.copytree(root / "video", tmp_path / "video")
+    shutil.copytree(root / "inverse", tmp_path / "inverse")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="which is copied into it; choose another folder"):
+        unipi.run(UniPiConfig(tmp_path / "video", tmp_path / "inverse", tmp_path / inside, overwrite=True))
+    assert sorted(path for path in tmp_path.rglob("*") if ".lock" not in path.name) == before
+
+
 def test_another_camera_is_reported(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_inverse(tmp_path / "inverse", camera="wrist")
     unipi.run(UniPiConfig(root / "video", tmp_path / "inverse", tmp_path / "policy"))

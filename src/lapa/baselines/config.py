@@ -121,7 +121,7 @@ class VideoTrainConfig(TrainingOptions):
     model: Annotated[VideoConfig, tyro.conf.arg(name="")] = field(default_factory=VideoConfig)
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = field(
         default_factory=lambda: LoopConfig(
-            steps=3000, batch_size=16, optim=OptimConfig(lr=1e-3, weight_decay=0.01), ema_decay=0.995, eval_every=1000
+            steps=1500, batch_size=32, optim=OptimConfig(lr=1e-3, weight_decay=0.01), ema_decay=0.995, eval_every=500
         )
     )
 

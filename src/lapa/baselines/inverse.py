@@ -36,7 +36,7 @@ from lapa.baselines.config import InverseConfig, InverseTrainConfig
 from lapa.console import finish, is_main_process, print_results, say
 from lapa.data.dataset import ActionSpace, Dataset, common_action_space
 from lapa.data.pairs import FramePairs, PairsConfig, collate_pairs, horizon_frames
-from lapa.data.sampling import require_plain, split_episodes
+from lapa.data.sampling import any_held_out, episodes_of_split, require_plain
 from lapa.data.spec import open_dataset
 from lapa.engine.checkpoint import already_trained, seed_everything
 from lapa.engine.loop import train
@@ -304,12 +304,12 @@ def _open_pairs(
     pairs = PairsConfig(
         size=config.model.image_size,
         horizon=config.model.horizon_seconds,
-        camera=recording.camera,
+        camera=config.camera,
         held_out=config.held_out,
         cache_gib=config.cache_gib,
     )
-    some_held_out = config.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets)
     training = FramePairs(datasets, pairs, split="train", seed=config.loop.seed)
+    some_held_out = any_held_out(datasets, config.held_out)
     return training, FramePairs(datasets, pairs, "held_out", config.loop.seed) if some_held_out else None
 
 
@@ -318,8 +318,8 @@ def _training_actions(
 ) -> Float[np.ndarray, "N A"]:
     """All actions of the training episodes that are long enough for a pair."""
     actions = []
-    for number, dataset in enumerate(datasets):
-        episodes = split_episodes(len(dataset.lengths), config.held_out, config.loop.seed + number, "train")
+    chosen = episodes_of_split(datasets, "train", config.held_out, config.loop.seed)
+    for dataset, episodes in zip(datasets, chosen, strict=True):
         long_enough = episodes[dataset.lengths[episodes] > recording.horizon_frames]
         actions += [dataset.actions(int(episode)) for episode in long_enough]
     return np.concatenate(actions)

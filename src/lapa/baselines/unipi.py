@@ -71,6 +71,9 @@ def run(config: UniPiConfig) -> None:
     acting = Acting(config.sampling_steps, config.guidance, 0, "", "")
     video, inverse = VideoModel.from_pretrained(config.video), InverseDynamics.from_pretrained(config.inverse)
     require_fit(video, inverse, config.video, config.inverse)
+    for source in (config.video, config.inverse):
+        if source.resolve() in config.out.resolve().parents:
+            raise UserError(f"--out {config.out}: lies in {source}, which is copied into it; choose another folder")
     learned_from, camera = read_json(config.video / CONFIG)["camera"], inverse.recording.camera
     if learned_from != camera:
         warn(f"the video model learned from the camera {learned_from}; the policy takes {camera}, as {config.inverse}")

@@ -26,7 +26,7 @@ from lapa.baselines.video_model import CONFIG, HORIZON_TOLERANCE, VideoModel, re
 from lapa.console import finish, is_main_process, print_results, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.pairs import horizon_frames
-from lapa.data.sampling import FrameStore, choose_cameras, parse_key, require_plain, split_items
+from lapa.data.sampling import FrameStore, any_held_out, choose_cameras, parse_key, require_plain, split_items
 from lapa.data.spec import open_dataset
 from lapa.drawing import Row, grid
 from lapa.engine.checkpoint import already_trained, seed_everything
@@ -239,7 +239,7 @@ def _common_horizon(datasets: Sequence[Dataset], seconds: float) -> float:
 
 def _held_out(config: VideoTrainConfig, datasets: Sequence[Dataset], training: FutureFrames) -> FutureFrames:
     """The validation split or, where there is none, the training split, which is decoded already."""
-    if config.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets):
+    if any_held_out(datasets, config.held_out):
         return FutureFrames(datasets, config, "held_out")
     warn("no episode is held out: evaluating on the training episodes instead")
     return training

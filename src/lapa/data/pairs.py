@@ -109,6 +109,8 @@ class FramePairs(TrainingDataset):
                 f"{', '.join(dataset.name for dataset in datasets)}: no episode of this split is longer than the "
                 f"horizon of {in_words}; give a shorter horizon or longer videos"
             )
+        # 0 where training episodes had to take the place of others.
+        self.num_held_out = len(self._index.episodes) if self._index.split == "held_out" else 0
         cameras = choose_cameras(datasets, None if config.camera is None else [config.camera])
         episodes = [self._index.of_dataset(number) for number in range(len(datasets))]
         self._cameras = [camera for (camera,) in cameras]

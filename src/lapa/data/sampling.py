@@ -38,7 +38,8 @@ STRETCH = 256
 def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) -> np.ndarray:
     """Returns the episodes of a split ('train', 'held_out' or 'all'), in order; the same for the same seed.
 
-    At least one episode is held out where `held_out` is above 0 and there are two or more; a single one is trained on.
+    Where `held_out` is above 0 and there are two or more, at least one is held out and one trained on; a single one is
+    trained on.
     """
     if split == "all":
         return np.arange(num_episodes)
@@ -47,6 +48,7 @@ def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) ->
     if not 0 <= held_out < 1:
         raise UserError(f"held_out is {held_out}; it is a fraction of the episodes, from 0 to below 1")
     num_held_out = 0 if num_episodes < 2 or held_out == 0 else max(1, round(held_out * num_episodes))
+    num_held_out = min(num_held_out, num_episodes - 1)
     order = np.random.default_rng(seed).permutation(num_episodes)
     return np.sort(order[:num_held_out] if split == "held_out" else order[num_held_out:])
 
@@ -70,14 +72,26 @@ def require_split(split: Mapping[str, Any]) -> None:
 def episodes_of_training(split: Mapping[str, Any], fingerprint: str, num_episodes: int) -> np.ndarray:
     """Returns the episodes that a training took of the dataset of this fingerprint, in order; none of any other.
 
-    split: as `recorded_split` returns it. A dataset that the training lists twice has two splits.
+    split: as `recorded_split` returns it.
     """
-    taken = [
-        split_episodes(num_episodes, split["held_out"], split["seed"] + number, "train")
-        for number, known in enumerate(split["dataset_fingerprints"])
-        if known == fingerprint
+    known = split["dataset_fingerprints"]
+    if fingerprint not in known:
+        return np.arange(0)
+    return split_episodes(num_episodes, split["held_out"], split["seed"] + known.index(fingerprint), "train")
+
+
+def episodes_of_split(datasets: Sequence[Dataset], split: str, held_out: float, seed: int) -> list[np.ndarray]:
+    """Returns the episodes of a split of each dataset, as `split_episodes`; one that is listed twice has one split."""
+    known = [dataset.fingerprint for dataset in datasets]
+    return [
+        split_episodes(len(dataset.lengths), held_out, seed + known.index(dataset.fingerprint), split)
+        for dataset in datasets
     ]
-    return np.unique(np.concatenate([np.arange(0), *taken]))
+
+
+def any_held_out(datasets: Sequence[Dataset], held_out: float) -> bool:
+    """Whether some episode of the datasets is kept from training."""
+    return held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets)
 
 
 def choose_cameras(datasets: Sequence[Dataset], cameras: Sequence[str] | None) -> list[list[str]]:
@@ -103,8 +117,12 @@ def parse_key(key: int | Sequence[int]) -> tuple[int, int]:
 class ItemIndex:
     """Items (pairs or steps) numbered through datasets and their episodes, in memory that grows with the episodes."""
 
-    def __init__(self, episodes: Sequence[np.ndarray], counts: Sequence[np.ndarray]):
-        """For each dataset its episodes and the number of items of each; episodes without items are left out."""
+    def __init__(self, episodes: Sequence[np.ndarray], counts: Sequence[np.ndarray], split: str = "all"):
+        """For each dataset its episodes and the number of items of each; episodes without items are left out.
+
+        split: the one that the episodes are of.
+        """
+        self.split = split
         filled = [chosen[count > 0] for chosen, count in zip(episodes, counts, strict=True)]
         self.datasets = np.concatenate([np.full(len(chosen), number) for number, chosen in enumerate(filled)])
         self.episodes = np.concatenate(filled)
@@ -147,10 +165,8 @@ def split_items(
 
     none_held_out: a warning; where the held-out episodes have no items, the training split takes their place.
     """
-    chosen = [
-        split_episodes(len(dataset.lengths), held_out, seed + number, split) for number, dataset in enumerate(datasets)
-    ]
-    index = ItemIndex(chosen, [count(number, episodes) for number, episodes in enumerate(chosen)])
+    chosen = episodes_of_split(datasets, split, held_out, seed)
+    index = ItemIndex(chosen, [count(number, episodes) for number, episodes in enumerate(chosen)], split)
     if split == "held_out" and none_held_out and not len(index):
         warn(f"{none_held_out}: evaluating on the training episodes instead")
         return split_items(datasets, count, split="train", held_out=held_out, seed=seed)

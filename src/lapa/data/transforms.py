@@ -43,7 +43,7 @@ def read_image(path: Path, where_else: str = "") -> UInt8[np.ndarray, "H W 3"]:
     """
     # A pipe would keep the command waiting forever.
     if not is_remote(path) and path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file; remove it")
+        raise UserError(f"{path}: is no regular file; give an image, or remove it")
     with reading(path, where_else), open_binary(path) as file:
         return decode_image(file, f"{path}: cannot be decoded", "; replace it or remove it")
 

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lapa.config import require_at_least
+from lapa.errors import UserError
+
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
@@ -31,6 +34,11 @@ class OptimConfig:
     """adamw8bit: moments in 8 bits, a quarter of the memory (https://arxiv.org/abs/2110.02861); needs torchao.
     muon: matrices by Muon at 20 times the learning rate and with its own momentum
     (https://kellerjordan.github.io/posts/muon), embeddings and all else by AdamW; for training from scratch."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, lr=0, weight_decay=0, warmup_steps=0)
+        if not self.clip > 0:
+            raise UserError(f"--clip must be above 0, got {self.clip}; a large number clips nothing")
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,14 @@ class LoopConfig:
     """Also report config, figures and images to this tracker; without it, they are in OUT/training alone."""
     stop_after: int | None = None
     """Stop with a checkpoint after this many steps of the run; --resume continues."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            self, steps=1, batch_size=1, accumulate=1, workers=0, seed=0, log_every=1, eval_every=1, save_every_steps=1,
+            stop_after=1,
+        )  # fmt: skip
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay must be from 0 to below 1, got {self.ema_decay}")
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = ("cpu", "cuda", *(["mps"] if torch.backends.mps.is_available() else []))
+    if name.partition(":")[0] not in kinds:
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -219,7 +219,7 @@ def train(
                     window_started, window_steps = time.monotonic(), 0
                 bar.update(task, completed=step)
                 stopping = processes.any(stop_asked.is_set())
-                if evaluate is not None and step % config.eval_every == 0 and step < last_step and not stopping:
+                if evaluate is not None and step % config.eval_every == 0 and step < config.steps and not stopping:
                     bar.update(task, note="validation")
                     if figures := evaluated(step):
                         say(f"step {step}, {summary(figures)}")

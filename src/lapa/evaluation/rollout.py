@@ -375,8 +375,11 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
         from lapa.policy.runtime import policy_folder
 
         folder = policy_folder(config.policy)
+        # An export of the policy may lie in its folder, and its checkpoints do.
+        listed = sorted(set(read_sums(folder)) - {"metrics.json"})
         found = sorted([*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")])
-        contents = [path for path in found if path.relative_to(folder).parts[0] != "training"]
+        unlisted = [path for path in found if path.relative_to(folder).parts[0] != "training"]
+        contents = [folder / name for name in listed] or unlisted
     # A policy is the same under another path: its fingerprint shows it.
     volatile = (
         "out",

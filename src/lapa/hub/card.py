@@ -20,7 +20,7 @@ README = "README.md"
 PAPER = "[Latent Action Pretraining](https://arxiv.org/abs/2410.11758) (LAPA)"
 TAGS = ("lapa", "robotics", "latent-actions")
 # In metrics.json: of the run and its machine, not of the validation split.
-NOT_FIGURES = ("train_loss", "samples_per_s", "num_gpus", "cpu_threads")
+NOT_FIGURES = ("train_loss", "samples_per_s", "peak_memory_gib", "num_gpus", "cpu_threads")
 # The data files of each kind of repository, which the hub's viewer shows.
 VIEWED = {"dataset": "data/*/*.parquet", "labels": "episodes-*.parquet"}
 MOST_ROWS = 60
@@ -90,9 +90,11 @@ def figures_of(values: Any, prefix: str = "") -> dict[str, float]:
 def _lam(artifact: Artifact, hub_id: HubId) -> Iterator[str]:
     config = artifact.json(CONFIG)
     model = config.get("model", {})
+    length, discrete = model.get("latent_length"), model.get("quantizer") != "continuous"
+    what = f"codes out of {model.get('codebook_size')}" if discrete else f"vectors of {model.get('quant_dim')} numbers"
     yield (
         f"A latent action model of {PAPER}: from two images, {model.get('horizon_seconds')} seconds apart, to "
-        f"{model.get('latent_length')} codes out of {model.get('codebook_size')} that stand for the change."
+        f"{length} {what} that stand for the change."
     )
     yield _table(
         {
@@ -105,11 +107,12 @@ def _lam(artifact: Artifact, hub_id: HubId) -> Iterator[str]:
     datasets = config.get("datasets")
     yield from _data([str(each.get("name")) for each in datasets.values()] if isinstance(datasets, dict) else [])
     yield from _figures(artifact, "probe_", "`lapa latent probe` on")
-    yield _usage(
+    lines = (
         f'lam = lapa.LatentActionModel.from_pretrained("{hub_id}")',
         "codes_BL = lam.codes(pairs)  # pairs of images: PIL, NumPy or torch",
-        command=f"lapa label --lam {hub_id} --data DATASET",
     )
+    command = f"lapa label --lam {hub_id}" if discrete else f"lapa latent probe {hub_id}"
+    yield _usage(*(lines if discrete else ()), command=f"{command} --data DATASET")
     yield from _made_by(artifact)
 
 
@@ -216,9 +219,9 @@ def _data(names: list[str]) -> Iterator[str]:
 
 
 def _figures(artifact: Artifact, prefix: str, measured: str) -> Iterator[str]:
-    """The figures of the validation split, then those of each folder of measurements, such as `probe_DATASET`."""
+    """The figures of the training, then those of each folder of measurements, such as `probe_DATASET`."""
     if figures := figures_of(artifact.json("metrics.json")):
-        yield f"## Figures\n\nOn the validation split of the training data:\n\n{_table(figures)}"
+        yield f"## Figures\n\nOn the {_measured_on(figures)}:\n\n{_table(figures)}"
     for name in artifact.files:
         folder, _, file = name.partition("/")
         if folder.startswith(prefix) and file.endswith(".json"):
@@ -239,14 +242,21 @@ def _made_by(artifact: Artifact) -> Iterator[str]:
 
 
 def _model_index(artifact: Artifact, hub_id: HubId) -> list[dict[str, Any]]:
-    """Figures of the validation split in the form in which the hub shows them next to the card."""
+    """Figures of the training in the form in which the hub shows them next to the card."""
     figures = figures_of(artifact.json("metrics.json"))
     if not figures:
         return []
     metrics = [{"type": name, "value": value, "name": name} for name, value in figures.items()]
-    data = {"name": "validation split of the training data", "type": "lapa"}
+    data = {"name": _measured_on(figures), "type": "lapa"}
     result = {"task": {"type": "robotics"}, "dataset": data, "metrics": metrics}
     return [{"name": hub_id.repo.partition("/")[2], "results": [result]}]
+
+
+def _measured_on(figures: Mapping[str, float]) -> str:
+    kept = figures.get("num_held_out_episodes", 1)
+    return (
+        "validation split of the training data" if kept else "training episodes, of which none was kept for validation"
+    )
 
 
 def _base_model(artifact: Artifact) -> str | None:

@@ -39,7 +39,7 @@ MAIN = "main"
 GROUP, MOST_IN_COMMIT = 64, 5000
 # The command that takes what was pushed.
 NEXT = {
-    "lam": "lapa label --lam {} --data DATASET",
+    "lam": "lapa latent probe {} --data DATASET",
     "policy": "lapa policy measure {} --data DATASET --out MEASURED",
     "labels": "lapa policy pretrain --data DATASET --labels {} --out LATENT_POLICY",
     "dataset": "lapa data info {}",

@@ -429,7 +429,7 @@ def mlp(
     )
     best, best_step, predicted_BA = np.inf, 0, np.zeros_like(y_BA)
     for step in range(MLP_STEPS):
-        network.partial_fit(x_BF[fitted_B], y_BA[fitted_B].squeeze())
+        network.partial_fit(x_BF[fitted_B], y_BA[fitted_B][:, 0] if y_BA.shape[1] == 1 else y_BA[fitted_B])
         error = np.square(network.predict(x_BF[stopped_by_B]).reshape(-1, y_BA.shape[1]) - y_BA[stopped_by_B]).mean()
         if error < best:
             best, best_step = error, step

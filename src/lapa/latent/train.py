@@ -41,6 +41,8 @@ METRICS = "metrics.json"
 # In it: figures that are always there, and beginnings of the names of all that are reported.
 MEASURED = dict.fromkeys(("mse", "mse_copy", "mse_shuffled"), float)
 JUDGED = ("mse", "codes_used", "perplexity")
+# Episodes that the figures are of; 0: none was kept from training, and they are of the training episodes.
+NUM_HELD_OUT = "num_held_out_episodes"
 # Error with another pair's latent action, over that with the right one, from which the decoder reads it.
 READ = 1.2
 
@@ -113,9 +115,10 @@ def run(config: LatentTrainConfig) -> None:
         summary=summary,
     )
     if result.finished and is_main_process():
-        write_json(config.out / METRICS, {**result.metrics, **versions_and_hardware()})
+        figures = {**result.metrics, NUM_HELD_OUT: held_out.num_held_out}
+        write_json(config.out / METRICS, {**figures, **versions_and_hardware()})
         model.save_pretrained(config.out, {**configs.to_dict(config), **fingerprints, **learned_from(training)})
-        _conclude(config, result.metrics, "", datasets[0].in_place)
+        _conclude(config, figures, "", datasets[0].in_place)
 
 
 def pairs_config(config: LatentTrainConfig) -> PairsConfig:
@@ -202,12 +205,12 @@ def untried(model: LatentModelConfig) -> list[str]:
 
 
 def summary(figures: Mapping[str, float]) -> str:
-    """The main figures of the validation split as a line."""
-    usage = ""
+    """The main figures as a line: of the validation split, or of the training episodes where it is empty."""
+    split, usage = "validation split" if figures.get(NUM_HELD_OUT, 1) else "training episodes", ""
     if "codes_used" in figures:
         usage = f"; {figures['codes_used']:.0%} of the codes used, perplexity {figures['perplexity']:.1f}"
     return (
-        f"validation split: error {figures['mse']:.5f}, copying the first frame {figures['mse_copy']:.5f}, "
+        f"{split}: error {figures['mse']:.5f}, copying the first frame {figures['mse_copy']:.5f}, "
         f"another pair's latent action {figures['mse_shuffled']:.5f}{usage}"
     )
 
@@ -223,6 +226,8 @@ def _conclude(config: LatentTrainConfig, metrics: Mapping[str, Any], note: str, 
     in_place: whether the first dataset is read where it lies.
     """
     verdict = verdict_of({"reconstruction": metrics, "usage": metrics}, config.model)
+    if not metrics.get(NUM_HELD_OUT, 1):
+        verdict = verdict.at_best_doubtful("no episode was kept from training")
     print_results({**metrics, "verdict": verdict.as_json()}, summary(metrics), str(verdict), as_json=config.json)
     name = f"latent action model{', ' if note else ''}{note}"
     data = str(config.data[0])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def run(config: MeasureConfig) -> None:
     configs.require_at_least(config, samples=1, batch_size=1, steps=1)
     dataset = open_dataset(config.data)
     labels = config.labels and Labels.open(config.labels, dataset_fingerprint=dataset.fingerprint)
-    policy, actor = _load(config, latent=bool(labels))
+    policy, actor = _load(config, dataset, latent=bool(labels))
     trained, all_recorded = trained_episodes(config.policy, dataset)
     chosen = _chosen(config, dataset, trained)
     places: list[Place] = []
@@ -282,8 +283,8 @@ def table_of(figures: dict[str, Any], name: str) -> Table:
     return table
 
 
-def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor | None]:
-    """The policy whose latent actions are evaluated (None without labels), and the actor (None if it cannot act)."""
+def _load(config: MeasureConfig, dataset: Dataset, *, latent: bool) -> tuple[Policy | None, Actor | None]:
+    """The policy whose latent actions are evaluated (None without labels), and the actor (None without actions)."""
     if not latent:
         return None, load_actor(config.policy, config.statistics_key, config.device)
     policy = load_policy(policy_folder(config.policy))
@@ -292,7 +293,10 @@ def _load(config: MeasureConfig, *, latent: bool) -> tuple[Policy | None, Actor 
     if policy.acts:
         # As `Policy.from_pretrained` does, so that actions are the same with and without --labels.
         policy.to(config.device)
-        return policy, policy
+        return policy, policy if dataset.action_dim is not None else None
+    # A policy that only predicts latent actions has no statistics whose prompt is its own.
+    prompts = replace(policy.config.prompts, default=policy.config.prompts.template(dataset.name))
+    policy.model.config = replace(policy.config, prompts=prompts)
     policy.model.to(pick_device(config.device))
     return policy, None
 

@@ -16,7 +16,7 @@ from lapa import config as configs
 from lapa.console import is_main_process, say, warn
 from lapa.data.dataset import Dataset
 from lapa.data.labels import Labels, Manifest
-from lapa.data.sampling import episodes_of_training, recorded_split, require_split
+from lapa.data.sampling import any_held_out, episodes_of_training, recorded_split, require_split
 from lapa.data.steps import EpisodeSteps
 from lapa.engine.checkpoint import already_trained
 from lapa.engine.loop import train
@@ -368,8 +368,7 @@ def open_steps(
             mix_by=options.mix_by,
         )
 
-    some_held_out = options.held_out > 0 and any(len(dataset.lengths) > 1 for dataset in datasets)
-    return steps("train"), steps("held_out") if some_held_out else None
+    return steps("train"), steps("held_out") if any_held_out(datasets, options.held_out) else None
 
 
 def _figures(

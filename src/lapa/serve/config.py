@@ -31,7 +31,7 @@ class ServeConfig:
     """Keys that clients send: libero, droid, aloha, bridge, or KEY=camera (also KEY=state, KEY=instruction) for each
     that is named otherwise. The policy's own names always work."""
     device: str = "auto"
-    """Device: auto, cpu, cuda, mps."""
+    """auto, cpu, cuda or cuda:N."""
     reply: Literal["chunk", "action"] | None = None
     """What a websocket request returns: the chunk of actions, or the one to execute now; by default the chunk, and with
     --ensemble the action."""

@@ -75,8 +75,8 @@ class StudySizes:
     """World, models and budgets, shared by all arms of a study.
 
     Policies of all arms but UniPi are alike; UniPi's video model takes the policy's place and has the same number of
-    samples in pretraining and finetuning. What an arm needs besides (latent action model, inverse dynamics, video
-    model) has steps and batches of its own.
+    samples in pretraining and finetuning. What an arm needs besides (latent action model, inverse dynamics) has steps
+    and batches of its own.
     videos, measured, rollouts: episodes of each task. videos: where the command does not say. measured: recorded
     episodes that no arm learns from, for action errors and probes. stage: the preset of the stages' own commands.
     policy: further options of every policy. pretraining, finetuning: those of these stages alone.
@@ -90,7 +90,6 @@ class StudySizes:
     horizon_seconds: float
     latent_steps: int
     inverse_steps: int
-    video_steps: int
     pretrain_steps: int
     finetune_steps: int
     chunk: int
@@ -119,7 +118,6 @@ CPU = StudySizes(
     horizon_seconds=0.1,
     latent_steps=1200,
     inverse_steps=600,
-    video_steps=1200,
     pretrain_steps=1200,
     finetune_steps=600,
     chunk=8,
@@ -137,7 +135,6 @@ LANGUAGE_TABLE = replace(
     rollouts=60,
     horizon_seconds=0.3,
     latent_steps=1500,
-    video_steps=1500,
     pretrain_steps=2000,
     finetune_steps=600,
     chunk=3,
@@ -160,7 +157,6 @@ PRESETS = {
         horizon_seconds=0.3,
         latent_steps=20,
         inverse_steps=10,
-        video_steps=4,
         pretrain_steps=10,
         finetune_steps=10,
         chunk=3,
@@ -178,7 +174,6 @@ PRESETS = {
         horizon_seconds=0.2,
         latent_steps=800,
         inverse_steps=400,
-        video_steps=800,
         pretrain_steps=700,
         finetune_steps=500,
         chunk=5,
@@ -201,7 +196,6 @@ PRESETS = {
         measured=10,
         latent_steps=10_000,
         inverse_steps=5_000,
-        video_steps=10_000,
         pretrain_steps=10_000,
         finetune_steps=2_000,
         max_steps=250,
@@ -221,7 +215,6 @@ PRESETS = {
         rollouts=50,
         latent_steps=20_000,
         inverse_steps=5_000,
-        video_steps=20_000,
         pretrain_steps=20_000,
         finetune_steps=2_000,
         max_steps=200,
@@ -247,7 +240,7 @@ SECONDS_OF = {
         "videos": 228, "videos without actions": 2, "shuffled labels": 2, "planner": 12,
         "labelled episodes": 30, "measured episodes": 90, "latent action model": 514, "labels": 61,
         "labels of measured episodes": 30, "probe": 140, "token accuracy": 24, "inverse dynamics": 120,
-        "pseudo-labelled videos": 59, "video model": 1124, "video model finetuning": 257, "pretraining": 319,
+        "pseudo-labelled videos": 59, "video model": 2248, "video model finetuning": 514, "pretraining": 319,
         "finetuning": 170, "rollouts": 228, "action error": 27,
     },
     "language-table": {

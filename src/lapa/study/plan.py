@@ -26,8 +26,9 @@ from lapa.study.results import ARMS, Arm, Setting
 
 Words: TypeAlias = "tuple[str | Step, ...]"
 ARTIFACTS = "artifacts"
-# Seeds of recorded episodes are far apart for different purposes; evaluation has seeds of its own kind.
+# Recorded episodes of different purposes have seeds apart from each other's; evaluation has seeds of its own kind.
 VIDEO_SEED, DEMONSTRATION_SEED, MEASURED_SEED, ROLLOUT_SEED = 0, 1000, 5000, 0
+SEEDS = DEMONSTRATION_SEED - VIDEO_SEED
 # Metres, a fifth of a push of the expert: its episodes also show how it corrects itself.
 LANGUAGE_TABLE_NOISE = "0.004"
 
@@ -109,6 +110,8 @@ class Plan:
         for name in ("videos", "demonstrations"):
             if (number := getattr(self.setting, name)) < 1:
                 raise UserError(f"--{name} must be at least 1, got {number}")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"--seed must be from 0 to {SEEDS - 1}, got {self.seed}")
         world = self.sizes.world
         if self.setting.split == "cross-task" and not (world.other_tasks or world.labelled_tasks):
             raise UserError("--split cross-task: this preset has no other tasks; choose another split or preset")
@@ -208,7 +211,7 @@ class Plan:
     @cached_property
     def video_model(self) -> Step:
         words: Words = ("--data", self.videos_without_actions, *self._horizon)
-        return self._train("video model", "baseline video", words, self.sizes.video_steps)
+        return self._train("video model", "baseline video", words, self.sizes.pretrain_steps)
 
     @cached_property
     def videos(self) -> Step | str:

@@ -249,7 +249,7 @@ def savings(found: Findings) -> list[str]:
 
     lines = []
     cells = {group.name: group.cells for group in found.groups if "lapa" in group.cells}
-    known = {name: own["lapa"] for name, own in cells.items() if "actionvla" in own and "scratch" in own}
+    known = {name: own["lapa"] for name, own in cells.items() if "actionvla" in own and "scratch" in own["lapa"].versus}
     gaps = [f"{name}: {gap_text(lapa.gap)}" for name, lapa in known.items() if lapa.versus["scratch"].sign > 0]
     if gaps:
         labels = f"the actions of the videos{computed(_cost_of(found.results, 'lapa', 'actionvla'))}"
@@ -405,7 +405,8 @@ def as_json(found: Findings) -> dict[str, Any]:
 def cautions(results: Sequence[ArmResult]) -> list[str]:
     """Notes that a reader needs before any number."""
     lines = ["preset debug: these numbers measure nothing"] if results[0].preset == "debug" else []
-    versions = {str(result.provenance.get("code", "not noted")) for result in results}
+    noted = [str(result.provenance.get("code", "not noted")) for result in results]
+    versions = {version for each in noted for version in each.split(", ")}
     if len(versions) > 1:
         lines.append(f"the runs are of {len(versions)} versions of the code (report.json has each)")
     lines += [

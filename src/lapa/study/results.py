@@ -63,7 +63,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Setting:
-    """What arms are compared on. videos, demonstrations: videos and labelled episodes of each task."""
+    """What arms are compared on. videos, demonstrations: of each task, but all videos of --clips."""
 
     split: Split
     videos: int

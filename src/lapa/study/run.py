@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,8 @@ def run(config: StudyConfig) -> None:
     if config.clips is not None and config.videos is not None and config.split == "cross-environment":
         raise UserError("--videos: those of --clips are all used; leave it out")
     videos = sizes.videos if config.videos is None else config.videos
+    if config.clips is not None and config.split == "cross-environment":
+        videos = len(open_dataset(str(config.clips)))
     setting = Setting(config.split, videos, config.demonstrations)
     plans = [Plan(sizes, setting, seed) for seed in config.seed]
     _require_installed(config, sizes)
@@ -199,7 +202,7 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         cpu_seconds=_sums(spent, "cpu_seconds", titles),
         provenance={
             "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.setting.split} "
-            f"--videos {plan.setting.videos} --demonstrations {plan.setting.demonstrations} --out STUDY",
+            f"{_videos_option(plan)} --demonstrations {plan.setting.demonstrations} --out STUDY",
             "code": ", ".join(sorted({row["code"] for row in spent})),
             **{name: rollouts[name] for name in PROVENANCE if name in rollouts},
         },
@@ -217,6 +220,13 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         ):
             grid.save(path)
     return result
+
+
+def _videos_option(plan: Plan) -> str:
+    clips = plan.sizes.world.clips
+    if clips is not None and plan.setting.split == "cross-environment":
+        return f"--clips {shlex.quote(clips)}"
+    return f"--videos {plan.setting.videos}"
 
 
 def _sums(rows: Sequence[Mapping[str, Any]], name: str, titles: Mapping[str, str]) -> dict[str, float]:
@@ -280,12 +290,14 @@ def _inverse_figures(study: Path, plan: Plan) -> dict[str, float | None]:
     """Share of the variance of the videos' true actions that the pseudo-actions explain, mean over varying dimensions.
 
     As they are, and on every second video after a linear map fitted on the others, as finetuning can learn it. Empty
-    where the videos have no actions, and where the inverse dynamics model left out an episode as too short.
+    where the videos have no actions or another robot's, and where the inverse dynamics model left out an episode as too
+    short.
     """
     videos = plan.videos if isinstance(plan.videos, str) else str(plan.videos.folder(study))
     pseudo, true = open_dataset(plan.pseudo_labelled.folder(study)), open_dataset(videos)
     space = true.action_space
-    if space is None or pseudo.lengths.tolist() != true.lengths.tolist():
+    alike = pseudo.action_dim == true.action_dim and pseudo.lengths.tolist() == true.lengths.tolist()
+    if space is None or not alike:
         return {}
 
     def r2(predicted_NA: np.ndarray, true_NA: np.ndarray) -> float | None:
