@@ -397,3 +397,12 @@ def test_an_object_has_its_keys(text: str, message: str, tmp_path: Path) -> None
         files.read_object(path, "copy it again", step=int, name=str)
     path.write_text('{"step": 1, "name": "x", "more": null}')
     assert files.read_object(path, "copy it again", step=int, name=str) == {"step": 1, "name": "x", "more": None}
+
+
+def test_names_are_as_long_as_it_takes_to_tell_paths_apart() -> None:
+    assert files.distinct_names([Path("/a/runs/one"), Path("/a/runs/two")]) == ["one", "two"]
+    assert files.distinct_names([Path("/a/lapa/results"), Path("/a/scratch/results")]) == [
+        "lapa/results",
+        "scratch/results",
+    ]
+    assert files.distinct_names([Path("/a/lapa"), Path("/a/lapa")]) == ["lapa", "lapa"]

@@ -31,7 +31,6 @@ from lapa.study.results import ArmResult, Rollout, RunKey, Setting
 from lapa.view.config import ViewConfig
 from lapa.view.opening import kind_at, open_pages
 from lapa.view.pages import Pages
-from lapa.view.results import short_names
 from lapa.view.server import running
 
 TASKS, EPISODES, VIDEOS = ("up", "left"), 12, 2
@@ -238,11 +237,6 @@ def test_results_on_the_hub_are_shown(results: Path, tmp_path: Path, monkeypatch
         assert len(group["task"]) == len(TASKS) * EPISODES
         assert pages.file(f"{where[0]}.mp4").read_bytes() == files["videos/up-0.mp4"].read_bytes()
         pages.close()
-
-
-def test_results_have_short_names() -> None:
-    assert short_names([Path("/a/runs/one"), Path("/a/runs/two")]) == ["one", "two"]
-    assert short_names([Path("/a/lapa/results"), Path("/a/scratch/results")]) == ["lapa/results", "scratch/results"]
 
 
 def test_options_of_other_kinds_are_refused(results: Path) -> None:

@@ -499,6 +499,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as it takes to tell them apart; the last parts where two are one path."""
+    parts = [path.resolve().parts for path in paths]
+    depths = range(1, max(map(len, parts)) + 1)
+    names = [["/".join(each[-depth:]) for each in parts] for depth in depths]
+    return next((each for each in names if len(set(each)) == len(each)), names[0])
+
+
 def fingerprint(*paths: Path) -> str:
     """The first 16 hex digits of the SHA-256 of the contents of the files, in the given order."""
     digest = hashlib.sha256()

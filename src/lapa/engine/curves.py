@@ -17,7 +17,7 @@ from lapa.console import finish
 from lapa.drawing import charts
 from lapa.engine.config import PlotConfig
 from lapa.errors import UserError
-from lapa.files import atomic_path, read_json_lines
+from lapa.files import atomic_path, distinct_names, read_json_lines
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"
 EVALUATION = "eval/"
@@ -34,7 +34,8 @@ def run(config: PlotConfig) -> None:
             raise UserError(f"{folder}: no training run, it has no training/{METRICS}; give the folder of a training")
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out}: is there already; --overwrite to replace it, or give another --out")
-    if not draw_curves([path for path in paths.values() if path is not None], names(list(paths)), config.out):
+    found = [path for path in paths.values() if path is not None]
+    if not draw_curves(found, distinct_names(list(paths)), config.out):
         raise UserError(f"{config.runs[0]}: no loss is logged yet; wait for the first")
     finish("training curves", config.out)
 
@@ -42,12 +43,6 @@ def run(config: PlotConfig) -> None:
 def candidates(run: Path) -> list[Path]:
     """Where the metrics of a run may be: it is named by its own folder, by `training`, or by the file."""
     return [run / "training" / METRICS, run / METRICS, run]
-
-
-def names(runs: Sequence[Path]) -> list[str]:
-    """Returns the last part of each path, or the whole paths if two end alike."""
-    short = [run.resolve().name for run in runs]
-    return short if len(set(short)) == len(short) else [str(run) for run in runs]
 
 
 def draw_curves(metrics: Sequence[Path], names: Sequence[str], out: Path) -> bool:

@@ -31,7 +31,7 @@ from lapa.data.spec import open_dataset
 from lapa.engine.distributed import pick_device
 from lapa.engine.metrics import versions_and_hardware
 from lapa.errors import UserError
-from lapa.files import atomic_path, claim_output, write_json
+from lapa.files import atomic_path, claim_output, distinct_names, write_json
 from lapa.latent import lary
 from lapa.latent.config import CompareConfig, MeasureConfig, ProbeConfig
 from lapa.latent.metrics import (
@@ -230,7 +230,7 @@ def compare(config: CompareConfig) -> None:
     elif drawn.unseen:
         say(f"the pairs are of the {drawn.unseen} episodes of {dataset.name} that no model was trained on")
     figures: dict[str, dict[str, Any]] = {}
-    for name, model, horizon in zip(short_names(config.lams), models, horizons, strict=True):
+    for name, model, horizon in zip(distinct_names(config.lams), models, horizons, strict=True):
         say(f"{name}: {len(places)} pairs, {horizon:g} s apart, of {dataset.name}")
         own = pairs_of(model, dataset, config.camera, horizon)
         sample = take_sample(own, [own.index_of(*place) for place in places], actions=True)
@@ -251,12 +251,6 @@ def _check(config: MeasureConfig) -> None:
         raise UserError("--num-pairs must be at least 1")
     if config.motion:
         require_opencv()
-
-
-def short_names(lams: tuple[Path, ...]) -> list[str]:
-    """The last part of each path, or the whole paths if two end alike."""
-    names = [lam.name for lam in lams]
-    return names if len(set(names)) == len(names) else [str(lam) for lam in lams]
 
 
 def pairs_of(model: LatentActionModel, dataset: Dataset, camera: str | None, horizon: float) -> FramePairs:

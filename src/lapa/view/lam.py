@@ -36,6 +36,7 @@ from lapa.data.transforms import at_most, resize_and_crop, to_page
 from lapa.drawing import heat_map, largest
 from lapa.engine.distributed import pick_device
 from lapa.errors import UserError
+from lapa.files import distinct_names
 from lapa.latent.metrics import device_of
 from lapa.latent.model import DATASETS, LatentActionModel, horizon_for
 from lapa.latent.show import EachCode, decode_each, difference, in_bytes, pixels
@@ -107,9 +108,7 @@ def open_lam_pages(config: ViewConfig) -> LamPages:
     )
     if dataset is None and config.export is not None:
         raise UserError(f"{config.path}: an export needs images to start from; give them: --data DATASET")
-    names = [Path(path).name for path in paths]
-    if len(set(names)) < len(names):
-        names = ["/".join(Path(path).absolute().parts[-2:]) for path in paths]
+    names = distinct_names([Path(path) for path in paths])
     lams = [
         Lam(name, model, model.horizon if dataset is None else horizon_for(path, dataset, model))
         for name, path, model in zip(names, paths, models, strict=True)

@@ -22,7 +22,7 @@ from typing import Any
 from lapa.checksums import SUMS
 from lapa.errors import UserError
 from lapa.evaluation.rollout import CONFIG, RESULTS, ROW, VIDEOS, played, read_results, results_folders, wilson_interval
-from lapa.files import find_files
+from lapa.files import distinct_names, find_files
 from lapa.hub.artifacts import KINDS, without_paths
 from lapa.hub.download import hub_folder
 from lapa.study.results import Rollout
@@ -290,7 +290,7 @@ class ResultsPages(RolloutPages):
 def open_results_pages(config: ViewConfig) -> ResultsPages:
     """Opens the pages of results: of one folder, of those in it, or of several with `config.compare`."""
     folders = [folder for path in (config.path, *config.compare) for folder in _folders(path)]
-    names = short_names(folders)
+    names = distinct_names(folders)
     if len(set(names)) < len(names):
         raise UserError(f"{config.path}: the same results twice; leave them out of --compare")
     limit = None if config.export is None else config.limit or EXPORTED
@@ -302,14 +302,6 @@ def _folders(path: str) -> list[Path]:
     if folders := results_folders(folder):
         return folders
     raise UserError(f"{path}: holds no results; give a folder of `lapa evaluate`")
-
-
-def short_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many as it takes to distinguish them."""
-    parts = [folder.resolve().parts for folder in folders]
-    depths = range(1, max(map(len, parts)) + 1)
-    names = [["/".join(each[-depth:]) for each in parts] for depth in depths]
-    return next((each for each in names if len(set(each)) == len(each)), names[-1])
 
 
 def videos_of(folder: Path) -> dict[str, Path]:

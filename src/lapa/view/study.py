@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lapa.files import find_files
+from lapa.files import distinct_names, find_files
 from lapa.study.plan import Plan
 from lapa.study.progress import progress, sizes_in
 from lapa.study.report import Block, Figure, cautions, comparison, content, draw, findings
@@ -21,7 +21,7 @@ from lapa.study.results import FOLDER, ArmResult, load_results
 from lapa.study.statistics import compare, estimate, shared
 from lapa.view.config import ViewConfig
 from lapa.view.pages import UnknownNameError
-from lapa.view.results import EXPORTED, Group, RolloutPages, Run, short_names, videos_of
+from lapa.view.results import EXPORTED, Group, RolloutPages, Run, videos_of
 
 
 class StudyPages(RolloutPages):
@@ -82,7 +82,7 @@ class StudyPages(RolloutPages):
         done = sum(state.kind == "done" for state in runs.values())
         preset = [f"preset {self.results[0].preset}"] if self.results else []
         return {
-            "name": ", ".join(short_names(self.studies)),
+            "name": ", ".join(distinct_names(self.studies)),
             "kind": "study",
             "facts": [*preset, f"{done} of {len(runs)} runs done"],
             "cautions": cautions(self.results) if self.results else ["no run is done yet"],
