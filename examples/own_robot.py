@@ -43,7 +43,7 @@ def main(out: Path) -> None:
         writer.add_episode({"front": frames_THWC}, instruction, actions=actions_TA, source=name)
     dataset = writer.finish()
     print(f"{out}: {len(dataset)} episodes, {dataset.num_frames} frames")
-    print(f"next: lapa policy finetune --policy LATENT_POLICY --data {out} --out POLICY")
+    print(f"next: lapa policy finetune --preset PRESET --policy LATENT_POLICY --data {out} --out POLICY")
 
 
 if __name__ == "__main__":

@@ -437,3 +437,22 @@ def test_repeated_datasets_reach_the_command(tmp_path: Path) -> None:
     assert verb is not None
     config = cli.parse(verb, ["--data", "one=a:2", "--steps", "3", "--data", "b", "--out", str(tmp_path)])
     assert (config.data, config.loop.steps) == (("one=a:2", "b"), 3)
+
+
+def test_help_of_a_source_has_its_own_examples_and_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["data", "videos", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Examples: lapa data videos " in said and "clips without caption and captions without clip" in said
+
+
+@pytest.mark.parametrize(
+    "options", [("--frames", "0"), ("--fps", "0"), ("--fps", "-3"), ("--fps", "nan"), ("--size", "0"), ("--size", "9")]
+)
+def test_numbers_that_make_no_dataset_are_one_line(
+    options: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["data", "synthetic", *options, "--out", str(tmp_path / "d")])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and said.startswith("lapa: error: ") and "Traceback" not in said

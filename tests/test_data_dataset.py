@@ -524,3 +524,28 @@ def test_what_datasets_differ_in_is_named(tmp_path: Path) -> None:
             common_action_space([switch, other])
     with pytest.raises(ValueError, match="no dataset"):
         common_action_space([])
+
+
+def test_an_unfinished_dataset_is_not_begun_again_by_accident(tmp_path: Path) -> None:
+    frames = {"front": np.zeros((3, 16, 16, 3), np.uint8)}
+    settings = {"fps": 10, "cameras": {"front": (16, 16)}}
+    DatasetWriter(tmp_path / "d", **settings).add_episode(frames, "wait")
+    with pytest.raises(UserError, match="holds an unfinished dataset; continue it"):
+        DatasetWriter(tmp_path / "d", **settings)
+    writer = DatasetWriter(tmp_path / "d", resume=True, **settings)
+    # Half of a surrogate pair is no character.
+    writer.add_episode(frames, "push \ud83d")
+    assert [episode.instruction for episode in writer.finish()] == ["wait", "push \ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fps": 0}, "fps is 0, it must be above 0"),
+        ({"fps": float("nan")}, "fps is nan, it must be above 0"),
+        ({"cameras": {"front": (0, 16)}}, "camera front is 16x0; both must be even and above 0"),
+    ],
+)
+def test_rates_and_sizes_of_nothing_are_refused(tmp_path: Path, wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DatasetWriter(tmp_path / "d", **{"fps": 10, "cameras": {"front": (16, 16)}, **wrong})

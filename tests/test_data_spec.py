@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lapa import cli
 from lapa.data.source import Item, SourceDataset
 from lapa.data.spec import DataSpec, open_dataset, typed_options
 from lapa.errors import UserError
@@ -159,7 +160,9 @@ class Grey(Source):
 """
 
 
-def test_another_distribution_brings_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_distribution_brings_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "brought_source.py").write_text(BROUGHT)
     metadata = tmp_path / "brought-1.0.dist-info"
     metadata.mkdir()
@@ -173,6 +176,10 @@ def test_another_distribution_brings_a_source(tmp_path: Path, monkeypatch: pytes
         open_dataset("grey:somewhere,levl=7")
     with pytest.raises(UserError, match="unknown source 'gray'; did you mean 'grey'"):
         open_dataset("gray:somewhere")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["data", "info", "grey:somewhere,level=7"])
+    assert not exit_.value.code
+    assert "2, of 2 to 3 frames" in capsys.readouterr().out
 
 
 def test_the_name_of_a_source_is_no_path(tmp_path: Path) -> None:

@@ -123,6 +123,13 @@ def test_of_several_images_in_a_row_the_first_is_read(tmp_path: Path) -> None:
     assert opened(write_rows(tmp_path / "two.jsonl", [twice])).image_codes(0, [0]).tolist() == [[*range(CODES)]]
 
 
+def test_rows_with_whole_numbers_as_ids_are_grouped_by_their_images(tmp_path: Path) -> None:
+    rows = [{**finetuning(episode, step), "id": 3 * episode + step} for episode in range(2) for step in range(3)]
+    write_images(tmp_path, rows)
+    dataset = opened(write_rows(tmp_path / "rows.jsonl", rows))
+    assert [one.length for one in dataset.episodes] == [3, 3]
+
+
 @pytest.mark.parametrize("form", ["list", "lines"])
 def test_finetuning_rows_become_a_dataset(tmp_path: Path, form: str) -> None:
     rows = [finetuning(episode, step) for step in range(3) for episode in range(2)]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,7 @@ from lapa.data.spec import open_dataset
 from lapa.data.transforms import resize_and_crop
 from lapa.data.video import ClipScan, encode_clip
 from lapa.data.workers import AHEAD, Workers
+from lapa.errors import UserError
 from lapa.sources import videos
 from lapa.sources.captions import read_captions
 from lapa.sources.videos import VideosConfig
@@ -140,6 +142,26 @@ def test_of_several_captions_the_first_counts_and_an_empty_one_is_none(
     assert [episode.instruction for episode in dataset.episodes] == ["push\u2028on", "lift", "other"]
     assert "further captions of a video that has one, not used: 1" in capsys.readouterr().err
     assert listed(dataset) == {"further captions of a video, not used": 1}
+
+
+def test_an_empty_cell_of_a_table_is_no_caption(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("file,text\nclip2.mp4,push\nclip10.mp4,\n")
+    dataset = convert(folder, captions=tmp_path / "c.csv", caption="play")
+    assert [episode.instruction for episode in dataset] == ["push", "play", "play"]
+
+
+def test_a_caption_for_one_of_two_files_of_that_name_is_named(folder: Path, tmp_path: Path) -> None:
+    write_clip(folder / "other" / "clip1.avi")
+    (tmp_path / "c.json").write_text(json.dumps({"clip1.avi": "push"}))
+    with pytest.raises(UserError, match=r"c\.json: clip1\.avi may be deeper/clip1\.avi or other/clip1\.avi; write the"):
+        convert(folder, captions=tmp_path / "c.json")
+
+
+def test_a_caption_fits_a_name_whose_accents_are_written_apart(tmp_path: Path) -> None:
+    write_clip(tmp_path / "clips" / f"{unicodedata.normalize('NFD', 'café')}.mp4")
+    (tmp_path / "c.json").write_text(json.dumps({unicodedata.normalize("NFC", "café.mp4"): "pour"}))
+    dataset = convert(tmp_path / "clips", captions=tmp_path / "c.json", caption=None)
+    assert [episode.instruction for episode in dataset] == ["pour"]
 
 
 def test_a_caption_for_a_missing_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import tarfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -369,6 +370,25 @@ def test_parquet_with_bytes_of_videos(tmp_path: Path, clip: Callable) -> None:
         apart = resize_and_crop(here.frames(episode), 32).astype(int) - there.frames(episode)
         assert np.abs(apart).mean() < 3
     assert open_dataset(f"webdataset:{tmp_path / 'in' / 'b.parquet'},caption-key=other")[0].instruction == "o"
+
+
+def test_texts_of_parquet_in_every_form(tmp_path: Path, clip: Callable) -> None:
+    videos = [clip()] * 2
+    for name, column, texts in (
+        ("a", "json", [json.dumps({"caption": "one"}), json.dumps({"caption": "two"})]),
+        ("b", "text", [b"one", b"two"]),
+    ):
+        path = write_rows(tmp_path / f"{name}.parquet", {"video": videos, column: texts})
+        assert [episode.instruction for episode in open_dataset(f"webdataset:{path}")] == ["one", "two"]
+    path = write_rows(tmp_path / "d.parquet", {"video": videos, "json": ["{", "[1]"]})
+    assert [episode.instruction for episode in open_dataset(f"webdataset:{path}")] == ["", ""]
+
+
+def test_a_dataset_in_the_folder_of_its_shards_is_no_shard(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "in")
+    convert(tmp_path / "in", tmp_path / "in" / "dataset")
+    assert len(open_dataset(f"webdataset:{tmp_path / 'in'}")) == 4
+    convert(tmp_path / "in", tmp_path / "in" / "dataset", resume=True)
 
 
 def test_parquet_that_does_not_fit(tmp_path: Path, clip: Callable) -> None:

@@ -422,3 +422,20 @@ def test_a_fork_does_not_wait_for_what_another_thread_has_open(tmp_path: Path) -
     alive = forked.is_alive()
     forked.kill()
     assert not alive
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("plain.mp4", {}), ("part.mp4", {"movflags": "frag_keyframe"}), ("dash.mp4", {"movflags": "dash"}), ("b.flv", {})],
+)
+def test_frames_are_counted_where_the_header_counts_others(name: str, options: dict[str, str], tmp_path: Path) -> None:
+    """A fragmented file counts its first fragment, and some add the time before the first frame to the length."""
+    with av.open(str(tmp_path / name), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=10, options={"bf": "2", "g": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    scan = ClipScan(tmp_path / name)
+    assert probe(tmp_path / name).num_frames == len(list(scan)) == 60 and scan.num_lost == 0

@@ -363,10 +363,10 @@ def require_inputs(config: Any) -> None:
             opener = OPENERS.get(field.name)
             path = str(item)
             if opener == OPEN_DATASET:
-                from lapa.data.spec import HUB_SOURCE, SOURCES, DataSpec
+                from lapa.data.spec import HUB_SOURCE, DataSpec, known_sources
                 from lapa.hub.download import as_hub_id, require_dataset
 
-                spec = DataSpec.parse(path, SOURCES)
+                spec = DataSpec.parse(path, known_sources())
                 path = spec.path
                 if spec.source in (None, HUB_SOURCE) and as_hub_id(path) is not None:
                     require_dataset(path)

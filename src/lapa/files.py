@@ -499,6 +499,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def whole_characters(text: str) -> str:
+    """Returns a text that can be written to a file: halves of surrogate pairs, which no character is, are replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many as it takes to tell them apart; the last parts where two are one path."""
     parts = [path.resolve().parts for path in paths]

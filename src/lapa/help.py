@@ -46,12 +46,13 @@ class Option:
 
 def command_help(name: str, description: str, config: type, default: Any, run: str) -> str:
     """The help of the command `name`. default: the config that its options start from, or None; run: "module:function",
-    whose module's docstring has the examples.
+    whose module's docstring has the examples, or else that of the config.
     """
     options = list(options_of(config, default))
     positional = "".join(f" {option.call}" for option in options if not option.call.startswith("--"))
     parts = [f"usage: lapa {name}{positional} [OPTIONS]", textwrap.fill(description, _width())]
-    if lines := _examples(name, run.partition(":")[0]):
+    # The commands of several sources have one function.
+    if lines := _examples(name, run.partition(":")[0]) or _examples(name, config.__module__):
         parts.append("Examples:\n" + "\n".join(f"  {line}" for line in lines))
     headings = [REQUIRED_HEADING, "Common", "Options", *(option.heading for option in options)]
     for heading in dict.fromkeys(headings):

@@ -58,8 +58,8 @@ class ConvertOptions(Reading):
     """Crop black bars, on two opposite sides, before images are scaled; each item is decoded twice."""
     limit: int | None = None
     """Number of items to read (files, records); by default all."""
+    # Each source says what it leaves out.
     skip_bad: bool = False
-    """Leave out, and count, damaged items; otherwise the first one stops the command."""
     workers: int = 0
     """Processes that convert; 0: one for each CPU core."""
     engine: Literal["local", "ray"] = "local"

@@ -59,7 +59,7 @@ def open_dataset(data: Path | str) -> Dataset:
     The form is `[NAME=][SOURCE:]PATH[,KEY=VALUE...][:WEIGHT]`.
     Raises UserError naming the file, what is wrong with it, and how to fix it.
     """
-    sources = _sources()
+    sources = known_sources()
     spec = DataSpec.parse(str(data), sources)
     if spec.source is None and as_hub_id(spec.path) is not None:
         spec = dataclasses.replace(spec, source=HUB_SOURCE)
@@ -130,7 +130,7 @@ def typed_options(cls: type[Options], path: str, options: Mapping[str, str], sou
     return cls(**{first: typed(hints[first], path, source, text=True), **values})
 
 
-def _sources() -> dict[str, EntryPoint]:
+def known_sources() -> dict[str, EntryPoint]:
     """Returns all sources by name: those of this package, and those that other distributions bring."""
     ours = [EntryPoint(name, value, ENTRY_POINTS) for name, value in SOURCES.items()]
     return {entry.name: entry for entry in [*entry_points(group=ENTRY_POINTS), *ours]}

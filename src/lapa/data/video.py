@@ -15,6 +15,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -75,7 +76,9 @@ def probe(path: Path) -> VideoInfo:
     with open_video(path) as container:
         stream = film_of(container)
         fps, length = _rate(stream), _length(container, stream)
-        num_frames = stream.frames or (None if length is None else round(length * fps))
+        num_frames = _counted(stream, length, fps)
+        if num_frames is None and (stream.frames or length is not None):
+            num_frames = len(_packet_times(container, stream, path)) or None
         constant = not stream.base_rate or abs(fps / float(stream.base_rate) - 1) < VARIES
         if not constant:
             times = _packet_times(container, stream, path)
@@ -127,8 +130,13 @@ class ClipScan:
                 first = seconds if first is None else first
                 self.num_frames += 1
                 yield seconds - first, to_rgb(frame)
-            expected = stream.frames
-        if expected:
+            expected = _counted(stream, length, rate) if stream.frames else None
+            if length and stream.start_time and stream.time_base:
+                length -= float(stream.start_time * stream.time_base)
+        if stream.frames and expected is None:
+            with suppress(UserError):
+                expected = len(frame_times(self.path))
+        if expected is not None:
             missing = expected - self.num_frames
         elif length and self.num_frames > 1 and first is not None and seconds > first:
             # The missing seconds, as frames as far apart as those that were read.
@@ -487,6 +495,19 @@ def _length(container: InputContainer, stream: VideoStream) -> float | None:
     if container.duration and len(container.streams) == 1:
         return container.duration / av.time_base
     return None
+
+
+def _counted(stream: VideoStream, length: float | None, fps: float) -> int | None:
+    """Returns the number of frames by the header, where that is also what the length gives; None otherwise.
+
+    The header of a fragmented file counts the first fragment alone, that of a file that was cut without encoding it
+    again also what an edit list leaves out.
+    """
+    if stream.frames:
+        agrees = length is None or abs(length * fps - stream.frames) < 0.5 + VARIES * stream.frames
+        return stream.frames if agrees else None
+    # Some containers count the time before the first frame as part of the length.
+    return None if length is None or stream.start_time else round(length * fps)
 
 
 def _packet_times(container: InputContainer, stream: VideoStream, path: Path) -> list[float]:

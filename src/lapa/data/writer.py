@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,6 +62,7 @@ from lapa.files import (
     is_remote,
     remove,
     remove_partial,
+    whole_characters,
     write_json,
     write_text,
 )
@@ -107,7 +109,8 @@ class DatasetWriter:
         hash of these.
     drop_duplicates: `is_duplicate` and `add_unfinished` find episodes that look like an earlier one.
     part: what is written is for the `add_unfinished` of another writer, which needs the examples of all episodes.
-    Raises UserError where `root` was begun with other settings, or holds a finished dataset and is not to be resumed.
+    Raises UserError where `root` was begun with other settings, or holds a dataset, finished or not, and is not to be
+    resumed.
     """
 
     def __init__(
@@ -127,6 +130,8 @@ class DatasetWriter:
         drop_duplicates: bool = False,
         part: bool = False,
     ):
+        if not 0 < fps < math.inf:
+            raise UserError(f"{root}: fps is {fps}, it must be above 0")
         self.root, self.fps, self.cameras = as_path(root), float(fps), dict(cameras)
         self.widths = {
             name: len(names) for name, names in ((ACTION, action_names), (STATE, state_names)) if names is not None
@@ -158,8 +163,8 @@ class DatasetWriter:
                 inside(self.root, camera)
             if "/" in camera or len(camera.encode()) > MAX_NAME:
                 raise UserError(f"{root}: camera {shown(camera)}: a name has no slash and at most {MAX_NAME} bytes")
-            if height % 2 or width % 2:
-                raise UserError(f"{root}: camera {camera} is {width}x{height}; width and height must be even")
+            if min(height, width) < 2 or height % 2 or width % 2:
+                raise UserError(f"{root}: camera {camera} is {width}x{height}; both must be even and above 0")
         self._begin(resume)
 
     def add_episode(
@@ -347,7 +352,11 @@ class DatasetWriter:
                 self._fetch_journal()
             else:
                 self._remove_journal()
-        if not (resume and self._journal.path.exists()):
+        if not resume and self._journal.path.exists() and self._journal.path.stat().st_size:
+            raise UserError(
+                f"{self.root}: holds an unfinished dataset; continue it (--resume; resume=True), or give another folder"
+            )
+        if not self._journal.path.exists():
             self._journal.begin(())
         for number, record in enumerate(self._journal):
             if number == 0:
@@ -466,7 +475,8 @@ class DatasetWriter:
         stats |= {name: moments_of(values) for name, values in rows.items()}
         videos = {camera: sha256(path) for camera, path in files.items()}
         self._move(files)
-        record = {"source": source, "instruction": instruction, "length": length, "stats": stats, "videos": videos}
+        words = whole_characters(instruction)
+        record = {"source": source, "instruction": words, "length": length, "stats": stats, "videos": videos}
         return self._write_record({**record, **{name: values.tolist() for name, values in rows.items()}, **facts})
 
     def _write_record(self, record: Mapping[str, Any]) -> int:

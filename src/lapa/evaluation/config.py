@@ -22,8 +22,9 @@ class EvaluateConfig(ReportOptions):
     """Folder for results.json and the videos."""
     env: str = "metaworld"
     """Environment, one of those that `lapa envs` lists."""
-    tasks: str = "mt10"
-    """Tasks and suites of tasks separated by commas, or all; `lapa envs NAME` lists them."""
+    tasks: str | None = None
+    """Tasks and suites of tasks separated by commas, or all; `lapa envs NAME` lists them. By default mt10 in
+    Meta-World, all in the others."""
     episodes: int = 20
     """Episodes of each task."""
     seed: int = 0

@@ -82,7 +82,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises UserError on a user's mistake, before any work is done.
     """
     kind = kind_of(config.env)
-    tasks = kind.parse_tasks(config.tasks)
+    named = kind.default_tasks if config.tasks is None else config.tasks
+    config, tasks = replace(config, tasks=named), kind.parse_tasks(named)
     _check(config, kind, tasks.values())
     identity = _identity(config)
     if config.resume and (config.out / RESULTS).exists():

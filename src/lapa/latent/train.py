@@ -1,7 +1,7 @@
 """Stage 1: trains a latent action model on frame pairs of action-free video (LAPA, https://arxiv.org/abs/2410.11758).
 
 lapa latent train --preset tiny --data DATASET --out LAM
-lapa latent train --data bridge=A:1.0 --data ego=narrated:B,horizon=2.4:0.5 --mix-by equal --min-motion 0.01 --out LAM
+lapa latent train --data bridge=A:1.0 --data ego=narrated:B,narrations=N.csv,horizon=2.4:0.5 --mix-by equal --out LAM
 torchrun --nproc-per-node 8 -m lapa latent train --preset paper --data A B C --out LAM
 
 Axes: B batch, T time, C channel, H W image, L latent action length.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lapa.console import warn
 from lapa.errors import UserError, unknown
-from lapa.files import errors_about, read_json
+from lapa.files import errors_about, read_json, whole_characters
 
 PLACE = "{instruction}"
 PROMPTS = {
@@ -48,9 +48,8 @@ class Prompts:
 
     def text(self, instruction: str, dataset: str | None = None) -> str:
         """The prompt with this instruction, which may be empty and contain any character; its braces are kept."""
-        # Half a surrogate pair, which JSON may contain, is no character: tokenizers fail on it.
-        words = instruction.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self.template(dataset).replace(PLACE, words)
+        # JSON may contain halves of surrogate pairs, on which tokenizers fail.
+        return self.template(dataset).replace(PLACE, whole_characters(instruction))
 
     def acting_as(self, datasets: Sequence[str]) -> Prompts:
         """These prompts for a robot whose episodes are `datasets`: the template they share becomes the default.

@@ -84,6 +84,12 @@ def load_start(options: TrainingOptions, folder: Path) -> Policy:
     own = f"{HF}{backbone.source}" if isinstance(backbone, HfConfig) else backbone.kind
     if options.backbone not in ("tiny", own):
         warn(f"--backbone {options.backbone} is ignored: {folder} has its own, {own}")
+    before = policy.run.get("preset", options.preset)
+    if before != options.preset:
+        warn(
+            f"{folder} was trained with --preset {before}; steps, learning rate and what is frozen are now those of "
+            f"{options.preset}, unless they are given"
+        )
     return policy
 
 

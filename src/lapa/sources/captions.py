@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ import tyro
 from lapa.console import say, warn
 from lapa.data.source import Reading
 from lapa.errors import UserError
-from lapa.files import as_path, read_json
-from lapa.sources.folder_scan import short_names, stop_or_skip, whole_characters
+from lapa.files import as_path, read_json, whole_characters
+from lapa.sources.folder_scan import short_names, stop_or_skip
 
 # Names by which captions are found in the folder of the clips.
 CAPTIONS_FILES = ("captions.json", "captions.jsonl", "captions.csv")
@@ -72,11 +73,16 @@ class CaptionedReading(Reading):
         found = dict.fromkeys(names, self._text) if self._text is not None else {}
         if path is None:
             return found, 0
-        (known, _), missing, captioned, again = short_names(names), [], set(), 0
-        for key, text in read_captions(path):
-            name = known.get(key.removeprefix("./"))
-            if name is None:
-                missing.append(f"{path}: has a caption for {key}, which is not in {self.folder}")
+        # macOS writes the accents of names apart from their letters.
+        known, ambiguous = ({_composed(key): name for key, name in each.items()} for each in short_names(names))
+        missing, captioned, again = [], set(), 0
+        for written, text in read_captions(path):
+            key = _composed(written.removeprefix("./"))
+            name = known.get(key)
+            if key in ambiguous:
+                missing.append(f"{path}: {written} may be {ambiguous[key]}; write the folder before it")
+            elif name is None:
+                missing.append(f"{path}: has a caption for {written}, which is not in {self.folder}")
             elif name in captioned:
                 again += 1
             elif text.strip():
@@ -98,6 +104,10 @@ class CaptionedReading(Reading):
     def _captions_inside(self) -> Path | None:
         found = (as_path(self.folder) / name for name in CAPTIONS_FILES)
         return next((path for path in found if path.is_file()), None)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def read_captions(path: Path) -> list[tuple[str, str]]:
@@ -129,10 +139,10 @@ def read_captions(path: Path) -> list[tuple[str, str]]:
 def _rows(path: Path, rows: Iterable[Any]) -> list[tuple[str, str]]:
     captions = []
     for number, row in enumerate(rows, 1):
-        column = next((name for name in TEXT_COLUMNS if isinstance(row, Mapping) and row.get(name)), None)
-        if column is None or not row.get("file"):
+        columns = [name for name in TEXT_COLUMNS if isinstance(row, Mapping) and name in row]
+        if not columns or not row.get("file"):
             raise UserError(f"{path}: entry {number} needs `file` and one of {', '.join(TEXT_COLUMNS)}")
-        captions.append((str(row["file"]), str(row[column])))
+        captions.append((str(row["file"]), str(next((row[name] for name in columns if row[name]), ""))))
     return captions
 
 

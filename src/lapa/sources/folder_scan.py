@@ -89,11 +89,6 @@ def walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         yield "" if here == root else here.relative_to(root).as_posix(), [n for n in files if not n.startswith(".")]
 
 
-def whole_characters(text: str) -> str:
-    """Returns a text that can be written to a file: halves of surrogate pairs, which no character is, are replaced."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def natural_order(name: str) -> tuple[str, str]:
     """Returns a sort key that puts clip2 before clip10."""
     return re.sub(r"[0-9]+", lambda number: number[0].zfill(20), name.lower()), name

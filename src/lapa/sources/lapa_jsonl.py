@@ -43,9 +43,9 @@ from lapa.data.source import Clip, Item, Reading, Source, SourceDataset
 from lapa.data.spec import open_dataset
 from lapa.data.transforms import read_image
 from lapa.errors import UserError
-from lapa.files import as_path, claim_output, errors_about, inside, open_binary, reading
+from lapa.files import as_path, claim_output, errors_about, inside, open_binary, reading, whole_characters
 from lapa.locks import locks_output
-from lapa.sources.folder_scan import cached, file_state, require_rate, whole_characters
+from lapa.sources.folder_scan import cached, file_state, require_rate
 from lapa.sources.rlds.table import POSE
 
 CAMERA = "image"
@@ -506,8 +506,10 @@ def parse_row(content: bytes) -> Row:
     _require_fields(row)
     image, instruction = (_text(row, key) for key in ("image", "instruction"))
     state_names, states_S = _states(row.get("states"))
+    names = [name for name in (_text(row, "id"), image) if name]
     return Row(
-        _text(row, "id") or image,
+        # The authors name rows by paths; a plain number tells nothing of the episode.
+        next((name for name in names if STEP.fullmatch(name)), next(iter(names), "")),
         image,
         task_in_words(instruction),
         _codes(row, "vision"),
@@ -547,9 +549,10 @@ def _require_fields(row: Mapping[str, Any]) -> None:
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key) or ""
+    value = row.get(key)
     if key == "id" and isinstance(value, int):
         return str(value)
+    value = value or ""
     if not isinstance(value, str):
         raise UserError(f"`{key}` is not text")
     return value

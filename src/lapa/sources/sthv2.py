@@ -20,8 +20,8 @@ from lapa.data.config import ConvertOptions
 from lapa.data.source import Item, Reading, Source
 from lapa.data.video import probe
 from lapa.errors import UserError
-from lapa.files import read_json
-from lapa.sources.folder_scan import find_videos, natural_order, require_rate, short_names, whole_characters
+from lapa.files import read_json, whole_characters
+from lapa.sources.folder_scan import find_videos, natural_order, require_rate, short_names
 from lapa.sources.videos import CAMERA, VideoFilesSource
 
 # Names that the labels have been published under, in the folder of the videos, next to it, or in `labels`.

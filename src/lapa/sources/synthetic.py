@@ -15,6 +15,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 
+from lapa.config import require_at_least
 from lapa.console import finish, progress, say
 from lapa.data.dataset import Dataset
 from lapa.data.metadata import INFO
@@ -55,6 +56,7 @@ class SyntheticConfig:
 @locks_output
 def run(config: SyntheticConfig) -> None:
     """`lapa data synthetic`."""
+    require_at_least(config, episodes=1, frames=1, size=8, seed=0)
     out = config.out
     claim_output(out, complete=(out / INFO).exists(), overwrite=config.overwrite, resume=config.resume)
     names = ("episodes", "frames", "size", "fps", "actions", "seed", "resume")

@@ -22,6 +22,7 @@ import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -34,11 +35,22 @@ import tyro
 
 from lapa.console import say, warn
 from lapa.data.config import ConvertOptions
+from lapa.data.metadata import INFO
 from lapa.data.source import Item, Reading, Source
 from lapa.data.tables import check_memory, parsing, read_row_group, require_in_proportion
 from lapa.data.video import probe
 from lapa.errors import StoreError, UserError, shown
-from lapa.files import as_path, find_files, is_remote, open_binary, open_for_arrow, parse_json, reading, why_unreadable
+from lapa.files import (
+    as_path,
+    find_files,
+    is_remote,
+    open_binary,
+    open_for_arrow,
+    parse_json,
+    reading,
+    whole_characters,
+    why_unreadable,
+)
 from lapa.sources.captions import TEXT_COLUMNS
 from lapa.sources.folder_scan import (
     THREADS,
@@ -49,7 +61,6 @@ from lapa.sources.folder_scan import (
     require_rate,
     scan_files,
     stop_or_skip,
-    whole_characters,
 )
 from lapa.sources.videos import CAMERA, VideoFilesSource, common_format, count_frames
 from lapa.store_cache import store_cache
@@ -266,7 +277,10 @@ def find_shards(shards: str) -> tuple[Path, list[str]]:
         with reading(path, "name a folder with .tar or .parquet files, one of them, or a pattern ('{000..127}.tar')"):
             is_folder = stat.S_ISDIR(retried(path, path.stat, "read", ANSWERS).st_mode)
     if is_folder:
-        found = [file.relative_to(path).as_posix() for file in find_files(path, "**/*") if file.suffix in SUFFIXES]
+        files = [file.relative_to(path).as_posix() for file in find_files(path, "**/*")]
+        # Not the tables of a dataset that was converted into a folder of them.
+        datasets = tuple(file.removesuffix(INFO) for file in files if file.endswith(f"/{INFO}"))
+        found = [file for file in files if file.endswith(SUFFIXES) and not file.startswith(datasets)]
         if not found:
             raise UserError(f"{shards}: holds no .tar and no .parquet file; name the folder of the shards")
         return path, sorted(found, key=natural_order)
@@ -366,8 +380,17 @@ def _too_long(kind: str) -> str:
 
 
 def _first_text(values: Any, keys: Sequence[str]) -> str:
-    found = [values.get(key) for key in keys] if isinstance(values, dict) else []
+    """Returns the first text of these keys that has words; bytes are decoded."""
+    given = [values.get(key) for key in keys] if isinstance(values, dict) else []
+    found = (text.decode(errors="replace") if isinstance(text, bytes) else text for text in given)
     return next((text.strip() for text in found if isinstance(text, str) and text.strip()), "")
+
+
+def _structure(value: Any) -> Any:
+    """Returns a column's JSON, which is a structure or its text; None for a text that is no JSON."""
+    with suppress(ValueError, RecursionError):
+        return parse_json(value) if isinstance(value, str | bytes) else value
+    return None
 
 
 def _rows(shard: Path, caption_key: str | None, notes: Counter[str]) -> tuple[list[list[Any]], int]:
@@ -388,7 +411,7 @@ def _rows(shard: Path, caption_key: str | None, notes: Counter[str]) -> tuple[li
             check_memory(parquet, file, texts, [group])
             # Without columns, a table has its number of rows all the same.
             for row, values in enumerate(parquet.read_row_group(group, columns=texts).to_pylist()):
-                text = whole_characters(_first_text(values, keys) or _first_text(values.get("json"), keys))
+                text = whole_characters(_first_text(values, keys) or _first_text(_structure(values.get("json")), keys))
                 if len(text.encode()) > MOST_BYTES:
                     notes[_too_long("parquet")] += 1
                     text = ""

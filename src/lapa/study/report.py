@@ -559,7 +559,9 @@ def gap_text(gap: Gap | None) -> str:
     if gap is None:
         return "-"
     value = "-" if gap.value is None else f"{gap.value:.2f}"
-    return f"{value} ({gap.note})" if gap.low is None else f"{value} [{gap.low:.2f}, {gap.high:.2f}]"
+    if gap.low is None:
+        return f"{value} ({gap.note})"
+    return f"{value} [{gap.low:.2f}, {gap.high:.2f}]{' (1 seed)' if gap.num_seeds == 1 else ''}"
 
 
 def _points(rate: float) -> float:

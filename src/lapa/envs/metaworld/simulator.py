@@ -234,4 +234,5 @@ METAWORLD = EnvironmentKind(
     longest=MAX_STEPS,
     packages=("metaworld", "mujoco"),
     extra="metaworld",
+    default_tasks="mt10",
 )

@@ -35,9 +35,9 @@ from lapa.data.dataset import ACTION, STATE, ActionSpace
 from lapa.data.source import Clip, Item, Reading, Source
 from lapa.data.transforms import decode_image
 from lapa.errors import StoreError, UserError, shown, unknown
-from lapa.files import as_path, errors_about, inside, read_json
+from lapa.files import as_path, errors_about, inside, read_json, whole_characters
 from lapa.files import reading as reading_folder
-from lapa.sources.folder_scan import cached, file_state, whole_characters
+from lapa.sources.folder_scan import cached, file_state
 from lapa.sources.rlds.table import CONSTANTS, KNOWN, POSE, Known, Part, columns
 from lapa.sources.rlds.tfrecord import PARSED, parse_example, read_record, scan_records
 
