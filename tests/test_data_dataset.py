@@ -25,7 +25,7 @@ from lapa.data.metadata import EXTRA, INFO, JOURNAL
 from lapa.data.spec import open_dataset
 from lapa.data.statistics import Moments, moments_by_episode, moments_of
 from lapa.data.tables import Texts
-from lapa.data.video import encode_clip
+from lapa.data.video import encode_clip, frame_times
 from lapa.data.writer import DatasetWriter
 from lapa.engine.batches import _copied
 from lapa.errors import UserError
@@ -549,3 +549,13 @@ def test_an_unfinished_dataset_is_not_begun_again_by_accident(tmp_path: Path) ->
 def test_rates_and_sizes_of_nothing_are_refused(tmp_path: Path, wrong: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         DatasetWriter(tmp_path / "d", **{"fps": 10, "cameras": {"front": (16, 16)}, **wrong})
+
+
+def test_times_of_ntsc_rates_are_those_of_the_video_after_minutes(tmp_path: Path) -> None:
+    """LeRobot takes a frame that is up to 0.1 ms away."""
+    writer = DatasetWriter(tmp_path / "d", fps=29.97, cameras={"front": (16, 16)})
+    writer.add_episode({"front": np.zeros((3600, 16, 16, 3), np.uint8)}, "wait")
+    root = writer.finish().root
+    (video,), (table,) = (list(root.rglob(pattern)) for pattern in ("*.mp4", "data/**/*.parquet"))
+    written_T = pq.read_table(table)["timestamp"].to_numpy()
+    assert np.abs(written_T - frame_times(video)).max() < 2e-5

@@ -293,6 +293,12 @@ def test_a_policy_that_does_not_fit_is_refused(
     assert not (tmp_path / "results").exists()
 
 
+def test_without_tasks_all_of_the_environment_are_played(tmp_path: Path) -> None:
+    results = evaluate(EvaluateConfig("expert", tmp_path / "out", env="synthetic", episodes=1, videos=0))
+    assert results["tasks"].keys() == kind_of("synthetic").parse_tasks("all").keys() and len(results["tasks"]) == 8
+    assert kind_of("metaworld").default_tasks == "mt10"
+
+
 def test_an_ensemble_is_resumed_under_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = of_robot(Robot(state_dim=2), tmp_path, monkeypatch, ensemble=0.1)
     whole = evaluate(config)

@@ -321,6 +321,14 @@ def test_every_head_finetunes_and_acts_with_the_state(root, pretrained, tmp_path
         finetune.run(replace(config, out=tmp_path / "other", policy=tmp_path / "out", state=False))
 
 
+def test_another_preset_than_that_of_the_pretraining_is_named(root, pretrained, tmp_path, capsys):
+    config = finetune_config(root, tmp_path / "out", policy=pretrained, from_scratch=False, loop=loop(1))
+    finetune.run(config)
+    assert "was trained with --preset" not in capsys.readouterr().err
+    finetune.run(replace(config, out=tmp_path / "other", preset="base"))
+    assert f"{pretrained} was trained with --preset {config.preset}; steps, learning rate" in capsys.readouterr().err
+
+
 def test_latent_actions_are_kept_while_finetuning(root, pretrained, tmp_path):
     labels = write_labels(tmp_path / "labels", open_dataset(root / "robot"))
     config = finetune_config(
@@ -329,6 +337,7 @@ def test_latent_actions_are_kept_while_finetuning(root, pretrained, tmp_path):
     finetune.run(config)
     metrics = read_json(tmp_path / "out" / "metrics.json")
     assert {"held_out_latent_token_accuracy", "held_out_token_accuracy", "held_out_action_error"} <= metrics.keys()
+    assert load_policy(tmp_path / "out").config.latent_weight == config.latent_weight > 0
     finetune.run(replace(config, out=tmp_path / "without", labels=()))
     assert "held_out_latent_token_accuracy" not in read_json(tmp_path / "without" / "metrics.json")
     of_another = write_labels(tmp_path / "of_another", open_dataset(root / "robot"), lam_fingerprint="f" * 16)

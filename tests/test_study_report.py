@@ -426,7 +426,8 @@ def test_the_gap_is_marked_where_it_may_be_chance() -> None:
     assert gap_text(None) == "-"
     assert gap_text(Gap(None, note="gap not above zero")) == "- (gap not above zero)"
     assert gap_text(Gap(0.5, note="gap not above zero for certain")) == "0.50 (gap not above zero for certain)"
-    assert gap_text(Gap(0.5, 0.1, 0.9)) == "0.50 [0.10, 0.90]"
+    assert gap_text(Gap(0.5, 0.1, 0.9, num_seeds=3)) == "0.50 [0.10, 0.90]"
+    assert gap_text(Gap(0.5, 0.1, 0.9, num_seeds=1)) == "0.50 [0.10, 0.90] (1 seed)"
 
 
 def test_an_arm_has_its_own_colour_and_marker() -> None:
