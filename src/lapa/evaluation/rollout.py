@@ -376,7 +376,7 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
         from lapa.policy.runtime import policy_folder
 
         folder = policy_folder(config.policy)
-        # An export of the policy may lie in its folder, and its checkpoints do. What is missing is named when it is loaded.
+        # Exports and checkpoints may lie in its folder. What is missing is named when it is loaded.
         listed = sorted(name for name in read_sums(folder) if name != "metrics.json" and (folder / name).is_file())
         found = sorted([*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")])
         unlisted = [path for path in found if path.relative_to(folder).parts[0] != "training"]
