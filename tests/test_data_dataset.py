@@ -526,13 +526,17 @@ def test_what_datasets_differ_in_is_named(tmp_path: Path) -> None:
         common_action_space([])
 
 
-def test_an_unfinished_dataset_is_not_begun_again_by_accident(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["disk", "store"])
+def test_an_unfinished_dataset_is_not_begun_again_by_accident(place: str, tmp_path: Path) -> None:
     frames = {"front": np.zeros((3, 16, 16, 3), np.uint8)}
     settings = {"fps": 10, "cameras": {"front": (16, 16)}}
-    DatasetWriter(tmp_path / "d", **settings).add_episode(frames, "wait")
+    root = tmp_path / "d" if place == "disk" else f"memory://{tmp_path.name}/d"
+    begun = DatasetWriter(root, **settings)
+    begun.add_episode(frames, "wait")
+    begun.flush()
     with pytest.raises(UserError, match="holds an unfinished dataset; continue it"):
-        DatasetWriter(tmp_path / "d", **settings)
-    writer = DatasetWriter(tmp_path / "d", resume=True, **settings)
+        DatasetWriter(root, **settings)
+    writer = DatasetWriter(root, resume=True, **settings)
     # Half of a surrogate pair is no character.
     writer.add_episode(frames, "push \ud83d")
     assert [episode.instruction for episode in writer.finish()] == ["wait", "push \ufffd"]

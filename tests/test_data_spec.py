@@ -176,6 +176,7 @@ def test_another_distribution_brings_a_source(
         open_dataset("grey:somewhere,levl=7")
     with pytest.raises(UserError, match="unknown source 'gray'; did you mean 'grey'"):
         open_dataset("gray:somewhere")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
         cli.main(["data", "info", "grey:somewhere,level=7"])
     assert not exit_.value.code

@@ -249,9 +249,18 @@ def test_values_that_cannot_be_trained_with_are_refused(options: dict[str, Any],
         LoopConfig(**options)
 
 
-def test_clipping_to_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="--clip must be above 0, got 0"):
-        OptimConfig(clip=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": 0}, "--clip must be above 0, got 0"),
+        ({"clip": float("nan")}, "--clip must be above 0, got nan"),
+        ({"lr": float("nan")}, "--lr must be at least 0, got nan"),
+        ({"weight_decay": -1}, "--weight-decay must be at least 0"),
+    ],
+)
+def test_updates_that_teach_nothing_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        OptimConfig(**options)
 
 
 def test_options_that_exclude_each_other_are_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from lapa.checksums import write_marker
+from lapa.checksums import SUMS, write_marker
 from lapa.data.video import decode_clip, probe
 from lapa.drawing import BAD, GOOD, INK
 from lapa.envs import ENVIRONMENTS, EnvironmentKind, Task, episode_seed, kind_of, make
@@ -326,6 +326,15 @@ def test_a_policy_is_told_by_the_files_that_it_lists(tmp_path: Path, monkeypatch
     evaluate(replace(config, resume=True))
     (config.out / "results.json").unlink()
     (policy / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match="policy_fingerprint was"):
+        evaluate(replace(config, resume=True))
+    (policy / "tokenizer.json").write_text("{}")
+    evaluate(replace(config, resume=True))
+    (config.out / "results.json").unlink()
+    # As the message on a changed file advises where the change is meant.
+    lines = (policy / SUMS).read_text().splitlines(keepends=True)
+    (policy / SUMS).write_text("".join(line for line in lines if "model.safetensors" not in line))
+    (policy / "model" / "model.safetensors").write_bytes(b"others")
     with pytest.raises(ValueError, match="policy_fingerprint was"):
         evaluate(replace(config, resume=True))
 

@@ -153,7 +153,7 @@ def test_an_empty_cell_of_a_table_is_no_caption(folder: Path, tmp_path: Path) ->
 def test_a_caption_for_one_of_two_files_of_that_name_is_named(folder: Path, tmp_path: Path) -> None:
     write_clip(folder / "other" / "clip1.avi")
     (tmp_path / "c.json").write_text(json.dumps({"clip1.avi": "push"}))
-    with pytest.raises(UserError, match=r"c\.json: clip1\.avi may be deeper/clip1\.avi or other/clip1\.avi; write the"):
+    with pytest.raises(UserError, match=r"c\.json: clip1\.avi may be deeper/clip1\.avi or other/clip1\.avi; put the"):
         convert(folder, captions=tmp_path / "c.json")
 
 

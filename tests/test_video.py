@@ -439,3 +439,20 @@ def test_frames_are_counted_where_the_header_counts_others(name: str, options: d
         container.mux(stream.encode(None))
     scan = ClipScan(tmp_path / name)
     assert probe(tmp_path / name).num_frames == len(list(scan)) == 60 and scan.num_lost == 0
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.mp4", {"movflags": "frag_keyframe"}), ("a.flv", {}), ("a.ts", {})])
+def test_frames_that_are_counted_by_packets_keep_their_own_rate(
+    name: str, options: dict[str, str], tmp_path: Path
+) -> None:
+    """Ten seconds at 30 frames a second, of which two are missing in the middle."""
+    with av.open(str(tmp_path / name), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=30, options={"bf": "2", "g": "10"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in (*range(120), *range(180, 300)):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number % 256, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    info = probe(tmp_path / name)
+    assert info.num_frames == 240 and not info.constant and info.fps == pytest.approx(239 / (299 / 30), rel=1e-3)

@@ -576,7 +576,7 @@ def test_a_fault_of_the_program_is_shown_in_the_terminal(
     with running(labels) as url:
         status, body = get(f"{url}/data/statistics.json")
     assert status == 500 and body.decode().strip() == (
-        "error: ZeroDivisionError in lapa view; its terminal has the traceback"
+        "error: ZeroDivisionError in lapa view; see the traceback in the terminal that runs it"
     )
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().err
 

@@ -105,7 +105,7 @@ def require_at_least(config: Any, **least: float) -> None:
     """Raises UserError naming the first option of `config` that is below its least value; None is not checked."""
     for name, minimum in least.items():
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:
             raise UserError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
 
 

@@ -77,13 +77,16 @@ def probe(path: Path) -> VideoInfo:
         stream = film_of(container)
         fps, length = _rate(stream), _length(container, stream)
         num_frames = _counted(stream, length, fps)
-        if num_frames is None and (stream.frames or length is not None):
-            num_frames = len(_packet_times(container, stream, path)) or None
         constant = not stream.base_rate or abs(fps / float(stream.base_rate) - 1) < VARIES
-        if not constant:
+        if not constant or (num_frames is None and (stream.frames or length is not None)):
             times = _packet_times(container, stream, path)
-            constant = len(times) < 2 or times[-1] == times[0]
-            num_frames, fps = len(times) or None, fps if constant else (len(times) - 1) / (times[-1] - times[0])
+            num_frames = len(times) or None
+            if len(times) > 1 and times[-1] > times[0]:
+                mean = (len(times) - 1) / (times[-1] - times[0])
+                constant = constant and abs(mean / fps - 1) < VARIES
+                fps = fps if constant else mean
+            else:
+                constant = True
         return VideoInfo(
             width=round(stream.width * _pixel_width(stream)),
             height=stream.height,
@@ -130,10 +133,11 @@ class ClipScan:
                 first = seconds if first is None else first
                 self.num_frames += 1
                 yield seconds - first, to_rgb(frame)
-            expected = _counted(stream, length, rate) if stream.frames else None
+            counted = stream.frames
+            expected = _counted(stream, length, rate) if counted else None
             if length and stream.start_time and stream.time_base:
                 length -= float(stream.start_time * stream.time_base)
-        if stream.frames and expected is None:
+        if counted and expected is None:
             with suppress(UserError):
                 expected = len(frame_times(self.path))
         if expected is not None:

@@ -348,14 +348,16 @@ class DatasetWriter:
             return
         if is_remote(self.root):
             cast(Any, self.root).fs.invalidate_cache()
-            if resume:
-                self._fetch_journal()
-            else:
-                self._remove_journal()
-        if not resume and self._journal.path.exists() and self._journal.path.stat().st_size:
+            begun = bool(find_files(self.root, f"{JOURNAL_PARTS}/*.jsonl"))
+        else:
+            begun = self._journal.path.exists() and self._journal.path.stat().st_size > 0
+        if begun and not resume:
             raise UserError(
-                f"{self.root}: holds an unfinished dataset; continue it (--resume; resume=True), or give another folder"
+                f"{self.root}: holds an unfinished dataset; continue it (--resume; resume=True), delete it, or give "
+                "another folder"
             )
+        if is_remote(self.root) and resume:
+            self._fetch_journal()
         if not self._journal.path.exists():
             self._journal.begin(())
         for number, record in enumerate(self._journal):

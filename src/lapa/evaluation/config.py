@@ -24,7 +24,7 @@ class EvaluateConfig(ReportOptions):
     """Environment, one of those that `lapa envs` lists."""
     tasks: str | None = None
     """Tasks and suites of tasks separated by commas, or all; `lapa envs NAME` lists them. By default mt10 in
-    Meta-World, all in the others."""
+    Meta-World and all tasks elsewhere."""
     episodes: int = 20
     """Episodes of each task."""
     seed: int = 0

@@ -377,10 +377,12 @@ def _identity(config: EvaluateConfig) -> dict[str, Any]:
 
         folder = policy_folder(config.policy)
         # Exports and checkpoints may lie in its folder. What is missing is named when it is loaded.
-        listed = sorted(name for name in read_sums(folder) if name != "metrics.json" and (folder / name).is_file())
-        found = sorted([*find_files(folder, "config.json"), *find_files(folder, "**/*.safetensors")])
-        unlisted = [path for path in found if path.relative_to(folder).parts[0] != "training"]
-        contents = [folder / name for name in listed] or unlisted
+        listed = [folder / name for name in read_sums(folder) if name != "metrics.json"]
+        weights = ("*.safetensors", "model/**/*.safetensors") if listed else ("**/*.safetensors",)
+        found = [path for pattern in ("config.json", *weights) for path in find_files(folder, pattern)]
+        contents = sorted(
+            {path for path in (*listed, *found) if path.is_file() and path.relative_to(folder).parts[0] != "training"}
+        )
     # A policy is the same under another path: its fingerprint shows it.
     volatile = (
         "out",

@@ -112,7 +112,7 @@ def run(config: LatentTrainConfig) -> None:
         prepare=prepare,
         evaluate=evaluate,
         draw=draw,
-        summary=summary,
+        summary=lambda figures: summary({**figures, NUM_HELD_OUT: held_out.num_held_out}),
     )
     if result.finished and is_main_process():
         figures = {**result.metrics, NUM_HELD_OUT: held_out.num_held_out}

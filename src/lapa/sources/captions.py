@@ -75,12 +75,12 @@ class CaptionedReading(Reading):
             return found, 0
         # macOS writes the accents of names apart from their letters.
         known, ambiguous = ({_composed(key): name for key, name in each.items()} for each in short_names(names))
-        missing, captioned, again = [], set(), 0
+        missing, unclear, captioned, again = [], [], set(), 0
         for written, text in read_captions(path):
             key = _composed(written.removeprefix("./"))
             name = known.get(key)
             if key in ambiguous:
-                missing.append(f"{path}: {written} may be {ambiguous[key]}; write the folder before it")
+                unclear.append(f"{path}: {written} may be {ambiguous[key]}")
             elif name is None:
                 missing.append(f"{path}: has a caption for {written}, which is not in {self.folder}")
             elif name in captioned:
@@ -90,12 +90,14 @@ class CaptionedReading(Reading):
                 captioned.add(name)
         if again:
             warn(f"{path}: further captions of a {what} that has one, not used: {again}")
-        skipped = stop_or_skip(missing, f"add the {what}, or remove the entry, or give --skip-bad", self.skip_bad)
-        notes.update({f"further captions of a {what}, not used": again, f"captions without a {what}": skipped})
+        lost = stop_or_skip(missing, f"add the {what}, or remove the entry, or give --skip-bad", self.skip_bad)
+        vague = stop_or_skip(unclear, "put the folder before the name, or give --skip-bad", self.skip_bad)
+        notes[f"further captions of a {what}, not used"] = again
+        notes[f"captions without a {what}"], notes[f"captions that fit several {what}s"] = lost, vague
         bare = [f"{self.folder}/{name}: has no caption in {path}" for name in names if name not in found]
         fix = "add one, or give --caption TEXT for those without, or --skip-bad to leave them out"
         num_bare = notes[f"{what}s without a caption, left out"] = stop_or_skip(bare, fix, self.skip_bad)
-        return found, skipped + num_bare
+        return found, lost + vague + num_bare
 
     @property
     def _text(self) -> str | None:

@@ -149,7 +149,9 @@ class Server(web.Server):
             return web.line(f"error: {error}", 422)
         except Exception as error:
             console.print("".join(traceback.format_exception(error)), soft_wrap=True, markup=False, highlight=False)
-            return web.line(f"error: {type(error).__name__} in lapa view; its terminal has the traceback", 500)
+            return web.line(
+                f"error: {type(error).__name__} in lapa view; see the traceback in the terminal that runs it", 500
+            )
 
 
 def _announce(server: Server, config: ViewConfig) -> None:
