@@ -86,7 +86,7 @@ def test_a_store_holds_what_a_disk_holds(clips: Path, whole: dict[str, bytes], b
         ("local", "_write_record", 4, "ray"),
         ("ray", "_write_record", 3, "local"),
         ("ray", "flush", 4, "ray"),
-        ("ray", "_remove_journal", 2, "ray"),
+        ("ray", "_remove_journal", 1, "ray"),
     ],
 )
 def test_a_killed_command_loses_and_doubles_nothing_on_a_store(
