@@ -97,7 +97,7 @@ class EnvironmentKind:
     belong in the results; extra: our extra that installs them. also_needs: what else, for the reader. check: raises
     UserError, with the fix, where the machine cannot run it, and may return notes for the results, such as the
     protocol or the renderer; `lapa view` shows one that begins with "stand-in" as a warning. spelling: returns the name
-    of a task or suite for another spelling of it. default_tasks: what `lapa evaluate` plays where it is not told.
+    of a task or suite for another spelling of it. default_tasks: those that `lapa evaluate` plays by default.
     """
 
     title: str
