@@ -74,6 +74,11 @@ def tab() -> Iterator[Browser]:
         yield opened
 
 
+def choose_images(tab: Browser, images: dict[str, Path]) -> None:
+    for at, file in enumerate(images.values()):
+        tab.choose_files(f"#image-{at}", [file])
+
+
 def shown_numbers(tab: Browser, table: str) -> np.ndarray:
     """The actions [K, A] in a table of the page, with the digits that it shows."""
     cells = tab.run(f"[...document.querySelectorAll('#{table} tbody td')].map(cell => cell.textContent)")
@@ -154,8 +159,7 @@ def test_what_it_offers_to_copy_gives_the_same_actions(
         tab.type("sesame")
         tab.press("Enter")
         tab.until("!document.getElementById('content').hidden")
-        for at, file in enumerate(images.values()):
-            tab.choose_files(f"#image-{at}", [file])
+        choose_images(tab, images)
         tab.run("document.getElementById('instruction').value = 'say \"open\"'")
         tab.run("document.getElementById('state-1').value = '-0.5'")
         tab.run("document.getElementById('code').open = true")
@@ -182,8 +186,7 @@ def test_errors_are_shown_as_their_line(tab: Browser, policy: Policy, images: di
         # Without an image nothing is sent.
         tab.run("document.getElementById('send').click()")
         assert not tab.run("document.getElementById('form').checkValidity()")
-        for at, file in enumerate(images.values()):
-            tab.choose_files(f"#image-{at}", [file])
+        choose_images(tab, images)
         tab.until("document.querySelectorAll('.drop img:not([hidden])').length === 2")
         assert not any(request.endswith("/infer") for request in tab.requests)
         tab.run("document.getElementById('instruction').value = 'open the drawer, please'")
@@ -197,8 +200,7 @@ def test_the_page_fits_a_narrow_window(tab: Browser, policy: Policy, images: dic
     with running(policy) as address:
         tab.open(f"{address}/")
         tab.until("!document.getElementById('content').hidden")
-        for at, file in enumerate(images.values()):
-            tab.choose_files(f"#image-{at}", [file])
+        choose_images(tab, images)
         tab.run("document.getElementById('send').click()")
         tab.run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
         tab.until("!document.getElementById('result').hidden && !document.getElementById('last').hidden")
@@ -234,8 +236,7 @@ def test_a_policy_of_several_datasets_acts_as_the_chosen_one(
     with running(both) as address:
         tab.open(f"{address}/")
         tab.until("!document.getElementById('content').hidden")
-        for at, file in enumerate(images.values()):
-            tab.choose_files(f"#image-{at}", [file])
+        choose_images(tab, images)
         tab.run("document.getElementById('statistics').value = 'other'")
         tab.run("document.getElementById('send').click()")
         tab.until("!document.getElementById('result').hidden")

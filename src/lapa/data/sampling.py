@@ -47,8 +47,8 @@ def split_episodes(num_episodes: int, held_out: float, seed: int, split: str) ->
         raise UserError(f"split {split!r} is not known; it is 'train', 'held_out' or 'all'")
     if not 0 <= held_out < 1:
         raise UserError(f"held_out is {held_out}; it is a fraction of the episodes, from 0 to below 1")
-    num_held_out = 0 if num_episodes < 2 or held_out == 0 else max(1, round(held_out * num_episodes))
-    num_held_out = min(num_held_out, num_episodes - 1)
+    some = num_episodes > 1 and held_out > 0
+    num_held_out = min(max(1, round(held_out * num_episodes)), num_episodes - 1) if some else 0
     order = np.random.default_rng(seed).permutation(num_episodes)
     return np.sort(order[:num_held_out] if split == "held_out" else order[num_held_out:])
 
@@ -77,16 +77,21 @@ def episodes_of_training(split: Mapping[str, Any], fingerprint: str, num_episode
     known = split["dataset_fingerprints"]
     if fingerprint not in known:
         return np.arange(0)
-    return split_episodes(num_episodes, split["held_out"], split["seed"] + known.index(fingerprint), "train")
+    return split_episodes(num_episodes, split["held_out"], _split_seed(split["seed"], fingerprint, known), "train")
 
 
 def episodes_of_split(datasets: Sequence[Dataset], split: str, held_out: float, seed: int) -> list[np.ndarray]:
     """Returns the episodes of a split of each dataset, as `split_episodes`; one that is listed twice has one split."""
     known = [dataset.fingerprint for dataset in datasets]
     return [
-        split_episodes(len(dataset.lengths), held_out, seed + known.index(dataset.fingerprint), split)
+        split_episodes(len(dataset.lengths), held_out, _split_seed(seed, dataset.fingerprint, known), split)
         for dataset in datasets
     ]
+
+
+def _split_seed(seed: int, fingerprint: str, known: Sequence[str]) -> int:
+    """Returns the seed of a dataset's split, from the fingerprints of all datasets of the training, in their order."""
+    return seed + known.index(fingerprint)
 
 
 def any_held_out(datasets: Sequence[Dataset], held_out: float) -> bool:

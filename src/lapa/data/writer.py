@@ -348,10 +348,7 @@ class DatasetWriter:
             return
         if is_remote(self.root):
             cast(Any, self.root).fs.invalidate_cache()
-            begun = bool(find_files(self.root, f"{JOURNAL_PARTS}/*.jsonl"))
-        else:
-            begun = self._journal.path.exists() and self._journal.path.stat().st_size > 0
-        if begun and not resume:
+        if not resume and self._is_begun():
             raise UserError(
                 f"{self.root}: holds an unfinished dataset; continue it (--resume; resume=True), delete it, or give "
                 "another folder"
@@ -375,6 +372,11 @@ class DatasetWriter:
         if not self._journal.length:
             self._journal.append(settings, sync=True)
             self.flush()
+
+    def _is_begun(self) -> bool:
+        if is_remote(self.root):
+            return bool(find_files(self.root, f"{JOURNAL_PARTS}/*.jsonl"))
+        return self._journal.path.exists() and self._journal.path.stat().st_size > 0
 
     def _fetch_journal(self) -> None:
         """Makes the journal of this machine from its parts on the store; where one is missing, up to there."""

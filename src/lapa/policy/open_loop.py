@@ -295,8 +295,7 @@ def _load(config: MeasureConfig, dataset: Dataset, *, latent: bool) -> tuple[Pol
         policy.to(config.device)
         return policy, policy if dataset.action_dim is not None else None
     # A policy that only predicts latent actions has no statistics whose prompt is its own.
-    prompts = replace(policy.config.prompts, default=policy.config.prompts.template(dataset.name))
-    policy.model.config = replace(policy.config, prompts=prompts)
+    policy.model.config = replace(policy.config, prompts=policy.config.prompts.acting_as([dataset.name]))
     policy.model.to(pick_device(config.device))
     return policy, None
 

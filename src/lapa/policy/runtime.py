@@ -260,7 +260,7 @@ class Policy(Actor, SavedToPush):
         config = replace(
             config,
             spaces=tuple(item for item in config.spaces if item.key == key),
-            prompts=replace(config.prompts, default=config.prompts.template(key)),
+            prompts=config.prompts.acting_as([key]),
             action_bins=most_bins([chosen.codec]),
             state_bins=most_bins([chosen.states]),
         )

@@ -280,7 +280,7 @@ def find_shards(shards: str) -> tuple[Path, list[str]]:
         files = [file.relative_to(path).as_posix() for file in find_files(path, "**/*")]
         # Not the tables of a dataset that was converted into a folder of them.
         datasets = tuple(file.removesuffix(INFO) for file in files if file.endswith(f"/{INFO}"))
-        found = [file for file in files if file.endswith(SUFFIXES) and not file.startswith(datasets)]
+        found = [file for file in files if Path(file).suffix in SUFFIXES and not file.startswith(datasets)]
         if not found:
             raise UserError(f"{shards}: holds no .tar and no .parquet file; name the folder of the shards")
         return path, sorted(found, key=natural_order)

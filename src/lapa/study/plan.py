@@ -213,12 +213,17 @@ class Plan:
         words: Words = ("--data", self.videos_without_actions, *self._horizon)
         return self._train("video model", "baseline video", words, self.sizes.pretrain_steps)
 
+    @property
+    def clips(self) -> str | None:
+        """The dataset of the user that is in place of recorded videos, where the split takes it."""
+        return self.sizes.world.clips if self.setting.split == "cross-environment" else None
+
     @cached_property
     def videos(self) -> Step | str:
         """The videos of the split, or the user's own, with the true actions that only the arm actionvla may use."""
         world = self.sizes.world
-        if self.setting.split == "cross-environment" and world.clips:
-            return world.clips
+        if self.clips is not None:
+            return self.clips
         tasks = (world.other_tasks or world.tasks) if self.setting.split == "cross-task" else world.tasks
         shown: tuple[str, ...] = ()
         camera = world.camera

@@ -88,10 +88,10 @@ def run(config: StudyConfig) -> None:
     sizes = sizes_of(config.preset)
     if config.clips is not None:
         sizes = replace(sizes, world=replace(sizes.world, clips=str(config.clips.resolve())))
-    if config.clips is not None and config.videos is not None and config.split == "cross-environment":
-        raise UserError("--videos: those of --clips are all used; leave it out")
     videos = sizes.videos if config.videos is None else config.videos
     if config.clips is not None and config.split == "cross-environment":
+        if config.videos is not None:
+            raise UserError("--videos: those of --clips are all used; leave it out")
         videos = len(open_dataset(str(config.clips)))
     setting = Setting(config.split, videos, config.demonstrations)
     plans = [Plan(sizes, setting, seed) for seed in config.seed]
@@ -188,6 +188,7 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
     rollouts = read_results(steps["rollouts"].folder(study))
     require_played(rollouts["episodes"], steps["rollouts"].folder(study))
     episodes = played(rollouts["episodes"])
+    videos = f"--videos {plan.setting.videos}" if plan.clips is None else f"--clips {shlex.quote(plan.clips)}"
     result = ArmResult(
         arm=arm,
         setting=plan.setting,
@@ -202,7 +203,7 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         cpu_seconds=_sums(spent, "cpu_seconds", titles),
         provenance={
             "command": f"lapa study run --preset {preset} --arm {arm} --seed {plan.seed} --split {plan.setting.split} "
-            f"{_videos_option(plan)} --demonstrations {plan.setting.demonstrations} --out STUDY",
+            f"{videos} --demonstrations {plan.setting.demonstrations} --out STUDY",
             "code": ", ".join(sorted({row["code"] for row in spent})),
             **{name: rollouts[name] for name in PROVENANCE if name in rollouts},
         },
@@ -220,13 +221,6 @@ def collect(study: Path, plan: Plan, arm: Arm, preset: str) -> ArmResult:
         ):
             grid.save(path)
     return result
-
-
-def _videos_option(plan: Plan) -> str:
-    clips = plan.sizes.world.clips
-    if clips is not None and plan.setting.split == "cross-environment":
-        return f"--clips {shlex.quote(clips)}"
-    return f"--videos {plan.setting.videos}"
 
 
 def _sums(rows: Sequence[Mapping[str, Any]], name: str, titles: Mapping[str, str]) -> dict[str, float]:
